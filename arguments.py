@@ -1,0 +1,294 @@
+"""Command-line flags: those that every stage honours, and a parser that never swallows one.
+
+The guide's commands were written for older libraries. Flags that transformers 5 or TRL renamed or dropped are
+translated to what they meant, each with one line in the log; a flag nobody knows is refused with the nearest known
+one. On a machine without CUDA the run goes on in float32 on the CPU and says so.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+
+from errors import UserError
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(
+        metadata={"help": "Hub name or folder of a model, or the folder of a LoRA adapter that training continues."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer, when it is not the model's own."}
+    )
+    torch_dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
+        default="auto", metadata={"help": "Type of the base model's weights; auto takes the checkpoint's."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Base weights in 8 bit (bitsandbytes)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Base weights in 4-bit NF4 (QLoRA, bitsandbytes)."})
+    device_map: str | None = field(
+        default=None,
+        metadata={"help": "auto splits the model over the GPUs of one process; under torchrun each process has one."},
+    )
+    flash_attn: bool = field(
+        default=False, metadata={"help": "FlashAttention 2 if it is installed, otherwise PyTorch's SDPA."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that the model's repository ships."}
+    )
+    allow_pickle_weights: bool = field(
+        default=False, metadata={"help": "Also load .bin weights, which can run code when they are opened."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for downloaded models and for tokenized data."}
+    )
+
+    def __post_init__(self):
+        if self.load_in_8bit and self.load_in_4bit:
+            raise UserError("--load_in_8bit and --load_in_4bit exclude each other: give one of them")
+
+
+@dataclass
+class LoraArguments:
+    use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter; False trains all weights."})
+    target_modules: str | None = field(
+        default=None,
+        metadata={"help": "Modules that get an adapter: all (every linear layer but the head) or names with commas."},
+    )
+    lora_rank: int | None = field(default=None, metadata={"help": "Rank; 16 for a new adapter."})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "The adapter is scaled by alpha / rank; 32 for a new adapter."}
+    )
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: magnitude and direction apart."})
+    use_rslora: bool = field(default=False, metadata={"help": "rsLoRA: scale by alpha / sqrt(rank)."})
+    modules_to_save: str | None = field(
+        default=None,
+        metadata={"help": "Modules trained whole and saved with the adapter, names with commas."},
+    )
+
+
+@dataclass
+class DataArguments:
+    train_file_dir: str | None = field(default=None, metadata={"help": "File or folder (nested) of training records."})
+    validation_file_dir: str | None = field(
+        default=None,
+        metadata={"help": "The same for evaluation; the training folder again: a seeded part is held out of it."},
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "At most so many training records, drawn with the seed."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "At most so many evaluation records, drawn with the seed."}
+    )
+    preprocessing_num_workers: int = field(default=1, metadata={"help": "Processes that tokenize."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize anew though the cache fits."})
+    on_bad_data: Literal["error", "drop"] = field(
+        default="error",
+        metadata={"help": "A record that cannot be read: stop with file:line, or go on without it and count it."},
+    )
+
+    def __post_init__(self):
+        for name in ("max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value}: give a number of records of at least 1")
+
+
+@dataclass
+class RunArguments:
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Start again in an --output_dir that holds a run; the earlier run is moved beside it."},
+    )
+
+
+# Flags that the current libraries renamed: the new name takes the same value.
+RENAMED = {
+    "--evaluation_strategy": "--eval_strategy",
+    "--no_cuda": "--use_cpu",
+    "--per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "--per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+    "--warmup_ratio": "--warmup_steps",  # below 1 it is a share of the steps
+    "--dtype": "--torch_dtype",
+}
+# Flags whose effect is now always on, or gone; the value that still means something else is refused.
+SETTLED = {
+    "--save_safetensors": (True, "weights are always written as safetensors"),
+    "--use_fast_tokenizer": (True, "the tokenizer is always the fast one"),
+    "--push_to_hub": (False, "nothing is uploaded"),
+}
+
+
+class StageArgumentParser(HfArgumentParser):
+    """HfArgumentParser that translates old flags, refuses unknown ones and explains itself in one line.
+
+    `notes` holds one line for each thing that was done otherwise than the command says.
+    """
+
+    def __init__(self, dataclass_types: Sequence[type]):
+        # Abbreviated flags are off: argparse would take a typo such as `--learning` for a flag it prefixes.
+        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.notes: list[str] = []
+
+    def error(self, message: str):
+        raise UserError(f"{message}; `python {sys.argv[0]} --help` lists the flags")
+
+    def parse(self, argv: Sequence[str] | None = None) -> tuple:
+        """Return one instance of each dataclass; raise `UserError` for a flag or value that cannot be honoured."""
+        argv = self._translate(list(sys.argv[1:] if argv is None else argv))
+        namespace, unknown = self.parse_known_args(argv)
+        if unknown:
+            raise UserError(self._unknown_flag_message(unknown))
+        values = vars(namespace)
+        given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+        self._settle_training_arguments(values, given)
+        instances = []
+        for dataclass_type in self.dataclass_types:
+            names = {name for name, spec in dataclass_type.__dataclass_fields__.items() if spec.init}
+            with warnings.catch_warnings():
+                # transformers 5.24 warns of its own rename of gradient_checkpointing, which TRL 1.16 still sets.
+                warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated")
+                try:
+                    instances.append(dataclass_type(**{name: values[name] for name in names}))
+                except (ValueError, ImportError) as error:
+                    raise UserError(" ".join(str(error).split())) from error
+        return tuple(instances)
+
+    def _translate(self, argv: list[str]) -> list[str]:
+        """Rewrite old flags to what they meant, and give a bare `--flag` of a boolean its `True`."""
+        if {"--warmup_ratio", "--warmup_steps"} <= set(argv):
+            raise UserError("--warmup_ratio and --warmup_steps say the same thing twice: give one of them")
+        words: list[str] = []
+        for word in argv:
+            flag, has_value, value = word.partition("=")
+            if flag.startswith("--"):
+                flag = "--" + flag[2:].replace("-", "_")
+            words += [flag, value] if has_value and flag.startswith("--") else [flag if flag.startswith("--") else word]
+        translated: list[str] = []
+        position = 0
+        while position < len(words):
+            flag = words[position]
+            position += 1
+            if not flag.startswith("--"):
+                translated.append(flag)
+                continue
+            values = []
+            while position < len(words) and not words[position].startswith("--"):
+                values.append(words[position])
+                position += 1
+            translated += self._translate_flag(flag, values)
+        return translated
+
+    def _translate_flag(self, flag: str, values: list[str]) -> list[str]:
+        if flag in self._option_string_actions:
+            action = self._option_string_actions[flag]
+            if not values and action.type is string_to_bool:
+                values = ["True"]
+            if flag == "--optim" and values == ["adamw_hf"]:
+                self.notes.append("--optim adamw_hf is gone: adamw_torch, the same algorithm, is used")
+                values = ["adamw_torch"]
+            return [flag, *values]
+        if flag in RENAMED:
+            self.notes.append(f"{flag} is now {RENAMED[flag]} {' '.join(values)}".rstrip())
+            return self._translate_flag(RENAMED[flag], values)
+        if flag == "--group_by_length":
+            grouped = string_to_bool(values[0]) if values else True
+            strategy = "group_by_length" if grouped else "random"
+            self.notes.append(f"--group_by_length {grouped} is now --train_sampling_strategy {strategy}")
+            return ["--train_sampling_strategy", strategy]
+        if flag == "--logging_dir" and values:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = values[0]
+            self.notes.append(f"--logging_dir: TensorBoard events go to {values[0]}")
+            return []
+        if flag in SETTLED:
+            meant, reason = SETTLED[flag]
+            wanted = string_to_bool(values[0]) if values else True
+            if wanted is not meant:
+                raise UserError(f"{flag} {wanted} cannot be honoured: {reason}; leave the flag out")
+            self.notes.append(f"{flag} {wanted}: {reason}")
+            return []
+        return [flag, *values]
+
+    def _unknown_flag_message(self, unknown: list[str]) -> str:
+        known = [option for option in self._option_string_actions if option.startswith("--") and "-" not in option[2:]]
+        known += [*RENAMED, *SETTLED, "--group_by_length"]
+        flags = [word for word in unknown if word.startswith("-")]
+        if not flags:
+            return f"{' '.join(unknown)}: these words belong to no flag; quote values that contain blanks"
+        hints = []
+        for flag in flags:
+            near = difflib.get_close_matches(flag, known, n=1)
+            hints.append(f"{flag} is not a flag of this stage" + (f"; did you mean {near[0]}?" if near else ""))
+        return ". ".join(hints)
+
+    def _settle_training_arguments(self, values: dict, given: set[str]) -> None:
+        """Decide what a flag leaves open: the device, the precision, when to evaluate, where logs go."""
+        if not any(issubclass(dataclass_type, TrainingArguments) for dataclass_type in self.dataclass_types):
+            return
+        if not values["output_dir"]:
+            raise UserError("--output_dir is missing: name the folder for checkpoints and results")
+        if values["resume_from_checkpoint"] is not None:
+            values["resume_from_checkpoint"] = _flag_or_path(values["resume_from_checkpoint"])
+        if "eval_strategy" not in given and values["do_eval"] and values["eval_steps"] is not None:
+            values["eval_strategy"] = "steps"
+            self.notes.append("--eval_steps without --eval_strategy: --eval_strategy steps is used")
+        if values["disable_tqdm"] is None:
+            values["disable_tqdm"] = not sys.stderr.isatty()
+        if string_to_bool(os.environ.get("TORCH_COMPILE", "0")):
+            values["torch_compile"] = True
+        # Without the flag transformers keeps the running mean in the log where the loss was nan, which hides it.
+        values["logging_nan_inf_filter"] = False
+        # The environment, because transformers 5 has no other way to say it; its default is ./runs.
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(values["output_dir"], "runs"))  # noqa: PTH118
+        self._check_trackers(values)
+        self._settle_device(values, given)
+
+    def _check_trackers(self, values: dict) -> None:
+        report_to = values["report_to"] or []
+        for tracker in [report_to] if isinstance(report_to, str) else report_to:
+            if tracker in ("none", "all"):
+                continue
+            if importlib.util.find_spec(tracker.replace("-", "_")) is None:
+                raise UserError(f"--report_to {tracker}: the package is not installed; run `pip install {tracker}`")
+
+    def _settle_device(self, values: dict, given: set[str]) -> None:
+        if torch.cuda.is_available() and not values["use_cpu"]:
+            if values["bf16"] and not torch.cuda.is_bf16_supported():
+                raise UserError(f"--bf16: {torch.cuda.get_device_name()} has no bfloat16; use --fp16 True --bf16 False")
+            if "bf16" not in given and "fp16" not in given:
+                values["bf16"] = torch.cuda.is_bf16_supported()
+            return
+        # Without use_cpu, two torchrun processes on such a machine are two trainings in one folder, each alone.
+        values["use_cpu"] = True
+        replaced = [f"--{name}" for name in ("bf16", "fp16") if values[name]]
+        if values.get("torch_dtype") in ("bfloat16", "float16"):
+            replaced.append(f"--torch_dtype {values['torch_dtype']}")
+        if values.get("device_map"):
+            replaced.append(f"--device_map {values['device_map']}")
+        if os.environ.get("CUDA_VISIBLE_DEVICES"):
+            replaced.append(f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}")
+        values.update(bf16=False, fp16=False, tf32=None)
+        if "torch_dtype" in values:
+            values.update(torch_dtype="float32", device_map=None)
+        instead = f" instead of {', '.join(replaced)}" if replaced else ""
+        self.notes.append(f"no CUDA device: training on the CPU in float32{instead}")
+
+
+def _flag_or_path(text: str) -> str | bool | None:
+    """`--resume_from_checkpoint` takes True, False or a path, and reaches us as text."""
+    lowered = text.strip().lower()
+    if lowered in ("true", "1", "yes"):
+        return True
+    if lowered in ("false", "0", "no", "none", ""):
+        return None
+    return text

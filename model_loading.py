@@ -1,0 +1,448 @@
+"""Weights in and out: tokenizer, base model, quantization, LoRA adapters and where they came from.
+
+Adapter lineage: a path that holds `adapter_config.json` stands for its base model plus that adapter. Training
+continues the adapter itself, so what a stage writes is always relative to the original base and holds all that
+came before. `lineage.json` in the adapter's folder records base, parent, stage, template and data.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from huggingface_hub.constants import ENDPOINT
+from loguru import logger
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from errors import UserError
+
+ADAPTER_CONFIG = "adapter_config.json"
+LINEAGE = "lineage.json"
+DEFAULT_LORA_RANK = 16
+DEFAULT_LORA_ALPHA = 32.0
+
+
+# ---------------------------------------------------------------- paths and lineage
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a checkpoint's weights come from; `lineage.json` in its folder.
+
+    base_model: hub name or folder of the model that the adapter (or the full training) started from.
+    parent: the adapter that training continued, None for a new one.
+    stage, template, data: the script, the prompt template's name ("" is the tokenizer's own), the training data.
+    hidden_size, vocab_size: of the base, so that another base is recognized.
+    """
+
+    base_model: str
+    parent: str | None
+    stage: str
+    template: str
+    data: str
+    hidden_size: int
+    vocab_size: int
+
+    def save(self, folder: str | Path) -> None:
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        Path(folder, LINEAGE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_lineage(folder: str | Path) -> Lineage | None:
+    """The lineage recorded in a checkpoint's folder; None where there is no record (another tool's adapter)."""
+    file = Path(folder, LINEAGE)
+    if not file.is_file():
+        return None
+    try:
+        return Lineage(**json.loads(file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{file}: not a lineage record ({error}); restore it or delete it") from error
+
+
+def is_adapter(path: str | Path) -> bool:
+    return Path(path, ADAPTER_CONFIG).is_file()
+
+
+def read_adapter_config(path: str | Path) -> LoraConfig:
+    """The LoRA configuration of an adapter folder, or UserError where it is no complete LoRA adapter."""
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: no such folder")
+    if not is_adapter(path):
+        raise UserError(f"{path}: no {ADAPTER_CONFIG} in it, so it is no LoRA adapter")
+    config = PeftConfig.from_pretrained(str(path))
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{path}: a {config.peft_type} adapter; only LoRA adapters are read here")
+    if not Path(path, "adapter_model.safetensors").is_file():
+        raise UserError(f"{path}: adapter_model.safetensors is missing; take another checkpoint of that run")
+    return config
+
+
+def base_of(path: str) -> str:
+    """The base model's hub name or folder: an adapter's recorded base, or the path itself."""
+    return read_adapter_config(path).base_model_name_or_path if is_adapter(path) else path
+
+
+def check_model_path(path: str, flag: str, allow_pickle_weights: bool = False) -> None:
+    """Refuse in one line a local path that holds no model; a hub name is left to the hub.
+
+    Raises UserError for a missing or incomplete folder, and for pickle weights unless they are allowed.
+    """
+    folder = Path(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path.split("/")[0]).is_dir()
+    if not folder.exists() and looks_local:
+        raise UserError(f"{flag} {path}: no such folder")
+    if folder.is_file():
+        raise UserError(f"{flag} {path}: a file; give the folder that holds the model")
+    if not folder.is_dir():
+        return
+    if is_adapter(folder):
+        base = read_adapter_config(folder).base_model_name_or_path
+        check_model_path(base, f"{flag} {path}: its base model", allow_pickle_weights)
+        return
+    names = {file.name for file in folder.iterdir()}
+    if "config.json" not in names:
+        raise UserError(f"{flag} {path}: neither config.json (a model) nor {ADAPTER_CONFIG} (an adapter) in it")
+    if not any(name.endswith(".safetensors") for name in names):
+        if not any(name.endswith(".bin") for name in names):
+            raise UserError(f"{flag} {path}: no weights (*.safetensors) in it")
+        if not allow_pickle_weights:
+            raise UserError(
+                f"{flag} {path}: only pickle weights (.bin), which can run code when they are opened; convert them "
+                "to safetensors, or pass --allow_pickle_weights True if you trust them"
+            )
+
+
+@contextmanager
+def _explained(path: str, flag: str) -> Iterator[None]:
+    """Turn what the hub and the loaders raise into one line that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        text = " ".join(str(error).split())
+        hub = os.environ.get("HF_ENDPOINT", ENDPOINT)
+        if "gated" in text:
+            reason = f"a gated model: accept its licence on {hub} and set HF_TOKEN to a token of your account"
+        elif "401" in text or "is not a valid model identifier" in text or "Repository Not Found" in text:
+            reason = f"neither a folder here nor a public model on {hub}: check the spelling, or set HF_TOKEN if it is private"
+        elif "offline" in text or "connect" in text.lower() or "Max retries" in text or "resolve" in text:
+            reason = (
+                f"no folder of that name here, and {hub} cannot be reached: check the network, set HF_ENDPOINT to a "
+                "mirror, or give the folder of a downloaded model"
+            )
+        elif "trust_remote_code" in text:
+            reason = "its repository ships Python code: read it, then pass --trust_remote_code True"
+        else:
+            raise
+        raise UserError(f"{flag} {path}: {reason}") from error
+
+
+# ---------------------------------------------------------------- tokenizer and base model
+
+
+def load_tokenizer(
+    path: str,
+    *,
+    flag: str = "--model_name_or_path",
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or adapter, with a pad token.
+
+    An adapter's own tokenizer, which has the template it was trained with, goes before its base's.
+    """
+    source = path if not is_adapter(path) or Path(path, "tokenizer_config.json").is_file() else base_of(path)
+    with _explained(source, flag):
+        tokenizer = AutoTokenizer.from_pretrained(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token is None:
+        raise UserError(f"{flag} {path}: its tokenizer has no end-of-text token, so no reply would end")
+    if tokenizer.pad_token is None:
+        # Padding is masked by position, never by id, so the end token stays a token to learn.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def quantization_config(
+    load_in_4bit: bool, load_in_8bit: bool, compute_dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """NF4 with double quantization (QLoRA, Dettmers et al. 2023), LLM.int8(), or None."""
+    if load_in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if load_in_8bit else None
+
+
+def attention_implementation(flash_attn: bool) -> str:
+    """FlashAttention 2 where it is asked for and possible, otherwise PyTorch's SDPA, said in one line."""
+    if not flash_attn:
+        return "sdpa"
+    if find_spec("flash_attn") is None:
+        logger.info("--flash_attn: the package flash-attn is not installed; PyTorch's SDPA attention is used")
+        return "sdpa"
+    if not torch.cuda.is_available():
+        logger.info("--flash_attn: FlashAttention needs a CUDA device; PyTorch's SDPA attention is used")
+        return "sdpa"
+    return "flash_attention_2"
+
+
+def placement(device_map: str | None, quantized: bool) -> dict | str | None:
+    """Where the weights go: split over the GPUs of one process, whole on this process's GPU, or left to the trainer.
+
+    Under torchrun every process holds the whole model: splitting it there puts all copies on the same GPUs.
+    """
+    if not torch.cuda.is_available():
+        return None
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if n_processes > 1:
+        if device_map:
+            logger.info(f"--device_map {device_map}: each of {n_processes} processes holds the model on its own GPU")
+        return {"": int(os.environ["LOCAL_RANK"])} if quantized else None
+    if device_map and torch.cuda.device_count() > 1:
+        return device_map
+    return {"": torch.cuda.current_device()} if quantized else None
+
+
+def load_base_model(
+    path: str,
+    *,
+    flag: str = "--model_name_or_path",
+    torch_dtype: str = "auto",
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    device_map: str | None = None,
+    flash_attn: bool = False,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle_weights: bool = False,
+    model_class: type = AutoModelForCausalLM,
+    **config_overrides,
+) -> PreTrainedModel:
+    """Load a base model (not an adapter), quantized if asked for.
+
+    Args:
+        torch_dtype: "auto" for the checkpoint's own, or a name such as "bfloat16".
+        model_class: the auto class, for a head other than the language model's.
+        config_overrides: passed to the configuration, such as num_labels=1.
+    """
+    quantized = load_in_4bit or load_in_8bit
+    if quantized and not torch.cuda.is_available():
+        _keep_bitsandbytes_weights_plain()
+    dtype = "auto" if torch_dtype == "auto" else getattr(torch, torch_dtype)
+    compute_dtype = torch.bfloat16 if dtype == "auto" else dtype
+    with _explained(path, flag):
+        return model_class.from_pretrained(
+            path,
+            dtype=dtype,
+            quantization_config=quantization_config(load_in_4bit, load_in_8bit, compute_dtype),
+            device_map=placement(device_map, quantized),
+            attn_implementation=attention_implementation(flash_attn),
+            cache_dir=cache_dir,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if allow_pickle_weights else True,
+            **config_overrides,
+        )
+
+
+def _keep_bitsandbytes_weights_plain() -> None:
+    """Stop bitsandbytes 0.50.2 from repacking 4-bit weights for avx512_bf16 CPUs in the first evaluation forward.
+
+    After it most LoRA matrices get no gradient and a merge gives garbage, without a word.
+    """
+    import bitsandbytes.nn.modules as bnb_modules
+
+    bnb_modules.has_avx512bf16 = lambda: False
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def load_for_training(
+    path: str,
+    *,
+    use_peft: bool,
+    target_modules: str | None = None,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    lora_dropout: float = 0.05,
+    use_dora: bool = False,
+    use_rslora: bool = False,
+    modules_to_save: str | None = None,
+    task_type: TaskType = TaskType.CAUSAL_LM,
+    **base_options,
+) -> PreTrainedModel | PeftModel:
+    """The model to train: a base with a new adapter, a base with its adapter continued, or all weights.
+
+    None for rank, alpha or modules means the adapter's own, or for a new adapter 16, 32 and every linear layer.
+
+    Raises:
+        UserError: the adapter at `path` has another shape than the flags ask for, or is asked to be trained as a
+            full model. What an earlier stage learned is never dropped.
+    """
+    if is_adapter(path):
+        config = read_adapter_config(path)
+        _check_continuable(
+            path, config, use_peft, target_modules, lora_rank, lora_alpha, use_dora, use_rslora, task_type
+        )
+        base = load_base_model(config.base_model_name_or_path, **base_options)
+        config.lora_dropout = lora_dropout
+        config.inference_mode = False
+        return PeftModel.from_pretrained(base, path, config=config, is_trainable=True)
+
+    quantized = base_options.get("load_in_4bit") or base_options.get("load_in_8bit")
+    if quantized and not use_peft:
+        raise UserError("--use_peft False with a quantized base: its weights cannot be trained; use --use_peft True")
+    base = load_base_model(path, **base_options)
+    if not use_peft:
+        return base
+    config = LoraConfig(
+        task_type=task_type,
+        r=lora_rank or DEFAULT_LORA_RANK,
+        lora_alpha=lora_alpha or DEFAULT_LORA_ALPHA,
+        lora_dropout=lora_dropout,
+        target_modules=_module_names(target_modules),
+        modules_to_save=_split_names(modules_to_save),
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+    )
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        linear = sorted({name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise UserError(
+            f"--target_modules {target_modules}: no such module in {path}; it has {', '.join(linear)}, or say all"
+        ) from error
+
+
+def _check_continuable(
+    path: str,
+    config: LoraConfig,
+    use_peft: bool,
+    target_modules: str | None,
+    lora_rank: int | None,
+    lora_alpha: float | None,
+    use_dora: bool,
+    use_rslora: bool,
+    task_type: TaskType,
+) -> None:
+    if not use_peft:
+        raise UserError(
+            f"{path} is a LoRA adapter and --use_peft False trains full weights: merge it first with "
+            "merge_peft_adapter.py, then train the merged model"
+        )
+    if config.task_type not in (task_type, None):
+        raise UserError(f"{path} is a {config.task_type} adapter; this stage continues a {task_type.value} adapter")
+    # Asking for all linear layers is satisfied by an adapter that names them, which is how PEFT saves it.
+    modules = _split_names(target_modules) if target_modules not in (None, "all", "all-linear") else None
+    wanted_and_found = {
+        "--lora_rank": (lora_rank, config.r),
+        "--lora_alpha": (lora_alpha, config.lora_alpha),
+        "--target_modules": (modules and sorted(modules), sorted(config.target_modules)),
+        "--use_dora": (use_dora or None, config.use_dora),
+        "--use_rslora": (use_rslora or None, config.use_rslora),
+    }
+    for flag, (wanted, found) in wanted_and_found.items():
+        if wanted is not None and wanted != found:
+            raise UserError(
+                f"{flag} {_said(wanted)}: the adapter in {path} has {_said(found)}, and training continues it; leave "
+                "the flag out, or merge the adapter first (merge_peft_adapter.py) and start a new one on the merged model"
+            )
+
+
+def _said(value: object) -> str:
+    return ",".join(value) if isinstance(value, list) else str(value)
+
+
+def _split_names(names: str | None) -> list[str] | None:
+    return [name.strip() for name in names.split(",") if name.strip()] if names else None
+
+
+def _module_names(target_modules: str | None) -> str | list[str]:
+    return "all-linear" if target_modules in (None, "all", "all-linear") else _split_names(target_modules)
+
+
+def describe_trainable(model: PreTrainedModel | PeftModel) -> str:
+    """One line: trainable parameters of all, and for an adapter the number of LoRA layers by module type."""
+    # Quantized weights hold several values an element; PEFT's count knows that.
+    if isinstance(model, PeftModel):
+        trainable, total = model.get_nb_trainable_parameters()
+    else:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    line = f"{trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
+    layers = Counter(name.split(".lora_A.")[0].rpartition(".")[2] for name in model.state_dict() if ".lora_A." in name)
+    if layers:
+        line += "; LoRA on " + ", ".join(f"{count} {name}" for name, count in layers.items())
+    return line
+
+
+# ---------------------------------------------------------------- base and adapter together
+
+
+def check_same_family(base_model: str, lora_model: str, **hub_options) -> None:
+    """Refuse an adapter on a base it was not trained on, by recorded name, hidden size and vocabulary.
+
+    A copy of the base under another name or path is accepted when the sizes agree, and said.
+    """
+    config = read_adapter_config(lora_model)
+    lineage = read_lineage(lora_model)
+    recorded = lineage.base_model if lineage else config.base_model_name_or_path
+    if _same_name(recorded, base_model):
+        return
+    with _explained(base_model, "--base_model"):
+        base_config = AutoConfig.from_pretrained(base_model, **hub_options)
+    if lineage is None:
+        raise UserError(
+            f"--lora_model {lora_model} was trained on {recorded}, not on {base_model}, and has no {LINEAGE} to "
+            f"compare by: pass --base_model {recorded}"
+        )
+    found = (base_config.hidden_size, base_config.vocab_size)
+    if found != (lineage.hidden_size, lineage.vocab_size):
+        raise UserError(
+            f"--base_model {base_model} (hidden size {found[0]}, vocabulary {found[1]}) is not the base of "
+            f"{lora_model}, which was trained on {recorded} ({lineage.hidden_size}, {lineage.vocab_size})"
+        )
+    logger.warning(f"{lora_model} was trained on {recorded}; {base_model} has the same sizes and is used as its base")
+
+
+def _same_name(recorded: str, given: str) -> bool:
+    """The same hub name or folder; a hub name also equals a local copy that ends in its last part."""
+    if Path(recorded).exists() and Path(given).exists():
+        return Path(recorded).resolve() == Path(given).resolve()
+    return recorded.rstrip("/").rpartition("/")[2] == given.rstrip("/").rpartition("/")[2]
+
+
+def load_with_adapter(base_model: str, lora_model: str, **base_options) -> PeftModel:
+    """A base with an adapter on it, for use (not for training); checks first that they belong together."""
+    check_same_family(
+        base_model,
+        lora_model,
+        cache_dir=base_options.get("cache_dir"),
+        trust_remote_code=base_options.get("trust_remote_code", False),
+    )
+    base = load_base_model(base_model, flag="--base_model", **base_options)
+    try:
+        return PeftModel.from_pretrained(base, lora_model)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise UserError(
+            f"--lora_model {lora_model} does not fit --base_model {base_model}: other layer sizes"
+        ) from error

@@ -1,0 +1,755 @@
+"""The data contract: dialogues in one form whatever the dialect and file, and faults named by `file:line`.
+
+    files, unread = find_files("data/finetune", "--train_file_dir")
+    dialogues, report = load_dialogues(files, on_bad_data="error")
+    train, held_out = split_holdout(dialogues, 100, seed=42, flag="--max_eval_samples")
+
+A fault in one record is a `BadRecord`, which a run refuses, or drops and counts. A fault after which the rest
+of a file cannot be read is a `UserError` always: nobody could count what was lost.
+"""
+
+import csv
+import difflib
+import functools
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import time
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
+
+from filelock import FileLock
+
+from errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+T = TypeVar("T")
+
+_IMPORTED_AT = time.time()
+
+
+# --------------------------------------------------------------------------------------------------
+# What a record becomes
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One usable dialogue: perhaps a system turn, then user, tool and assistant turns, a reply the last.
+
+    A message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}`; an assistant's may add
+    `"tool_calls": [{"name": str, "arguments": dict}]`. Contents are stripped: a space between the assistant
+    header and the reply gives other tokens in training than in generation. Line ends are `\\n`.
+    """
+
+    messages: list[dict]
+    tools: list[dict] | None
+    source: str
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that cannot be used: where it stands, a category to count by, and what to mend."""
+
+    source: str
+    reason: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.reason}: {self.detail}"
+
+
+@dataclass
+class Report:
+    """How many records were read, and how many dropped for which reason.
+
+    A later step adds its own drops, or where it works on a part of the records starts its own `Report(read)`.
+    """
+
+    read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> int:
+        return self.read - self.dropped.total()
+
+    def drop(self, bad: BadRecord) -> None:
+        """Count one of the records read as dropped; the first three of each reason are kept as examples."""
+        self.dropped[bad.reason] += 1
+        examples = self.examples.setdefault(bad.reason, [])
+        if len(examples) < 3:
+            examples.append(f"{bad.source}: {bad.detail}")
+
+    def summary(self) -> str:
+        """One line, such as `kept 985 of 1000 (12 empty reply, 3 broken JSON)`."""
+        line = f"kept {self.kept} of {self.read}"
+        if self.dropped:
+            line += f" ({', '.join(f'{count} {reason}' for reason, count in self.dropped.most_common())})"
+        return line
+
+    def as_dict(self) -> dict:
+        """The report as JSON values, for the cache; `from_dict` reads it back."""
+        return {"read": self.read, "dropped": dict(self.dropped), "examples": self.examples}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Report":
+        return cls(values["read"], Counter(values["dropped"]), values["examples"])
+
+
+class _Unusable(Exception):  # noqa: N818 - it ends one record, not the run
+    """Raised anywhere in the reading of one record; becomes its `BadRecord`."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+# --------------------------------------------------------------------------------------------------
+# Finding files
+# --------------------------------------------------------------------------------------------------
+
+RECORD_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def find_files(path: str | Path, flag: str, endings: Sequence[str] = RECORD_ENDINGS) -> tuple[list[Path], list[Path]]:
+    """List the files to read at `path` (a file, or a folder and all below it), and those left unread.
+
+    Both lists are sorted; hidden files are in neither. Raises UserError, naming `flag`, if none can be read.
+    """
+    path = Path(path)
+    if path.is_file():
+        found = [path]
+    elif path.is_dir():
+        found = []
+        # os.walk rather than rglob: data folders on servers are often linked in from another disk.
+        for folder, subfolders, names in os.walk(path, followlinks=True):
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            found += [Path(folder, name) for name in names if not name.startswith(".")]
+    else:
+        raise UserError(f"{flag} {path}: no such file or folder")
+
+    files = sorted(file for file in found if file.suffix.lower() in endings)
+    unread = sorted(set(found).difference(files))
+    if not files:
+        what_is_there = f"found only {_some(unread)}" if unread else "the folder is empty"
+        raise UserError(f"{flag} {path}: {what_is_there}; files that end in {', '.join(endings)} are read")
+    return files, unread
+
+
+def content_fingerprint(files: Sequence[Path]) -> str:
+    """SHA-256 over the names (as `Dialogue.source` shows them) and the bytes of the files, in their order."""
+    whole = hashlib.sha256()
+    for path in files:
+        content = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                content.update(block)
+        whole.update(f"{_shown(path)}\0{content.hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def _shown(path: Path) -> str:
+    """The path as messages show it: relative to the working directory where it lies below it."""
+    path = path.absolute()
+    return (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path).as_posix()
+
+
+def _some(paths: Sequence[Path]) -> str:
+    """The first five names, and how many more there are."""
+    names = ", ".join(path.name for path in paths[:5])
+    return names if len(paths) <= 5 else f"{names} and {len(paths) - 5} more"
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading files: each reader yields (source, record), or (source, _Unusable) where the record is broken
+# --------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, object]]:
+    """Read by content, not ending: `[` opens a list, a lone `{` one long record, else one record a line."""
+    name = _shown(path)
+    with _open_text(path) as file:
+        first_line = next((line for line in file if line.strip()), "").strip()
+        file.seek(0)
+        if first_line.startswith("["):
+            yield from _read_json_list(file.read(), name)
+        elif first_line == "{":
+            yield from _read_json_list(f"[{file.read()}]", name)
+        else:
+            yield from _read_json_lines(file, name)
+
+
+def _read_json_lines(lines: Iterator[str], name: str) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = _utf8_fault(line, first_line=number) or json.loads(line.rstrip())
+        except json.JSONDecodeError as error:
+            record = _Unusable("broken JSON", f"{error.msg} (column {error.colno}); write one whole record a line")
+        yield f"{name}:{number}", record
+
+
+_JSON_BLANKS = re.compile(r"[ \t\r\n]*")
+
+
+def _read_json_list(text: str, name: str) -> Iterator[tuple[str, object]]:
+    """Decode a list record by record, so that each knows the line on which it starts."""
+    decode = json.JSONDecoder().raw_decode
+    line, number_on_line, counted_to = 1, 0, 0
+    try:
+        position = _after_blanks(text, text.index("[") + 1)
+        while not text.startswith("]", position):
+            record, end = decode(text, position)
+            newlines = text.count("\n", counted_to, position)
+            number_on_line = 1 if newlines else number_on_line + 1
+            line, counted_to = line + newlines, position
+            source = f"{name}:{line}"
+            if number_on_line > 1:  # as in a list without line breaks
+                source += f" (record {number_on_line} on the line)"
+            yield source, _utf8_fault(text, position, end) or record
+            position = _after_blanks(text, end)
+            if text.startswith(",", position):
+                position = _after_blanks(text, position + 1)
+            elif not text.startswith("]", position):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+        position = _after_blanks(text, position + 1)
+        if position < len(text):
+            raise json.JSONDecodeError("Text after the list's end", text, position)
+    except json.JSONDecodeError as error:
+        if fault := _utf8_fault(text, position):  # a GBK character may hold the byte of a backslash
+            raise UserError(f"{name}:{error.lineno}: {fault.reason}: {fault.detail}") from None
+        raise UserError(
+            f"{name}:{error.lineno}: broken JSON: {error.msg} (column {error.colno}); mend it, "
+            "the rest of the file cannot be read"
+        ) from None
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, object]]:
+    name = _shown(path)
+    csv.field_size_limit(2**31 - 1)  # a dialogue in one cell passes the module's limit of 128 KiB
+    with _open_text(path) as file:
+        lines = list(file)
+    # strict: otherwise a quote that is never closed silently takes the rest of the file into one cell.
+    rows = csv.reader(lines, strict=True)
+    start = 0
+    try:
+        header = next(rows, [])
+        if fault := _utf8_fault("".join(lines[: rows.line_num])):
+            raise UserError(f"{name}:1: {fault.reason}: {fault.detail}")
+        start = rows.line_num
+        for cells in rows:
+            text, source = "".join(lines[start : rows.line_num]), f"{name}:{start + 1}"
+            fault = _utf8_fault(text, first_line=start + 1)
+            start = rows.line_num
+            if len(cells) == len(header):
+                yield source, fault or dict(zip(header, cells, strict=True))
+            elif cells:  # a blank line has none
+                detail = f"{len(cells)}, where the header has {len(header)}; quote cells that contain commas"
+                yield source, fault or _Unusable("wrong number of cells", detail)
+    except csv.Error as error:
+        raise UserError(
+            f"{name}:{start + 1}: broken CSV: {error}; close each quote and double the quotes inside a cell, "
+            "the rest of the file cannot be read"
+        ) from None
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    name, number = _shown(path), 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{name}:row {number}", record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{name}: not a whole parquet file ({error}); copy or download it again") from None
+
+
+_READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+
+
+def _open_text(path: Path) -> TextIO:
+    """Open a file so that a byte that is not UTF-8 spoils only its own record, and only `\\n` ends a line."""
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+
+
+def _utf8_fault(text: str, start: int = 0, end: int | None = None, first_line: int = 1) -> _Unusable | None:
+    """Name the first byte of `text[start:end]` that was not UTF-8 in the file, if there is one."""
+    try:
+        text[start:end].encode()
+        return None
+    except UnicodeEncodeError as error:
+        position = start + error.start
+    line_start = text.rfind("\n", 0, position) + 1
+    line = first_line + text.count("\n", 0, line_start)
+    byte = len(text[line_start:position].encode(errors="surrogateescape")) + 1
+    value = ord(text[position]) - 0xDC00
+    encoding = "UTF-16" if value == 0xFF else "GB18030"  # FF opens Windows' UTF-16; GB18030 includes GBK
+    return _Unusable(
+        "not UTF-8",
+        f"byte {byte} of line {line} is {value:#04x}; convert the file, probably by "
+        f"`iconv -f {encoding} -t UTF-8 OLD > NEW`",
+    )
+
+
+def _after_blanks(text: str, position: int) -> int:
+    """The position of the first character at or after `position` that JSON does not take for a blank."""
+    return _JSON_BLANKS.match(text, position).end()
+
+
+# --------------------------------------------------------------------------------------------------
+# Dialects: each turns a record into turns; the keys of the record decide which
+# --------------------------------------------------------------------------------------------------
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+def _turns_of_list(key: str, record: dict) -> list[dict]:
+    """Read ShareGPT's `conversations` and OpenAI's `messages`; either list may hold either form of turn."""
+    turns = _parsed(record[key], f"'{key}'")
+    if not isinstance(turns, list):
+        raise _Unusable("not a list", f"'{key}' is {_kind(turns)}; it must be a list of turns")
+    return [_turn(turn, f"turn {number}") for number, turn in enumerate(turns, 1)]
+
+
+def _turn(turn: object, where: str) -> dict:
+    """Read `{"from", "value"}` or `{"role", "content", "tool_calls"}`."""
+    if not isinstance(turn, dict):
+        raise _Unusable("not an object", f"{where} is {_kind(turn)}; it must be an object with role and content")
+    if "from" in turn and "value" in turn:
+        name, content = turn["from"], turn["value"]
+    elif "role" in turn and ("content" in turn or turn.get("tool_calls")):
+        name, content = turn["role"], turn.get("content")
+    else:
+        raise _Unusable(
+            "unknown keys",
+            f"{where} has {_quoted(turn)}; known are 'from' and 'value', or 'role' and 'content'"
+            + _nearest(turn, ("from", "value", "role", "content", "tool_calls")),
+        )
+    role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise _Unusable("unknown role", f"{where} is from {name!r}; known are {', '.join(_ROLES)}")
+    where = f"{where} ({name})"
+
+    if name == "function_call":
+        return {"role": role, "content": "", "tool_calls": _tool_calls(content, where)}
+    calls = turn.get("tool_calls")
+    if not calls:
+        return {"role": role, "content": _text(content, where)}
+    if role != "assistant":
+        raise _Unusable("broken tool call", f"{where} has tool_calls; only the assistant calls tools")
+    content = "" if content is None else _text(content, where)
+    return {"role": role, "content": content, "tool_calls": _tool_calls(calls, where)}
+
+
+def _tool_calls(calls: object, where: str) -> list[dict]:
+    """Read OpenAI's `{"function": {"name", "arguments"}}` or plain `{"name", "arguments"}`, one or a list."""
+    calls = _parsed(calls, f"the tool call of {where}")
+    read = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = (call.get("function") or call) if isinstance(call, dict) else {}
+        name = function.get("name") if isinstance(function, dict) else None
+        arguments = function.get("arguments") if isinstance(function, dict) else None
+        arguments = _parsed(arguments or {}, f"the arguments of the tool call of {where}")
+        if not (name and isinstance(name, str) and isinstance(arguments, dict)):
+            raise _Unusable("broken tool call", f"{where} needs a name and an object of arguments, found {call!r:.80}")
+        read.append({"name": name, "arguments": arguments})
+    return read
+
+
+def _turns_of_alpaca(record: dict) -> list[dict]:
+    """Read an instruction, the input it is about on the next line, and the output."""
+    instruction, about = _text(record["instruction"], "'instruction'"), _optional_text(record, "input")
+    question = f"{instruction}\n{about}" if instruction and about else instruction or about
+    return [*_history(record), *_exchange(question, _text(record["output"], "'output'"))]
+
+
+def _turns_of_question(record: dict) -> list[dict]:
+    question, answer = _text(record["question"], "'question'"), _text(record["answer"], "'answer'")
+    return [*_history(record), *_exchange(question, answer)]
+
+
+def _history(record: dict) -> list[dict]:
+    """Read the earlier [question, answer] exchanges of a record."""
+    history = _parsed(record.get("history") or [], "'history'")
+    turns = []
+    for number, exchange in enumerate(history if isinstance(history, list) else [history], 1):
+        where = f"exchange {number} of 'history'"
+        if not (isinstance(exchange, list) and len(exchange) == 2):
+            raise _Unusable("broken history", f"{where} is {exchange!r:.80}; it must be [question, answer]")
+        turns += _exchange(*(_text(text, where) for text in exchange))
+    return turns
+
+
+def _exchange(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    read_turns: Callable[[dict], list[dict]]
+
+
+# The one rule of detection: the first dialect whose required keys the record has, whatever the file's name.
+# An optional key that is null or empty (an empty csv cell) counts as absent. Other keys are metadata.
+_DIALECTS = (
+    _Dialect(("conversations",), ("system", "tools"), functools.partial(_turns_of_list, "conversations")),
+    _Dialect(("messages",), ("system", "tools"), functools.partial(_turns_of_list, "messages")),
+    _Dialect(("instruction", "output"), ("input", "history", "system", "tools"), _turns_of_alpaca),
+    _Dialect(("question", "answer"), ("history", "system", "tools"), _turns_of_question),
+)
+_PREFERENCE_KEYS = ("response_chosen", "response_rejected", "chosen", "rejected", "good_answer", "bad_answer")
+
+
+def _find_dialect(record: dict) -> _Dialect:
+    if any(key in record for key in _PREFERENCE_KEYS):
+        raise _Unusable(
+            "preference pair",
+            f"has {_quoted(record)}; reward_modeling.py and dpo_training.py read such pairs",
+        )
+    for dialect in _DIALECTS:
+        if all(key in record for key in dialect.required):
+            # A misspelt 'history' taken for metadata would train on answers without their questions.
+            if suspect := _nearest(record, dialect.optional, cutoff=0.85):
+                raise _Unusable("unknown keys", f"has {_quoted(record)}{suspect}")
+            return dialect
+    if "text" in record:
+        raise _Unusable("plain text", f"has {_quoted(record)}; pretraining.py reads text without dialogue")
+    known = ", or ".join(" with ".join(map(repr, dialect.required)) for dialect in _DIALECTS)
+    every_key = tuple({key: None for dialect in _DIALECTS for key in dialect.required + dialect.optional})
+    raise _Unusable("unknown keys", f"has {_quoted(record)}; known are {known}{_nearest(record, every_key)}")
+
+
+def _nearest(record: dict, known: tuple[str, ...], cutoff: float = 0.6) -> str:
+    """`; is 'histroy' meant as 'history'?` for each key of the record that is close to a known absent one."""
+    absent = tuple(key for key in known if key not in record)
+    pairs = ((key, _closest(key, absent, cutoff)) for key in record if key not in known)
+    return "".join(f"; is {key!r} meant as {near!r}?" for key, near in pairs if near)
+
+
+@functools.lru_cache(maxsize=1000)
+def _closest(key: str, known: tuple[str, ...], cutoff: float) -> str | None:
+    return next(iter(difflib.get_close_matches(key.lower(), known, 1, cutoff)), None)
+
+
+# --------------------------------------------------------------------------------------------------
+# Values
+# --------------------------------------------------------------------------------------------------
+
+
+def _text(value: object, where: str) -> str:
+    """The content of a turn: a string, or OpenAI's list of text parts, stripped."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        kinds = sorted({str(part.get("type")) for part in value} - {"text"})
+        if kinds:
+            raise _Unusable("not text", f"{where} has parts of type {', '.join(kinds)}; only text is trained on")
+        value = "".join(_text_part(part, where) for part in value)
+    if value is None:
+        raise _Unusable("null value", f"{where} is null; write the text or delete the record")
+    if not isinstance(value, str):
+        raise _Unusable("not text", f"{where} is {_kind(value)}; it must be a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        character = f"\\u{ord(value[error.start]):04x}"
+        raise _Unusable("broken character", f"{where} has half a character, {character}; write it anew") from None
+    return value.replace("\r\n", "\n").strip()
+
+
+def _text_part(part: dict, where: str) -> str:
+    if not isinstance(part.get("text"), str):
+        raise _Unusable("not text", f"{where} has a text part without text")
+    return part["text"]
+
+
+def _optional_text(record: dict, key: str) -> str:
+    return _text(record[key], f"'{key}'") if record.get(key) else ""
+
+
+def _parsed(value: object, where: str) -> object:
+    """A nested value, which csv and parquet often hold as a JSON string."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        detail = f"{where} is not JSON: {error.msg} (character {error.pos + 1}); write it with json.dumps"
+        raise _Unusable("broken JSON", detail) from None
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+
+
+def _quoted(record: dict) -> str:
+    return f"the keys {', '.join(map(repr, record))}" if record else "no keys"
+
+
+# --------------------------------------------------------------------------------------------------
+# From records to dialogues
+# --------------------------------------------------------------------------------------------------
+
+
+def read_dialogues(files: Sequence[Path]) -> Iterator[Dialogue | BadRecord]:
+    """Read files of any dialect in order, one result a record."""
+    for path in files:
+        for source, record in _READERS[path.suffix.lower()](path):
+            try:
+                if isinstance(record, _Unusable):
+                    raise record
+                yield _dialogue(record, source)
+            except _Unusable as error:
+                yield BadRecord(source, error.reason, error.detail)
+
+
+def _dialogue(record: object, source: str) -> Dialogue:
+    if not isinstance(record, dict):
+        raise _Unusable("not an object", f"the record is {_kind(record)}; it must be an object")
+    turns = _find_dialect(record).read_turns(record)
+    _check_turns(turns)
+
+    system = _optional_text(record, "system")
+    if turns[0]["role"] == "system":
+        first = turns.pop(0)["content"]
+        if system and first:
+            raise _Unusable("two system prompts", "one in 'system' and one in turn 1; keep one")
+        system = system or first
+    messages = [{"role": "system", "content": system}, *turns] if system else turns
+
+    tools = _parsed(record.get("tools") or [], "'tools'")
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise _Unusable("broken tools", f"'tools' is {tools!r:.80}; it must be a list of objects")
+    return Dialogue(messages, tools or None, source)
+
+
+# A turn that calls tools is a kind of its own here: what it waits for is the tools' results.
+_MAY_FOLLOW = {
+    "start": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "tool call": ("tool",),
+    "tool": ("tool", "assistant"),
+}
+
+
+def _check_turns(turns: list[dict]) -> None:
+    """Refuse what no model should learn: turns out of order, empty turns, a last turn without reply."""
+    if not turns:
+        raise _Unusable("empty conversation", "it has no turns; delete the record")
+    before = "start"
+    for number, turn in enumerate(turns, 1):
+        role = turn["role"]
+        if role not in _MAY_FOLLOW[before]:
+            raise _out_of_order(number, role, before)
+        before = "tool call" if turn.get("tool_calls") else role
+        if before == "user" and not turn["content"]:
+            raise _Unusable("empty user turn", f"turn {number} (user) is empty; write it or delete the record")
+        if before == "assistant" and not turn["content"]:
+            raise _Unusable("empty reply", f"turn {number} (assistant) is empty; write it or delete the record")
+    if before not in ("assistant", "tool call"):
+        # Also after earlier replies: cutting the turn off would change the user's data silently.
+        raise _Unusable("no reply", f"turn {len(turns)} ({before}) is the last; add the reply or delete the turn")
+
+
+def _out_of_order(number: int, role: str, before: str) -> _Unusable:
+    where = f"turn {number} ({role})"
+    if role == "system":
+        return _Unusable("system not first", f"{where} must be turn 1")
+    if role == before or (role == "assistant" and before == "tool call"):
+        return _Unusable("two turns in a row", f"turns {number - 1} and {number} are both from the {role}; join them")
+    if role == "assistant":
+        return _Unusable("starts with the model", f"{where} comes before any question; start with the user")
+    return _Unusable(
+        "turns out of order", f"{where} comes after: {before}; needed is: {' or '.join(_MAY_FOLLOW[before])}"
+    )
+
+
+def load_dialogues(
+    files: Sequence[Path], on_bad_data: Literal["error", "drop"] = "error"
+) -> tuple[list[Dialogue], Report]:
+    """Read all dialogues of the files, and refuse bad records ("error") or drop and count them ("drop").
+
+    Raises UserError, showing the first ten, on bad records under "error" and whenever nothing is left to use.
+    """
+    dialogues: list[Dialogue] = []
+    report = Report()
+    first_bad: list[str] = []
+    for result in read_dialogues(files):
+        report.read += 1
+        if isinstance(result, Dialogue):
+            dialogues.append(result)
+        else:
+            report.drop(result)
+            if len(first_bad) < 10:
+                first_bad.append(f"  {result}")
+
+    n_bad = report.dropped.total()
+    if not report.read:
+        raise UserError(f"no records in {_some(files)}")
+    if not dialogues or (n_bad and on_bad_data == "error"):
+        listed = "" if n_bad <= 10 else "; the first ten"
+        hint = "mend them, or go on without them: --on_bad_data drop" if dialogues else "no record can be used"
+        raise UserError("\n".join([f"{n_bad} of {report.read} records are bad{listed}:", *first_bad, hint]))
+    return dialogues, report
+
+
+# --------------------------------------------------------------------------------------------------
+# Choosing dialogues
+# --------------------------------------------------------------------------------------------------
+
+
+def take_samples(items: Sequence[T], max_samples: int | None, seed: int) -> list[T]:
+    """A seeded random choice of at most `max_samples` items, in their order; None or too few takes all."""
+    if max_samples is None or max_samples >= len(items):
+        return list(items)
+    chosen = random.Random(seed).sample(range(len(items)), max_samples)
+    return [items[index] for index in sorted(chosen)]
+
+
+def split_holdout(
+    dialogues: Sequence[Dialogue], size: int | float, seed: int, flag: str
+) -> tuple[list[Dialogue], list[Dialogue]]:
+    """Split into (train, held out), both in the order given; a question never falls on both sides.
+
+    Args:
+        dialogues: what to split.
+        size: how many to hold out (int), or which share of all (float below 1). Fewer are held out where the
+            dialogues that share a question do not fit.
+        seed: decides which questions come first; the order of the dialogues does not matter.
+        flag: the flag that set `size`, for the message.
+
+    Raises:
+        UserError: a side would be empty.
+    """
+    by_question: dict[str, list[int]] = defaultdict(list)
+    for index, dialogue in enumerate(dialogues):
+        by_question[_question_key(dialogue)].append(index)
+
+    wanted = size if isinstance(size, int) else max(1, round(size * len(dialogues)))
+    held_out: set[int] = set()
+    for question in sorted(by_question, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest()):
+        if len(held_out) + len(by_question[question]) <= wanted:
+            held_out.update(by_question[question])
+
+    if not held_out or len(held_out) == len(dialogues):
+        raise UserError(
+            f"{flag} {size}: cannot hold out {wanted} of {len(dialogues)} dialogues "
+            f"(with {len(by_question)} different first questions) and train on the rest; "
+            "lower it or give validation files of their own"
+        )
+    train = [dialogue for index, dialogue in enumerate(dialogues) if index not in held_out]
+    return train, [dialogues[index] for index in sorted(held_out)]
+
+
+def _question_key(dialogue: Dialogue) -> str:
+    """The first user turn without what copies differ in: case, width of characters, punctuation, spaces."""
+    question = next(message["content"] for message in dialogue.messages if message["role"] == "user")
+    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", question).casefold())
+
+
+# --------------------------------------------------------------------------------------------------
+# The cache of prepared data
+# --------------------------------------------------------------------------------------------------
+
+
+def cached_dataset(
+    cache_dir: str | Path,
+    key_parts: dict,
+    build: Callable[[], tuple["Dataset", dict]],
+    overwrite: bool = False,
+) -> tuple["Dataset", dict, bool]:
+    """Load what `build` once made for these key parts, or build and save it.
+
+    Each process of a launch calls this: the first to get the file lock builds, the others wait and load. No
+    process group takes part, so a long tokenization cannot run into its time-out, and a process that dies
+    frees the lock.
+
+    Args:
+        cache_dir: the folder of all caches, shared by every stage.
+        key_parts: all that decides the result, as JSON values: data fingerprint, tokenizer, template, limits.
+        build: returns the dataset and a report as JSON values.
+        overwrite: build again, once a launch.
+
+    Returns:
+        The dataset, memory-mapped from the cache; the report; whether it was found rather than built.
+    """
+    key = hashlib.sha256(json.dumps(key_parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    folder = Path(cache_dir, key[:32])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        found = _load_cache(folder)
+        if found and overwrite:
+            # Under a launcher, a cache finished after this process started is a sibling's rebuild. A process
+            # that starts later than that builds once more, which costs time and does no harm.
+            *_, built_at = found
+            by_sibling = "LOCAL_RANK" in os.environ and built_at > _IMPORTED_AT
+            found = found if by_sibling else None
+        was_cached = found is not None
+        if not was_cached:
+            _save_cache(folder, *build())
+            found = _load_cache(folder)
+            assert found is not None, f"{folder} was just written and does not load"
+    dataset, report, _ = found
+    return dataset, report, was_cached
+
+
+_MANIFEST = "manifest.json"
+
+
+def _save_cache(folder: Path, dataset: "Dataset", report: dict) -> None:
+    """Write under another name and rename when whole: a killed run leaves no folder that looks finished."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    dataset.save_to_disk(partial)
+    manifest = {"report": report, "sizes": _sizes(partial), "built_at": time.time()}
+    Path(partial, _MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.replace(folder)
+
+
+def _load_cache(folder: Path) -> tuple["Dataset", dict, float] | None:
+    """The dataset, its report and when it was built; None unless each file has the size it was written in."""
+    from datasets import load_from_disk
+
+    try:
+        manifest = json.loads(Path(folder, _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["sizes"] != _sizes(folder):
+            return None
+        return load_from_disk(folder), manifest["report"], manifest["built_at"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file of a cache but the manifest."""
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != _MANIFEST}

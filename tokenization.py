@@ -1,0 +1,295 @@
+"""From a dialogue to token ids and labels: what the model reads, which tokens carry loss, what happens at the limit.
+
+Training renders a dialogue with the chat template and tokenizes the whole text once, as a server does; the template's
+segments say which characters are replies, the tokenizer's offsets which tokens those are. Learned are exactly the
+replies and the token that ends each. This is the only module that writes the ignored label.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import jinja2
+from datasets import Dataset, Features, Value
+from datasets import List as ListFeature
+from transformers import PreTrainedTokenizerBase
+
+import records
+import template
+from errors import UserError
+from records import BadRecord, Dialogue, Report
+from template import ChatTemplate, Message
+
+IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
+
+Truncation = Literal["drop", "cut_prompt_start", "cut_reply"]
+
+
+class Unfit(Exception):  # noqa: N818 - it ends one record, not the run
+    """A dialogue that gives no training example: a category to count by, and the detail."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+# ---------------------------------------------------------------- template and prompt
+
+
+def load_chat_template(tokenizer: PreTrainedTokenizerBase, template_name: str | None) -> ChatTemplate:
+    """The named template, or the tokenizer's own; a named one replaces the tokenizer's, so that it is saved with it.
+
+    Raises UserError when there is none, or when the token that ends a reply is none of the tokenizer's tokens.
+    """
+    if template_name is not None:
+        tokenizer.chat_template = template.named_template(template_name)
+    elif tokenizer.chat_template is None:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template: name one with --template_name "
+            f"(one of {', '.join(template.TEMPLATES)})"
+        )
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} runs in Python and gives no character offsets, which the "
+            "loss mask needs: convert it to a fast tokenizer (tokenizer.json)"
+        )
+    chat_template = ChatTemplate(
+        name=template_name or tokenizer.name_or_path,
+        render=partial(_render, tokenizer, template_name is None),
+        special_tokens=sorted({str(token) for token in tokenizer.added_tokens_decoder.values()}),
+        eos_token=tokenizer.eos_token,
+    )
+    for token in chat_template.stop_tokens:
+        if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
+            raise UserError(
+                f"--template_name {template_name}: it ends a reply with {token}, which is not one token of the "
+                f"tokenizer of {tokenizer.name_or_path}, so the model would never stop; choose the model's template"
+            )
+    return chat_template
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    own_template: bool,
+    messages: list[Message],
+    tools: list[dict] | None,
+    add_generation_prompt: bool,
+) -> str:
+    if own_template:
+        # The models' templates read OpenAI's form, in which a call lies under "function".
+        messages = [
+            {**message, "tool_calls": [{"type": "function", "function": call} for call in message["tool_calls"]]}
+            if message.get("tool_calls")
+            else message
+            for message in messages
+        ]
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except jinja2.TemplateError as error:
+        raise UserError(f"the chat template refuses the dialogue: {error}") from error
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    messages: list[Message],
+    tools: list[dict] | None = None,
+) -> list[int]:
+    """The ids that a reply to `messages` continues: the same as those before that reply in training."""
+    text = chat_template.prompt(messages, tools)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> list[int]:
+    """The ids at which generation ends: the template's end-of-turn tokens and the tokenizer's own end token."""
+    return tokenizer.convert_tokens_to_ids(list(chat_template.stop_tokens))
+
+
+# ---------------------------------------------------------------- one dialogue
+
+
+def encode_dialogue(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    messages: list[Message],
+    tools: list[dict] | None = None,
+    *,
+    max_length: int,
+    truncation: Truncation = "drop",
+    train_on_inputs: bool = False,
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a dialogue, both of the same length, at most `max_length` tokens.
+
+    Args:
+        truncation: for a dialogue over the limit. "drop" refuses it. "cut_prompt_start" leaves out the oldest
+            exchanges, then the start of the one user message left; the system prompt and the last reply stay whole.
+            "cut_reply" cuts the end, and the reply there gets no end token: one would teach to stop mid-sentence.
+        train_on_inputs: learn every token instead of the replies only.
+
+    Raises:
+        Unfit: nothing can be learned from it within the limit.
+        UserError: the template cannot render it.
+    """
+    ids, labels = _ids_and_labels(tokenizer, chat_template, messages, tools, train_on_inputs)
+    if len(ids) <= max_length:
+        return ids, labels
+    if truncation == "drop":
+        raise Unfit("too long", f"{len(ids)} tokens, over --model_max_length {max_length}")
+    if truncation == "cut_reply":
+        ids, labels = ids[:max_length], labels[:max_length]
+        if all(label == IGNORED_LABEL for label in labels):
+            raise Unfit("prompt too long", f"no reply begins within --model_max_length {max_length}")
+        return ids, labels
+    while len(ids) > max_length:
+        messages = _shorten_prompt(tokenizer, messages, n_excess=len(ids) - max_length)
+        if messages is None:
+            raise Unfit(
+                "reply too long", f"with its system prompt it is over --model_max_length {max_length}; raise the limit"
+            )
+        ids, labels = _ids_and_labels(tokenizer, chat_template, messages, tools, train_on_inputs)
+    return ids, labels
+
+
+def _ids_and_labels(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    messages: list[Message],
+    tools: list[dict] | None,
+    train_on_inputs: bool,
+) -> tuple[list[int], list[int]]:
+    segments = chat_template.segments(messages, tools)
+    text = "".join(segment.text for segment in segments)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    if train_on_inputs:
+        labels = list(ids)
+    else:
+        labels = [IGNORED_LABEL] * len(ids)
+        token, start = 0, 0
+        for segment in segments:
+            end = start + len(segment.text)
+            while token < len(ids) and encoded["offset_mapping"][token][0] < end:
+                if encoded["offset_mapping"][token][1] > end:
+                    raise Unfit(
+                        "merged token",
+                        f"the tokenizer joins {text[end - 5 : end]!r} and {text[end : end + 5]!r}, so a reply has no "
+                        "exact border; change its first or last characters",
+                    )
+                if segment.learned:
+                    labels[token] = ids[token]
+                token += 1
+            start = end
+    labels[0] = IGNORED_LABEL  # nothing predicts the first token
+    return ids, labels
+
+
+def _shorten_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], n_excess: int) -> list[Message] | None:
+    """The dialogue without its oldest exchange, or with one user message cut at its start; None if all is cut."""
+    users = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    if len(users) > 1:
+        return messages[: users[0]] + messages[users[1] :]
+    content = messages[users[0]]["content"]
+    offsets = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if n_excess >= len(offsets):
+        return None
+    kept = content[offsets[n_excess][0] :].strip()
+    if not kept or kept == content:
+        return None
+    return [*messages[: users[0]], {"role": "user", "content": kept}, *messages[users[0] + 1 :]]
+
+
+def mark_learned(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]) -> str:
+    """The text of an example with its learned tokens between guillemets, for the log."""
+    parts = []
+    for learned, group in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED_LABEL):
+        text = tokenizer.decode([token for token, _ in group])
+        parts.append(f"«{text}»" if learned else text)
+    return "".join(parts)
+
+
+# ---------------------------------------------------------------- many dialogues
+
+
+def tokenize_dialogues(
+    dialogues: Sequence[Dialogue],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    *,
+    max_length: int,
+    truncation: Truncation,
+    train_on_inputs: bool,
+    num_workers: int,
+) -> tuple[Dataset, Report]:
+    """A dataset of `input_ids`, `labels`, `length` and `source` ("file:line"), and what was left out and why."""
+    texts = [json.dumps([d.messages, d.tools], ensure_ascii=False) for d in dialogues]
+    rows = Dataset.from_dict({"dialogue": texts, "source": [d.source for d in dialogues]})
+    encode = partial(
+        encode_dialogue,
+        tokenizer,
+        chat_template,
+        max_length=max_length,
+        truncation=truncation,
+        train_on_inputs=train_on_inputs,
+    )
+    # A process costs about a second to start, which a thousand dialogues do not repay.
+    n_processes = max(1, min(num_workers, os.cpu_count() or 1, len(rows) // 1000))
+    rows = rows.map(
+        partial(_encode_batch, encode),
+        batched=True,
+        num_proc=n_processes if n_processes > 1 else None,
+        remove_columns=["dialogue"],
+        features=Features(
+            input_ids=ListFeature(Value("int32")),
+            labels=ListFeature(Value("int32")),
+            length=Value("int32"),
+            source=Value("string"),
+            fault=Value("string"),
+        ),
+        new_fingerprint="not-cached-here",  # hashing a tokenizer takes seconds; records.cached_dataset has the key
+        load_from_cache_file=False,
+        desc="tokenizing",
+    )
+    report = Report(read=len(rows))
+    usable = []
+    for index, (source, fault) in enumerate(zip(rows["source"], rows["fault"], strict=True)):
+        if fault:
+            report.drop(BadRecord(source, *fault.split("\t", 1)))
+        else:
+            usable.append(index)
+    return rows.select(usable).remove_columns("fault"), report
+
+
+def _encode_batch(encode, batch: dict[str, list]) -> dict[str, list]:
+    """`datasets` maps this over batches: every row stays, one that gives no example says why in `fault`."""
+    columns = {"input_ids": [], "labels": [], "length": [], "source": batch["source"], "fault": []}
+    for text in batch["dialogue"]:
+        messages, tools = json.loads(text)
+        ids, labels, fault = [], [], ""
+        try:
+            ids, labels = encode(messages, tools)
+        except Unfit as unfit:
+            fault = f"{unfit.reason}\t{unfit.detail}"
+        except UserError as error:
+            fault = f"not renderable\t{error}"
+        columns["input_ids"].append(ids)
+        columns["labels"].append(labels)
+        columns["length"].append(len(ids))
+        columns["fault"].append(fault)
+    return columns
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over what decides ids: vocabulary, merges, special tokens, chat template, and the code that uses them."""
+    whole = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    whole.update(f"{tokenizer.chat_template}\0{tokenizer.eos_token}\0{tokenizer.bos_token}".encode())
+    for module_file in (__file__, records.__file__, template.__file__):
+        whole.update(Path(module_file).read_bytes())
+    return whole.hexdigest()
