@@ -136,7 +136,7 @@ def _explained(path: str, flag: str) -> Iterator[None]:
         if "gated" in text:
             reason = f"a gated model: accept its licence on {hub} and set HF_TOKEN to a token of your account"
         elif "401" in text or "is not a valid model identifier" in text or "Repository Not Found" in text:
-            reason = f"neither a folder here nor a public model on {hub}: check the spelling, or set HF_TOKEN if it is private"
+            reason = f"neither a folder here nor a public model on {hub}: check the name; a private one needs HF_TOKEN"
         elif "offline" in text or "connect" in text.lower() or "Max retries" in text or "resolve" in text:
             reason = (
                 f"no folder of that name here, and {hub} cannot be reached: check the network, set HF_ENDPOINT to a "
@@ -362,7 +362,7 @@ def _check_continuable(
         if wanted is not None and wanted != found:
             raise UserError(
                 f"{flag} {_said(wanted)}: the adapter in {path} has {_said(found)}, and training continues it; leave "
-                "the flag out, or merge the adapter first (merge_peft_adapter.py) and start a new one on the merged model"
+                "the flag out, or merge the adapter (merge_peft_adapter.py) and start a new one on the merged model"
             )
 
 

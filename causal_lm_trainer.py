@@ -1,0 +1,199 @@
+"""TRL's SFTTrainer for ids and labels that are ready, with the output head on learned positions only.
+
+TRL scores every position on devices without Triton; with a vocabulary of 152,000 most of a step goes there. Here a
+hook hands the head the hidden states of learned positions alone, so it works for any causal language model, wrapped
+by PEFT, DDP or DeepSpeed, and the loss and its gradients are those of the plain head.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Sampler
+from transformers import EvalPrediction, Trainer
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from errors import UserError
+from tokenization import IGNORED_LABEL
+
+# Positions whose float32 log-probabilities exist at a time: 1024 x 152k x 4 bytes = 0.6 GB.
+LOSS_CHUNK = 1024
+
+
+# ---------------------------------------------------------------- loss
+
+
+def token_losses(
+    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy and top-1 hit per position, computed in float32 in chunks.
+
+    Args:
+        logits: [positions, vocabulary], any float type.
+        targets: [positions], int64.
+
+    Returns:
+        losses [positions] float32, with gradient; hits [positions] bool.
+    """
+
+    def chunk_losses(chunk_logits: torch.Tensor, chunk_targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(chunk_logits.float(), chunk_targets, reduction="none", label_smoothing=label_smoothing)
+
+    chunks = zip(logits.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+    if torch.is_grad_enabled() and len(logits) > LOSS_CHUNK:
+        losses = [checkpoint(chunk_losses, *chunk, use_reentrant=False) for chunk in chunks]
+    else:
+        losses = [chunk_losses(*chunk) for chunk in chunks]
+    return torch.cat(losses), logits.detach().argmax(dim=-1) == targets
+
+
+def loss_statistics(prediction: EvalPrediction) -> dict[str, float]:
+    """Evaluation metrics from [examples, 3] sums of loss, hits and learned tokens: means over tokens, not batches."""
+    loss_sum, n_hits, n_tokens = prediction.predictions.astype("float64").sum(axis=0)
+    loss = loss_sum / n_tokens
+    with torch.no_grad():
+        perplexity = torch.exp(torch.tensor(loss)).item()
+    return {"loss": loss, "perplexity": perplexity, "token_accuracy": n_hits / n_tokens}
+
+
+# ---------------------------------------------------------------- batches
+
+
+class Collator:
+    """TRL's collator, and beside the tensors the records' `file:line` and the number of real tokens."""
+
+    def __init__(self, pad_token_id: int, padding_free: bool = False):
+        self.collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=padding_free)
+
+    def __call__(self, examples: Sequence[dict]) -> dict:
+        batch = self.collate(examples)
+        sources = [example["source"] for example in examples]
+        batch["sources"] = [source for group in sources for source in ([group] if isinstance(group, str) else group)]
+        batch["n_tokens"] = sum(len(example["input_ids"]) for example in examples)
+        return batch
+
+
+class LongestFirstSampler(Sampler[int]):
+    """A seeded order for each epoch; the first one starts with the longest examples.
+
+    A run that does not fit in memory so fails in its first step. The epoch comes from the trainer's state, which
+    is right after a resume too, whatever wraps the sampler.
+    """
+
+    def __init__(self, trainer: Trainer, lengths: Sequence[int], seed: int, group_by_length: bool):
+        self.trainer = trainer
+        self.lengths = list(lengths)
+        self.seed = seed
+        self.group_by_length = group_by_length
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        args = self.trainer.args
+        epoch = int(self.trainer.state.epoch or 0)
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        step_size = args.train_batch_size * args.world_size
+        if self.group_by_length:
+            n_grouped = step_size * args.gradient_accumulation_steps
+            order = get_length_grouped_indices(self.lengths, n_grouped, generator=generator)
+        else:
+            order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        if epoch == 0:
+            longest = sorted(order, key=self.lengths.__getitem__, reverse=True)[:step_size]
+            order = longest + [index for index in order if index not in set(longest)]
+        return iter(order)
+
+
+# ---------------------------------------------------------------- trainer
+
+
+class CausalLMTrainer(SFTTrainer):
+    """SFTTrainer on rows of `input_ids`, `labels`, `length` and `source`; needs `Collator` as its collator."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, compute_metrics=loss_statistics, **kwargs)
+        # Our loss is divided by the tokens of the whole step, so Trainer must not divide by accumulation again.
+        self.model_accepts_loss_kwargs = True
+        self._learned_positions: torch.Tensor | None = None
+        self.model.get_output_embeddings().register_forward_pre_hook(self._keep_learned_positions)
+        self._window = {"n_tokens": 0, "n_hits": 0, "n_learned": 0, "start": time.monotonic()}
+
+    def _keep_learned_positions(self, head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple | None:
+        """[batch, length, hidden] to [learned positions, hidden]; generation, which sets none, passes whole."""
+        if self._learned_positions is None:
+            return None
+        return (inputs[0][self._learned_positions],)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """None: TRL would write a README.md of its own into the user's output folder."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "labels", "seq_lengths", "source"]
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        return LongestFirstSampler(self, self.train_dataset["length"], seed, grouped)
+
+    def _forward_learned(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """losses [learned], hits [learned], learned [batch, length - 1]: which position predicts a learned token."""
+        labels = inputs.pop("labels")
+        learned = labels[:, 1:] != IGNORED_LABEL
+        self._learned_positions = F.pad(learned, (0, 1), value=False)
+        try:
+            logits = model(**inputs, use_cache=False).logits
+        finally:
+            self._learned_positions = None
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        losses, hits = token_losses(logits, labels[:, 1:][learned], smoothing)
+        return losses, hits, learned
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean loss over the learned tokens of the whole step, all processes and micro-batches together.
+
+        Raises UserError with the step and the records where nothing is learned or the loss is not finite.
+        """
+        assert not return_outputs, "evaluation goes through prediction_step and keeps no logits"
+        sources, n_tokens = inputs.pop("sources"), inputs.pop("n_tokens")
+        losses, hits, _ = self._forward_learned(model, inputs)
+        loss_sum = losses.sum()
+        if len(losses) == 0 or not torch.isfinite(loss_sum):
+            what = "no token to learn in" if len(losses) == 0 else f"the loss is {loss_sum.item()} on"
+            raise UserError(
+                f"step {self.state.global_step + 1}: {what} {', '.join(sources)}; look at these records, and if they "
+                "are sound lower --learning_rate or raise --warmup_ratio"
+            )
+        self._window["n_tokens"] += n_tokens * self.args.world_size
+        self._window["n_hits"] += hits.sum()
+        self._window["n_learned"] += len(losses)
+        if num_items_in_batch is None:
+            return loss_sum / len(losses)
+        loss = loss_sum / num_items_in_batch
+        # DDP averages gradients over processes, num_items_in_batch counts the tokens of all of them.
+        return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """[batch, 3] sums of loss, hits and learned tokens, an example a row, instead of logits."""
+        inputs = self._prepare_inputs(inputs)
+        inputs.pop("sources")
+        inputs.pop("n_tokens")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses, hits, learned = self._forward_learned(model, inputs)
+        statistics = torch.zeros(*learned.shape, 3, device=learned.device)
+        statistics[learned] = torch.stack([losses, hits.float(), torch.ones_like(losses)], dim=-1)
+        statistics = statistics.sum(dim=1)
+        return None, statistics, statistics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with tokens a second and accuracy on learned tokens since the log before."""
+        if "loss" in logs:
+            window, now = self._window, time.monotonic()
+            logs["token_accuracy"] = float(window["n_hits"]) / max(window["n_learned"], 1)
+            logs["tokens_per_second"] = round(window["n_tokens"] / max(now - window["start"], 1e-9), 1)
+            self._window = {"n_tokens": 0, "n_hits": 0, "n_learned": 0, "start": now}
+        Trainer.log(self, logs, start_time)

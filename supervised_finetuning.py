@@ -1,0 +1,283 @@
+"""Supervised fine-tuning: teach a model to answer, from dialogues.
+
+Input: dialogues (ShareGPT, OpenAI messages, Alpaca or question/answer; jsonl, json, csv, parquet).
+Output: `--output_dir` with checkpoint-N, checkpoint-best (a LoRA adapter, or a model with --use_peft False),
+train_results.json, eval_results.json, trainer_state.json, loss.png and TensorBoard events in runs/.
+Loss: cross entropy on the assistant's replies and their end tokens, the mean over all learned tokens of a step
+(Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, section 3.5).
+
+    CUDA_VISIBLE_DEVICES=0 python supervised_finetuning.py --model_name_or_path Qwen/Qwen2.5-3B-Instruct ...
+    CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc_per_node 2 supervised_finetuning.py ...
+
+Launcher: run_sft.sh.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from datasets import Dataset
+from loguru import logger
+from trl import SFTConfig, pack_dataset
+
+from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from causal_lm_trainer import CausalLMTrainer, Collator
+from errors import UserError, run_script
+from model_loading import (
+    Lineage,
+    base_of,
+    check_model_path,
+    describe_trainable,
+    load_for_training,
+    load_tokenizer,
+)
+from records import (
+    Dialogue,
+    Report,
+    cached_dataset,
+    content_fingerprint,
+    find_files,
+    load_dialogues,
+    split_holdout,
+    take_samples,
+)
+from template import ChatTemplate
+from tokenization import load_chat_template, mark_learned, tokenize_dialogues, tokenizer_fingerprint
+from training_run import BEST, find_checkpoint, finish_run, log_facts, start_run, train
+
+# ---------------------------------------------------------------- arguments
+
+
+@dataclass
+class SFTTrainingArguments(SFTConfig):
+    """SFTConfig without the fields that ids and labels made by tokenization.py leave without a meaning."""
+
+    max_length: int | None = field(default=None, init=False)
+    truncation_mode: str = field(default="keep_start", init=False)
+    dataset_text_field: str = field(default="text", init=False)
+    dataset_kwargs: dict | None = field(default=None, init=False)
+    dataset_num_proc: int | None = field(default=None, init=False)
+    model_init_kwargs: dict | None = field(default=None, init=False)
+    trust_remote_code: bool = field(default=False, init=False)
+    chat_template_path: str | None = field(default=None, init=False)
+    eos_token: str | None = field(default=None, init=False)
+    pad_token: str | None = field(default=None, init=False)
+    shuffle_dataset: bool = field(default=False, init=False)
+    packing_strategy: str = field(default="bfd", init=False)
+    eval_packing: bool | None = field(default=False, init=False)
+    completion_only_loss: bool | None = field(default=False, init=False)
+    assistant_only_loss: bool = field(default=False, init=False)
+    loss_type: str = field(default="nll", init=False)
+    pad_to_multiple_of: int | str | None = field(default=None, init=False)
+    router_aux_loss_coef: float | None = field(default=None, init=False)
+    use_liger_kernel: bool = field(default=False, init=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.do_train and not self.do_eval:
+            raise UserError("neither --do_train nor --do_eval is given, so there is nothing to do")
+
+
+@dataclass
+class SFTArguments:
+    template_name: str | None = field(
+        default=None, metadata={"help": "Named prompt template of template.py instead of the tokenizer's own."}
+    )
+    model_max_length: int = field(default=2048, metadata={"help": "Longest dialogue in tokens, prompt and replies."})
+    truncation: Literal["drop", "cut_prompt_start", "cut_reply"] = field(
+        default="drop",
+        metadata={
+            "help": "A dialogue over --model_max_length: leave it out and count it, leave out its oldest exchanges, "
+            "or cut its end (that reply then gets no end token)."
+        },
+    )
+    train_on_inputs: bool = field(default=False, metadata={"help": "Learn the prompts too, not the replies alone."})
+
+    def __post_init__(self):
+        if self.model_max_length < 8:
+            raise UserError(f"--model_max_length {self.model_max_length}: no dialogue fits; give a number of tokens")
+
+
+# ---------------------------------------------------------------- data
+
+
+def choose_dialogues(
+    dialogues: Sequence[Dialogue], part: str, held_out: bool, data_args: DataArguments, seed: int
+) -> list[Dialogue]:
+    """The dialogues of one part, "train" or "eval"; held_out: both are parts of the same files."""
+    if held_out:
+        # As many as asked for, but never more than a tenth of the data.
+        n_eval = max(1, min(data_args.max_eval_samples or len(dialogues), len(dialogues) // 10))
+        train_part, eval_part = split_holdout(dialogues, n_eval, seed, "--max_eval_samples")
+        dialogues = train_part if part == "train" else eval_part
+    limit = data_args.max_train_samples if part == "train" else data_args.max_eval_samples
+    return take_samples(dialogues, limit, seed)
+
+
+def load_part(
+    part: str,
+    data_args: DataArguments,
+    sft_args: SFTArguments,
+    tokenizer,
+    chat_template: ChatTemplate,
+    seed: int,
+    cache_dir: str,
+) -> tuple[Dataset, dict[str, str]]:
+    """Read, check and tokenize the "train" or "eval" dialogues, from the cache where nothing has changed.
+
+    Returns rows of input_ids, labels, length and source, and the facts to log.
+    """
+    flag, path = (
+        ("--train_file_dir", data_args.train_file_dir)
+        if part == "train"
+        else ("--validation_file_dir", data_args.validation_file_dir or data_args.train_file_dir)
+    )
+    if path is None:
+        raise UserError(f"{flag} is missing: name the file or folder of the dialogues")
+    held_out = data_args.validation_file_dir in (None, data_args.train_file_dir)
+    files, unread = find_files(path, flag)
+    limits = {
+        "max_length": sft_args.model_max_length,
+        "truncation": sft_args.truncation,
+        "train_on_inputs": sft_args.train_on_inputs,
+    }
+
+    def build() -> tuple[Dataset, dict]:
+        dialogues, read_report = load_dialogues(files, data_args.on_bad_data)
+        chosen = choose_dialogues(dialogues, part, held_out, data_args, seed)
+        dataset, report = tokenize_dialogues(
+            chosen, tokenizer, chat_template, num_workers=data_args.preprocessing_num_workers, **limits
+        )
+        return dataset, {"read": read_report.as_dict(), "tokenized": report.as_dict()}
+
+    key = limits | {
+        "stage": "sft",
+        "part": part,
+        "files": content_fingerprint(files),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "held_out": held_out,
+        "max_train_samples": data_args.max_train_samples,
+        "max_eval_samples": data_args.max_eval_samples,
+        "on_bad_data": data_args.on_bad_data,
+        "seed": seed,
+    }
+    dataset, reports, was_cached = cached_dataset(cache_dir, key, build, data_args.overwrite_cache)
+    report = Report.from_dict(reports["tokenized"])
+    if len(dataset) == 0:
+        examples = "; ".join(line for lines in report.examples.values() for line in lines)
+        raise UserError(f"{flag} {path}: {report.summary()}, so nothing is left: {examples}")
+    for reason, lines in report.examples.items():
+        logger.info(f"{part}: left out as {reason}: {'; '.join(lines)}{' ...' if len(lines) == 3 else ''}")
+    n_tokens = sum(dataset["length"])
+    return dataset, {
+        f"{part} files": f"{len(files)} in {path}" + (f", {len(unread)} with other endings not read" if unread else ""),
+        f"{part} records": Report.from_dict(reports["read"]).summary(),
+        f"{part} dialogues": report.summary()
+        + (", held out of the training files by the seed" if held_out and part == "eval" else ""),
+        f"{part} tokens": f"{n_tokens:,}, the longest dialogue {max(dataset['length'])}"
+        + (", from the cache" if was_cached else ""),
+    }
+
+
+def pack(dataset: Dataset, max_length: int) -> Dataset:
+    """Best-fit-decreasing packing into rows of at most `max_length` tokens; positions restart with each dialogue."""
+    sources = dataset["source"]
+    # pack_dataset joins list columns of one length, so each token carries the index of its dialogue.
+    indexed = dataset.map(lambda row, index: {"dialogue": [index] * row["length"]}, with_indices=True)
+    packed = pack_dataset(indexed.select_columns(["input_ids", "labels", "dialogue"]), max_length, strategy="bfd")
+
+    def describe(row: dict) -> dict:
+        return {"source": [sources[index] for index in dict.fromkeys(row["dialogue"])], "length": len(row["input_ids"])}
+
+    return packed.map(describe, remove_columns=["dialogue"])
+
+
+# ---------------------------------------------------------------- main
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    # ------------------------------------------------------------ arguments
+    parser = StageArgumentParser(
+        [ModelArguments, DataArguments, LoraArguments, RunArguments, SFTArguments, SFTTrainingArguments]
+    )
+    model_args, data_args, lora_args, run_args, sft_args, training_args = parser.parse(argv)
+    check_model_path(model_args.model_name_or_path, "--model_name_or_path", model_args.allow_pickle_weights)
+
+    # ------------------------------------------------------------ run
+    start_run("supervised fine-tuning", training_args, parser.notes)
+    checkpoint = find_checkpoint(training_args, run_args.overwrite_output_dir)
+
+    # ------------------------------------------------------------ tokenizer and template
+    hub_options = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
+    tokenizer = load_tokenizer(model_args.tokenizer_name_or_path or model_args.model_name_or_path, **hub_options)
+    chat_template = load_chat_template(tokenizer, sft_args.template_name)
+
+    # ------------------------------------------------------------ data
+    load = partial(
+        load_part,
+        data_args=data_args,
+        sft_args=sft_args,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        seed=training_args.seed,
+        cache_dir=str(Path(model_args.cache_dir or "cache", "tokenized")),
+    )
+    train_dataset, train_facts = load("train")
+    eval_dataset, eval_facts = load("eval") if training_args.do_eval else (None, {})
+    example = mark_learned(tokenizer, train_dataset[0]["input_ids"], train_dataset[0]["labels"])
+    if training_args.packing:
+        train_dataset = pack(train_dataset, sft_args.model_max_length)
+        train_facts["packed rows"] = f"{len(train_dataset)} of at most {sft_args.model_max_length} tokens"
+
+    # ------------------------------------------------------------ model
+    model = load_for_training(
+        model_args.model_name_or_path,
+        **vars(lora_args),
+        torch_dtype=model_args.torch_dtype,
+        load_in_4bit=model_args.load_in_4bit,
+        load_in_8bit=model_args.load_in_8bit,
+        device_map=model_args.device_map,
+        flash_attn=model_args.flash_attn,
+        allow_pickle_weights=model_args.allow_pickle_weights,
+        **hub_options,
+    )
+    base_model = base_of(model_args.model_name_or_path)
+    lineage = Lineage(
+        base_model=base_model,
+        parent=model_args.model_name_or_path if base_model != model_args.model_name_or_path else None,
+        stage="sft",
+        template=sft_args.template_name or "",
+        data=str(data_args.train_file_dir),
+        hidden_size=model.config.hidden_size,
+        vocab_size=model.config.vocab_size,
+    )
+
+    # ------------------------------------------------------------ train
+    # The rows are packed already; TRL's own packing would drop the column that names their sources.
+    padding_free = training_args.packing or training_args.padding_free
+    training_args.packing, training_args.padding_free = False, padding_free
+    trainer = CausalLMTrainer(
+        model=model,
+        args=training_args,
+        data_collator=Collator(tokenizer.pad_token_id, padding_free),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+    )
+    facts = {"model": f"{model_args.model_name_or_path}: {describe_trainable(model)}"}
+    facts |= {"template": sft_args.template_name or "the tokenizer's own"} | train_facts | eval_facts
+    log_facts(trainer, facts)
+    logger.info(f"the first example, learned tokens between « and »:\n{example}")
+    keeper = train(trainer, lineage, checkpoint) if training_args.do_train else None
+
+    # ------------------------------------------------------------ save and evaluate
+    best = Path(training_args.output_dir, BEST)
+    flags = f"--base_model {base_model} --lora_model {best}" if lora_args.use_peft else f"--base_model {best}"
+    return finish_run(trainer, keeper, next_command=f"{Path(sys.executable).name} inference.py {flags}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,85 @@
+"""What every test stands on: no network, one thread, a tiny tokenizer and model made in this process."""
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before transformers and torch read them; child processes inherit them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
+TEXTS = [
+    "感冒了应该怎么办？多喝水，注意休息，如果高烧不退，请及时去医院就诊。",
+    "高血压患者在饮食上需要注意什么？少吃盐，多吃蔬菜和水果，按时服药，定期测量血压。",
+    "糖尿病有哪些早期症状？口渴、多尿、体重下降和乏力，请到医院检查血糖。",
+    "如何预防心血管疾病？戒烟限酒，适量运动，控制血压、血脂和血糖。",
+    "You are a helpful assistant. Please see a doctor if the fever lasts for more than three days.",
+]
+TINY_SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+TINY_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network():
+    """Only loopback and Unix sockets can be connected to, as gloo and a local server need them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, _local_only(getattr(socket.socket, name)))
+        yield
+
+
+def _local_only(connect: Callable) -> Callable:
+    def guarded(self, address):
+        if isinstance(address, tuple) and not str(address[0]).startswith(LOOPBACK):
+            raise OSError(f"tests may not use the network: {address}")
+        return connect(self, address)
+
+    return guarded
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory) -> Path:
+    """A two-layer Qwen2 and its tokenizer, as `scripts/build_tiny_model.py` saves them. Read only."""
+    from build_tiny_model import write_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-qwen2"
+    write_tiny_model(folder, TEXTS * 2, vocab_size=600, **TINY_SHAPE, **TINY_HEADS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_model_dir):
+    """The tokenizer in `tiny_model_dir`: ChatML, eos <|im_end|>, pad <|endoftext|>. Not to be changed."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer():
+    """The real Qwen2.5 tokenizer with its 151,643 learned entries. Not to be changed."""
+    from qwen_vocab import real_qwen_tokenizer
+
+    return real_qwen_tokenizer()
+
+
+@pytest.fixture
+def write_jsonl(tmp_path) -> Callable[[str, list], Path]:
+    """A function that writes records, one a line, into a file below `tmp_path` and returns its path."""
+
+    def write(name: str, records: list) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+        return path
+
+    return write
