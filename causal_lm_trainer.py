@@ -18,8 +18,9 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from errors import UserError
-from tokenization import IGNORED_LABEL
 
+# The label of positions without loss, as tokenization.py writes it.
+IGNORED_LABEL = torch.nn.CrossEntropyLoss().ignore_index
 # Positions whose float32 log-probabilities exist at a time: 1024 x 152k x 4 bytes = 0.6 GB.
 LOSS_CHUNK = 1024
 

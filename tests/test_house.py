@@ -26,7 +26,7 @@ SHARED = {
         {"torch", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "loguru"},
     ),
     "training_run": (set(), {"torch", "transformers", "datasets", "loguru", "matplotlib"}),
-    "causal_lm_trainer": ({"tokenization"}, {"torch", "transformers", "trl"}),
+    "causal_lm_trainer": (set(), {"torch", "transformers", "trl"}),
     "generation": (set(), {"torch", "transformers"}),
     "ppo_math": (set(), {"torch"}),
 }
