@@ -116,8 +116,13 @@ class LongestFirstSampler(Sampler[int]):
 class CausalLMTrainer(SFTTrainer):
     """SFTTrainer on rows of `input_ids`, `labels`, `length` and `source`; needs `Collator` as its collator."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, compute_metrics=loss_statistics, **kwargs)
+    def __init__(self, model: torch.nn.Module, **kwargs):
+        trained = {name: weights.data for name, weights in model.named_parameters() if weights.requires_grad}
+        super().__init__(model=model, compute_metrics=loss_statistics, **kwargs)
+        # TRL 1.16 rounds an adapter on a quantized base to bfloat16, in which small updates of it are lost.
+        for name, weights in self.model.named_parameters():
+            if name in trained:
+                weights.data = trained[name]
         # Our loss is divided by the tokens of the whole step, so Trainer must not divide by accumulation again.
         self.model_accepts_loss_kwargs = True
         self._learned_positions: torch.Tensor | None = None

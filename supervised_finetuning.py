@@ -256,9 +256,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
 
     # ------------------------------------------------------------ train
-    # The rows are packed already; TRL's own packing would drop the column that names their sources.
+    # Both are done here: TRL's own would drop the column that names the sources of a row.
     padding_free = training_args.packing or training_args.padding_free
-    training_args.packing, training_args.padding_free = False, padding_free
+    training_args.packing = training_args.padding_free = False
     trainer = CausalLMTrainer(
         model=model,
         args=training_args,
