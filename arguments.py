@@ -8,16 +8,19 @@ one. On a machine without CUDA the run goes on in float32 on the CPU and says so
 import argparse
 import difflib
 import importlib.util
+import json
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from errors import UserError
 
@@ -76,6 +79,16 @@ class LoraArguments:
         metadata={"help": "Modules trained whole and saved with the adapter, names with commas."},
     )
 
+    def __post_init__(self):
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise UserError(
+                f"--lora_rank {self.lora_rank}: give at least 1; --use_peft False trains without an adapter"
+            )
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise UserError(f"--lora_alpha {self.lora_alpha}: the adapter is scaled by it; give a number above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout {self.lora_dropout}: give a share from 0 to below 1")
+
 
 @dataclass
 class DataArguments:
@@ -121,11 +134,19 @@ RENAMED = {
     "--warmup_ratio": "--warmup_steps",  # below 1 it is a share of the steps
     "--dtype": "--torch_dtype",
 }
-# Flags whose effect is now always on, or gone; the value that still means something else is refused.
+# Flags whose effect is settled here; the value that means something else is refused.
 SETTLED = {
     "--save_safetensors": (True, "weights are always written as safetensors"),
     "--use_fast_tokenizer": (True, "the tokenizer is always the fast one"),
     "--push_to_hub": (False, "nothing is uploaded"),
+}
+# Smaller values train nothing, or fail far from here.
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "seed": 0,
 }
 
 
@@ -139,9 +160,15 @@ class StageArgumentParser(HfArgumentParser):
         # Abbreviated flags are off: argparse would take a typo such as `--learning` for a flag it prefixes.
         super().__init__(dataclass_types, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         self.notes: list[str] = []
+        for action in self._actions:
+            if action.option_strings[0].startswith("--"):
+                # Dashes are read as underscores below, so help and messages name a flag once.
+                action.option_strings = action.option_strings[:1]
+        if "--report_to" in self._option_string_actions:
+            self._option_string_actions["--report_to"].nargs = "+"
 
     def error(self, message: str):
-        raise UserError(f"{message}; `python {sys.argv[0]} --help` lists the flags")
+        raise UserError(f"{message.removeprefix('argument ')}; `python {sys.argv[0]} --help` lists the flags")
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple:
         """Return one instance of each dataclass; raise `UserError` for a flag or value that cannot be honoured."""
@@ -166,14 +193,14 @@ class StageArgumentParser(HfArgumentParser):
 
     def _translate(self, argv: list[str]) -> list[str]:
         """Rewrite old flags to what they meant, and give a bare `--flag` of a boolean its `True`."""
-        if {"--warmup_ratio", "--warmup_steps"} <= set(argv):
-            raise UserError("--warmup_ratio and --warmup_steps say the same thing twice: give one of them")
         words: list[str] = []
         for word in argv:
             flag, has_value, value = word.partition("=")
             if flag.startswith("--"):
                 flag = "--" + flag[2:].replace("-", "_")
             words += [flag, value] if has_value and flag.startswith("--") else [flag if flag.startswith("--") else word]
+        if {"--warmup_ratio", "--warmup_steps"} <= set(words):
+            raise UserError("--warmup_ratio and --warmup_steps say the same thing twice: give one of them")
         translated: list[str] = []
         position = 0
         while position < len(words):
@@ -190,6 +217,13 @@ class StageArgumentParser(HfArgumentParser):
         return translated
 
     def _translate_flag(self, flag: str, values: list[str]) -> list[str]:
+        if flag in SETTLED:
+            meant, reason = SETTLED[flag]
+            wanted = _one_bool(flag, values)
+            if wanted is not meant:
+                raise UserError(f"{flag} {wanted} cannot be honoured: {reason}; leave the flag out")
+            self.notes.append(f"{flag} {wanted}: {reason}")
+            return []
         if flag in self._option_string_actions:
             action = self._option_string_actions[flag]
             if not values and action.type is string_to_bool:
@@ -197,31 +231,31 @@ class StageArgumentParser(HfArgumentParser):
             if flag == "--optim" and values == ["adamw_hf"]:
                 self.notes.append("--optim adamw_hf is gone: adamw_torch, the same algorithm, is used")
                 values = ["adamw_torch"]
-            return [flag, *values]
+            for value in values:
+                _check_json(flag, value)
+            # In one word, so that argparse does not take a value such as -1e-3 for a flag.
+            return [f"{flag}={values[0]}"] if len(values) == 1 else [flag, *values]
         if flag in RENAMED:
+            if flag == "--warmup_ratio":
+                _check_share(flag, values)
             self.notes.append(f"{flag} is now {RENAMED[flag]} {' '.join(values)}".rstrip())
             return self._translate_flag(RENAMED[flag], values)
         if flag == "--group_by_length":
-            grouped = string_to_bool(values[0]) if values else True
+            grouped = _one_bool(flag, values)
             strategy = "group_by_length" if grouped else "random"
             self.notes.append(f"--group_by_length {grouped} is now --train_sampling_strategy {strategy}")
             return ["--train_sampling_strategy", strategy]
-        if flag == "--logging_dir" and values:
+        if flag == "--logging_dir":
+            if len(values) != 1:
+                raise UserError("--logging_dir: give one folder for TensorBoard's events")
             os.environ["TENSORBOARD_LOGGING_DIR"] = values[0]
             self.notes.append(f"--logging_dir: TensorBoard events go to {values[0]}")
-            return []
-        if flag in SETTLED:
-            meant, reason = SETTLED[flag]
-            wanted = string_to_bool(values[0]) if values else True
-            if wanted is not meant:
-                raise UserError(f"{flag} {wanted} cannot be honoured: {reason}; leave the flag out")
-            self.notes.append(f"{flag} {wanted}: {reason}")
             return []
         return [flag, *values]
 
     def _unknown_flag_message(self, unknown: list[str]) -> str:
         known = [option for option in self._option_string_actions if option.startswith("--") and "-" not in option[2:]]
-        known += [*RENAMED, *SETTLED, "--group_by_length"]
+        known += [*RENAMED, *SETTLED, "--group_by_length", "--logging_dir"]
         flags = [word for word in unknown if word.startswith("-")]
         if not flags:
             return f"{' '.join(unknown)}: these words belong to no flag; quote values that contain blanks"
@@ -237,6 +271,9 @@ class StageArgumentParser(HfArgumentParser):
             return
         if not values["output_dir"]:
             raise UserError("--output_dir is missing: name the folder for checkpoints and results")
+        for name, least in AT_LEAST.items():
+            if values[name] < least:
+                raise UserError(f"--{name} {values[name]}: give at least {least}")
         if values["resume_from_checkpoint"] is not None:
             values["resume_from_checkpoint"] = _flag_or_path(values["resume_from_checkpoint"])
         if "eval_strategy" not in given and values["do_eval"] and values["eval_steps"] is not None:
@@ -244,8 +281,13 @@ class StageArgumentParser(HfArgumentParser):
             self.notes.append("--eval_steps without --eval_strategy: --eval_strategy steps is used")
         if values["disable_tqdm"] is None:
             values["disable_tqdm"] = not sys.stderr.isatty()
-        if string_to_bool(os.environ.get("TORCH_COMPILE", "0")):
+        if "torch_compile" not in given and _one_bool("TORCH_COMPILE", [os.environ.get("TORCH_COMPILE") or "0"]):
             values["torch_compile"] = True
+            self.notes.append("TORCH_COMPILE=1 in the environment: --torch_compile True")
+        if values["deepspeed"]:
+            _check_deepspeed(values["deepspeed"])
+        if values["ddp_find_unused_parameters"] is None:
+            values["ddp_find_unused_parameters"] = False  # every trained parameter takes part in each step
         # Without the flag transformers keeps the running mean in the log where the loss was nan, which hides it.
         values["logging_nan_inf_filter"] = False
         # The environment, because transformers 5 has no other way to say it; its default is ./runs.
@@ -254,19 +296,27 @@ class StageArgumentParser(HfArgumentParser):
         self._settle_device(values, given)
 
     def _check_trackers(self, values: dict) -> None:
-        report_to = values["report_to"] or []
-        for tracker in [report_to] if isinstance(report_to, str) else report_to:
-            if tracker in ("none", "all"):
-                continue
-            if importlib.util.find_spec(tracker.replace("-", "_")) is None:
+        """Split `a,b` and refuse a tracker that is not installed, which transformers would do in the first step."""
+        report_to = values["report_to"]
+        words = report_to if isinstance(report_to, list) else [report_to or "none"]
+        trackers = values["report_to"] = [tracker for word in words for tracker in word.split(",") if tracker]
+        for tracker in trackers:
+            if tracker not in (*INTEGRATION_TO_CALLBACK, "none", "all"):
+                raise UserError(f"--report_to {tracker}: not known; known are {', '.join(INTEGRATION_TO_CALLBACK)}")
+            if tracker not in (*get_available_reporting_integrations(), "none", "all"):
                 raise UserError(f"--report_to {tracker}: the package is not installed; run `pip install {tracker}`")
 
     def _settle_device(self, values: dict, given: set[str]) -> None:
         if torch.cuda.is_available() and not values["use_cpu"]:
-            if values["bf16"] and not torch.cuda.is_bf16_supported():
+            # Without the argument, torch 2.13 also says yes where bfloat16 is emulated, which is slow.
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            if values["bf16"] and not has_bf16:
                 raise UserError(f"--bf16: {torch.cuda.get_device_name()} has no bfloat16; use --fp16 True --bf16 False")
             if "bf16" not in given and "fp16" not in given:
-                values["bf16"] = torch.cuda.is_bf16_supported()
+                values["bf16"] = has_bf16
+                if not has_bf16:
+                    name = torch.cuda.get_device_name()
+                    self.notes.append(f"{name} has no bfloat16: training in float32; --fp16 True is faster")
             return
         # Without use_cpu, two torchrun processes on such a machine are two trainings in one folder, each alone.
         values["use_cpu"] = True
@@ -281,7 +331,43 @@ class StageArgumentParser(HfArgumentParser):
         if "torch_dtype" in values:
             values.update(torch_dtype="float32", device_map=None)
         instead = f" instead of {', '.join(replaced)}" if replaced else ""
-        self.notes.append(f"no CUDA device: training on the CPU in float32{instead}")
+        reason = "--use_cpu" if torch.cuda.is_available() else "no CUDA device"
+        self.notes.append(f"{reason}: training on the CPU in float32{instead}")
+
+
+def _one_bool(flag: str, values: list[str]) -> bool:
+    """The value of a boolean flag; none is True."""
+    try:
+        (text,) = values or ["True"]
+        return string_to_bool(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise UserError(f"{flag} {' '.join(values)}: give True or False") from None
+
+
+def _check_json(flag: str, value: str) -> None:
+    """Settings in JSON are parsed deep in transformers, which does not say which flag was wrong."""
+    if value.startswith("{"):
+        try:
+            json.loads(value)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{flag} {value}: not JSON ({error}); quote the keys and write true or false") from None
+
+
+def _check_share(flag: str, values: list[str]) -> None:
+    """From 1 on, transformers would take a share of the steps for their number."""
+    try:
+        (share,) = map(float, values)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise UserError(f"{flag} {' '.join(values)}: give a share of the steps from 0 to below 1")
+
+
+def _check_deepspeed(config_file: str) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"--deepspeed {config_file}: the package is not installed; run `bash setup.sh --gpu`")
+    if not Path(config_file).is_file():
+        raise UserError(f"--deepspeed {config_file}: no such file; ds_configs/ holds some")
 
 
 def _flag_or_path(text: str) -> str | bool | None:

@@ -8,6 +8,8 @@ replies and the token that ends each. This is the only module that writes the ig
 import hashlib
 import json
 import os
+import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
@@ -168,25 +170,24 @@ def _ids_and_labels(
     segments = chat_template.segments(messages, tools)
     text = "".join(segment.text for segment in segments)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = encoded["input_ids"]
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     if train_on_inputs:
         labels = list(ids)
     else:
         labels = [IGNORED_LABEL] * len(ids)
-        token, start = 0, 0
+        # The first token that starts at or behind a character; the tokens of one emoji all start at it.
+        token, end = 0, 0
         for segment in segments:
-            end = start + len(segment.text)
-            while token < len(ids) and encoded["offset_mapping"][token][0] < end:
-                if encoded["offset_mapping"][token][1] > end:
-                    raise Unfit(
-                        "merged token",
-                        f"the tokenizer joins {text[end - 5 : end]!r} and {text[end : end + 5]!r}, so a reply has no "
-                        "exact border; change its first or last characters",
-                    )
-                if segment.learned:
-                    labels[token] = ids[token]
-                token += 1
-            start = end
+            first, end = token, end + len(segment.text)
+            token = bisect_left(offsets, (end,))
+            if token > first and offsets[token - 1][1] > end:
+                raise Unfit(
+                    "merged token",
+                    f"the tokenizer joins {text[end - 5 : end]!r} and {text[end : end + 5]!r}, so a reply has no "
+                    "exact border; change its first or last characters",
+                )
+            if segment.learned:
+                labels[first:token] = ids[first:token]
     labels[0] = IGNORED_LABEL  # nothing predicts the first token
     return ids, labels
 
@@ -200,8 +201,11 @@ def _shorten_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message],
     offsets = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     if n_excess >= len(offsets):
         return None
-    kept = content[offsets[n_excess][0] :].strip()
-    if not kept or kept == content:
+    # A character may be several tokens, or one token several characters: the cut falls between both.
+    dropped_end = offsets[n_excess - 1][1]
+    kept_start = next((start for start, _ in offsets[n_excess:] if start >= dropped_end), len(content))
+    kept = content[kept_start:].strip()
+    if not kept:
         return None
     return [*messages[: users[0]], {"role": "user", "content": kept}, *messages[users[0] + 1 :]]
 

@@ -370,6 +370,7 @@ def train(trainer: Trainer, lineage, checkpoint: str | None) -> CheckpointKeeper
             f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}; the same command with "
             "--resume_from_checkpoint True goes on"
         )
+        leave_process_group()
         sys.exit(128 + signals.received)
     trainer.save_metrics("train", result.metrics, combined=False)
     trainer.save_state()
@@ -404,6 +405,7 @@ def finish_run(trainer: Trainer, keeper: CheckpointKeeper | None, next_command: 
     if keeper is not None and keeper.best_step is None:
         keeper.best_step = trainer.state.global_step
         keeper.save_best()
+    leave_process_group()
     if not trainer.is_world_process_zero():
         return metrics
     if keeper is not None:
@@ -447,6 +449,13 @@ def plot_curves(log_history: list[dict], file: Path) -> None:
 
 
 # ---------------------------------------------------------------- small things
+
+
+def leave_process_group() -> None:
+    """Wait for the other processes and close the connections: gloo's threads abort a process that just exits."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _peak_memory_gib() -> float:

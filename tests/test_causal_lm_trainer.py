@@ -128,6 +128,7 @@ from pathlib import Path
 import torch
 sys.path[:0] = [{root!r}, {tests!r}]
 from transformers import AutoTokenizer
+from training_run import leave_process_group
 from test_causal_lm_trainer import ONE_STEP, make_rows, make_trainer, trained_loss_and_gradients
 tokenizer = AutoTokenizer.from_pretrained({model!r})
 trainer = make_trainer({model!r}, tokenizer, {out!r}, make_rows(8), per_device_train_batch_size=2,
@@ -135,6 +136,7 @@ trainer = make_trainer({model!r}, tokenizer, {out!r}, make_rows(8), per_device_t
 loss, gradients = trained_loss_and_gradients(trainer)
 if trainer.args.process_index == 0:
     torch.save((trainer.args.world_size, loss, gradients), {out!r} + "/result.pt")
+leave_process_group()
 """
 
 
@@ -143,7 +145,7 @@ def test_two_processes_equal_the_plain_loss_and_gradients(tiny_model_dir, tmp_pa
     tests = Path(__file__).parent
     paths = {"root": str(tests.parent), "tests": str(tests), "model": str(tiny_model_dir), "out": str(tmp_path)}
     script.write_text(TWO_PROCESSES.format(**paths), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     finished = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
     world_size, loss, gradients = torch.load(tmp_path / "result.pt")
