@@ -123,6 +123,9 @@ class RunArguments:
         default=False,
         metadata={"help": "Start again in an --output_dir that holds a run; the earlier run is moved beside it."},
     )
+    logging_dir: str | None = field(
+        default=None, metadata={"help": "Folder of TensorBoard's events; runs/ in --output_dir without it."}
+    )
 
 
 # Flags that the current libraries renamed: the new name takes the same value.
@@ -245,17 +248,11 @@ class StageArgumentParser(HfArgumentParser):
             strategy = "group_by_length" if grouped else "random"
             self.notes.append(f"--group_by_length {grouped} is now --train_sampling_strategy {strategy}")
             return ["--train_sampling_strategy", strategy]
-        if flag == "--logging_dir":
-            if len(values) != 1:
-                raise UserError("--logging_dir: give one folder for TensorBoard's events")
-            os.environ["TENSORBOARD_LOGGING_DIR"] = values[0]
-            self.notes.append(f"--logging_dir: TensorBoard events go to {values[0]}")
-            return []
         return [flag, *values]
 
     def _unknown_flag_message(self, unknown: list[str]) -> str:
         known = [option for option in self._option_string_actions if option.startswith("--") and "-" not in option[2:]]
-        known += [*RENAMED, *SETTLED, "--group_by_length", "--logging_dir"]
+        known += [*RENAMED, *SETTLED, "--group_by_length"]
         flags = [word for word in unknown if word.startswith("-")]
         if not flags:
             return f"{' '.join(unknown)}: these words belong to no flag; quote values that contain blanks"
@@ -290,8 +287,6 @@ class StageArgumentParser(HfArgumentParser):
             values["ddp_find_unused_parameters"] = False  # every trained parameter takes part in each step
         # Without the flag transformers keeps the running mean in the log where the loss was nan, which hides it.
         values["logging_nan_inf_filter"] = False
-        # The environment, because transformers 5 has no other way to say it; its default is ./runs.
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(values["output_dir"], "runs"))  # noqa: PTH118
         self._check_trackers(values)
         self._settle_device(values, given)
 

@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -172,6 +173,12 @@ def load_tokenizer(
         # Padding is masked by position, never by id, so the end token stays a token to learn.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_config(path: str, *, flag: str = "--model_name_or_path", **hub_options) -> PretrainedConfig:
+    """The configuration of a model (not an adapter), without its weights."""
+    with _explained(path, flag):
+        return AutoConfig.from_pretrained(path, **hub_options)
 
 
 def quantization_config(
@@ -406,8 +413,7 @@ def check_same_family(base_model: str, lora_model: str, **hub_options) -> None:
     recorded = lineage.base_model if lineage else config.base_model_name_or_path
     if _same_name(recorded, base_model):
         return
-    with _explained(base_model, "--base_model"):
-        base_config = AutoConfig.from_pretrained(base_model, **hub_options)
+    base_config = load_config(base_model, flag="--base_model", **hub_options)
     if lineage is None:
         raise UserError(
             f"--lora_model {lora_model} was trained on {recorded}, not on {base_model}, and has no {LINEAGE} to "

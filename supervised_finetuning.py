@@ -21,6 +21,7 @@ from typing import Literal
 
 from datasets import Dataset
 from loguru import logger
+from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, pack_dataset
 
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
@@ -121,9 +122,9 @@ def load_part(
     part: str,
     data_args: DataArguments,
     sft_args: SFTArguments,
-    tokenizer,
+    training_args: SFTTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
     chat_template: ChatTemplate,
-    seed: int,
     cache_dir: str,
 ) -> tuple[Dataset, dict[str, str]]:
     """Read, check and tokenize the "train" or "eval" dialogues, from the cache where nothing has changed.
@@ -137,7 +138,8 @@ def load_part(
     )
     if path is None:
         raise UserError(f"{flag} is missing: name the file or folder of the dialogues")
-    held_out = data_args.validation_file_dir in (None, data_args.train_file_dir)
+    held_out = training_args.do_eval and data_args.validation_file_dir in (None, data_args.train_file_dir)
+    seed = training_args.seed
     files, unread = find_files(path, flag)
     limits = {
         "max_length": sft_args.model_max_length,
@@ -149,7 +151,12 @@ def load_part(
         dialogues, read_report = load_dialogues(files, data_args.on_bad_data)
         chosen = choose_dialogues(dialogues, part, held_out, data_args, seed)
         dataset, report = tokenize_dialogues(
-            chosen, tokenizer, chat_template, num_workers=data_args.preprocessing_num_workers, **limits
+            chosen,
+            tokenizer,
+            chat_template,
+            num_workers=data_args.preprocessing_num_workers,
+            on_bad_data=data_args.on_bad_data,
+            **limits,
         )
         return dataset, {"read": read_report.as_dict(), "tokenized": report.as_dict()}
 
@@ -220,9 +227,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         load_part,
         data_args=data_args,
         sft_args=sft_args,
+        training_args=training_args,
         tokenizer=tokenizer,
         chat_template=chat_template,
-        seed=training_args.seed,
         cache_dir=str(Path(model_args.cache_dir or "cache", "tokenized")),
     )
     train_dataset, train_facts = load("train")
@@ -271,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     facts |= {"template": sft_args.template_name or "the tokenizer's own"} | train_facts | eval_facts
     log_facts(trainer, facts)
     logger.info(f"the first example, learned tokens between « and »:\n{example}")
-    keeper = train(trainer, lineage, checkpoint) if training_args.do_train else None
+    keeper = train(trainer, lineage, checkpoint, run_args.logging_dir) if training_args.do_train else None
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)

@@ -384,12 +384,14 @@ class ChatTemplate:
     name: for messages.
     render: (messages, tools, add_generation_prompt) -> text.
     special_tokens: all strings that the tokenizer takes for one token each, added ones included.
+    control_tokens: those of them that stand for no words, which the text of a message may not hold.
     """
 
     name: str
     render: Callable[[list[Message], list[dict] | None, bool], str]
     special_tokens: Sequence[str]
     eos_token: str
+    control_tokens: Sequence[str] = ()
 
     def prompt(self, messages: list[Message], tools: list[dict] | None = None) -> str:
         """The text that a reply to the last message continues."""
@@ -412,6 +414,11 @@ class ChatTemplate:
             segments += [Segment(text[done:start], False), Segment(text[start:end], True)]
             done = end
         return [*segments, Segment(text[done:], False)] if done < len(text) else segments
+
+    def control_token_in(self, text: str) -> str | None:
+        """The first control token that a message's text holds."""
+        match = self._control_pattern.search(text)
+        return match and match[0]
 
     @property
     def stop_tokens(self) -> tuple[str, ...]:
@@ -466,6 +473,11 @@ class ChatTemplate:
                 f"token of the tokenizer, so no model could learn to stop; {_PASS_NAME}"
             )
         return middle_end, self._leading_token(tail)
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern:
+        tokens = {token for token in [*self.control_tokens, *self.stop_tokens] if token.strip()}
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
     @cached_property
     def _call_end(self) -> str:

@@ -8,7 +8,6 @@ replies and the token that ends each. This is the only module that writes the ig
 import hashlib
 import json
 import os
-import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
@@ -28,6 +27,9 @@ from records import BadRecord, Dialogue, Report
 from template import ChatTemplate, Message
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
+
+# Why a sound dialogue is left out, always counted; every other reason is a fault that --on_bad_data decides about.
+OVER_LIMIT = ("too long", "prompt too long", "reply too long")
 
 Truncation = Literal["drop", "cut_prompt_start", "cut_reply"]
 
@@ -65,6 +67,7 @@ def load_chat_template(tokenizer: PreTrainedTokenizerBase, template_name: str | 
         name=template_name or tokenizer.name_or_path,
         render=partial(_render, tokenizer, template_name is None),
         special_tokens=sorted({str(token) for token in tokenizer.added_tokens_decoder.values()}),
+        control_tokens=sorted({str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}),
         eos_token=tokenizer.eos_token,
     )
     for token in chat_template.stop_tokens:
@@ -137,9 +140,10 @@ def encode_dialogue(
         train_on_inputs: learn every token instead of the replies only.
 
     Raises:
-        Unfit: nothing can be learned from it within the limit.
+        Unfit: nothing can be learned from it within the limit, or its words fake a turn.
         UserError: the template cannot render it.
     """
+    refuse_control_tokens(chat_template, messages, tools)
     ids, labels = _ids_and_labels(tokenizer, chat_template, messages, tools, train_on_inputs)
     if len(ids) <= max_length:
         return ids, labels
@@ -158,6 +162,18 @@ def encode_dialogue(
             )
         ids, labels = _ids_and_labels(tokenizer, chat_template, messages, tools, train_on_inputs)
     return ids, labels
+
+
+def refuse_control_tokens(chat_template: ChatTemplate, messages: list[Message], tools: list[dict] | None) -> None:
+    """Raise Unfit where a text holds a token that only the template may write, such as one that ends a turn."""
+    said = [(f"message {number} ({message['role']})", message) for number, message in enumerate(messages, 1)]
+    for where, value in [*said, ("the list of tools", tools)]:
+        token = chat_template.control_token_in(json.dumps(value, ensure_ascii=False))
+        if token:
+            raise Unfit(
+                "control token",
+                f"{where} holds {token}, which the model takes for the mark of a turn and not for words; take it out",
+            )
 
 
 def _ids_and_labels(
@@ -180,7 +196,9 @@ def _ids_and_labels(
         for segment in segments:
             first, end = token, end + len(segment.text)
             token = bisect_left(offsets, (end,))
-            if token > first and offsets[token - 1][1] > end:
+            joined = text[end : offsets[token - 1][1]] if token > first else ""
+            # Phi's tokens take the blanks behind them, whatever these belong to: no other token hangs on that.
+            if joined and not (joined.isspace() and _is_added(tokenizer, ids[token - 1])):
                 raise Unfit(
                     "merged token",
                     f"the tokenizer joins {text[end - 5 : end]!r} and {text[end : end + 5]!r}, so a reply has no "
@@ -190,6 +208,10 @@ def _ids_and_labels(
                 labels[first:token] = ids[first:token]
     labels[0] = IGNORED_LABEL  # nothing predicts the first token
     return ids, labels
+
+
+def _is_added(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
+    return token_id in tokenizer.added_tokens_decoder
 
 
 def _shorten_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], n_excess: int) -> list[Message] | None:
@@ -231,8 +253,12 @@ def tokenize_dialogues(
     truncation: Truncation,
     train_on_inputs: bool,
     num_workers: int,
+    on_bad_data: Literal["error", "drop"] = "error",
 ) -> tuple[Dataset, Report]:
-    """A dataset of `input_ids`, `labels`, `length` and `source` ("file:line"), and what was left out and why."""
+    """A dataset of `input_ids`, `labels`, `length` and `source` ("file:line"), and what was left out and why.
+
+    Raises UserError under "error" for a dialogue that has a fault and is not just over the limit.
+    """
     texts = [json.dumps([d.messages, d.tools], ensure_ascii=False) for d in dialogues]
     rows = Dataset.from_dict({"dialogue": texts, "source": [d.source for d in dialogues]})
     encode = partial(
@@ -268,6 +294,11 @@ def tokenize_dialogues(
             report.drop(BadRecord(source, *fault.split("\t", 1)))
         else:
             usable.append(index)
+    faults = [line for reason, lines in report.examples.items() if reason not in OVER_LIMIT for line in lines]
+    if faults and on_bad_data == "error":
+        n_bad = sum(count for reason, count in report.dropped.items() if reason not in OVER_LIMIT)
+        hint = "mend them, or go on without them: --on_bad_data drop"
+        raise UserError("\n  ".join([f"{n_bad} of {report.read} dialogues are bad, such as", *faults]) + f"\n{hint}")
     return rows.select(usable).remove_columns("fault"), report
 
 

@@ -16,14 +16,19 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from loguru import logger
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from errors import UserError
+
+if TYPE_CHECKING:
+    from model_loading import Lineage
 
 BEST = "checkpoint-best"
 LOG_FORMAT = "<green>{time:YYYY-MM-DD HH:mm:ss}</green> | <level>{level: <7}</level> | {message}"
@@ -276,7 +281,7 @@ class AdapterMovementCheck(TrainerCallback):
 class CheckpointKeeper(TrainerCallback):
     """Keeps `checkpoint-best` by the evaluation loss, and records the lineage in every checkpoint."""
 
-    def __init__(self, trainer: Trainer, lineage):
+    def __init__(self, trainer: Trainer, lineage: "Lineage"):
         self.trainer = trainer
         self.lineage = lineage
         self.best_loss = math.inf
@@ -344,8 +349,15 @@ class StopSignals(TrainerCallback):
             control.should_evaluate = False
 
 
-def train(trainer: Trainer, lineage, checkpoint: str | None) -> CheckpointKeeper:
+def train(
+    trainer: Trainer, lineage: "Lineage", checkpoint: str | None, logging_dir: str | None = None
+) -> CheckpointKeeper:
     """Train with the callbacks of this module and write `train_results.json`.
+
+    Args:
+        lineage: recorded in every checkpoint.
+        checkpoint: what `find_checkpoint` returned.
+        logging_dir: of TensorBoard's events; None for runs/ in the output folder.
 
     Exits with 128 + signal number when a signal stopped the run after its checkpoint was saved.
     """
@@ -353,6 +365,10 @@ def train(trainer: Trainer, lineage, checkpoint: str | None) -> CheckpointKeeper
     trainer.args.metric_for_best_model = "eval_loss"
     trainer.args.greater_is_better = False
     trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        # transformers 5 takes the folder from an environment variable, and ./runs without it.
+        if isinstance(callback, TensorBoardCallback) and (logging_dir or callback.logging_dir is None):
+            callback.logging_dir = logging_dir or str(Path(trainer.args.output_dir, "runs"))
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(QuietProgressBar)

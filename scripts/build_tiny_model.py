@@ -119,6 +119,8 @@ def build_model(tokenizer: "Qwen2Tokenizer", **overrides: Any) -> "Qwen2ForCausa
         "num_key_value_heads": 2,
         "max_position_embeddings": CONTEXT_LENGTH,
         "tie_word_embeddings": True,
+        # 1 / sqrt(hidden size): with Qwen's 0.02, made for 2048, so narrow a model learns ten times as slowly.
+        "initializer_range": 0.0625,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }

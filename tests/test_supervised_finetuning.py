@@ -1,0 +1,514 @@
+"""The SFT stage as its users start it: what it learns, which files it leaves, how it resumes, what it refuses."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import supervised_finetuning
+from errors import UserError
+from model_loading import load_with_adapter, read_lineage
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "supervised_finetuning.py"
+
+# The guide's stage 2, flag for flag; a test replaces the model, the data and the output folder.
+GUIDE = """
+    --model_name_or_path {model}
+    --train_file_dir {data} --validation_file_dir {data}
+    --per_device_train_batch_size 2 --per_device_eval_batch_size 2
+    --do_train --do_eval --template_name qwen --use_peft True
+    --max_train_samples 10000 --max_eval_samples 100 --model_max_length 2048
+    --num_train_epochs 3 --learning_rate 2e-5 --warmup_ratio 0.05 --weight_decay 0.05
+    --logging_strategy steps --logging_steps 10
+    --eval_steps 100 --eval_strategy steps
+    --save_steps 500 --save_strategy steps --save_total_limit 3
+    --gradient_accumulation_steps 16 --preprocessing_num_workers 8
+    --output_dir {output} --overwrite_output_dir
+    --ddp_timeout 30000 --logging_first_step True
+    --target_modules all --lora_rank 16 --lora_alpha 32 --lora_dropout 0.05
+    --torch_dtype bfloat16 --bf16 --device_map auto
+    --report_to tensorboard --ddp_find_unused_parameters False
+    --gradient_checkpointing True --cache_dir {cache}
+"""
+
+ADAPTER_FILES = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "lineage.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+STATE_FILES = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin"}
+
+
+def dialogue(question: str, answer: str) -> dict:
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+def make_dialogues(n_dialogues: int) -> list[dict]:
+    parts, signs = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"], ["疼", "痒", "肿", "麻"]
+    return [
+        dialogue(
+            f"第{index}个病人{parts[index % 8]}{signs[index % 4]}怎么办？",
+            f"{parts[index % 8]}{signs[index % 4]}{index}天以上请就诊，平时注意休息。",
+        )
+        for index in range(n_dialogues)
+    ]
+
+
+@pytest.fixture
+def data_dir(write_jsonl) -> Path:
+    return write_jsonl("data/dialogues.jsonl", make_dialogues(24)).parent
+
+
+@pytest.fixture
+def flags(tiny_model_dir, data_dir, tmp_path):
+    """A short run's flags; keywords replace or add some, None removes one."""
+
+    def build(**changes) -> list[str]:
+        values = {
+            "model_name_or_path": tiny_model_dir,
+            "train_file_dir": data_dir,
+            "validation_file_dir": data_dir,
+            "do_train": True,
+            "do_eval": True,
+            "max_eval_samples": 4,
+            "model_max_length": 256,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 4,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+            "gradient_checkpointing": False,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "output_dir": tmp_path / "out",
+            "cache_dir": tmp_path / "cache",
+        } | changes
+        return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+
+    return build
+
+
+def run(argv: list[str], **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *argv]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
+
+
+def losses(output_dir: Path) -> dict[int, float]:
+    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_leaves_exactly_these_files(flags, tmp_path, data_dir, tiny_model_dir):
+    metrics = supervised_finetuning.main(flags(template_name="qwen", report_to="tensorboard"))
+    out = tmp_path / "out"
+    assert names(out) == {
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-best",
+        "eval_results.json",
+        "loss.png",
+        "runs",
+        "train_results.json",
+        "trainer_state.json",
+    }
+    assert names(out / "checkpoint-best") == ADAPTER_FILES
+    assert names(out / "checkpoint-4") == ADAPTER_FILES | STATE_FILES
+    assert any(name.startswith("events.out.tfevents") for name in names(out / "runs"))
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((out / "eval_results.json").read_text())
+    assert results["eval_perplexity"] == pytest.approx(torch.tensor(results["eval_loss"]).exp().item(), rel=1e-4)
+    assert 0 <= results["eval_token_accuracy"] <= 1
+    assert metrics["eval_loss"] == results["eval_loss"]
+    assert "train_loss" in json.loads((out / "train_results.json").read_text())
+    lineage = read_lineage(out / "checkpoint-best")
+    assert (lineage.base_model, lineage.parent, lineage.stage) == (str(tiny_model_dir), None, "sft")
+    assert (lineage.template, lineage.data) == ("qwen", str(data_dir))
+
+
+def test_full_weights_leave_a_model_of_its_own(flags, tmp_path):
+    supervised_finetuning.main(flags(use_peft=False, max_steps=1, save_strategy="no"))
+    best = tmp_path / "out" / "checkpoint-best"
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names(best)
+    assert not (best / "adapter_config.json").exists()
+    AutoModelForCausalLM.from_pretrained(best)
+
+
+def test_best_is_the_lowest_evaluation_loss(flags, tmp_path):
+    # A rate that ruins the model: the first evaluation is the best one.
+    argv = flags(max_steps=2, eval_strategy="steps", eval_steps=1, learning_rate=0.5, max_grad_norm=1000)
+    metrics = supervised_finetuning.main(argv)
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    evaluations = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    assert evaluations[1] < evaluations[2]
+    assert metrics["eval_loss"] == evaluations[1]
+    weights = load_file(tmp_path / "out" / "checkpoint-best" / "adapter_model.safetensors")
+    last = load_file(tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors")
+    assert any(not torch.equal(weights[name], last[name]) for name in weights)
+
+
+def test_best_survives_save_total_limit(flags, tmp_path):
+    supervised_finetuning.main(flags(save_total_limit=1, save_steps=1))
+    assert {name for name in names(tmp_path / "out") if name.startswith("checkpoint")} == {
+        "checkpoint-4",
+        "checkpoint-best",
+    }
+
+
+def test_without_evaluation_best_is_the_last(flags, tmp_path):
+    assert supervised_finetuning.main(flags(do_eval=None)) == {}
+    best, last = (
+        load_file(tmp_path / "out" / name / "adapter_model.safetensors") for name in ("checkpoint-best", "checkpoint-4")
+    )
+    assert all(torch.equal(best[name], last[name]) for name in last)
+    assert not (tmp_path / "out" / "eval_results.json").exists()
+
+
+def test_evaluation_alone_trains_nothing(flags, tmp_path):
+    metrics = supervised_finetuning.main(flags(do_train=None))
+    assert metrics["eval_loss"] > 0
+    assert names(tmp_path / "out") == {"eval_results.json"}
+
+
+def test_log_says_what_happens(flags, capfd):
+    supervised_finetuning.main(flags(max_steps=13))
+    log = capfd.readouterr().err
+    assert "no CUDA device: training on the CPU in float32" in log
+    assert re.search(r"train records +kept 24 of 24", log)
+    assert re.search(r"eval dialogues +kept 2 of 2, held out of the training files by the seed", log)
+    assert re.search(r"batch +2 a device x 2 accumulated x 1 process\(es\) = 4 rows a step", log)
+    assert re.search(r"steps +13 ", log)
+    assert re.search(r"«[^»]+就诊[^»]+<\|im_end\|>»", log)
+    assert re.search(r"step 3/13  epoch \d\.\d\d  loss \d+\.\d+  lr .*tokens/s  peak", log)
+    assert "at the speed of the first ten steps" in log
+    assert "next: python inference.py --base_model" in log.replace(Path(sys.executable).name, "python")
+
+
+# ---------------------------------------------------------------- adapter lineage
+
+
+def test_training_continues_an_adapter_relative_to_the_base(flags, tmp_path, tiny_model_dir):
+    supervised_finetuning.main(flags(output_dir=tmp_path / "first"))
+    first = tmp_path / "first" / "checkpoint-best"
+    argv = flags(model_name_or_path=first, output_dir=tmp_path / "second", max_steps=1, learning_rate=1e-9)
+    supervised_finetuning.main(argv)
+    second = tmp_path / "second" / "checkpoint-best"
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    # What the first run learned is inside: a step at a rate of almost nothing leaves it as it was.
+    for name, weights in before.items():
+        torch.testing.assert_close(after[name], weights, atol=1e-7, rtol=0)
+    lineage = read_lineage(second)
+    assert (lineage.base_model, lineage.parent) == (str(tiny_model_dir), str(first))
+    model = load_with_adapter(str(tiny_model_dir), str(second), torch_dtype="float32")
+    assert model.active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("flag", ["load_in_4bit", "load_in_8bit"])
+def test_quantized_base_trains_an_adapter_in_float32(flags, tmp_path, flag):
+    supervised_finetuning.main(flags(**{flag: True}, max_steps=3))
+    weights = load_file(tmp_path / "out" / "checkpoint-best" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert all(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"packing": True},
+        {"padding_free": True},
+        {"group_by_length": True},
+        {"neftune_noise_alpha": 5},
+        {"gradient_checkpointing": True},
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"target_modules": "q_proj,v_proj"},
+        {"optim": "adafactor"},
+        {"modules_to_save": "embed_tokens"},
+        {"flash_attn": True},
+        {"train_on_inputs": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_option_trains(flags, tmp_path, options):
+    supervised_finetuning.main(flags(**options, max_steps=2, do_eval=None))
+    assert all(loss > 0 for loss in losses(tmp_path / "out").values())
+    assert (tmp_path / "out" / "checkpoint-best" / "adapter_model.safetensors").is_file()
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_second_start_tokenizes_nothing(flags, tmp_path, monkeypatch):
+    supervised_finetuning.main(flags(max_steps=1))
+    calls = []
+    tokenize = supervised_finetuning.tokenize_dialogues
+    monkeypatch.setattr(
+        supervised_finetuning,
+        "tokenize_dialogues",
+        lambda *args, **kwargs: calls.append(1) or tokenize(*args, **kwargs),
+    )
+    supervised_finetuning.main(flags(max_steps=1, output_dir=tmp_path / "again"))
+    assert calls == []
+    supervised_finetuning.main(flags(max_steps=1, output_dir=tmp_path / "anew", overwrite_cache=True))
+    assert len(calls) == 2  # the training part and the evaluation part
+    supervised_finetuning.main(flags(max_steps=1, output_dir=tmp_path / "shorter", model_max_length=128))
+    assert len(calls) == 4
+
+
+def test_held_out_dialogues_are_not_trained_on(flags, tmp_path, monkeypatch):
+    parts = []
+    tokenize = supervised_finetuning.tokenize_dialogues
+
+    def recorded(chosen, *args, **kwargs):
+        parts.append({dialogue.source for dialogue in chosen})
+        return tokenize(chosen, *args, **kwargs)
+
+    monkeypatch.setattr(supervised_finetuning, "tokenize_dialogues", recorded)
+    supervised_finetuning.main(flags(max_steps=1))
+    trained, held_out = parts
+    assert (len(trained), len(held_out)) == (22, 2)
+    assert not trained & held_out
+    supervised_finetuning.main(flags(max_steps=1, do_eval=None, output_dir=tmp_path / "no-eval"))
+    assert len(parts[2]) == 24  # nothing is held out where nothing is evaluated
+
+
+def test_first_step_that_moves_nothing_stops(flags, monkeypatch):
+    def freeze(*args, **kwargs):
+        model = load(*args, **kwargs)
+        stuck = next(p for name, p in model.named_parameters() if "lora_B" in name)
+        stuck.register_hook(torch.zeros_like)
+        return model
+
+    load = supervised_finetuning.load_for_training
+    monkeypatch.setattr(supervised_finetuning, "load_for_training", freeze)
+    with pytest.raises(UserError, match=r"^step 1: 1 of 28 adapter matrices did not move: .*q_proj\.lora_B"):
+        supervised_finetuning.main(flags())
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+BAD_DATA = {
+    "broken JSON": ('{"conversations": [', r"d\.jsonl:1: .*JSON"),
+    "misspelt key": ('{"conversation": []}', r"d\.jsonl:1: .*conversations"),
+    "empty conversation": ('{"conversations": []}', r"d\.jsonl:1: "),
+    "no reply": ('{"conversations": [{"from": "human", "value": "头疼"}]}', r"d\.jsonl:1: .*reply"),
+    "first turn from the model": ('{"conversations": [{"from": "gpt", "value": "好"}]}', r"d\.jsonl:1: "),
+    "empty reply": (json.dumps(dialogue("头疼", " ")), r"d\.jsonl:1: .*empty reply"),
+    "non-string value": (json.dumps(dialogue("头疼", 3)), r"d\.jsonl:1: "),
+    "null": ("null", r"d\.jsonl:1: "),
+    "reply longer than the limit": (json.dumps(dialogue("头疼", "休息" * 3000)), r"d\.jsonl:1: \d+ tokens, over"),
+    "preference pair": (
+        json.dumps({"question": "头疼", "response_chosen": "休息", "response_rejected": "不管"}),
+        r"d\.jsonl:1: .*dpo_training\.py",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_stops_before_the_model_loads(flags, tmp_path, monkeypatch, case):
+    line, message = BAD_DATA[case]
+    file = tmp_path / "bad" / "d.jsonl"
+    file.parent.mkdir()
+    file.write_text(line + "\n", encoding="utf-8")
+    monkeypatch.setattr(supervised_finetuning, "load_for_training", lambda *a, **k: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=message):
+        supervised_finetuning.main(flags(train_file_dir=file.parent, validation_file_dir=None, do_eval=None))
+    assert file.read_text(encoding="utf-8") == line + "\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_file_dir": "nowhere"}, r"--train_file_dir nowhere: no such file or folder"),
+        ({"train_file_dir": None}, r"--train_file_dir is missing"),
+        ({"model_name_or_path": "./nowhere"}, r"--model_name_or_path \./nowhere: no such folder"),
+        ({"template_name": "qwenn"}, r"qwenn.*qwen"),
+        ({"do_train": None, "do_eval": None}, r"neither --do_train nor --do_eval"),
+        ({"lora_rnak": 8}, r"--lora_rnak is not a flag of this stage; did you mean --lora_rank\?"),
+        ({"resume_from_checkpoint": "outputs/checkpoint-5"}, r"outputs/checkpoint-5: no such folder"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, r"exclude each other"),
+        ({"load_in_4bit": True, "use_peft": False}, r"--use_peft False with a quantized base"),
+        ({"target_modules": "attention"}, r"--target_modules attention: no such module.*q_proj"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_flag_is_one_line(flags, changes, message):
+    with pytest.raises(UserError, match=message) as refused:
+        supervised_finetuning.main(flags(**changes))
+    assert "\n" not in str(refused.value)
+
+
+def test_bad_input_ends_with_code_2_and_no_traceback(flags, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    finished = run(flags(train_file_dir=empty, validation_file_dir=empty))
+    assert finished.returncode == 2
+    assert re.search(r"^error: --train_file_dir .*: the folder is empty; files that end in", finished.stderr, re.M)
+    assert "Traceback" not in finished.stderr
+
+
+def test_output_folder_with_a_run_is_never_written_over(flags, tmp_path):
+    out = tmp_path / "out"
+    supervised_finetuning.main(flags(max_steps=1))
+    before = (out / "checkpoint-best" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"holds a run already.*--resume_from_checkpoint True.*--overwrite_output_dir"):
+        supervised_finetuning.main(flags(max_steps=1))
+    supervised_finetuning.main(flags(max_steps=1, seed=7, overwrite_output_dir=True))
+    assert (tmp_path / "out.earlier-1" / "checkpoint-best" / "adapter_model.safetensors").read_bytes() == before
+    assert (out / "checkpoint-best" / "adapter_model.safetensors").read_bytes() != before
+
+
+# ---------------------------------------------------------------- interruption
+
+
+def start_and_wait_for(argv: list[str], file: Path) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not file.exists():
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"{file} never came")
+        time.sleep(0.02)
+    return process
+
+
+RESUMED = {"max_steps": 60, "save_steps": 5, "lora_dropout": 0.2, "lr_scheduler_type": "cosine", "do_eval": None}
+
+
+@pytest.mark.slow
+def test_kill_and_resume_gives_the_losses_of_an_uninterrupted_run(flags, tmp_path):
+    supervised_finetuning.main(flags(**RESUMED, output_dir=tmp_path / "whole"))
+    out = tmp_path / "killed"
+    argv = flags(**RESUMED, output_dir=out)
+    process = start_and_wait_for(argv, out / "checkpoint-10" / "trainer_state.json")
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "train_results.json").exists()
+    supervised_finetuning.main([*argv, "--resume_from_checkpoint", "True"])
+    resumed, whole = losses(out), losses(tmp_path / "whole")
+    assert resumed == whole
+    weights, expected = (
+        load_file(folder / "checkpoint-best" / "adapter_model.safetensors") for folder in (out, tmp_path / "whole")
+    )
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_a_checkpoint_and_says_interrupted(flags, tmp_path, number, code):
+    out = tmp_path / "stopped"
+    argv = flags(**RESUMED | {"max_steps": 2000, "save_steps": 1000, "logging_steps": 5}, output_dir=out)
+    argv += ["--report_to", "tensorboard"]
+    process = start_and_wait_for(argv, out / "runs")
+    time.sleep(3)
+    process.send_signal(number)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == code, log[-2000:]
+    checkpoint = next(name for name in names(out) if re.fullmatch(r"checkpoint-\d+", name))
+    assert names(out / checkpoint) == ADAPTER_FILES | STATE_FILES
+    assert f"saved in {out}/{checkpoint}" in log
+    assert "Traceback" not in log
+
+
+def test_incomplete_checkpoint_is_passed_over(flags, tmp_path, capfd):
+    supervised_finetuning.main(flags())
+    (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").unlink()
+    supervised_finetuning.main([*flags(max_steps=6), "--resume_from_checkpoint", "True"])
+    log = capfd.readouterr().err
+    assert re.search(r"checkpoint-4 is not complete \(without optimizer\) and is passed over", log)
+    assert re.search(r"resuming from .*checkpoint-2", log)
+    assert max(losses(tmp_path / "out")) == 6
+
+
+def test_resume_without_a_checkpoint_starts_anew(flags, capfd):
+    supervised_finetuning.main([*flags(max_steps=1), "--resume_from_checkpoint", "True"])
+    assert re.search(r"--resume_from_checkpoint True: no checkpoint in .* yet", capfd.readouterr().err)
+
+
+# ---------------------------------------------------------------- the guide's command, and learning
+
+
+@pytest.mark.slow
+def test_guide_command_with_two_processes(tiny_model_dir, tmp_path):
+    out = tmp_path / "outputs-sft-qwen2.5-3b"
+    words = GUIDE.format(model=tiny_model_dir, data="./data/finetune", output=out, cache=tmp_path / "cache").split()
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0,1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    finished = subprocess.run(
+        [*command, *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert names(out / "checkpoint-best") == ADAPTER_FILES
+    log = finished.stderr
+    assert "2 process(es) on the CPU" in log
+    assert "= 64 rows a step" in log
+    assert "instead of --bf16, --torch_dtype bfloat16, --device_map auto, CUDA_VISIBLE_DEVICES=0,1" in log
+    # One process speaks, in lines: nothing twice, and no progress bar in a log.
+    assert log.count("supervised fine-tuning: 2 process(es)") == 1
+    assert "\r" not in log
+
+
+@pytest.mark.slow
+def test_fifty_dialogues_are_learned_by_heart(flags, write_jsonl, tmp_path):
+    records = make_dialogues(50)
+    data = write_jsonl("fifty/dialogues.jsonl", records).parent
+    argv = flags(
+        train_file_dir=data,
+        validation_file_dir=None,
+        do_eval=None,
+        use_peft=False,
+        template_name="qwen",
+        max_steps=None,
+        num_train_epochs=60,
+        per_device_train_batch_size=10,
+        gradient_accumulation_steps=1,
+        learning_rate=3e-3,
+        warmup_ratio=0.05,
+        lr_scheduler_type="cosine",
+        save_strategy="no",
+    )
+    supervised_finetuning.main(argv)
+    best = tmp_path / "out" / "checkpoint-best"
+    history = losses(tmp_path / "out")
+    assert history[max(history)] < 0.1
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(best), AutoTokenizer.from_pretrained(best)
+    end_token = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for record in records:
+        question, answer = (turn["value"] for turn in record["conversations"])
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        generated = model.generate(**prompt, max_new_tokens=80, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        assert generated[-1] == end_token, f"{question}: did not stop"
+        assert tokenizer.decode(generated[:-1]) == answer
