@@ -38,7 +38,7 @@ class ModelArguments:
     )
     load_in_8bit: bool = field(default=False, metadata={"help": "Base weights in 8 bit (bitsandbytes)."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Base weights in 4-bit NF4 (QLoRA, bitsandbytes)."})
-    device_map: str | None = field(
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = field(
         default=None,
         metadata={"help": "auto splits the model over the GPUs of one process; under torchrun each process has one."},
     )

@@ -7,17 +7,22 @@ came before. `lineage.json` in the adapter's folder records base, parent, stage,
 
 import json
 import os
+import socket
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import huggingface_hub.constants as hub
 import torch
-from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from loguru import logger
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,13 +32,23 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LINEAGE = "lineage.json"
 DEFAULT_LORA_RANK = 16
 DEFAULT_LORA_ALPHA = 32.0
+ALL_LINEAR = ("all", "all-linear")
+_PICKLE = (
+    "pickle weights (.bin), which can run code when they are opened; convert them to safetensors, or pass "
+    "--allow_pickle_weights True if you trust them"
+)
+_LEAVE_OR_MERGE = (
+    "leave the flag out, or merge the adapter (merge_peft_adapter.py) and start a new one on the merged model"
+)
 
 
 # ---------------------------------------------------------------- paths and lineage
@@ -83,11 +98,16 @@ def read_adapter_config(path: str | Path) -> LoraConfig:
         raise UserError(f"{path}: no such folder")
     if not is_adapter(path):
         raise UserError(f"{path}: no {ADAPTER_CONFIG} in it, so it is no LoRA adapter")
-    config = PeftConfig.from_pretrained(str(path))
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{Path(path, ADAPTER_CONFIG)}: not an adapter's configuration ({error})") from error
     if not isinstance(config, LoraConfig):
         raise UserError(f"{path}: a {config.peft_type} adapter; only LoRA adapters are read here")
-    if not Path(path, "adapter_model.safetensors").is_file():
-        raise UserError(f"{path}: adapter_model.safetensors is missing; take another checkpoint of that run")
+    if not Path(path, ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"{path}: {ADAPTER_WEIGHTS} is missing; take another checkpoint of that run")
+    if not config.base_model_name_or_path:
+        raise UserError(f"{Path(path, ADAPTER_CONFIG)}: names no base model; fill in base_model_name_or_path")
     return config
 
 
@@ -120,34 +140,78 @@ def check_model_path(path: str, flag: str, allow_pickle_weights: bool = False) -
         if not any(name.endswith(".bin") for name in names):
             raise UserError(f"{flag} {path}: no weights (*.safetensors) in it")
         if not allow_pickle_weights:
-            raise UserError(
-                f"{flag} {path}: only pickle weights (.bin), which can run code when they are opened; convert them "
-                "to safetensors, or pass --allow_pickle_weights True if you trust them"
-            )
+            raise UserError(f"{flag} {path}: only {_PICKLE}")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        absent = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) - names)
+        if absent:
+            raise UserError(f"{flag} {path}: {', '.join(absent)} of its weights are missing; download it again")
 
 
 @contextmanager
 def _explained(path: str, flag: str) -> Iterator[None]:
     """Turn what the hub and the loaders raise into one line that says what to do."""
+    if not Path(path).exists():
+        _go_offline_without_hub()
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
-        text = " ".join(str(error).split())
-        hub = os.environ.get("HF_ENDPOINT", ENDPOINT)
-        if "gated" in text:
-            reason = f"a gated model: accept its licence on {hub} and set HF_TOKEN to a token of your account"
-        elif "401" in text or "is not a valid model identifier" in text or "Repository Not Found" in text:
-            reason = f"neither a folder here nor a public model on {hub}: check the name; a private one needs HF_TOKEN"
-        elif "offline" in text or "connect" in text.lower() or "Max retries" in text or "resolve" in text:
-            reason = (
-                f"no folder of that name here, and {hub} cannot be reached: check the network, set HF_ENDPOINT to a "
-                "mirror, or give the folder of a downloaded model"
-            )
-        elif "trust_remote_code" in text:
-            reason = "its repository ships Python code: read it, then pass --trust_remote_code True"
-        else:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = _reason(error)
+        if reason is None:
             raise
         raise UserError(f"{flag} {path}: {reason}") from error
+
+
+def _go_offline_without_hub() -> None:
+    """Ask once whether the hub answers: huggingface_hub 2.4 tries one that does not for 46 s a file."""
+    address, proxies = urlsplit(hub.ENDPOINT), getproxies()
+    if hub.HF_HUB_OFFLINE or address.scheme in proxies or "all" in proxies:
+        return
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), timeout=10).close()
+    except OSError:
+        logger.warning(f"{hub.ENDPOINT} cannot be reached: only models that were downloaded before are found")
+        hub.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # PEFT reads this one
+
+
+def _reason(error: BaseException) -> str | None:
+    """What went wrong and what to do, None where it is no mistake of the user."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+
+    def caused_by(*kinds: type) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    text = " ".join(str(error).split())
+    if caused_by(GatedRepoError):
+        return f"a gated model: accept its licence on {hub.ENDPOINT} and set HF_TOKEN to a token of your account"
+    if caused_by(RepositoryNotFoundError) or "is not a valid model identifier" in text or "Repo id must" in text:
+        return (
+            f"neither a folder here nor a public model on {hub.ENDPOINT}: check the name; a private one needs HF_TOKEN"
+        )
+    if caused_by(LocalEntryNotFoundError, ConnectionError):
+        return (
+            f"no folder of that name here, and {hub.ENDPOINT} cannot be reached: check the network, set HF_ENDPOINT "
+            "to a mirror, or give the folder of a downloaded model"
+        )
+    if "401" in text:
+        return f"{hub.ENDPOINT} does not accept the token in HF_TOKEN: make a new one, or unset it for a public model"
+    if "trust_remote_code" in text:
+        return "its repository ships Python code: read it, then pass --trust_remote_code True"
+    if "thus cannot be loaded with `safetensors`" in text:
+        return f"only {_PICKLE}"
+    if "instantiate the backend tokenizer" in text:
+        return (
+            "no tokenizer in it; copy tokenizer.json and tokenizer_config.json there, or name --tokenizer_name_or_path"
+        )
+    if "Unrecognized model" in text or "does not recognize this architecture" in text:
+        return f"not a model that these versions of the libraries know ({text[:100]})"
+    if caused_by(SafetensorError):
+        return f"damaged weights ({text}); copy or download them again"
+    return None
 
 
 # ---------------------------------------------------------------- tokenizer and base model
@@ -199,13 +263,16 @@ def attention_implementation(flash_attn: bool) -> str:
     """FlashAttention 2 where it is asked for and possible, otherwise PyTorch's SDPA, said in one line."""
     if not flash_attn:
         return "sdpa"
-    if find_spec("flash_attn") is None:
-        logger.info("--flash_attn: the package flash-attn is not installed; PyTorch's SDPA attention is used")
-        return "sdpa"
     if not torch.cuda.is_available():
-        logger.info("--flash_attn: FlashAttention needs a CUDA device; PyTorch's SDPA attention is used")
-        return "sdpa"
-    return "flash_attention_2"
+        lacking = "FlashAttention needs a CUDA device"
+    elif torch.cuda.get_device_capability() < (8, 0):
+        lacking = "FlashAttention 2 needs an Ampere GPU or newer"
+    elif not is_flash_attn_2_available():
+        lacking = "the package flash-attn is not installed (requirements-gpu.txt says how)"
+    else:
+        return "flash_attention_2"
+    logger.info(f"--flash_attn: {lacking}; PyTorch's SDPA attention is used")
+    return "sdpa"
 
 
 def placement(device_map: str | None, quantized: bool) -> dict | str | None:
@@ -304,12 +371,34 @@ def load_for_training(
     if is_adapter(path):
         config = read_adapter_config(path)
         _check_continuable(
-            path, config, use_peft, target_modules, lora_rank, lora_alpha, use_dora, use_rslora, task_type
+            path,
+            config,
+            use_peft,
+            task_type,
+            {
+                "--lora_rank": (lora_rank, config.r),
+                "--lora_alpha": (lora_alpha, config.lora_alpha),
+                "--target_modules": (
+                    None if target_modules in ALL_LINEAR else _split_names(target_modules),
+                    config.target_modules,
+                ),
+                "--use_dora": (use_dora or None, config.use_dora),
+                "--use_rslora": (use_rslora or None, config.use_rslora),
+                "--modules_to_save": (_split_names(modules_to_save), config.modules_to_save or []),
+            },
         )
         base = load_base_model(config.base_model_name_or_path, **base_options)
+        linear = linear_module_names(base)
         config.lora_dropout = lora_dropout
         config.inference_mode = False
-        return PeftModel.from_pretrained(base, path, config=config, is_trainable=True)
+        model = _put_adapter_on(base, path, "--model_name_or_path", config=config, is_trainable=True)
+        bare = linear - lora_layers(model).keys()
+        if target_modules in ALL_LINEAR and bare:
+            raise UserError(
+                f"--target_modules {target_modules}: the adapter in {path} leaves out {', '.join(sorted(bare))}, and "
+                f"training continues it; {_LEAVE_OR_MERGE}"
+            )
+        return model
 
     quantized = base_options.get("load_in_4bit") or base_options.get("load_in_8bit")
     if quantized and not use_peft:
@@ -332,23 +421,16 @@ def load_for_training(
     except ValueError as error:
         if "not found in the base model" not in str(error):
             raise
-        linear = sorted({name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)})
+        known = ", ".join(sorted(linear_module_names(base)))
         raise UserError(
-            f"--target_modules {target_modules}: no such module in {path}; it has {', '.join(linear)}, or say all"
+            f"--target_modules {target_modules}: no such module in {path}; it has {known}, or say all"
         ) from error
 
 
 def _check_continuable(
-    path: str,
-    config: LoraConfig,
-    use_peft: bool,
-    target_modules: str | None,
-    lora_rank: int | None,
-    lora_alpha: float | None,
-    use_dora: bool,
-    use_rslora: bool,
-    task_type: TaskType,
+    path: str, config: LoraConfig, use_peft: bool, task_type: TaskType, wanted_and_found: dict[str, tuple]
 ) -> None:
+    """Refuse what a continued adapter cannot become; None is wanted where a flag leaves it as it is."""
     if not use_peft:
         raise UserError(
             f"{path} is a LoRA adapter and --use_peft False trains full weights: merge it first with "
@@ -356,25 +438,19 @@ def _check_continuable(
         )
     if config.task_type not in (task_type, None):
         raise UserError(f"{path} is a {config.task_type} adapter; this stage continues a {task_type.value} adapter")
-    # Asking for all linear layers is satisfied by an adapter that names them, which is how PEFT saves it.
-    modules = _split_names(target_modules) if target_modules not in (None, "all", "all-linear") else None
-    wanted_and_found = {
-        "--lora_rank": (lora_rank, config.r),
-        "--lora_alpha": (lora_alpha, config.lora_alpha),
-        "--target_modules": (modules and sorted(modules), sorted(config.target_modules)),
-        "--use_dora": (use_dora or None, config.use_dora),
-        "--use_rslora": (use_rslora or None, config.use_rslora),
-    }
     for flag, (wanted, found) in wanted_and_found.items():
-        if wanted is not None and wanted != found:
+        if wanted is not None and _said(wanted) != _said(found):
             raise UserError(
-                f"{flag} {_said(wanted)}: the adapter in {path} has {_said(found)}, and training continues it; leave "
-                "the flag out, or merge the adapter (merge_peft_adapter.py) and start a new one on the merged model"
+                f"{flag} {_said(wanted)}: the adapter in {path} has {_said(found)}, and training continues it; "
+                f"{_LEAVE_OR_MERGE}"
             )
 
 
 def _said(value: object) -> str:
-    return ",".join(value) if isinstance(value, list) else str(value)
+    """A value as one writes it after its flag; modules in one order, numbers without a needless `.0`."""
+    if isinstance(value, list | set):
+        return ",".join(sorted(value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _split_names(names: str | None) -> list[str] | None:
@@ -382,7 +458,53 @@ def _split_names(names: str | None) -> list[str] | None:
 
 
 def _module_names(target_modules: str | None) -> str | list[str]:
-    return "all-linear" if target_modules in (None, "all", "all-linear") else _split_names(target_modules)
+    return "all-linear" if target_modules in (None, *ALL_LINEAR) else _split_names(target_modules)
+
+
+def lora_layers(model: torch.nn.Module) -> Counter[str]:
+    """How many layers of each module name have a LoRA adapter."""
+    return Counter(name.split(".lora_A.")[0].rpartition(".")[2] for name in model.state_dict() if ".lora_A." in name)
+
+
+def linear_module_names(model: PreTrainedModel) -> set[str]:
+    """The last names of the linear layers that PEFT's "all-linear" takes: all but the head."""
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return linear - {"lm_head", "embed_out", "score", "classifier"}
+
+
+def _put_adapter_on(base: PreTrainedModel, path: str, flag: str, **options) -> PeftModel:
+    """Load an adapter on its base, and refuse one that does not fit it tensor by tensor.
+
+    PEFT 0.21 only warns of tensors that the file lacks, drops those that the model lacks, and takes nan.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, path, **options)
+        with safe_open(Path(path, ADAPTER_WEIGHTS), framework="pt") as file:
+            in_file = set(file.keys())
+    except SafetensorError as error:
+        raise UserError(f"{flag} {path}: {ADAPTER_WEIGHTS} is damaged ({error}); take another checkpoint") from error
+    except (RuntimeError, ValueError) as error:
+        if "size mismatch" not in str(error) and "not found in the base model" not in str(error):
+            raise
+        raise UserError(
+            f"{flag} {path}: the adapter does not fit {base.name_or_path}: other layers or sizes"
+        ) from error
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    of_base = model.state_dict().keys() - weights.keys()  # an embedding that PEFT saved with the adapter
+    odd = sorted(weights.keys() ^ (in_file - of_base))
+    if odd:
+        raise UserError(
+            f"{flag} {path}: {len(odd)} tensors are in {ADAPTER_WEIGHTS} and not in {base.name_or_path} with this "
+            f"adapter, or the other way round, such as {odd[0]}; take another checkpoint, or the base it was trained on"
+        )
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(
+            f"{flag} {path}: {len(broken)} tensors hold nan or inf, such as {broken[0]}; take an earlier one"
+        )
+    return model
 
 
 def describe_trainable(model: PreTrainedModel | PeftModel) -> str:
@@ -394,10 +516,19 @@ def describe_trainable(model: PreTrainedModel | PeftModel) -> str:
         total = sum(parameter.numel() for parameter in model.parameters())
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     line = f"{trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
-    layers = Counter(name.split(".lora_A.")[0].rpartition(".")[2] for name in model.state_dict() if ".lora_A." in name)
-    if layers:
+    if layers := lora_layers(model):
         line += "; LoRA on " + ", ".join(f"{count} {name}" for name, count in layers.items())
     return line
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel) -> None:
+    """Refuse a tokenizer with ids the model has no embedding for: embeddings are never resized silently."""
+    n_rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > n_rows:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} entries and the model embeddings for "
+            f"{n_rows}: give the model's own tokenizer, or resize the model's embeddings and save it first"
+        )
 
 
 # ---------------------------------------------------------------- base and adapter together
@@ -406,7 +537,8 @@ def describe_trainable(model: PreTrainedModel | PeftModel) -> str:
 def check_same_family(base_model: str, lora_model: str, **hub_options) -> None:
     """Refuse an adapter on a base it was not trained on, by recorded name, hidden size and vocabulary.
 
-    A copy of the base under another name or path is accepted when the sizes agree, and said.
+    A copy of the base under another name or path is accepted when the sizes agree, and said; without a lineage
+    record, where it bears the same last name.
     """
     config = read_adapter_config(lora_model)
     lineage = read_lineage(lora_model)
@@ -415,6 +547,9 @@ def check_same_family(base_model: str, lora_model: str, **hub_options) -> None:
         return
     base_config = load_config(base_model, flag="--base_model", **hub_options)
     if lineage is None:
+        if Path(recorded).name == Path(base_model).name:
+            logger.warning(f"{lora_model} was trained on {recorded}; {base_model} is taken for a copy of it")
+            return
         raise UserError(
             f"--lora_model {lora_model} was trained on {recorded}, not on {base_model}, and has no {LINEAGE} to "
             f"compare by: pass --base_model {recorded}"
@@ -429,10 +564,8 @@ def check_same_family(base_model: str, lora_model: str, **hub_options) -> None:
 
 
 def _same_name(recorded: str, given: str) -> bool:
-    """The same hub name or folder; a hub name also equals a local copy that ends in its last part."""
-    if Path(recorded).exists() and Path(given).exists():
-        return Path(recorded).resolve() == Path(given).resolve()
-    return recorded.rstrip("/").rpartition("/")[2] == given.rstrip("/").rpartition("/")[2]
+    """The same hub name or the same folder. Equal last names are not enough: many are checkpoint-best."""
+    return recorded == given or (Path(given).exists() and Path(recorded).resolve() == Path(given).resolve())
 
 
 def load_with_adapter(base_model: str, lora_model: str, **base_options) -> PeftModel:
@@ -444,11 +577,4 @@ def load_with_adapter(base_model: str, lora_model: str, **base_options) -> PeftM
         trust_remote_code=base_options.get("trust_remote_code", False),
     )
     base = load_base_model(base_model, flag="--base_model", **base_options)
-    try:
-        return PeftModel.from_pretrained(base, lora_model)
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
-            raise
-        raise UserError(
-            f"--lora_model {lora_model} does not fit --base_model {base_model}: other layer sizes"
-        ) from error
+    return _put_adapter_on(base, lora_model, "--lora_model")

@@ -141,6 +141,16 @@ def test_root_names_shadow_no_package():
     assert not {path.name for path in ROOT.iterdir()} & {"deepspeed", "datasets", "transformers", "trl", "peft"}
 
 
+def test_every_imported_package_is_pinned():
+    """A package that only another one brings in could change its version without notice."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {re.split(r"==", line)[0].lower().replace("-", "_") for line in lines if "==" in line}
+    scripts = {path.stem for path in python_files("scripts")}
+    imported = set().union(*(imports(path) for path in [*python_files("."), *python_files("scripts")]))
+    packages = {name.lower() for name in imported - sys.stdlib_module_names - LOCAL.keys() - scripts}
+    assert packages <= pinned, f"not in requirements.txt: {sorted(packages - pinned)}"
+
+
 # ---------------------------------------------------------------- Python files
 
 
