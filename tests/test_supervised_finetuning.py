@@ -255,6 +255,17 @@ def test_option_trains(flags, tmp_path, options):
     assert (tmp_path / "out" / "checkpoint-best" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_torch_compile_gives_the_same_loss(flags, tmp_path, monkeypatch):
+    short = {"max_steps": 1, "do_eval": None, "save_strategy": "no", "lora_dropout": 0}
+    supervised_finetuning.main(flags(**short))
+    monkeypatch.setenv("TORCH_COMPILE", "1")
+    supervised_finetuning.main(flags(**short, output_dir=tmp_path / "compiled"))
+    assert losses(tmp_path / "compiled")[1] == pytest.approx(losses(tmp_path / "out")[1], abs=1e-4)
+    weights = load_file(tmp_path / "compiled" / "checkpoint-best" / "adapter_model.safetensors")
+    assert not any("_orig_mod" in name for name in weights)
+
+
 # ---------------------------------------------------------------- data
 
 
