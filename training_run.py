@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,6 +55,8 @@ def start_run(stage: str, training_args: TrainingArguments, notes: list[str]) ->
     if training_args.disable_tqdm or not is_main:
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
+    # transformers 5.24, TRL 1.16 and PEFT 0.21 still call each other by names that transformers renamed.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     set_seed(training_args.seed)
     logger.info(f"{stage}: {training_args.world_size} process(es) on {_device_name(training_args)}")
     for line in [*notes, *_version_notes()]:

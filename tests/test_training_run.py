@@ -1,0 +1,193 @@
+"""What surrounds training: where a run starts, what it says, what stops it."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from trl import SFTConfig
+
+import training_run
+from errors import UserError
+from training_run import (
+    AdapterMovementCheck,
+    ProgressLines,
+    find_checkpoint,
+    plot_curves,
+    start_run,
+)
+
+COMPLETE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    def build(**changes) -> SFTConfig:
+        return SFTConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, **changes)
+
+    return build
+
+
+def make_checkpoint(folder, without: str = "") -> None:
+    folder.mkdir(parents=True)
+    for name in COMPLETE:
+        if name != without:
+            (folder / name).write_bytes(b"x")
+    if without != "trainer_state.json":
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": 1}))
+
+
+# ---------------------------------------------------------------- where a run starts
+
+
+def test_empty_folder_starts_a_new_run(arguments, tmp_path):
+    assert find_checkpoint(arguments(), overwrite_output_dir=False) is None
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert find_checkpoint(arguments(), overwrite_output_dir=True) is None
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_newest_checkpoint_is_by_number_not_by_name(arguments, tmp_path):
+    for step in (9, 10, 100):
+        make_checkpoint(tmp_path / "out" / f"checkpoint-{step}")
+    (tmp_path / "out" / "checkpoint-best").mkdir()
+    found = find_checkpoint(arguments(resume_from_checkpoint=True), overwrite_output_dir=False)
+    assert found == str(tmp_path / "out" / "checkpoint-100")
+
+
+@pytest.mark.parametrize("missing", [*COMPLETE, "trainer_state.json"])
+def test_incomplete_checkpoint_is_skipped_or_refused(arguments, tmp_path, missing):
+    make_checkpoint(tmp_path / "out" / "checkpoint-1")
+    newest = tmp_path / "out" / "checkpoint-2"
+    make_checkpoint(newest, without=missing)
+    found = find_checkpoint(arguments(resume_from_checkpoint=True), overwrite_output_dir=False)
+    assert found == str(tmp_path / "out" / "checkpoint-1")
+    with pytest.raises(UserError, match=r"checkpoint-2: without [\w. ]+; take another checkpoint"):
+        find_checkpoint(arguments(resume_from_checkpoint=str(newest)), overwrite_output_dir=False)
+
+
+def test_truncated_state_counts_as_missing(arguments, tmp_path):
+    make_checkpoint(tmp_path / "out" / "checkpoint-3")
+    (tmp_path / "out" / "checkpoint-3" / "trainer_state.json").write_text('{"global_')
+    with pytest.raises(UserError, match=r"without a readable trainer_state\.json"):
+        find_checkpoint(arguments(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3")), False)
+
+
+def test_resume_goes_before_overwrite(arguments, tmp_path):
+    make_checkpoint(tmp_path / "out" / "checkpoint-7")
+    found = find_checkpoint(arguments(resume_from_checkpoint=True), overwrite_output_dir=True)
+    assert found == str(tmp_path / "out" / "checkpoint-7")
+
+
+def test_overwriting_keeps_every_earlier_run(arguments, tmp_path):
+    for number in (1, 2):
+        make_checkpoint(tmp_path / "out" / "checkpoint-5")
+        (tmp_path / "out" / "mark").write_text(str(number))
+        assert find_checkpoint(arguments(), overwrite_output_dir=True) is None
+        assert not (tmp_path / "out").exists()
+    assert [(tmp_path / f"out.earlier-{number}" / "mark").read_text() for number in (1, 2)] == ["1", "2"]
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def test_versions_other_than_the_tested_ones_are_named(arguments, capfd, monkeypatch):
+    found = {"torch": "2.13.0+cu130", "transformers": "5.23.0"}
+    monkeypatch.setattr(training_run, "version", lambda package: found.get(package, "1.0"))
+    start_run("a stage", arguments(), ["a note"])
+    log = capfd.readouterr().err
+    assert "a note" in log
+    assert "transformers 5.23.0 (tested: 5.24.0)" in log
+    assert "torch 2.13.0+cu130," in log
+    assert "torch 2.13.0+cu130 (tested" not in log
+
+
+def test_progress_line_has_all_that_tail_needs(arguments, capfd):
+    start_run("a stage", arguments(), [])
+    lines, state = ProgressLines(), SimpleNamespace(global_step=1, max_steps=111, epoch=0.5, is_world_process_zero=True)
+    for step in range(1, 13):
+        state.global_step = step
+        lines.on_step_end(None, state, None)
+    logs = {"loss": 1.5, "learning_rate": 2e-5, "grad_norm": 0.25, "tokens_per_second": 1000.4}
+    lines.on_log(None, state, None, logs=logs)
+    log = capfd.readouterr().err
+    assert log.count("at the speed of the first ten steps") == 1
+    assert "step 12/111  epoch 0.50  loss 1.5000  lr 2.00e-05  grad norm 0.250  1000 tokens/s  peak" in log
+    assert log.rstrip().endswith("left")
+
+
+def test_other_processes_are_silent(arguments, capfd, monkeypatch):
+    training_args = arguments()
+    monkeypatch.setattr(type(training_args), "process_index", 1)
+    start_run("a stage", training_args, ["a note"])
+    assert "a note" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(59, "0 min 59 s"), (3599, "59 min 59 s"), (7260, "2 h 01 min")])
+def test_duration(seconds, text):
+    assert training_run._duration(seconds) == text
+
+
+def test_curves_are_a_png(tmp_path):
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
+    plot_curves(history, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------- what stops it
+
+
+class TwoMatrices(torch.nn.Module):
+    """A LoRA pair under PEFT's names."""
+
+    def __init__(self, b: float):
+        super().__init__()
+        self.layer = torch.nn.Module()
+        for name, value in (("lora_A", 1.0), ("lora_B", b)):
+            module = torch.nn.Module()
+            module.default = torch.nn.Linear(2, 2, bias=False)
+            torch.nn.init.constant_(module.default.weight, value)
+            setattr(self.layer, name, module)
+
+
+@pytest.mark.parametrize(
+    ("b", "moved", "stuck"),
+    [
+        (0.0, {"lora_B"}, None),  # a new adapter: A has no gradient while B is 0
+        (0.0, {"lora_A"}, "lora_B"),
+        (1.0, {"lora_A", "lora_B"}, None),
+        (1.0, {"lora_B"}, "lora_A"),
+        (1.0, set(), "lora_A"),
+    ],
+)
+def test_adapter_matrices_that_should_move_are_watched(b, moved, stuck):
+    model = TwoMatrices(b)
+    args, state = SimpleNamespace(learning_rate=1e-3, fp16=False), SimpleNamespace(global_step=1)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1e-3}])
+    check = AdapterMovementCheck()
+    check.on_step_begin(args, state, None, model=model, optimizer=optimizer)
+    with torch.no_grad():
+        for name in moved:
+            getattr(model.layer, name).default.weight += 1e-3
+    if stuck is None:
+        check.on_step_end(args, state, None, model=model)
+    else:
+        with pytest.raises(UserError, match=rf"^step 1: \d of 2 adapter matrices did not move: layer.{stuck}"):
+            check.on_step_end(args, state, None, model=model)
+
+
+def test_adapter_check_waits_for_the_warm_up():
+    model, check = TwoMatrices(1.0), AdapterMovementCheck()
+    args, state = SimpleNamespace(learning_rate=1e-3, fp16=False), SimpleNamespace(global_step=1)
+    check.on_step_begin(args, state, None, model=model, optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]))
+    check.on_step_end(args, state, None, model=model)
+    assert not check.done
+
+
+def test_out_of_memory_names_the_remedies_with_this_runs_values(arguments):
+    args = arguments(per_device_train_batch_size=2, gradient_accumulation_steps=16, gradient_checkpointing=False)
+    advice = training_run._out_of_memory_advice(args)
+    assert "--per_device_train_batch_size 1 --gradient_accumulation_steps 32; --gradient_checkpointing True" in advice
+    args = arguments(per_device_train_batch_size=1, gradient_checkpointing=True)
+    assert "batch_size" not in training_run._out_of_memory_advice(args)
