@@ -78,4 +78,5 @@ args=(
 )
 [ -z "$TEMPLATE" ] || args+=(--template_name "$TEMPLATE")
 
-"${launch[@]}" supervised_finetuning.py "${args[@]}" "$@"
+# exec: a signal to this script's process id reaches the training, which then saves a checkpoint.
+exec "${launch[@]}" supervised_finetuning.py "${args[@]}" "$@"
