@@ -14,7 +14,7 @@ cd "$(dirname "$0")"
 
 # ---------------------------------------------------------------- edit block
 MODEL=${MODEL:-Qwen/Qwen2.5-3B-Instruct}   # hub name, folder, or the adapter of the stage before
-TEMPLATE=${TEMPLATE:-qwen}                 # template.py lists the names; "" takes the tokenizer's own
+TEMPLATE=${TEMPLATE-qwen}                  # template.py lists the names; "" takes the tokenizer's own
 TRAIN_DATA=${TRAIN_DATA:-./data/finetune}
 EVAL_DATA=${EVAL_DATA:-./data/finetune}    # the training folder again: a part of it is held out
 OUTPUT=${OUTPUT:-outputs-sft-qwen2.5-3b}
@@ -22,7 +22,7 @@ OUTPUT=${OUTPUT:-outputs-sft-qwen2.5-3b}
 BATCH=${BATCH:-2}
 ACCUMULATION=${ACCUMULATION:-16}
 MAX_LENGTH=${MAX_LENGTH:-2048}
-export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0,1}
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1}
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 # One process a visible GPU; on a machine without one, one process on the CPU.
