@@ -23,7 +23,7 @@ class Decoding:
     temperature: float = field(default=0.0, metadata={"help": "0 takes the likeliest token; above 0 draws at random."})
     top_p: float = field(
         default=1.0,
-        metadata={"help": "Draw from the likeliest tokens that hold this share of the probability; 1: all."},
+        metadata={"help": "Draw from the likeliest tokens that hold this share of the chance; 1: all."},
     )
     top_k: int = field(default=0, metadata={"help": "Draw from so many of the likeliest tokens; 0: all."})
     repetition_penalty: float = field(

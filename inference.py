@@ -34,6 +34,7 @@ from model_loading import (
     Lineage,
     base_of,
     check_model_path,
+    check_vocabulary,
     is_adapter,
     load_base_model,
     load_config,
@@ -193,10 +194,18 @@ def choose_template(
         for own_prompt, prompt in zip(own_prompts, rendered_probes(chat_template), strict=True):
             if own_prompt is not None and own_prompt != prompt:
                 raise UserError(
-                    f"--template_name {template_name}: it renders {prompt!r:.90}, but the model was trained on "
-                    f"{own_prompt!r:.90}; leave the flag out to ask it in that form"
+                    f"--template_name {template_name}: it asks in another form than the model was trained with: "
+                    f"{_difference(prompt, own_prompt)}; leave the flag out"
                 )
     return chat_template
+
+
+def _difference(text: str | None, trained_text: str) -> str:
+    """Where two renderings part."""
+    if text is None:
+        return "it refuses a system prompt"
+    n_same = next((n for n in range(len(text)) if not trained_text.startswith(text[: n + 1])), len(text))
+    return f"{text[n_same:]!r:.60} instead of {trained_text[n_same:]!r:.60}"
 
 
 def rendered_probes(chat_template: ChatTemplate) -> list[str | None]:
@@ -445,7 +454,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, inference_args, decoding = parser.parse(argv)
     check_model_path(model_args.base_model, "--base_model", model_args.allow_pickle_weights)
     if model_args.lora_model:
-        check_model_path(model_args.lora_model, "--lora_model", model_args.allow_pickle_weights)
         if is_adapter(model_args.base_model):
             raise UserError(
                 f"--base_model {model_args.base_model}: an adapter too; a later stage's adapter holds what came "
@@ -468,25 +476,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     hub_options = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
     config = load_config(base_model, flag="--base_model", **hub_options)
     refuse_reward_model(config, model_args)
-    trained_path = model_args.lora_model or base_model
-    tokenizer = load_tokenizer(trained_path, flag="--base_model", **hub_options)
-    lineage = read_lineage(trained_path)
-    trained = lineage is not None or bool(
-        model_args.lora_model and Path(trained_path, "tokenizer_config.json").exists()
+    # An adapter's own tokenizer has the template it was trained with; another tool's adapter may have none.
+    lora_model = model_args.lora_model
+    has_tokenizer = lora_model is not None and Path(lora_model, "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(lora_model if has_tokenizer else base_model, flag="--base_model", **hub_options)
+    lineage = read_lineage(lora_model or base_model)
+    chat_template = choose_template(
+        tokenizer, model_args.template_name, lineage, trained=has_tokenizer or lineage is not None
     )
-    chat_template = choose_template(tokenizer, model_args.template_name, lineage, trained)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
     # ------------------------------------------------------------ data
     if inference_args.data_file:
         questions = read_questions(inference_args.data_file, inference_args.system)
-    else:
-        questions = [Question(ask(text, inference_args.system), None, {}, None, text) for text in QUESTIONS]
+    else:  # a chat asks none of its own
+        fixed = () if inference_args.interactive else QUESTIONS
+        questions = [Question(ask(text, inference_args.system), None, {}, None, text) for text in fixed]
     prompts = encode_questions(tokenizer, chat_template, questions, context, decoding.max_new_tokens)
     partial = open_partial(inference_args.output_file)
 
     # ------------------------------------------------------------ model
     model = load_model(base_model, model_args)
+    check_vocabulary(tokenizer, model)
     speaker = Speaker(model, tokenizer, stop_token_ids(tokenizer, chat_template), decoding)
 
     # ------------------------------------------------------------ replies

@@ -42,6 +42,9 @@ LINEAGE = "lineage.json"
 DEFAULT_LORA_RANK = 16
 DEFAULT_LORA_ALPHA = 32.0
 ALL_LINEAR = ("all", "all-linear")
+_NO_TOKENIZER = (
+    "no tokenizer in it; copy tokenizer.json and tokenizer_config.json there, or name --tokenizer_name_or_path"
+)
 _PICKLE = (
     "pickle weights (.bin), which can run code when they are opened; convert them to safetensors, or pass "
     "--allow_pickle_weights True if you trust them"
@@ -201,12 +204,10 @@ def _reason(error: BaseException) -> str | None:
         return f"{hub.ENDPOINT} does not accept the token in HF_TOKEN: make a new one, or unset it for a public model"
     if "trust_remote_code" in text:
         return "its repository ships Python code: read it, then pass --trust_remote_code True"
-    if "thus cannot be loaded with `safetensors`" in text:
+    if "thus cannot be loaded with `safetensors`" in text or "no file named model.safetensors" in text:
         return f"only {_PICKLE}"
     if "instantiate the backend tokenizer" in text:
-        return (
-            "no tokenizer in it; copy tokenizer.json and tokenizer_config.json there, or name --tokenizer_name_or_path"
-        )
+        return _NO_TOKENIZER
     if "Unrecognized model" in text or "does not recognize this architecture" in text:
         return f"not a model that these versions of the libraries know ({text[:100]})"
     if caused_by(SafetensorError):
@@ -231,6 +232,9 @@ def load_tokenizer(
     source = path if not is_adapter(path) or Path(path, "tokenizer_config.json").is_file() else base_of(path)
     with _explained(source, flag):
         tokenizer = AutoTokenizer.from_pretrained(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    if tokenizer.decode(tokenizer.encode("a", add_special_tokens=False)).strip() != "a":
+        # transformers 5.24 makes an empty tokenizer from the config.json of a folder that has no other file.
+        raise UserError(f"{flag} {path}: {_NO_TOKENIZER}")
     if tokenizer.eos_token is None:
         raise UserError(f"{flag} {path}: its tokenizer has no end-of-text token, so no reply would end")
     if tokenizer.pad_token is None:
@@ -380,7 +384,7 @@ def load_for_training(
                 "--lora_alpha": (lora_alpha, config.lora_alpha),
                 "--target_modules": (
                     None if target_modules in ALL_LINEAR else _split_names(target_modules),
-                    config.target_modules,
+                    _last_names(config.target_modules),
                 ),
                 "--use_dora": (use_dora or None, config.use_dora),
                 "--use_rslora": (use_rslora or None, config.use_rslora),
@@ -457,6 +461,13 @@ def _split_names(names: str | None) -> list[str] | None:
     return [name.strip() for name in names.split(",") if name.strip()] if names else None
 
 
+def _last_names(target_modules: set[str] | str) -> set[str] | str:
+    """PEFT resolves "all-linear" to full names, and shortens them only where there are many; a pattern stays."""
+    if isinstance(target_modules, str):
+        return target_modules
+    return {name.rpartition(".")[2] for name in target_modules}
+
+
 def _module_names(target_modules: str | None) -> str | list[str]:
     return "all-linear" if target_modules in (None, *ALL_LINEAR) else _split_names(target_modules)
 
@@ -480,6 +491,8 @@ def _put_adapter_on(base: PreTrainedModel, path: str, flag: str, **options) -> P
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            # PEFT 0.21 asks transformers 5.24 by the old name.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             model = PeftModel.from_pretrained(base, path, **options)
         with safe_open(Path(path, ADAPTER_WEIGHTS), framework="pt") as file:
             in_file = set(file.keys())

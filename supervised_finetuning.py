@@ -31,6 +31,7 @@ from model_loading import (
     Lineage,
     base_of,
     check_model_path,
+    check_vocabulary,
     describe_trainable,
     load_for_training,
     load_tokenizer,
@@ -251,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         allow_pickle_weights=model_args.allow_pickle_weights,
         **hub_options,
     )
+    check_vocabulary(tokenizer, model)
     base_model = base_of(model_args.model_name_or_path)
     lineage = Lineage(
         base_model=base_model,

@@ -1,0 +1,373 @@
+"""Merge a LoRA adapter of any stage into its base model, and write it only if it still says the same.
+
+Input: the base model and the adapter's folder. An adapter trained on a 4-bit or 8-bit base merges into the unquantized
+one: merged into the quantized base, most of what it learned is rounded away.
+Output: `--output_dir`, which loads like a downloaded model: safetensors in shards, the adapter's tokenizer and chat
+template, generation settings that stop at the template's end tokens, lineage.json.
+
+The check: the model is written beside --output_dir, loaded again, and compared with the adapter on its base on 32 fixed
+medical prompts, both in the type that is written. At 99 % of all positions the merged model must prefer the same next
+token. A token that the unmerged model ranks below its first by no more than NEAR_TIE units of rounding is the same: in
+bfloat16 such near ties fall either way. A reward model's scores must agree to SCORE_TOLERANCE of the largest.
+
+    python merge_peft_adapter.py --base_model Qwen/Qwen2.5-3B-Instruct \\
+        --lora_model outputs-dpo-qwen2.5-3b/checkpoint-best --output_dir outputs-dpo-qwen2.5-3b-merged
+"""
+
+import gc
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from loguru import logger
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from arguments import StageArgumentParser
+from errors import UserError, run_script
+from model_loading import (
+    Lineage,
+    check_model_path,
+    check_same_family,
+    check_vocabulary,
+    is_adapter,
+    load_base_model,
+    load_config,
+    load_tokenizer,
+    load_with_adapter,
+    read_adapter_config,
+    read_lineage,
+)
+from template import ChatTemplate
+from tokenization import encode_prompt, load_chat_template, stop_token_ids
+from training_run import LOG_FORMAT
+
+LEAST_AGREEMENT = 0.99
+NEAR_TIE = 2  # units of rounding at the size of the largest logit
+SCORE_TOLERANCE = {"float32": 0.001, "float16": 0.01, "bfloat16": 0.05}
+N_TOP = 8  # logits that are kept of each position
+
+# The guide's four questions come first.
+CHINESE_QUESTIONS = (
+    *("感冒了应该怎么办？", "高血压患者在饮食上需要注意什么？", "糖尿病有哪些早期症状？", "如何预防心血管疾病？"),
+    *("孩子发烧到39度要不要去医院？", "胃痛吃什么药好？", "孕妇可以喝咖啡吗？", "失眠怎么调理？"),
+    *("痛风发作时怎么缓解？", "体检发现甲状腺结节严重吗？", "贫血的人应该多吃什么？", "青霉素过敏能用头孢吗？"),
+    *("被狗咬了多久内打疫苗？", "腰椎间盘突出能做运动吗？", "突然胸痛、出冷汗是怎么回事？", "幽门螺杆菌会传染吗？"),
+)
+ENGLISH_QUESTIONS = (
+    *("How is iron deficiency treated?", "What should I eat when I have gout?", "Is a fever of 38.5 °C dangerous?"),
+    *("Can I take ibuprofen with aspirin?", "How long does the flu last?", "What are the signs of a stroke?"),
+    *("Why do my hands go numb at night?", "How can I lower my cholesterol?", "When does a cough need an X-ray?"),
+    *("What causes kidney stones?", "How do I treat a small burn?", "Is metformin safe in pregnancy?"),
+    *("What does a high TSH mean?", "How much sleep does a child need?", "Can stress cause chest pain?"),
+    "How is asthma different from COPD?",
+)
+CHINESE_REPLY = "一般建议先休息、多喝水、清淡饮食，并留意症状的变化；如果症状加重或持续不缓解，请及时到医院就诊。"
+ENGLISH_REPLY = "It depends on the cause: rest, drink enough, and see a doctor if the symptoms get worse or stay."
+
+# ---------------------------------------------------------------- arguments
+
+
+@dataclass
+class MergeArguments:
+    base_model: str = field(metadata={"help": "Hub name or folder of the model that the adapter was trained on."})
+    lora_model: str = field(metadata={"help": "Folder of the adapter."})
+    output_dir: str = field(metadata={"help": "New folder for the merged model."})
+    torch_dtype: Literal["bfloat16", "float16", "float32"] = field(
+        default="bfloat16", metadata={"help": "Type of the merged weights, in which the two models are compared too."}
+    )
+    max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of weights, such as 500MB or 5GB."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloaded models."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that the model's repository ships."}
+    )
+    allow_pickle_weights: bool = field(
+        default=False, metadata={"help": "Also load .bin weights, which can run code when they are opened."}
+    )
+
+    def __post_init__(self):
+        if not re.fullmatch(r"\d+[KMGT]B", self.max_shard_size):
+            raise UserError(f"--max_shard_size {self.max_shard_size}: give a size such as 500MB or 5GB")
+
+
+# ---------------------------------------------------------------- before weights load
+
+
+def check_output_dir(output_dir: Path, n_bytes: int) -> None:
+    """Refuse a folder that holds something, and a disk without room for the merged weights."""
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UserError(f"--output_dir {output_dir}: it holds something already; name a new folder")
+    existing = next(folder for folder in output_dir.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < 1.05 * n_bytes:  # the tokenizer and the configuration are small
+        raise UserError(
+            f"--output_dir {output_dir}: the merged weights take {n_bytes / 1e9:.1f} GB and {existing} has "
+            f"{free / 1e9:.1f} GB free; make room or name a folder on another disk"
+        )
+
+
+def weight_bytes(config: PretrainedConfig, model_class: type, merge_args: MergeArguments) -> int:
+    """Size of the merged weights, from the configuration alone."""
+    with torch.device("meta"):
+        model = model_class.from_config(config, trust_remote_code=merge_args.trust_remote_code)
+    return sum(parameter.numel() for parameter in model.parameters()) * getattr(torch, merge_args.torch_dtype).itemsize
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, lineage: Lineage | None) -> ChatTemplate | None:
+    """The chat template that training used; None where there is none (a pretrained base has no turns)."""
+    if tokenizer.chat_template is not None:
+        return load_chat_template(tokenizer, None)
+    return load_chat_template(tokenizer, lineage.template) if lineage and lineage.template else None
+
+
+# ---------------------------------------------------------------- the merge
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """The base with the adapter in its weights; the base is changed in place."""
+    untie_adapted_head(model.get_base_model())
+    return model.merge_and_unload(safe_merge=True)
+
+
+def untie_adapted_head(base: PreTrainedModel) -> None:
+    """Give the head weights of its own where LoRA changes it or the embedding, which share theirs in small models."""
+    if base.get_output_embeddings() is None:
+        return
+    layers = [base.get_output_embeddings(), base.get_input_embeddings()]
+    head, embedding = (getattr(layer, "base_layer", layer) for layer in layers)
+    adapted = any(hasattr(layer, "base_layer") for layer in layers)
+    if adapted and getattr(head, "weight", None) is getattr(embedding, "weight", head):
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
+def stopping_generation_config(
+    config: GenerationConfig, stop_ids: Sequence[int], pad_token_id: int
+) -> GenerationConfig:
+    """The base's settings, with every stop id added: a server that reads them ends where training taught to end."""
+    own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    config.eos_token_id = list(dict.fromkeys([*stop_ids, *(token for token in own if token is not None)]))
+    config.pad_token_id = pad_token_id
+    drawing = (config.temperature, config.top_p, config.min_p, config.typical_p)
+    if not config.do_sample and any(value not in (None, 1.0) for value in drawing):
+        # transformers 5.24 saves no temperature without it; servers sample by the temperature anyway.
+        config.do_sample = True
+    return config
+
+
+def write_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lineage: Lineage, folder: Path, max_shard_size: str
+) -> None:
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)
+        lineage.save(folder)
+        # safetensors 0.8 lets only its user read what it writes, which keeps a server under another name out.
+        for file in folder.glob("*.safetensors"):
+            file.chmod(Path(folder, "config.json").stat().st_mode)
+    except OSError as error:
+        raise UserError(f"{folder}: the merged model cannot be written ({error})") from error
+
+
+# ---------------------------------------------------------------- the comparison
+
+
+class Reference(NamedTuple):
+    """What the unmerged model says to one prompt: its largest logits at each position, or its score.
+
+    values: float32 [positions, k]; ids: int64 [positions, k].
+    """
+
+    values: torch.Tensor
+    ids: torch.Tensor
+
+
+class Difference(NamedTuple):
+    """How far a model is from the references: share of agreeing positions, |difference| of their logits."""
+
+    agreement: float
+    mean: float
+    largest: float
+
+
+def comparison_prompts(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate | None) -> list[list[int]]:
+    """32 questions with the start of a reply, as ids."""
+    prompts = []
+    for questions, reply in ((CHINESE_QUESTIONS, CHINESE_REPLY), (ENGLISH_QUESTIONS, ENGLISH_REPLY)):
+        reply_ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
+        for question in questions:
+            if chat_template is None:
+                question_ids = tokenizer(question)["input_ids"]
+            else:
+                question_ids = encode_prompt(tokenizer, chat_template, [{"role": "user", "content": question}])
+            prompts.append(question_ids + reply_ids)
+    return prompts
+
+
+@torch.no_grad()
+def outputs_of(model: torch.nn.Module, prompts: list[list[int]]) -> Iterator[torch.Tensor]:
+    """Logits of each prompt, float32 [positions, vocabulary], or its score [1, 1]; one at a time, for the memory."""
+    model.eval()
+    for ids in prompts:
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+        yield logits.float().flatten(0, -2)
+
+
+def references_of(model: torch.nn.Module, prompts: list[list[int]]) -> list[Reference]:
+    return [Reference(*logits.topk(min(N_TOP, logits.shape[-1]))) for logits in outputs_of(model, prompts)]
+
+
+def difference_from(
+    references: list[Reference], model: torch.nn.Module, prompts: list[list[int]], torch_dtype: str
+) -> Difference:
+    """Compare next tokens, or scores, by the rule in this file's docstring."""
+    n_agreeing, differences = 0, []
+    largest_score = max(reference.values.abs().max() for reference in references)
+    for reference, logits in zip(references, outputs_of(model, prompts), strict=True):
+        difference = (logits.gather(-1, reference.ids) - reference.values).abs()
+        differences.append(difference.flatten())
+        if logits.shape[-1] == 1:
+            agrees = difference <= SCORE_TOLERANCE[torch_dtype] * largest_score
+        else:
+            unit = torch.finfo(getattr(torch, torch_dtype)).eps * reference.values.abs().amax(-1, keepdim=True)
+            near_first = reference.values >= reference.values[:, :1] - NEAR_TIE * unit
+            # argmax takes nan for the largest, so that a model that says nan prefers some token too.
+            says_numbers = logits.isfinite().all(-1)
+            agrees = ((reference.ids == logits.argmax(-1, keepdim=True)) & near_first).any(-1) & says_numbers
+        n_agreeing += int(agrees.sum())
+    n_positions = sum(len(reference.values) for reference in references)
+    every = torch.cat(differences)
+    return Difference(n_agreeing / n_positions, every.mean().item(), every.max().item())
+
+
+def judge(merged: Difference, base: Difference, torch_dtype: str) -> None:
+    """Refuse a merged model that says something else, and say what rounding took from a small adapter.
+
+    Args:
+        merged, base: how far the merged model and the bare base are from the adapter on its base.
+    """
+    facts = (
+        f"{merged.agreement:.2%} agreement with the adapter on its base on {len(CHINESE_QUESTIONS + ENGLISH_QUESTIONS)}"
+        f" prompts; difference {merged.mean:.2g} on average, {merged.largest:.2g} at most (the adapter itself makes "
+        f"{base.mean:.2g} and {base.largest:.2g})"
+    )
+    if merged.agreement < LEAST_AGREEMENT:
+        raise UserError(
+            f"the merged model is not the trained one, so nothing is written: {facts}; at least {LEAST_AGREEMENT:.0%} "
+            "is needed. --torch_dtype float32 rounds least; if it fails too, the adapter does not merge into this base"
+        )
+    logger.info(facts)
+    if merged.mean > 0.5 * base.mean and base.mean > 0:
+        logger.warning(
+            f"the adapter changes so little that rounding to {torch_dtype} hides much of it; --torch_dtype float32 "
+            "keeps it, or use the adapter unmerged"
+        )
+
+
+# ---------------------------------------------------------------- main
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    # ------------------------------------------------------------ arguments
+    parser = StageArgumentParser([MergeArguments])
+    (merge_args,) = parser.parse(argv)
+    base_model, lora_model, output_dir = merge_args.base_model, merge_args.lora_model, Path(merge_args.output_dir)
+    check_model_path(base_model, "--base_model", merge_args.allow_pickle_weights)
+    if is_adapter(base_model):
+        raise UserError(f"--base_model {base_model}: an adapter; give the base model it was trained on")
+    is_reward_model = read_adapter_config(lora_model).task_type == "SEQ_CLS"
+
+    # ------------------------------------------------------------ run
+    logger.remove()
+    logger.add(sys.stderr, format=LOG_FORMAT, colorize=sys.stderr.isatty())
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    for note in parser.notes:
+        logger.info(note)
+
+    # ------------------------------------------------------------ base, adapter and room for both
+    hub_options = {"cache_dir": merge_args.cache_dir, "trust_remote_code": merge_args.trust_remote_code}
+    load_options = hub_options | {
+        "torch_dtype": merge_args.torch_dtype,
+        "allow_pickle_weights": merge_args.allow_pickle_weights,
+        "model_class": AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM,
+    }
+    load_options |= {"num_labels": 1} if is_reward_model else {}
+    config = load_config(base_model, flag="--base_model", **hub_options)
+    if hasattr(config, "quantization_config"):
+        raise UserError(f"--base_model {base_model}: its weights are quantized; give the model it was made from")
+    check_same_family(base_model, lora_model, **hub_options)
+    n_bytes = weight_bytes(config, load_options["model_class"], merge_args)
+    check_output_dir(output_dir, n_bytes)
+
+    # ------------------------------------------------------------ tokenizer and template
+    has_tokenizer = Path(lora_model, "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(lora_model if has_tokenizer else base_model, flag="--lora_model", **hub_options)
+    adapter_lineage = read_lineage(lora_model)
+    chat_template = template_of(tokenizer, adapter_lineage)
+    stop_ids = stop_token_ids(tokenizer, chat_template) if chat_template else [tokenizer.eos_token_id]
+    prompts = comparison_prompts(tokenizer, chat_template)
+
+    # ------------------------------------------------------------ the adapter on its base
+    on_gpu = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.3 * n_bytes
+    device = "cuda" if on_gpu else "cpu"
+    logger.info(f"merging {lora_model} into {base_model} in {merge_args.torch_dtype} on the {device.upper()}")
+    model = load_with_adapter(base_model, lora_model, **load_options).to(device)
+    check_vocabulary(tokenizer, model)
+    references = references_of(model, prompts)
+    with model.disable_adapter():
+        base_difference = difference_from(references, model, prompts, merge_args.torch_dtype)
+
+    # ------------------------------------------------------------ merge, write beside, compare, rename
+    model = merge(model)
+    if model.can_generate():
+        model.generation_config = stopping_generation_config(model.generation_config, stop_ids, tokenizer.pad_token_id)
+    lineage = Lineage(
+        base_model=base_model,
+        parent=lora_model,
+        stage="merge",
+        template=adapter_lineage.template if adapter_lineage else "",
+        data=adapter_lineage.data if adapter_lineage else "",
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+    )
+    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write_model(model, tokenizer, lineage, partial, merge_args.max_shard_size)
+        del model
+        gc.collect()
+        merged = load_base_model(str(partial), flag="--output_dir", **load_options).to(device)
+        merged_difference = difference_from(references, merged, prompts, merge_args.torch_dtype)
+        judge(merged_difference, base_difference, merge_args.torch_dtype)
+        partial.rename(output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+    # ------------------------------------------------------------ next
+    logger.info(f"done: {output_dir} ({n_bytes / 1e9:.2f} GB)")
+    if is_reward_model:
+        logger.info(f"next: ppo_training.py --reward_model_path {output_dir}")
+        return
+    context = getattr(config.get_text_config(), "max_position_embeddings", 4096)
+    logger.info(f"next: python inference.py --base_model {output_dir}")
+    logger.info(
+        f"or serve it: python -m vllm.entrypoints.openai.api_server --model {output_dir} --host 0.0.0.0 --port 8000 "
+        f"--dtype {merge_args.torch_dtype} --max-model-len {min(context, 4096)} --gpu-memory-utilization 0.9"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,422 @@
+"""`inference.py`: prompts are those of training, replies keep their order, and what cannot be asked is said early."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+
+import inference
+from errors import UserError
+from generation import Reply
+from inference import NOTICE, QUESTIONS, choose_template, encode_questions, main, read_questions
+from model_loading import Lineage, load_tokenizer, read_lineage
+from tokenization import IGNORED_LABEL, encode_dialogue, load_chat_template
+
+NO_LIMIT = 10**6
+SCRIPT = Path(inference.__file__)
+SHORT = ["--max_new_tokens", "6"]
+
+
+def make_adapter(base_dir: Path, folder: Path, template: str = "qwen", stage: str = "sft", **sizes) -> Path:
+    """An adapter with random weights, as a stage saves it."""
+    set_seed(1)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    config.init_lora_weights = False
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_dir), config)
+    model.save_pretrained(folder)
+    tokenizer = load_tokenizer(str(base_dir))
+    load_chat_template(tokenizer, template)
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 128, "vocab_size": model.config.vocab_size} | sizes
+    Lineage(str(base_dir), None, stage, template, "data", **sizes).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model_dir, tmp_path_factory) -> Path:
+    return make_adapter(tiny_model_dir, tmp_path_factory.mktemp("adapter") / "checkpoint-best")
+
+
+@pytest.fixture(scope="module")
+def chatml_adapter(tiny_model_dir, tmp_path_factory) -> Path:
+    return make_adapter(tiny_model_dir, tmp_path_factory.mktemp("adapter") / "checkpoint-best", template="chatml")
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Loading weights fails the test."""
+
+    def refuse(*args, **options):
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr(inference, "load_with_adapter", refuse)
+    monkeypatch.setattr(inference, "load_base_model", refuse)
+
+
+def conversations(n: int) -> list[dict]:
+    """Dialogues of one to four exchanges, every other one with a system prompt."""
+    records = []
+    for number in range(n):
+        turns = [{"role": "system", "content": f"你是第{number}位医生。"}] if number % 2 else []
+        for exchange in range(1 + number % 4):
+            turns.append({"role": "user", "content": f"问题{number}-{exchange}：\n头痛 {'很久' * number}怎么办？"})
+            turns.append({"role": "assistant", "content": f"回答{exchange}: see a doctor, {'多喝水' * exchange}。"})
+        records.append({"messages": turns})
+    return records
+
+
+def answers(text: str) -> list[str]:
+    return re.findall(r"^答：(.*)$", text, re.MULTILINE)
+
+
+# ---------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize("template_name", [None, "qwen", "qwen3_nothink", "vicuna", "alpaca"])
+def test_prompts_of_50_conversations_are_those_of_training(qwen_tokenizer, adapter, write_jsonl, template_name):
+    """With a named template and Qwen's vocabulary, and with what an adapter's folder holds."""
+    tokenizer = deepcopy(qwen_tokenizer) if template_name else load_tokenizer(str(adapter))
+    chat_template = load_chat_template(tokenizer, template_name)
+    records = conversations(50)
+    file = write_jsonl("dialogues.jsonl", records)
+    prompts = encode_questions(tokenizer, chat_template, read_questions(str(file), None), NO_LIMIT, 1)
+    for record, prompt in zip(records, prompts, strict=True):
+        ids, labels = encode_dialogue(tokenizer, chat_template, record["messages"], max_length=NO_LIMIT)
+        learned = [position for position, label in enumerate(labels) if label != IGNORED_LABEL]
+        # Where the last learned stretch starts.
+        start = next(position for position in reversed(learned) if position - 1 not in learned)
+        assert prompt == ids[:start]
+
+
+def test_the_adapters_own_template_is_the_default(adapter, chatml_adapter):
+    texts = []
+    for folder in (adapter, chatml_adapter):
+        chat_template = choose_template(load_tokenizer(str(folder)), None, read_lineage(folder), trained=True)
+        texts.append(chat_template.prompt([{"role": "user", "content": "头痛"}]))
+    assert texts[0] == "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant." + (
+        "<|im_end|>\n" + texts[1]
+    )
+    assert texts[1] == "<|im_start|>user\n头痛<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_template_that_renders_the_same_may_be_named(chatml_adapter):
+    choose_template(load_tokenizer(str(chatml_adapter)), "yi", read_lineage(chatml_adapter), trained=True)
+
+
+@pytest.mark.parametrize("name", ["chatml", "vicuna", "qwen3_nothink"])
+def test_a_template_that_renders_another_text_is_refused(adapter, name, no_weights):
+    with pytest.raises(
+        UserError, match=f"--template_name {name}: it asks in another form .* leave the flag out"
+    ) as caught:
+        main(["--base_model", str(adapter), "--template_name", name])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_nobody_trained_here_takes_any_template(tiny_model_dir, capsys):
+    main(["--base_model", str(tiny_model_dir), "--template_name", "vicuna", *SHORT])
+    assert len(answers(capsys.readouterr().out)) == 4
+
+
+def test_a_pretrained_adapter_takes_any_template(tiny_model_dir, tmp_path):
+    folder = make_adapter(tiny_model_dir, tmp_path / "pt", stage="pt")
+    choose_template(load_tokenizer(str(folder)), "vicuna", read_lineage(folder), trained=True)
+
+
+def test_the_lineage_names_the_template_where_the_tokenizer_has_none(tiny_model_dir):
+    lineage = Lineage("base", None, "sft", "chatml", "data", 128, 600)
+
+    def bare_tokenizer():
+        tokenizer = load_tokenizer(str(tiny_model_dir))
+        tokenizer.chat_template = None
+        return tokenizer
+
+    assert choose_template(bare_tokenizer(), None, lineage, trained=True).name == "chatml"
+    with pytest.raises(UserError, match="--template_name qwen: it asks in another form"):
+        choose_template(bare_tokenizer(), "qwen", lineage, trained=True)
+    with pytest.raises(UserError, match="has no chat template: name one with --template_name"):
+        choose_template(bare_tokenizer(), None, None, trained=False)
+    assert choose_template(bare_tokenizer(), "vicuna", None, trained=True).name == "vicuna"
+
+
+# ---------------------------------------------------------------- the four questions
+
+
+def test_the_four_questions_are_asked_and_answered(tiny_model_dir, adapter, capsys):
+    main(["--base_model", str(tiny_model_dir), "--lora_model", str(adapter), *SHORT])
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert lines[0] == NOTICE
+    assert [line.removeprefix("问：") for line in lines if line.startswith("问：")] == list(QUESTIONS)
+    assert len(answers(printed.out)) == 4
+    assert printed.out.count("[cut at --max_new_tokens 6]") == 4
+    assert "no CUDA device: float32 on the CPU" in printed.err
+    assert "INFO" not in printed.out
+
+
+def test_an_adapters_folder_stands_for_its_base_and_itself(tiny_model_dir, adapter, capsys):
+    replies = []
+    for flags in (
+        ["--base_model", str(tiny_model_dir), "--lora_model", str(adapter)],
+        ["--base_model", str(adapter)],
+        ["--base_model", str(tiny_model_dir)],
+    ):
+        main([*flags, *SHORT])
+        replies.append(answers(capsys.readouterr().out))
+    assert replies[0] == replies[1] != replies[2]
+
+
+def test_sampling_repeats_by_the_seed(adapter, capsys):
+    replies = []
+    for seed in ("1", "1", "2"):
+        main(["--base_model", str(adapter), *SHORT, "--temperature", "1", "--top_p", "0.9", "--seed", seed])
+        replies.append(answers(capsys.readouterr().out))
+    assert replies[0] == replies[1] != replies[2]
+
+
+def test_four_bit_on_the_cpu_and_flags_it_cannot_honour(adapter, capsys):
+    main(["--base_model", str(adapter), *SHORT, "--load_in_4bit", "--torch_dtype", "bfloat16", "--device_map", "auto"])
+    printed = capsys.readouterr()
+    assert len(answers(printed.out)) == 4
+    assert "float32 on the CPU instead of --torch_dtype bfloat16, --device_map auto" in printed.err
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_replies_to_dialogues_are_written_in_order(adapter, write_jsonl, tmp_path, capsys):
+    records = conversations(7)
+    data_file = write_jsonl("dialogues.jsonl", records)
+    output_file = tmp_path / "new" / "replies.jsonl"
+    flags = ["--base_model", str(adapter), "--data_file", str(data_file), *SHORT, "--system", "别名"]
+    main([*flags, "--output_file", str(output_file), "--batch_size", "2"])
+    written = [json.loads(line) for line in output_file.read_text(encoding="utf-8").splitlines()]
+    assert [list(record) for record in written] == [["messages", "reference", "output", "ended"]] * 7
+    assert [record["reference"] for record in written] == [record["messages"][-1]["content"] for record in records]
+    assert [record["messages"][-1] for record in written] == [record["messages"][-2] for record in records]
+    # A dialogue keeps its own system prompt.
+    assert [record["messages"][0]["content"] for record in written[:3]] == ["别名", "你是第1位医生。", "别名"]
+    assert [path.name for path in output_file.parent.iterdir()] == ["replies.jsonl"]
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "7 replies, of which 0 ended by themselves" in printed.err
+    assert NOTICE in printed.err
+
+    # One at a time they are the same.
+    main([*flags, "--output_file", str(tmp_path / "alone.jsonl"), "--batch_size", "1"])
+    assert (tmp_path / "alone.jsonl").read_bytes() == output_file.read_bytes()
+
+
+def test_questions_of_a_text_file(adapter, tmp_path):
+    (tmp_path / "q.txt").write_bytes("\ufeff感冒了怎么办？\r\n\n  头痛  \n".encode())
+    output_file = tmp_path / "replies.jsonl"
+    flags = ["--data_file", str(tmp_path / "q.txt"), "--output_file", str(output_file), *SHORT]
+    main(["--base_model", str(adapter), *flags])
+    written = [json.loads(line) for line in output_file.read_text(encoding="utf-8").splitlines()]
+    assert [record["question"] for record in written] == ["感冒了怎么办？", "头痛"]
+    assert [record["reference"] for record in written] == [None, None]
+
+
+def test_long_work_says_how_far_it_is(adapter, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(inference, "SECONDS_BETWEEN_LINES", 0)
+    (tmp_path / "q.txt").write_text("甲\n乙\n丙\n", encoding="utf-8")
+    flags = ["--data_file", str(tmp_path / "q.txt"), "--output_file", str(tmp_path / "r.jsonl"), "--batch_size", "2"]
+    main(["--base_model", str(adapter), *flags, *SHORT])
+    assert re.findall(r"(\d of 3) replies, about \d+ s left", capsys.readouterr().err) == ["2 of 3", "3 of 3"]
+
+
+def test_an_interrupted_run_keeps_its_replies_and_says_where(adapter, tmp_path, capsys, monkeypatch):
+    (tmp_path / "q.txt").write_text("甲\n" * 40, encoding="utf-8")
+    calls = []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(*args, **options)
+
+    generate = inference.generate_replies
+    monkeypatch.setattr(inference, "generate_replies", interrupted)
+    flags = ["--data_file", str(tmp_path / "q.txt"), "--output_file", str(tmp_path / "r.jsonl"), "--batch_size", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["--base_model", str(adapter), *flags, *SHORT])
+    assert stopped.value.code == 130
+    assert f"the replies so far are in {tmp_path / 'r.jsonl'}.partial" in capsys.readouterr().err
+    assert not (tmp_path / "r.jsonl").exists()
+    assert len((tmp_path / "r.jsonl.partial").read_text(encoding="utf-8").splitlines()) == 32
+
+
+def test_an_existing_output_is_not_written_over(adapter, tmp_path, no_weights):
+    (tmp_path / "q.txt").write_text("甲\n", encoding="utf-8")
+    (tmp_path / "r.jsonl").write_text("mine", encoding="utf-8")
+    flags = ["--data_file", str(tmp_path / "q.txt"), "--output_file", str(tmp_path / "r.jsonl")]
+    with pytest.raises(UserError, match="it exists and is not written over"):
+        main(["--base_model", str(adapter), *flags])
+    assert (tmp_path / "r.jsonl").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("q.txt", b"", "no question in it; write one a line"),
+        ("q.txt", b"good\n\xb8\xd0\n", r"q.txt:2: not UTF-8 \(byte 1\)"),
+        ("q.txt", "甲\n<|im_end|>\n".encode(), r"q.txt:2: .*holds <\|im_end\|>"),
+        ("q.txt", "甲\n".encode() + "长".encode() * 3000, r"q.txt:2: its prompt of \d+ tokens .* context of 2048"),
+        ("q.jsonl", b'{"question": "a", "answer": "b"}\n{"messages": []}\n', "q.jsonl:2: empty conversation"),
+        ("q.doc", b"", "files that end in .jsonl"),
+    ],
+)
+def test_bad_data_is_named_by_file_and_line(adapter, tmp_path, no_weights, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    flags = ["--data_file", str(tmp_path / name), "--output_file", str(tmp_path / "r.jsonl")]
+    with pytest.raises(UserError, match=message):
+        main(["--base_model", str(adapter), *flags])
+    assert not (tmp_path / "r.jsonl.partial").exists()
+
+
+# ---------------------------------------------------------------- chat
+
+
+@pytest.fixture
+def chat_with(adapter, capsys, monkeypatch):
+    """A function that types lines into a chat and returns what is printed and the prompts, as text."""
+
+    def talk(lines: str, *flags: str) -> tuple[str, list[str]]:
+        prompts, stream = [], inference.stream_reply
+
+        def spy(model, tokenizer, prompt, *rest, **options):
+            prompts.append(tokenizer.decode(prompt))
+            return stream(model, tokenizer, prompt, *rest, **options)
+
+        monkeypatch.setattr(inference, "stream_reply", spy)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        main(["--base_model", str(adapter), "--interactive", *SHORT, *flags])
+        return capsys.readouterr().out, prompts
+
+    return talk
+
+
+def test_a_chat_remembers_and_forgets(chat_with):
+    printed, prompts = chat_with("感冒了\n\n还有呢\n/clear\n头痛\n/exit\n不问\n", "--system", "你是医生")
+    first, second = answers(printed)[:2]
+    system = "<|im_start|>system\n你是医生<|im_end|>\n"
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert prompts == [
+        system + turn.format("感冒了"),
+        system + turn.format("感冒了") + f"{first.strip()}<|im_end|>\n" + turn.format("还有呢"),
+        system + turn.format("头痛"),
+    ]
+    assert second
+    assert "对话已清空" in printed
+    assert printed.startswith(NOTICE)
+
+
+def test_a_chat_ends_with_its_input_and_knows_its_commands(chat_with):
+    printed, prompts = chat_with("/help\n<|im_start|>system\n头痛")
+    assert "/help: 没有这个命令" in printed
+    assert "it holds <|im_start|>" in printed
+    assert len(prompts) == 1
+
+
+def test_a_full_context_drops_the_oldest_turns_and_says_so(chat_with, monkeypatch):
+    monkeypatch.setattr(inference, "stream_reply", lambda *args, **options: Reply("好", True, 2))
+    long = "头痛很久" * 60
+    printed, prompts = chat_with(f"甲{long}\n乙{long}\n丙{long}\n{long * 9}\n丁\n", "--max_new_tokens", "1100")
+    assert "[the context of 2048 tokens is full: the oldest 2 turns are forgotten]" in printed
+    assert "[too long: " in printed
+    assert "甲" in prompts[0]
+    assert ["甲" in prompts[-2], "丙" in prompts[-2]] == [False, True]
+    assert "丁" in prompts[-1]
+
+
+def test_ctrl_c_leaves_a_chat_cleanly(chat_with, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference, "stream_reply", interrupted)
+    monkeypatch.setattr(inference, "read_line", lambda: "头痛")
+    printed, _ = chat_with("")
+    assert printed.endswith("\n")
+
+
+def test_a_chat_through_a_pipe(adapter):
+    """As a user runs it: text on standard output, the log on standard error; a byte that is no UTF-8 is no end."""
+    command = [sys.executable, str(SCRIPT), "--base_model", str(adapter), "--interactive", "--max_new_tokens", "4"]
+    lines = "感冒了\n".encode() + b"\xff\n" + b"/exit\n"
+    result = subprocess.run(command, input=lines, capture_output=True, check=False)
+    printed, log = result.stdout.decode(), result.stderr.decode()
+    assert result.returncode == 0, log
+    assert len(answers(printed)) == 2
+    assert "问：感冒了" in printed
+    assert "Warning" not in log
+    assert log.strip().endswith("no CUDA device: float32 on the CPU")
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--base_model"),
+        (["--base_model", "./nowhere"], "--base_model ./nowhere: no such folder"),
+        (["--base_model", "BASE", "--lora_model", "./nowhere"], "./nowhere: no such folder"),
+        (["--base_model", "BASE", "--lora_model", "BASE"], "no adapter_config.json"),
+        (["--base_model", "ADAPTER", "--lora_model", "ADAPTER"], "an adapter too; .* give the base: --base_model"),
+        (["--base_model", "BASE", "--lora_modle", "ADAPTER"], "did you mean --lora_model"),
+        (["--base_model", "BASE", "--template_name", "qwne"], "did you mean qwen"),
+        (["--base_model", "BASE", "--load_in_4bit", "--load_in_8bit"], "exclude each other"),
+        (["--base_model", "BASE", "--interactive", "--data_file", "x", "--output_file", "y"], "exclude each other"),
+        (["--base_model", "BASE", "--data_file", "x"], "belong together"),
+        (["--base_model", "BASE", "--batch_size", "0"], "--batch_size 0"),
+        (["--base_model", "BASE", "--top_p", "0.5"], "give a --temperature above 0"),
+        (["--base_model", "BASE", "--max_new_tokens", "2048"], "lower the flag or shorten the prompt"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_before_weights_load(tiny_model_dir, adapter, no_weights, flags, message):
+    places = {"BASE": str(tiny_model_dir), "ADAPTER": str(adapter)}
+    with pytest.raises(UserError, match=message) as caught:
+        main([places.get(word, word) for word in flags])
+    assert "\n" not in str(caught.value)
+
+
+def test_another_base_is_refused_before_weights_load(tiny_model_dir, tmp_path, monkeypatch):
+    import model_loading
+
+    adapter = make_adapter(tiny_model_dir, tmp_path / "a", hidden_size=64)
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in tiny_model_dir.iterdir():
+        (other / file.name).symlink_to(file)
+    monkeypatch.setattr(model_loading, "load_base_model", lambda *args, **options: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError, match="is not the base of"):
+        main(["--base_model", str(other), "--lora_model", str(adapter)])
+
+
+def test_a_reward_model_is_refused(tiny_model_dir, tmp_path, no_weights):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
+    model.save_pretrained(tmp_path / "full")
+    load_tokenizer(str(tiny_model_dir)).save_pretrained(tmp_path / "full")
+    get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2)).save_pretrained(tmp_path / "adapter")
+    for flags in (
+        ["--base_model", str(tmp_path / "full")],
+        ["--base_model", str(tiny_model_dir), "--lora_model", str(tmp_path / "adapter")],
+    ):
+        with pytest.raises(UserError, match="a reward model, which scores replies and writes none"):
+            main(flags)
+
+
+def test_out_of_memory_says_what_to_try(adapter, monkeypatch):
+    def full(*args, **options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(inference, "generate_replies", full)
+    with pytest.raises(UserError, match="a smaller --batch_size"):
+        main(["--base_model", str(adapter)])

@@ -1,0 +1,295 @@
+"""The launchers, with a stand-in for Python that writes down how it was called."""
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from arguments import RENAMED, SETTLED, StageArgumentParser
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCHERS = sorted(path.name for path in ROOT.glob("run_*.sh") if '"${args[@]}" "$@"' in path.read_text())
+STAGES = [name for name in LAUNCHERS if name != "run_demo.sh"]
+
+# The guide's flags for each stage. The launcher goes on after an interruption where the guide starts over.
+GUIDE = {
+    "run_sft.sh": """
+        --model_name_or_path Qwen/Qwen2.5-3B-Instruct
+        --train_file_dir ./data/finetune --validation_file_dir ./data/finetune
+        --per_device_train_batch_size 2 --per_device_eval_batch_size 2
+        --do_train --do_eval --template_name qwen --use_peft True
+        --max_train_samples 10000 --max_eval_samples 100 --model_max_length 2048
+        --num_train_epochs 3 --learning_rate 2e-5 --warmup_ratio 0.05 --weight_decay 0.05
+        --logging_strategy steps --logging_steps 10
+        --eval_steps 100 --eval_strategy steps
+        --save_steps 500 --save_strategy steps --save_total_limit 3
+        --gradient_accumulation_steps 16 --preprocessing_num_workers 8
+        --output_dir outputs-sft-qwen2.5-3b --overwrite_output_dir
+        --ddp_timeout 30000 --logging_first_step True
+        --target_modules all --lora_rank 16 --lora_alpha 32 --lora_dropout 0.05
+        --torch_dtype bfloat16 --bf16 --device_map auto
+        --report_to tensorboard --ddp_find_unused_parameters False
+        --gradient_checkpointing True --cache_dir ./cache
+    """,
+}
+OTHERWISE = {"overwrite_output_dir": (None, "True"), "resume_from_checkpoint": ("True", None)}
+
+# One call a record: the folder, three variables, then the arguments, each ended by a zero byte.
+STAND_IN = """#!/usr/bin/env bash
+{
+    printf '%s\\0' "$PWD" "${CUDA_VISIBLE_DEVICES-unset}" "${HF_HUB_OFFLINE-unset}" "$@"
+    printf '\\036'
+} >> "$CALLS"
+[[ -z "${FAIL_AT:-}" || "$*" != *"$FAIL_AT"* ]]
+"""
+
+
+@dataclass
+class Call:
+    """How Python was started."""
+
+    folder: str
+    devices: str
+    offline: str
+    before: list[str]  # words before the script
+    script: str
+    flags: list[str]
+
+    def last(self, flag: str) -> str | None:
+        """The value that counts: the last one."""
+        values = pairs(self.flags)
+        return next((value for name, value in reversed(values) if name == flag.lstrip("-")), None)
+
+
+def pairs(words: list[str]) -> list[tuple[str, str]]:
+    """(flag without dashes, value); a flag that stands alone means True."""
+    found = []
+    for word in words:
+        if word.startswith("--"):
+            found.append((word[2:], "True"))
+        else:
+            found[-1] = (found[-1][0], word)
+    return found
+
+
+class Captured(BaseException):
+    """Carries a script's parser out of its `main`."""
+
+
+@cache
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """The parser that a script makes in `main`."""
+
+    def capture(self, *args, **kwargs):
+        raise Captured(self)
+
+    module = import_module(Path(script).stem)  # conftest.py puts scripts/ on the path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageArgumentParser, "parse", capture)
+        patch.setattr(argparse.ArgumentParser, "parse_args", capture)
+        with pytest.raises(Captured) as captured:
+            module.main([])
+    return captured.value.args[0]
+
+
+def known_flags(script: str) -> set[str]:
+    """Every flag that a script takes, the old names that its parser translates included."""
+    parser = parser_of(script)
+    flags = {option for action in parser._actions for option in action.option_strings}
+    return flags | ({*RENAMED, *SETTLED, "--group_by_length"} if isinstance(parser, StageArgumentParser) else set())
+
+
+def write_stand_in(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(STAND_IN, encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def start(launcher: Path, work: Path, *flags: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[Call]]:
+    """Start a launcher from the folder `work`; the environment holds nothing else."""
+    calls = work / "calls"
+    calls.write_bytes(b"")
+    environment = {"PATH": "/usr/bin:/bin", "CALLS": str(calls)} | variables
+    command = ["bash", str(launcher), *flags]
+    finished = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
+    recorded = []
+    for record in calls.read_bytes().decode().split("\x1e")[:-1]:
+        folder, devices, offline, *words = record.split("\0")[:-1]
+        at = next(index for index, word in enumerate(words) if word.endswith(".py"))
+        recorded.append(Call(folder, devices, offline, words[:at], words[at], words[at + 1 :]))
+    return finished, recorded
+
+
+def launch(name: str, work: Path, *flags: str, **variables: str) -> Call:
+    """The one call of Python that a stage's launcher makes."""
+    python = write_stand_in(work / "python")
+    finished, calls = start(ROOT / name, work, *flags, **{"PYTHON": str(python)} | variables)
+    assert finished.returncode == 0, finished.stderr
+    (call,) = calls
+    return call
+
+
+def edit_block(name: str) -> dict[str, str]:
+    """Variable and default of each line `NAME=${NAME:-default}` of a launcher."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return dict(re.findall(r"^(?:export )?(\w+)=\$\{\1:?-([^$}]*)\}", text, re.MULTILINE))
+
+
+# ---------------------------------------------------------------- every stage's launcher
+
+
+@pytest.mark.parametrize("name", sorted(GUIDE.keys() & set(STAGES)))
+def test_without_changes_it_gives_the_flags_of_the_guide(name, tmp_path):
+    wanted = dict(pairs(GUIDE[name].split()))
+    found = dict(pairs(launch(name, tmp_path).flags))
+    differences = {
+        flag: (found.get(flag), wanted.get(flag))
+        for flag in found.keys() | wanted.keys()
+        if found.get(flag) != wanted.get(flag)
+    }
+    assert differences == OTHERWISE
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_flag_is_known_to_the_script(name, tmp_path):
+    call = launch(name, tmp_path)
+    unknown = {f"--{flag}" for flag, _ in pairs(call.flags)} - known_flags(call.script)
+    assert not unknown
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_no_flag_is_given_twice(name, tmp_path):
+    flags = [flag for flag, _ in pairs(launch(name, tmp_path).flags)]
+    assert len(flags) == len(set(flags))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_environment_wins_over_the_edit_block(name, tmp_path):
+    variables = edit_block(name).keys() - {"CUDA_VISIBLE_DEVICES", "PYTHON", "N_PROCESSES"}
+    assert {"MODEL", "OUTPUT", "BATCH"} <= variables
+    defaults = launch(name, tmp_path).flags
+    for variable in variables:
+        value = f"a value of {variable}"  # with blanks: the launcher must quote it
+        changed = launch(name, tmp_path, **{variable: value}).flags
+        assert len(changed) == len(defaults)
+        different = [pair for pair in zip(defaults, changed, strict=True) if pair[0] != pair[1]]
+        assert different, f"{variable} changes nothing"
+        assert {new for _, new in different} == {value}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_flags_after_the_name_win_over_both(name, tmp_path):
+    call = launch(name, tmp_path, "--output_dir", "from the flag", "--learning_rate", "1e-5", OUTPUT="from outside")
+    assert call.flags[-4:] == ["--output_dir", "from the flag", "--learning_rate", "1e-5"]
+    assert call.last("--output_dir") == "from the flag"
+    assert "from outside" in call.flags
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_one_process_is_plain_python_and_two_are_launched(name, tmp_path):
+    assert launch(name, tmp_path, N_PROCESSES="1").before == []
+    before = launch(name, tmp_path, N_PROCESSES="2").before
+    assert before[:2] == ["-m", "torch.distributed.run"]
+    assert before[before.index("--nproc_per_node") + 1] == "2"
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+@pytest.mark.parametrize("name", STAGES)
+def test_without_a_gpu_one_process_runs(name, tmp_path):
+    assert launch(name, tmp_path, CUDA_VISIBLE_DEVICES="0,1").before == []
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_it_runs_in_the_project_wherever_it_is_started(name, tmp_path):
+    call = launch(name, tmp_path)
+    assert call.folder == str(ROOT)
+    assert (ROOT / call.script).is_file()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_devices_of_the_environment_are_kept(name, tmp_path):
+    assert launch(name, tmp_path, N_PROCESSES="1").devices == edit_block(name)["CUDA_VISIBLE_DEVICES"]
+    for devices in ("3", "0,1,2,3", ""):  # "" hides every GPU
+        assert launch(name, tmp_path, CUDA_VISIBLE_DEVICES=devices, N_PROCESSES="1").devices == devices
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if "TEMPLATE" in edit_block(name)])
+def test_an_empty_template_takes_the_tokenizer_s_own(name, tmp_path):
+    assert launch(name, tmp_path, TEMPLATE="").last("--template_name") is None
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_launcher_becomes_the_script(name, tmp_path):
+    """So that `kill`, given the number that `nohup ... &` printed, reaches the training, which saves a checkpoint."""
+    python = tmp_path / "python"
+    python.write_text("#!/usr/bin/env bash\necho $$\n", encoding="utf-8")
+    python.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python)}
+    launcher = subprocess.Popen(["bash", str(ROOT / name)], env=environment, stdout=subprocess.PIPE, text=True)
+    assert launcher.communicate()[0] == f"{launcher.pid}\n"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_failure_of_the_script_is_one_of_the_launcher(name, tmp_path):
+    python = write_stand_in(tmp_path / "python")
+    finished, _ = start(ROOT / name, tmp_path, PYTHON=str(python), FAIL_AT="--model_name_or_path")
+    assert finished.returncode == 1
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_header_says_how_to_run_it_in_the_background(name):
+    header = (ROOT / name).read_text(encoding="utf-8").partition("set -euo pipefail")[0]
+    (nohup,) = re.findall(r"^# +(.*nohup.*)$", header, re.MULTILINE)
+    (tail,) = re.findall(r"^# +(tail -f .*)$", header, re.MULTILINE)
+    log = tail.split()[-1]
+    assert nohup == f"mkdir -p logs && nohup bash {name} > {log} 2>&1 &"
+
+
+# ---------------------------------------------------------------- the demo
+
+
+@pytest.fixture
+def demo(tmp_path) -> Path:
+    """`run_demo.sh` in a folder where setting up makes the stand-in the Python of .venv."""
+    folder = tmp_path / "project"
+    stand_in = write_stand_in(folder / "stand-in")
+    shutil.copy(ROOT / "run_demo.sh", folder)
+    setup = f'set -e\ncd "$(dirname "$0")"\nmkdir -p .venv/bin\ncp {shlex.quote(str(stand_in))} .venv/bin/python\n'
+    (folder / "setup.sh").write_text(setup, encoding="utf-8")
+    return folder / "run_demo.sh"
+
+
+def test_demo_asks_before_and_after_training(demo, tmp_path):
+    finished, calls = start(demo, tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    steps = ["scripts/build_tiny_model.py", "inference.py", "supervised_finetuning.py", "inference.py"]
+    assert [call.script for call in calls] == steps
+    build, before, train, after = calls
+    model = build.last("--output_dir")
+    assert before.last("--base_model") == train.last("--model_name_or_path") == model
+    assert after.last("--base_model") == f"{train.last('--output_dir')}/checkpoint-best"
+    assert {(call.folder, call.offline) for call in calls} == {(str(demo.parent), "1")}
+    assert [line[:6] for line in finished.stdout.splitlines()] == ["== 1/4", "== 2/4", "== 3/4", "== 4/4"]
+
+
+def test_demo_knows_its_flags_and_hands_on_more(demo, tmp_path):
+    _, calls = start(demo, tmp_path, "--num_train_epochs", "1")
+    for call in calls:
+        unknown = {f"--{flag}" for flag, _ in pairs(call.flags)} - known_flags(call.script)
+        assert not unknown, f"{call.script}: {unknown}"
+    assert [call.last("--num_train_epochs") for call in calls] == [None, None, "1", None]
+
+
+@pytest.mark.parametrize(("failing", "n_calls"), [("build_tiny_model.py", 1), ("supervised_finetuning.py", 3)])
+def test_demo_stops_at_a_failure(demo, tmp_path, failing, n_calls):
+    finished, calls = start(demo, tmp_path, FAIL_AT=failing)
+    assert finished.returncode == 1
+    assert len(calls) == n_calls
