@@ -80,7 +80,7 @@ def answers(text: str) -> list[str]:
 # ---------------------------------------------------------------- prompts
 
 
-@pytest.mark.parametrize("template_name", [None, "qwen", "qwen3_nothink", "vicuna", "alpaca"])
+@pytest.mark.parametrize("template_name", [None, "qwen", "qwen3_nothink", "vicuna"])
 def test_prompts_of_50_conversations_are_those_of_training(qwen_tokenizer, adapter, write_jsonl, template_name):
     """With a named template and Qwen's vocabulary, and with what an adapter's folder holds."""
     tokenizer = deepcopy(qwen_tokenizer) if template_name else load_tokenizer(str(adapter))
