@@ -428,15 +428,17 @@ def answer(
     except Unfit as unfit:
         say(unfit.detail.replace("message 1 (user)", "it"))
         return turns[:-1]
-    n_given = len(turns)
+    given_turns = turns
     room = context - speaker.decoding.max_new_tokens
     while len(prompt := encode_prompt(speaker.tokenizer, chat_template, with_system(system, turns))) > room:
         if len(turns) == 1:
             say(f"[too long: {len(prompt)} tokens, where the context and --max_new_tokens leave {max(room, 0)}]")
-            return []
+            return given_turns[:-1]
         turns = turns[2:]
-    if len(turns) < n_given:
-        say(f"[the context of {context} tokens is full: the oldest {n_given - len(turns)} turns are forgotten]")
+    if len(turns) < len(given_turns):
+        say(
+            f"[the context of {context} tokens is full: the oldest {len(given_turns) - len(turns)} turns are forgotten]"
+        )
     say("答：", end="")
     model, tokenizer, stop_ids, decoding = speaker
     reply = stream_reply(model, tokenizer, prompt, stop_ids, decoding, on_text=lambda text: say(text, end=""))

@@ -729,7 +729,8 @@ def _save_cache(folder: Path, dataset: "Dataset", report: dict) -> None:
     """Write under another name and rename when whole: a killed run leaves no folder that looks finished."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    dataset.save_to_disk(partial)
+    # By itself datasets 5.2 writes no file for an empty dataset, and then cannot load it.
+    dataset.save_to_disk(partial, num_shards=None if len(dataset) else 1)
     manifest = {"report": report, "sizes": _sizes(partial), "built_at": time.time()}
     Path(partial, _MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
     if folder.exists():

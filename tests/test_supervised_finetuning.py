@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import causal_lm_trainer
 import supervised_finetuning
 from errors import UserError
 from model_loading import load_with_adapter, read_lineage
@@ -154,17 +155,17 @@ def test_full_weights_leave_a_model_of_its_own(flags, tmp_path):
     AutoModelForCausalLM.from_pretrained(best)
 
 
-def test_best_is_the_lowest_evaluation_loss(flags, tmp_path):
-    # A rate that ruins the model: the first evaluation is the best one.
-    argv = flags(max_steps=2, eval_strategy="steps", eval_steps=1, learning_rate=0.5, max_grad_norm=1000)
-    metrics = supervised_finetuning.main(argv)
-    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
-    evaluations = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    assert evaluations[1] < evaluations[2]
-    assert metrics["eval_loss"] == evaluations[1]
-    weights = load_file(tmp_path / "out" / "checkpoint-best" / "adapter_model.safetensors")
-    last = load_file(tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors")
-    assert any(not torch.equal(weights[name], last[name]) for name in weights)
+def test_best_is_the_lowest_evaluation_loss(flags, tmp_path, monkeypatch):
+    scripted = iter([3.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(causal_lm_trainer, "loss_statistics", lambda prediction: {"loss": next(scripted)})
+    metrics = supervised_finetuning.main(flags(max_steps=4, eval_strategy="steps", eval_steps=1, save_steps=2))
+    assert metrics["eval_loss"] == json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] == 1.0
+    best, second, last = (
+        load_file(tmp_path / "out" / name / "adapter_model.safetensors")
+        for name in ("checkpoint-best", "checkpoint-2", "checkpoint-4")
+    )
+    assert all(torch.equal(best[name], second[name]) for name in second)
+    assert any(not torch.equal(best[name], last[name]) for name in last)
 
 
 def test_best_survives_save_total_limit(flags, tmp_path):

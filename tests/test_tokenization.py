@@ -541,9 +541,14 @@ def test_faults_stop_the_run_or_are_counted(qwen, request):
     assert report.summary() == "kept 1 of 3 (1 control token, 1 not renderable)"
 
 
-def test_no_dialogue_left_is_an_empty_dataset(qwen):
-    dataset, report = tokenize(qwen, dialogues_of([[user("q"), assistant("a " * 50)]]), max_length=8)
-    assert (len(dataset), report.kept) == (0, 0)
+def test_no_dialogue_left_is_an_empty_dataset_that_the_cache_takes(qwen, tmp_path):
+    def build():
+        dataset, report = tokenize(qwen, dialogues_of([[user("q"), assistant("a " * 50)]]), max_length=8)
+        return dataset, report.as_dict()
+
+    for found in (False, True):
+        dataset, report, was_cached = cached_dataset(tmp_path, {}, build)
+        assert (len(dataset), report["dropped"], was_cached) == (0, {"too long": 1}, found)
 
 
 # ---------------------------------------------------------------- the cache's key
