@@ -25,15 +25,12 @@ MAX_LENGTH=${MAX_LENGTH:-2048}
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1}
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
-# One process a visible GPU; on a machine without one, one process on the CPU.
-if [ -z "${N_PROCESSES:-}" ]; then
-    N_PROCESSES=1
-    if [ -e /dev/nvidiactl ] && [[ $CUDA_VISIBLE_DEVICES == *,* ]]; then
-        N_PROCESSES=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .)
-    fi
-fi
+# One process a GPU that is both listed and there; without any, one process on the CPU.
+n_gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
+n_listed=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+N_PROCESSES=${N_PROCESSES:-$((n_gpus < n_listed ? n_gpus : n_listed))}
 launch=("$PYTHON")
-[ "$N_PROCESSES" = 1 ] || launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$N_PROCESSES")
+[ "$N_PROCESSES" -le 1 ] || launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$N_PROCESSES")
 
 args=(
     --model_name_or_path "$MODEL"

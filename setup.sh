@@ -20,6 +20,7 @@ fail() {
     exit 2
 }
 
+mkdir -p logs # where the launchers' `nohup ... > logs/...` writes
 active=${USE_ACTIVE_ENV:-0}
 files=(requirements.txt)
 for flag in "$@"; do

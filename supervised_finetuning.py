@@ -48,7 +48,7 @@ from records import (
 )
 from template import ChatTemplate
 from tokenization import load_chat_template, mark_learned, tokenize_dialogues, tokenizer_fingerprint
-from training_run import BEST, find_checkpoint, finish_run, log_facts, start_run, train
+from training_run import BEST, find_checkpoint, finish_run, is_finished, log_facts, start_run, train
 
 # ---------------------------------------------------------------- arguments
 
@@ -280,6 +280,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     facts |= {"template": sft_args.template_name or "the tokenizer's own"} | train_facts | eval_facts
     log_facts(trainer, facts)
     logger.info(f"the first example, learned tokens between « and »:\n{example}")
+    if training_args.do_train and is_finished(trainer, checkpoint):
+        return {}
     keeper = train(trainer, lineage, checkpoint, run_args.logging_dir) if training_args.do_train else None
 
     # ------------------------------------------------------------ save and evaluate

@@ -101,6 +101,10 @@ def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool
     """
     output_dir = Path(training_args.output_dir)
     wanted = training_args.resume_from_checkpoint
+    if wanted and overwrite_output_dir and _numbered_checkpoints(output_dir):
+        logger.info(
+            "--overwrite_output_dir: nothing is overwritten, because --resume_from_checkpoint goes on with the run"
+        )
     if isinstance(wanted, str):
         missing = _missing_files(Path(wanted))
         if missing:
@@ -171,9 +175,7 @@ def log_facts(trainer: Trainer, facts: dict[str, str]) -> None:
     """The block of facts: the stage's own, then steps and batch arithmetic."""
     args = trainer.args
     rows = len(trainer.train_dataset)
-    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps_per_epoch = max(math.ceil(rows / per_step), 1)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    per_step, steps_per_epoch, steps = _steps(trainer)
     facts = facts | {
         "batch": f"{args.train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x "
         f"{args.world_size} process(es) = {per_step} rows a step",
@@ -185,6 +187,34 @@ def log_facts(trainer: Trainer, facts: dict[str, str]) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         logger.info(f"  {name:<{width}}  {value}")
+
+
+def _steps(trainer: Trainer) -> tuple[int, int, int]:
+    """Rows a step, steps an epoch, steps of the run, as Trainer counts them."""
+    args = trainer.args
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps_per_epoch = max(math.ceil(len(trainer.train_dataset) / per_step), 1)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    return per_step, steps_per_epoch, steps
+
+
+def is_finished(trainer: Trainer, checkpoint: str | None) -> bool:
+    """Whether the run to resume has ended with its results written; says so, since nothing would be trained.
+
+    Its results stay as they are: resuming would write over them, and train one step too many within an epoch.
+    """
+    output_dir = Path(trainer.args.output_dir)
+    if checkpoint is None or not (output_dir / "loss.png").is_file():
+        return False
+    state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+    if state["global_step"] < _steps(trainer)[2]:
+        return False
+    logger.warning(
+        f"{output_dir} holds a finished run ({state['global_step']} steps): nothing is trained. To train with other "
+        "data or flags: --resume_from_checkpoint False --overwrite_output_dir True, or another --output_dir"
+    )
+    leave_process_group()
+    return True
 
 
 # ---------------------------------------------------------------- while it runs

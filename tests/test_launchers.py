@@ -201,10 +201,18 @@ def test_one_process_is_plain_python_and_two_are_launched(name, tmp_path):
     assert before[before.index("--nproc_per_node") + 1] == "2"
 
 
-@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+@pytest.mark.parametrize(("there", "listed", "processes"), [(0, "0,1", 1), (1, "0,1", 1), (2, "0,1", 2), (8, "3", 1)])
 @pytest.mark.parametrize("name", STAGES)
-def test_without_a_gpu_one_process_runs(name, tmp_path):
-    assert launch(name, tmp_path, CUDA_VISIBLE_DEVICES="0,1").before == []
+def test_one_process_runs_for_each_gpu_that_is_listed_and_there(name, tmp_path, there, listed, processes):
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    lines = "".join(f"echo 'GPU {index}: a card'\n" for index in range(there)) or "exit 9\n"
+    tool.write_text(f"#!/bin/sh\n{lines}", encoding="utf-8")
+    tool.chmod(0o755)
+    path = f"{tool.parent}:/usr/bin:/bin"
+    before = launch(name, tmp_path, PATH=path, CUDA_VISIBLE_DEVICES=listed).before
+    started = int(before[before.index("--nproc_per_node") + 1]) if before else 1
+    assert started == processes
 
 
 @pytest.mark.parametrize("name", STAGES)

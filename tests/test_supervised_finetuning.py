@@ -457,6 +457,19 @@ def test_incomplete_checkpoint_is_passed_over(flags, tmp_path, capfd):
     assert max(losses(tmp_path / "out")) == 6
 
 
+def test_finished_run_started_again_changes_nothing_and_says_so(flags, tmp_path, capfd):
+    argv = [*flags(max_steps=2), "--resume_from_checkpoint", "True"]  # ends within an epoch
+    supervised_finetuning.main(argv)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    supervised_finetuning.main([*argv, "--learning_rate", "0.1", "--overwrite_output_dir", "True"])
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    log = capfd.readouterr().err
+    assert re.search(r"holds a finished run \(2 steps\): nothing is trained", log)
+    assert "nothing is overwritten, because --resume_from_checkpoint goes on" in log
+    supervised_finetuning.main([*flags(max_steps=5), "--resume_from_checkpoint", "True"])
+    assert max(losses(tmp_path / "out")) == 5  # more steps than it had: it goes on
+
+
 def test_resume_without_a_checkpoint_starts_anew(flags, capfd):
     supervised_finetuning.main([*flags(max_steps=1), "--resume_from_checkpoint", "True"])
     assert re.search(r"--resume_from_checkpoint True: no checkpoint in .* yet", capfd.readouterr().err)
