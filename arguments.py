@@ -271,6 +271,11 @@ class StageArgumentParser(HfArgumentParser):
         for name, least in AT_LEAST.items():
             if values[name] < least:
                 raise UserError(f"--{name} {values[name]}: give at least {least}")
+        if values["max_steps"] <= 0 and values["num_train_epochs"] <= 0:
+            raise UserError(f"--num_train_epochs {values['num_train_epochs']}: give more than 0, or --max_steps")
+        for name in ("output_dir", "cache_dir"):
+            if values.get(name) and (taken := _file_in_the_way(Path(values[name]))):
+                raise UserError(f"--{name} {values[name]}: {taken} is a file; name a folder")
         if values["resume_from_checkpoint"] is not None:
             values["resume_from_checkpoint"] = _flag_or_path(values["resume_from_checkpoint"])
         if "eval_strategy" not in given and values["do_eval"] and values["eval_steps"] is not None:
@@ -363,6 +368,11 @@ def _check_deepspeed(config_file: str) -> None:
         raise UserError(f"--deepspeed {config_file}: the package is not installed; run `bash setup.sh --gpu`")
     if not Path(config_file).is_file():
         raise UserError(f"--deepspeed {config_file}: no such file; ds_configs/ holds some")
+
+
+def _file_in_the_way(folder: Path) -> Path | None:
+    """The file that stands where this folder or one above it would be."""
+    return next((path for path in (folder, *folder.parents) if path.is_file()), None)
 
 
 def _flag_or_path(text: str) -> str | bool | None:

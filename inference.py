@@ -25,7 +25,6 @@ import torch
 from loguru import logger
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.utils import logging as transformers_logging
 
 from arguments import StageArgumentParser
 from errors import UserError, run_script
@@ -43,10 +42,10 @@ from model_loading import (
     read_adapter_config,
     read_lineage,
 )
-from records import find_files, load_dialogues
+from records import Unusable, find_files, load_dialogues
 from template import ChatTemplate, Message
-from tokenization import Unfit, encode_prompt, load_chat_template, refuse_control_tokens, stop_token_ids
-from training_run import LOG_FORMAT
+from tokenization import encode_prompt, load_chat_template, refuse_control_tokens, stop_token_ids
+from training_run import start_log
 
 # The guide's questions.
 QUESTIONS = (
@@ -232,8 +231,8 @@ def encode_questions(
         try:
             refuse_control_tokens(chat_template, question.messages, question.tools)
             prompts.append(encode_prompt(tokenizer, chat_template, question.messages, question.tools))
-        except (Unfit, UserError) as error:
-            raise UserError(f"{question.source}: {error.detail if isinstance(error, Unfit) else error}") from None
+        except (Unusable, UserError) as error:
+            raise UserError(f"{question.source}: {error.detail if isinstance(error, Unusable) else error}") from None
         if len(prompts[-1]) + max_new_tokens > context:
             raise UserError(
                 f"{question.source}: its prompt of {len(prompts[-1])} tokens and --max_new_tokens {max_new_tokens} "
@@ -425,8 +424,8 @@ def answer(
     """Stream the reply to the last turn; the turns to go on with, without it where it cannot be asked."""
     try:
         refuse_control_tokens(chat_template, turns[-1:], None)
-    except Unfit as unfit:
-        say(unfit.detail.replace("message 1 (user)", "it"))
+    except Unusable as unusable:
+        say(unusable.detail.replace("message 1 (user)", "it"))
         return turns[:-1]
     given_turns = turns
     room = context - speaker.decoding.max_new_tokens
@@ -466,10 +465,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base_model = base_of(model_args.base_model)
 
     # ------------------------------------------------------------ run
-    logger.remove()
-    logger.add(sys.stderr, format=LOG_FORMAT, colorize=sys.stderr.isatty())
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    start_log()
     for note in parser.notes:
         logger.info(note)
     set_seed(inference_args.seed)

@@ -17,7 +17,6 @@ bfloat16 such near ties fall either way. A reward model's scores must agree to S
 import gc
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +33,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from arguments import StageArgumentParser
 from errors import UserError, run_script
@@ -53,7 +51,7 @@ from model_loading import (
 )
 from template import ChatTemplate
 from tokenization import encode_prompt, load_chat_template, stop_token_ids
-from training_run import LOG_FORMAT
+from training_run import start_log
 
 LEAST_AGREEMENT = 0.99
 NEAR_TIE = 2  # units of rounding at the size of the largest logit
@@ -290,10 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_reward_model = read_adapter_config(lora_model).task_type == "SEQ_CLS"
 
     # ------------------------------------------------------------ run
-    logger.remove()
-    logger.add(sys.stderr, format=LOG_FORMAT, colorize=sys.stderr.isatty())
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    start_log()
     for note in parser.notes:
         logger.info(note)
 

@@ -409,6 +409,11 @@ def load_for_training(
         raise UserError("--use_peft False with a quantized base: its weights cannot be trained; use --use_peft True")
     base = load_base_model(path, **base_options)
     if not use_peft:
+        if base.dtype != torch.float32:
+            logger.warning(
+                f"all weights are trained in {str(base.dtype).removeprefix('torch.')}, which rounds small updates "
+                "away; --torch_dtype float32 keeps them and takes twice the memory for weights, gradients and optimizer"
+            )
         return base
     config = LoraConfig(
         task_type=task_type,

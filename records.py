@@ -106,8 +106,8 @@ class Report:
         return cls(values["read"], Counter(values["dropped"]), values["examples"])
 
 
-class _Unusable(Exception):  # noqa: N818 - it ends one record, not the run
-    """Raised anywhere in the reading of one record; becomes its `BadRecord`."""
+class Unusable(Exception):  # noqa: N818 - it ends one record, not the run
+    """Raised where one record cannot be used, in reading or in tokenizing it; becomes its `BadRecord`."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(reason, detail)
@@ -127,6 +127,8 @@ def find_files(path: str | Path, flag: str, endings: Sequence[str] = RECORD_ENDI
 
     Both lists are sorted; hidden files are in neither. Raises UserError, naming `flag`, if none can be read.
     """
+    if not str(path):
+        raise UserError(f"{flag} is empty: name a file or folder")
     path = Path(path)
     if path.is_file():
         found = [path]
@@ -172,7 +174,7 @@ def _some(paths: Sequence[Path]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading files: each reader yields (source, record), or (source, _Unusable) where the record is broken
+# Reading files: each reader yields (source, record), or (source, Unusable) where the record is broken
 # --------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +199,7 @@ def _read_json_lines(lines: Iterator[str], name: str) -> Iterator[tuple[str, obj
         try:
             record = _utf8_fault(line, first_line=number) or json.loads(line.rstrip())
         except json.JSONDecodeError as error:
-            record = _Unusable("broken JSON", f"{error.msg} (column {error.colno}); write one whole record a line")
+            record = Unusable("broken JSON", f"{error.msg} (column {error.colno}); write one whole record a line")
         yield f"{name}:{number}", record
 
 
@@ -257,7 +259,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, object]]:
                 yield source, fault or dict(zip(header, cells, strict=True))
             elif cells:  # a blank line has none
                 detail = f"{len(cells)}, where the header has {len(header)}; quote cells that contain commas"
-                yield source, fault or _Unusable("wrong number of cells", detail)
+                yield source, fault or Unusable("wrong number of cells", detail)
     except csv.Error as error:
         raise UserError(
             f"{name}:{start + 1}: broken CSV: {error}; close each quote and double the quotes inside a cell, "
@@ -288,7 +290,7 @@ def _open_text(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
 
-def _utf8_fault(text: str, start: int = 0, end: int | None = None, first_line: int = 1) -> _Unusable | None:
+def _utf8_fault(text: str, start: int = 0, end: int | None = None, first_line: int = 1) -> Unusable | None:
     """Name the first byte of `text[start:end]` that was not UTF-8 in the file, if there is one."""
     try:
         text[start:end].encode()
@@ -300,7 +302,7 @@ def _utf8_fault(text: str, start: int = 0, end: int | None = None, first_line: i
     byte = len(text[line_start:position].encode(errors="surrogateescape")) + 1
     value = ord(text[position]) - 0xDC00
     encoding = "UTF-16" if value == 0xFF else "GB18030"  # FF opens Windows' UTF-16; GB18030 includes GBK
-    return _Unusable(
+    return Unusable(
         "not UTF-8",
         f"byte {byte} of line {line} is {value:#04x}; convert the file, probably by "
         f"`iconv -f {encoding} -t UTF-8 OLD > NEW`",
@@ -333,27 +335,27 @@ def _turns_of_list(key: str, record: dict) -> list[dict]:
     """Read ShareGPT's `conversations` and OpenAI's `messages`; either list may hold either form of turn."""
     turns = _parsed(record[key], f"'{key}'")
     if not isinstance(turns, list):
-        raise _Unusable("not a list", f"'{key}' is {_kind(turns)}; it must be a list of turns")
+        raise Unusable("not a list", f"'{key}' is {_kind(turns)}; it must be a list of turns")
     return [_turn(turn, f"turn {number}") for number, turn in enumerate(turns, 1)]
 
 
 def _turn(turn: object, where: str) -> dict:
     """Read `{"from", "value"}` or `{"role", "content", "tool_calls"}`."""
     if not isinstance(turn, dict):
-        raise _Unusable("not an object", f"{where} is {_kind(turn)}; it must be an object with role and content")
+        raise Unusable("not an object", f"{where} is {_kind(turn)}; it must be an object with role and content")
     if "from" in turn and "value" in turn:
         name, content = turn["from"], turn["value"]
     elif "role" in turn and ("content" in turn or turn.get("tool_calls")):
         name, content = turn["role"], turn.get("content")
     else:
-        raise _Unusable(
+        raise Unusable(
             "unknown keys",
             f"{where} has {_quoted(turn)}; known are 'from' and 'value', or 'role' and 'content'"
             + _nearest(turn, ("from", "value", "role", "content", "tool_calls")),
         )
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise _Unusable("unknown role", f"{where} is from {name!r}; known are {', '.join(_ROLES)}")
+        raise Unusable("unknown role", f"{where} is from {name!r}; known are {', '.join(_ROLES)}")
     where = f"{where} ({name})"
 
     if name == "function_call":
@@ -362,7 +364,7 @@ def _turn(turn: object, where: str) -> dict:
     if not calls:
         return {"role": role, "content": _text(content, where)}
     if role != "assistant":
-        raise _Unusable("broken tool call", f"{where} has tool_calls; only the assistant calls tools")
+        raise Unusable("broken tool call", f"{where} has tool_calls; only the assistant calls tools")
     content = "" if content is None else _text(content, where)
     return {"role": role, "content": content, "tool_calls": _tool_calls(calls, where)}
 
@@ -377,7 +379,7 @@ def _tool_calls(calls: object, where: str) -> list[dict]:
         arguments = function.get("arguments") if isinstance(function, dict) else None
         arguments = _parsed(arguments or {}, f"the arguments of the tool call of {where}")
         if not (name and isinstance(name, str) and isinstance(arguments, dict)):
-            raise _Unusable("broken tool call", f"{where} needs a name and an object of arguments, found {call!r:.80}")
+            raise Unusable("broken tool call", f"{where} needs a name and an object of arguments, found {call!r:.80}")
         read.append({"name": name, "arguments": arguments})
     return read
 
@@ -401,7 +403,7 @@ def _history(record: dict) -> list[dict]:
     for number, exchange in enumerate(history if isinstance(history, list) else [history], 1):
         where = f"exchange {number} of 'history'"
         if not (isinstance(exchange, list) and len(exchange) == 2):
-            raise _Unusable("broken history", f"{where} is {exchange!r:.80}; it must be [question, answer]")
+            raise Unusable("broken history", f"{where} is {exchange!r:.80}; it must be [question, answer]")
         turns += _exchange(*(_text(text, where) for text in exchange))
     return turns
 
@@ -430,7 +432,7 @@ _PREFERENCE_KEYS = ("response_chosen", "response_rejected", "chosen", "rejected"
 
 def _find_dialect(record: dict) -> _Dialect:
     if any(key in record for key in _PREFERENCE_KEYS):
-        raise _Unusable(
+        raise Unusable(
             "preference pair",
             f"has {_quoted(record)}; reward_modeling.py and dpo_training.py read such pairs",
         )
@@ -438,13 +440,13 @@ def _find_dialect(record: dict) -> _Dialect:
         if all(key in record for key in dialect.required):
             # A misspelt 'history' taken for metadata would train on answers without their questions.
             if suspect := _nearest(record, dialect.optional, cutoff=0.85):
-                raise _Unusable("unknown keys", f"has {_quoted(record)}{suspect}")
+                raise Unusable("unknown keys", f"has {_quoted(record)}{suspect}")
             return dialect
     if "text" in record:
-        raise _Unusable("plain text", f"has {_quoted(record)}; pretraining.py reads text without dialogue")
+        raise Unusable("plain text", f"has {_quoted(record)}; pretraining.py reads text without dialogue")
     known = ", or ".join(" with ".join(map(repr, dialect.required)) for dialect in _DIALECTS)
     every_key = tuple({key: None for dialect in _DIALECTS for key in dialect.required + dialect.optional})
-    raise _Unusable("unknown keys", f"has {_quoted(record)}; known are {known}{_nearest(record, every_key)}")
+    raise Unusable("unknown keys", f"has {_quoted(record)}; known are {known}{_nearest(record, every_key)}")
 
 
 def _nearest(record: dict, known: tuple[str, ...], cutoff: float = 0.6) -> str:
@@ -469,23 +471,23 @@ def _text(value: object, where: str) -> str:
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         kinds = sorted({str(part.get("type")) for part in value} - {"text"})
         if kinds:
-            raise _Unusable("not text", f"{where} has parts of type {', '.join(kinds)}; only text is trained on")
+            raise Unusable("not text", f"{where} has parts of type {', '.join(kinds)}; only text is trained on")
         value = "".join(_text_part(part, where) for part in value)
     if value is None:
-        raise _Unusable("null value", f"{where} is null; write the text or delete the record")
+        raise Unusable("null value", f"{where} is null; write the text or delete the record")
     if not isinstance(value, str):
-        raise _Unusable("not text", f"{where} is {_kind(value)}; it must be a string")
+        raise Unusable("not text", f"{where} is {_kind(value)}; it must be a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         character = f"\\u{ord(value[error.start]):04x}"
-        raise _Unusable("broken character", f"{where} has half a character, {character}; write it anew") from None
+        raise Unusable("broken character", f"{where} has half a character, {character}; write it anew") from None
     return value.replace("\r\n", "\n").strip()
 
 
 def _text_part(part: dict, where: str) -> str:
     if not isinstance(part.get("text"), str):
-        raise _Unusable("not text", f"{where} has a text part without text")
+        raise Unusable("not text", f"{where} has a text part without text")
     return part["text"]
 
 
@@ -501,7 +503,7 @@ def _parsed(value: object, where: str) -> object:
         return json.loads(value)
     except json.JSONDecodeError as error:
         detail = f"{where} is not JSON: {error.msg} (character {error.pos + 1}); write it with json.dumps"
-        raise _Unusable("broken JSON", detail) from None
+        raise Unusable("broken JSON", detail) from None
 
 
 def _kind(value: object) -> str:
@@ -523,16 +525,16 @@ def read_dialogues(files: Sequence[Path]) -> Iterator[Dialogue | BadRecord]:
     for path in files:
         for source, record in _READERS[path.suffix.lower()](path):
             try:
-                if isinstance(record, _Unusable):
+                if isinstance(record, Unusable):
                     raise record
                 yield _dialogue(record, source)
-            except _Unusable as error:
+            except Unusable as error:
                 yield BadRecord(source, error.reason, error.detail)
 
 
 def _dialogue(record: object, source: str) -> Dialogue:
     if not isinstance(record, dict):
-        raise _Unusable("not an object", f"the record is {_kind(record)}; it must be an object")
+        raise Unusable("not an object", f"the record is {_kind(record)}; it must be an object")
     turns = _find_dialect(record).read_turns(record)
     _check_turns(turns)
 
@@ -540,13 +542,13 @@ def _dialogue(record: object, source: str) -> Dialogue:
     if turns[0]["role"] == "system":
         first = turns.pop(0)["content"]
         if system and first:
-            raise _Unusable("two system prompts", "one in 'system' and one in turn 1; keep one")
+            raise Unusable("two system prompts", "one in 'system' and one in turn 1; keep one")
         system = system or first
     messages = [{"role": "system", "content": system}, *turns] if system else turns
 
     tools = _parsed(record.get("tools") or [], "'tools'")
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise _Unusable("broken tools", f"'tools' is {tools!r:.80}; it must be a list of objects")
+        raise Unusable("broken tools", f"'tools' is {tools!r:.80}; it must be a list of objects")
     return Dialogue(messages, tools or None, source)
 
 
@@ -564,7 +566,7 @@ _MAY_FOLLOW = {
 def _check_turns(turns: list[dict]) -> None:
     """Refuse what no model should learn: turns out of order, empty turns, a last turn without reply."""
     if not turns:
-        raise _Unusable("empty conversation", "it has no turns; delete the record")
+        raise Unusable("empty conversation", "it has no turns; delete the record")
     before = "start"
     for number, turn in enumerate(turns, 1):
         role = turn["role"]
@@ -572,23 +574,23 @@ def _check_turns(turns: list[dict]) -> None:
             raise _out_of_order(number, role, before)
         before = "tool call" if turn.get("tool_calls") else role
         if before == "user" and not turn["content"]:
-            raise _Unusable("empty user turn", f"turn {number} (user) is empty; write it or delete the record")
+            raise Unusable("empty user turn", f"turn {number} (user) is empty; write it or delete the record")
         if before == "assistant" and not turn["content"]:
-            raise _Unusable("empty reply", f"turn {number} (assistant) is empty; write it or delete the record")
+            raise Unusable("empty reply", f"turn {number} (assistant) is empty; write it or delete the record")
     if before not in ("assistant", "tool call"):
         # Also after earlier replies: cutting the turn off would change the user's data silently.
-        raise _Unusable("no reply", f"turn {len(turns)} ({before}) is the last; add the reply or delete the turn")
+        raise Unusable("no reply", f"turn {len(turns)} ({before}) is the last; add the reply or delete the turn")
 
 
-def _out_of_order(number: int, role: str, before: str) -> _Unusable:
+def _out_of_order(number: int, role: str, before: str) -> Unusable:
     where = f"turn {number} ({role})"
     if role == "system":
-        return _Unusable("system not first", f"{where} must be turn 1")
+        return Unusable("system not first", f"{where} must be turn 1")
     if role == before or (role == "assistant" and before == "tool call"):
-        return _Unusable("two turns in a row", f"turns {number - 1} and {number} are both from the {role}; join them")
+        return Unusable("two turns in a row", f"turns {number - 1} and {number} are both from the {role}; join them")
     if role == "assistant":
-        return _Unusable("starts with the model", f"{where} comes before any question; start with the user")
-    return _Unusable(
+        return Unusable("starts with the model", f"{where} comes before any question; start with the user")
+    return Unusable(
         "turns out of order", f"{where} comes after: {before}; needed is: {' or '.join(_MAY_FOLLOW[before])}"
     )
 

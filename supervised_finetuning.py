@@ -106,6 +106,23 @@ class SFTArguments:
 # ---------------------------------------------------------------- data
 
 
+def evaluates_training_files(data_args: DataArguments) -> bool:
+    """Whether both flags name the same files, however they are spelled; UserError where only some are the same."""
+    train_path, eval_path = data_args.train_file_dir, data_args.validation_file_dir
+    if train_path is None or eval_path is None:
+        return True
+    train_files, eval_files = (
+        {file.resolve() for file in find_files(path, flag)[0]}
+        for path, flag in ((train_path, "--train_file_dir"), (eval_path, "--validation_file_dir"))
+    )
+    if train_files != eval_files and train_files & eval_files:
+        raise UserError(
+            f"--validation_file_dir {eval_path}: {min(train_files & eval_files)} is among the training files too; keep "
+            "them apart, or name the same folder for both and a part is held out"
+        )
+    return train_files == eval_files
+
+
 def choose_dialogues(
     dialogues: Sequence[Dialogue], part: str, held_out: bool, data_args: DataArguments, seed: int
 ) -> list[Dialogue]:
@@ -139,7 +156,7 @@ def load_part(
     )
     if path is None:
         raise UserError(f"{flag} is missing: name the file or folder of the dialogues")
-    held_out = training_args.do_eval and data_args.validation_file_dir in (None, data_args.train_file_dir)
+    held_out = training_args.do_eval and evaluates_training_files(data_args)
     seed = training_args.seed
     files, unread = find_files(path, flag)
     limits = {

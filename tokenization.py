@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 import records
 import template
 from errors import UserError
-from records import BadRecord, Dialogue, Report
+from records import BadRecord, Dialogue, Report, Unusable
 from template import ChatTemplate, Message
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
@@ -32,15 +32,6 @@ IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 OVER_LIMIT = ("too long", "prompt too long", "reply too long")
 
 Truncation = Literal["drop", "cut_prompt_start", "cut_reply"]
-
-
-class Unfit(Exception):  # noqa: N818 - it ends one record, not the run
-    """A dialogue that gives no training example: a category to count by, and the detail."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
 
 
 # ---------------------------------------------------------------- template and prompt
@@ -140,7 +131,7 @@ def encode_dialogue(
         train_on_inputs: learn every token instead of the replies only.
 
     Raises:
-        Unfit: nothing can be learned from it within the limit, or its words fake a turn.
+        Unusable: nothing can be learned from it within the limit, or its words fake a turn.
         UserError: the template cannot render it.
     """
     refuse_control_tokens(chat_template, messages, tools)
@@ -148,16 +139,16 @@ def encode_dialogue(
     if len(ids) <= max_length:
         return ids, labels
     if truncation == "drop":
-        raise Unfit("too long", f"{len(ids)} tokens, over --model_max_length {max_length}")
+        raise Unusable("too long", f"{len(ids)} tokens, over --model_max_length {max_length}")
     if truncation == "cut_reply":
         ids, labels = ids[:max_length], labels[:max_length]
         if all(label == IGNORED_LABEL for label in labels):
-            raise Unfit("prompt too long", f"no reply begins within --model_max_length {max_length}")
+            raise Unusable("prompt too long", f"no reply begins within --model_max_length {max_length}")
         return ids, labels
     while len(ids) > max_length:
         messages = _shorten_prompt(tokenizer, messages, n_excess=len(ids) - max_length)
         if messages is None:
-            raise Unfit(
+            raise Unusable(
                 "reply too long", f"with its system prompt it is over --model_max_length {max_length}; raise the limit"
             )
         ids, labels = _ids_and_labels(tokenizer, chat_template, messages, tools, train_on_inputs)
@@ -165,12 +156,12 @@ def encode_dialogue(
 
 
 def refuse_control_tokens(chat_template: ChatTemplate, messages: list[Message], tools: list[dict] | None) -> None:
-    """Raise Unfit where a text holds a token that only the template may write, such as one that ends a turn."""
+    """Raise Unusable where a text holds a token that only the template may write, such as one that ends a turn."""
     said = [(f"message {number} ({message['role']})", message) for number, message in enumerate(messages, 1)]
     for where, value in [*said, ("the list of tools", tools)]:
         token = chat_template.control_token_in(json.dumps(value, ensure_ascii=False))
         if token:
-            raise Unfit(
+            raise Unusable(
                 "control token",
                 f"{where} holds {token}, which the model takes for the mark of a turn and not for words; take it out",
             )
@@ -199,7 +190,7 @@ def _ids_and_labels(
             joined = text[end : offsets[token - 1][1]] if token > first else ""
             # Phi's tokens take the blanks behind them, whatever these belong to: no other token hangs on that.
             if joined and not (joined.isspace() and _is_added(tokenizer, ids[token - 1])):
-                raise Unfit(
+                raise Unusable(
                     "merged token",
                     f"the tokenizer joins {text[end - 5 : end]!r} and {text[end : end + 5]!r}, so a reply has no "
                     "exact border; change its first or last characters",
@@ -310,8 +301,8 @@ def _encode_batch(encode, batch: dict[str, list]) -> dict[str, list]:
         ids, labels, fault = [], [], ""
         try:
             ids, labels = encode(messages, tools)
-        except Unfit as unfit:
-            fault = f"{unfit.reason}\t{unfit.detail}"
+        except Unusable as unusable:
+            fault = f"{unusable.reason}\t{unusable.detail}"
         except UserError as error:
             fault = f"not renderable\t{error}"
         columns["input_ids"].append(ids)

@@ -23,7 +23,7 @@ import torch
 from loguru import logger
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from errors import UserError
@@ -38,6 +38,15 @@ LOG_FORMAT = "<green>{time:YYYY-MM-DD HH:mm:ss}</green> | <level>{level: <7}</le
 # ---------------------------------------------------------------- start
 
 
+def start_log(is_main: bool = True) -> None:
+    """Log lines to standard error, from one process only; the libraries' bars only where somebody looks."""
+    logger.remove()
+    if is_main:
+        logger.add(sys.stderr, format=LOG_FORMAT, colorize=sys.stderr.isatty())
+    if not is_main or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
 def start_run(stage: str, training_args: TrainingArguments, notes: list[str]) -> None:
     """Set up the log (main process only) and the seeds, and say what runs on what.
 
@@ -46,11 +55,9 @@ def start_run(stage: str, training_args: TrainingArguments, notes: list[str]) ->
     """
     import datasets
 
-    logger.remove()
     is_main = training_args.process_index == 0
-    if is_main:
-        logger.add(sys.stderr, format=LOG_FORMAT, colorize=sys.stderr.isatty())
-    # Libraries' own warnings, once and not once a process; their progress bars only where somebody looks.
+    start_log(is_main)
+    # Libraries' own warnings, once and not once a process.
     (transformers_logging.set_verbosity_warning if is_main else transformers_logging.set_verbosity_error)()
     if training_args.disable_tqdm or not is_main:
         datasets.disable_progress_bars()
@@ -109,11 +116,13 @@ def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool
         missing = _missing_files(Path(wanted))
         if missing:
             raise UserError(f"--resume_from_checkpoint {wanted}: {missing}; take another checkpoint of the run")
+        _refuse_other_settings(Path(wanted), _optimizer_settings(training_args))
         return wanted
     if wanted:
         for checkpoint in _numbered_checkpoints(output_dir):
             missing = _missing_files(checkpoint)
             if not missing:
+                _refuse_other_settings(checkpoint, _optimizer_settings(training_args))
                 logger.info(f"resuming from {checkpoint}")
                 return str(checkpoint)
             logger.warning(f"{checkpoint} is not complete ({missing}) and is passed over")
@@ -168,6 +177,33 @@ def _missing_files(checkpoint: Path) -> str:
     return f"without {', '.join(missing)}" if missing else ""
 
 
+def _optimizer_settings(training_args: TrainingArguments) -> dict[str, float | str]:
+    """The flags whose values a resumed optimizer brings with it, so that new ones would have no effect."""
+    names = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    return {f"--{name}": getattr(training_args, name) for name in names} | {"--optim": str(training_args.optim.value)}
+
+
+def _data_settings(trainer: Trainer) -> dict[str, int]:
+    """What tells other training data from those the run was started with: a resume skips what it has seen of them."""
+    return {
+        "rows of training data": len(trainer.train_dataset),
+        "training tokens": sum(trainer.train_dataset["length"]),
+    }
+
+
+def _refuse_other_settings(checkpoint: Path, wanted: dict[str, float | int | str]) -> None:
+    """Compare with what `CheckpointKeeper` recorded; a checkpoint without a record (another tool's) passes."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    recorded = state.get("stateful_callbacks", {}).get("CheckpointKeeper", {}).get("attributes", {})
+    for name, value in wanted.items():
+        if recorded.get(name, value) != value:
+            raise UserError(
+                f"{name} {value}: the run in {checkpoint.parent} was started with {recorded[name]}, and a resumed run "
+                "goes on with that; leave it as it was, start again (--resume_from_checkpoint False "
+                "--overwrite_output_dir True), or name another --output_dir"
+            )
+
+
 # ---------------------------------------------------------------- before the first step
 
 
@@ -202,16 +238,20 @@ def is_finished(trainer: Trainer, checkpoint: str | None) -> bool:
     """Whether the run to resume has ended with its results written; says so, since nothing would be trained.
 
     Its results stay as they are: resuming would write over them, and train one step too many within an epoch.
+    Raises UserError where the training data are not those that the run was started with.
     """
+    if checkpoint is None:
+        return False
+    _refuse_other_settings(Path(checkpoint), _data_settings(trainer))
     output_dir = Path(trainer.args.output_dir)
-    if checkpoint is None or not (output_dir / "loss.png").is_file():
+    if not (output_dir / "loss.png").is_file():
         return False
     state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
     if state["global_step"] < _steps(trainer)[2]:
         return False
     logger.warning(
-        f"{output_dir} holds a finished run ({state['global_step']} steps): nothing is trained. To train with other "
-        "data or flags: --resume_from_checkpoint False --overwrite_output_dir True, or another --output_dir"
+        f"{output_dir} holds a finished run ({state['global_step']} steps): nothing is trained. To train it "
+        "again: --resume_from_checkpoint False --overwrite_output_dir True, or another --output_dir"
     )
     leave_process_group()
     return True
@@ -311,14 +351,19 @@ class AdapterMovementCheck(TrainerCallback):
                 yield name, getattr(parameter, "ds_tensor", parameter).detach()
 
 
-class CheckpointKeeper(TrainerCallback):
-    """Keeps `checkpoint-best` by the evaluation loss, and records the lineage in every checkpoint."""
+class CheckpointKeeper(TrainerCallback, ExportableState):
+    """Keeps `checkpoint-best` by the evaluation loss; records in every checkpoint lineage and settings of the run."""
 
     def __init__(self, trainer: Trainer, lineage: "Lineage"):
         self.trainer = trainer
         self.lineage = lineage
         self.best_loss = math.inf
         self.best_step: int | None = None
+
+    def state(self) -> dict:
+        """What transformers writes into trainer_state.json for this callback."""
+        settings = _optimizer_settings(self.trainer.args) | _data_settings(self.trainer)
+        return {"args": {}, "attributes": settings}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.best_metric is not None and Path(args.output_dir, BEST).is_dir():

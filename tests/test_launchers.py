@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from guide import GUIDE_SFT
 
 from arguments import RENAMED, SETTLED, StageArgumentParser
 
@@ -20,24 +21,7 @@ STAGES = [name for name in LAUNCHERS if name != "run_demo.sh"]
 
 # The guide's flags for each stage. The launcher goes on after an interruption where the guide starts over.
 GUIDE = {
-    "run_sft.sh": """
-        --model_name_or_path Qwen/Qwen2.5-3B-Instruct
-        --train_file_dir ./data/finetune --validation_file_dir ./data/finetune
-        --per_device_train_batch_size 2 --per_device_eval_batch_size 2
-        --do_train --do_eval --template_name qwen --use_peft True
-        --max_train_samples 10000 --max_eval_samples 100 --model_max_length 2048
-        --num_train_epochs 3 --learning_rate 2e-5 --warmup_ratio 0.05 --weight_decay 0.05
-        --logging_strategy steps --logging_steps 10
-        --eval_steps 100 --eval_strategy steps
-        --save_steps 500 --save_strategy steps --save_total_limit 3
-        --gradient_accumulation_steps 16 --preprocessing_num_workers 8
-        --output_dir outputs-sft-qwen2.5-3b --overwrite_output_dir
-        --ddp_timeout 30000 --logging_first_step True
-        --target_modules all --lora_rank 16 --lora_alpha 32 --lora_dropout 0.05
-        --torch_dtype bfloat16 --bf16 --device_map auto
-        --report_to tensorboard --ddp_find_unused_parameters False
-        --gradient_checkpointing True --cache_dir ./cache
-    """,
+    "run_sft.sh": GUIDE_SFT,
 }
 OTHERWISE = {"overwrite_output_dir": (None, "True"), "resume_from_checkpoint": ("True", None)}
 

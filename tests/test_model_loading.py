@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import bitsandbytes.nn.modules
 import huggingface_hub.constants as hub
 import pytest
 import torch
+from loguru import logger
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -749,3 +751,11 @@ def test_an_adapter_on_a_shallower_base(base, adapter, tmp_path):
     build_model(load_tokenizer(base), **TINY_SHAPE | {"num_hidden_layers": 1}, **TINY_HEADS).save_pretrained(other)
     line = refused(load_with_adapter, str(other), adapter)
     assert "14 tensors are in adapter_model.safetensors and not in" in line
+
+
+@pytest.mark.parametrize(("torch_dtype", "warned"), [("bfloat16", True), ("float32", False)])
+def test_full_weights_in_half_precision_are_warned_of(tiny_model_dir, capfd, torch_dtype, warned):
+    logger.remove()
+    logger.add(sys.stderr, format="{message}")
+    load_for_training(str(tiny_model_dir), use_peft=False, torch_dtype=torch_dtype)
+    assert ("trained in bfloat16, which rounds small updates away" in capfd.readouterr().err) == warned

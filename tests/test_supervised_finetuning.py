@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from guide import GUIDE_SFT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,26 +22,6 @@ from model_loading import load_with_adapter, read_lineage
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "supervised_finetuning.py"
-
-# The guide's stage 2, flag for flag; a test replaces the model, the data and the output folder.
-GUIDE = """
-    --model_name_or_path {model}
-    --train_file_dir {data} --validation_file_dir {data}
-    --per_device_train_batch_size 2 --per_device_eval_batch_size 2
-    --do_train --do_eval --template_name qwen --use_peft True
-    --max_train_samples 10000 --max_eval_samples 100 --model_max_length 2048
-    --num_train_epochs 3 --learning_rate 2e-5 --warmup_ratio 0.05 --weight_decay 0.05
-    --logging_strategy steps --logging_steps 10
-    --eval_steps 100 --eval_strategy steps
-    --save_steps 500 --save_strategy steps --save_total_limit 3
-    --gradient_accumulation_steps 16 --preprocessing_num_workers 8
-    --output_dir {output} --overwrite_output_dir
-    --ddp_timeout 30000 --logging_first_step True
-    --target_modules all --lora_rank 16 --lora_alpha 32 --lora_dropout 0.05
-    --torch_dtype bfloat16 --bf16 --device_map auto
-    --report_to tensorboard --ddp_find_unused_parameters False
-    --gradient_checkpointing True --cache_dir {cache}
-"""
 
 ADAPTER_FILES = {
     "README.md",
@@ -304,6 +285,26 @@ def test_held_out_dialogues_are_not_trained_on(flags, tmp_path, monkeypatch):
     assert len(parts[2]) == 24  # nothing is held out where nothing is evaluated
 
 
+@pytest.mark.parametrize("spelling", ["{}/", "{}/../data", "{}/dialogues.jsonl"])
+def test_same_files_are_the_same_however_they_are_spelled(flags, data_dir, capfd, spelling):
+    supervised_finetuning.main(flags(max_steps=1, validation_file_dir=spelling.format(data_dir)))
+    log = capfd.readouterr().err
+    assert re.search(r"train dialogues +kept 22 of 22", log)
+    assert re.search(r"eval dialogues +kept 2 of 2, held out", log)
+
+
+def test_evaluation_on_some_of_the_training_files_is_refused(flags, write_jsonl, data_dir):
+    write_jsonl("data/more/second.jsonl", make_dialogues(30)[24:])
+    with pytest.raises(UserError, match=r"^--validation_file_dir .*: .*second\.jsonl is among the training files too"):
+        supervised_finetuning.main(flags(validation_file_dir=data_dir / "more"))
+
+
+def test_validation_files_of_their_own_hold_nothing_out(flags, write_jsonl, capfd):
+    other = write_jsonl("other/second.jsonl", make_dialogues(30)[24:])
+    supervised_finetuning.main(flags(max_steps=1, validation_file_dir=other))
+    assert re.search(r"train dialogues +kept 24 of 24", capfd.readouterr().err)
+
+
 def test_first_step_that_moves_nothing_stops(flags, monkeypatch):
     def freeze(*args, **kwargs):
         model = load(*args, **kwargs)
@@ -355,6 +356,10 @@ def test_bad_data_stops_before_the_model_loads(flags, tmp_path, monkeypatch, cas
     [
         ({"train_file_dir": "nowhere"}, r"--train_file_dir nowhere: no such file or folder"),
         ({"train_file_dir": None}, r"--train_file_dir is missing"),
+        ({"train_file_dir": ""}, r"--train_file_dir is empty"),
+        ({"max_steps": None, "num_train_epochs": 0}, r"--num_train_epochs 0\.0: give more than 0"),
+        ({"output_dir": __file__}, r"--output_dir .*test_supervised_finetuning\.py is a file; name a folder"),
+        ({"cache_dir": f"{__file__}/below"}, r"--cache_dir .*test_supervised_finetuning\.py is a file"),
         ({"model_name_or_path": "./nowhere"}, r"--model_name_or_path \./nowhere: no such folder"),
         ({"template_name": "qwenn"}, r"qwenn.*qwen"),
         ({"do_train": None, "do_eval": None}, r"neither --do_train nor --do_eval"),
@@ -457,17 +462,47 @@ def test_incomplete_checkpoint_is_passed_over(flags, tmp_path, capfd):
     assert max(losses(tmp_path / "out")) == 6
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_finished_run_started_again_changes_nothing_and_says_so(flags, tmp_path, capfd):
     argv = [*flags(max_steps=2), "--resume_from_checkpoint", "True"]  # ends within an epoch
     supervised_finetuning.main(argv)
-    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    supervised_finetuning.main([*argv, "--learning_rate", "0.1", "--overwrite_output_dir", "True"])
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    before = contents(tmp_path / "out")
+    supervised_finetuning.main([*argv, "--overwrite_output_dir", "True"])
+    assert contents(tmp_path / "out") == before
     log = capfd.readouterr().err
     assert re.search(r"holds a finished run \(2 steps\): nothing is trained", log)
     assert "nothing is overwritten, because --resume_from_checkpoint goes on" in log
     supervised_finetuning.main([*flags(max_steps=5), "--resume_from_checkpoint", "True"])
     assert max(losses(tmp_path / "out")) == 5  # more steps than it had: it goes on
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("learning_rate", 1e-5, r"--learning_rate 1e-05: the run in .*out was started with 0\.001, and a resumed run"),
+        ("weight_decay", 0.1, r"--weight_decay 0\.1: the run in .* was started with 0\.0"),
+        ("optim", "adafactor", r"--optim adafactor: the run in .* was started with adamw"),
+    ],
+)
+@pytest.mark.parametrize("by_path", [False, True])
+def test_resume_refuses_what_the_optimizer_would_keep(flags, tmp_path, monkeypatch, flag, value, message, by_path):
+    supervised_finetuning.main(flags(max_steps=2))
+    before = contents(tmp_path / "out")
+    where = tmp_path / "out" / "checkpoint-2" if by_path else True
+    monkeypatch.setattr(supervised_finetuning, "load_for_training", lambda *a, **k: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=message):
+        supervised_finetuning.main(flags(max_steps=4, resume_from_checkpoint=where, **{flag: value}))
+    assert contents(tmp_path / "out") == before
+
+
+def test_resume_refuses_other_data(flags, write_jsonl):
+    supervised_finetuning.main(flags(max_steps=2, do_eval=None))
+    write_jsonl("data/more.jsonl", make_dialogues(30)[24:])
+    with pytest.raises(UserError, match=r"^rows of training data 30: the run in .* was started with 24"):
+        supervised_finetuning.main(flags(max_steps=4, do_eval=None, resume_from_checkpoint=True))
 
 
 def test_resume_without_a_checkpoint_starts_anew(flags, capfd):
@@ -481,7 +516,15 @@ def test_resume_without_a_checkpoint_starts_anew(flags, capfd):
 @pytest.mark.slow
 def test_guide_command_with_two_processes(tiny_model_dir, tmp_path):
     out = tmp_path / "outputs-sft-qwen2.5-3b"
-    words = GUIDE.format(model=tiny_model_dir, data="./data/finetune", output=out, cache=tmp_path / "cache").split()
+    here = [
+        "--model_name_or_path",
+        str(tiny_model_dir),
+        "--output_dir",
+        str(out),
+        "--cache_dir",
+        str(tmp_path / "cache"),
+    ]
+    words = [*GUIDE_SFT.split(), *here]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0,1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     finished = subprocess.run(

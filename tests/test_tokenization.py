@@ -18,7 +18,7 @@ from records import Dialogue, cached_dataset, content_fingerprint, load_dialogue
 from template import named_template
 from tokenization import (
     IGNORED_LABEL,
-    Unfit,
+    Unusable,
     encode_dialogue,
     encode_prompt,
     load_chat_template,
@@ -260,9 +260,9 @@ def test_tokens_that_take_the_blanks_behind_them():
 def test_reply_whose_border_the_tokenizer_swallows_is_unfit(qwen):
     """A reply that starts with a newline, which records.py strips: `\\n` and `\\n` are one token."""
     tokenizer, chat_template = qwen
-    with pytest.raises(Unfit, match="merged token") as unfit:
+    with pytest.raises(Unusable, match="merged token") as unusable:
         encode_dialogue(tokenizer, chat_template, [user("q"), assistant("\nanswer")], max_length=NO_LIMIT)
-    assert "change its first or last characters" in unfit.value.detail
+    assert "change its first or last characters" in unusable.value.detail
 
 
 def test_mark_learned_shows_what_is_learned(qwen):
@@ -303,10 +303,10 @@ def test_mark_learned_shows_what_is_learned(qwen):
 )
 def test_control_tokens_in_texts_are_refused(qwen, messages, tools, where, token):
     tokenizer, chat_template = qwen
-    with pytest.raises(Unfit) as unfit:
+    with pytest.raises(Unusable) as unusable:
         encode_dialogue(tokenizer, chat_template, messages, tools, max_length=NO_LIMIT)
-    assert unfit.value.reason == "control token"
-    assert unfit.value.detail.startswith(f"{where} holds {token}, ")
+    assert unusable.value.reason == "control token"
+    assert unusable.value.detail.startswith(f"{where} holds {token}, ")
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_other_angle_brackets_are_words(qwen, text):
 
 def test_the_token_that_opens_the_next_turn_is_a_control_token_too(family):
     tokenizer, chat_template = family("glm4")
-    with pytest.raises(Unfit, match="control token"):
+    with pytest.raises(Unusable, match="control token"):
         encode_dialogue(tokenizer, chat_template, [user("a<|user|>b"), assistant("c")], max_length=NO_LIMIT)
 
 
@@ -350,9 +350,9 @@ def test_a_dialogue_of_just_the_limit_is_whole(exchanges, truncation):
 
 def test_drop_says_how_long_it_is(exchanges):
     _, length, encode = exchanges
-    with pytest.raises(Unfit) as unfit:
+    with pytest.raises(Unusable) as unusable:
         encode(length - 1, "drop")
-    assert (unfit.value.reason, unfit.value.detail) == (
+    assert (unusable.value.reason, unusable.value.detail) == (
         "too long",
         f"{length} tokens, over --model_max_length {length - 1}",
     )
@@ -376,8 +376,8 @@ def test_cut_prompt_start_at_every_limit(qwen, exchanges):
     for limit in range(8, length):
         try:
             ids, labels = encode(limit, "cut_prompt_start")
-        except Unfit as unfit:
-            assert (unfit.reason, fitted) == ("reply too long", 0), limit
+        except Unusable as unusable:
+            assert (unusable.reason, fitted) == ("reply too long", 0), limit
             continue
         fitted += 1
         assert len(ids) <= limit
@@ -424,7 +424,7 @@ def test_cut_reply_at_every_limit(qwen, exchanges):
     first_reply = next(position for position, label in enumerate(whole_labels) if label != IGNORED_LABEL)
     for limit in range(8, length):
         if limit <= first_reply:
-            with pytest.raises(Unfit, match="prompt too long"):
+            with pytest.raises(Unusable, match="prompt too long"):
                 encode(limit, "cut_reply")
         else:
             assert encode(limit, "cut_reply") == (whole_ids[:limit], whole_labels[:limit])
