@@ -5,8 +5,11 @@ hook hands the head the hidden states of learned positions alone, so it works fo
 by PEFT, DDP or DeepSpeed, and the loss and its gradients are those of the plain head.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Sampler
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from errors import UserError
@@ -23,6 +26,39 @@ from errors import UserError
 IGNORED_LABEL = torch.nn.CrossEntropyLoss().ignore_index
 # Positions whose float32 log-probabilities exist at a time: 1024 x 152k x 4 bytes = 0.6 GB.
 LOSS_CHUNK = 1024
+
+
+# ---------------------------------------------------------------- arguments
+
+
+@dataclass
+class CausalLMConfig(SFTConfig):
+    """SFTConfig without the fields that ids and labels made by tokenization.py leave without a meaning."""
+
+    max_length: int | None = field(default=None, init=False)
+    truncation_mode: str = field(default="keep_start", init=False)
+    dataset_text_field: str = field(default="text", init=False)
+    dataset_kwargs: dict | None = field(default=None, init=False)
+    dataset_num_proc: int | None = field(default=None, init=False)
+    model_init_kwargs: dict | None = field(default=None, init=False)
+    trust_remote_code: bool = field(default=False, init=False)
+    chat_template_path: str | None = field(default=None, init=False)
+    eos_token: str | None = field(default=None, init=False)
+    pad_token: str | None = field(default=None, init=False)
+    shuffle_dataset: bool = field(default=False, init=False)
+    packing_strategy: str = field(default="bfd", init=False)
+    eval_packing: bool | None = field(default=False, init=False)
+    completion_only_loss: bool | None = field(default=False, init=False)
+    assistant_only_loss: bool = field(default=False, init=False)
+    loss_type: str = field(default="nll", init=False)
+    pad_to_multiple_of: int | str | None = field(default=None, init=False)
+    router_aux_loss_coef: float | None = field(default=None, init=False)
+    use_liger_kernel: bool = field(default=False, init=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.do_train and not self.do_eval:
+            raise UserError("neither --do_train nor --do_eval is given, so there is nothing to do")
 
 
 # ---------------------------------------------------------------- loss
@@ -52,26 +88,43 @@ def token_losses(
     return torch.cat(losses), logits.detach().argmax(dim=-1) == targets
 
 
-def loss_statistics(prediction: EvalPrediction) -> dict[str, float]:
-    """Evaluation metrics from [examples, 3] sums of loss, hits and learned tokens: means over tokens, not batches."""
+def loss_statistics(prediction: EvalPrediction, bytes_per_token: float | None = None) -> dict[str, float]:
+    """Evaluation metrics from [examples, 3] sums of loss, hits and learned tokens: means over tokens, not batches.
+
+    With `bytes_per_token` also the bits a byte of the text costs, which compares models of different tokenizers.
+    """
     loss_sum, n_hits, n_tokens = prediction.predictions.astype("float64").sum(axis=0)
     loss = loss_sum / n_tokens
     with torch.no_grad():
         perplexity = torch.exp(torch.tensor(loss)).item()
-    return {"loss": loss, "perplexity": perplexity, "token_accuracy": n_hits / n_tokens}
+    metrics = {"loss": loss, "perplexity": perplexity, "token_accuracy": n_hits / n_tokens}
+    if bytes_per_token:
+        metrics["bits_per_byte"] = loss / math.log(2) / bytes_per_token
+    return metrics
 
 
 # ---------------------------------------------------------------- batches
 
 
 class Collator:
-    """TRL's collator, and beside the tensors the records' `file:line` and the number of real tokens."""
+    """TRL's collator, and beside the tensors the records' `file:line` and the number of real tokens.
 
-    def __init__(self, pad_token_id: int, padding_free: bool = False):
-        self.collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=padding_free)
+    Args:
+        padding_free: all rows become one, in which the positions restart with each text.
+        rows_of_texts: the rows stay, and the positions restart where a row's `seq_lengths` say.
+    """
+
+    def __init__(self, pad_token_id: int, padding_free: bool = False, rows_of_texts: bool = False):
+        self.rows_of_texts = rows_of_texts
+        self.collate = DataCollatorForLanguageModeling(
+            pad_token_id=pad_token_id, padding_free=padding_free, return_position_ids=rows_of_texts
+        )
 
     def __call__(self, examples: Sequence[dict]) -> dict:
         batch = self.collate(examples)
+        if self.rows_of_texts:
+            # With a mask transformers 5.24 would let the texts of a row see each other.
+            del batch["attention_mask"]
         sources = [example["source"] for example in examples]
         batch["sources"] = [source for group in sources for source in ([group] if isinstance(group, str) else group)]
         batch["n_tokens"] = sum(len(example["input_ids"]) for example in examples)
@@ -114,11 +167,15 @@ class LongestFirstSampler(Sampler[int]):
 
 
 class CausalLMTrainer(SFTTrainer):
-    """SFTTrainer on rows of `input_ids`, `labels`, `length` and `source`; needs `Collator` as its collator."""
+    """SFTTrainer on rows of `input_ids`, `labels`, `length` and `source`; needs `Collator` as its collator.
 
-    def __init__(self, model: torch.nn.Module, **kwargs):
+    `bytes_per_token` is of the evaluation data's learned tokens, for its bits a byte.
+    """
+
+    def __init__(self, model: torch.nn.Module, bytes_per_token: float | None = None, **kwargs):
         trained = {name: weights.data for name, weights in model.named_parameters() if weights.requires_grad}
-        super().__init__(model=model, compute_metrics=loss_statistics, **kwargs)
+        statistics = partial(loss_statistics, bytes_per_token=bytes_per_token)
+        super().__init__(model=model, compute_metrics=statistics, **kwargs)
         # TRL 1.16 rounds an adapter on a quantized base to bfloat16, in which small updates of it are lost.
         for name, weights in self.model.named_parameters():
             if name in trained:

@@ -1,4 +1,4 @@
-"""The data contract: dialogues in one form whatever the dialect and file, and faults named by `file:line`.
+"""The data contract: texts and dialogues in one form whatever the dialect and file, faults named by `file:line`.
 
     files, unread = find_files("data/finetune", "--train_file_dir")
     dialogues, report = load_dialogues(files, on_bad_data="error")
@@ -20,7 +20,7 @@ import shutil
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
@@ -53,6 +53,28 @@ class Dialogue:
 
     messages: list[dict]
     tools: list[dict] | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text to continue pretraining on, stripped, in one piece."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two replies to one prompt: messages as in a dialogue, the person's turn the last.
+
+    `margin` is by how much the chosen reply is the better one, where the record says so.
+    """
+
+    messages: list[dict]
+    chosen: str
+    rejected: str
+    margin: float | None
     source: str
 
 
@@ -120,6 +142,7 @@ class Unusable(Exception):  # noqa: N818 - it ends one record, not the run
 # --------------------------------------------------------------------------------------------------
 
 RECORD_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+TEXT_ENDINGS = (".txt", *RECORD_ENDINGS)
 
 
 def find_files(path: str | Path, flag: str, endings: Sequence[str] = RECORD_ENDINGS) -> tuple[list[Path], list[Path]]:
@@ -282,7 +305,22 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
         raise UserError(f"{name}: not a whole parquet file ({error}); copy or download it again") from None
 
 
-_READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+def _read_text(path: Path) -> Iterator[tuple[str, object]]:
+    """A document a line, as a record with `text`; blank lines are none."""
+    name = _shown(path)
+    with _open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{name}:{number}", _utf8_fault(line, first_line=number) or {"text": line}
+
+
+_READERS = {
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}
 
 
 def _open_text(path: Path) -> TextIO:
@@ -414,9 +452,11 @@ def _exchange(question: str, answer: str) -> list[dict]:
 
 @dataclass(frozen=True)
 class _Dialect:
+    """A form of records: the keys it needs and may have, and what reads one of its records."""
+
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    read_turns: Callable[[dict], list[dict]]
+    read: Callable[[dict], object]
 
 
 # The one rule of detection: the first dialect whose required keys the record has, whatever the file's name.
@@ -430,23 +470,111 @@ _DIALECTS = (
 _PREFERENCE_KEYS = ("response_chosen", "response_rejected", "chosen", "rejected", "good_answer", "bad_answer")
 
 
-def _find_dialect(record: dict) -> _Dialect:
+def _dialogue_dialect(record: dict) -> _Dialect:
     if any(key in record for key in _PREFERENCE_KEYS):
         raise Unusable(
             "preference pair",
             f"has {_quoted(record)}; reward_modeling.py and dpo_training.py read such pairs",
         )
-    for dialect in _DIALECTS:
+    if "text" in record and not any(all(key in record for key in dialect.required) for dialect in _DIALECTS):
+        raise Unusable("plain text", f"has {_quoted(record)}; pretraining.py reads text without dialogue")
+    return _find_dialect(record, _DIALECTS)
+
+
+def _find_dialect(record: dict, dialects: Sequence[_Dialect]) -> _Dialect:
+    for dialect in dialects:
         if all(key in record for key in dialect.required):
             # A misspelt 'history' taken for metadata would train on answers without their questions.
             if suspect := _nearest(record, dialect.optional, cutoff=0.85):
                 raise Unusable("unknown keys", f"has {_quoted(record)}{suspect}")
             return dialect
-    if "text" in record:
-        raise Unusable("plain text", f"has {_quoted(record)}; pretraining.py reads text without dialogue")
-    known = ", or ".join(" with ".join(map(repr, dialect.required)) for dialect in _DIALECTS)
-    every_key = tuple({key: None for dialect in _DIALECTS for key in dialect.required + dialect.optional})
+    known = ", or ".join(" with ".join(map(repr, dialect.required)) for dialect in dialects)
+    every_key = tuple({key: None for dialect in dialects for key in dialect.required + dialect.optional})
     raise Unusable("unknown keys", f"has {_quoted(record)}; known are {known}{_nearest(record, every_key)}")
+
+
+def _pair_of_replies(chosen_key: str, rejected_key: str, prompt: Callable[[dict], list[dict]], record: dict) -> tuple:
+    """The prompt's turns, and two replies that are texts, turns or lists of one turn."""
+    return prompt(record), *(_reply(record[key], f"'{key}'") for key in (chosen_key, rejected_key))
+
+
+def _reply(value: object, where: str) -> str:
+    value = _parsed(value, where) if isinstance(value, str) and value.startswith('[{"') else value
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, dict):
+        turn = _turn(value, where)
+        if turn["role"] != "assistant" or turn.get("tool_calls"):
+            raise Unusable("not a reply", f"{where} is from the {turn['role']}; it must be the assistant's words")
+        return turn["content"]
+    return _text(value, where)
+
+
+def _prompt_of_question(record: dict) -> list[dict]:
+    return [*_history(record), {"role": "user", "content": _text(record["question"], "'question'")}]
+
+
+def _prompt_of_alpaca(record: dict) -> list[dict]:
+    return _turns_of_alpaca(record | {"output": "-"})[:-1]
+
+
+def _prompt_of_trl(record: dict) -> list[dict]:
+    """`prompt` as a text or as messages."""
+    prompt = record["prompt"]
+    if isinstance(prompt, str) and not prompt.startswith('[{"'):
+        return [*_history(record), {"role": "user", "content": _text(prompt, "'prompt'")}]
+    return _turns_of_list("prompt", record)
+
+
+def _pair_of_conversations(record: dict) -> tuple:
+    """TRL's pair without a prompt: two conversations that differ in the last reply."""
+    chosen, rejected = (_turns_of_list(key, record) for key in ("chosen", "rejected"))
+    if not chosen or not rejected:
+        raise Unusable("empty conversation", "'chosen' or 'rejected' has no turns; delete the record")
+    if chosen[:-1] != rejected[:-1]:
+        raise Unusable(
+            "two prompts", "'chosen' and 'rejected' differ before their last turn; they must share the prompt"
+        )
+    for key, turns in (("chosen", chosen), ("rejected", rejected)):
+        if turns[-1]["role"] != "assistant" or turns[-1].get("tool_calls"):
+            raise Unusable("no reply", f"'{key}' ends with the {turns[-1]['role']}; it must end with a reply")
+    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+
+
+_PAIR_OPTIONAL = ("system", "history", "margin")
+_PAIR_DIALECTS = (
+    _Dialect(
+        ("question", "response_chosen", "response_rejected"),
+        _PAIR_OPTIONAL,
+        functools.partial(_pair_of_replies, "response_chosen", "response_rejected", _prompt_of_question),
+    ),
+    _Dialect(
+        ("question", "good_answer", "bad_answer"),
+        _PAIR_OPTIONAL,
+        functools.partial(_pair_of_replies, "good_answer", "bad_answer", _prompt_of_question),
+    ),
+    _Dialect(
+        ("conversations", "chosen", "rejected"),
+        ("system", "margin"),
+        functools.partial(_pair_of_replies, "chosen", "rejected", functools.partial(_turns_of_list, "conversations")),
+    ),
+    _Dialect(
+        ("prompt", "chosen", "rejected"),
+        _PAIR_OPTIONAL,
+        functools.partial(_pair_of_replies, "chosen", "rejected", _prompt_of_trl),
+    ),
+    _Dialect(
+        ("instruction", "chosen", "rejected"),
+        ("input", *_PAIR_OPTIONAL),
+        functools.partial(_pair_of_replies, "chosen", "rejected", _prompt_of_alpaca),
+    ),
+    _Dialect(
+        ("question", "chosen", "rejected"),
+        _PAIR_OPTIONAL,
+        functools.partial(_pair_of_replies, "chosen", "rejected", _prompt_of_question),
+    ),
+    _Dialect(("chosen", "rejected"), ("system", "margin"), _pair_of_conversations),
+)
 
 
 def _nearest(record: dict, known: tuple[str, ...], cutoff: float = 0.6) -> str:
@@ -522,34 +650,102 @@ def _quoted(record: dict) -> str:
 
 def read_dialogues(files: Sequence[Path]) -> Iterator[Dialogue | BadRecord]:
     """Read files of any dialect in order, one result a record."""
+    return _read(files, _dialogue)
+
+
+def read_documents(files: Sequence[Path]) -> Iterator[Document | BadRecord]:
+    """Read the lines of .txt files and the records with `text` of the others, in order."""
+    return _read(files, _document)
+
+
+def read_pairs(files: Sequence[Path]) -> Iterator[Pair | BadRecord]:
+    """Read preference pairs of any dialect in order, one result a record."""
+    return _read(files, _pair)
+
+
+def _read(files: Sequence[Path], make: Callable[[object, str], T]) -> Iterator[T | BadRecord]:
     for path in files:
         for source, record in _READERS[path.suffix.lower()](path):
             try:
                 if isinstance(record, Unusable):
                     raise record
-                yield _dialogue(record, source)
+                yield make(record, source)
             except Unusable as error:
                 yield BadRecord(source, error.reason, error.detail)
 
 
-def _dialogue(record: object, source: str) -> Dialogue:
+def _document(record: object, source: str) -> Document:
     if not isinstance(record, dict):
-        raise Unusable("not an object", f"the record is {_kind(record)}; it must be an object")
-    turns = _find_dialect(record).read_turns(record)
+        raise Unusable("not an object", f"the record is {_kind(record)}; it must be an object with 'text'")
+    if "text" not in record:
+        raise Unusable(
+            "no text",
+            f"has {_quoted(record)}; pretraining reads 'text'{_nearest(record, ('text',))} (dialogues are for "
+            "supervised_finetuning.py; scripts/convert_to_pretrain_format.py makes documents of them)",
+        )
+    text = _text(record["text"], "'text'")
+    if not text:
+        raise Unusable("empty text", "'text' is empty; write it or delete the record")
+    return Document(text, source)
+
+
+def _dialogue(record: object, source: str) -> Dialogue:
+    record = _object(record)
+    turns = _with_system(record, _dialogue_dialect(record).read(record))
     _check_turns(turns)
-
-    system = _optional_text(record, "system")
-    if turns[0]["role"] == "system":
-        first = turns.pop(0)["content"]
-        if system and first:
-            raise Unusable("two system prompts", "one in 'system' and one in turn 1; keep one")
-        system = system or first
-    messages = [{"role": "system", "content": system}, *turns] if system else turns
-
     tools = _parsed(record.get("tools") or [], "'tools'")
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise Unusable("broken tools", f"'tools' is {tools!r:.80}; it must be a list of objects")
-    return Dialogue(messages, tools or None, source)
+    return Dialogue(turns, tools or None, source)
+
+
+def _pair(record: object, source: str) -> Pair:
+    record = _object(record)
+    if not any(key in record for key in _PREFERENCE_KEYS):
+        raise Unusable(
+            "no pair",
+            f"has {_quoted(record)}; a pair has a question with 'response_chosen' and 'response_rejected' "
+            "(scripts/generate_preference_data.py makes pairs of dialogues)",
+        )
+    turns, chosen, rejected = _find_dialect(record, _PAIR_DIALECTS).read(record)
+    turns = _with_system(record, turns)
+    _check_turns([*turns, {"role": "assistant", "content": chosen}])
+    if not rejected:
+        raise Unusable("empty reply", "the rejected reply is empty; write it or delete the record")
+    if chosen == rejected:
+        raise Unusable("same replies", "chosen and rejected are the same, so nothing is preferred; delete the record")
+    return Pair(turns, chosen, rejected, _margin(record), source)
+
+
+def _margin(record: dict) -> float | None:
+    """By how much the chosen reply is better: `margin`, or the difference of the two scores."""
+    values = [record.get(key) for key in ("margin", "score_chosen", "score_rejected")]
+    if values[0] in (None, "") and any(value in (None, "") for value in values[1:]):
+        return None
+    try:
+        margin = float(values[0]) if values[0] not in (None, "") else float(values[1]) - float(values[2])
+    except (TypeError, ValueError):
+        raise Unusable("broken margin", f"margin or scores are {values!r:.80}; they must be numbers") from None
+    if not 0 <= margin < float("inf"):
+        raise Unusable("broken margin", f"the margin is {margin}; it is at least 0, or the replies are the wrong way")
+    return margin
+
+
+def _object(record: object) -> dict:
+    if not isinstance(record, dict):
+        raise Unusable("not an object", f"the record is {_kind(record)}; it must be an object")
+    return record
+
+
+def _with_system(record: dict, turns: list[dict]) -> list[dict]:
+    """The turns, after the record's system prompt if it has one, given in `system` or as the first turn."""
+    system = _optional_text(record, "system")
+    if turns and turns[0]["role"] == "system":
+        first, *turns = turns
+        if system and first["content"]:
+            raise Unusable("two system prompts", "one in 'system' and one in turn 1; keep one")
+        system = system or first["content"]
+    return [{"role": "system", "content": system}, *turns] if system else turns
 
 
 # A turn that calls tools is a kind of its own here: what it waits for is the tools' results.
@@ -595,20 +791,35 @@ def _out_of_order(number: int, role: str, before: str) -> Unusable:
     )
 
 
-def load_dialogues(
-    files: Sequence[Path], on_bad_data: Literal["error", "drop"] = "error"
-) -> tuple[list[Dialogue], Report]:
+OnBadData = Literal["error", "drop"]
+
+
+def load_dialogues(files: Sequence[Path], on_bad_data: OnBadData = "error") -> tuple[list[Dialogue], Report]:
     """Read all dialogues of the files, and refuse bad records ("error") or drop and count them ("drop").
 
     Raises UserError, showing the first ten, on bad records under "error" and whenever nothing is left to use.
     """
-    dialogues: list[Dialogue] = []
+    return _load(read_dialogues(files), files, on_bad_data)
+
+
+def load_pairs(files: Sequence[Path], on_bad_data: OnBadData = "error") -> tuple[list[Pair], Report]:
+    """The same for the preference pairs of the files."""
+    return _load(read_pairs(files), files, on_bad_data)
+
+
+def load_documents(files: Sequence[Path], on_bad_data: OnBadData = "error") -> tuple[list[Document], Report]:
+    """The same for the documents of the files."""
+    return _load(read_documents(files), files, on_bad_data)
+
+
+def _load(results: Iterable[T | BadRecord], files: Sequence[Path], on_bad_data: OnBadData) -> tuple[list[T], Report]:
+    records: list[T] = []
     report = Report()
     first_bad: list[str] = []
-    for result in read_dialogues(files):
+    for result in results:
         report.read += 1
-        if isinstance(result, Dialogue):
-            dialogues.append(result)
+        if not isinstance(result, BadRecord):
+            records.append(result)
         else:
             report.drop(result)
             if len(first_bad) < 10:
@@ -617,16 +828,49 @@ def load_dialogues(
     n_bad = report.dropped.total()
     if not report.read:
         raise UserError(f"no records in {_some(files)}")
-    if not dialogues or (n_bad and on_bad_data == "error"):
+    if not records or (n_bad and on_bad_data == "error"):
         listed = "" if n_bad <= 10 else "; the first ten"
-        hint = "mend them, or go on without them: --on_bad_data drop" if dialogues else "no record can be used"
+        hint = "mend them, or go on without them: --on_bad_data drop" if records else "no record can be used"
         raise UserError("\n".join([f"{n_bad} of {report.read} records are bad{listed}:", *first_bad, hint]))
-    return dialogues, report
+    return records, report
 
 
 # --------------------------------------------------------------------------------------------------
-# Choosing dialogues
+# Choosing records
 # --------------------------------------------------------------------------------------------------
+
+
+def are_same_files(train_path: str | None, eval_path: str | None, endings: Sequence[str] = RECORD_ENDINGS) -> bool:
+    """Whether both flags name the same files, however they are spelled; UserError where only some are the same."""
+    if train_path is None or eval_path is None:
+        return True
+    train_files, eval_files = (
+        {file.resolve() for file in find_files(path, flag, endings)[0]}
+        for path, flag in ((train_path, "--train_file_dir"), (eval_path, "--validation_file_dir"))
+    )
+    if train_files != eval_files and train_files & eval_files:
+        raise UserError(
+            f"--validation_file_dir {eval_path}: {min(train_files & eval_files)} is among the training files too; keep "
+            "them apart, or name the same folder for both and a part is held out"
+        )
+    return train_files == eval_files
+
+
+def choose_part(
+    records: Sequence[T],
+    part: Literal["train", "eval"],
+    held_out: bool,
+    max_train_samples: int | None,
+    max_eval_samples: int | None,
+    seed: int,
+) -> list[T]:
+    """The records of one part, drawn with the seed; held_out: both are parts of the same files."""
+    if held_out:
+        # As many as asked for, but never more than a tenth of the data.
+        n_eval = max(1, min(max_eval_samples or len(records), len(records) // 10))
+        train_part, eval_part = split_holdout(records, n_eval, seed, "--max_eval_samples")
+        records = train_part if part == "train" else eval_part
+    return take_samples(records, max_train_samples if part == "train" else max_eval_samples, seed)
 
 
 def take_samples(items: Sequence[T], max_samples: int | None, seed: int) -> list[T]:
@@ -637,44 +881,45 @@ def take_samples(items: Sequence[T], max_samples: int | None, seed: int) -> list
     return [items[index] for index in sorted(chosen)]
 
 
-def split_holdout(
-    dialogues: Sequence[Dialogue], size: int | float, seed: int, flag: str
-) -> tuple[list[Dialogue], list[Dialogue]]:
-    """Split into (train, held out), both in the order given; a question never falls on both sides.
+def split_holdout(records: Sequence[T], size: int | float, seed: int, flag: str) -> tuple[list[T], list[T]]:
+    """Split into (train, held out), both in the order given; a question or text never falls on both sides.
 
     Args:
-        dialogues: what to split.
+        records: what to split.
         size: how many to hold out (int), or which share of all (float below 1). Fewer are held out where the
-            dialogues that share a question do not fit.
-        seed: decides which questions come first; the order of the dialogues does not matter.
+            records that share a question do not fit.
+        seed: decides which questions come first; the order of the records does not matter.
         flag: the flag that set `size`, for the message.
 
     Raises:
         UserError: a side would be empty.
     """
     by_question: dict[str, list[int]] = defaultdict(list)
-    for index, dialogue in enumerate(dialogues):
-        by_question[_question_key(dialogue)].append(index)
+    for index, record in enumerate(records):
+        by_question[_question_key(record)].append(index)
 
-    wanted = size if isinstance(size, int) else max(1, round(size * len(dialogues)))
+    wanted = size if isinstance(size, int) else max(1, round(size * len(records)))
     held_out: set[int] = set()
     for question in sorted(by_question, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest()):
         if len(held_out) + len(by_question[question]) <= wanted:
             held_out.update(by_question[question])
 
-    if not held_out or len(held_out) == len(dialogues):
+    if not held_out or len(held_out) == len(records):
         raise UserError(
-            f"{flag} {size}: cannot hold out {wanted} of {len(dialogues)} dialogues "
-            f"(with {len(by_question)} different first questions) and train on the rest; "
+            f"{flag} {size}: cannot hold out {wanted} of {len(records)} records "
+            f"({len(by_question)} of them different) and train on the rest; "
             "lower it or give validation files of their own"
         )
-    train = [dialogue for index, dialogue in enumerate(dialogues) if index not in held_out]
-    return train, [dialogues[index] for index in sorted(held_out)]
+    train = [record for index, record in enumerate(records) if index not in held_out]
+    return train, [records[index] for index in sorted(held_out)]
 
 
-def _question_key(dialogue: Dialogue) -> str:
-    """The first user turn without what copies differ in: case, width of characters, punctuation, spaces."""
-    question = next(message["content"] for message in dialogue.messages if message["role"] == "user")
+def _question_key(record: Dialogue | Document | Pair) -> str:
+    """The first user turn, or the text, without what copies differ in: case, character width, punctuation, spaces."""
+    if isinstance(record, Document):
+        question = record.text
+    else:
+        question = next(message["content"] for message in record.messages if message["role"] == "user")
     return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", question).casefold())
 
 

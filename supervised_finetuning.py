@@ -22,10 +22,10 @@ from typing import Literal
 from datasets import Dataset
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig, pack_dataset
+from trl import pack_dataset
 
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
-from causal_lm_trainer import CausalLMTrainer, Collator
+from causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator
 from errors import UserError, run_script
 from model_loading import (
     Lineage,
@@ -37,50 +37,19 @@ from model_loading import (
     load_tokenizer,
 )
 from records import (
-    Dialogue,
     Report,
+    are_same_files,
     cached_dataset,
+    choose_part,
     content_fingerprint,
     find_files,
     load_dialogues,
-    split_holdout,
-    take_samples,
 )
 from template import ChatTemplate
 from tokenization import load_chat_template, mark_learned, tokenize_dialogues, tokenizer_fingerprint
 from training_run import BEST, find_checkpoint, finish_run, is_finished, log_facts, start_run, train
 
 # ---------------------------------------------------------------- arguments
-
-
-@dataclass
-class SFTTrainingArguments(SFTConfig):
-    """SFTConfig without the fields that ids and labels made by tokenization.py leave without a meaning."""
-
-    max_length: int | None = field(default=None, init=False)
-    truncation_mode: str = field(default="keep_start", init=False)
-    dataset_text_field: str = field(default="text", init=False)
-    dataset_kwargs: dict | None = field(default=None, init=False)
-    dataset_num_proc: int | None = field(default=None, init=False)
-    model_init_kwargs: dict | None = field(default=None, init=False)
-    trust_remote_code: bool = field(default=False, init=False)
-    chat_template_path: str | None = field(default=None, init=False)
-    eos_token: str | None = field(default=None, init=False)
-    pad_token: str | None = field(default=None, init=False)
-    shuffle_dataset: bool = field(default=False, init=False)
-    packing_strategy: str = field(default="bfd", init=False)
-    eval_packing: bool | None = field(default=False, init=False)
-    completion_only_loss: bool | None = field(default=False, init=False)
-    assistant_only_loss: bool = field(default=False, init=False)
-    loss_type: str = field(default="nll", init=False)
-    pad_to_multiple_of: int | str | None = field(default=None, init=False)
-    router_aux_loss_coef: float | None = field(default=None, init=False)
-    use_liger_kernel: bool = field(default=False, init=False)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.do_train and not self.do_eval:
-            raise UserError("neither --do_train nor --do_eval is given, so there is nothing to do")
 
 
 @dataclass
@@ -106,41 +75,11 @@ class SFTArguments:
 # ---------------------------------------------------------------- data
 
 
-def evaluates_training_files(data_args: DataArguments) -> bool:
-    """Whether both flags name the same files, however they are spelled; UserError where only some are the same."""
-    train_path, eval_path = data_args.train_file_dir, data_args.validation_file_dir
-    if train_path is None or eval_path is None:
-        return True
-    train_files, eval_files = (
-        {file.resolve() for file in find_files(path, flag)[0]}
-        for path, flag in ((train_path, "--train_file_dir"), (eval_path, "--validation_file_dir"))
-    )
-    if train_files != eval_files and train_files & eval_files:
-        raise UserError(
-            f"--validation_file_dir {eval_path}: {min(train_files & eval_files)} is among the training files too; keep "
-            "them apart, or name the same folder for both and a part is held out"
-        )
-    return train_files == eval_files
-
-
-def choose_dialogues(
-    dialogues: Sequence[Dialogue], part: str, held_out: bool, data_args: DataArguments, seed: int
-) -> list[Dialogue]:
-    """The dialogues of one part, "train" or "eval"; held_out: both are parts of the same files."""
-    if held_out:
-        # As many as asked for, but never more than a tenth of the data.
-        n_eval = max(1, min(data_args.max_eval_samples or len(dialogues), len(dialogues) // 10))
-        train_part, eval_part = split_holdout(dialogues, n_eval, seed, "--max_eval_samples")
-        dialogues = train_part if part == "train" else eval_part
-    limit = data_args.max_train_samples if part == "train" else data_args.max_eval_samples
-    return take_samples(dialogues, limit, seed)
-
-
 def load_part(
     part: str,
     data_args: DataArguments,
     sft_args: SFTArguments,
-    training_args: SFTTrainingArguments,
+    training_args: CausalLMConfig,
     tokenizer: PreTrainedTokenizerBase,
     chat_template: ChatTemplate,
     cache_dir: str,
@@ -156,9 +95,10 @@ def load_part(
     )
     if path is None:
         raise UserError(f"{flag} is missing: name the file or folder of the dialogues")
-    held_out = training_args.do_eval and evaluates_training_files(data_args)
+    held_out = training_args.do_eval and are_same_files(data_args.train_file_dir, data_args.validation_file_dir)
     seed = training_args.seed
     files, unread = find_files(path, flag)
+    samples = {"max_train_samples": data_args.max_train_samples, "max_eval_samples": data_args.max_eval_samples}
     limits = {
         "max_length": sft_args.model_max_length,
         "truncation": sft_args.truncation,
@@ -167,7 +107,7 @@ def load_part(
 
     def build() -> tuple[Dataset, dict]:
         dialogues, read_report = load_dialogues(files, data_args.on_bad_data)
-        chosen = choose_dialogues(dialogues, part, held_out, data_args, seed)
+        chosen = choose_part(dialogues, part, held_out, **samples, seed=seed)
         dataset, report = tokenize_dialogues(
             chosen,
             tokenizer,
@@ -178,17 +118,19 @@ def load_part(
         )
         return dataset, {"read": read_report.as_dict(), "tokenized": report.as_dict()}
 
-    key = limits | {
-        "stage": "sft",
-        "part": part,
-        "files": content_fingerprint(files),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "held_out": held_out,
-        "max_train_samples": data_args.max_train_samples,
-        "max_eval_samples": data_args.max_eval_samples,
-        "on_bad_data": data_args.on_bad_data,
-        "seed": seed,
-    }
+    key = (
+        limits
+        | samples
+        | {
+            "stage": "sft",
+            "part": part,
+            "files": content_fingerprint(files),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "held_out": held_out,
+            "on_bad_data": data_args.on_bad_data,
+            "seed": seed,
+        }
+    )
     dataset, reports, was_cached = cached_dataset(cache_dir, key, build, data_args.overwrite_cache)
     report = Report.from_dict(reports["tokenized"])
     if len(dataset) == 0:
@@ -226,7 +168,7 @@ def pack(dataset: Dataset, max_length: int) -> Dataset:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ arguments
     parser = StageArgumentParser(
-        [ModelArguments, DataArguments, LoraArguments, RunArguments, SFTArguments, SFTTrainingArguments]
+        [ModelArguments, DataArguments, LoraArguments, RunArguments, SFTArguments, CausalLMConfig]
     )
     model_args, data_args, lora_args, run_args, sft_args, training_args = parser.parse(argv)
     check_model_path(model_args.model_name_or_path, "--model_name_or_path", model_args.allow_pickle_weights)

@@ -1,4 +1,4 @@
-"""From a dialogue to token ids and labels: what the model reads, which tokens carry loss, what happens at the limit.
+"""From a record to token ids and labels: what the model reads, which tokens carry loss, what happens at the limit.
 
 Training renders a dialogue with the chat template and tokenizes the whole text once, as a server does; the template's
 segments say which characters are replies, the tokenizer's offsets which tokens those are. Learned are exactly the
@@ -8,14 +8,16 @@ replies and the token that ends each. This is the only module that writes the ig
 import hashlib
 import json
 import os
+import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 import jinja2
+import numpy as np
 from datasets import Dataset, Features, Value
 from datasets import List as ListFeature
 from transformers import PreTrainedTokenizerBase
@@ -23,13 +25,18 @@ from transformers import PreTrainedTokenizerBase
 import records
 import template
 from errors import UserError
-from records import BadRecord, Dialogue, Report, Unusable
+from records import BadRecord, Dialogue, Document, Report, Unusable
 from template import ChatTemplate, Message
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
 # Why a sound dialogue is left out, always counted; every other reason is a fault that --on_bad_data decides about.
 OVER_LIMIT = ("too long", "prompt too long", "reply too long")
+
+_IDS, _LENGTH, _TEXT = ListFeature(Value("int32")), Value("int32"), Value("string")
+DIALOGUE_FEATURES = Features(input_ids=_IDS, labels=_IDS, length=_LENGTH, source=_TEXT, fault=_TEXT)
+DOCUMENT_FEATURES = Features(input_ids=_IDS, length=_LENGTH, source=_TEXT, fault=_TEXT)
+BLOCK_FEATURES = Features(input_ids=_IDS, labels=_IDS, seq_lengths=_IDS, length=_LENGTH, source=ListFeature(_TEXT))
 
 Truncation = Literal["drop", "cut_prompt_start", "cut_reply"]
 
@@ -260,37 +267,8 @@ def tokenize_dialogues(
         truncation=truncation,
         train_on_inputs=train_on_inputs,
     )
-    # A process costs about a second to start, which a thousand dialogues do not repay.
-    n_processes = max(1, min(num_workers, os.cpu_count() or 1, len(rows) // 1000))
-    rows = rows.map(
-        partial(_encode_batch, encode),
-        batched=True,
-        num_proc=n_processes if n_processes > 1 else None,
-        remove_columns=["dialogue"],
-        features=Features(
-            input_ids=ListFeature(Value("int32")),
-            labels=ListFeature(Value("int32")),
-            length=Value("int32"),
-            source=Value("string"),
-            fault=Value("string"),
-        ),
-        new_fingerprint="not-cached-here",  # hashing a tokenizer takes seconds; records.cached_dataset has the key
-        load_from_cache_file=False,
-        desc="tokenizing",
-    )
-    report = Report(read=len(rows))
-    usable = []
-    for index, (source, fault) in enumerate(zip(rows["source"], rows["fault"], strict=True)):
-        if fault:
-            report.drop(BadRecord(source, *fault.split("\t", 1)))
-        else:
-            usable.append(index)
-    faults = [line for reason, lines in report.examples.items() if reason not in OVER_LIMIT for line in lines]
-    if faults and on_bad_data == "error":
-        n_bad = sum(count for reason, count in report.dropped.items() if reason not in OVER_LIMIT)
-        hint = "mend them, or go on without them: --on_bad_data drop"
-        raise UserError("\n  ".join([f"{n_bad} of {report.read} dialogues are bad, such as", *faults]) + f"\n{hint}")
-    return rows.select(usable).remove_columns("fault"), report
+    rows = _map_batches(rows, partial(_encode_batch, encode), num_workers, "dialogue", DIALOGUE_FEATURES)
+    return _without_faults(rows, "dialogues", on_bad_data)
 
 
 def _encode_batch(encode, batch: dict[str, list]) -> dict[str, list]:
@@ -310,6 +288,147 @@ def _encode_batch(encode, batch: dict[str, list]) -> dict[str, list]:
         columns["length"].append(len(ids))
         columns["fault"].append(fault)
     return columns
+
+
+# ---------------------------------------------------------------- documents of continued pretraining
+
+
+def document_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token behind each document: Qwen's <|endoftext|> where there is one, since its chat models end turns by eos.
+
+    Raises UserError where the tokenizer has no end token at all.
+    """
+    added = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
+    end_id = added.get("<|endoftext|>", tokenizer.eos_token_id)
+    if end_id is None:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no end token to join documents by")
+    return end_id
+
+
+def tokenize_documents(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_workers: int,
+    on_bad_data: Literal["error", "drop"] = "error",
+) -> tuple[Dataset, Report]:
+    """A dataset of `input_ids` (each document with its end token), `length` and `source`, and what was left out.
+
+    Raises UserError under "error" for a document that holds a control token, such as one that ends a turn.
+    """
+    rows = Dataset.from_dict({"text": [d.text for d in documents], "source": [d.source for d in documents]})
+    rows = _map_batches(rows, partial(encode_documents, tokenizer), num_workers, "text", DOCUMENT_FEATURES)
+    return _without_faults(rows, "documents", on_bad_data)
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerBase, batch: dict[str, list]) -> dict[str, list]:
+    """Columns `text` and `source` to `input_ids`, `length`, `source` and `fault`; a faulty text has no ids."""
+    control_tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    end_id = document_end_id(tokenizer)
+    columns = {"input_ids": [], "length": [], "source": batch["source"], "fault": []}
+    encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    for text, ids in zip(batch["text"], encoded, strict=True):
+        token = next((token for token in control_tokens if token in text), None)
+        fault = f"control token\tit holds {token}, which is no word but a mark; take it out" if token else ""
+        ids = [] if fault else [*ids, end_id]
+        columns["input_ids"].append(ids)
+        columns["length"].append(len(ids))
+        columns["fault"].append(fault)
+    return columns
+
+
+def cut_blocks(
+    documents: Dataset | dict[str, list], block_size: int, packing_across_documents: bool = False
+) -> dict[str, list]:
+    """Documents joined in their order and cut into blocks; the last block is what is left, and nothing is lost.
+
+    Args:
+        documents: columns `input_ids` and `source`.
+        block_size: tokens a block.
+        packing_across_documents: attend across the documents of a block. Otherwise each is on its own there
+            (`seq_lengths`), and its first token is not learned, since nothing before it could tell.
+
+    Returns:
+        Columns `input_ids`, `labels`, `seq_lengths`, `length` and `source` (of every document in the block).
+    """
+    lengths = np.array([len(ids) for ids in documents["input_ids"]], dtype=np.int64)
+    ids = np.concatenate([[], *documents["input_ids"]]).astype(np.int32)
+    ends = lengths.cumsum()
+    starts = ends - lengths
+    columns: dict[str, list] = {"input_ids": [], "labels": [], "seq_lengths": [], "length": [], "source": []}
+    for start in range(0, len(ids), block_size):
+        block = ids[start : start + block_size]
+        first = int(np.searchsorted(ends, start, side="right"))
+        last = int(np.searchsorted(starts, start + len(block), side="left"))
+        borders = [0, *(starts[first + 1 : last] - start).tolist()]
+        if packing_across_documents:
+            borders = [0]
+        labels = block.copy()
+        labels[borders] = IGNORED_LABEL
+        columns["input_ids"].append(block)
+        columns["labels"].append(labels)
+        columns["seq_lengths"].append(np.diff([*borders, len(block)]).tolist())
+        columns["length"].append(len(block))
+        columns["source"].append(list(documents["source"][first:last]))
+    return columns
+
+
+def learned_bytes_per_token(tokenizer: PreTrainedTokenizerBase, labels: Iterable[Sequence[int]]) -> float:
+    """The mean number of UTF-8 bytes that a learned token of these rows of labels stands for."""
+    learned = np.concatenate([np.asarray(row) for row in labels])
+    return float(token_byte_lengths(tokenizer)[learned[learned != IGNORED_LABEL]].mean())
+
+
+def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """[vocabulary] UTF-8 bytes that each token stands for; 0 for special tokens."""
+    is_byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+    lengths = np.zeros(len(tokenizer), dtype=np.int64)
+    for token, token_id in tokenizer.get_vocab().items():
+        if is_byte_level:
+            lengths[token_id] = len(token)  # one letter of its alphabet a byte
+        elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+            lengths[token_id] = 1
+        else:
+            lengths[token_id] = len(token.replace("\u2581", " ").encode())
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        lengths[token_id] = 0 if token.special else len(str(token).encode())
+    return lengths
+
+
+# ---------------------------------------------------------------- many rows
+
+
+def _map_batches(rows: Dataset, encode: Callable, num_workers: int, consumed: str, features: Features) -> Dataset:
+    """`rows` through `encode`, a batch at a time, in as many processes as repay their start."""
+    # A process costs about a second to start, which a thousand rows do not repay.
+    n_processes = max(1, min(num_workers, os.cpu_count() or 1, len(rows) // 1000))
+    return rows.map(
+        encode,
+        batched=True,
+        num_proc=n_processes if n_processes > 1 else None,
+        remove_columns=[consumed],
+        features=features,
+        new_fingerprint="not-cached-here",  # hashing a tokenizer takes seconds; records.cached_dataset has the key
+        load_from_cache_file=False,
+        desc="tokenizing",
+    )
+
+
+def _without_faults(rows: Dataset, what: str, on_bad_data: Literal["error", "drop"]) -> tuple[Dataset, Report]:
+    """The rows whose `fault` is empty, and the others counted; raises UserError under "error"."""
+    report = Report(read=len(rows))
+    usable = []
+    for index, (source, fault) in enumerate(zip(rows["source"], rows["fault"], strict=True)):
+        if fault:
+            report.drop(BadRecord(source, *fault.split("\t", 1)))
+        else:
+            usable.append(index)
+    faults = [line for reason, lines in report.examples.items() if reason not in OVER_LIMIT for line in lines]
+    if faults and on_bad_data == "error":
+        n_bad = sum(count for reason, count in report.dropped.items() if reason not in OVER_LIMIT)
+        hint = "mend them, or go on without them: --on_bad_data drop"
+        raise UserError("\n  ".join([f"{n_bad} of {report.read} {what} are bad, such as", *faults]) + f"\n{hint}")
+    return rows.select(usable).remove_columns("fault"), report
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

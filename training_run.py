@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from model_loading import Lineage
 
 BEST = "checkpoint-best"
+# What a line of the log shows of an evaluation.
+EVALUATED = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
 LOG_FORMAT = "<green>{time:YYYY-MM-DD HH:mm:ss}</green> | <level>{level: <7}</level> | {message}"
 
 
@@ -185,6 +187,8 @@ def _optimizer_settings(training_args: TrainingArguments) -> dict[str, float | s
 
 def _data_settings(trainer: Trainer) -> dict[str, int]:
     """What tells other training data from those the run was started with: a resume skips what it has seen of them."""
+    if _is_streamed(trainer):
+        return {}
     return {
         "rows of training data": len(trainer.train_dataset),
         "training tokens": sum(trainer.train_dataset["length"]),
@@ -210,12 +214,16 @@ def _refuse_other_settings(checkpoint: Path, wanted: dict[str, float | int | str
 def log_facts(trainer: Trainer, facts: dict[str, str]) -> None:
     """The block of facts: the stage's own, then steps and batch arithmetic."""
     args = trainer.args
-    rows = len(trainer.train_dataset)
     per_step, steps_per_epoch, steps = _steps(trainer)
+    if _is_streamed(trainer):
+        data = "streamed: --max_steps"
+    else:
+        rows = len(trainer.train_dataset)
+        data = f"{rows} rows, {steps_per_epoch} steps an epoch, {steps / steps_per_epoch:.3g} epochs"
     facts = facts | {
         "batch": f"{args.train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x "
         f"{args.world_size} process(es) = {per_step} rows a step",
-        "steps": f"{steps} ({rows} rows, {steps_per_epoch} steps an epoch, {steps / steps_per_epoch:.3g} epochs)",
+        "steps": f"{steps} ({data})",
         "precision": "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "float32",
         "gradient checkpointing": "on" if args.gradient_checkpointing else "off",
         "output": str(args.output_dir),
@@ -225,10 +233,17 @@ def log_facts(trainer: Trainer, facts: dict[str, str]) -> None:
         logger.info(f"  {name:<{width}}  {value}")
 
 
+def _is_streamed(trainer: Trainer) -> bool:
+    """Whether nobody knows how many rows there are."""
+    return isinstance(trainer.train_dataset, torch.utils.data.IterableDataset)
+
+
 def _steps(trainer: Trainer) -> tuple[int, int, int]:
-    """Rows a step, steps an epoch, steps of the run, as Trainer counts them."""
+    """Rows a step, steps an epoch, steps of the run, as Trainer counts them; a streamed run is one epoch."""
     args = trainer.args
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if _is_streamed(trainer):
+        return per_step, args.max_steps, args.max_steps
     steps_per_epoch = max(math.ceil(len(trainer.train_dataset) / per_step), 1)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     return per_step, steps_per_epoch, steps
@@ -291,7 +306,7 @@ class ProgressLines(TrainerCallback):
             logger.info(line)
         elif "eval_loss" in logs:
             rest = {key.removeprefix("eval_"): value for key, value in logs.items() if isinstance(value, float)}
-            shown = [f"{key} {rest[key]:.4f}" for key in ("loss", "perplexity", "token_accuracy") if key in rest]
+            shown = [f"{key} {rest[key]:.4f}" for key in EVALUATED if key in rest]
             logger.info(f"step {state.global_step}/{state.max_steps}  evaluation: {'  '.join(shown)}")
 
     def _time_left(self, state) -> str:
@@ -506,8 +521,8 @@ def finish_run(trainer: Trainer, keeper: CheckpointKeeper | None, next_command: 
         plot_curves(trainer.state.log_history, output_dir / "loss.png")
         logger.info(f"done: {output_dir / BEST} (step {keeper.best_step} of {trainer.state.global_step})")
     if metrics:
-        shown = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
-        logger.info("evaluation: " + "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics))
+        shown = [f"eval_{name}" for name in EVALUATED if f"eval_{name}" in metrics]
+        logger.info("evaluation: " + "  ".join(f"{name} {metrics[name]:.4f}" for name in shown))
     logger.info(f"results: {output_dir}; curves: tensorboard --logdir {output_dir}")
     logger.info(f"next: {next_command}")
     return metrics

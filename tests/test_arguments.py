@@ -13,10 +13,11 @@ from transformers import TrainingArguments
 
 import arguments
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from causal_lm_trainer import CausalLMConfig
 from errors import UserError
-from supervised_finetuning import SFTArguments, SFTTrainingArguments
+from supervised_finetuning import SFTArguments
 
-SFT = [ModelArguments, DataArguments, LoraArguments, RunArguments, SFTArguments, SFTTrainingArguments]
+SFT = [ModelArguments, DataArguments, LoraArguments, RunArguments, SFTArguments, CausalLMConfig]
 REQUIRED = ["--model_name_or_path", "m", "--output_dir", "out", "--do_train"]
 
 # The guide's table of remedies, with the values that each flag then has.
@@ -443,7 +444,7 @@ def test_field_of_trl_without_a_meaning_here_is_no_flag(name):
 
 
 def test_every_field_that_trl_adds_was_looked_at():
-    ours = {field.name for field in fields(SFTTrainingArguments) if field.init}
+    ours = {field.name for field in fields(CausalLMConfig) if field.init}
     transformers_own = {field.name for field in fields(TrainingArguments)}
     assert ours - transformers_own == {"packing", "padding_free", "activation_offloading"}
 

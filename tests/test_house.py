@@ -19,7 +19,7 @@ SHARED = {
     "errors": (set(), set()),
     "template": (set(), set()),
     "records": (set(), {"datasets", "filelock", "pyarrow"}),
-    "tokenization": ({"template", "records"}, {"datasets", "jinja2", "transformers"}),
+    "tokenization": ({"template", "records"}, {"datasets", "jinja2", "numpy", "transformers"}),
     "arguments": (set(), {"torch", "transformers"}),
     "model_loading": (
         set(),

@@ -13,10 +13,11 @@ import pytest
 from test_launchers import GUIDE, edit_block, known_flags, launch, pairs, parser_of
 
 from arguments import RENAMED, SETTLED, DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from causal_lm_trainer import CausalLMConfig
 from errors import UserError
 from model_loading import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK
 from records import RECORD_ENDINGS, load_dialogues
-from supervised_finetuning import SFTArguments, SFTTrainingArguments
+from supervised_finetuning import SFTArguments
 from template import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,7 +183,7 @@ def test_flags_table(name, tmp_path):
         assert in_launcher == ("-" if value is None else f"`{value}`"), flag
     listed = {flag for row in rows for flag in flags_in(row[0])}
     assert listed >= {f"--{spec.name}" for group in OURS for spec in fields(group)}
-    assert listed <= {f"--{spec.name}" for group in [*OURS, SFTTrainingArguments] for spec in fields(group)}
+    assert listed <= {f"--{spec.name}" for group in [*OURS, CausalLMConfig] for spec in fields(group)}
 
 
 def test_defaults_that_the_parser_does_not_hold():

@@ -759,10 +759,10 @@ def test_too_few_dialogues_to_split_is_an_error():
     with pytest.raises(UserError) as error:
         split_holdout([dialogue("a"), dialogue("A.")], 1, seed=1, flag="--max_eval_samples")
     assert str(error.value) == (
-        "--max_eval_samples 1: cannot hold out 1 of 2 dialogues (with 1 different first questions) and train on "
-        "the rest; lower it or give validation files of their own"
+        "--max_eval_samples 1: cannot hold out 1 of 2 records (1 of them different) and train on the rest; "
+        "lower it or give validation files of their own"
     )
-    with pytest.raises(UserError, match="cannot hold out 5 of 2 dialogues"):
+    with pytest.raises(UserError, match="cannot hold out 5 of 2 records"):
         split_holdout([dialogue("a"), dialogue("b")], 5, seed=1, flag="--max_eval_samples")
 
 
