@@ -26,14 +26,20 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 4096
 CONTEXT_LENGTH = 2048
+TRAINING_PARTS = ("pretrain", "finetune", "reward")
 RECORD_FILE = "tiny_model.json"
 
 # ---------------------------------------------------------------- texts
 
 
 def read_texts(data_dir: Path) -> list[str]:
-    """Every text under a folder: the lines of .txt files, what is said in the records of .jsonl files."""
-    paths = sorted(path for path in data_dir.rglob("*") if path.suffix in {".txt", ".jsonl"})
+    """Every text to train on: the lines of .txt files, what is said in the records of .jsonl files.
+
+    What evaluates a model stays unseen by its tokenizer too.
+    """
+    paths = sorted(
+        path for part in TRAINING_PARTS for path in (data_dir / part).rglob("*") if path.suffix in {".txt", ".jsonl"}
+    )
     texts = [text for path in paths for text in read_file_texts(path)]
     if not texts:
         raise UserError(f"--data_dir {data_dir}: no .txt or .jsonl file with text in it")
@@ -88,7 +94,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> "Qwen
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    # The words that templates put around every turn are single tokens, as in Qwen's vocabulary.
+    backend.train_from_iterator([*texts, *["system\nuser\nassistant\n"] * len(texts)], trainer)
 
     learned = json.loads(backend.to_str())["model"]
     specials = {token: len(learned["vocab"]) + i for i, token in enumerate(SPECIAL_TOKENS)}

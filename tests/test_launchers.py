@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from guide import GUIDE_SFT
+from guide import GUIDE_PT, GUIDE_SFT
 
 from arguments import RENAMED, SETTLED, StageArgumentParser
 
@@ -21,6 +21,7 @@ STAGES = [name for name in LAUNCHERS if name != "run_demo.sh"]
 
 # The guide's flags for each stage. The launcher goes on after an interruption where the guide starts over.
 GUIDE = {
+    "run_pt.sh": f"{GUIDE_PT} --block_size 1024",
     "run_sft.sh": GUIDE_SFT,
 }
 OTHERWISE = {"overwrite_output_dir": (None, "True"), "resume_from_checkpoint": ("True", None)}

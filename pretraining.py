@@ -1,0 +1,322 @@
+"""Continued pretraining: teach a base model the language and the facts of medical text.
+
+Input: plain text, a document a line (.txt), or records with `text` (jsonl, json, csv, parquet).
+Output: `--output_dir` with checkpoint-N, checkpoint-best (a LoRA adapter, or a model with --use_peft False),
+train_results.json, eval_results.json, trainer_state.json, loss.png and TensorBoard events in runs/.
+Loss: cross entropy on every token that something in its own document precedes (Gururangan et al. 2020,
+https://arxiv.org/abs/2004.10964). Documents are joined by the end token and cut into blocks.
+
+    CUDA_VISIBLE_DEVICES=0 python pretraining.py --model_name_or_path Qwen/Qwen2.5-3B ...
+    CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc_per_node 2 pretraining.py ...
+
+Launcher: run_pt.sh.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset
+from loguru import logger
+from transformers import PreTrainedTokenizerBase
+
+from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator
+from errors import UserError, run_script
+from model_loading import (
+    Lineage,
+    base_of,
+    check_model_path,
+    check_vocabulary,
+    describe_trainable,
+    load_for_training,
+    load_tokenizer,
+)
+from records import (
+    TEXT_ENDINGS,
+    Document,
+    Report,
+    are_same_files,
+    cached_dataset,
+    choose_part,
+    content_fingerprint,
+    find_files,
+    load_documents,
+    read_documents,
+)
+from tokenization import (
+    BLOCK_FEATURES,
+    cut_blocks,
+    encode_documents,
+    learned_bytes_per_token,
+    mark_learned,
+    tokenize_documents,
+    tokenizer_fingerprint,
+)
+from training_run import BEST, find_checkpoint, finish_run, is_finished, log_facts, start_run, train
+
+# Documents that streaming tokenizes at a time; the buffer that it shuffles in blocks.
+STREAM_BATCH = 1000
+STREAM_SHUFFLE = 1000
+# Of the first block, for the log.
+EXAMPLE_TOKENS = 200
+
+# ---------------------------------------------------------------- arguments
+
+
+@dataclass
+class PTTrainingArguments(CausalLMConfig):
+    """Documents are always packed, by this stage itself."""
+
+    packing: bool = field(default=False, init=False)
+    padding_free: bool = field(default=False, init=False)
+
+
+@dataclass
+class PTArguments:
+    block_size: int = field(default=1024, metadata={"help": "Tokens a block: what the model sees at a time."})
+    packing_across_documents: bool = field(
+        default=False,
+        metadata={"help": "Let a document see the ones before it in its block; by default it does not."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read and tokenize while training, for text that does not fit; needs --max_steps."},
+    )
+
+    def __post_init__(self):
+        if self.block_size < 8:
+            raise UserError(f"--block_size {self.block_size}: too little to learn from; give a number of tokens")
+
+
+# ---------------------------------------------------------------- data
+
+
+def load_part(
+    part: str,
+    data_args: DataArguments,
+    pt_args: PTArguments,
+    training_args: PTTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: str,
+) -> tuple[Dataset, dict[str, str]]:
+    """Read, check, tokenize and cut the "train" or "eval" documents, from the cache where nothing has changed.
+
+    Returns rows of input_ids, labels, seq_lengths, length and source, and the facts to log.
+    """
+    flag, path = (
+        ("--train_file_dir", data_args.train_file_dir)
+        if part == "train"
+        else ("--validation_file_dir", data_args.validation_file_dir or data_args.train_file_dir)
+    )
+    if path is None:
+        raise UserError(f"{flag} is missing: name the file or folder of the documents")
+    held_out = training_args.do_eval and are_same_files(
+        data_args.train_file_dir, data_args.validation_file_dir, TEXT_ENDINGS
+    )
+    files, unread = find_files(path, flag, TEXT_ENDINGS)
+    samples = {"max_train_samples": data_args.max_train_samples, "max_eval_samples": data_args.max_eval_samples}
+    blocks = {"block_size": pt_args.block_size, "packing_across_documents": pt_args.packing_across_documents}
+
+    def build() -> tuple[Dataset, dict]:
+        documents, read_report = load_documents(files, data_args.on_bad_data)
+        chosen = choose_part(documents, part, held_out, **samples, seed=training_args.seed)
+        tokenized, report = tokenize_documents(
+            chosen, tokenizer, num_workers=data_args.preprocessing_num_workers, on_bad_data=data_args.on_bad_data
+        )
+        rows = cut_blocks(tokenized.with_format("numpy")[:], **blocks)
+        return Dataset.from_dict(rows, BLOCK_FEATURES), {"read": read_report.as_dict(), "tokenized": report.as_dict()}
+
+    key = blocks | samples | {
+        "stage": "pt",
+        "part": part,
+        "files": content_fingerprint(files),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "held_out": held_out,
+        "on_bad_data": data_args.on_bad_data,
+        "seed": training_args.seed,
+    }  # fmt: skip
+    dataset, reports, was_cached = cached_dataset(cache_dir, key, build, data_args.overwrite_cache)
+    report = Report.from_dict(reports["tokenized"])
+    for reason, lines in report.examples.items():
+        logger.info(f"{part}: left out as {reason}: {'; '.join(lines)}{' ...' if len(lines) == 3 else ''}")
+    if len(dataset) == 0:
+        raise UserError(f"{flag} {path}: {report.summary()}, so nothing is left")
+    n_tokens = sum(dataset["length"])
+    return dataset, {
+        f"{part} files": f"{len(files)} in {path}" + (f", {len(unread)} with other endings not read" if unread else ""),
+        f"{part} records": Report.from_dict(reports["read"]).summary(),
+        f"{part} documents": report.summary()
+        + (", held out of the training files by the seed" if held_out and part == "eval" else ""),
+        f"{part} tokens": f"{n_tokens:,} in {len(dataset):,} blocks of at most {pt_args.block_size}"
+        + (", from the cache" if was_cached else ""),
+    }
+
+
+def stream_training_part(
+    data_args: DataArguments,
+    pt_args: PTArguments,
+    training_args: PTTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[IterableDataset, dict[str, str]]:
+    """The training documents as blocks that are made while training asks for them, over and over."""
+    if training_args.max_steps <= 0:
+        raise UserError("--streaming True: nobody knows where the data end, so give --max_steps")
+    if data_args.max_train_samples is not None:
+        raise UserError(
+            "--streaming True: --max_train_samples draws from all records, which are not read; leave it out"
+        )
+    if training_args.do_eval and are_same_files(data_args.train_file_dir, data_args.validation_file_dir, TEXT_ENDINGS):
+        raise UserError(
+            "--streaming True: no part of the training files is held out; give --validation_file_dir others"
+        )
+    files, unread = find_files(data_args.train_file_dir or "", "--train_file_dir", TEXT_ENDINGS)
+    stream = partial(stream_blocks, files, tokenizer, pt_args, data_args.on_bad_data)
+    dataset = IterableDataset.from_generator(stream, features=BLOCK_FEATURES)
+    dataset = dataset.shuffle(seed=training_args.seed, buffer_size=STREAM_SHUFFLE).repeat(None)
+    # Each process reads all and takes its part: rows with names in them cannot be sent from one to the others.
+    training_args.accelerator_config.dispatch_batches = False
+    not_read = f", {len(unread)} with other endings not read" if unread else ""
+    return dataset, {"train files": f"{len(files)} in {data_args.train_file_dir}{not_read}, streamed"}
+
+
+def stream_blocks(
+    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, pt_args: PTArguments, on_bad_data: str
+) -> Iterator[dict]:
+    """The blocks of the whole text, batch by batch: what a batch leaves over begins the next one.
+
+    Raises UserError at the first bad record under "error"; the others are named in the log and left out.
+    """
+    waiting: dict[str, list] = {"input_ids": [], "source": []}
+    results = read_documents(files)
+    while batch := list(islice(results, STREAM_BATCH)):
+        good = [result for result in batch if isinstance(result, Document)]
+        encoded = encode_documents(tokenizer, {"text": [d.text for d in good], "source": [d.source for d in good]})
+        bad = [str(result) for result in batch if not isinstance(result, Document)]
+        for ids, source, fault in zip(encoded["input_ids"], encoded["source"], encoded["fault"], strict=True):
+            if fault:
+                bad.append(f"{source}: {fault.replace(chr(9), ': ')}")
+            else:
+                waiting["input_ids"].append(ids)
+                waiting["source"].append(source)
+        for line in bad:
+            if on_bad_data == "error":
+                raise UserError(f"{line}; mend it, or go on without: --on_bad_data drop")
+            logger.warning(f"left out: {line}")
+        if waiting["input_ids"]:
+            *whole, tail = rows_of(cut_blocks(waiting, pt_args.block_size, pt_args.packing_across_documents))
+            yield from whole
+            waiting = last_tokens(waiting, tail["length"])
+    if waiting["input_ids"]:
+        yield from rows_of(cut_blocks(waiting, pt_args.block_size, pt_args.packing_across_documents))
+
+
+def rows_of(blocks: dict[str, list]) -> list[dict]:
+    """One dictionary of plain lists a block."""
+    lists = blocks | {name: [ids.tolist() for ids in blocks[name]] for name in ("input_ids", "labels")}
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+
+
+def last_tokens(documents: dict[str, list], n_tokens: int) -> dict[str, list]:
+    """The end of the joined documents: the last ones whole, and of the one before them what is left."""
+    first = len(documents["input_ids"])
+    while n_tokens > 0:
+        first -= 1
+        n_tokens -= len(documents["input_ids"][first])
+    ids = documents["input_ids"][first:]
+    if n_tokens < 0:
+        ids[0] = ids[0][-n_tokens:]
+    return {"input_ids": ids, "source": documents["source"][first:]}
+
+
+# ---------------------------------------------------------------- main
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    # ------------------------------------------------------------ arguments
+    parser = StageArgumentParser(
+        [ModelArguments, DataArguments, LoraArguments, RunArguments, PTArguments, PTTrainingArguments]
+    )
+    model_args, data_args, lora_args, run_args, pt_args, training_args = parser.parse(argv)
+    check_model_path(model_args.model_name_or_path, "--model_name_or_path", model_args.allow_pickle_weights)
+
+    # ------------------------------------------------------------ run
+    start_run("continued pretraining", training_args, parser.notes)
+    checkpoint = find_checkpoint(training_args, run_args.overwrite_output_dir)
+
+    # ------------------------------------------------------------ tokenizer
+    hub_options = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
+    tokenizer = load_tokenizer(model_args.tokenizer_name_or_path or model_args.model_name_or_path, **hub_options)
+
+    # ------------------------------------------------------------ data
+    load = partial(
+        load_part,
+        data_args=data_args,
+        pt_args=pt_args,
+        training_args=training_args,
+        tokenizer=tokenizer,
+        cache_dir=str(Path(model_args.cache_dir or "cache", "tokenized")),
+    )
+    train_dataset, train_facts = (
+        stream_training_part(data_args, pt_args, training_args, tokenizer) if pt_args.streaming else load("train")
+    )
+    eval_dataset, eval_facts = load("eval") if training_args.do_eval else (None, {})
+    first = next(iter(train_dataset))
+    example = mark_learned(tokenizer, first["input_ids"][:EXAMPLE_TOKENS], first["labels"][:EXAMPLE_TOKENS])
+
+    # ------------------------------------------------------------ model
+    model = load_for_training(
+        model_args.model_name_or_path,
+        **vars(lora_args),
+        torch_dtype=model_args.torch_dtype,
+        load_in_4bit=model_args.load_in_4bit,
+        load_in_8bit=model_args.load_in_8bit,
+        device_map=model_args.device_map,
+        flash_attn=model_args.flash_attn,
+        allow_pickle_weights=model_args.allow_pickle_weights,
+        **hub_options,
+    )
+    check_vocabulary(tokenizer, model)
+    base_model = base_of(model_args.model_name_or_path)
+    lineage = Lineage(
+        base_model=base_model,
+        parent=model_args.model_name_or_path if base_model != model_args.model_name_or_path else None,
+        stage="pt",
+        template="",
+        data=str(data_args.train_file_dir),
+        hidden_size=model.config.hidden_size,
+        vocab_size=model.config.vocab_size,
+    )
+
+    # ------------------------------------------------------------ train
+    trainer = CausalLMTrainer(
+        model=model,
+        args=training_args,
+        data_collator=Collator(tokenizer.pad_token_id, rows_of_texts=True),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        bytes_per_token=learned_bytes_per_token(tokenizer, eval_dataset["labels"]) if eval_dataset else None,
+        processing_class=tokenizer,
+    )
+    facts = {"model": f"{model_args.model_name_or_path}: {describe_trainable(model)}"} | train_facts | eval_facts
+    facts["a document sees"] = "the ones before it in its block" if pt_args.packing_across_documents else "itself alone"
+    log_facts(trainer, facts)
+    logger.info(f"the first block begins, learned tokens between « and »:\n{example}")
+    if training_args.do_train and is_finished(trainer, checkpoint):
+        return {}
+    keeper = train(trainer, lineage, checkpoint, run_args.logging_dir) if training_args.do_train else None
+
+    # ------------------------------------------------------------ save and evaluate
+    best = Path(training_args.output_dir, BEST)
+    return finish_run(
+        trainer,
+        keeper,
+        next_command=f"{Path(sys.executable).name} supervised_finetuning.py --model_name_or_path {best} ...",
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,338 @@
+"""The PT stage: how documents become blocks, what is learned, which files it leaves, how it resumes, its errors."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from guide import GUIDE_PT
+from torch.utils.data import IterableDataset as TorchIterable
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import pretraining
+from causal_lm_trainer import IGNORED_LABEL, Collator, loss_statistics, token_losses
+from errors import UserError
+from model_loading import load_with_adapter, read_lineage
+from pretraining import PTArguments, last_tokens, stream_blocks
+from records import Document, load_documents
+from tokenization import cut_blocks, document_end_id, learned_bytes_per_token, token_byte_lengths, tokenize_documents
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"]
+TEXTS = [f"{PARTS[n % 8]}部不适第{n}种：多喝水，注意休息，{n}天不好请去医院就诊。Rest for {n} days." for n in range(40)]
+
+
+@pytest.fixture
+def data_dir(tmp_path) -> Path:
+    folder = tmp_path / "data"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.txt").write_text("\n\n".join(TEXTS[:20]) + "\n", encoding="utf-8")
+    lines = [json.dumps({"text": text, "from": "a book"}, ensure_ascii=False) for text in TEXTS[20:]]
+    (folder / "deep/b.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def flags(tiny_model_dir, data_dir, tmp_path):
+    """A short run's flags; keywords replace or add some, None removes one."""
+
+    def build(**changes) -> list[str]:
+        values = {
+            "model_name_or_path": tiny_model_dir,
+            "train_file_dir": data_dir,
+            "validation_file_dir": data_dir,
+            "do_train": True,
+            "do_eval": True,
+            "block_size": 64,
+            "per_device_train_batch_size": 2,
+            "max_steps": 4,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+            "gradient_checkpointing": False,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "output_dir": tmp_path / "out",
+            "cache_dir": tmp_path / "cache",
+        } | changes
+        return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+
+    return build
+
+
+def documents_of(*lists: list[int]) -> dict[str, list]:
+    return {"input_ids": [list(ids) for ids in lists], "source": [f"d:{n}" for n in range(1, len(lists) + 1)]}
+
+
+def plain(blocks: dict[str, list]) -> dict[str, list]:
+    return {
+        name: [np.asarray(v).tolist() if name != "source" else v for v in column] for name, column in blocks.items()
+    }
+
+
+def losses(output_dir: Path) -> dict[int, float]:
+    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def test_blocks_hold_every_token_and_know_their_documents():
+    blocks = plain(cut_blocks(documents_of([1, 2, 3], [4, 5], [6, 7, 8, 9]), block_size=4))
+    x = IGNORED_LABEL
+    assert blocks == {
+        "input_ids": [[1, 2, 3, 4], [5, 6, 7, 8], [9]],
+        "labels": [[x, 2, 3, x], [x, x, 7, 8], [x]],
+        "seq_lengths": [[3, 1], [1, 3], [1]],
+        "length": [4, 4, 1],
+        "source": [["d:1", "d:2"], ["d:2", "d:3"], ["d:3"]],
+    }
+
+
+def test_packing_across_documents_learns_all_but_the_first_token_of_a_block():
+    blocks = plain(cut_blocks(documents_of([1, 2, 3], [4, 5], [6, 7]), 4, packing_across_documents=True))
+    assert blocks["labels"] == [[IGNORED_LABEL, 2, 3, 4], [IGNORED_LABEL, 6, 7]]
+    assert blocks["seq_lengths"] == [[4], [3]]
+    assert blocks["source"] == [["d:1", "d:2"], ["d:2", "d:3"]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_blocks_of_random_documents(seed):
+    rng = np.random.default_rng(seed)
+    lists = [rng.integers(1, 99, rng.integers(1, 30)).tolist() for _ in range(rng.integers(1, 12))]
+    size = int(rng.integers(2, 20))
+    blocks = plain(cut_blocks(documents_of(*lists), size))
+    assert list(chain(*blocks["input_ids"])) == list(chain(*lists))
+    assert all(length == size for length in blocks["length"][:-1])
+    for ids, labels, lengths in zip(blocks["input_ids"], blocks["labels"], blocks["seq_lengths"], strict=True):
+        assert sum(lengths) == len(ids)
+        assert min(lengths) > 0
+        firsts = set(np.cumsum([0, *lengths[:-1]]).tolist())
+        assert labels == [IGNORED_LABEL if at in firsts else token for at, token in enumerate(ids)]
+    n_pieces = sum(map(len, blocks["seq_lengths"]))
+    cuts_inside = set(range(size, sum(map(len, lists)), size)) - set(np.cumsum(list(map(len, lists))).tolist())
+    assert n_pieces == len(lists) + len(cuts_inside)
+
+
+def test_the_end_of_joined_documents():
+    documents = documents_of([1, 2, 3], [4, 5], [6, 7])
+    assert last_tokens(documents, 3) == {"input_ids": [[5], [6, 7]], "source": ["d:2", "d:3"]}
+    assert last_tokens(documents, 4) == {"input_ids": [[4, 5], [6, 7]], "source": ["d:2", "d:3"]}
+    assert last_tokens(documents, 7) == documents
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+def test_streaming_gives_the_blocks_of_the_whole_text(data_dir, tiny_tokenizer, monkeypatch, batch, across):
+    monkeypatch.setattr(pretraining, "STREAM_BATCH", batch)
+    files = [data_dir / "a.txt", data_dir / "deep/b.jsonl"]
+    streamed = list(stream_blocks(files, tiny_tokenizer, PTArguments(50, across, True), "error"))
+    tokenized, _ = tokenize_documents(load_documents(files)[0], tiny_tokenizer, num_workers=1)
+    whole = plain(cut_blocks(tokenized.with_format("numpy")[:], 50, across))
+    for name in whole:
+        assert [np.asarray(row[name]).tolist() for row in streamed] == whole[name], name
+
+
+def test_documents_end_with_the_base_models_end_token(tiny_tokenizer, qwen_tokenizer):
+    for tokenizer in (tiny_tokenizer, qwen_tokenizer):
+        (ids,) = tokenize_documents([Document(TEXTS[0], "a:1")], tokenizer, num_workers=1)[0]["input_ids"]
+        assert tokenizer.decode(ids) == TEXTS[0] + "<|endoftext|>"
+        assert ids[-1] == document_end_id(tokenizer)
+
+
+def test_a_control_token_in_a_text_is_refused_or_left_out(tiny_tokenizer):
+    texts = [Document("a good text", "a:1"), Document("a turn ends<|im_end|>", "a:2")]
+    with pytest.raises(UserError, match=r"1 of 2 documents are bad.*\n.*a:2: it holds <\|im_end\|>"):
+        tokenize_documents(texts, tiny_tokenizer, num_workers=1)
+    rows, report = tokenize_documents(texts, tiny_tokenizer, num_workers=1, on_bad_data="drop")
+    assert rows["source"] == ["a:1"]
+    assert report.summary() == "kept 1 of 2 (1 control token)"
+
+
+# ---------------------------------------------------------------- bits a byte
+
+
+@pytest.mark.parametrize("text", ["高血压要少吃盐。", "naïve café 37.5℃\n", "emoji \U0001f600 and 𠮷"])
+def test_bytes_of_tokens_add_up_to_the_text(tiny_tokenizer, qwen_tokenizer, text):
+    for tokenizer in (tiny_tokenizer, qwen_tokenizer):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert token_byte_lengths(tokenizer)[ids].sum() == len(text.encode())
+        assert token_byte_lengths(tokenizer)[document_end_id(tokenizer)] == 0
+
+
+def test_bits_per_byte_of_a_uniform_guess(tiny_tokenizer):
+    """Guessing evenly among 2^k tokens costs k bits a token."""
+    ids = tiny_tokenizer("高血压要少吃盐。")["input_ids"]
+    per_token = learned_bytes_per_token(tiny_tokenizer, [[IGNORED_LABEL, *ids], [IGNORED_LABEL]])
+    assert per_token == pytest.approx(24 / len(ids))
+    sums = np.array([[math.log(2**10) * len(ids), 0, len(ids)]])
+    metrics = loss_statistics(type("Prediction", (), {"predictions": sums}), per_token)
+    assert metrics["bits_per_byte"] == pytest.approx(10 * len(ids) / 24)
+    assert "bits_per_byte" not in loss_statistics(type("Prediction", (), {"predictions": sums}))
+
+
+# ---------------------------------------------------------------- what a document sees
+
+
+def test_a_document_in_a_block_has_the_losses_it_has_alone(tiny_model_dir, tiny_tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+    tokenized, _ = tokenize_documents([Document(t, "a") for t in TEXTS[:5]], tiny_tokenizer, num_workers=1)
+    blocks = plain(cut_blocks(tokenized[:], 1000)), plain(cut_blocks(tokenized[:], 1000, packing_across_documents=True))
+    alone = torch.cat(
+        [learned_losses(model, tiny_tokenizer, plain(cut_blocks(tokenized[n : n + 1], 1000))) for n in range(5)]
+    )
+    together, across = (learned_losses(model, tiny_tokenizer, block) for block in blocks)
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    assert len(across) == len(alone) + 4  # the first token of each document but the first
+
+
+def learned_losses(model, tokenizer, blocks: dict[str, list]) -> torch.Tensor:
+    """[learned] losses of blocks, in one batch, as the stage's collator hands them over."""
+    rows = [dict(zip(blocks, values, strict=True)) for values in zip(*blocks.values(), strict=True)]
+    batch = Collator(tokenizer.pad_token_id, rows_of_texts=True)(rows)
+    labels = batch["labels"][:, 1:]
+    with torch.no_grad():
+        logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[:, :-1]
+    return token_losses(logits[labels != IGNORED_LABEL], labels[labels != IGNORED_LABEL])[0]
+
+
+def test_rows_of_different_length_are_padded_without_a_mask(tiny_tokenizer):
+    rows = cut_blocks(documents_of([1, 2, 3], [4, 5]), 3)
+    rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    batch = Collator(tiny_tokenizer.pad_token_id, rows_of_texts=True)(rows)
+    pad, x = tiny_tokenizer.pad_token_id, IGNORED_LABEL
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, pad]]
+    assert batch["labels"].tolist() == [[x, 2, 3], [x, 5, x]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 0]]
+    assert "attention_mask" not in batch
+    assert (batch["sources"], batch["n_tokens"]) == (["d:1", "d:2"], 5)
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_a_run_leaves_a_model_and_says_bits_per_byte(flags, tmp_path, data_dir, tiny_model_dir, capfd):
+    metrics = pretraining.main(flags())
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "checkpoint-2", "checkpoint-4", "checkpoint-best", "eval_results.json", "loss.png", "train_results.json",
+        "trainer_state.json",
+    }  # fmt: skip
+    per_token = metrics["eval_loss"] / math.log(2) / metrics["eval_bits_per_byte"]
+    assert 1 < per_token < 6  # bytes
+    lineage = read_lineage(out / "checkpoint-best")
+    assert (lineage.base_model, lineage.parent, lineage.stage) == (str(tiny_model_dir), None, "pt")
+    assert (lineage.template, lineage.data) == ("", str(data_dir))
+    load_with_adapter(str(tiny_model_dir), str(out / "checkpoint-best"))
+    log = re.sub(" +", " ", capfd.readouterr().err)
+    assert "train documents kept 36 of 36" in log
+    assert "eval documents kept 4 of 4, held out of the training files by the seed" in log
+    assert "a document sees itself alone" in log
+    assert "bits_per_byte" in log
+    assert "supervised_finetuning.py --model_name_or_path" in log.splitlines()[-1]
+
+
+def test_full_weights_learn_the_text(flags, tmp_path):
+    pretraining.main(flags(use_peft=False, do_eval=None, validation_file_dir=None, max_steps=30, save_strategy="no"))
+    run = losses(tmp_path / "out")
+    assert run[30] < 0.6 * run[1]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out/checkpoint-best")
+    AutoTokenizer.from_pretrained(tmp_path / "out/checkpoint-best")
+
+
+def test_the_second_run_takes_the_cache_and_another_block_size_does_not(flags, tmp_path, capfd):
+    for changes, cached in (({}, False), ({}, True), ({"block_size": 32}, False), ({"overwrite_cache": True}, False)):
+        pretraining.main(flags(max_steps=1, overwrite_output_dir=True, **changes))
+        assert ("from the cache" in capfd.readouterr().err) is cached
+
+
+def test_resume_gives_the_losses_of_an_uninterrupted_run(flags, tmp_path):
+    pretraining.main(flags(output_dir=tmp_path / "whole"))
+    pretraining.main(flags())
+    (tmp_path / "out/loss.png").unlink()
+    pretraining.main(flags(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2")))
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+def test_streamed_run_resumes_too(flags, tmp_path):
+    separate = tmp_path / "eval.txt"
+    separate.write_text("\n".join(TEXTS[:4]), encoding="utf-8")
+    streamed = {"streaming": True, "validation_file_dir": separate}
+    pretraining.main(flags(output_dir=tmp_path / "whole", **streamed))
+    pretraining.main(flags(**streamed))
+    (tmp_path / "out/loss.png").unlink()
+    pretraining.main(flags(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"), **streamed))
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"streaming": True, "max_steps": None}, "--streaming True: .*give --max_steps"),
+        ({"streaming": True}, "--streaming True: no part of the training files is held out"),
+        ({"streaming": True, "max_train_samples": 3, "do_eval": None}, "--max_train_samples draws from all records"),
+        ({"block_size": 4}, "--block_size 4: too little"),
+        ({"train_file_dir": None}, "--train_file_dir is missing"),
+        ({"packing": True}, "--packing is not a flag of this stage"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(flags, changes, message):
+    with pytest.raises(UserError, match=message):
+        pretraining.main(flags(**changes))
+
+
+def test_bad_data_is_named_before_weights_load(flags, data_dir, monkeypatch):
+    monkeypatch.setattr(pretraining, "load_for_training", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    with (data_dir / "deep/b.jsonl").open("a", encoding="utf-8") as file:
+        file.write('\n{"question": "q", "answer": "a"}\n{"text": " "}\n{"text": 3}\n')
+    with pytest.raises(UserError) as refused:
+        pretraining.main(flags())
+    lines = str(refused.value).splitlines()
+    assert lines[0] == "3 of 43 records are bad:"
+    assert "b.jsonl:21: no text: has the keys 'question', 'answer'; pretraining reads 'text'" in lines[1]
+    assert "b.jsonl:22: empty text" in lines[2]
+    assert "b.jsonl:23: not text" in lines[3]
+    separate = data_dir / "a.txt"
+    with pytest.raises(UserError, match=r"b\.jsonl:21: no text: .*--on_bad_data drop"):
+        pretraining.main(flags(streaming=True, train_file_dir=data_dir / "deep", validation_file_dir=separate))
+
+
+def test_embeddings_are_trained_and_saved_where_asked(flags, tmp_path, tiny_model_dir):
+    """As when the vocabulary grew; tied embeddings stay tied."""
+    pretraining.main(flags(modules_to_save="embed_tokens", max_steps=2, save_strategy="no"))
+    model = load_with_adapter(str(tiny_model_dir), str(tmp_path / "out/checkpoint-best"))
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    trained = model.get_input_embeddings().weight
+    assert not torch.equal(trained, base.get_input_embeddings().weight)
+
+
+def test_the_guides_command_as_it_stands(tiny_model_dir, data_dir, tmp_path):
+    """Two processes over gloo, flag for flag; only model, data and folders are this machine's."""
+    argv = [
+        *f"{GUIDE_PT} --block_size 1024".split(), "--model_name_or_path", str(tiny_model_dir),
+        "--train_file_dir", str(data_dir), "--validation_file_dir", str(data_dir),
+        "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"),
+    ]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0,1"}
+    result = subprocess.run(
+        [*launch, "pretraining.py", *argv], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "out/checkpoint-best/adapter_model.safetensors").is_file()
+    assert "2 process(es)" in result.stderr
+
+
+def test_iterable_data_is_what_training_run_takes_for_streamed():
+    """`datasets` makes its streams a kind of torch's."""
+    from datasets import IterableDataset
+
+    assert isinstance(IterableDataset.from_generator(lambda: iter([{"a": 1}])), TorchIterable)
