@@ -19,6 +19,9 @@ SHARED = {
     "errors": (set(), set()),
     "template": (set(), set()),
     "records": (set(), {"datasets", "filelock", "pyarrow"}),
+    "output_files": (set(), set()),
+    "data_forms": ({"records"}, set()),
+    "near_duplicates": (set(), {"numpy", "datasketch"}),
     "tokenization": ({"template", "records"}, {"datasets", "jinja2", "numpy", "transformers"}),
     "arguments": (set(), {"torch", "transformers"}),
     "model_loading": (
@@ -28,6 +31,7 @@ SHARED = {
     "training_run": (set(), {"torch", "transformers", "datasets", "loguru", "matplotlib"}),
     "causal_lm_trainer": (set(), {"torch", "transformers", "trl"}),
     "generation": (set(), {"torch", "transformers"}),
+    "text_metrics": (set(), {"rouge_score"}),
     "ppo_math": (set(), {"torch"}),
 }
 STAGES = {"pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training"}
