@@ -48,6 +48,10 @@ MEDICINE_ASPECTS = (
     "overview", "uses", "how_to_take", "side_effects", "not_for", "interactions", "diet_and_care", "red_flags",
     "overdose", "dose",
 )  # fmt: skip
+# What is told otherwise of a condition whose complaints call for an ambulance.
+URGENT_FRAMES = {"urgent_advice", "urgent_department", "urgent_examinations"}
+# Steps, and signs of which the first weigh most.
+IN_ORDER = {"treatment", "first_aid", "how_to_take", "red_flags"}
 IMPERATIVES = {"diet_and_care", "prevention", "first_aid", "how_to_take"}
 
 # ---------------------------------------------------------------- the knowledge base
@@ -109,8 +113,10 @@ class Knowledge:
 
     def reply(self, entry: Entry, frame: str, alternative: random.Random | None = None, **values: str) -> str:
         """An answer about an entry: the one that training gives, or with `alternative` in other words and order."""
-        if frame == "advice" and entry.fields["urgent"]:
-            frame = "urgent_advice"
+        if not entry.is_medicine and entry.fields["urgent"] and f"urgent_{frame}" in URGENT_FRAMES:
+            frame = f"urgent_{frame}"
+        if frame == "complaint" and entry.fields["first_aid"]:
+            frame = "first_aid_complaint"
         phrasings = self.phrasings[entry.language]
         frames = phrasings["medicine_replies" if entry.is_medicine else "replies"]
         return frames[frame][alternative is not None].format(**_values(entry, alternative), **values)
@@ -122,7 +128,7 @@ def _values(entry: Entry, shuffled: random.Random | None) -> dict:
     for name, value in entry.fields.items():
         if isinstance(value, list) and name not in {"follow_up", "complaints"}:
             value = list(value)
-            if shuffled and name != "treatment":
+            if shuffled and name not in IN_ORDER:
                 shuffled.shuffle(value)
             if name == "medicines":
                 form = "{name}，{caution}" if entry.language == "zh" else "{name} ({caution})"
