@@ -11,7 +11,9 @@ of a file cannot be read is a `UserError` always: nobody could count what was lo
 import csv
 import difflib
 import functools
+import gzip
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -19,8 +21,10 @@ import re
 import shutil
 import time
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
@@ -148,7 +152,8 @@ TEXT_ENDINGS = (".txt", *RECORD_ENDINGS)
 def find_files(path: str | Path, flag: str, endings: Sequence[str] = RECORD_ENDINGS) -> tuple[list[Path], list[Path]]:
     """List the files to read at `path` (a file, or a folder and all below it), and those left unread.
 
-    Both lists are sorted; hidden files are in neither. Raises UserError, naming `flag`, if none can be read.
+    Both lists are sorted; hidden files are in neither. A text file may be compressed, as `train.jsonl.gz`.
+    Raises UserError, naming `flag`, if none can be read.
     """
     if not str(path):
         raise UserError(f"{flag} is empty: name a file or folder")
@@ -164,12 +169,18 @@ def find_files(path: str | Path, flag: str, endings: Sequence[str] = RECORD_ENDI
     else:
         raise UserError(f"{flag} {path}: no such file or folder")
 
-    files = sorted(file for file in found if file.suffix.lower() in endings)
+    files = sorted(file for file in found if ending_of(file) in endings)
     unread = sorted(set(found).difference(files))
     if not files:
         what_is_there = f"found only {_some(unread)}" if unread else "the folder is empty"
         raise UserError(f"{flag} {path}: {what_is_there}; files that end in {', '.join(endings)} are read")
     return files, unread
+
+
+def ending_of(path: Path) -> str:
+    """The suffix that says how a file is read: the one before `.gz`, which only text files have."""
+    suffix, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
+    return inner if suffix == ".gz" and inner != ".parquet" else suffix
 
 
 def content_fingerprint(files: Sequence[Path]) -> str:
@@ -180,11 +191,11 @@ def content_fingerprint(files: Sequence[Path]) -> str:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 content.update(block)
-        whole.update(f"{_shown(path)}\0{content.hexdigest()}\n".encode())
+        whole.update(f"{shown(path)}\0{content.hexdigest()}\n".encode())
     return whole.hexdigest()
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """The path as messages show it: relative to the working directory where it lies below it."""
     path = path.absolute()
     return (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path).as_posix()
@@ -201,21 +212,49 @@ def _some(paths: Sequence[Path]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, object]]:
+def read_raw(path: Path, encoding: str = "utf-8-sig") -> Iterator[tuple[str, object]]:
+    """Read the records of one file as they are: (source, record), or (source, Unusable) for a broken one.
+
+    Never holds more than about a megabyte or the longest record. Raises UserError where the rest is unreadable.
+    """
+    name = shown(path)
+    if ending_of(path) == ".parquet":
+        yield from _read_parquet(path, name)
+        return
+    with open_text(path, encoding) as file:
+        yield from _TEXT_READERS[ending_of(path)](file, name)
+
+
+@contextmanager
+def open_text(path: Path, encoding: str = "utf-8-sig") -> Iterator[TextIO]:
+    """Open a file so that a byte that is not UTF-8 spoils only its own record, and only `\\n` ends a line.
+
+    Raises UserError in the block where a compressed file is damaged, or the encoding is another.
+    """
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with opened(path, "rt", encoding=encoding, errors="surrogateescape", newline="\n") as file:
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{shown(path)}: not a whole gzip file ({error}); copy or download it again") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{shown(path)}: not {encoding} ({error.reason}); convert the file to UTF-8") from None
+
+
+def _read_json(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
     """Read by content, not ending: `[` opens a list, a lone `{` one long record, else one record a line."""
-    name = _shown(path)
-    with _open_text(path) as file:
-        first_line = next((line for line in file if line.strip()), "").strip()
-        file.seek(0)
-        if first_line.startswith("["):
-            yield from _read_json_list(file.read(), name)
-        elif first_line == "{":
-            yield from _read_json_list(f"[{file.read()}]", name)
-        else:
-            yield from _read_json_lines(file, name)
+    first_line = file.read(1 << 16).lstrip().split("\n", 1)[0].strip()  # or its start: a list may be one line
+    file.seek(0)
+    chunks = iter(functools.partial(file.read, 1 << 20), "")
+    if first_line.startswith("["):
+        yield from _read_json_list(chunks, name)
+    elif first_line == "{":
+        yield from _read_json_list(itertools.chain("[", chunks, "]"), name)
+    else:
+        yield from _read_json_lines(file, name)
 
 
-def _read_json_lines(lines: Iterator[str], name: str) -> Iterator[tuple[str, object]]:
+def _read_json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -226,58 +265,134 @@ def _read_json_lines(lines: Iterator[str], name: str) -> Iterator[tuple[str, obj
         yield f"{name}:{number}", record
 
 
-_JSON_BLANKS = re.compile(r"[ \t\r\n]*")
-
-
-def _read_json_list(text: str, name: str) -> Iterator[tuple[str, object]]:
+def _read_json_list(chunks: Iterator[str], name: str) -> Iterator[tuple[str, object]]:
     """Decode a list record by record, so that each knows the line on which it starts."""
-    decode = json.JSONDecoder().raw_decode
-    line, number_on_line, counted_to = 1, 0, 0
+    text = _JsonText(chunks)
+    line = number_on_line = 0
     try:
-        position = _after_blanks(text, text.index("[") + 1)
-        while not text.startswith("]", position):
-            record, end = decode(text, position)
-            newlines = text.count("\n", counted_to, position)
-            number_on_line = 1 if newlines else number_on_line + 1
-            line, counted_to = line + newlines, position
+        text.skip("[")
+        while text.peek() != "]":
+            record, start_line, fault = text.decode()
+            number_on_line = number_on_line + 1 if start_line == line else 1
+            line = start_line
             source = f"{name}:{line}"
             if number_on_line > 1:  # as in a list without line breaks
                 source += f" (record {number_on_line} on the line)"
-            yield source, _utf8_fault(text, position, end) or record
-            position = _after_blanks(text, end)
-            if text.startswith(",", position):
-                position = _after_blanks(text, position + 1)
-            elif not text.startswith("]", position):
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-        position = _after_blanks(text, position + 1)
-        if position < len(text):
-            raise json.JSONDecodeError("Text after the list's end", text, position)
+            yield source, fault or record
+            if text.peek() == ",":
+                text.skip(",")
+            elif text.peek() != "]":
+                raise text.error("Expecting ',' or ']'")
+        text.skip("]")
+        if text.peek():
+            raise text.error("Text after the list's end")
     except json.JSONDecodeError as error:
-        if fault := _utf8_fault(text, position):  # a GBK character may hold the byte of a backslash
-            raise UserError(f"{name}:{error.lineno}: {fault.reason}: {fault.detail}") from None
+        if fault := text.utf8_fault():  # a GBK character may hold the byte of a backslash
+            raise UserError(f"{name}:{text.line_of(error.pos)}: {fault.reason}: {fault.detail}") from None
         raise UserError(
-            f"{name}:{error.lineno}: broken JSON: {error.msg} (column {error.colno}); mend it, "
-            "the rest of the file cannot be read"
+            f"{name}:{text.line_of(error.pos)}: broken JSON: {error.msg} (column {text.column_of(error.pos)}); mend "
+            "it, the rest of the file cannot be read"
         ) from None
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, object]]:
-    name = _shown(path)
-    csv.field_size_limit(2**31 - 1)  # a dialogue in one cell passes the module's limit of 128 KiB
-    with _open_text(path) as file:
-        lines = list(file)
+_JSON_BLANKS = re.compile(r"[ \t\r\n]*")
+
+
+class _JsonText:
+    """A text to decode value by value, of which only the part around the next one is held."""
+
+    def __init__(self, chunks: Iterator[str]):
+        self._chunks = chunks
+        self._held = ""
+        self._next = 0  # index in `_held` of what comes next
+        self._is_all = False  # nothing follows `_held`
+        # Where `_held` starts in the file: line, and what that line has before it.
+        self._line, self._characters_before, self._bytes_before = 1, 0, 0
+        self._newlines, self._counted_to = 0, 0  # newlines in `_held` up to an index
+
+    def peek(self) -> str:
+        """The next character that is not blank, "" at the end; what comes next starts with it."""
+        while True:
+            self._next = _JSON_BLANKS.match(self._held, self._next).end()
+            if self._next < len(self._held) or self._is_all:
+                return self._held[self._next : self._next + 1]
+            self._read_on()
+
+    def skip(self, character: str) -> None:
+        if self.peek() != character:
+            raise self.error(f"Expecting {character!r}")
+        self._next += 1
+
+    def decode(self) -> tuple[object, int, Unusable | None]:
+        """The next value, the line it starts on, and the first byte in it that is not UTF-8."""
+        self.peek()
+        while True:
+            try:
+                value, end = _DECODE_JSON(self._held, self._next)
+                if end < len(self._held) or self._is_all:  # otherwise a number might go on
+                    break
+            except json.JSONDecodeError as error:
+                # What is cut off gives an error at its end, or where its last string starts.
+                is_cut = error.pos > len(self._held) - 20 or error.msg.startswith("Unterminated string")
+                if self._is_all or not is_cut:
+                    raise
+            self._read_on()
+        self._newlines += self._held.count("\n", self._counted_to, self._next)
+        self._counted_to = self._next
+        fault = self.utf8_fault(end)
+        self._next = end
+        return value, self._line + self._newlines, fault
+
+    def error(self, message: str) -> json.JSONDecodeError:
+        return json.JSONDecodeError(message, self._held, self._next)
+
+    def line_of(self, index: int) -> int:
+        return self._line + self._held.count("\n", 0, index)
+
+    def column_of(self, index: int) -> int:
+        line_start = self._held.rfind("\n", 0, index) + 1
+        return index - line_start + 1 + (0 if line_start else self._characters_before)
+
+    def utf8_fault(self, end: int | None = None) -> Unusable | None:
+        return _utf8_fault(self._held, self._next, end, self._line, self._bytes_before)
+
+    def _read_on(self) -> None:
+        """Forget what is behind, and hold at least twice as much of what is ahead."""
+        behind, ahead = self._held[: self._next], self._held[self._next :]
+        line_start = behind.rfind("\n") + 1
+        if line_start:
+            self._line += behind.count("\n")
+            self._characters_before = self._bytes_before = 0
+        self._characters_before += len(behind) - line_start
+        self._bytes_before += len(behind[line_start:].encode(errors="surrogateescape"))
+
+        more = list(itertools.islice(self._chunks, 1))
+        while more and sum(map(len, more)) < len(ahead) and (chunk := next(self._chunks, "")):
+            more.append(chunk)
+        self._held, self._next, self._is_all = "".join([ahead, *more]), 0, not more
+        self._newlines = self._counted_to = 0
+
+
+_DECODE_JSON = json.JSONDecoder().raw_decode
+
+
+def _read_csv(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
+    # A dialogue in one cell passes the module's limit of 128 KiB; a cell as long as this is an unclosed quote.
+    csv.field_size_limit(1 << 24)
+    taken: list[str] = []
     # strict: otherwise a quote that is never closed silently takes the rest of the file into one cell.
-    rows = csv.reader(lines, strict=True)
+    rows = csv.reader(_noted(file, taken), strict=True)
     start = 0
     try:
         header = next(rows, [])
-        if fault := _utf8_fault("".join(lines[: rows.line_num])):
+        if fault := _utf8_fault("".join(taken)):
             raise UserError(f"{name}:1: {fault.reason}: {fault.detail}")
         start = rows.line_num
+        taken.clear()
         for cells in rows:
-            text, source = "".join(lines[start : rows.line_num]), f"{name}:{start + 1}"
-            fault = _utf8_fault(text, first_line=start + 1)
+            source, fault = f"{name}:{start + 1}", _utf8_fault("".join(taken), first_line=start + 1)
             start = rows.line_num
+            taken.clear()
             if len(cells) == len(header):
                 yield source, fault or dict(zip(header, cells, strict=True))
             elif cells:  # a blank line has none
@@ -290,13 +405,21 @@ def _read_csv(path: Path) -> Iterator[tuple[str, object]]:
         ) from None
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
+def _noted(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
+    """The lines, each added to `taken` as it is handed on."""
+    for line in lines:
+        taken.append(line)
+        yield line
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[tuple[str, object]]:
     import pyarrow
     import pyarrow.parquet
 
-    name, number = _shown(path), 0
+    number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # By default pyarrow 26 holds the whole file.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             for batch in file.iter_batches(batch_size=1000):
                 for record in batch.to_pylist():
                     number += 1
@@ -305,31 +428,23 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
         raise UserError(f"{name}: not a whole parquet file ({error}); copy or download it again") from None
 
 
-def _read_text(path: Path) -> Iterator[tuple[str, object]]:
+def _read_text(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
     """A document a line, as a record with `text`; blank lines are none."""
-    name = _shown(path)
-    with _open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{name}:{number}", _utf8_fault(line, first_line=number) or {"text": line}
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield f"{name}:{number}", _utf8_fault(line, first_line=number) or {"text": line}
 
 
-_READERS = {
-    ".jsonl": _read_json,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
-}
+_TEXT_READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".txt": _read_text}
 
 
-def _open_text(path: Path) -> TextIO:
-    """Open a file so that a byte that is not UTF-8 spoils only its own record, and only `\\n` ends a line."""
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+def _utf8_fault(
+    text: str, start: int = 0, end: int | None = None, first_line: int = 1, bytes_before: int = 0
+) -> Unusable | None:
+    """Name the first byte of `text[start:end]` that was not UTF-8 in the file, if there is one.
 
-
-def _utf8_fault(text: str, start: int = 0, end: int | None = None, first_line: int = 1) -> Unusable | None:
-    """Name the first byte of `text[start:end]` that was not UTF-8 in the file, if there is one."""
+    `first_line` is the line on which `text` starts, `bytes_before` what that line has before it.
+    """
     try:
         text[start:end].encode()
         return None
@@ -337,7 +452,7 @@ def _utf8_fault(text: str, start: int = 0, end: int | None = None, first_line: i
         position = start + error.start
     line_start = text.rfind("\n", 0, position) + 1
     line = first_line + text.count("\n", 0, line_start)
-    byte = len(text[line_start:position].encode(errors="surrogateescape")) + 1
+    byte = len(text[line_start:position].encode(errors="surrogateescape")) + 1 + (0 if line_start else bytes_before)
     value = ord(text[position]) - 0xDC00
     encoding = "UTF-16" if value == 0xFF else "GB18030"  # FF opens Windows' UTF-16; GB18030 includes GBK
     return Unusable(
@@ -345,11 +460,6 @@ def _utf8_fault(text: str, start: int = 0, end: int | None = None, first_line: i
         f"byte {byte} of line {line} is {value:#04x}; convert the file, probably by "
         f"`iconv -f {encoding} -t UTF-8 OLD > NEW`",
     )
-
-
-def _after_blanks(text: str, position: int) -> int:
-    """The position of the first character at or after `position` that JSON does not take for a blank."""
-    return _JSON_BLANKS.match(text, position).end()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -470,27 +580,39 @@ _DIALECTS = (
 _PREFERENCE_KEYS = ("response_chosen", "response_rejected", "chosen", "rejected", "good_answer", "bad_answer")
 
 
-def _dialogue_dialect(record: dict) -> _Dialect:
-    if any(key in record for key in _PREFERENCE_KEYS):
+@functools.lru_cache(maxsize=1000)
+def _dialogue_dialect(keys: tuple[str, ...]) -> _Dialect:
+    if any(key in keys for key in _PREFERENCE_KEYS):
         raise Unusable(
             "preference pair",
-            f"has {_quoted(record)}; reward_modeling.py and dpo_training.py read such pairs",
+            f"has {_quoted(keys)}; reward_modeling.py and dpo_training.py read such pairs",
         )
-    if "text" in record and not any(all(key in record for key in dialect.required) for dialect in _DIALECTS):
-        raise Unusable("plain text", f"has {_quoted(record)}; pretraining.py reads text without dialogue")
-    return _find_dialect(record, _DIALECTS)
+    if "text" in keys and not any(all(key in keys for key in dialect.required) for dialect in _DIALECTS):
+        raise Unusable("plain text", f"has {_quoted(keys)}; pretraining.py reads text without dialogue")
+    return _find_dialect(keys, _DIALECTS)
 
 
-def _find_dialect(record: dict, dialects: Sequence[_Dialect]) -> _Dialect:
+@functools.lru_cache(maxsize=1000)
+def _pair_dialect(keys: tuple[str, ...]) -> _Dialect:
+    if not any(key in keys for key in _PREFERENCE_KEYS):
+        raise Unusable(
+            "no pair",
+            f"has {_quoted(keys)}; a pair has a question with 'response_chosen' and 'response_rejected' "
+            "(scripts/generate_preference_data.py makes pairs of dialogues)",
+        )
+    return _find_dialect(keys, _PAIR_DIALECTS)
+
+
+def _find_dialect(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> _Dialect:
     for dialect in dialects:
-        if all(key in record for key in dialect.required):
+        if all(key in keys for key in dialect.required):
             # A misspelt 'history' taken for metadata would train on answers without their questions.
-            if suspect := _nearest(record, dialect.optional, cutoff=0.85):
-                raise Unusable("unknown keys", f"has {_quoted(record)}{suspect}")
+            if suspect := _nearest(keys, dialect.optional, cutoff=0.85):
+                raise Unusable("unknown keys", f"has {_quoted(keys)}{suspect}")
             return dialect
     known = ", or ".join(" with ".join(map(repr, dialect.required)) for dialect in dialects)
     every_key = tuple({key: None for dialect in dialects for key in dialect.required + dialect.optional})
-    raise Unusable("unknown keys", f"has {_quoted(record)}; known are {known}{_nearest(record, every_key)}")
+    raise Unusable("unknown keys", f"has {_quoted(keys)}; known are {known}{_nearest(keys, every_key)}")
 
 
 def _pair_of_replies(chosen_key: str, rejected_key: str, prompt: Callable[[dict], list[dict]], record: dict) -> tuple:
@@ -577,10 +699,10 @@ _PAIR_DIALECTS = (
 )
 
 
-def _nearest(record: dict, known: tuple[str, ...], cutoff: float = 0.6) -> str:
-    """`; is 'histroy' meant as 'history'?` for each key of the record that is close to a known absent one."""
-    absent = tuple(key for key in known if key not in record)
-    pairs = ((key, _closest(key, absent, cutoff)) for key in record if key not in known)
+def _nearest(keys: Collection[str], known: tuple[str, ...], cutoff: float = 0.6) -> str:
+    """`; is 'histroy' meant as 'history'?` for each key of a record that is close to a known absent one."""
+    absent = tuple(key for key in known if key not in keys)
+    pairs = ((key, _closest(key, absent, cutoff)) for key in keys if key not in known)
     return "".join(f"; is {key!r} meant as {near!r}?" for key, near in pairs if near)
 
 
@@ -639,8 +761,8 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
 
 
-def _quoted(record: dict) -> str:
-    return f"the keys {', '.join(map(repr, record))}" if record else "no keys"
+def _quoted(keys: Collection[str]) -> str:
+    return f"the keys {', '.join(map(repr, keys))}" if keys else "no keys"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -650,7 +772,7 @@ def _quoted(record: dict) -> str:
 
 def read_dialogues(files: Sequence[Path]) -> Iterator[Dialogue | BadRecord]:
     """Read files of any dialect in order, one result a record."""
-    return _read(files, _dialogue)
+    return _read(files, to_dialogue)
 
 
 def read_documents(files: Sequence[Path]) -> Iterator[Document | BadRecord]:
@@ -660,12 +782,12 @@ def read_documents(files: Sequence[Path]) -> Iterator[Document | BadRecord]:
 
 def read_pairs(files: Sequence[Path]) -> Iterator[Pair | BadRecord]:
     """Read preference pairs of any dialect in order, one result a record."""
-    return _read(files, _pair)
+    return _read(files, to_pair)
 
 
 def _read(files: Sequence[Path], make: Callable[[object, str], T]) -> Iterator[T | BadRecord]:
     for path in files:
-        for source, record in _READERS[path.suffix.lower()](path):
+        for source, record in read_raw(path):
             try:
                 if isinstance(record, Unusable):
                     raise record
@@ -689,9 +811,9 @@ def _document(record: object, source: str) -> Document:
     return Document(text, source)
 
 
-def _dialogue(record: object, source: str) -> Dialogue:
+def to_dialogue(record: object, source: str) -> Dialogue:
     record = _object(record)
-    turns = _with_system(record, _dialogue_dialect(record).read(record))
+    turns = _with_system(record, _dialogue_dialect(tuple(record)).read(record))
     _check_turns(turns)
     tools = _parsed(record.get("tools") or [], "'tools'")
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
@@ -699,15 +821,9 @@ def _dialogue(record: object, source: str) -> Dialogue:
     return Dialogue(turns, tools or None, source)
 
 
-def _pair(record: object, source: str) -> Pair:
+def to_pair(record: object, source: str) -> Pair:
     record = _object(record)
-    if not any(key in record for key in _PREFERENCE_KEYS):
-        raise Unusable(
-            "no pair",
-            f"has {_quoted(record)}; a pair has a question with 'response_chosen' and 'response_rejected' "
-            "(scripts/generate_preference_data.py makes pairs of dialogues)",
-        )
-    turns, chosen, rejected = _find_dialect(record, _PAIR_DIALECTS).read(record)
+    turns, chosen, rejected = _pair_dialect(tuple(record)).read(record)
     turns = _with_system(record, turns)
     _check_turns([*turns, {"role": "assistant", "content": chosen}])
     if not rejected:

@@ -36,17 +36,9 @@ from model_loading import (
     load_for_training,
     load_tokenizer,
 )
-from records import (
-    Report,
-    are_same_files,
-    cached_dataset,
-    choose_part,
-    content_fingerprint,
-    find_files,
-    load_dialogues,
-)
+from records import are_same_files, find_files
 from template import ChatTemplate
-from tokenization import load_chat_template, mark_learned, tokenize_dialogues, tokenizer_fingerprint
+from tokenization import cached_dialogues, load_chat_template, mark_learned
 from training_run import BEST, find_checkpoint, finish_run, is_finished, log_facts, start_run, train
 
 # ---------------------------------------------------------------- arguments
@@ -96,43 +88,24 @@ def load_part(
     if path is None:
         raise UserError(f"{flag} is missing: name the file or folder of the dialogues")
     held_out = training_args.do_eval and are_same_files(data_args.train_file_dir, data_args.validation_file_dir)
-    seed = training_args.seed
     files, unread = find_files(path, flag)
-    samples = {"max_train_samples": data_args.max_train_samples, "max_eval_samples": data_args.max_eval_samples}
-    limits = {
-        "max_length": sft_args.model_max_length,
-        "truncation": sft_args.truncation,
-        "train_on_inputs": sft_args.train_on_inputs,
-    }
-
-    def build() -> tuple[Dataset, dict]:
-        dialogues, read_report = load_dialogues(files, data_args.on_bad_data)
-        chosen = choose_part(dialogues, part, held_out, **samples, seed=seed)
-        dataset, report = tokenize_dialogues(
-            chosen,
-            tokenizer,
-            chat_template,
-            num_workers=data_args.preprocessing_num_workers,
-            on_bad_data=data_args.on_bad_data,
-            **limits,
-        )
-        return dataset, {"read": read_report.as_dict(), "tokenized": report.as_dict()}
-
-    key = (
-        limits
-        | samples
-        | {
-            "stage": "sft",
-            "part": part,
-            "files": content_fingerprint(files),
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-            "held_out": held_out,
-            "on_bad_data": data_args.on_bad_data,
-            "seed": seed,
-        }
+    dataset, read_report, report, was_cached = cached_dialogues(
+        part,
+        files,
+        tokenizer,
+        chat_template,
+        cache_dir,
+        held_out=held_out,
+        max_train_samples=data_args.max_train_samples,
+        max_eval_samples=data_args.max_eval_samples,
+        seed=training_args.seed,
+        max_length=sft_args.model_max_length,
+        truncation=sft_args.truncation,
+        train_on_inputs=sft_args.train_on_inputs,
+        on_bad_data=data_args.on_bad_data,
+        num_workers=data_args.preprocessing_num_workers,
+        overwrite=data_args.overwrite_cache,
     )
-    dataset, reports, was_cached = cached_dataset(cache_dir, key, build, data_args.overwrite_cache)
-    report = Report.from_dict(reports["tokenized"])
     if len(dataset) == 0:
         examples = "; ".join(line for lines in report.examples.values() for line in lines)
         raise UserError(f"{flag} {path}: {report.summary()}, so nothing is left: {examples}")
@@ -141,7 +114,7 @@ def load_part(
     n_tokens = sum(dataset["length"])
     return dataset, {
         f"{part} files": f"{len(files)} in {path}" + (f", {len(unread)} with other endings not read" if unread else ""),
-        f"{part} records": Report.from_dict(reports["read"]).summary(),
+        f"{part} records": read_report.summary(),
         f"{part} dialogues": report.summary()
         + (", held out of the training files by the seed" if held_out and part == "eval" else ""),
         f"{part} tokens": f"{n_tokens:,}, the longest dialogue {max(dataset['length'])}"

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -25,17 +26,39 @@ from transformers import PreTrainedTokenizerBase
 import records
 import template
 from errors import UserError
-from records import BadRecord, Dialogue, Document, Report, Unusable
+from records import (
+    BadRecord,
+    Dialogue,
+    Document,
+    Pair,
+    Report,
+    Unusable,
+    cached_dataset,
+    choose_part,
+    content_fingerprint,
+    load_dialogues,
+)
 from template import ChatTemplate, Message
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
 # Why a sound dialogue is left out, always counted; every other reason is a fault that --on_bad_data decides about.
-OVER_LIMIT = ("too long", "prompt too long", "reply too long")
+OVER_LIMIT = ("too long", "prompt too long", "reply too long", "same within the limit")
 
 _IDS, _LENGTH, _TEXT = ListFeature(Value("int32")), Value("int32"), Value("string")
 DIALOGUE_FEATURES = Features(input_ids=_IDS, labels=_IDS, length=_LENGTH, source=_TEXT, fault=_TEXT)
 DOCUMENT_FEATURES = Features(input_ids=_IDS, length=_LENGTH, source=_TEXT, fault=_TEXT)
+# `length` is that of the longer of prompt + reply; `margin` is NaN where the data has none.
+PAIR_FEATURES = Features(
+    prompt_ids=_IDS,
+    chosen_ids=_IDS,
+    rejected_ids=_IDS,
+    margin=Value("float32"),
+    n_cut=_LENGTH,
+    length=_LENGTH,
+    source=_TEXT,
+    fault=_TEXT,
+)
 BLOCK_FEATURES = Features(input_ids=_IDS, labels=_IDS, seq_lengths=_IDS, length=_LENGTH, source=ListFeature(_TEXT))
 
 Truncation = Literal["drop", "cut_prompt_start", "cut_reply"]
@@ -288,6 +311,191 @@ def _encode_batch(encode, batch: dict[str, list]) -> dict[str, list]:
         columns["length"].append(len(ids))
         columns["fault"].append(fault)
     return columns
+
+
+def cached_dialogues(
+    part: Literal["train", "eval"],
+    files: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    cache_dir: str | Path,
+    *,
+    held_out: bool,
+    max_train_samples: int | None,
+    max_eval_samples: int | None,
+    seed: int,
+    max_length: int,
+    truncation: Truncation,
+    train_on_inputs: bool,
+    on_bad_data: Literal["error", "drop"] = "error",
+    num_workers: int = 1,
+    overwrite: bool = False,
+) -> tuple[Dataset, Report, Report, bool]:
+    """The tokenized dialogues of one part of the files, from the cache where nothing has changed.
+
+    The stage and the tool that fills its cache beforehand both call this, so that they cannot disagree on the key.
+
+    Returns:
+        The rows of `tokenize_dialogues`; the reports of reading and of tokenizing; whether it was in the cache.
+    """
+    limits = {"max_length": max_length, "truncation": truncation, "train_on_inputs": train_on_inputs}
+    choice = {"max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples, "seed": seed}
+    if not held_out:  # then nothing depends on how the other part is chosen
+        choice |= {"max_eval_samples" if part == "train" else "max_train_samples": None}
+        choice |= {"seed": None} if not any(choice[name] for name in ("max_train_samples", "max_eval_samples")) else {}
+
+    def build() -> tuple[Dataset, dict]:
+        dialogues, read_report = load_dialogues(files, on_bad_data)
+        chosen = choose_part(dialogues, part, held_out, **choice)
+        dataset, report = tokenize_dialogues(
+            chosen, tokenizer, chat_template, num_workers=num_workers, on_bad_data=on_bad_data, **limits
+        )
+        return dataset, {"read": read_report.as_dict(), "tokenized": report.as_dict()}
+
+    key = limits | choice | {
+        "stage": "sft",
+        "part": part,
+        "files": content_fingerprint(files),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "held_out": held_out,
+        "on_bad_data": on_bad_data,
+    }  # fmt: skip
+    dataset, reports, was_cached = cached_dataset(cache_dir, key, build, overwrite)
+    return dataset, Report.from_dict(reports["read"]), Report.from_dict(reports["tokenized"]), was_cached
+
+
+def token_length(
+    record: Dialogue | Document, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate | None
+) -> int:
+    """Tokens of a whole record as its stage learns it.
+
+    Raises Unusable where `tokenize_dialogues` or `tokenize_documents` would call it a fault.
+    """
+    if isinstance(record, Document):
+        encoded = encode_documents(tokenizer, {"text": [record.text], "source": [record.source]})
+        if encoded["fault"][0]:
+            raise Unusable(*encoded["fault"][0].split("\t", 1))
+        return encoded["length"][0]
+    try:
+        ids, _ = encode_dialogue(tokenizer, chat_template, record.messages, record.tools, max_length=sys.maxsize)
+    except UserError as error:
+        raise Unusable("not renderable", str(error)) from None
+    return len(ids)
+
+
+def pair_lengths(pair: Pair, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> tuple[int, int]:
+    """Tokens of the whole prompt, and of the longer reply with its end token; Unusable for a fault."""
+    whole = {"max_prompt_length": sys.maxsize, "max_reply_length": sys.maxsize}
+    try:
+        prompt_ids, *replies, _ = encode_pair(
+            tokenizer, chat_template, pair.messages, pair.chosen, pair.rejected, **whole
+        )
+    except UserError as error:
+        raise Unusable("not renderable", str(error)) from None
+    return len(prompt_ids), max(map(len, replies))
+
+
+# ---------------------------------------------------------------- preference pairs
+
+
+def tokenize_pairs(
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    *,
+    max_prompt_length: int,
+    max_reply_length: int,
+    num_workers: int,
+    on_bad_data: Literal["error", "drop"] = "error",
+) -> tuple[Dataset, Report]:
+    """A dataset of PAIR_FEATURES without `fault`, and what was left out and why.
+
+    A prompt over its limit loses its oldest exchanges, then the start of the question; a reply over its limit is
+    cut and gets no end token. Raises UserError under "error" for a pair that has a fault.
+    """
+    rows = Dataset.from_dict(
+        {
+            "pair": [json.dumps([p.messages, p.chosen, p.rejected], ensure_ascii=False) for p in pairs],
+            "margin": [float("nan") if p.margin is None else p.margin for p in pairs],
+            "source": [p.source for p in pairs],
+        }
+    )
+    limits = {"max_prompt_length": max_prompt_length, "max_reply_length": max_reply_length}
+    encode = partial(_encode_pairs, partial(encode_pair, tokenizer, chat_template, **limits))
+    rows = _map_batches(rows, encode, num_workers, "pair", PAIR_FEATURES)
+    return _without_faults(rows, "pairs", on_bad_data)
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    messages: list[Message],
+    chosen: str,
+    rejected: str,
+    *,
+    max_prompt_length: int,
+    max_reply_length: int,
+) -> tuple[list[int], list[int], list[int], int]:
+    """Ids of the prompt and of both replies with their end tokens, within the limits; how many replies were cut.
+
+    The prompt's ids are those before a reply in `encode_dialogue`, so prompt + reply is what SFT learns.
+
+    Raises:
+        Unusable: the prompt cannot be brought within the limit, the replies are the same within theirs, or a text
+            fakes a turn.
+    """
+    for reply in (chosen, rejected):
+        refuse_control_tokens(chat_template, [*messages, {"role": "assistant", "content": reply}], None)
+    while True:
+        prompt_ids, chosen_ids = _prompt_and_reply(tokenizer, chat_template, messages, chosen)
+        n_excess = len(prompt_ids) - max_prompt_length
+        if n_excess <= 0:
+            break
+        shorter = _shorten_prompt(tokenizer, messages, n_excess)
+        if shorter is None:
+            raise Unusable("prompt too long", f"{len(prompt_ids)} tokens, over --max_source_length {max_prompt_length}")
+        messages = shorter
+    rejected_prompt_ids, rejected_ids = _prompt_and_reply(tokenizer, chat_template, messages, rejected)
+    assert rejected_prompt_ids == prompt_ids, "a reply changed the ids of its prompt"
+    n_cut = (len(chosen_ids) > max_reply_length) + (len(rejected_ids) > max_reply_length)
+    chosen_ids, rejected_ids = chosen_ids[:max_reply_length], rejected_ids[:max_reply_length]
+    if chosen_ids == rejected_ids:
+        raise Unusable(
+            "same within the limit", f"both replies begin with the same --max_target_length {max_reply_length} tokens"
+        )
+    return prompt_ids, chosen_ids, rejected_ids, n_cut
+
+
+def _prompt_and_reply(
+    tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate, messages: list[Message], reply: str
+) -> tuple[list[int], list[int]]:
+    """Ids before the reply, and of the reply with its end token."""
+    ids, labels = _ids_and_labels(
+        tokenizer, chat_template, [*messages, {"role": "assistant", "content": reply}], None, train_on_inputs=False
+    )
+    end = max(index for index, label in enumerate(labels) if label != IGNORED_LABEL) + 1
+    start = end
+    while labels[start - 1] != IGNORED_LABEL:
+        start -= 1
+    return ids[:start], ids[start:end]
+
+
+def _encode_pairs(encode: Callable, batch: dict[str, list]) -> dict[str, list]:
+    """`datasets` maps this over batches: every row stays, one that gives no example says why in `fault`."""
+    rows = []
+    for text in batch["pair"]:
+        fault, prompt_ids, chosen_ids, rejected_ids, n_cut = "", [], [], [], 0
+        try:
+            prompt_ids, chosen_ids, rejected_ids, n_cut = encode(*json.loads(text))
+        except Unusable as unusable:
+            fault = f"{unusable.reason}\t{unusable.detail}"
+        except UserError as error:
+            fault = f"not renderable\t{error}"
+        longest = len(prompt_ids) + max(len(chosen_ids), len(rejected_ids))
+        rows.append((prompt_ids, chosen_ids, rejected_ids, n_cut, longest, fault))
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids", "n_cut", "length", "fault")
+    encoded = dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
+    return encoded | {"margin": batch["margin"], "source": batch["source"]}
 
 
 # ---------------------------------------------------------------- documents of continued pretraining

@@ -1,7 +1,7 @@
 """Make a tiny Qwen2 with random weights and its own tokenizer, to try every stage offline on a CPU.
 
 The tokenizer is a byte-level BPE in Qwen's form, trained on the texts under `--data_dir`; the model has about
-four million parameters. The folder loads like a downloaded model: `--model_name_or_path models/tiny-qwen2`.
+two million parameters. The folder loads like a downloaded model: `--model_name_or_path models/tiny-qwen2`.
 
     python scripts/build_tiny_model.py
 """
@@ -119,8 +119,8 @@ def build_model(tokenizer: "Qwen2Tokenizer", **overrides: Any) -> "Qwen2ForCausa
     settings = {
         "vocab_size": len(tokenizer),
         "hidden_size": 256,
-        "intermediate_size": 704,
-        "num_hidden_layers": 4,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
         # Heads of 64: vLLM on a CPU does not take smaller ones than 32.
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

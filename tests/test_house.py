@@ -30,6 +30,10 @@ SHARED = {
     ),
     "training_run": (set(), {"torch", "transformers", "datasets", "loguru", "matplotlib"}),
     "causal_lm_trainer": (set(), {"torch", "transformers", "trl"}),
+    "preference_trainer": (
+        {"causal_lm_trainer"},
+        {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "loguru"},
+    ),
     "generation": (set(), {"torch", "transformers"}),
     "text_metrics": (set(), {"rouge_score"}),
     "ppo_math": (set(), {"torch"}),

@@ -1,6 +1,7 @@
 """The data contract: one form from every dialect and file kind, exact places of faults, split and cache."""
 
 import csv
+import gzip
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from records import (
     find_files,
     load_dialogues,
     read_dialogues,
+    read_raw,
     split_holdout,
     take_samples,
 )
@@ -903,3 +905,73 @@ def test_fifty_thousand_dialogues_are_read_and_timed():
     _, report = load_dialogues([path])
     print(f"{report.kept} dialogues in {time.perf_counter() - start:.1f} s")
     assert report.kept == 50_000
+
+
+# ---------------------------------------------------------------- large and compressed files
+
+
+def qa(question: str, answer: str) -> dict:
+    return {"question": question, "answer": answer}
+
+
+@pytest.mark.parametrize("indent", [None, 0, 2], ids=["one line", "a value a line", "indented"])
+def test_a_json_list_larger_than_what_is_held_reads_to_the_same_records_and_lines(indent):
+    records = [qa(f"问{number}😀", "答" * (number % 700)) for number in range(3000)]
+    records[1500]["answer"] = "很长" * 2_000_000
+    text = json.dumps(records, ensure_ascii=False, indent=indent)
+    read = list(read_raw(write("d.json", text)))
+    assert [record for _, record in read] == records
+    if indent is not None:
+        line_of = [number for number, line in enumerate(text.split("\n"), 1) if line.strip() == "{"]
+        assert [source for source, _ in read] == [f"d.json:{line}" for line in line_of]
+    else:
+        assert read[2][0] == "d.json:1 (record 3 on the line)"
+
+
+def test_a_fault_behind_much_of_a_json_list_is_named_by_its_line_and_column():
+    lines = [dumps(qa(f"q{number}", "多喝水" * 300)) for number in range(3000)]
+    body = ",\n".join(lines)
+    with pytest.raises(UserError, match=r"^d.json:3002: broken JSON: Expecting ',' or '\]' \(column 2\)"):
+        list(read_raw(write("d.json", f"[\n{body}\n x]")))
+    one_line = ",".join(lines)
+    with pytest.raises(UserError, match=rf"^d.json:1: broken JSON: Expecting value \(column {len(one_line) + 3}\)"):
+        list(read_raw(write("d.json", f"[{one_line},x]")))
+    with pytest.raises(UserError, match=r"^d.json:1: broken JSON: Unterminated string"):
+        list(read_raw(write("d.json", f'[{one_line},"x')))
+    bad = f"[{one_line},".encode() + b'{"question": "\xff"}]'
+    *_, (source, record) = read_raw(write("d.json", bad))
+    assert source == "d.json:1 (record 3001 on the line)"
+    assert record.detail.startswith(f"byte {len(f'[{one_line},'.encode()) + 15} of line 1 is 0xff")
+
+
+def test_numbers_are_not_cut_where_more_is_read():
+    numbers = [10**15 + number for number in range(200_000)]
+    assert [record for _, record in read_raw(write("d.json", json.dumps(numbers)))] == numbers
+
+
+@pytest.mark.parametrize("name", ["d.jsonl.gz", "d.json.gz", "d.csv.GZ"])
+def test_compressed_text_files_are_read_like_the_others(name):
+    write_records(Path(name).stem, [qa("感冒了怎么办？", "多休息。")] * 3)
+    plain = Path(Path(name).stem)
+    write(name, gzip.compress(plain.read_bytes()))
+    plain.unlink()
+    files, unread = find_files(".", "--train_file_dir")
+    assert (files, unread) == ([Path(name)], [])
+    dialogues, _ = load_dialogues(files)
+    assert [d.messages[1]["content"] for d in dialogues] == ["多休息。"] * 3
+    assert dialogues[0].source.startswith(f"{name}:")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda c: c[:-20], lambda c: c[:30] + b"xxxx" + c[34:], lambda c: b"not gzip at all"]
+)
+def test_a_damaged_gzip_file_is_named(damage):
+    content = gzip.compress("".join(dumps(qa(f"q{n}", f"a{n * n}")) + "\n" for n in range(200)).encode())
+    with pytest.raises(UserError, match=r"^d.jsonl.gz: not a whole gzip file \(.*\); copy or download it again$"):
+        list(read_raw(write("d.jsonl.gz", damage(content))))
+
+
+def test_parquet_has_its_own_compression():
+    assert find_files(write("d.jsonl", "{}"), "--in")[0]
+    with pytest.raises(UserError, match=r"found only d.parquet.gz"):
+        find_files(write("d.parquet.gz", ""), "--in")

@@ -376,3 +376,15 @@ def test_new_entries_leave_other_dialogues_as_they_are():
     )
     before, after = ({json.dumps(d) for d in build_dialogues(k, set())} for k in (fewer, whole))
     assert before <= after
+
+
+def test_readme_counts_are_right():
+    text = (DATA / "README.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `([\w/.]+)` \| ([\d,]+) \| \D", text, re.MULTILINE))
+    assert len(listed) == 14
+    for name, count in listed.items():
+        assert (DATA / name).read_text(encoding="utf-8").count("\n") == int(count.replace(",", "")), name
+    kinds = Counter((entry["language"], entry["kind"]) for entry in read("knowledge/conditions.jsonl"))
+    said_so = re.search(r"(\d+) conditions and (\d+) medicines in Chinese, (\d+) and (\d+) of them in English", text)
+    order = [("zh", "condition"), ("zh", "medicine"), ("en", "condition"), ("en", "medicine")]
+    assert [int(count) for count in said_so.groups()] == [kinds[key] for key in order]

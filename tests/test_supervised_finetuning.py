@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import causal_lm_trainer
 import supervised_finetuning
+import tokenization
 from errors import UserError
 from model_loading import load_with_adapter, read_lineage
 
@@ -254,11 +255,9 @@ def test_torch_compile_gives_the_same_loss(flags, tmp_path, monkeypatch):
 def test_second_start_tokenizes_nothing(flags, tmp_path, monkeypatch):
     supervised_finetuning.main(flags(max_steps=1))
     calls = []
-    tokenize = supervised_finetuning.tokenize_dialogues
+    tokenize = tokenization.tokenize_dialogues
     monkeypatch.setattr(
-        supervised_finetuning,
-        "tokenize_dialogues",
-        lambda *args, **kwargs: calls.append(1) or tokenize(*args, **kwargs),
+        tokenization, "tokenize_dialogues", lambda *args, **kwargs: calls.append(1) or tokenize(*args, **kwargs)
     )
     supervised_finetuning.main(flags(max_steps=1, output_dir=tmp_path / "again"))
     assert calls == []
@@ -270,13 +269,13 @@ def test_second_start_tokenizes_nothing(flags, tmp_path, monkeypatch):
 
 def test_held_out_dialogues_are_not_trained_on(flags, tmp_path, monkeypatch):
     parts = []
-    tokenize = supervised_finetuning.tokenize_dialogues
+    tokenize = tokenization.tokenize_dialogues
 
     def recorded(chosen, *args, **kwargs):
         parts.append({dialogue.source for dialogue in chosen})
         return tokenize(chosen, *args, **kwargs)
 
-    monkeypatch.setattr(supervised_finetuning, "tokenize_dialogues", recorded)
+    monkeypatch.setattr(tokenization, "tokenize_dialogues", recorded)
     supervised_finetuning.main(flags(max_steps=1))
     trained, held_out = parts
     assert (len(trained), len(held_out)) == (22, 2)

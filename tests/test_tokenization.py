@@ -14,16 +14,19 @@ import records
 import template
 import tokenization
 from errors import UserError
-from records import Dialogue, cached_dataset, content_fingerprint, load_dialogues
+from records import Dialogue, Document, Pair, cached_dataset, content_fingerprint, load_dialogues
 from template import named_template
 from tokenization import (
     IGNORED_LABEL,
     Unusable,
+    cached_dialogues,
     encode_dialogue,
     encode_prompt,
     load_chat_template,
     mark_learned,
+    pair_lengths,
     stop_token_ids,
+    token_length,
     tokenize_dialogues,
     tokenizer_fingerprint,
 )
@@ -605,3 +608,60 @@ def test_unchanged_data_is_tokenized_once(tiny_tokenizer, write_jsonl, tmp_path,
     changed, _, was_cached = load(path)
     assert (len(calls), was_cached) == (10, False)
     assert changed[4]["labels"] != first[4]["labels"]
+
+
+def test_only_what_decides_a_part_is_in_its_key(tiny_tokenizer, write_jsonl, tmp_path):
+    path = write_jsonl("d.jsonl", [{"question": f"第{n}问", "answer": "多休息"} for n in range(20)])
+    template = load_chat_template(tiny_tokenizer, None)
+    settings = {"held_out": False, "max_train_samples": None, "max_eval_samples": None, "seed": 42, "max_length": 128}
+    settings |= {"truncation": "drop", "train_on_inputs": False}
+
+    def load(part: str, **changes) -> tuple[int, bool]:
+        values = settings | changes
+        dataset, *_, was_cached = cached_dialogues(part, [path], tiny_tokenizer, template, tmp_path / "cache", **values)
+        return len(dataset), was_cached
+
+    assert load("train") == (20, False)
+    assert load("train", seed=7, max_eval_samples=3) == (20, True)  # of another file
+    assert load("train", max_train_samples=5) == (5, False)
+    assert load("train", max_train_samples=5, seed=7) == (5, False)
+    assert load("eval") == (20, False)
+    assert load("train", held_out=True) == (18, False)
+    assert load("train", held_out=True, max_eval_samples=1) == (19, False)
+    assert load("eval", held_out=True, seed=7) == (2, False)
+    assert load("train", max_length=100) == (20, False)
+    assert load("train", on_bad_data="drop") == (20, False)
+
+
+# ---------------------------------------------------------------- lengths
+
+
+def test_the_length_of_a_record_is_that_of_its_ids(tiny_tokenizer):
+    template = load_chat_template(tiny_tokenizer, None)
+    messages = [user("感冒了怎么办？"), assistant("多喝水。" * 200)]
+    ids, _ = encode_dialogue(tiny_tokenizer, template, messages, max_length=NO_LIMIT)
+    n_prompt = len(encode_prompt(tiny_tokenizer, template, messages[:1]))
+    for chosen, rejected in (("好", "多喝水。" * 200), ("多喝水。" * 200, "好")):
+        pair = Pair(messages[:1], chosen, rejected, None, "")
+        prompt, reply = pair_lengths(pair, tiny_tokenizer, template)
+        assert prompt == n_prompt
+        assert len(ids) - 2 <= prompt + reply <= len(ids)  # the template may write a line break behind the end token
+    assert token_length(Dialogue(messages, None, ""), tiny_tokenizer, template) == len(ids)
+    words = tiny_tokenizer.encode("感冒", add_special_tokens=False)
+    assert token_length(Document("感冒", ""), tiny_tokenizer, None) == len(words) + 1  # the end token
+
+
+def test_a_record_with_a_fault_has_no_length(tiny_tokenizer):
+    template = load_chat_template(tiny_tokenizer, None)
+    faulty = [
+        (Document("a<|im_end|>", ""), "control token"),
+        (Dialogue([user("a"), assistant("b<|im_end|>")], None, ""), "control token"),
+        (Dialogue([assistant("a")], None, ""), "not renderable"),
+    ]
+    for record, reason in faulty:
+        with pytest.raises(Unusable) as fault:
+            token_length(record, tiny_tokenizer, template)
+        assert fault.value.reason == reason
+    with pytest.raises(Unusable) as fault:
+        pair_lengths(Pair([user("a<|im_end|>")], "b", "c", None, ""), tiny_tokenizer, template)
+    assert fault.value.reason == "control token"

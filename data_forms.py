@@ -1,0 +1,531 @@
+"""Data in the forms people have: other encodings, files and columns read, the guide's records written.
+
+    reader = ForeignReader("dialogues")
+    for item in reader.read(files):  # a Dialogue, or the BadRecord that says what is wrong
+        if isinstance(item, Dialogue):
+            file.write(guide_line(item))
+    print("\\n".join(reader.found()))  # what was read as what
+
+records.py reads what a stage may be given; this is for the tools that make it from something else.
+"""
+
+import argparse
+import codecs
+import functools
+import gzip
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from errors import UserError
+from records import (
+    TEXT_ENDINGS,
+    BadRecord,
+    Dialogue,
+    Document,
+    Pair,
+    Report,
+    Unusable,
+    ending_of,
+    find_files,
+    read_dialogues,
+    read_documents,
+    read_pairs,
+    read_raw,
+    to_dialogue,
+    to_pair,
+)
+
+# ---------------------------------------------------------------- encodings
+
+UTF8 = "utf-8-sig"  # with or without a byte order mark
+
+
+def detect_encoding(path: Path) -> str:
+    """UTF-8, UTF-16 by its mark, or GB18030 (with GBK and GB2312), judged by the first megabyte that is not ASCII."""
+    open_bytes = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with open_bytes(path, "rb") as file:
+            block = file.read(1 << 20)
+            if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                return "utf-16"
+            while block and block.isascii():
+                block = file.read(1 << 20)
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        return UTF8  # the reader names the fault
+    # Stray bytes in UTF-8 are few. Other 8-bit encodings may pass for GB18030, but not for its core, GB2312.
+    is_chinese = _undecodable_share(block, "utf-8") > 0.1 and _undecodable_share(block, "gb2312") < 0.1
+    return "gb18030" if is_chinese else UTF8
+
+
+def _undecodable_share(block: bytes, encoding: str) -> float:
+    """The share of the bytes above ASCII that do not decode."""
+    n_high = len(block.translate(None, bytes(range(128))))
+    text = block.decode(encoding, errors="surrogateescape")
+    return len(re.findall("[\udc80-\udcff]", text)) / n_high if n_high else 0.0
+
+
+def known_encoding(name: str) -> str:
+    """For argparse: an encoding that Python has."""
+    try:
+        codec = codecs.lookup(name).name
+    except LookupError:
+        raise argparse.ArgumentTypeError(f"no encoding {name!r}; known are utf-8, gb18030, big5, utf-16 ...") from None
+    return UTF8 if codec == "utf-8" else codec
+
+
+# ---------------------------------------------------------------- columns of published data
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What published records have, in lower case, and how one becomes a record that records.py reads."""
+
+    columns: tuple[str, ...]
+    convert: Callable[[dict], dict]
+
+
+def _from_title_and_ask(record: dict) -> dict:
+    """The title is the question in short; the long one often repeats it."""
+    title, ask = (str(record.get(key) or "").strip() for key in ("title", "ask"))
+    question = ask if title in ask else title if ask in title else f"{title}\n{ask}"
+    return {**record, "question": question}
+
+
+def _with_reasoning(how: str, record: dict) -> dict:
+    """The reply, with what was thought before it if that is asked for."""
+    answer, thought = record["response"], record["complex_cot"]
+    if how != "leave_out" and isinstance(answer, str) and isinstance(thought, str) and thought.strip():
+        answer = _REASONING[how].format(thought.strip(), answer.strip())
+    return {**record, "answer": answer}
+
+
+_REASONING = {
+    "leave_out": "{1}",
+    "think_tags": "<think>\n{0}\n</think>\n\n{1}",
+    "headings": "## Thinking\n\n{0}\n\n## Final Response\n\n{1}",
+}
+
+
+def _from_spoken_list(key: str, record: dict) -> dict:
+    """A list of strings that start with who speaks; where none does, the person and the model take turns."""
+    turns = record[key]
+    if isinstance(turns, str):
+        try:
+            turns = json.loads(turns)
+        except json.JSONDecodeError:
+            raise Unusable("broken JSON", f"{key!r} is {turns!r:.60}; it must be a list of turns") from None
+    if not (isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)):
+        raise Unusable("not a list", f"{key!r} is {turns!r:.60}; it must be a list of strings")
+    spoken = [_SPEAKER.match(turn) for turn in turns]
+    if not any(spoken):
+        roles = ("user", "assistant")
+        return {**record, "messages": [{"role": roles[n % 2], "content": turn} for n, turn in enumerate(turns)]}
+    if not all(spoken):
+        silent = spoken.index(None)
+        raise Unusable("unknown speaker", f"turn {silent + 1} of {key!r} starts with {turns[silent]!r:.20}")
+    messages = [
+        {"role": _SPEAKERS[match[1].lower()], "content": turn[match.end() :]}
+        for match, turn in zip(spoken, turns, strict=True)
+    ]
+    return {**record, "messages": messages}
+
+
+_SPEAKERS = {
+    **dict.fromkeys(("问", "患者", "病人", "用户", "patient", "user", "human"), "user"),
+    **dict.fromkeys(("答", "医生", "助手", "doctor", "assistant", "gpt"), "assistant"),
+}
+_SPEAKER = re.compile(rf"\s*({'|'.join(_SPEAKERS)})\s*[:：]\s*", re.IGNORECASE)
+
+_QUESTIONS = ("question", "query", "prompt", "instruction", "input", "problem", "问题", "提问")
+_ANSWERS = ("answer", "response", "output", "completion", "reply", "回答", "答案", "回复")
+_CHOSEN = ("response_chosen", "chosen", "good_answer", "chosen_response", "preferred", "better")
+_REJECTED = ("response_rejected", "rejected", "bad_answer", "rejected_response", "dispreferred", "worse")
+
+
+def _renamed(names: dict[str, str], record: dict) -> dict:
+    return {names.get(key, key): value for key, value in record.items()}
+
+
+def _dialogue_form(keys: Sequence[str], reasoning: str) -> _Form | None:
+    """The form of dialogues with these keys: Toyhom's, HuatuoGPT-o1's, HuatuoGPT's, MedDialog's, DISC-Med-SFT's ..."""
+    if "ask" in keys and "answer" in keys:
+        return _Form(tuple(key for key in ("title", "ask", "answer") if key in keys), _from_title_and_ask)
+    if {"question", "complex_cot", "response"} <= set(keys):
+        return _Form(("question", "complex_cot", "response"), functools.partial(_with_reasoning, reasoning))
+    if form := _renaming_form(keys, {"question": _QUESTIONS, "answer": _ANSWERS}):
+        return form
+    for key in ("data", "utterances"):
+        if key in keys:
+            return _Form((key,), functools.partial(_from_spoken_list, key))
+    return _renaming_form(keys, {"conversations": ("conversation", "dialogue", "dialog")})
+
+
+def _pair_form(keys: Sequence[str], reasoning: str) -> _Form | None:
+    wanted = {"question": _QUESTIONS, "response_chosen": _CHOSEN, "response_rejected": _REJECTED}
+    return _renaming_form(keys, wanted)
+
+
+def _renaming_form(keys: Sequence[str], wanted: dict[str, Sequence[str]]) -> _Form | None:
+    """The one key that means each of what is wanted; None where one has no key, or several and so is unclear."""
+    found = {name: [key for key in keys if key in meanings] for name, meanings in wanted.items()}
+    if any(len(meant) != 1 for meant in found.values()):
+        return None
+    names = {meant[0]: name for name, meant in found.items()}
+    return _Form(tuple(names), functools.partial(_renamed, names))
+
+
+# ---------------------------------------------------------------- columns that the user names
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns named by flags, "" where none is; several of `question` are joined by line breaks."""
+
+    question: tuple[str, ...] = ()
+    answer: str = ""
+    chosen: str = ""
+    rejected: str = ""
+    system: str = ""
+    history: str = ""
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `reader_of`."""
+    parser.add_argument("--encoding", type=known_encoding, help="of text files; by default UTF-8, GB18030 or UTF-16")
+    parser.add_argument(
+        "--reasoning", choices=tuple(_REASONING), default="leave_out",
+        help="what becomes of HuatuoGPT-o1's Complex_CoT: left out, or in front of the reply in <think> tags or "
+        "under that model's headings",
+    )  # fmt: skip
+    group = parser.add_argument_group("columns, where they are not found by their names")
+    group.add_argument("--question_column", nargs="+", default=[], metavar="NAME", help="several are joined")
+    for name in ("answer", "chosen", "rejected", "system", "history"):
+        group.add_argument(f"--{name}_column", default="", metavar="NAME")
+
+
+def reader_of(args: argparse.Namespace, kind: Literal["dialogues", "pairs"]) -> "ForeignReader":
+    """The reader that the flags describe; UserError where they name some columns and not all that are needed."""
+    names = {name: getattr(args, f"{name}_column") for name in ("answer", "chosen", "rejected", "system", "history")}
+    columns = Columns(tuple(args.question_column), **names)
+    needed = ("question", "answer") if kind == "dialogues" else ("question", "chosen", "rejected")
+    lacking = [f"--{name}_column" for name in needed if not getattr(columns, name)]
+    if columns != Columns() and lacking:
+        raise UserError(f"{' and '.join(lacking)}: name these too; with one column named, none is found by itself")
+    return ForeignReader(kind, columns, args.encoding, args.reasoning)
+
+
+# ---------------------------------------------------------------- reading
+
+
+class ForeignReader:
+    """Reads dialogues or pairs from files of any known form, one record at a time, and notes what it found."""
+
+    def __init__(
+        self,
+        kind: Literal["dialogues", "pairs"],
+        columns: Columns = Columns(),
+        encoding: str | None = None,
+        reasoning: str = "leave_out",
+    ):
+        self._make = to_dialogue if kind == "dialogues" else to_pair
+        self._form_of = _dialogue_form if kind == "dialogues" else _pair_form
+        self._columns = columns
+        self._encoding = encoding
+        self._reasoning = reasoning
+        self._forms: dict[tuple, _Form | None] = {}  # by the keys of a record
+        self._n_by_columns: Counter[tuple[str, ...]] = Counter()
+        self._encodings: dict[Path, str] = {}
+
+    def read(self, files: Sequence[Path]) -> Iterator[Dialogue | Pair | BadRecord]:
+        """One result a record, in order."""
+        for path in files:
+            for source, record in self.read_raw(path):
+                try:
+                    yield self.convert(record, source)
+                except Unusable as error:
+                    yield BadRecord(source, error.reason, error.detail)
+
+    def read_raw(self, path: Path) -> Iterator[tuple[str, object]]:
+        """The records of a file as they are, in the encoding that was given or found."""
+        encoding = self.encoding_of(path)
+        for source, record in read_raw(path, encoding):
+            if encoding != UTF8 and isinstance(record, Unusable) and record.reason == "not UTF-8":
+                record = Unusable(f"not {encoding}", "a byte has no meaning there; name the right --encoding")
+            yield source, record
+
+    def encoding_of(self, path: Path) -> str:
+        """The encoding that was given or is found; noted where it is not UTF-8."""
+        encoding = self._encoding or (UTF8 if ending_of(path) == ".parquet" else detect_encoding(path))
+        if encoding != UTF8:
+            self._encodings[path] = encoding
+        return encoding
+
+    def convert(self, record: object, source: str) -> Dialogue | Pair:
+        """Raises Unusable."""
+        if isinstance(record, Unusable):
+            raise record
+        if self._columns != Columns():
+            return self._make(self._by_columns(record), source)
+        if not isinstance(record, dict):
+            return self._make(record, source)
+        keys = tuple(record)
+        if keys not in self._forms:
+            self._forms[keys] = self._find_form(record, source)
+        form = self._forms[keys]
+        if form is None:
+            return self._make(record, source)
+        item = self._make(form.convert({key.strip().lower(): value for key, value in record.items()}), source)
+        self._n_by_columns[form.columns] += 1
+        return item
+
+    def _find_form(self, record: dict, source: str) -> _Form | None:
+        """How records with these keys are converted; None where records.py knows them, or nobody does."""
+        if not _has_unknown_keys(self._make, record):
+            return None
+        lower = {key.strip().lower(): value for key, value in record.items()}
+        if lower.keys() != record.keys() and not _has_unknown_keys(self._make, lower):
+            return _Form(tuple(record), lambda lowered: lowered)
+        return self._form_of(tuple(lower), self._reasoning)
+
+    def _by_columns(self, record: object) -> dict:
+        if not isinstance(record, dict):
+            raise Unusable("not an object", f"the record is {record!r:.60}; it has no columns")
+        columns = self._columns
+        named = {
+            "answer": columns.answer, "response_chosen": columns.chosen, "response_rejected": columns.rejected,
+            "system": columns.system, "history": columns.history,
+        }  # fmt: skip
+        absent = [name for name in (*columns.question, *filter(None, named.values())) if name not in record]
+        if absent:
+            raise Unusable("no such column", f"has {_listed(record)}; the flags name {_listed(absent)}")
+        question = [record[name] for name in columns.question]
+        texts = [text for text in question if text]
+        kept = {key: record[key] for key in ("system", "history", "tools", "margin") if record.get(key)}
+        values = {key: record[name] for key, name in named.items() if name}
+        return {**kept, "question": question[0] if len(question) == 1 else "\n".join(map(str, texts)), **values}
+
+    def found(self) -> list[str]:
+        """One line for each form and encoding that was not what records.py reads."""
+        lines = [
+            f"{count:,} records by the columns {_listed(columns)}" for columns, count in self._n_by_columns.items()
+        ]
+        if self._reasoning == "leave_out" and any("complex_cot" in columns for columns in self._n_by_columns):
+            lines.append("'complex_cot' is left out; --reasoning think_tags keeps it")
+        return lines + [f"{path} is {encoding}" for path, encoding in self._encodings.items()]
+
+    @property
+    def column_flags(self) -> str:
+        """How the columns are named by hand."""
+        names = ("question", "answer") if self._make is to_dialogue else ("question", "chosen", "rejected")
+        return " ".join(f"--{name}_column NAME" for name in names)
+
+
+def dropped_lines(report: Report) -> list[str]:
+    """For each reason why records were dropped, the first of them."""
+    return [
+        f"{count:,} dropped, {reason}: {'; '.join(report.examples[reason])}"
+        for reason, count in report.dropped.most_common()
+    ]
+
+
+def unread_lines(unread: Sequence[Path]) -> list[str]:
+    """The files that a tool found and has no reader for."""
+    more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
+    return [f"not read, by their endings: {', '.join(map(str, unread[:5]))}{more}"] if unread else []
+
+
+def _has_unknown_keys(make: Callable[[object, str], object], record: dict) -> bool:
+    try:
+        make(record, "")
+    except Unusable as error:
+        return error.reason in ("unknown keys", "no pair")
+    return False
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+# ---------------------------------------------------------------- writing
+
+
+def guide_record(item: Dialogue | Pair) -> dict:
+    """The guide's record of a dialogue or a pair; `records.py` reads it back to the same."""
+    return _dialogue_record(item) if isinstance(item, Dialogue) else _pair_record(item)
+
+
+def guide_line(item: Dialogue | Pair) -> str:
+    """The guide's record as a line of a .jsonl file."""
+    return _ENCODE_JSON(guide_record(item)) + "\n"
+
+
+# json.dumps makes a new encoder on each call.
+_ENCODE_JSON = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def _dialogue_record(dialogue: Dialogue) -> dict:
+    messages = dialogue.messages
+    record = {}
+    if messages[0]["role"] == "system":
+        record["system"] = messages[0]["content"]
+        messages = messages[1:]
+    if dialogue.tools:
+        record["tools"] = dialogue.tools
+    record["conversations"] = [_sharegpt_turn(message) for message in messages]
+    return record
+
+
+_SHAREGPT_NAMES = {"user": "human", "assistant": "gpt", "tool": "observation"}
+
+
+def _sharegpt_turn(message: dict) -> dict:
+    calls = message.get("tool_calls")
+    if calls and not message["content"]:
+        return {"from": "function_call", "value": json.dumps(calls, ensure_ascii=False)}
+    turn = {"from": _SHAREGPT_NAMES[message["role"]], "value": message["content"]}
+    return {**turn, "tool_calls": calls} if calls else turn
+
+
+def _pair_record(pair: Pair) -> dict:
+    """The guide's form, or where tools were used before, which its history cannot say, the turns as `conversations`."""
+    messages, system = pair.messages, ""
+    if messages[0]["role"] == "system":
+        system, messages = messages[0]["content"], messages[1:]
+    margin = {} if pair.margin is None else {"margin": pair.margin}
+    if any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+        turns = [_sharegpt_turn(message) for message in messages]
+        return {"system": system, "conversations": turns, "chosen": pair.chosen, "rejected": pair.rejected, **margin}
+    said = [message["content"] for message in messages]
+    return {
+        "system": system,
+        "history": [list(exchange) for exchange in zip(said[:-1:2], said[1:-1:2], strict=True)],
+        "question": said[-1],
+        "response_chosen": pair.chosen,
+        "response_rejected": pair.rejected,
+        **margin,
+    }
+
+
+# ---------------------------------------------------------------- what a folder holds
+
+Kind = Literal["dialogues", "pairs", "documents"]
+READERS = {"dialogues": read_dialogues, "pairs": read_pairs, "documents": read_documents}
+
+# Of a file whose first records are all faulty, so many are looked at.
+_PROBED = 100
+
+
+def find_kind(path: str | Path, flag: str) -> tuple[Kind, list[Path], list[Path]]:
+    """What the records at `path` are, the files that the stage for them reads, and those it does not.
+
+    Lines of .txt files are documents where nothing else is there. Raises UserError where two kinds are mixed.
+    """
+    files, unread = find_files(path, flag, TEXT_ENDINGS)
+    of_records = [file for file in files if not is_plain_text(file)]
+    first_of_kind: dict[Kind, Path] = {}
+    for file in of_records:
+        if kind := _kind_of(file):
+            first_of_kind.setdefault(kind, file)
+    if len(first_of_kind) > 1:
+        found = " and ".join(f"{kind} ({file})" for kind, file in first_of_kind.items())
+        raise UserError(f"{flag} {path}: holds {found}, which no stage reads together; name one of them")
+    kind = next(iter(first_of_kind), "dialogues" if of_records else "documents")
+    if kind == "documents":
+        return kind, files, unread
+    return kind, of_records, sorted([*unread, *(file for file in files if is_plain_text(file))])
+
+
+def is_plain_text(path: Path) -> bool:
+    return path.name.lower().endswith((".txt", ".txt.gz"))
+
+
+def _kind_of(path: Path) -> Kind | None:
+    """The kind of the first usable record."""
+    for kind, read in READERS.items():
+        try:
+            if any(not isinstance(result, BadRecord) for result in islice(read([path]), _PROBED)):
+                return kind
+        except UserError:  # whoever reads the whole file says what is wrong with it
+            continue
+    return None
+
+
+# A first turn of fewer letters is a greeting; what follows it is the question.
+_SHORTEST_QUESTION = 6
+
+
+def question_of(record: Dialogue | Pair | Document) -> str:
+    """What is asked: the first of the user's turns, those before it that only greet included; of a document, all."""
+    if isinstance(record, Document):
+        return record.text
+    question = ""
+    for message in record.messages:
+        if message["role"] == "user":
+            question += f"\n{message['content']}" if question else message["content"]
+            if sum(map(str.isalnum, question)) >= _SHORTEST_QUESTION:
+                break
+    return question
+
+
+def words_of(record: Dialogue | Pair | Document) -> str:
+    """All that is said in a record but the system prompt, which many share: by this, near copies are found."""
+    if isinstance(record, Document):
+        return record.text
+    said = [
+        message["content"] or _ENCODE_JSON(message.get("tool_calls"))
+        for message in record.messages
+        if message["role"] != "system"
+    ]
+    return "\n".join([*said, record.chosen, record.rejected] if isinstance(record, Pair) else said)
+
+
+# ---------------------------------------------------------------- flags that count tokens
+
+# The limits of the stages: of which kind of records, and by default how many tokens.
+LIMITS: dict[str, tuple[Kind, int, str]] = {
+    "model_max_length": ("dialogues", 2048, "dialogue"),
+    "max_source_length": ("pairs", 1024, "prompt of a pair"),
+    "max_target_length": ("pairs", 512, "reply of a pair"),
+}
+
+
+def add_token_flags(parser: argparse._ActionsContainer) -> None:
+    """The tokenizer, and the flags that say how a stage would use it."""
+    parser.add_argument("--model_name_or_path", "--tokenizer", dest="tokenizer", help="hub name or folder of the model")
+    parser.add_argument("--template_name", help="named prompt template instead of the tokenizer's own")
+    for name, (_, default, what) in LIMITS.items():
+        parser.add_argument(f"--{name}", type=int, help=f"tokens of the longest {what} (default: {default})")
+
+
+def settle_token_flags(args: argparse.Namespace, kind: Kind) -> list[str]:
+    """Set the limits of this kind that were not given, with a tokenizer; a note for each given that it does not have.
+
+    Raises UserError where there is no tokenizer to count by, or nothing fits.
+    """
+    for name in ("template_name", *LIMITS):
+        value = getattr(args, name)
+        if value is not None and not args.tokenizer:
+            raise UserError(f"--{name} {value}: counts in tokens, so name the model too: --model_name_or_path")
+        if name in LIMITS and value is not None and value < 8:
+            raise UserError(f"--{name} {value}: nothing fits; give a number of tokens")
+    notes = []
+    for name, (limited, default, _) in LIMITS.items():
+        value = getattr(args, name)
+        if limited != kind:
+            notes += [f"--{name} {value}: limits {limited}, and these are {kind}"] if value is not None else []
+            setattr(args, name, None)
+        elif value is None and args.tokenizer:
+            setattr(args, name, default)
+    return notes
+
+
+def limits_of(args: argparse.Namespace) -> str:
+    """The limits that hold, as flags."""
+    return " ".join(f"--{name} {getattr(args, name)}" for name in LIMITS if getattr(args, name) is not None)

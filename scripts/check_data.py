@@ -1,0 +1,418 @@
+"""Say everything that is wrong with training data before a GPU is rented for it.
+
+    python scripts/check_data.py --dir data/finetune
+    python scripts/check_data.py --dir data/finetune_processed/train --eval_dir data/finetune_processed/validation \\
+        --model_name_or_path Qwen/Qwen2.5-3B-Instruct --template_name qwen --model_max_length 2048
+
+Reads what a stage reads, dialogues, preference pairs or pretraining text, and prints each fault as file:line, then
+copies, training questions that the evaluation asks too, lengths, what the limit would cut, languages, and the shortest
+and longest replies. Nothing is changed; scripts/preprocess_data.py mends much of it.
+
+Exit code 0: a stage can train on it. 1: it would refuse a record, questions of the evaluation are trained on, or
+nothing fits the limit. 2: a mistake in the command.
+"""
+
+import argparse
+import heapq
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_forms import (
+    READERS,
+    Kind,
+    add_token_flags,
+    find_kind,
+    guide_line,
+    limits_of,
+    question_of,
+    settle_token_flags,
+    words_of,
+)
+from errors import UserError, run_script
+from near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Known, bare_text
+from records import BadRecord, Dialogue, Document, Pair, Report, Unusable
+
+Record = Dialogue | Pair | Document
+
+# Records compared at a time: more take memory, fewer take time.
+BATCH = 1024
+N_EXAMPLES = 3
+
+# ---------------------------------------------------------------- one record
+
+
+class Reply(NamedTuple):
+    """A reply, or a whole document; sorts by its length in characters."""
+
+    length: int
+    source: str
+    start: str
+
+
+def replies_of(record: Record) -> list[Reply]:
+    if isinstance(record, Document):
+        texts = [record.text]
+    elif isinstance(record, Pair):
+        texts = [record.chosen, record.rejected]
+    else:
+        said = (message for message in record.messages if message["role"] == "assistant")
+        texts = [message["content"] for message in said if message["content"]]
+    return [Reply(len(text), record.source, " ".join(text[:60].split())) for text in texts]
+
+
+_HAN = re.compile("[\u3400-\u9fff\U00020000-\U0003ffff]")
+_ENGLISH_WORD = re.compile("[A-Za-z]+")
+_LETTER = re.compile(r"[^\W\d_]")
+
+
+def language_of(text: str) -> str:
+    """zh, en or other, by what most of it is: Chinese characters, words of ASCII letters, other letters."""
+    rest, n_chinese = _HAN.subn("", text)
+    rest, n_english = _ENGLISH_WORD.subn("", rest)
+    n_other = len(_LETTER.findall(rest))
+    counts = {"zh": n_chinese, "en": n_english, "other": n_other}
+    return max(counts, key=counts.get) if any(counts.values()) else "other"
+
+
+class Measured(NamedTuple):
+    """The length of a record, and what in it is over a limit."""
+
+    length: int
+    over: str = ""
+
+
+def measure_by(args: argparse.Namespace, kind: Kind) -> Callable[[Record], Measured]:
+    """Measures in tokens, or without a tokenizer in characters. What it returns raises Unusable for a fault."""
+    if not args.tokenizer:
+        return lambda record: Measured(len(words_of(record)))
+    import transformers
+
+    from model_loading import load_tokenizer
+    from tokenization import load_chat_template, pair_lengths, token_length
+
+    transformers.logging.set_verbosity_error()  # it would warn of each record that is over the tokenizer's own limit
+    hub_options = {"cache_dir": args.cache_dir, "trust_remote_code": args.trust_remote_code}
+    tokenizer = load_tokenizer(args.tokenizer, flag="--model_name_or_path", **hub_options)
+    chat_template = load_chat_template(tokenizer, args.template_name) if kind != "documents" else None
+
+    def measure(record: Record) -> Measured:
+        if isinstance(record, Pair):
+            prompt, reply = pair_lengths(record, tokenizer, chat_template)
+            over = [f"prompt {prompt:,}"] if prompt > args.max_source_length else []
+            over += [f"reply {reply:,}"] if reply > args.max_target_length else []
+            return Measured(prompt + reply, ", ".join(over))
+        length = token_length(record, tokenizer, chat_template)
+        is_over = isinstance(record, Dialogue) and length > args.model_max_length  # documents are cut into blocks
+        return Measured(length, f"{length:,}" if is_over else "")
+
+    return measure
+
+
+# ---------------------------------------------------------------- reading on after faults
+
+
+def read_all(kind: Kind, files: Sequence[Path]) -> Iterator[Record | BadRecord]:
+    """Every result of every file; one whose rest cannot be read is a fault and not the end."""
+    for path in files:
+        try:
+            yield from READERS[kind]([path])
+        except UserError as error:
+            source, _, fault = str(error).partition(": ")
+            reason, _, detail = fault.partition(": ")
+            yield BadRecord(source, reason, detail)
+
+
+class Sources:
+    """Where records came from, by number, in a temporary file: millions of names would fill the memory."""
+
+    def __init__(self):
+        self._file = TemporaryFile("w+", encoding="utf-8", newline="\n")  # noqa: SIM115 - open as long as this is
+
+    def add(self, source: str) -> None:
+        self._file.write(f"{source}\n")
+
+    def __getitem__(self, number: int) -> str:
+        """Reads the file from its start: for the few that are shown."""
+        self._file.seek(0)
+        line = next(islice(self._file, number, None))
+        self._file.seek(0, 2)
+        return line.rstrip("\n")
+
+
+# ---------------------------------------------------------------- the survey
+
+
+@dataclass
+class Found:
+    """How many records something is true of, and the first of them."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def wants_more(self) -> bool:
+        return len(self.examples) < N_EXAMPLES
+
+    def add(self, example: str = "") -> None:
+        self.count += 1
+        if example and self.wants_more:
+            self.examples.append(example)
+
+    def describe(self, n_records: int) -> str:
+        share = f"{self.count:,} ({self.count / n_records:.1%})" if self.count else "none"
+        more = ", ..." if self.count > len(self.examples) > 0 else ""
+        return share + (f": {', '.join(self.examples)}{more}" if self.examples else "")
+
+
+@dataclass
+class Survey:
+    """What is known of the records of one folder."""
+
+    kind: Kind
+    limits: str
+    report: Report = field(default_factory=Report)
+    lengths: Counter[int] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    n_questions: Counter[int] = field(default_factory=Counter)
+    features: Counter[str] = field(default_factory=Counter)
+    copies: Found = field(default_factory=Found)
+    near_copies: Found = field(default_factory=Found)
+    asked_again: Found = field(default_factory=Found)
+    overlap: Found = field(default_factory=Found)
+    near_overlap: Found = field(default_factory=Found)
+    over_limit: Found = field(default_factory=Found)
+    shortest: list[Reply] = field(default_factory=list)
+    longest: list[Reply] = field(default_factory=list)
+
+    def add(self, record: Record, measured: Measured) -> None:
+        """Count a usable record by itself."""
+        self.lengths[measured.length] += 1
+        if measured.over:
+            self.over_limit.add(f"{record.source} ({measured.over})")
+        self.languages[language_of(words_of(record))] += 1
+        if not isinstance(record, Document):
+            roles = Counter(message["role"] for message in record.messages)
+            self.n_questions[roles["user"]] += 1
+            self.features["with a system prompt"] += "system" in roles
+            self.features["with tools"] += "tool" in roles or bool(getattr(record, "tools", None))
+        if isinstance(record, Pair):
+            self.features["chosen longer"] += len(record.chosen) > len(record.rejected)
+        replies = replies_of(record)
+        self.shortest = heapq.nsmallest(N_EXAMPLES, chain(self.shortest, replies))
+        self.longest = heapq.nlargest(N_EXAMPLES, chain(self.longest, replies))
+
+
+def usable_batches(
+    kind: Kind, files: Sequence[Path], measure: Callable[[Record], Measured], report: Report
+) -> Iterator[list[tuple[Record, Measured]]]:
+    """The usable records with their lengths, some at a time; each fault is printed and counted."""
+    batch = []
+    for result in tqdm(read_all(kind, files), unit=" records", disable=not sys.stderr.isatty()):
+        report.read += 1
+        if not isinstance(result, BadRecord):
+            try:
+                batch.append((result, measure(result)))
+            except Unusable as fault:
+                result = BadRecord(result.source, fault.reason, fault.detail)
+        if isinstance(result, BadRecord):
+            report.drop(result)
+            tqdm.write(f"{result}", file=sys.stdout)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def survey(
+    kind: Kind,
+    files: Sequence[Path],
+    measure: Callable[[Record], Measured],
+    limits: str,
+    near_duplicate_threshold: float,
+    evaluation: "Evaluation | None",
+) -> Survey:
+    """Read the files once and find what there is to find."""
+    found = Survey(kind, limits)
+    distinct, sources = Distinct(near_duplicate_threshold if near_duplicate_threshold < 1 else None), Sources()
+    questions = Distinct(None)
+    for batch in usable_batches(kind, files, measure, found.report):
+        records = [record for record, _ in batch]
+        for record, measured in batch:
+            found.add(record, measured)
+        wholes = [record.text if isinstance(record, Document) else guide_line(record) for record in records]
+        matches = distinct.keep(list(map(words_of, records)), exact=wholes)
+        asked = questions.keep([bare_text(question_of(record)) for record in records])
+        for record, match, asked_before in zip(records, matches, asked, strict=True):
+            if match is None:
+                sources.add(record.source)
+                if asked_before and kind != "documents":
+                    found.asked_again.add()
+                continue
+            copies = found.copies if match.is_copy else found.near_copies
+            alike = "the same as" if match.is_copy else f"{match.share:.0%} like"
+            copies.add(f"{record.source} is {alike} {sources[match.number]}" if copies.wants_more else "")
+        if evaluation:
+            for record, match in zip(records, evaluation.find(records), strict=True):
+                if match:
+                    overlap = found.overlap if match.is_copy else found.near_overlap
+                    alike = "asks the same as" if match.is_copy else f"asks {match.share:.0%} of"
+                    overlap.add(f"{record.source} {alike} {evaluation.sources[match.number]}")
+    return found
+
+
+class Evaluation:
+    """The questions of the evaluation, for looking up those of the training in them."""
+
+    def __init__(self, kind: Kind, threshold: float):
+        self._known = Known(threshold, TEXT_SHINGLE if kind == "documents" else QUESTION_SHINGLE)
+        self.report = Report()
+        self.sources: list[str] = []
+
+    def read(self, kind: Kind, files: Sequence[Path], measure: Callable[[Record], Measured]) -> None:
+        for batch in usable_batches(kind, files, measure, self.report):
+            self._known.add([question_of(record) for record, _ in batch])
+            self.sources += [record.source for record, _ in batch]
+
+    def find(self, records: Sequence[Record]) -> list:
+        return self._known.find([question_of(record) for record in records])
+
+
+# ---------------------------------------------------------------- what is printed
+
+
+def percentiles(lengths: Counter[int]) -> str:
+    """Lengths that occur, each with the share of records that are as long at most."""
+    ordered = np.array(sorted(lengths))
+    up_to = np.cumsum([lengths[length] for length in ordered.tolist()])
+
+    def at(share: float) -> str:
+        return f"{ordered[np.searchsorted(up_to, share * up_to[-1])]:,}"
+
+    shares = ", ".join(f"{share:.0%} up to {at(share)}" for share in (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99))
+    return f"{shares}; shortest {at(0)}, longest {at(1)}"
+
+
+def describe(found: Survey, unit: str, evaluation: Evaluation | None) -> Iterator[tuple[str, str]]:
+    """Name and value of each line of the report."""
+    n_usable, is_text = found.report.kept, found.kind == "documents"
+    yield "records", found.report.summary()
+    if not n_usable:
+        return
+    if not is_text:
+        n_questions = sum(number * count for number, count in found.n_questions.items())
+        parts = [f"{n_questions / n_usable:.2f} questions a record, at most {max(found.n_questions)}"]
+        parts += [f"{count / n_usable:.1%} {feature}" for feature, count in found.features.items()]
+        yield "turns", ", ".join(parts)
+    yield "copies", found.copies.describe(n_usable)
+    yield "near copies", found.near_copies.describe(n_usable)
+    if not is_text:
+        yield "asked again", f"with a question from before and another answer: {found.asked_again.describe(n_usable)}"
+    if evaluation:
+        yield "evaluation", evaluation.report.summary()
+        yield "overlap", f"the same question in both: {found.overlap.describe(n_usable)}"
+        yield "", f"nearly the same, see for yourself: {found.near_overlap.describe(n_usable)}"
+    yield unit, percentiles(found.lengths)
+    if found.limits:
+        yield "over the limit", f"of {found.limits}: {found.over_limit.describe(n_usable)}"
+    yield "languages", ", ".join(f"{name} {count / n_usable:.1%}" for name, count in found.languages.most_common())
+    for name, replies in (("shortest", found.shortest), ("longest", found.longest)):
+        for number, reply in enumerate(replies):
+            label = f"{name} {'texts' if is_text else 'replies'}" if number == 0 else ""
+            yield label, f"{reply.source}, {reply.length:,} characters: {reply.start}"
+
+
+def verdict(found: Survey, evaluation: Evaluation | None) -> list[str]:
+    """What must be mended, none if the data can be trained on."""
+    report, wrong = found.report, []
+    n_faults = report.dropped.total() + (evaluation.report.dropped.total() if evaluation else 0)
+    if n_faults:
+        wrong.append(f"{n_faults:,} faults, listed above: mend them, or start the stage with --on_bad_data drop")
+    if not report.kept:
+        wrong.append("no record can be used")
+    elif found.over_limit.count == report.kept:
+        wrong.append(f"every record is over {found.limits}")
+    if found.overlap.count:
+        wrong.append(
+            f"{found.overlap.count:,} of the training records ask what the evaluation asks, which tests memory"
+        )
+    return wrong
+
+
+def advice(found: Survey) -> list[str]:
+    """What preprocess_data.py would mend, in a line."""
+    parts = []
+    if found.copies.count + found.near_copies.count:
+        parts.append("leaves out copies and near copies")
+    if found.overlap.count + found.near_overlap.count:
+        parts.append("splits so that no question is on both sides")
+    return [f"scripts/preprocess_data.py {' and '.join(parts)}"] if parts else []
+
+
+# ---------------------------------------------------------------- main
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--dir", required=True, help="a file, or a folder and all below it, as a stage would get it")
+    add("--eval_dir", help="the evaluation's records: are their questions trained on?")
+    add_token_flags(parser)
+    add("--near_duplicate_threshold", type=float, default=0.9, help="near copies share this part of their text")
+    add("--split_threshold", type=float, default=0.7, help="questions that share this part are nearly the same")
+    add("--cache_dir", help="folder for downloaded tokenizers")
+    add("--trust_remote_code", action="store_true")
+    args = parser.parse_args(argv)
+
+    for name in ("near_duplicate_threshold", "split_threshold"):
+        if not 0 < getattr(args, name) <= 1:
+            raise UserError(f"--{name} {getattr(args, name)}: give a share above 0, and 1 at most")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the faults, the survey and the verdict; leaves by SystemExit(1) where it is bad."""
+    args = parse_args(argv)
+    kind, files, unread = find_kind(args.dir, "--dir")
+    notes = settle_token_flags(args, kind)
+    measure = measure_by(args, kind)
+    evaluation = None
+    if args.eval_dir:
+        eval_kind, eval_files, _ = find_kind(args.eval_dir, "--eval_dir")
+        if "documents" in {kind, eval_kind} != {kind}:
+            raise UserError(f"--eval_dir {args.eval_dir}: holds {eval_kind}, and --dir {kind}, which ask nothing alike")
+        if {file.resolve() for file in files} == {file.resolve() for file in eval_files}:
+            raise UserError(
+                "--eval_dir: the same files as --dir, of which a stage holds a part out; leave the flag out, or split "
+                "them with scripts/preprocess_data.py"
+            )
+        evaluation = Evaluation(kind, args.split_threshold)
+        evaluation.read(eval_kind, eval_files, measure)
+    found = survey(kind, files, measure, limits_of(args), args.near_duplicate_threshold, evaluation)
+
+    print(f"{args.dir}: {kind} in {len(files)} file{'s' if len(files) > 1 else ''}")
+    for name, value in describe(found, "tokens" if args.tokenizer else "characters", evaluation):
+        print(f"  {name:<18}{value}")
+    if unread:
+        print(f"  {'not read':<18}{', '.join(map(str, unread[:5]))}{', ...' if len(unread) > 5 else ''}")
+    print("".join(f"{line}\n" for line in [*notes, *advice(found)]), end="")
+    wrong = verdict(found, evaluation)
+    print("\n".join(f"wrong: {line}" for line in wrong) if wrong else "verdict: a stage can train on this")
+    if wrong:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,78 @@
+"""Convert dialogues or preference pairs from the form they are in to the guide's, which the stages read.
+
+Reads jsonl, json, csv (UTF-8, GB18030 or GBK, UTF-16) and parquet, one file or all below a folder, the text files
+compressed or not. Known are the guide's raw lines, every form that the stages read, and the columns of published
+sets, such as Toyhom's Chinese-medical-dialogue-data, HuatuoGPT-sft-data-v1, HuatuoGPT-o1, CMtMedQA and
+HealthCareMagic-100k. Other columns are named by flags.
+
+    python scripts/convert_data_format.py --input raw.jsonl --output data/finetune/train.jsonl --format sft
+    python scripts/convert_data_format.py --input raw.jsonl --output data/reward/train.jsonl --format dpo
+    python scripts/convert_data_format.py --input my.csv --output data/finetune/my.jsonl --format sft \\
+        --question_column 主诉 --answer_column 医嘱
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_forms import ForeignReader, add_reading_flags, dropped_lines, guide_line, reader_of, unread_lines
+from errors import UserError, run_script
+from output_files import new_text_file, refuse_same
+from records import BadRecord, Report, find_files
+
+KINDS = {"sft": "dialogues", "dpo": "pairs"}
+ENDINGS = (".jsonl", ".jsonl.gz")
+
+
+def convert(reader: ForeignReader, files: list[Path], output: Path, overwrite: bool) -> Report:
+    """Write every usable record; UserError where none is."""
+    report = Report()
+    with new_text_file(output, "--output", overwrite) as file:
+        for item in tqdm(reader.read(files), unit=" records", disable=not sys.stderr.isatty()):
+            report.read += 1
+            if isinstance(item, BadRecord):
+                report.drop(item)
+            else:
+                file.write(guide_line(item))
+        if not report.kept:
+            raise UserError(nothing_kept(report, reader))
+    return report
+
+
+def nothing_kept(report: Report, reader: ForeignReader) -> str:
+    if not report.read:
+        return "--input: there are no records in it"
+    lines = [f"none of {report.read:,} records can be used:", *dropped_lines(report), *reader.found()]
+    if "unknown keys" in report.dropped or "no pair" in report.dropped:
+        lines.append(f"say which columns are meant: {reader.column_flags}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags, convert, say what was kept, dropped and found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--input", required=True, help="a file, or a folder and all below it")
+    parser.add_argument("--output", required=True, type=Path, help="the new .jsonl file, or .jsonl.gz")
+    parser.add_argument("--format", required=True, choices=tuple(KINDS), help="sft: dialogues; dpo: preference pairs")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    add_reading_flags(parser)
+    args = parser.parse_args(argv)
+
+    reader = reader_of(args, KINDS[args.format])
+    if not args.output.name.lower().endswith(ENDINGS):
+        raise UserError(f"--output {args.output}: one record a line is written; let it end in {' or '.join(ENDINGS)}")
+    files, unread = find_files(args.input, "--input")
+    refuse_same(files, args.output, "--output")
+    report = convert(reader, files, args.output, args.overwrite)
+
+    print(f"{args.output}: {report.summary()}")
+    for line in [*dropped_lines(report), *reader.found(), *unread_lines(unread)]:
+        print(line)
+
+
+if __name__ == "__main__":
+    run_script(main)

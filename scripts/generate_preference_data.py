@@ -1,0 +1,513 @@
+"""Make preference pairs of dialogues: the reply in the data is chosen, and a worse one rejected.
+
+Without a model, the rejected replies are bad in four ways, each as often: another question's answer, cut off, vague,
+repeating itself. Half of all are longer than the chosen one, so that length tells nothing. With `--model`, the
+model's own replies are rejected: of several to a prompt, the one that is the least like the reply in the data, or
+with `--reward_model` the best-scored of them is chosen over the worst. System prompts and earlier turns are kept; of
+a dialogue of several turns, the pair is about its longest reply.
+
+    python scripts/generate_preference_data.py --sft_data data/finetune/train.jsonl \\
+        --output_file data/reward/preference_data.jsonl --num_samples 5000
+    python scripts/generate_preference_data.py --sft_data data/finetune/train.jsonl \\
+        --output_file data/reward/own_mistakes.jsonl --num_samples 2000 \\
+        --model outputs-sft-qwen2.5-3b/checkpoint-best --reward_model outputs-rm-qwen2.5-3b/checkpoint-best
+"""
+
+import argparse
+import random
+import re
+import statistics
+import sys
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_forms import dropped_lines, guide_line, unread_lines
+from errors import UserError, run_script
+from output_files import new_text_file, refuse_same
+from records import BadRecord, Dialogue, Pair, Report, Unusable, find_files, read_dialogues
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from generation import Reply
+    from template import ChatTemplate
+
+ENDINGS = (".jsonl", ".jsonl.gz")
+
+# ---------------------------------------------------------------- which replies
+
+
+def draw_prompts(files: Sequence[Path], num_samples: int, seed: int) -> tuple[list[Pair], Report]:
+    """`num_samples` of the dialogues, each equally likely, as pairs that still lack a rejected reply, in their order.
+
+    No more than these are held at a time (reservoir sampling, Vitter 1985).
+    """
+    report, rng = Report(), random.Random(seed)
+    drawn: list[tuple[int, Pair]] = []
+    n_usable = 0
+    for result in tqdm(read_dialogues(files), unit=" records", disable=not sys.stderr.isatty()):
+        report.read += 1
+        try:
+            prompt = prompt_of(result)
+        except Unusable as error:
+            report.drop(BadRecord(result.source, error.reason, error.detail))
+            continue
+        n_usable += 1
+        place = len(drawn) if len(drawn) < num_samples else rng.randrange(n_usable)
+        if place < num_samples:
+            drawn[place : place + 1] = [(n_usable, prompt)]
+    return [prompt for _, prompt in sorted(drawn, key=lambda numbered: numbered[0])], report
+
+
+def prompt_of(result: Dialogue | BadRecord) -> Pair:
+    """What was said up to the longest reply, and that reply as the chosen one; raises Unusable."""
+    if isinstance(result, BadRecord):
+        raise Unusable(result.reason, result.detail)
+    messages = result.messages
+    if result.tools or any(message.get("tool_calls") for message in messages):
+        raise Unusable("uses tools", "a pair has no place for tools")
+    replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    # The last turn is often a mere "you are welcome".
+    longest = max(replies, key=lambda index: len(messages[index]["content"]))
+    return Pair(messages[:longest], messages[longest]["content"], "", None, result.source)
+
+
+# ---------------------------------------------------------------- rejected replies without a model
+
+VAGUE = {
+    "zh": """
+这个问题不太好回答，要看具体情况。
+一般来说问题不大，不用太担心。
+可以先观察一段时间再说。
+每个人的情况都不一样，没有统一的答案。
+平时多留意自己的身体就可以了。
+保持良好的生活习惯总是有好处的。
+如果觉得有必要，可以去看看。
+适当休息，放松心情。
+这种情况很常见，很多人都有过。
+有时候会好，有时候也不一定。
+饮食上注意一些，具体也说不好。
+可以试试一些常用的方法。
+建议您多了解一些这方面的知识。
+总之要综合考虑各方面的因素。
+原因可能有很多，不能一概而论。
+过几天看看有没有变化吧。
+不同的说法都有，仅供您参考。
+身体好了，自然就没事了。
+该怎么做，您自己决定就好。
+希望我的回答对您有帮助。
+遇到这种问题不要着急。
+多运动，少熬夜，差不多就行。
+""".strip().splitlines(),
+    "en": """
+It is hard to say without knowing more.
+This is usually nothing to worry about.
+Everybody is different.
+You could wait a while and see how it goes.
+There can be many reasons for this.
+A healthy way of life always helps.
+Some people find that it gets better, others do not.
+Just listen to your body.
+It depends on a number of things.
+You may want to look into it further at some point.
+Try to rest and not to think about it too much.
+There are different opinions on this question.
+In general, it is good to be careful.
+Do whatever feels right to you.
+Something simple may well be enough.
+It is a common question, and many people ask it.
+Time will tell.
+Eating well and sleeping enough is never wrong.
+You can always ask somebody about it.
+I hope that this helps.
+All in all, several points have to be considered.
+Whether that applies here is difficult to judge.
+""".strip().splitlines(),
+}
+
+
+def language_of(text: str) -> str:
+    return "zh" if len(re.findall("[\u4e00-\u9fff]", text)) > len(text) / 10 else "en"
+
+
+class Answers:
+    """The replies of all prompts, by language and length."""
+
+    def __init__(self, prompts: Iterable[Pair]):
+        self.by_language: dict[str, list[tuple[int, str, str]]] = {"zh": [], "en": []}
+        for prompt in prompts:
+            entry = (len(prompt.chosen), prompt.chosen, prompt.messages[-1]["content"])
+            self.by_language[language_of(prompt.chosen)].append(entry)
+        for entries in self.by_language.values():
+            entries.sort()
+
+    def about_something_else(self, prompt: Pair, length: int, rng: random.Random) -> str | None:
+        """A reply of about that length to another question, which says something else."""
+        entries = self.by_language[language_of(prompt.chosen)]
+        middle = bisect_left(entries, (length,))
+        around = entries[max(0, middle - 20) : middle + 20]
+        least = (0.8, None)
+        for _, answer, question in rng.sample(around, len(around)):
+            if question != prompt.messages[-1]["content"]:
+                least = min(least, (likeness(answer, prompt.chosen), answer), key=lambda found: found[0])
+                if least[0] < 0.5:
+                    break
+        return least[1]
+
+
+def reject_another_answer(prompt: Pair, length: int, answers: Answers, rng: random.Random) -> str | None:
+    """A sound answer to another question."""
+    return answers.about_something_else(prompt, length, rng)
+
+
+def reject_vague(prompt: Pair, length: int, answers: Answers, rng: random.Random) -> str | None:
+    """Sentences that are true of everything, as many as come closest to the length."""
+    language = language_of(prompt.chosen)
+    space = "" if language == "zh" else " "
+    text = ""
+    for sentence in rng.sample(VAGUE[language], len(VAGUE[language])):
+        longer = f"{text}{space if text else ''}{sentence}"
+        if text and abs(len(longer) - length) > abs(len(text) - length):
+            break
+        text = longer
+    return text
+
+
+def reject_cut_off(prompt: Pair, length: int, answers: Answers, rng: random.Random) -> str | None:
+    """The reply that breaks off in the middle of a phrase."""
+    text = prompt.chosen
+    for end in range(min(length, len(text) - 1), 3, -1):
+        if text[end - 1].isalnum() and text[end].isalnum():
+            return text[:end]
+    return None
+
+
+def reject_repeats(prompt: Pair, length: int, answers: Answers, rng: random.Random) -> str | None:
+    """The beginning of the reply over and over."""
+    phrases = re.findall(r"[^，。；：、！？,.;:!?\n]+[，。；：、！？,.;:!?\n]*\s*", prompt.chosen)
+    unit = ""
+    for phrase in phrases:
+        if unit and len(unit) + len(phrase) > length / 2:
+            break
+        unit += phrase
+    return (unit * max(2, round(length / len(unit)))).strip() if unit else None
+
+
+FAILURES: dict[str, Callable[[Pair, int, Answers, random.Random], str | None]] = {
+    "another answer": reject_another_answer,
+    "vague": reject_vague,
+    "cut off": reject_cut_off,
+    "repeats": reject_repeats,
+}
+# Each failure twice, and half of all longer than the chosen reply, though what is cut off is always shorter.
+PLAN = [
+    *(("another answer", True), ("another answer", False), ("vague", True), ("vague", False)),
+    *(("cut off", False), ("cut off", False), ("repeats", True), ("repeats", True)),
+]
+
+
+def build_pairs(prompts: Sequence[Pair], seed: int) -> Iterator[tuple[Pair | BadRecord, str]]:
+    """Each prompt with a rejected reply, and the failure it has."""
+    rng = random.Random(seed)
+    answers = Answers(prompts)
+    n_made: Counter[str] = Counter()
+    plan: list[tuple[str, bool]] = []
+    for prompt in prompts:
+        plan = plan or rng.sample(PLAN, len(PLAN))
+        planned, is_longer = plan.pop()
+        length = round(len(prompt.chosen) * (rng.uniform(1.08, 1.6) if is_longer else rng.uniform(0.6, 0.92)))
+        # Where the planned failure is impossible, as to cut one word off, the rarest that is possible.
+        for failure in [planned, *sorted(FAILURES.keys() - {planned}, key=lambda name: (n_made[name], name))]:
+            rejected = FAILURES[failure](prompt, length, answers, rng)
+            if rejected and rejected != prompt.chosen:
+                n_made[failure] += 1
+                yield replace(prompt, rejected=rejected), failure
+                break
+        else:
+            yield BadRecord(prompt.source, "nothing to reject", f"no failure can be made of {prompt.chosen!r:.40}"), ""
+
+
+def likeness(text: str, other: str) -> float:
+    """The share of pairs of neighbouring characters that two texts have in common, 0 to 1."""
+    first, second = (Counter(pairwise(words)) for words in (text, other))
+    total = first.total() + second.total()
+    return 2 * (first & second).total() / total if total else 0.0
+
+
+# ---------------------------------------------------------------- rejected replies of a model
+
+
+class Sampler:
+    """A model that answers prompts several times, and the reward model that judges the answers if there is one."""
+
+    def __init__(self, args: argparse.Namespace):
+        from generation import Decoding
+        from tokenization import stop_token_ids
+
+        self.decoding = Decoding(
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p if args.temperature else 1.0,
+        )
+        self.num_replies = args.num_replies
+        self.batch_size = args.batch_size
+        self.model, self.tokenizer, self.chat_template = load_speaker(args)
+        self.stop_ids = stop_token_ids(self.tokenizer, self.chat_template)
+        self.context = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+        self.judge = Judge(args) if args.reward_model else None
+
+    def pairs(self, prompts: Sequence[Pair]) -> Iterator[tuple[Pair | BadRecord, str]]:
+        """Each prompt with the model's reply that is to be rejected."""
+        from generation import generate_replies
+
+        # Some batches at a time: sorted by length, and no more replies are held.
+        step = max(1, 16 * self.batch_size // self.num_replies)
+        for start in range(0, len(prompts), step):
+            asked: list[tuple[Pair, list[int]]] = []
+            for prompt in prompts[start : start + step]:
+                try:
+                    asked.append((prompt, self.encode(prompt)))
+                except Unusable as error:
+                    yield BadRecord(prompt.source, error.reason, error.detail), ""
+            rows = [ids for _, ids in asked for _ in range(self.num_replies)]
+            replies = generate_replies(
+                self.model, self.tokenizer, rows, self.stop_ids, self.decoding, batch_size=self.batch_size
+            )
+            for number, (prompt, _) in enumerate(asked):
+                own = replies[number * self.num_replies : (number + 1) * self.num_replies]
+                try:
+                    yield (self.judge.pair(prompt, own) if self.judge else least_like(prompt, own)), "the model's"
+                except Unusable as error:
+                    yield BadRecord(prompt.source, error.reason, error.detail), ""
+
+    def encode(self, prompt: Pair) -> list[int]:
+        from tokenization import encode_prompt, refuse_control_tokens
+
+        refuse_control_tokens(self.chat_template, prompt.messages, None)
+        ids = encode_prompt(self.tokenizer, self.chat_template, prompt.messages)
+        if len(ids) + self.decoding.max_new_tokens > self.context:
+            raise Unusable(
+                "prompt too long",
+                f"{len(ids)} tokens and --max_new_tokens {self.decoding.max_new_tokens} exceed the model's context "
+                f"of {self.context}",
+            )
+        return ids
+
+
+def least_like(prompt: Pair, replies: Sequence["Reply"]) -> Pair:
+    """The reply in the data over the one that differs most from it, the longest of several such."""
+    texts = [reply.text for reply in replies if reply.text and reply.text != prompt.chosen]
+    if not texts:
+        raise Unusable("nothing to reject", "the model's replies are empty or the one in the data")
+    return replace(prompt, rejected=min(texts, key=lambda text: (likeness(text, prompt.chosen), -len(text))))
+
+
+class Judge:
+    """A reward model: a sequence classifier with one output, or its LoRA adapter."""
+
+    def __init__(self, args: argparse.Namespace):
+        from model_loading import base_of, is_adapter, load_reward_model
+
+        path = args.reward_model
+        self.tokenizer, self.chat_template = load_words(path, "--reward_model", args)
+        adapter = path if is_adapter(path) else None
+        model = load_reward_model(base_of(path), adapter, flag="--reward_model", **loading_options(args))
+        self.model = on_device(model)
+        self.batch_size = args.batch_size
+        self.context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+
+    def pair(self, prompt: Pair, replies: Sequence["Reply"]) -> Pair:
+        """The best over the worst reply, with the difference of their scores as margin."""
+        ended = {reply.text: reply.ended for reply in replies if reply.text}
+        scores = dict(zip(ended, self.scores(prompt, list(ended)), strict=True))
+        whole = [text for text in ended if ended[text]]  # a reply that was cut is no model to follow
+        if not whole:
+            raise Unusable("no whole reply", "every reply was cut; raise --max_new_tokens")
+        best, worst = max(whole, key=scores.get), min(ended, key=scores.get)
+        if scores[best] <= scores[worst]:
+            raise Unusable("nothing to reject", "the replies are the same or score the same")
+        return replace(prompt, chosen=best, rejected=worst, margin=round(scores[best] - scores[worst], 4))
+
+    def scores(self, prompt: Pair, replies: Sequence[str]) -> list[float]:
+        """The score of each reply, read at the token that ends it."""
+        import torch
+
+        from tokenization import IGNORED_LABEL, encode_dialogue
+
+        rows = []
+        for reply in replies:
+            messages = [*prompt.messages, {"role": "assistant", "content": reply}]
+            ids, labels = encode_dialogue(self.tokenizer, self.chat_template, messages, max_length=self.context)
+            end = max(index for index, label in enumerate(labels) if label != IGNORED_LABEL)
+            rows.append({"input_ids": ids[: end + 1]})
+        scores: list[float] = []
+        for start in range(0, len(rows), self.batch_size):
+            batch = self.tokenizer.pad(rows[start : start + self.batch_size], return_tensors="pt")
+            with torch.no_grad():
+                logits = self.model(**batch.to(self.model.device)).logits
+            scores += logits.float().squeeze(-1).tolist()
+        return scores
+
+
+def load_speaker(args: argparse.Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", "ChatTemplate"]:
+    """The model that answers, its tokenizer and template, checked to belong together."""
+    from model_loading import (
+        base_of,
+        check_vocabulary,
+        is_adapter,
+        load_base_model,
+        load_config,
+        load_with_adapter,
+        read_adapter_config,
+    )
+
+    tokenizer, chat_template = load_words(args.model, "--model", args)
+    is_classifier = is_adapter(args.model) and read_adapter_config(args.model).task_type == "SEQ_CLS"
+    kinds = load_config(base_of(args.model), flag="--model", cache_dir=args.cache_dir).architectures or []
+    if is_classifier or any("SequenceClassification" in kind for kind in kinds):
+        raise UserError(f"--model {args.model}: a reward model, which scores replies and writes none")
+    options = loading_options(args)
+    if is_adapter(args.model):
+        model = load_with_adapter(base_of(args.model), args.model, **options)
+    else:
+        model = load_base_model(args.model, flag="--model", **options)
+    model = on_device(model)
+    check_vocabulary(tokenizer, model)
+    return model, tokenizer, chat_template
+
+
+def load_words(path: str, flag: str, args: argparse.Namespace) -> tuple["PreTrainedTokenizerBase", "ChatTemplate"]:
+    """A model's tokenizer and the template it was trained with, or the one that --template_name names."""
+    from model_loading import check_model_path, load_tokenizer, read_lineage
+    from tokenization import load_chat_template
+
+    check_model_path(path, flag)
+    tokenizer = load_tokenizer(path, flag=flag, cache_dir=args.cache_dir)
+    lineage = read_lineage(path)
+    recorded = lineage.template if lineage and tokenizer.chat_template is None else ""
+    return tokenizer, load_chat_template(tokenizer, args.template_name or recorded or None)
+
+
+def loading_options(args: argparse.Namespace) -> dict:
+    """How weights are loaded for use: on the GPU as the flags say, without one in float32."""
+    import torch
+
+    return {
+        "torch_dtype": args.torch_dtype if torch.cuda.is_available() else "float32",
+        "load_in_4bit": args.load_in_4bit,
+        "load_in_8bit": args.load_in_8bit,
+        "cache_dir": args.cache_dir,
+    }
+
+
+def on_device(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The model on the GPU, if there is one and loading has not put it there."""
+    import torch
+
+    if torch.cuda.is_available() and not hasattr(model, "hf_device_map"):
+        model.to("cuda")
+    return model.eval()
+
+
+# ---------------------------------------------------------------- main
+
+
+def write_pairs(made: Iterable[tuple[Pair | BadRecord, str]], n_prompts: int, args: argparse.Namespace) -> list[str]:
+    """Write the pairs; returns what to say of them. UserError where none could be made."""
+    report, failures = Report(), Counter()
+    chosen_lengths, rejected_lengths, margins = [], [], []
+    with new_text_file(args.output_file, "--output_file", args.overwrite) as file:
+        for item, failure in tqdm(made, total=n_prompts, unit=" pairs", disable=not sys.stderr.isatty()):
+            report.read += 1
+            if isinstance(item, BadRecord):
+                report.drop(item)
+                continue
+            file.write(guide_line(item))
+            failures[failure] += 1
+            chosen_lengths.append(len(item.chosen))
+            rejected_lengths.append(len(item.rejected))
+            margins += [] if item.margin is None else [item.margin]
+        if not report.kept:
+            raise UserError("\n".join(["no pair could be made:", *dropped_lines(report)]))
+    longer = sum(r > c for c, r in zip(chosen_lengths, rejected_lengths, strict=True)) / report.kept
+    return [
+        f"{args.output_file}: {report.kept:,} pairs",
+        *dropped_lines(report),
+        "rejected: " + ", ".join(f"{count:,} {failure}" for failure, count in failures.most_common()),
+        f"characters, median: {statistics.median(chosen_lengths):g} chosen, {statistics.median(rejected_lengths):g} "
+        f"rejected; the rejected reply is the longer one in {longer:.0%}",
+        *([f"margin, median: {statistics.median(margins):.4g}"] if margins else []),
+    ]
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse in one line what cannot be meant."""
+    if not args.output_file.name.lower().endswith(ENDINGS):
+        raise UserError(f"--output_file {args.output_file}: one pair a line is written; let it end in .jsonl")
+    for name in ("num_samples", "num_replies", "batch_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: give a number of at least 1")
+    if args.reward_model and not args.model:
+        raise UserError("--reward_model judges the replies of a model: name that with --model")
+    if args.reward_model and args.num_replies < 2:
+        raise UserError("--num_replies 1: a reward model needs several to choose from")
+    if args.num_replies > 1 and args.temperature == 0:
+        raise UserError(f"--temperature 0: all {args.num_replies} replies would be the same; give more than 0")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags, draw the prompts, make the pairs, say what they are like."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sft_data", required=True, help="dialogues: a file, or a folder and all below it")
+    parser.add_argument("--output_file", required=True, type=Path, help="the new .jsonl file, or .jsonl.gz")
+    parser.add_argument("--num_samples", type=int, default=5000, help="pairs, drawn from all dialogues")
+    parser.add_argument("--seed", type=int, default=42, help="of all that is drawn")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    group = parser.add_argument_group("replies of a model")
+    group.add_argument("--model", help="hub name or folder of a model, or folder of a LoRA adapter")
+    group.add_argument("--reward_model", help="a classifier with one output or its LoRA adapter, which judges them")
+    group.add_argument("--num_replies", type=int, default=4, help="of the model to each prompt")
+    group.add_argument("--template_name", help="named prompt template instead of the tokenizer's own")
+    group.add_argument("--max_new_tokens", type=int, default=512, help="a reply is cut after so many tokens")
+    group.add_argument("--temperature", type=float, default=0.8, help="above 0; higher draws less likely words")
+    group.add_argument("--top_p", type=float, default=0.95, help="share of the chance that is drawn from")
+    group.add_argument("--batch_size", type=int, default=16, help="replies written or judged at a time")
+    group.add_argument("--torch_dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    group.add_argument("--load_in_4bit", action="store_true", help="base weights in 4-bit NF4 (bitsandbytes)")
+    group.add_argument("--load_in_8bit", action="store_true", help="base weights in 8 bit (bitsandbytes)")
+    group.add_argument("--cache_dir", help="folder for downloaded models")
+    args = parser.parse_args(argv)
+    check_flags(args)
+
+    files, unread = find_files(args.sft_data, "--sft_data")
+    refuse_same(files, args.output_file, "--output_file")
+    prompts, report = draw_prompts(files, args.num_samples, args.seed)
+    if not prompts:
+        raise UserError("\n".join([f"--sft_data {args.sft_data}: no usable dialogue in it", *dropped_lines(report)]))
+    for line in [f"{args.sft_data}: {report.summary()}", *dropped_lines(report), *unread_lines(unread)]:
+        print(line)
+    if len(prompts) < args.num_samples:
+        print(f"--num_samples {args.num_samples:,}: there are only {len(prompts):,} to draw from")
+
+    if args.model:
+        from transformers import set_seed
+
+        set_seed(args.seed)
+        made = Sampler(args).pairs(prompts)
+    else:
+        made = build_pairs(prompts, args.seed)
+    for line in write_pairs(made, len(prompts), args):
+        print(line)
+
+
+if __name__ == "__main__":
+    run_script(main)

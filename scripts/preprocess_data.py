@@ -1,0 +1,671 @@
+"""Clean records, remove copies and near copies, and split the rest for training and validation.
+
+Reads dialogues, preference pairs or pretraining text in every form that the stages read, and writes the guide's:
+
+    python scripts/preprocess_data.py --input_dir data/finetune --output_dir data/finetune_processed
+
+    data/finetune_processed/train/dialogues.jsonl
+    data/finetune_processed/validation/dialogues.jsonl   no question of it is nearly one of the training part
+    data/finetune_processed/lengths.png                  a histogram
+    data/finetune_processed.report.json                  what was changed and left out; beside the folder, since a
+                                                         stage takes every .json in it for records
+
+With --model_name_or_path, lengths are in tokens, dialogues over --model_max_length are left out, and those that stay
+are tokenized into the cache of supervised_finetuning.py: with the same settings, it starts to train at once.
+
+Memory grows by about 200 bytes a record, however long it is; a cache takes what the stage would take to make it.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import html
+import json
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_forms import (
+    READERS,
+    Kind,
+    add_token_flags,
+    dropped_lines,
+    find_kind,
+    guide_line,
+    is_plain_text,
+    question_of,
+    settle_token_flags,
+    words_of,
+)
+from errors import UserError, run_script
+from near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Groups, bare_text
+from output_files import new_folder, new_text_file, refuse_same
+from records import BadRecord, Dialogue, Document, Pair, Report, Unusable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from template import ChatTemplate
+
+Record = Dialogue | Pair | Document
+
+# Records compared at a time: more take memory, fewer take time.
+BATCH = 1024
+# Held out unless --validation_size says otherwise, but never more than a tenth.
+VALIDATION_SIZE = 500
+
+# ---------------------------------------------------------------- cleaning: each step takes a text and returns one
+
+_TAG = re.compile(
+    r"<(/?)(a|abbr|b|big|blockquote|body|br|center|dd|div|dl|dt|em|font|h[1-6]|head|hr|html|i|iframe|img|li|meta|ol"
+    r"|p|pre|section|small|span|strike|strong|sub|sup|table|tbody|td|tfoot|th|thead|tr|u|ul)"
+    # Attributes with a value only: `x<a and b>c` is no tag.
+    r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>]+))*\s*/?>""",
+    re.IGNORECASE,
+)
+_BLOCK_TAG = re.compile("blockquote|br|d[dtl]|div|h[1-6r]|li|[ou]l|p|section|table|tr")
+_UNSEEN_HTML = re.compile(r"<!--.*?-->|<(script|style)\b[^>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});", re.IGNORECASE)
+
+
+def without_html(text: str) -> str:
+    """Tags that format are left out (a power keeps its ^, a new block starts a line); entities become characters."""
+    if "&" in text:
+        for _ in range(2):  # &amp;nbsp; is common
+            text = _ENTITY.sub(lambda match: html.unescape(match[0]), text)
+    if "<" in text:
+        text = _UNSEEN_HTML.sub("", text)
+        text = _TAG.sub(_instead_of_tag, text)
+    return text
+
+
+def _instead_of_tag(match: re.Match) -> str:
+    slash, name = match[1], match[2].lower()
+    if slash:
+        return ""
+    if name == "sup":
+        return "^"
+    return " " if name in ("td", "th") else "\n" if _BLOCK_TAG.fullmatch(name) else ""
+
+
+_CONTROL = re.compile(
+    "\r\n|[\0-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ufff9-\ufffb]"
+)
+_LINE_ENDS = dict.fromkeys(("\r\n", "\r", "\x0b", "\x0c", "\x85", "\u2028", "\u2029"), "\n")
+
+
+def without_control_characters(text: str) -> str:
+    """Control characters, marks of direction and blanks without width are left out; the joiners of emoji stay."""
+    return _CONTROL.sub(lambda match: _LINE_ENDS.get(match[0], ""), text)
+
+
+def in_nfc(text: str) -> str:
+    """Unicode NFC: one code for a character with its accents. Full-width characters stay what they are."""
+    return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
+
+
+# Two of a Chinese mark are one too many; of an ASCII mark three are, since code has two.
+_REPEATED = re.compile(r"([，、；：。！？])\1+|([!?,;~～])\2{2,}|(\.{3})\.+|(…{2})…+|(—{2})—+")
+
+
+def without_repeated_punctuation(text: str) -> str:
+    return _REPEATED.sub(lambda match: match[match.lastindex], text)
+
+
+_LINE_END_BLANKS = re.compile(r"(?<![ \t\u3000])[ \t\u3000]+(?=\n)")
+_WIDE_GAPS = re.compile(r"(?<=\S)[ \t\u3000]{2,}")
+_EMPTY_LINES = re.compile(r"\n{3,}")
+
+
+def without_idle_blanks(text: str) -> str:
+    """One blank between words, none before a line's end, at most one empty line; what indents a line stays."""
+    text = _LINE_END_BLANKS.sub("", text.replace("\u00a0", " "))
+    return _EMPTY_LINES.sub("\n\n", _WIDE_GAPS.sub(" ", text))
+
+
+# HTML first: an entity may stand for anything that the other steps look for.
+STEPS: dict[str, Callable[[str], str]] = {
+    "HTML remains": without_html,
+    "control characters": without_control_characters,
+    "Unicode NFC": in_nfc,
+    "repeated punctuation": without_repeated_punctuation,
+    "idle blanks": without_idle_blanks,
+}
+STEPS_IN_CODE = ("control characters", "Unicode NFC")
+# In a dialogue a whole page is what was asked for, and no remains of one.
+_PAGE = re.compile(r"<!doctype\b|<html\b", re.IGNORECASE)
+
+# ---------------------------------------------------------------- masking
+
+# With the separators people type; not as a part of a longer number.
+_PERSONAL = {
+    "ID numbers": re.compile(
+        r"(?<![0-9])[1-9]\d{5}(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[\dXx](?![0-9A-Za-z])"
+    ),
+    "mobile numbers": re.compile(r"(?<![0-9])(?<![0-9]\.)(?:(?:\+|00)?86[- ]?)?1[3-9]\d(?:[- ]?\d{4}){2}(?![0-9])"),
+    "e-mail addresses": re.compile(
+        r"(?<![\w.+-])[A-Za-z0-9](?:[\w.+-]{0,63})@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w-])", re.ASCII
+    ),
+}
+_MASKS = {
+    "ID numbers": ("[身份证号]", "[ID number]"),
+    "mobile numbers": ("[手机号]", "[mobile number]"),
+    "e-mail addresses": ("[邮箱]", "[e-mail]"),
+}
+# One character for one, so that what is found stands at the same place.
+_ASCII_DIGITS = str.maketrans("０１２３４５６７８９＠．－＋Ｘｘ", "0123456789@.-+Xx")
+_CHINESE = re.compile("[\u4e00-\u9fff]")
+
+
+def mask_personal_data(text: str) -> tuple[str, list[str]]:
+    """The text with placeholders in its own language, and the kinds of data they stand for."""
+    found = []
+    for kind, pattern in _PERSONAL.items():
+        spans = [match.span() for match in pattern.finditer(text.translate(_ASCII_DIGITS))]
+        for start, end in reversed(spans):
+            mask = _MASKS[kind][0 if _CHINESE.search(text) else 1]
+            text = text[:start] + mask + text[end:]
+        found += [kind] * len(spans)
+    return text, found
+
+
+# ---------------------------------------------------------------- one record
+
+
+class Cleaner:
+    """Cleans records, and counts those in which each step changed something."""
+
+    def __init__(self, mask: bool):
+        self.changed: Counter[str] = Counter()
+        self.masked: Counter[str] = Counter()
+        self._mask = mask
+        self._changes: set[str] = set()
+
+    def __call__(self, record: Record) -> Record:
+        """Raises Unusable where nothing is left of a text, or two replies are the same now."""
+        self._changes = set()
+        if isinstance(record, Document):
+            cleaned = Document(self._words(record.text, "the text", pages_stay=False), record.source)
+        else:
+            messages = [self._message(message, f"turn {n}") for n, message in enumerate(record.messages, 1)]
+            messages = [m for m in messages if m["content"] or m.get("tool_calls") or m["role"] == "tool"]
+            cleaned = dataclasses.replace(record, messages=messages)
+        if isinstance(cleaned, Pair):
+            chosen, rejected = (self._words(getattr(record, name), f"{name} reply") for name in ("chosen", "rejected"))
+            if chosen == rejected:
+                raise Unusable("same replies after cleaning", "chosen and rejected differed in what was cleaned only")
+            cleaned = dataclasses.replace(cleaned, chosen=chosen, rejected=rejected)
+        self.changed.update(self._changes)
+        return cleaned
+
+    def _message(self, message: dict, where: str) -> dict:
+        if message["role"] == "tool":  # a machine's words, which may be code
+            return message | {"content": self._without_personal_data(message["content"])}
+        is_needed = message["role"] != "system" and not message.get("tool_calls")
+        cleaned = message | {"content": self._words(message["content"], f"{where} ({message['role']})", is_needed)}
+        if self._mask and message.get("tool_calls"):
+            cleaned["tool_calls"] = self._masked_values(message["tool_calls"])
+        return cleaned
+
+    def _words(self, text: str, where: str, is_needed: bool = True, pages_stay: bool = True) -> str:
+        parts = text.split("```")
+        for number, part in enumerate(parts):
+            is_code = number % 2 == 1 or (pages_stay and _PAGE.search(part))
+            for name in STEPS_IN_CODE if is_code else STEPS:
+                before, part = part, STEPS[name](part)
+                if part != before:
+                    self._changes.add(name)
+            parts[number] = part
+        cleaned = self._without_personal_data("```".join(parts)).strip()
+        if is_needed and not cleaned:
+            raise Unusable("empty after cleaning", f"{where} was {text[:40]!r}")
+        return cleaned
+
+    def _without_personal_data(self, text: str) -> str:
+        if self._mask:
+            text, found = mask_personal_data(text)
+            self.masked.update(found)
+        return text
+
+    def _masked_values(self, value: object) -> object:
+        if isinstance(value, dict):
+            return {key: self._masked_values(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._masked_values(item) for item in value]
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            text = self._without_personal_data(str(value))
+            return value if text == str(value) else text
+        return value
+
+
+# ---------------------------------------------------------------- lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A stage's tokenizer, template and limits."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    chat_template: "ChatTemplate | None"
+    limits: dict
+
+    def length(self, record: Record) -> int:
+        """Tokens of a record. Raises Unusable where the stage would refuse it, leave it out or cut a reply."""
+        from tokenization import encode_dialogue, pair_lengths, token_length
+
+        if isinstance(record, Pair):
+            prompt, reply = pair_lengths(record, self.tokenizer, self.chat_template)
+            for length, what in ((prompt, "source"), (reply, "target")):
+                if length > self.limits[f"max_{what}_length"]:
+                    detail = f"{length} tokens, over --max_{what}_length {self.limits[f'max_{what}_length']}"
+                    raise Unusable("too long", detail)
+            return prompt + reply
+        length = token_length(record, self.tokenizer, self.chat_template)
+        if isinstance(record, Document) or length <= self.limits["max_length"]:  # documents are cut into blocks
+            return length
+        if self.limits["truncation"] == "drop":
+            raise Unusable("too long", f"{length} tokens, over --model_max_length {self.limits['max_length']}")
+        ids, _ = encode_dialogue(self.tokenizer, self.chat_template, record.messages, record.tools, **self.limits)
+        return len(ids)
+
+
+def load_encoder(args: argparse.Namespace, kind: Kind) -> Encoder:
+    """Load the tokenizer and, but for documents, its chat template."""
+    import transformers
+
+    from model_loading import load_tokenizer
+    from tokenization import load_chat_template
+
+    transformers.logging.set_verbosity_error()  # it would warn of each record that is over the tokenizer's own limit
+    hub_options = {"cache_dir": args.cache_dir, "trust_remote_code": args.trust_remote_code}
+    tokenizer = load_tokenizer(args.tokenizer, flag="--model_name_or_path", **hub_options)
+    chat_template = load_chat_template(tokenizer, args.template_name) if kind != "documents" else None
+    limits = {
+        "dialogues": {
+            "max_length": args.model_max_length,
+            "truncation": args.truncation,
+            "train_on_inputs": args.train_on_inputs == "True",
+        },
+        "pairs": {"max_source_length": args.max_source_length, "max_target_length": args.max_target_length},
+        "documents": {},
+    }
+    return Encoder(tokenizer, chat_template, limits[kind])
+
+
+# ---------------------------------------------------------------- first pass: clean, measure, leave copies out
+
+
+class KeptRecords:
+    """A temporary file of the records kept, a line each, and one of where they came from; gone when the block ends."""
+
+    def __init__(self, folder: Path, ending: str):
+        self.path = folder / f".kept{ending}"
+        self._sources_path = folder / ".sources"
+        self._lines = self.path.open("w", encoding="utf-8", newline="\n")
+        self._sources = self._sources_path.open("w", encoding="utf-8", newline="\n")
+        self._length = 0
+
+    def __enter__(self) -> "KeptRecords":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file, path in ((self._lines, self.path), (self._sources, self._sources_path)):
+            file.close()
+            path.unlink()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def flush(self) -> None:
+        self._lines.flush()
+        self._sources.flush()
+
+    def add(self, line: str, source: str) -> None:
+        self._lines.write(line)
+        self._sources.write(f"{source}\n")
+        self._length += 1
+
+    def source(self, number: int) -> str:
+        """Where a record came from, looked up in the file: for the few that the report shows."""
+        self.flush()
+        with self._sources_path.open(encoding="utf-8", newline="\n") as sources:
+            return next(islice(sources, number, None)).rstrip("\n")
+
+    def lines(self) -> Iterator[str]:
+        with self.path.open(encoding="utf-8", newline="\n") as lines:
+            yield from lines
+
+
+def clean_and_measure(
+    results: Iterable[Record | BadRecord], cleaner: Cleaner, measure: Callable[[Record], int], report: Report
+) -> Iterator[tuple[Record, int]]:
+    """The usable records, cleaned, and their lengths; the others are counted."""
+    for result in results:
+        report.read += 1
+        if isinstance(result, BadRecord):
+            report.drop(result)
+            continue
+        try:
+            record = cleaner(result)
+            yield record, measure(record)
+        except Unusable as fault:
+            report.drop(BadRecord(result.source, fault.reason, fault.detail))
+
+
+def keep_distinct(
+    records: Iterator[tuple[Record, int]], threshold: float | None, is_text: bool, kept: KeptRecords, report: Report
+) -> Counter[int]:
+    """Keep each record that is neither a copy of one kept before nor nearly one; the lengths of those."""
+    distinct, lengths = Distinct(threshold), Counter()
+    while batch := list(islice(records, BATCH)):
+        lines = [line_of(record, is_text) for record, _ in batch]
+        matches = distinct.keep([words_of(record) for record, _ in batch], exact=lines)
+        for (record, length), line, match in zip(batch, lines, matches, strict=True):
+            if match is None:
+                kept.add(line, record.source)
+                lengths[length] += 1
+            else:
+                reason = "duplicate" if match.is_copy else "near duplicate"
+                # Each look-up reads a file; the report shows three of a kind.
+                first = kept.source(match.number) if report.dropped[reason] < 3 else ""
+                detail = f"the same as {first}" if match.is_copy else f"{match.share:.0%} like {first}"
+                report.drop(BadRecord(record.source, reason, detail))
+    kept.flush()
+    return lengths
+
+
+def line_of(record: Record, is_text: bool) -> str:
+    """The guide's record as a line; of text from .txt files, the text."""
+    if not isinstance(record, Document):
+        return guide_line(record)
+    text = record.text.replace("\n", " ") if is_text else json.dumps({"text": record.text}, ensure_ascii=False)
+    return f"{text}\n"
+
+
+# ---------------------------------------------------------------- second pass: choose what validates
+
+
+def choose_validation(questions: Iterable[str], wanted: int, seed: int, threshold: float, shingle: int) -> np.ndarray:
+    """[number of questions] bool: the seeded choice of at most `wanted`, of groups of like questions always all.
+
+    Neither the order of the questions nor what else there is decides which groups come first.
+    """
+    groups, keys = Groups(threshold, shingle), []
+    questions = iter(questions)
+    while batch := list(islice(questions, BATCH)):
+        groups.add(batch)
+        digests = b"".join(hashlib.blake2b(f"{seed}:{bare_text(q)}".encode(), digest_size=8).digest() for q in batch)
+        keys.append(np.frombuffer(digests, dtype=np.uint64))
+    _, members, sizes = np.unique(groups.labels(), return_inverse=True, return_counts=True)
+    group_keys = np.zeros(len(sizes), dtype=np.uint64)
+    np.add.at(group_keys, members, np.concatenate(keys))  # the sum wraps, and so stays as random as its terms
+    chosen, left = np.zeros(len(sizes), dtype=bool), wanted
+    for group in np.argsort(group_keys):
+        if sizes[group] <= left:
+            chosen[group] = True
+            left -= sizes[group]
+        if not left:
+            break
+    return chosen[members]
+
+
+def number_to_hold_out(validation_size: float | None, n_records: int) -> int:
+    if validation_size is None:
+        return max(1, min(VALIDATION_SIZE, n_records // 10))
+    return int(validation_size) if validation_size >= 1 else round(validation_size * n_records)
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def write_parts(kept: KeptRecords, held_out: np.ndarray, folder: Path, name: str) -> dict[str, int]:
+    """Write train/NAME and, if anything is held out, validation/NAME; the number of records of each."""
+    masks = {"train": ~held_out} | ({"validation": held_out} if held_out.any() else {})
+    with ExitStack() as stack:
+        files = {}
+        for part in masks:
+            (folder / part).mkdir()
+            files[part] = stack.enter_context((folder / part / name).open("w", encoding="utf-8", newline="\n"))
+        for line, is_held_out in zip(kept.lines(), held_out.tolist(), strict=True):
+            files["validation" if is_held_out else "train"].write(line)
+    return {part: int(mask.sum()) for part, mask in masks.items()}
+
+
+def describe_lengths(lengths: Counter[int]) -> dict[str, int]:
+    """Percentiles of the lengths, each a length that occurs."""
+    values = np.array(sorted(lengths))
+    up_to = np.cumsum([lengths[value] for value in values.tolist()])
+    at = {"shortest": 0, "median": 0.5, "95 % at most": 0.95, "99 % at most": 0.99, "longest": 1}
+    return {name: int(values[np.searchsorted(up_to, share * up_to[-1])]) for name, share in at.items()}
+
+
+def save_histogram(path: Path, lengths: Counter[int], unit: str, limit: int | None) -> None:
+    """Draw how many records are how long; the longest hundredth is all in the last bar."""
+    from matplotlib.figure import Figure
+
+    end = describe_lengths(lengths)["99 % at most"] + 1
+    values = np.array(list(lengths))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(np.minimum(values, end), bins=min(60, end), range=(0, end), weights=list(lengths.values()))
+    if limit is not None and limit <= end:
+        axes.axvline(limit, color="black", linestyle="--", label=f"--model_max_length {limit}")
+        axes.legend()
+    axes.set(xlabel=f"{unit} a record (longer ones in the last bar)", ylabel="records", xlim=(0, end))
+    figure.savefig(path, format="png", dpi=120)
+
+
+def fill_cache(args: argparse.Namespace, encoder: Encoder, parts: dict[str, Path]) -> list[str]:
+    """Tokenize each part as supervised_finetuning.py does; one line a part."""
+    import datasets
+
+    from tokenization import cached_dialogues
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    # Without a validation part the stage, pointed at the same folder twice, holds one out itself.
+    held_out = "validation" not in parts
+    files = {"train": parts["train"], "eval": parts.get("validation", parts["train"])}
+    lines = []
+    for part, path in files.items():
+        dataset, *_, was_cached = cached_dialogues(
+            part,
+            [path],
+            encoder.tokenizer,
+            encoder.chat_template,
+            Path(args.cache_dir or "cache", "tokenized"),
+            held_out=held_out,
+            max_train_samples=args.max_train_samples,
+            max_eval_samples=args.max_eval_samples,
+            seed=args.seed,
+            num_workers=args.preprocessing_num_workers,
+            **encoder.limits,
+        )
+        how = "in the cache already" if was_cached else "tokenized into the cache"
+        lines.append(f"{part}: {len(dataset):,} dialogues, {sum(dataset['length']):,} tokens, {how}")
+    return lines
+
+
+# The script of each kind, and those of its flags that are known here.
+STAGES = {
+    "dialogues": ("supervised_finetuning.py", ("template_name", "model_max_length", "truncation", "train_on_inputs")),
+    "pairs": ("dpo_training.py", ("template_name", "max_source_length", "max_target_length")),
+    "documents": ("pretraining.py", ()),
+}
+
+
+def next_command(args: argparse.Namespace, kind: Kind, parts: dict[str, Path]) -> str:
+    """The command of the stage that reads what was written, with the settings that its cache was made for."""
+    script, names = STAGES[kind]
+    flags = {
+        "train_file_dir": parts["train"].parent,
+        "validation_file_dir": parts.get("validation", parts["train"]).parent,
+        "seed": args.seed,
+    }
+    if args.tokenizer:
+        names = (*names, "max_train_samples", "max_eval_samples", "cache_dir")
+        flags = {"model_name_or_path": args.tokenizer, **flags, **{name: getattr(args, name) for name in names}}
+    said = " ".join(f"--{name} {value}" for name, value in flags.items() if value is not None)
+    return f"python {script} {said} --do_train --do_eval ..."
+
+
+# ---------------------------------------------------------------- main
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--input_dir", required=True, help="a file, or a folder and all below it, of one kind of records")
+    add("--output_dir", required=True, type=Path, help="the new folder; the report is written beside it")
+    add("--overwrite", action="store_true", help="replace what this tool wrote there before")
+    add("--mask_personal_data", action="store_true", help="mask Chinese mobile and ID numbers, and e-mail addresses")
+    add(
+        "--near_duplicate_threshold",
+        type=float,
+        default=0.9,
+        help="leave out a record with this share of its runs of five characters in common with another; 1: copies only",
+    )
+    add("--min_length", type=int, default=1, help="characters, or with a tokenizer tokens, of the shortest record")
+    add(
+        "--validation_size",
+        type=float,
+        help=f"records to hold out, or a share below 1; 0: none (default: {VALIDATION_SIZE}, at most a tenth)",
+    )
+    add(
+        "--split_threshold",
+        type=float,
+        default=0.7,
+        help="questions with this share of their runs of three characters in common stay on one side",
+    )
+    add("--seed", type=int, default=42, help="of the split, and of what the stage draws")
+    group = parser.add_argument_group("lengths in tokens and the stage's cache; the flags are those of the stage")
+    add = group.add_argument
+    add_token_flags(group)
+    add("--truncation", choices=("drop", "cut_prompt_start", "cut_reply"), default="drop")
+    add("--train_on_inputs", nargs="?", choices=("True", "False"), const="True", default="False")
+    add("--max_train_samples", type=int)
+    add("--max_eval_samples", type=int)
+    add("--preprocessing_num_workers", type=int, default=1)
+    add("--cache_dir")
+    add("--trust_remote_code", action="store_true")
+    args = parser.parse_args(argv)
+
+    for name in ("near_duplicate_threshold", "split_threshold"):
+        if not 0 < getattr(args, name) <= 1:
+            raise UserError(f"--{name} {getattr(args, name)}: give a share above 0, and 1 at most")
+    size = args.validation_size
+    if size is not None and (size < 0 or (size > 1 and not size.is_integer())):
+        raise UserError(f"--validation_size {size}: give a number of records, or a share below 1")
+    return args
+
+
+def hold_out(args: argparse.Namespace, kind: Kind, kept: KeptRecords) -> np.ndarray:
+    """[number of records] bool. Raises UserError where one of the parts would be empty."""
+    wanted = number_to_hold_out(args.validation_size, len(kept))
+    if not wanted:
+        return np.zeros(len(kept), dtype=bool)
+    shingle = TEXT_SHINGLE if kind == "documents" else QUESTION_SHINGLE
+    records = progress(READERS[kind]([kept.path]), "comparing questions")
+    held_out = choose_validation(map(question_of, records), wanted, args.seed, args.split_threshold, shingle)
+    assert len(held_out) == len(kept), (len(held_out), len(kept))
+    if held_out.all() or not held_out.any():
+        raise UserError(
+            f"--validation_size: cannot hold out {wanted} of {len(kept)} records, since records with like questions "
+            "stay together; change it, raise --split_threshold, or give 0 to hold out none"
+        )
+    return held_out
+
+
+def progress(items: Iterable, what: str) -> Iterable:
+    return tqdm(items, desc=what, unit=" records", disable=not sys.stderr.isatty())
+
+
+def check_places(args: argparse.Namespace, files: Sequence[Path]) -> None:
+    """Refuse an output inside the input or over it: the next run would read what this one wrote."""
+    refuse_same(files, args.output_dir, "--output_dir")
+    if Path(args.input_dir).resolve() in args.output_dir.resolve().parents:
+        raise UserError(f"--output_dir {args.output_dir}: lies in --input_dir {args.input_dir}; write beside it")
+
+
+def nothing_kept(args: argparse.Namespace, report: Report) -> str:
+    lines = [f"--input_dir {args.input_dir}: {report.summary()}", *dropped_lines(report)]
+    if "unknown keys" in report.dropped:
+        lines.append("scripts/convert_data_format.py reads other forms and columns")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the flags, clean and keep, split, write, fill the cache, say what was done."""
+    args = parse_args(argv)
+    kind, files, unread = find_kind(args.input_dir, "--input_dir")
+    notes = settle_token_flags(args, kind)
+    check_places(args, files)
+    encoder = load_encoder(args, kind) if args.tokenizer else None
+    unit = "tokens" if encoder else "characters"
+    is_text = kind == "documents" and all(map(is_plain_text, files))
+    name = f"{kind}.txt" if is_text else f"{kind}.jsonl"
+    report_file = args.output_dir.parent / f"{args.output_dir.resolve().name}.report.json"
+    report, cleaner = Report(), Cleaner(args.mask_personal_data)
+
+    def measure(record: Record) -> int:
+        length = encoder.length(record) if encoder else len(words_of(record))
+        if length < args.min_length:
+            raise Unusable("too short", f"{length} {unit}, under --min_length {args.min_length}")
+        return length
+
+    with (
+        new_text_file(report_file, "--output_dir", args.overwrite) as written_report,
+        new_folder(args.output_dir, "--output_dir", args.overwrite) as folder,
+    ):
+        with KeptRecords(folder, Path(name).suffix) as kept:
+            records = clean_and_measure(progress(READERS[kind](files), "cleaning"), cleaner, measure, report)
+            threshold = args.near_duplicate_threshold if args.near_duplicate_threshold < 1 else None
+            lengths = keep_distinct(records, threshold, is_text, kept, report)
+            if not kept:
+                raise UserError(nothing_kept(args, report))
+            sizes = write_parts(kept, hold_out(args, kind, kept), folder, name)
+        save_histogram(folder / "lengths.png", lengths, unit, encoder and encoder.limits.get("max_length"))
+        told = {
+            "kind": kind,
+            "files": len(files),
+            "flags": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+            **report.as_dict(),
+            "kept": report.kept,
+            "cleaned": dict(cleaner.changed),
+            "masked": dict(cleaner.masked),
+            f"{unit} a record": describe_lengths(lengths),
+            "parts": sizes,
+        }
+        written_report.write(json.dumps(told, ensure_ascii=False, indent=2) + "\n")
+
+    parts = {part: args.output_dir / part / name for part in sizes}
+    print("\n".join([f"{args.output_dir}: {kind}, {report.summary()}", *dropped_lines(report)]))
+    for done, counts in (("records cleaned of", cleaner.changed), ("masked", cleaner.masked)):
+        if counts:
+            print(f"{done}: {', '.join(f'{what} {count:,}' for what, count in counts.most_common())}")
+    print(f"{unit} a record: {', '.join(f'{what} {length:,}' for what, length in describe_lengths(lengths).items())}")
+    for part, size in sizes.items():
+        print(f"{part}: {size:,} records in {parts[part]}")
+    print(f"report: {report_file}; histogram of the lengths: {args.output_dir / 'lengths.png'}")
+    if unread:
+        print(f"not read, by their endings: {', '.join(map(str, unread[:5]))}{' ...' if len(unread) > 5 else ''}")
+    if encoder and kind == "dialogues":
+        print("\n".join(fill_cache(args, encoder, parts)))
+    elif encoder:
+        print(f"no cache: only dialogues are tokenized beforehand, the stage does it for {kind}")
+    print("\n".join([*notes, f"next: {next_command(args, kind, parts)}"]))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,98 @@
+"""Encodings are told apart, and records written in the guide's form read back to the same."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from data_forms import ForeignReader, detect_encoding, guide_line, guide_record
+from records import BadRecord, Dialogue, Pair, to_dialogue, to_pair
+
+ZH = "头痛怎么办？先休息，多喝水，三天不好请到医院。体温38.5℃。"
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [
+        (b"", "utf-8-sig"),
+        (b"plain ASCII " * 1000, "utf-8-sig"),
+        (ZH.encode(), "utf-8-sig"),
+        (ZH.encode("utf-8-sig"), "utf-8-sig"),
+        (ZH.encode("gbk"), "gb18030"),
+        ("问".encode("gbk"), "gb18030"),
+        (b"id,question,answer\n" * 100_000 + ZH.encode("gbk"), "gb18030"),
+        ((ZH + "㐀𠀀").encode("gb18030"), "gb18030"),
+        (ZH.encode("utf-16"), "utf-16"),
+        # A stray byte makes no GB18030 of a text, nor do other encodings, which would decode to other letters.
+        (ZH.encode() + b"\xff" + ZH.encode(), "utf-8-sig"),
+        ("fever of 38°C, café, naïve".encode("latin-1"), "utf-8-sig"),
+        ("頭痛怎麼辦？請先休息，多喝水。".encode("big5"), "utf-8-sig"),
+        ("головная боль".encode("cp1251"), "utf-8-sig"),
+    ],
+)
+def test_encodings_are_told_apart(tmp_path, content, encoding):
+    assert detect_encoding(write(tmp_path / "d.csv", content)) == encoding
+    assert detect_encoding(write(tmp_path / "d.csv.gz", gzip.compress(content))) == encoding
+
+
+def test_a_damaged_gzip_file_is_left_to_the_reader(tmp_path):
+    assert detect_encoding(write(tmp_path / "d.csv.gz", gzip.compress(ZH.encode("gbk") * 99)[:-20])) == "utf-8-sig"
+    assert detect_encoding(write(tmp_path / "d.jsonl.gz", b"nothing of the kind")) == "utf-8-sig"
+
+
+CALL = {"name": "look_up", "arguments": {"名": "布洛芬"}}
+USER, REPLY = {"role": "user", "content": "q\n2"}, {"role": "assistant", "content": "a"}
+CALLING = [
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "1"},
+    {"role": "assistant", "content": "看一下", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "2"},
+    {"role": "tool", "content": "3"},
+]
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "你是医生。"}]])
+@pytest.mark.parametrize("before", [[], [USER, REPLY], [USER, *CALLING, REPLY]])
+def test_what_is_written_reads_back_to_the_same(system, before):
+    prompt = [*system, *before, USER]
+    tools = [{"name": "look_up", "parameters": {}}] if before[1:2] == CALLING[:1] else None
+    dialogue = Dialogue([*prompt, REPLY], tools, "d.jsonl:1")
+    assert to_dialogue(guide_record(dialogue), "d.jsonl:1") == dialogue
+    for margin in (None, 0.0, 1.25):
+        pair = Pair(prompt, "c", "r", margin, "d.jsonl:1")
+        assert to_pair(guide_record(pair), "d.jsonl:1") == pair
+
+
+def test_the_written_lines_are_the_guides():
+    dialogue = Dialogue([USER, REPLY], None, "")
+    assert guide_line(dialogue) == (
+        '{"conversations": [{"from": "human", "value": "q\\n2"}, {"from": "gpt", "value": "a"}]}\n'
+    )
+    assert guide_line(Pair([USER, REPLY, USER], "好", "坏", 0.5, "")) == (
+        '{"system": "", "history": [["q\\n2", "a"]], "question": "q\\n2", "response_chosen": "好", '
+        '"response_rejected": "坏", "margin": 0.5}\n'
+    )
+
+
+def test_forms_may_change_from_record_to_record(tmp_path):
+    lines = ['{"ask": "q", "answer": "a"}', '{"data": ["q", "a"]}', '{"x": 1}', '{"question": "q", "answer": "a"}'] * 2
+    reader = ForeignReader("dialogues")
+    results = list(reader.read([write(tmp_path / "d.jsonl", "\n".join(lines).encode())]))
+    assert [isinstance(result, BadRecord) for result in results] == [False, False, True, False] * 2
+    assert reader.found() == ["2 records by the columns 'ask', 'answer'", "2 records by the columns 'data'"]
+
+
+def test_a_bad_first_record_does_not_decide_how_the_others_are_read(tmp_path):
+    lines = [
+        '{"conversations": [{"who": "human", "value": "q"}], "query": "x", "response": "y"}',
+        '{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "query": "x", '
+        '"response": "y"}',
+    ]
+    first, second = ForeignReader("dialogues").read([write(tmp_path / "d.jsonl", "\n".join(lines).encode())])
+    assert first.reason == "unknown keys"
+    assert [message["content"] for message in second.messages] == ["q", "a"]
