@@ -8,6 +8,7 @@ by PEFT, DDP or DeepSpeed, and the loss and its gradients are those of the plain
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -166,6 +167,19 @@ class LongestFirstSampler(Sampler[int]):
 # ---------------------------------------------------------------- trainer
 
 
+@contextmanager
+def trained_weights_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Around a TRL trainer's `__init__`, which rounds an adapter on a quantized base to bfloat16: undo that.
+
+    Small updates of the adapter would be lost.
+    """
+    trained = {name: weights.data for name, weights in model.named_parameters() if weights.requires_grad}
+    yield
+    for name, weights in model.named_parameters():
+        if name in trained:
+            weights.data = trained[name]
+
+
 class CausalLMTrainer(SFTTrainer):
     """SFTTrainer on rows of `input_ids`, `labels`, `length` and `source`; needs `Collator` as its collator.
 
@@ -173,13 +187,9 @@ class CausalLMTrainer(SFTTrainer):
     """
 
     def __init__(self, model: torch.nn.Module, bytes_per_token: float | None = None, **kwargs):
-        trained = {name: weights.data for name, weights in model.named_parameters() if weights.requires_grad}
         statistics = partial(loss_statistics, bytes_per_token=bytes_per_token)
-        super().__init__(model=model, compute_metrics=statistics, **kwargs)
-        # TRL 1.16 rounds an adapter on a quantized base to bfloat16, in which small updates of it are lost.
-        for name, weights in self.model.named_parameters():
-            if name in trained:
-                weights.data = trained[name]
+        with trained_weights_kept(model):
+            super().__init__(model=model, compute_metrics=statistics, **kwargs)
         # Our loss is divided by the tokens of the whole step, so Trainer must not divide by accumulation again.
         self.model_accepts_loss_kwargs = True
         self._learned_positions: torch.Tensor | None = None

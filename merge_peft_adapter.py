@@ -329,6 +329,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = merge(model)
     if model.can_generate():
         model.generation_config = stopping_generation_config(model.generation_config, stop_ids, tokenizer.pad_token_id)
+    if is_reward_model:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # a score is read in front of the padding
     lineage = Lineage(
         base_model=base_model,
         parent=lora_model,

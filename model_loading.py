@@ -1,4 +1,4 @@
-"""Weights in and out: tokenizer, base model, quantization, LoRA adapters and where they came from.
+"""Weights in and out: tokenizer, base model, quantization, LoRA adapters and where they came from, reward heads.
 
 Adapter lineage: a path that holds `adapter_config.json` stands for its base model plus that adapter. Training
 continues the adapter itself, so what a stage writes is always relative to the original base and holds all that
@@ -19,13 +19,24 @@ from urllib.request import getproxies
 
 import huggingface_hub.constants as hub
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from loguru import logger
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -33,6 +44,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import is_flash_attn_2_available
+from transformers.utils import logging as transformers_logging
 
 from errors import UserError
 
@@ -42,6 +54,8 @@ LINEAGE = "lineage.json"
 DEFAULT_LORA_RANK = 16
 DEFAULT_LORA_ALPHA = 32.0
 ALL_LINEAR = ("all", "all-linear")
+# The last layer under the names that models give it; a reward model's is always called score here.
+HEADS = ("lm_head", "embed_out", "score", "classifier")
 _NO_TOKENIZER = (
     "no tokenizer in it; copy tokenizer.json and tokenizer_config.json there, or name --tokenizer_name_or_path"
 )
@@ -49,6 +63,7 @@ _PICKLE = (
     "pickle weights (.bin), which can run code when they are opened; convert them to safetensors, or pass "
     "--allow_pickle_weights True if you trust them"
 )
+_UNTRAINED = "its score head is all zeros, so it was never trained; take a later checkpoint, or train it longer"
 _LEAVE_OR_MERGE = (
     "leave the flag out, or merge the adapter (merge_peft_adapter.py) and start a new one on the merged model"
 )
@@ -208,6 +223,8 @@ def _reason(error: BaseException) -> str | None:
         return f"only {_PICKLE}"
     if "instantiate the backend tokenizer" in text:
         return _NO_TOKENIZER
+    if "Unrecognized configuration class" in text:
+        return "a kind of model that these versions of the libraries give no such head"
     if "Unrecognized model" in text or "does not recognize this architecture" in text:
         return f"not a model that these versions of the libraries know ({text[:100]})"
     if caused_by(SafetensorError):
@@ -367,13 +384,19 @@ def load_for_training(
     """The model to train: a base with a new adapter, a base with its adapter continued, or all weights.
 
     None for rank, alpha or modules means the adapter's own, or for a new adapter 16, 32 and every linear layer.
+    With SEQ_CLS it is a reward model, and `pad_token_id` is needed. A language model or its adapter is then the
+    start: its LoRA matrices go over as they are, and a score head of zeros is trained and saved with them.
 
     Raises:
         UserError: the adapter at `path` has another shape than the flags ask for, or is asked to be trained as a
             full model. What an earlier stage learned is never dropped.
     """
+    load_base = load_scoring_base if task_type is TaskType.SEQ_CLS else load_base_model
     if is_adapter(path):
         config = read_adapter_config(path)
+        has_other_head = task_type is TaskType.SEQ_CLS and config.task_type != TaskType.SEQ_CLS
+        if task_type is TaskType.SEQ_CLS:
+            config = _without_head(config)
         _check_continuable(
             path,
             config,
@@ -391,11 +414,14 @@ def load_for_training(
                 "--modules_to_save": (_split_names(modules_to_save), config.modules_to_save or []),
             },
         )
-        base = load_base_model(config.base_model_name_or_path, **base_options)
+        base = load_base(config.base_model_name_or_path, **base_options)
         linear = linear_module_names(base)
+        config.task_type = task_type.value if has_other_head else config.task_type
         config.lora_dropout = lora_dropout
         config.inference_mode = False
-        model = _put_adapter_on(base, path, "--model_name_or_path", config=config, is_trainable=True)
+        model = _put_adapter_on(
+            base, path, "--model_name_or_path", has_other_head=has_other_head, config=config, is_trainable=True
+        )
         bare = linear - lora_layers(model).keys()
         if target_modules in ALL_LINEAR and bare:
             raise UserError(
@@ -407,7 +433,7 @@ def load_for_training(
     quantized = base_options.get("load_in_4bit") or base_options.get("load_in_8bit")
     if quantized and not use_peft:
         raise UserError("--use_peft False with a quantized base: its weights cannot be trained; use --use_peft True")
-    base = load_base_model(path, **base_options)
+    base = load_base(path, **base_options)
     if not use_peft:
         if base.dtype != torch.float32:
             logger.warning(
@@ -445,7 +471,8 @@ def _check_continuable(
             f"{path} is a LoRA adapter and --use_peft False trains full weights: merge it first with "
             "merge_peft_adapter.py, then train the merged model"
         )
-    if config.task_type not in (task_type, None):
+    # A reward model may start from a language model; the other way round its head would be lost.
+    if config.task_type not in (task_type, TaskType.CAUSAL_LM, None):
         raise UserError(f"{path} is a {config.task_type} adapter; this stage continues a {task_type.value} adapter")
     for flag, (wanted, found) in wanted_and_found.items():
         if wanted is not None and _said(wanted) != _said(found):
@@ -453,6 +480,14 @@ def _check_continuable(
                 f"{flag} {_said(wanted)}: the adapter in {path} has {_said(found)}, and training continues it; "
                 f"{_LEAVE_OR_MERGE}"
             )
+
+
+def _without_head(config: LoraConfig) -> LoraConfig:
+    """The configuration without a head among its modules: PEFT adds a reward model's by itself, each time."""
+    if isinstance(config.target_modules, set | list):
+        config.target_modules = {name for name in config.target_modules if name not in HEADS}
+    config.modules_to_save = [name for name in config.modules_to_save or [] if name not in HEADS] or None
+    return config
 
 
 def _said(value: object) -> str:
@@ -485,20 +520,26 @@ def lora_layers(model: torch.nn.Module) -> Counter[str]:
 def linear_module_names(model: PreTrainedModel) -> set[str]:
     """The last names of the linear layers that PEFT's "all-linear" takes: all but the head."""
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return linear - {"lm_head", "embed_out", "score", "classifier"}
+    return linear - set(HEADS)
 
 
-def _put_adapter_on(base: PreTrainedModel, path: str, flag: str, **options) -> PeftModel:
+def _put_adapter_on(base: PreTrainedModel, path: str, flag: str, has_other_head: bool = False, **options) -> PeftModel:
     """Load an adapter on its base, and refuse one that does not fit it tensor by tensor.
 
     PEFT 0.21 only warns of tensors that the file lacks, drops those that the model lacks, and takes nan.
+
+    Args:
+        has_other_head: the base has another head than the adapter was trained with; heads are not compared.
     """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             # PEFT 0.21 asks transformers 5.24 by the old name.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            model = PeftModel.from_pretrained(base, path, **options)
+            if has_other_head:
+                model = _matrices_on(base, path, options["config"])
+            else:
+                model = PeftModel.from_pretrained(base, path, **options)
         with safe_open(Path(path, ADAPTER_WEIGHTS), framework="pt") as file:
             in_file = set(file.keys())
     except SafetensorError as error:
@@ -512,6 +553,8 @@ def _put_adapter_on(base: PreTrainedModel, path: str, flag: str, **options) -> P
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     of_base = model.state_dict().keys() - weights.keys()  # an embedding that PEFT saved with the adapter
     odd = sorted(weights.keys() ^ (in_file - of_base))
+    if has_other_head:
+        odd = [name for name in odd if not _is_head(name)]
     if odd:
         raise UserError(
             f"{flag} {path}: {len(odd)} tensors are in {ADAPTER_WEIGHTS} and not in {base.name_or_path} with this "
@@ -523,6 +566,21 @@ def _put_adapter_on(base: PreTrainedModel, path: str, flag: str, **options) -> P
             f"{flag} {path}: {len(broken)} tensors hold nan or inf, such as {broken[0]}; take an earlier one"
         )
     return model
+
+
+def _matrices_on(base: PreTrainedModel, path: str, config: LoraConfig) -> PeftModel:
+    """A new adapter with the matrices of the one in `path` and the base's head, which PEFT cannot load by itself."""
+    model = get_peft_model(base, config)
+    heads = {name: weights for name, weights in get_peft_model_state_dict(model).items() if _is_head(name)}
+    weights = load_file(Path(path, ADAPTER_WEIGHTS))
+    if left_out := [name for name in weights if _is_head(name)]:
+        logger.info(f"{path}: {', '.join(left_out)} left out: the head of a reward model stands in its place")
+    set_peft_model_state_dict(model, {name: weights[name] for name in weights if not _is_head(name)} | heads)
+    return model
+
+
+def _is_head(tensor_name: str) -> bool:
+    return bool(set(HEADS) & set(tensor_name.split(".")))
 
 
 def describe_trainable(model: PreTrainedModel | PeftModel) -> str:
@@ -547,6 +605,106 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel 
             f"the tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} entries and the model embeddings for "
             f"{n_rows}: give the model's own tokenizer, or resize the model's embeddings and save it first"
         )
+
+
+# ---------------------------------------------------------------- reward models
+
+
+class ScoreHead(torch.nn.Linear):
+    """A reward model's head, in float32 inside bfloat16 too, where a score has two or three digits."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(self.weight.device, torch.float32), self.weight)
+
+
+def load_scoring_base(
+    path: str, *, pad_token_id: int, flag: str = "--model_name_or_path", needs_head: bool = False, **base_options
+) -> PreTrainedModel:
+    """A base model with a head that gives one score; zeros where it has none, so that every score is then 0.
+
+    Args:
+        pad_token_id: transformers takes the score at the last token that is not this one, on whichever side the
+            padding is; no text that is scored may end with it.
+        needs_head: refuse a model without a head of its own, instead of giving it one.
+    """
+    hub_options = {name: base_options[name] for name in ("cache_dir", "trust_remote_code") if name in base_options}
+    config = load_config(path, flag=flag, **hub_options)
+    scores_already = any("SequenceClassification" in name for name in config.architectures or [])
+    if scores_already and config.num_labels != 1:
+        raise UserError(f"{flag} {path}: a classifier with {config.num_labels} classes; a reward model gives one score")
+    if needs_head and not scores_already:
+        raise UserError(f"{flag} {path}: no reward model: it has no score head; reward_modeling.py trains one")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what is missing is checked here, with the head expected
+    try:
+        base, loaded = load_base_model(
+            path,
+            flag=flag,
+            model_class=AutoModelForSequenceClassification,
+            num_labels=1,
+            output_loading_info=True,
+            **base_options,
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if not isinstance(getattr(base, "score", None), torch.nn.Linear):
+        raise UserError(f"{flag} {path}: its head is not called score, as those of language models are")
+    missing = sorted(set(loaded["missing_keys"]) - (set() if scores_already else {"score.weight"}))
+    if missing:
+        raise UserError(f"{flag} {path}: {len(missing)} of its weights are missing, such as {missing[0]}")
+    head = ScoreHead(base.score.in_features, 1, bias=False, device=base.score.weight.device, dtype=torch.float32)
+    with torch.no_grad():
+        head.weight.copy_(base.score.weight) if scores_already else head.weight.zero_()
+    base.score = head
+    base.config.get_text_config().pad_token_id = pad_token_id
+    return base
+
+
+def load_reward_model(
+    base_model: str, lora_model: str | None, *, flag: str = "--reward_model_path", **base_options
+) -> PreTrainedModel | PeftModel:
+    """A trained reward model for use: an adapter with a score head on its base, or (None) a model that is whole.
+
+    A batch of ids gives `.logits` of [batch, 1], the score at each row's last token.
+
+    Raises:
+        UserError: it has no score head, or one that is all zeros and so was never trained.
+    """
+    hub_options = {name: base_options[name] for name in ("cache_dir", "trust_remote_code") if name in base_options}
+    path = lora_model or base_model
+    pad_token_id = load_tokenizer(path, flag=flag, **hub_options).pad_token_id
+    if lora_model:
+        _check_score_head(lora_model, flag)
+        check_same_family(base_model, lora_model, **hub_options)
+        base = load_scoring_base(base_model, pad_token_id=pad_token_id, flag=flag, **base_options)
+        return _put_adapter_on(base, lora_model, flag).eval()
+    model = load_scoring_base(base_model, pad_token_id=pad_token_id, flag=flag, needs_head=True, **base_options)
+    if not model.score.weight.any():
+        raise UserError(f"{flag} {path}: {_UNTRAINED}")
+    return model.eval()
+
+
+def has_untrained_head(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether a reward model's trained head is still all zeros."""
+    heads = [weights for name, weights in model.named_parameters() if "score" in name.split(".")]
+    return not any(weights.any() for weights in heads if weights.requires_grad)
+
+
+def _check_score_head(lora_model: str, flag: str) -> None:
+    """Refuse an adapter whose file holds no trained score head; PEFT would go on with a random one."""
+    config = read_adapter_config(lora_model)
+    if config.task_type != TaskType.SEQ_CLS:
+        raise UserError(
+            f"{flag} {lora_model}: no reward model: a {config.task_type} adapter has no score head; "
+            "reward_modeling.py trains one"
+        )
+    with safe_open(Path(lora_model, ADAPTER_WEIGHTS), framework="pt") as file:
+        heads = [name for name in file.keys() if "score" in name.split(".")]  # noqa: SIM118 - it is no mapping
+        if not heads:
+            raise UserError(f"{flag} {lora_model}: {ADAPTER_WEIGHTS} holds no score head; take another checkpoint")
+        if not any(file.get_tensor(name).any() for name in heads):
+            raise UserError(f"{flag} {lora_model}: {_UNTRAINED}")
 
 
 # ---------------------------------------------------------------- base and adapter together

@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
 BEST = "checkpoint-best"
 # What a line of the log shows of an evaluation.
-EVALUATED = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
+EVALUATED = (
+    *("loss", "perplexity", "token_accuracy", "bits_per_byte"),
+    *("accuracy", "margin", "accuracy_rejected_longer", "accuracy_rejected_shorter", "longer_wins"),
+    *("reward_accuracy", "reward_margin", "chosen_logps", "rejected_logps", "samples_ended", "sample_repetition"),
+)
 LOG_FORMAT = "<green>{time:YYYY-MM-DD HH:mm:ss}</green> | <level>{level: <7}</level> | {message}"
 
 
@@ -325,7 +329,7 @@ class AdapterMovementCheck(TrainerCallback):
     """After the first step with a real learning rate every LoRA matrix that should have moved has moved.
 
     Dead gradients (checkpointing without input gradients, a wrapped module) otherwise train nothing, silently.
-    A of a new adapter stays: with B = 0 its gradient is 0.
+    A of a new adapter stays: with B = 0 its gradient is 0, and under a score head of zeros so is every gradient.
     """
 
     def __init__(self):
@@ -335,7 +339,7 @@ class AdapterMovementCheck(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         # Warm-up starts at 0, and a resumed run may be near the end of its schedule.
         rate = optimizer.param_groups[0]["lr"] if optimizer is not None else 0.0
-        if not self.done and rate >= 0.01 * args.learning_rate > 0:
+        if not self.done and rate >= 0.01 * args.learning_rate > 0 and not self._is_under_zeros(model):
             self.before = {name: weights.clone() for name, weights in self._adapter_weights(model)}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -358,10 +362,19 @@ class AdapterMovementCheck(TrainerCallback):
                 "--gradient_checkpointing, or with other --target_modules, they may"
             )
 
+    @classmethod
+    def _is_under_zeros(cls, model) -> bool:
+        """Whether the model ends in a score head that is still all zeros."""
+        return any(not weights.any() for _, weights in cls._trained_weights(model, ".score."))
+
+    @classmethod
+    def _adapter_weights(cls, model) -> Iterator[tuple[str, torch.Tensor]]:
+        return cls._trained_weights(model, ".lora_")
+
     @staticmethod
-    def _adapter_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
+    def _trained_weights(model, part_of_name: str) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and ".lora_" in name:
+            if parameter.requires_grad and part_of_name in name:
                 # ZeRO-3 leaves an empty parameter and this process's part of it.
                 yield name, getattr(parameter, "ds_tensor", parameter).detach()
 
@@ -494,7 +507,11 @@ def _out_of_memory_advice(args: TrainingArguments) -> str:
         remedies.append(f"--per_device_train_batch_size {batch // 2} --gradient_accumulation_steps {longer}")
     if not args.gradient_checkpointing:
         remedies.append("--gradient_checkpointing True")
-    remedies += ["--load_in_4bit True", "a shorter --model_max_length", "a smaller --lora_rank"]
+    remedies += [
+        "--load_in_4bit True",
+        "a shorter --model_max_length (--block_size, --max_source_length)",
+        "a smaller --lora_rank",
+    ]
     return f"out of GPU memory; in this order: {'; '.join(remedies)}"
 
 
@@ -550,7 +567,7 @@ def plot_curves(log_history: list[dict], file: Path) -> None:
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel="loss (nats per learned token)")
+    axes.set(xlabel="step", ylabel="loss (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=120)

@@ -32,6 +32,7 @@ from model_loading import (
     load_base_model,
     load_config,
     load_for_training,
+    load_reward_model,
     load_tokenizer,
     load_with_adapter,
     placement,
@@ -616,7 +617,7 @@ def test_flags_that_the_adapter_fits(adapter, flags):
         ({"use_rslora": True}, "--use_rslora True: the adapter in {adapter} has False"),
         ({"modules_to_save": "embed_tokens"}, "--modules_to_save embed_tokens: the adapter in {adapter} has none"),
         ({"use_peft": False}, "{adapter} is a LoRA adapter and --use_peft False trains full weights: merge it first"),
-        ({"task_type": TaskType.SEQ_CLS}, "{adapter} is a CAUSAL_LM adapter; this stage continues a SEQ_CLS adapter"),
+        ({"task_type": TaskType.SEQ_CLS, "pad_token_id": 0, "lora_rank": 8}, "--lora_rank 8: the adapter in {adapter}"),
     ],
 )
 def test_an_adapter_of_another_shape_is_refused_before_weights_load(adapter, monkeypatch, flags, start):
@@ -672,6 +673,127 @@ def test_adapter_files_that_do_not_fit_their_model(copied, adapter):
     folder = copied(adapter)
     (folder / "adapter_model.safetensors").write_bytes(b"\0" * 443)
     assert "adapter_model.safetensors is damaged" in refused(load_for_training, str(folder), use_peft=True)
+
+
+# ---------------------------------------------------------------- reward models
+
+REWARD = {"task_type": TaskType.SEQ_CLS, "pad_token_id": 3}
+HEAD = "base_model.model.score.modules_to_save.default.weight"
+IN_FILE = "base_model.model.score.weight"
+
+
+def save_with_tokenizer(model, base: str, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reward_adapter(base, adapter, tmp_path_factory) -> str:
+    """A reward model grown from `adapter`, with a trained head and the tokenizer. Read only."""
+    torch.manual_seed(0)
+    model = load_for_training(adapter, use_peft=True, torch_dtype="float32", **REWARD)
+    model.get_parameter(HEAD).data.normal_()
+    return str(save_with_tokenizer(model, base, tmp_path_factory.mktemp("rewards") / "adapter"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dora": True},
+        {"use_rslora": True, "target_modules": "q_proj,up_proj"},
+        {"modules_to_save": "embed_tokens"},
+        {"modules_to_save": "lm_head"},
+        {"target_modules": "q_proj,lm_head"},
+    ],
+    ids=str,
+)
+def test_a_reward_model_starts_from_a_language_models_adapter(base, tmp_path, options):
+    start = make_adapter(base, tmp_path / "start", lora_rank=4, **options)
+    model = load_for_training(start, use_peft=True, torch_dtype="float32", **REWARD)
+    model.save_pretrained(tmp_path / "reward")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("start", "reward"))
+    carried = {name for name in before if "lm_head" not in name.split(".")}
+    assert carried
+    assert after.keys() == carried | {IN_FILE}
+    assert all(torch.equal(after[name], before[name]) for name in carried)
+    assert not model.get_parameter(HEAD).any()
+    assert model.get_parameter(HEAD).requires_grad
+    assert model.config.pad_token_id == 3
+    assert logits(model).tolist() == [[0.0], [0.0]]
+    config = read_adapter_config(tmp_path / "reward")
+    assert (config.task_type, config.base_model_name_or_path) == ("SEQ_CLS", base)
+
+
+def test_hidden_states_are_those_of_the_language_model(base, adapter):
+    """What was learned before is what the head reads."""
+    model = load_for_training(adapter, use_peft=True, torch_dtype="float32", **REWARD).eval()
+    speaker = load_with_adapter(base, adapter, torch_dtype="float32").eval()
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        hidden, expected = (m(ids, output_hidden_states=True).hidden_states[-1] for m in (model, speaker))
+    assert torch.equal(hidden, expected)
+
+
+@pytest.mark.parametrize("flag", [None, "load_in_4bit", "load_in_8bit"])
+def test_the_head_is_in_float32_on_every_base(base, flag):
+    options = {flag: True} if flag else {"torch_dtype": "bfloat16"}
+    model = load_for_training(base, use_peft=True, **options, **REWARD)
+    assert model.get_parameter(HEAD).dtype == torch.float32
+    assert lora_modules(model) == dict.fromkeys(ALL_LINEAR, 2)
+    model.get_parameter(HEAD).data.normal_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = logits(model)
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())
+
+
+def test_a_saved_reward_model_is_loaded_as_it_was(base, reward_adapter, tmp_path):
+    trained = load_for_training(reward_adapter, use_peft=True, torch_dtype="float32", **REWARD)
+    assert trained.get_parameter(HEAD).any()
+    assert trained.get_parameter(HEAD).requires_grad
+    model = load_reward_model(base, reward_adapter, torch_dtype="float32")
+    assert not model.training
+    assert torch.equal(logits(model), logits(trained))
+    assert logits(model).abs().min() > 0.01
+    assert model.config.pad_token_id == AutoTokenizer.from_pretrained(base).pad_token_id
+
+    whole = load_for_training(base, use_peft=False, **REWARD)
+    assert not whole.score.weight.any()
+    whole.score.weight.data.normal_()
+    folder = str(save_with_tokenizer(whole, base, tmp_path))
+    for again in (load_reward_model(folder, None), load_for_training(folder, use_peft=False, **REWARD)):
+        assert torch.equal(logits(again), logits(whole))
+
+
+def test_a_head_that_is_missing_or_was_never_trained_is_refused(base, adapter, reward_adapter, copied, monkeypatch):
+    monkeypatch.setattr(model_loading, "load_base_model", lambda *args, **kwargs: pytest.fail("loaded it first"))
+    line = refused(load_reward_model, base, adapter)
+    assert line.startswith(f"--reward_model_path {adapter}: no reward model: a CAUSAL_LM adapter has no score head")
+    assert refused(load_reward_model, base, None).startswith(f"--reward_model_path {base}: no reward model: it has no")
+    folder = copied(reward_adapter)
+    edit_weights(folder, lambda weights: weights[IN_FILE].zero_())
+    assert "its score head is all zeros, so it was never trained" in refused(load_reward_model, base, str(folder))
+    edit_weights(folder, lambda weights: weights.pop(IN_FILE))
+    assert "holds no score head; take another checkpoint" in refused(load_reward_model, base, str(folder))
+
+
+def test_a_whole_model_whose_head_was_never_trained_is_refused(base, tmp_path):
+    untrained = load_for_training(base, use_peft=False, **REWARD)
+    folder = str(save_with_tokenizer(untrained, base, tmp_path))
+    assert "its score head is all zeros, so it was never trained" in refused(load_reward_model, folder, None)
+
+
+def test_what_cannot_be_a_reward_model(base, copied, tmp_path):
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    classifier.save_pretrained(tmp_path / "three")
+    line = refused(load_for_training, str(tmp_path / "three"), use_peft=True, **REWARD)
+    assert line.endswith("a classifier with 3 classes; a reward model gives one score")
+    folder = copied(base)
+    edit_json(folder / "config.json", model_type="codegen")
+    line = refused(load_for_training, str(folder), use_peft=True, **REWARD)
+    assert line.endswith("a kind of model that these versions of the libraries give no such head")
 
 
 # ---------------------------------------------------------------- base and adapter together

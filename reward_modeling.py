@@ -1,0 +1,457 @@
+"""Reward modelling: teach a model to score replies, from pairs of a better and a worse one.
+
+Input: preference pairs (question with response_chosen and response_rejected, TRL's and ShareGPT's forms; jsonl,
+json, csv, parquet), a margin where the record has one.
+Output: `--output_dir` with checkpoint-N, checkpoint-best (a LoRA adapter with a trained score head, or a model with
+--use_peft False), train_results.json, eval_results.json, trainer_state.json, loss.png and TensorBoard events in runs/.
+Loss: -log sigmoid(score of the chosen reply - score of the rejected one - margin), the mean over the pairs of a step
+(Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, section 3.5; margin: Touvron et al. 2023,
+https://arxiv.org/abs/2307.09288, section 3.2.2). A score is the head's output at the reply's last token.
+
+    CUDA_VISIBLE_DEVICES=0 python reward_modeling.py --model_name_or_path outputs-sft-qwen2.5-3b/checkpoint-best ...
+    CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc_per_node 2 reward_modeling.py ...
+
+Loaded without this repository (a text: prompt and reply, up to the reply's end token and with it):
+
+    tokenizer = AutoTokenizer.from_pretrained(rm)
+    head = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
+    base = AutoModelForSequenceClassification.from_pretrained(base_model, **head)
+    scores = PeftModel.from_pretrained(base, rm).eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+
+Launcher: run_rm.sh.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from loguru import logger
+from peft import TaskType
+from torch.utils.data import Sampler
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
+from trl import RewardConfig, RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
+
+from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from causal_lm_trainer import LongestFirstSampler, trained_weights_kept
+from errors import UserError, run_script
+from model_loading import (
+    Lineage,
+    base_of,
+    check_model_path,
+    check_vocabulary,
+    describe_trainable,
+    has_untrained_head,
+    load_for_training,
+    load_tokenizer,
+)
+from records import Report, are_same_files, cached_dataset, choose_part, content_fingerprint, find_files, load_pairs
+from template import ChatTemplate
+from tokenization import (
+    IGNORED_LABEL,
+    load_chat_template,
+    mark_learned,
+    stop_token_ids,
+    tokenize_pairs,
+    tokenizer_fingerprint,
+)
+from training_run import BEST, find_checkpoint, finish_run, is_finished, log_facts, start_run, train
+
+# ---------------------------------------------------------------- arguments
+
+
+@dataclass
+class RMTrainingArguments(RewardConfig):
+    """RewardConfig without the fields that ids made by tokenization.py leave without a meaning."""
+
+    disable_dropout: bool = field(
+        default=False, metadata={"help": "Train without any dropout, --lora_dropout included."}
+    )
+    max_length: int | None = field(default=None, init=False)
+    pad_to_multiple_of: int | str | None = field(default=None, init=False)
+    dataset_num_proc: int | None = field(default=None, init=False)
+    model_init_kwargs: dict | None = field(default=None, init=False)
+    trust_remote_code: bool = field(default=False, init=False)
+    chat_template_path: str | None = field(default=None, init=False)
+    eos_token: str | None = field(default=None, init=False)
+    pad_token: str | None = field(default=None, init=False)
+    activation_offloading: bool = field(default=False, init=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.do_train and not self.do_eval:
+            raise UserError("neither --do_train nor --do_eval is given, so there is nothing to do")
+        if self.label_smoothing_factor:
+            raise UserError("--label_smoothing_factor: the loss of pairs has no labels to smooth; leave it out")
+
+
+@dataclass
+class RMArguments:
+    template_name: str | None = field(
+        default=None, metadata={"help": "Named prompt template of template.py instead of the tokenizer's own."}
+    )
+    max_source_length: int = field(
+        default=1024,
+        metadata={"help": "Longest prompt in tokens; a longer one loses its oldest exchanges, then its start."},
+    )
+    max_target_length: int = field(
+        default=512, metadata={"help": "Longest reply in tokens; a longer one is cut and gets no end token."}
+    )
+
+    def __post_init__(self):
+        for name in ("max_source_length", "max_target_length"):
+            if getattr(self, name) < 8:
+                raise UserError(f"--{name} {getattr(self, name)}: too little to judge; give a number of tokens")
+
+
+# ---------------------------------------------------------------- data
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> None:
+    """Pad with a token that no reply ends with, since a score is read at the last token that is not the pad token."""
+    ends = set(stop_token_ids(tokenizer, chat_template))
+    special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    never_last = [token for index, token in sorted(special.items()) if index not in ends]
+    if tokenizer.pad_token in never_last:
+        return
+    if not never_last:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no special token besides those that end a reply, so "
+            "nothing can pad; add a pad token to it"
+        )
+    logger.info(f"the pad token is {never_last[0]}: a reply may end with {tokenizer.pad_token}")
+    tokenizer.pad_token = never_last[0]
+
+
+def load_part(
+    part: str,
+    data_args: DataArguments,
+    rm_args: RMArguments,
+    training_args: RMTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    cache_dir: str,
+) -> tuple[Dataset, dict[str, str]]:
+    """Read, check and tokenize the "train" or "eval" pairs, from the cache where nothing has changed.
+
+    Returns rows of prompt_ids, chosen_ids, rejected_ids, margin, n_cut, length and source, and the facts to log.
+    """
+    flag, path = (
+        ("--train_file_dir", data_args.train_file_dir)
+        if part == "train"
+        else ("--validation_file_dir", data_args.validation_file_dir or data_args.train_file_dir)
+    )
+    if path is None:
+        raise UserError(f"{flag} is missing: name the file or folder of the pairs")
+    held_out = training_args.do_eval and are_same_files(data_args.train_file_dir, data_args.validation_file_dir)
+    files, unread = find_files(path, flag)
+    samples = {"max_train_samples": data_args.max_train_samples, "max_eval_samples": data_args.max_eval_samples}
+    limits = {"max_prompt_length": rm_args.max_source_length, "max_reply_length": rm_args.max_target_length}
+
+    def build() -> tuple[Dataset, dict]:
+        pairs, read_report = load_pairs(files, data_args.on_bad_data)
+        chosen = choose_part(pairs, part, held_out, **samples, seed=training_args.seed)
+        dataset, report = tokenize_pairs(
+            chosen,
+            tokenizer,
+            chat_template,
+            **limits,
+            num_workers=data_args.preprocessing_num_workers,
+            on_bad_data=data_args.on_bad_data,
+        )
+        return dataset, {"read": read_report.as_dict(), "tokenized": report.as_dict()}
+
+    key = limits | samples | {
+        "stage": "rm",
+        "part": part,
+        "files": content_fingerprint(files),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "held_out": held_out,
+        "on_bad_data": data_args.on_bad_data,
+        "seed": training_args.seed,
+    }  # fmt: skip
+    dataset, reports, was_cached = cached_dataset(cache_dir, key, build, data_args.overwrite_cache)
+    report = Report.from_dict(reports["tokenized"])
+    for reason, lines in report.examples.items():
+        logger.info(f"{part}: left out as {reason}: {'; '.join(lines)}{' ...' if len(lines) == 3 else ''}")
+    if len(dataset) == 0:
+        raise UserError(f"{flag} {path}: {report.summary()}, so nothing is left")
+    n_cut = sum(dataset["n_cut"])
+    margins = [margin for margin in dataset["margin"] if not math.isnan(margin)]
+    return dataset, {
+        f"{part} files": f"{len(files)} in {path}" + (f", {len(unread)} with other endings not read" if unread else ""),
+        f"{part} records": Report.from_dict(reports["read"]).summary(),
+        f"{part} pairs": report.summary()
+        + (", held out of the training files by the seed" if held_out and part == "eval" else "")
+        + (f"; {len(margins)} with a margin, {np.mean(margins):.3g} on average" if margins else ""),
+        f"{part} tokens": f"the longest prompt and reply {max(dataset['length'])}"
+        + (f", {n_cut} of {2 * len(dataset)} replies cut at {rm_args.max_target_length}" if n_cut else "")
+        + (", from the cache" if was_cached else ""),
+    }
+
+
+class PairCollator:
+    """TRL's collator: the chosen texts, then the rejected ones, right-padded; beside the tensors what else is known.
+
+    `reply_lengths` is [pairs, 2], of the chosen and the rejected reply in tokens; without a margin it is 0.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.collate = DataCollatorForPreference(pad_token_id)
+
+    def __call__(self, rows: Sequence[dict]) -> dict:
+        batch = self.collate(
+            [
+                {
+                    "chosen_ids": row["prompt_ids"] + row["chosen_ids"],
+                    "rejected_ids": row["prompt_ids"] + row["rejected_ids"],
+                    "margin": 0.0 if math.isnan(row["margin"]) else row["margin"],
+                }
+                for row in rows
+            ]
+        )
+        batch["reply_lengths"] = torch.tensor([[len(row["chosen_ids"]), len(row["rejected_ids"])] for row in rows])
+        batch["sources"] = [row["source"] for row in rows]
+        return batch
+
+
+# ---------------------------------------------------------------- loss and metrics
+
+
+def pair_losses(
+    chosen: torch.Tensor, rejected: torch.Tensor, margins: torch.Tensor, centering: float | None
+) -> torch.Tensor:
+    """[pairs] losses of [pairs] scores, as TRL's RewardTrainer has them in the mean.
+
+    `centering` pulls the scores towards 0 (Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244, equation 2).
+    """
+    losses = -F.logsigmoid(chosen - rejected - margins)
+    return losses + centering * (chosen + rejected) ** 2 if centering else losses
+
+
+def pair_statistics(prediction: EvalPrediction) -> dict[str, float]:
+    """Evaluation metrics from [pairs, 5] of loss, both scores (chosen, rejected) and both replies' lengths.
+
+    `accuracy` is the share of pairs whose chosen reply scores higher; `longer_wins` what the rule "the longer reply is
+    the better one" reaches, where two of one length count half. A metric without any pair is left out.
+    """
+    losses, chosen, rejected, chosen_length, rejected_length = prediction.predictions.astype("float64").T
+    right = chosen > rejected
+    metrics = {"loss": losses.mean(), "accuracy": right.mean(), "margin": (chosen - rejected).mean()}
+    for name, which in (
+        ("accuracy_rejected_longer", rejected_length > chosen_length),
+        ("accuracy_rejected_shorter", rejected_length < chosen_length),
+    ):
+        if which.any():
+            metrics[name] = right[which].mean()
+    metrics["longer_wins"] = (0.5 + 0.5 * np.sign(chosen_length - rejected_length)).mean()
+    metrics |= {"mean_score": (chosen + rejected).mean() / 2, "pairs": len(right)}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def compare_with_length(metrics: dict[str, float]) -> None:
+    """Say how sure the accuracy is, and warn where the length of the replies alone tells as much as the model."""
+    accuracy, n_pairs, longer_wins = (metrics[f"eval_{name}"] for name in ("accuracy", "pairs", "longer_wins"))
+    # Wilson's 95 % interval.
+    center, z2 = accuracy + 1.96**2 / (2 * n_pairs), 1.96**2 / n_pairs
+    half = math.sqrt(z2 * (accuracy * (1 - accuracy) + z2 / 4))
+    low, high = (center - half) / (1 + z2), (center + half) / (1 + z2)
+    logger.info(
+        f"{accuracy:.1%} of {n_pairs:.0f} held-out pairs are ordered right (95 % interval {low:.1%} to {high:.1%}); "
+        f'the rule "longer wins" orders {longer_wins:.1%}'
+    )
+    rule, by_length = max(("longer", longer_wins), ("shorter", 1 - longer_wins), key=lambda pair: pair[1])
+    if accuracy <= by_length:
+        logger.warning(
+            f'the model does not beat the rule "{rule} wins" ({accuracy:.1%} against {by_length:.1%}): a policy '
+            "trained on its scores may learn length alone; train longer, or balance the lengths of the pairs"
+        )
+
+
+# ---------------------------------------------------------------- trainer
+
+
+class PairTrainer(RewardTrainer):
+    """RewardTrainer on rows of `tokenize_pairs`; needs `PairCollator` as its collator.
+
+    TRL's loss is a mean of means over micro-batches; here each pair of a step counts the same.
+    """
+
+    loss_is_scaled_for_ga = True  # so that Trainer does not divide it by accumulation again
+
+    def __init__(self, model: torch.nn.Module, **kwargs):
+        with trained_weights_kept(model):
+            super().__init__(model=model, compute_metrics=pair_statistics, **kwargs)
+        self._window = self._new_window()
+
+    @staticmethod
+    def _new_window() -> dict[str, float]:
+        return {"n_tokens": 0, "n_pairs": 0, "n_right": 0, "margin": 0, "start": time.monotonic()}
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """None: TRL would write a README.md of its own into the user's output folder."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "margin", "source"]
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        return LongestFirstSampler(self, self.train_dataset["length"], seed, grouped)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
+        """The pairs of a step in all micro-batches and processes."""
+        n_pairs = torch.tensor(sum(len(batch["margin"]) for batch in batch_samples), device=device)
+        return self.accelerator.gather(n_pairs).sum()
+
+    def _losses_and_scores(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[pairs] each: losses, scores of the chosen and of the rejected replies.
+
+        Raises UserError with the step and the records where a loss is not finite.
+        """
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        chosen, rejected = outputs.logits.float().squeeze(-1).chunk(2)
+        losses = pair_losses(chosen, rejected, inputs["margin"], self.args.center_rewards_coefficient)
+        if not torch.isfinite(losses).all():
+            raise UserError(
+                f"step {self.state.global_step + 1}: the loss is {losses.sum().item()} on "
+                f"{', '.join(inputs['sources'])}; look at these records, and if they are sound lower --learning_rate "
+                "or raise --warmup_ratio"
+            )
+        return losses, chosen.detach(), rejected.detach()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean loss over the pairs of the whole step, all processes and micro-batches together."""
+        assert not return_outputs, "evaluation goes through prediction_step"
+        losses, chosen, rejected = self._losses_and_scores(model, inputs)
+        self._window["n_tokens"] += inputs["attention_mask"].sum() * self.args.world_size
+        self._window["n_pairs"] += len(losses)
+        self._window["n_right"] += (chosen > rejected).sum()
+        self._window["margin"] += (chosen - rejected).sum()
+        # DDP averages gradients over processes, num_items_in_batch counts the pairs of all of them.
+        return losses.sum() / num_items_in_batch * self.accelerator.num_processes
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """[pairs, 5] for `pair_statistics`, instead of logits."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            columns = self._losses_and_scores(model, inputs)
+        statistics = torch.stack([*columns, *inputs["reply_lengths"].T], dim=1)
+        return None, statistics, statistics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with accuracy, margin and tokens a second since the log before."""
+        if "loss" in logs:
+            window, self._window = self._window, self._new_window()
+            logs["accuracy"] = float(window["n_right"]) / max(window["n_pairs"], 1)
+            logs["margin"] = float(window["margin"]) / max(window["n_pairs"], 1)
+            seconds = self._window["start"] - window["start"]
+            logs["tokens_per_second"] = round(float(window["n_tokens"]) / max(seconds, 1e-9), 1)
+        Trainer.log(self, logs, start_time)
+
+
+# ---------------------------------------------------------------- main
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    # ------------------------------------------------------------ arguments
+    parser = StageArgumentParser(
+        [ModelArguments, DataArguments, LoraArguments, RunArguments, RMArguments, RMTrainingArguments]
+    )
+    model_args, data_args, lora_args, run_args, rm_args, training_args = parser.parse(argv)
+    check_model_path(model_args.model_name_or_path, "--model_name_or_path", model_args.allow_pickle_weights)
+
+    # ------------------------------------------------------------ run
+    start_run("reward modelling", training_args, parser.notes)
+    checkpoint = find_checkpoint(training_args, run_args.overwrite_output_dir)
+
+    # ------------------------------------------------------------ tokenizer and template
+    hub_options = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
+    tokenizer = load_tokenizer(model_args.tokenizer_name_or_path or model_args.model_name_or_path, **hub_options)
+    chat_template = load_chat_template(tokenizer, rm_args.template_name)
+    set_pad_token(tokenizer, chat_template)
+
+    # ------------------------------------------------------------ data
+    load = partial(
+        load_part,
+        data_args=data_args,
+        rm_args=rm_args,
+        training_args=training_args,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        cache_dir=str(Path(model_args.cache_dir or "cache", "tokenized")),
+    )
+    train_dataset, train_facts = load("train")
+    eval_dataset, eval_facts = load("eval") if training_args.do_eval else (None, {})
+
+    # ------------------------------------------------------------ model
+    model = load_for_training(
+        model_args.model_name_or_path,
+        **vars(lora_args),
+        task_type=TaskType.SEQ_CLS,
+        pad_token_id=tokenizer.pad_token_id,
+        torch_dtype=model_args.torch_dtype,
+        load_in_4bit=model_args.load_in_4bit,
+        load_in_8bit=model_args.load_in_8bit,
+        device_map=model_args.device_map,
+        flash_attn=model_args.flash_attn,
+        allow_pickle_weights=model_args.allow_pickle_weights,
+        **hub_options,
+    )
+    check_vocabulary(tokenizer, model)
+    if not training_args.do_train and has_untrained_head(model):
+        raise UserError(
+            f"--model_name_or_path {model_args.model_name_or_path}: no trained score head to evaluate; add --do_train"
+        )
+    base_model = base_of(model_args.model_name_or_path)
+    lineage = Lineage(
+        base_model=base_model,
+        parent=model_args.model_name_or_path if base_model != model_args.model_name_or_path else None,
+        stage="rm",
+        template=rm_args.template_name or "",
+        data=str(data_args.train_file_dir),
+        hidden_size=model.config.hidden_size,
+        vocab_size=model.config.vocab_size,
+    )
+
+    # ------------------------------------------------------------ train
+    trainer = PairTrainer(
+        model=model,
+        args=training_args,
+        data_collator=PairCollator(tokenizer.pad_token_id),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+    )
+    facts = {"model": f"{model_args.model_name_or_path}: {describe_trainable(model)}"}
+    facts |= {"template": rm_args.template_name or "the tokenizer's own"} | train_facts | eval_facts
+    log_facts(trainer, facts)
+    first = train_dataset[0]
+    texts = (first["prompt_ids"] + first["chosen_ids"], first["rejected_ids"])
+    chosen, rejected = (mark_learned(tokenizer, ids, [IGNORED_LABEL] * (len(ids) - 1) + ids[-1:]) for ids in texts)
+    logger.info(f"the first example, scored at the tokens in « »:\n{chosen}\nagainst\n{rejected}")
+    if training_args.do_train and is_finished(trainer, checkpoint):
+        return {}
+    # checkpoint-best is the lowest loss: among a hundred held-out pairs many checkpoints have the same accuracy.
+    keeper = train(trainer, lineage, checkpoint, run_args.logging_dir) if training_args.do_train else None
+
+    # ------------------------------------------------------------ save and evaluate
+    best = Path(training_args.output_dir, BEST)
+    metrics = finish_run(
+        trainer, keeper, next_command=f"{Path(sys.executable).name} ppo_training.py --reward_model_path {best} ..."
+    )
+    if metrics:
+        compare_with_length(metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run_script(main)
