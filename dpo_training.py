@@ -1,0 +1,368 @@
+"""Direct preference optimization: teach a model which of two replies is better, without a reward model.
+
+Input: preference pairs (question with response_chosen and response_rejected, TRL's and ShareGPT's forms; jsonl,
+json, csv, parquet).
+Output: `--output_dir` with checkpoint-N, checkpoint-best (a LoRA adapter, or a model with --use_peft False),
+train_results.json, eval_results.json, trainer_state.json, loss.png and TensorBoard events in runs/.
+Loss: -log sigmoid(beta x (log-ratio of the chosen reply - log-ratio of the rejected one)), where a log-ratio is the
+reply's log-prob under the policy less that under the reference (Rafailov et al. 2023,
+https://arxiv.org/abs/2305.18290, equation 7); others by --loss_type. The reference is what the run starts from.
+
+    CUDA_VISIBLE_DEVICES=0 python dpo_training.py --model_name_or_path outputs-sft-qwen2.5-3b/checkpoint-best ...
+    CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc_per_node 2 dpo_training.py ...
+
+Launcher: run_dpo.sh.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from loguru import logger
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from errors import UserError, run_script
+from generation import Decoding, generate_replies
+from model_loading import (
+    Lineage,
+    base_of,
+    check_model_path,
+    check_vocabulary,
+    describe_trainable,
+    is_adapter,
+    load_base_model,
+    load_for_training,
+    load_tokenizer,
+    read_lineage,
+)
+from preference_trainer import (
+    DPOPairTrainer,
+    ORPOPairTrainer,
+    PreferenceCollator,
+    PreferenceConfig,
+    SimPOPairTrainer,
+)
+from records import Report, are_same_files, cached_dataset, choose_part, content_fingerprint, find_files, load_pairs
+from template import ChatTemplate
+from text_metrics import repetition_rate
+from tokenization import (
+    IGNORED_LABEL,
+    load_chat_template,
+    mark_learned,
+    stop_token_ids,
+    tokenize_pairs,
+    tokenizer_fingerprint,
+)
+from training_run import BEST, find_checkpoint, finish_run, is_finished, log_facts, start_run, train
+
+N_SAMPLES = 8
+# A sample longer than this is cut: one that goes round in circles has shown it by then.
+SAMPLE_TOKENS = 256
+# Share of a sample's runs of four characters that it had before, and the number of such samples, for an alarm.
+REPEATING = 0.5
+TOO_MANY_REPEATING = 2
+# The chosen log-probs have fallen in so many evaluations in a row, and by this share in all, for an alarm.
+N_FALLS = 3
+TOO_DEEP_A_FALL = 0.05
+
+# ---------------------------------------------------------------- arguments
+
+
+@dataclass
+class DPOArguments:
+    template_name: str | None = field(
+        default=None, metadata={"help": "Named prompt template of template.py instead of the tokenizer's own."}
+    )
+    max_source_length: int = field(
+        default=1024,
+        metadata={"help": "Longest prompt in tokens; a longer one loses its oldest exchanges, then its start."},
+    )
+    max_target_length: int = field(
+        default=512, metadata={"help": "Longest reply in tokens; a longer one is cut and gets no end token."}
+    )
+
+    def __post_init__(self):
+        for name in ("max_source_length", "max_target_length"):
+            if getattr(self, name) < 8:
+                raise UserError(f"--{name} {getattr(self, name)}: too little to compare; give a number of tokens")
+
+
+# ---------------------------------------------------------------- data
+
+
+def load_part(
+    part: str,
+    data_args: DataArguments,
+    dpo_args: DPOArguments,
+    training_args: PreferenceConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    cache_dir: str,
+) -> tuple[Dataset, dict[str, str]]:
+    """Read, check and tokenize the "train" or "eval" pairs, from the cache where nothing has changed.
+
+    Returns rows of prompt_ids, chosen_ids, rejected_ids, margin, n_cut, length and source, and the facts to log.
+    """
+    flag, path = (
+        ("--train_file_dir", data_args.train_file_dir)
+        if part == "train"
+        else ("--validation_file_dir", data_args.validation_file_dir or data_args.train_file_dir)
+    )
+    if path is None:
+        raise UserError(f"{flag} is missing: name the file or folder of the pairs")
+    held_out = training_args.do_eval and are_same_files(data_args.train_file_dir, data_args.validation_file_dir)
+    files, unread = find_files(path, flag)
+    samples = {"max_train_samples": data_args.max_train_samples, "max_eval_samples": data_args.max_eval_samples}
+    limits = {"max_prompt_length": dpo_args.max_source_length, "max_reply_length": dpo_args.max_target_length}
+
+    def build() -> tuple[Dataset, dict]:
+        pairs, read_report = load_pairs(files, data_args.on_bad_data)
+        chosen = choose_part(pairs, part, held_out, **samples, seed=training_args.seed)
+        dataset, report = tokenize_pairs(
+            chosen,
+            tokenizer,
+            chat_template,
+            **limits,
+            num_workers=data_args.preprocessing_num_workers,
+            on_bad_data=data_args.on_bad_data,
+        )
+        return dataset, {"read": read_report.as_dict(), "tokenized": report.as_dict()}
+
+    key = limits | samples | {
+        "stage": "dpo",
+        "part": part,
+        "files": content_fingerprint(files),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "held_out": held_out,
+        "on_bad_data": data_args.on_bad_data,
+        "seed": training_args.seed,
+    }  # fmt: skip
+    dataset, reports, was_cached = cached_dataset(cache_dir, key, build, data_args.overwrite_cache)
+    report = Report.from_dict(reports["tokenized"])
+    for reason, lines in report.examples.items():
+        logger.info(f"{part}: left out as {reason}: {'; '.join(lines)}{' ...' if len(lines) == 3 else ''}")
+    if len(dataset) == 0:
+        raise UserError(f"{flag} {path}: {report.summary()}, so nothing is left")
+    n_cut = sum(dataset["n_cut"])
+    return dataset, {
+        f"{part} files": f"{len(files)} in {path}" + (f", {len(unread)} with other endings not read" if unread else ""),
+        f"{part} records": Report.from_dict(reports["read"]).summary(),
+        f"{part} pairs": report.summary()
+        + (", held out of the training files by the seed" if held_out and part == "eval" else ""),
+        f"{part} tokens": f"the longest prompt and reply {max(dataset['length'])}"
+        + (f", {n_cut} of {2 * len(dataset)} replies cut at {dpo_args.max_target_length}" if n_cut else "")
+        + (", from the cache" if was_cached else ""),
+    }
+
+
+# ---------------------------------------------------------------- policy and reference
+
+
+def name_reference(path: str, use_peft: bool, training_args: PreferenceConfig) -> str:
+    """What the policy is held to, for the log."""
+    if not training_args.has_reference:
+        return f"none: {training_args.loss_type[0]} compares the replies' own log-probs"
+    if is_adapter(path):
+        return f"a frozen copy of the adapter {path} on {base_of(path)}"
+    return f"the base model {path} without the new adapter" if use_peft else f"a frozen second copy of {path}"
+
+
+def check_same_start(checkpoint: str | None, path: str) -> None:
+    """Refuse to resume with another model, which would silently become the reference."""
+    lineage = read_lineage(checkpoint) if checkpoint else None
+    if lineage is None:
+        return
+    start = lineage.parent or lineage.base_model
+    if start != path and Path(start).resolve() != Path(path).resolve():
+        raise UserError(
+            f"--model_name_or_path {path}: the run of {checkpoint} started from {start}, which is its reference; give "
+            "that, or start again (--resume_from_checkpoint False --overwrite_output_dir True)"
+        )
+
+
+# ---------------------------------------------------------------- what the policy says while it learns
+
+
+class GreedySamples:
+    """Greedy replies to the first questions of the evaluation data, logged; how they end and repeat themselves."""
+
+    def __init__(
+        self,
+        eval_dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: ChatTemplate,
+        max_new_tokens: int,
+    ):
+        rows = {tuple(row["prompt_ids"]): row["source"] for row in eval_dataset}
+        self.prompts = [list(ids) for ids in rows][:N_SAMPLES]
+        self.sources = list(rows.values())[:N_SAMPLES]
+        self.tokenizer = tokenizer
+        self.stop_ids = stop_token_ids(tokenizer, chat_template)
+        self.decoding = Decoding(max_new_tokens=min(max_new_tokens, SAMPLE_TOKENS))
+
+    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+        replies = generate_replies(model, self.tokenizer, self.prompts, self.stop_ids, self.decoding, N_SAMPLES)
+        rates = [repetition_rate(reply.text) for reply in replies]
+        for source, reply, rate in zip(self.sources, replies, rates, strict=True):
+            text = " ".join(reply.text.split())
+            logger.info(
+                f"sample for {source} ({reply.n_tokens} tokens, {'ended' if reply.ended else 'cut'}, {rate:.0%} "
+                f"repeated): {text[:80]}{' ...' if len(text) > 80 else ''}"
+            )
+        return {
+            "samples_ended": sum(reply.ended for reply in replies) / len(replies),
+            "sample_repetition": sum(rates) / len(rates),
+            "samples_repeating": sum(rate > REPEATING for rate in rates),
+        }
+
+
+def fall(values: Sequence[float]) -> float | None:
+    """By what share the values have fallen in the last N_FALLS steps, None unless each step was a fall."""
+    last = values[-N_FALLS - 1 :]
+    if len(last) <= N_FALLS or any(later >= earlier for earlier, later in pairwise(last)):
+        return None
+    return (last[0] - last[-1]) / max(abs(last[0]), 1e-9)
+
+
+class DegenerationAlarm(TrainerCallback):
+    """Warns where the chosen replies become unlikely too, or samples go round in circles; rewards show neither.
+
+    See Razin et al. 2024, https://arxiv.org/abs/2410.08847.
+    """
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        evaluated = [entry for entry in state.log_history if "eval_chosen_logps" in entry]
+        values = [entry["eval_chosen_logps"] for entry in evaluated]
+        if args.has_reference and evaluated:
+            # Where the policy started, since a reward is beta x (logp - ref_logp).
+            values.insert(0, values[0] - evaluated[0]["eval_chosen_reward"] / args.beta)
+        share = fall(values)
+        if share is not None and share > TOO_DEEP_A_FALL:
+            shown = ", ".join(f"{value:.1f}" for value in values[-N_FALLS - 1 :])
+            logger.warning(
+                f"step {state.global_step}: the chosen replies become less likely from evaluation to evaluation "
+                f"(log-probs {shown}); lower --learning_rate, raise --beta, or add a term that holds them: "
+                "--loss_type sigmoid sft"
+            )
+        n_repeating = metrics.get("eval_samples_repeating", 0)
+        if n_repeating >= TOO_MANY_REPEATING:
+            logger.warning(
+                f"step {state.global_step}: {n_repeating} samples repeat themselves; look at them above, and if they "
+                "did not before training (--eval_on_start True shows it), lower --learning_rate or raise --beta"
+            )
+
+
+# ---------------------------------------------------------------- main
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    # ------------------------------------------------------------ arguments
+    parser = StageArgumentParser(
+        [ModelArguments, DataArguments, LoraArguments, RunArguments, DPOArguments, PreferenceConfig]
+    )
+    model_args, data_args, lora_args, run_args, dpo_args, training_args = parser.parse(argv)
+    check_model_path(model_args.model_name_or_path, "--model_name_or_path", model_args.allow_pickle_weights)
+
+    # ------------------------------------------------------------ run
+    start_run("direct preference optimization", training_args, parser.notes)
+    checkpoint = find_checkpoint(training_args, run_args.overwrite_output_dir)
+    check_same_start(checkpoint, model_args.model_name_or_path)
+
+    # ------------------------------------------------------------ tokenizer and template
+    hub_options = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
+    tokenizer = load_tokenizer(model_args.tokenizer_name_or_path or model_args.model_name_or_path, **hub_options)
+    chat_template = load_chat_template(tokenizer, dpo_args.template_name)
+
+    # ------------------------------------------------------------ data
+    cache_dir = Path(model_args.cache_dir or "cache")
+    load = partial(
+        load_part,
+        data_args=data_args,
+        dpo_args=dpo_args,
+        training_args=training_args,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        cache_dir=str(cache_dir / "tokenized"),
+    )
+    train_dataset, train_facts = load("train")
+    eval_dataset, eval_facts = load("eval") if training_args.do_eval else (None, {})
+
+    # ------------------------------------------------------------ model
+    base_options = {
+        "torch_dtype": model_args.torch_dtype,
+        "load_in_4bit": model_args.load_in_4bit,
+        "load_in_8bit": model_args.load_in_8bit,
+        "device_map": model_args.device_map,
+        "flash_attn": model_args.flash_attn,
+        "allow_pickle_weights": model_args.allow_pickle_weights,
+        **hub_options,
+    }
+    model = load_for_training(model_args.model_name_or_path, **vars(lora_args), **base_options)
+    check_vocabulary(tokenizer, model)
+    base_model = base_of(model_args.model_name_or_path)
+    lineage = Lineage(
+        base_model=base_model,
+        parent=model_args.model_name_or_path if base_model != model_args.model_name_or_path else None,
+        stage="dpo",
+        template=dpo_args.template_name or "",
+        data=str(data_args.train_file_dir),
+        hidden_size=model.config.hidden_size,
+        vocab_size=model.config.vocab_size,
+    )
+    reference = name_reference(model_args.model_name_or_path, lora_args.use_peft, training_args)
+
+    # ------------------------------------------------------------ train
+    if training_args.has_reference:
+        # With an adapter TRL keeps a frozen copy of it. Log-probs computed beforehand need no second model.
+        needs_copy = not lora_args.use_peft and not training_args.precompute_ref_log_probs
+        trainer_class = partial(
+            DPOPairTrainer,
+            ref_model=load_base_model(base_model, **base_options).requires_grad_(False) if needs_copy else None,
+            reference=reference,
+            ref_logps_dir=cache_dir / "ref_logps",
+            overwrite_ref_logps=data_args.overwrite_cache,
+        )
+    else:
+        trainer_class = ORPOPairTrainer if training_args.loss_type == ["orpo"] else SimPOPairTrainer
+    trainer = trainer_class(
+        model=model,
+        args=training_args,
+        data_collator=PreferenceCollator(tokenizer.pad_token_id),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        callbacks=[DegenerationAlarm()],
+        sample=GreedySamples(eval_dataset, tokenizer, chat_template, dpo_args.max_target_length)
+        if eval_dataset
+        else None,
+    )
+    facts = {"model": f"{model_args.model_name_or_path}: {describe_trainable(model)}", "reference": reference}
+    weights = training_args.loss_weights or [1.0] * len(training_args.loss_type)
+    losses = [f"{weight:g} x {name}" for name, weight in zip(training_args.loss_type, weights, strict=True)]
+    facts["loss"] = f"{' + '.join(losses)}, beta {training_args.beta:g}"
+    if lora_args.use_peft and lora_args.lora_dropout:
+        facts["dropout"] = f"off, not --lora_dropout {lora_args.lora_dropout:g}: it would blur what is compared"
+    log_facts(trainer, facts | {"template": dpo_args.template_name or "the tokenizer's own"} | train_facts | eval_facts)
+    first = train_dataset[0]
+    for name in ("chosen", "rejected"):
+        ids, n_prompt = first["prompt_ids"] + first[f"{name}_ids"], len(first["prompt_ids"])
+        text = mark_learned(tokenizer, ids, [IGNORED_LABEL] * n_prompt + ids[n_prompt:])
+        logger.info(f"the first pair, its {name} reply between « and »:\n{text}")
+    if training_args.do_train and is_finished(trainer, checkpoint):
+        return {}
+    keeper = train(trainer, lineage, checkpoint, run_args.logging_dir) if training_args.do_train else None
+
+    # ------------------------------------------------------------ save and evaluate
+    best = Path(training_args.output_dir, BEST)
+    flags = f"--base_model {base_model} --lora_model {best}" if lora_args.use_peft else f"--base_model {best}"
+    return finish_run(trainer, keeper, next_command=f"{Path(sys.executable).name} inference.py {flags}")
+
+
+if __name__ == "__main__":
+    run_script(main)
