@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The way on a CPU in minutes: set up, make a tiny random model, pretrain and fine-tune it on the sample data, and ask
-# the guide's four questions before and after. Nothing is downloaded but the Python packages.
+# the guide's four questions before and after, and 500 held-out ones. Nothing is downloaded but the Python packages.
 #
 #   bash run_demo.sh
 #
@@ -19,10 +19,10 @@ N_PROCESSES=$(($(nproc) > 1 ? 2 : 1))
 export OMP_NUM_THREADS=1
 launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$N_PROCESSES")
 
-echo "== 1/5 a tiny model with random weights"
+echo "== 1/6 a tiny model with random weights"
 "$PYTHON" scripts/build_tiny_model.py --output_dir "$MODEL"
 
-echo "== 2/5 its answers before training (random)"
+echo "== 2/6 its answers before training (random)"
 "$PYTHON" inference.py --base_model "$MODEL" --max_new_tokens 24
 
 # All weights, because a LoRA adapter has nothing to adapt in a random model.
@@ -43,7 +43,7 @@ args=(
     --resume_from_checkpoint True
 )
 
-echo "== 3/5 continued pretraining on data/pretrain"
+echo "== 3/6 continued pretraining on data/pretrain"
 pretraining=(
     --model_name_or_path "$MODEL"
     --train_file_dir data/pretrain
@@ -54,7 +54,7 @@ pretraining=(
 )
 "${launch[@]}" pretraining.py "${args[@]}" "${pretraining[@]}"
 
-echo "== 4/5 supervised fine-tuning on data/finetune, about ten minutes on two cores"
+echo "== 4/6 supervised fine-tuning on data/finetune, about ten minutes on two cores"
 finetuning=(
     --model_name_or_path "$OUTPUT-pt/checkpoint-best"
     --template_name chatml     # without the system prompt that Qwen's template adds to each dialogue
@@ -67,5 +67,9 @@ finetuning=(
 )
 "${launch[@]}" supervised_finetuning.py "${args[@]}" "${finetuning[@]}" "$@"
 
-echo "== 5/5 its answers after training"
+echo "== 5/6 its answers after training"
 "$PYTHON" inference.py --base_model "$OUTPUT/checkpoint-best" --max_new_tokens 200
+
+echo "== 6/6 held-out questions: replies against references"
+"$PYTHON" scripts/evaluate_model.py --base_model "$OUTPUT/checkpoint-best" --test_file data/eval/questions.jsonl \
+    --max_new_tokens 160 --batch_size 32 --output_dir "$OUTPUT-eval" --overwrite

@@ -51,7 +51,7 @@ def test_the_folder_loads_like_a_downloaded_model(tiny_model_dir):
 
 def test_default_size_is_a_few_million_parameters(tiny_tokenizer):
     model = build_tiny_model.build_model(tiny_tokenizer, vocab_size=build_tiny_model.VOCAB_SIZE)
-    assert 3e6 < model.num_parameters() < 6e6
+    assert 1.5e6 < model.num_parameters() < 3e6
 
 
 def test_special_tokens_follow_the_vocabulary_as_in_qwen(tiny_tokenizer):
@@ -90,7 +90,8 @@ def test_a_small_corpus_gives_a_smaller_vocabulary():
     assert 259 < len(train_tokenizer(["感冒感冒"] * 2, 4096)) < 300
 
 
-def test_reads_what_is_said_and_nothing_else(data_dir):
+def test_reads_what_is_said_for_training_and_nothing_else(data_dir, write_jsonl):
+    write_jsonl("data/eval/held_out.jsonl", [{"question": "held out"}])
     assert read_texts(data_dir) == ["头痛怎么办？", "高血压要少吃盐。", "按时服药。"]
 
 
@@ -139,7 +140,7 @@ def test_user_errors(tmp_path, write_jsonl):
         train_tokenizer(["感冒"], 100)
     with pytest.raises(UserError, match=r"--data_dir .*nowhere: no \.txt or \.jsonl"):
         read_texts(tmp_path / "nowhere")
-    broken = write_jsonl("broken/a.jsonl", [{"value": "感冒"}])
+    broken = write_jsonl("broken/finetune/a.jsonl", [{"value": "感冒"}])
     with broken.open("a", encoding="utf-8") as file:
         file.write("{'value'\n")
     with pytest.raises(UserError, match=r"a\.jsonl:2: not a JSON record"):

@@ -266,14 +266,17 @@ def test_demo_asks_before_and_after_training(demo, tmp_path):
     finished, calls = start(demo, tmp_path)
     assert finished.returncode == 0, finished.stderr
     stages = ["pretraining.py", "supervised_finetuning.py"]
-    assert [call.script for call in calls] == ["scripts/build_tiny_model.py", "inference.py", *stages, "inference.py"]
-    build, before, pretrain, train, after = calls
+    build = "scripts/build_tiny_model.py"
+    asked = ["inference.py", "scripts/evaluate_model.py"]
+    assert [call.script for call in calls] == [build, "inference.py", *stages, *asked]
+    build, before, pretrain, train, after, evaluate = calls
     model = build.last("--output_dir")
     assert before.last("--base_model") == pretrain.last("--model_name_or_path") == model
     assert train.last("--model_name_or_path") == f"{pretrain.last('--output_dir')}/checkpoint-best"
-    assert after.last("--base_model") == f"{train.last('--output_dir')}/checkpoint-best"
+    best = f"{train.last('--output_dir')}/checkpoint-best"
+    assert after.last("--base_model") == evaluate.last("--base_model") == best
     assert {(call.folder, call.offline) for call in calls} == {(str(demo.parent), "1")}
-    assert [line[:6] for line in finished.stdout.splitlines()] == [f"== {n}/5" for n in range(1, 6)]
+    assert [line[:6] for line in finished.stdout.splitlines()] == [f"== {n}/6" for n in range(1, 7)]
 
 
 def test_demo_knows_its_flags_and_hands_on_more(demo, tmp_path):
@@ -281,7 +284,7 @@ def test_demo_knows_its_flags_and_hands_on_more(demo, tmp_path):
     for call in calls:
         unknown = {f"--{flag}" for flag, _ in pairs(call.flags)} - known_flags(call.script)
         assert not unknown, f"{call.script}: {unknown}"
-    assert [call.last("--weight_decay") for call in calls] == [None, None, None, "0.1", None]
+    assert [call.last("--weight_decay") for call in calls] == [None, None, None, "0.1", None, None]
 
 
 @pytest.mark.parametrize(("failing", "n_calls"), [("build_tiny_model.py", 1), ("supervised_finetuning.py", 4)])
