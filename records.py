@@ -1107,7 +1107,8 @@ def _load_cache(folder: Path) -> tuple["Dataset", dict, float] | None:
 
     try:
         manifest = json.loads(Path(folder, _MANIFEST).read_text(encoding="utf-8"))
-        if manifest["sizes"] != _sizes(folder):
+        # Others may come beside them: `datasets` keeps there what a stage maps a loaded dataset to, as packing does.
+        if not manifest["sizes"].items() <= _sizes(folder).items():
             return None
         return load_from_disk(folder), manifest["report"], manifest["built_at"]
     except (FileNotFoundError, ValueError, KeyError):

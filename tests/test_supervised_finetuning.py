@@ -579,3 +579,10 @@ def test_fifty_dialogues_are_learned_by_heart(flags, write_jsonl, tmp_path):
         generated = model.generate(**prompt, max_new_tokens=80, do_sample=False)[0, prompt["input_ids"].shape[1] :]
         assert generated[-1] == end_token, f"{question}: did not stop"
         assert tokenizer.decode(generated[:-1]) == answer
+
+
+def test_packing_leaves_the_cache_of_tokenized_data_whole(flags, tmp_path, capfd):
+    """`datasets` writes what a cached dataset is mapped to beside it."""
+    for cached in (False, True):
+        supervised_finetuning.main(flags(packing=True, max_steps=1, overwrite_output_dir=True))
+        assert ("from the cache" in capfd.readouterr().err) is cached
