@@ -13,7 +13,7 @@ Reads dialogues, preference pairs or pretraining text in every form that the sta
 With --model_name_or_path, lengths are in tokens, dialogues over --model_max_length are left out, and those that stay
 are tokenized into the cache of supervised_finetuning.py: with the same settings, it starts to train at once.
 
-Memory grows by about 200 bytes a record, however long it is; a cache takes what the stage would take to make it.
+Memory grows by about 250 bytes a record, however long it is; a cache takes what the stage would take to make it.
 """
 
 import argparse
@@ -396,20 +396,24 @@ def line_of(record: Record, is_text: bool) -> str:
 # ---------------------------------------------------------------- second pass: choose what validates
 
 
-def choose_validation(questions: Iterable[str], wanted: int, seed: int, threshold: float, shingle: int) -> np.ndarray:
-    """[number of questions] bool: the seeded choice of at most `wanted`, of groups of like questions always all.
-
-    Neither the order of the questions nor what else there is decides which groups come first.
-    """
+def group_questions(
+    questions: Iterable[str], seed: int, threshold: float, shingle: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """[number of questions] which group of like questions each is in; and uint64 keys that the seed decides."""
     groups, keys = Groups(threshold, shingle), []
     questions = iter(questions)
     while batch := list(islice(questions, BATCH)):
         groups.add(batch)
         digests = b"".join(hashlib.blake2b(f"{seed}:{bare_text(q)}".encode(), digest_size=8).digest() for q in batch)
         keys.append(np.frombuffer(digests, dtype=np.uint64))
-    _, members, sizes = np.unique(groups.labels(), return_inverse=True, return_counts=True)
+    return groups.labels(), np.concatenate(keys)
+
+
+def choose_groups(labels: np.ndarray, keys: np.ndarray, wanted: int) -> np.ndarray:
+    """[number of records] bool: at most `wanted` records, all or none of each group; their order does not matter."""
+    _, members, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     group_keys = np.zeros(len(sizes), dtype=np.uint64)
-    np.add.at(group_keys, members, np.concatenate(keys))  # the sum wraps, and so stays as random as its terms
+    np.add.at(group_keys, members, keys)  # the sum wraps, and so stays as random as its terms
     chosen, left = np.zeros(len(sizes), dtype=bool), wanted
     for group in np.argsort(group_keys):
         if sizes[group] <= left:
@@ -577,8 +581,9 @@ def hold_out(args: argparse.Namespace, kind: Kind, kept: KeptRecords) -> np.ndar
         return np.zeros(len(kept), dtype=bool)
     shingle = TEXT_SHINGLE if kind == "documents" else QUESTION_SHINGLE
     records = progress(READERS[kind]([kept.path]), "comparing questions")
-    held_out = choose_validation(map(question_of, records), wanted, args.seed, args.split_threshold, shingle)
-    assert len(held_out) == len(kept), (len(held_out), len(kept))
+    labels, keys = group_questions(map(question_of, records), args.seed, args.split_threshold, shingle)
+    assert len(labels) == len(kept), (len(labels), len(kept))
+    held_out = choose_groups(labels, keys, wanted)
     if held_out.all() or not held_out.any():
         raise UserError(
             f"--validation_size: cannot hold out {wanted} of {len(kept)} records, since records with like questions "
