@@ -139,7 +139,7 @@ def test_full_weights_leave_a_model_of_its_own(flags, tmp_path):
 
 def test_best_is_the_lowest_evaluation_loss(flags, tmp_path, monkeypatch):
     scripted = iter([3.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(causal_lm_trainer, "loss_statistics", lambda prediction: {"loss": next(scripted)})
+    monkeypatch.setattr(causal_lm_trainer, "loss_statistics", lambda prediction, **_: {"loss": next(scripted)})
     metrics = supervised_finetuning.main(flags(max_steps=4, eval_strategy="steps", eval_steps=1, save_steps=2))
     assert metrics["eval_loss"] == json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] == 1.0
     best, second, last = (
