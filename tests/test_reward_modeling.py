@@ -317,6 +317,14 @@ def plain_scores(model, tokenizer, texts: list[list[int]], side: str) -> list[fl
         return model(**batch).logits.squeeze(-1).tolist()
 
 
+def last_token_score(model, ids: list[int]) -> float:
+    """What the head makes of the last token's state, whichever token that is."""
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    with torch.no_grad():
+        hidden = core.model(torch.tensor([ids])).last_hidden_state
+        return core.score(hidden[:, -1]).item()
+
+
 @pytest.mark.parametrize("case", ["adapter", "full", "pad is eos", "from sft"])
 def test_a_saved_model_scores_the_same_in_plain_transformers(
     flags, tmp_path, tiny_model_dir, sft_adapter, case, monkeypatch
@@ -356,6 +364,7 @@ def test_a_saved_model_scores_the_same_in_plain_transformers(
     for scorer in scorers:
         alone = [plain_scores(scorer, tokenizer, [ids], "right")[0] for ids in texts]
         assert alone == pytest.approx(expected, abs=1e-3)
+        assert [last_token_score(scorer, ids) for ids in texts] == pytest.approx(expected, abs=1e-3)
         for side in ("left", "right"):
             assert plain_scores(scorer, tokenizer, texts, side) == pytest.approx(expected, abs=1e-3)
 
