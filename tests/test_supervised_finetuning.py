@@ -522,6 +522,8 @@ def test_guide_command_with_two_processes(tiny_model_dir, tmp_path):
         str(out),
         "--cache_dir",
         str(tmp_path / "cache"),
+        "--max_train_samples",
+        "500",
     ]
     words = [*GUIDE_SFT.split(), *here]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0,1"}
