@@ -317,6 +317,7 @@ class Prompt:
     aspect: str
     question: str
     chosen: str
+    in_other_words: bool  # than training's
 
 
 def build_pairs(knowledge: Knowledge, unseen: set[str], n_pairs: int, part: str, usable: Callable) -> list[dict]:
@@ -370,7 +371,8 @@ def prompt_on_aspect(
     entry = rng.choice([e for e in entries if not aspects or set(aspects) & set(e.aspects)])
     aspect = rng.choice([aspect for aspect in entry.aspects if not aspects or aspect in aspects])
     question = rng.choice(knowledge.questions(entry, aspect, part)).format(n=rng.choice(entry.names))
-    return Prompt(entry, aspect, question, knowledge.reply(entry, aspect, rng if part == "held_out" else None))
+    alternative = rng if part == "held_out" else None
+    return Prompt(entry, aspect, question, knowledge.reply(entry, aspect, alternative), bool(alternative))
 
 
 def prompt_with_red_flag(knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random) -> Prompt:
@@ -382,10 +384,11 @@ def prompt_with_red_flag(knowledge: Knowledge, entries: Sequence[Entry], part: s
         complaints = entry.fields["complaints"]
         complaint = complaints[2] if part == "held_out" else rng.choice(complaints[:2])
         question = rng.choice(phrasings["complaint_frames"][part]).format(c=complaint)
-        return Prompt(entry, "urgent", question, knowledge.reply(entry, "urgent", alternative))
+        return Prompt(entry, "urgent", question, knowledge.reply(entry, "urgent", alternative), bool(alternative))
     flag = rng.choice(entry.fields["red_flags"])
     question = rng.choice(phrasings["red_flag_frames"][part]).format(n=rng.choice(entry.names), r=flag)
-    return Prompt(entry, "red_flag", question, knowledge.reply(entry, "red_flag", alternative, red_flag=flag))
+    chosen = knowledge.reply(entry, "red_flag", alternative, red_flag=flag)
+    return Prompt(entry, "red_flag", question, chosen, bool(alternative))
 
 
 CARE = ("treatment", "medicines", "diet_and_care", "prevention", "advice", "dose", "overdose", "how_to_take")
@@ -419,7 +422,7 @@ def reject_with(pool: str, knowledge: Knowledge, entries: Sequence[Entry], promp
 
 
 def reject_wrong_condition(knowledge: Knowledge, entries: Sequence[Entry], prompt: Prompt, length: int, rng) -> str:
-    """A sound answer to the same question about something else."""
+    """A sound answer to the same question about something else, its frame being the right answer's."""
     others = [
         entry
         for entry in entries
@@ -427,7 +430,8 @@ def reject_wrong_condition(knowledge: Knowledge, entries: Sequence[Entry], promp
         and entry.is_medicine == prompt.entry.is_medicine
         and entry.fields["id"] != prompt.entry.fields["id"]
     ]
-    answers = [knowledge.reply(entry, prompt.aspect, rng) for entry in rng.sample(others, min(12, len(others)))]
+    alternative = rng if prompt.in_other_words else None
+    answers = [knowledge.reply(entry, prompt.aspect, alternative) for entry in rng.sample(others, min(12, len(others)))]
     return min(answers, key=lambda answer: abs(len(answer) - length))
 
 
