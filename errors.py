@@ -1,6 +1,7 @@
 """The one exception that means "the user can mend this", and how a script ends on it."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -10,7 +11,10 @@ class UserError(ValueError):
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Run a script's `main`; a `UserError` ends it with its line and exit code 2 instead of a traceback."""
+    """Run a script's `main`; a `UserError` ends it with its line and exit code 2 instead of a traceback.
+
+    Ctrl-C ends it with 130 wherever nothing has to be saved.
+    """
     try:
         main()
     except UserError as error:
@@ -18,3 +22,5 @@ def run_script(main: Callable[[], object]) -> None:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -3,6 +3,8 @@
 A stage calls `start_run`, `find_checkpoint`, `log_facts`, `train` and `finish_run`; the callbacks here do the rest.
 """
 
+import errno
+import hashlib
 import json
 import math
 import os
@@ -15,15 +17,18 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from loguru import logger
+from safetensors import SafetensorError
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging as transformers_logging
 
 from errors import UserError
@@ -32,6 +37,10 @@ if TYPE_CHECKING:
     from model_loading import Lineage
 
 BEST = "checkpoint-best"
+# In a checkpoint: the SHA-256 of its files, as `sha256sum --check` reads it.
+MANIFEST = "manifest.sha256"
+# In the output folder: checkpoints are written in it, and moved out of it once they are whole.
+UNFINISHED = ".unfinished"
 # What a line of the log shows of an evaluation.
 EVALUATED = (
     *("loss", "perplexity", "token_accuracy", "bits_per_byte"),
@@ -114,32 +123,37 @@ def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool
     """
     output_dir = Path(training_args.output_dir)
     wanted = training_args.resume_from_checkpoint
+    _refuse_unwritable(output_dir)
     if wanted and overwrite_output_dir and _numbered_checkpoints(output_dir):
         logger.info(
             "--overwrite_output_dir: nothing is overwritten, because --resume_from_checkpoint goes on with the run"
         )
-    if isinstance(wanted, str):
-        missing = _missing_files(Path(wanted))
-        if missing:
-            raise UserError(f"--resume_from_checkpoint {wanted}: {missing}; take another checkpoint of the run")
-        _refuse_other_settings(Path(wanted), _optimizer_settings(training_args))
-        return wanted
     if wanted:
-        for checkpoint in _numbered_checkpoints(output_dir):
-            missing = _missing_files(checkpoint)
-            if not missing:
-                _refuse_other_settings(checkpoint, _optimizer_settings(training_args))
-                logger.info(f"resuming from {checkpoint}")
-                return str(checkpoint)
-            logger.warning(f"{checkpoint} is not complete ({missing}) and is passed over")
+        found = None
+        # Hashing takes a while for large models: one process does it and tells the others.
+        if training_args.process_index == 0:
+            _clear_unfinished(output_dir)
+            found = _checked_checkpoint(wanted) if isinstance(wanted, str) else _newest_checkpoint(output_dir)
+        found = _from_main_process(found, training_args)
+        if found:
+            if not Path(found).is_dir():
+                raise UserError(f"{found}: not there on every node; --output_dir must be a folder that they share")
+            _refuse_other_settings(Path(found), _optimizer_settings(training_args))
+            logger.info(f"resuming from {found}")
+            return found
         logger.info(f"--resume_from_checkpoint True: no checkpoint in {output_dir} yet, so the run starts anew")
     # One process moves the folder; the others look when it is done.
     with training_args.main_process_first(local=False, desc="the output folder"):
         held = [name for name in ("train_results.json", "trainer_state.json", BEST) if (output_dir / name).exists()]
         held += [checkpoint.name for checkpoint in _numbered_checkpoints(output_dir)]
-        if not held or training_args.process_index != 0:
+        if training_args.process_index != 0:
             return None
-        if not overwrite_output_dir:
+        if not held:
+            _clear_unfinished(output_dir)
+            return None
+        # Stopped before its first checkpoint: the same command must go on by itself.
+        has_barely_begun = wanted is True and held == [BEST]
+        if not overwrite_output_dir and not has_barely_begun:
             raise UserError(
                 f"--output_dir {output_dir} holds a run already ({', '.join(held)}): --resume_from_checkpoint True "
                 "goes on with it, --overwrite_output_dir True starts again and keeps it beside, or name another folder"
@@ -148,8 +162,42 @@ def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool
         while (aside := output_dir.with_name(f"{output_dir.name}.earlier-{number}")).exists():
             number += 1
         output_dir.rename(aside)
-        logger.info(f"--overwrite_output_dir: the earlier run in {output_dir} is now {aside}")
+        logger.info(f"starting again: the earlier run in {output_dir} is now {aside}")
     return None
+
+
+def _refuse_unwritable(output_dir: Path) -> None:
+    """Raise UserError where the output folder, or the one it would be made in, takes no files."""
+    folder = output_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {output_dir}: {folder} cannot be written to; name another folder")
+
+
+def _checked_checkpoint(checkpoint: str) -> str:
+    if faults := _faults(Path(checkpoint)):
+        raise UserError(f"--resume_from_checkpoint {checkpoint}: {faults}; take another checkpoint of the run")
+    return checkpoint
+
+
+def _newest_checkpoint(output_dir: Path) -> str | None:
+    """The newest complete checkpoint; names those that are passed over."""
+    for checkpoint in _numbered_checkpoints(output_dir):
+        faults = _faults(checkpoint)
+        if not faults:
+            return str(checkpoint)
+        logger.warning(f"{checkpoint} is not complete ({faults}) and is passed over")
+    return None
+
+
+def _from_main_process(value: str | None, training_args: TrainingArguments) -> str | None:
+    """The value that the first process has, in every process."""
+    if training_args.world_size == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0, device=training_args.device)
+    return values[0]
 
 
 def _numbered_checkpoints(output_dir: Path) -> list[Path]:
@@ -160,8 +208,8 @@ def _numbered_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(numbered, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
 
 
-def _missing_files(checkpoint: Path) -> str:
-    """What a checkpoint lacks for an exact resume, "" where it is complete.
+def _faults(checkpoint: Path) -> str:
+    """What keeps a checkpoint from an exact resume, "" where it is complete.
 
     transformers stops for a missing state or weights, but goes on silently without optimizer or random state.
     """
@@ -180,7 +228,10 @@ def _missing_files(checkpoint: Path) -> str:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         except ValueError:
             missing.append("a readable trainer_state.json")
-    return f"without {', '.join(missing)}" if missing else ""
+    if missing:
+        return f"without {', '.join(missing)}"
+    damaged = [name for name, digest in _read_manifest(checkpoint).items() if _sha256(checkpoint / name) != digest]
+    return f"damaged: {', '.join(damaged)}" if damaged else ""
 
 
 def _optimizer_settings(training_args: TrainingArguments) -> dict[str, float | str]:
@@ -199,10 +250,13 @@ def _data_settings(trainer: Trainer) -> dict[str, int]:
     }
 
 
+def _read_state(checkpoint: str | Path) -> dict:
+    return json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+
+
 def _refuse_other_settings(checkpoint: Path, wanted: dict[str, float | int | str]) -> None:
     """Compare with what `CheckpointKeeper` recorded; a checkpoint without a record (another tool's) passes."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    recorded = state.get("stateful_callbacks", {}).get("CheckpointKeeper", {}).get("attributes", {})
+    recorded = _recorded(_read_state(checkpoint).get("stateful_callbacks", {}))
     for name, value in wanted.items():
         if recorded.get(name, value) != value:
             raise UserError(
@@ -210,6 +264,81 @@ def _refuse_other_settings(checkpoint: Path, wanted: dict[str, float | int | str
                 "goes on with that; leave it as it was, start again (--resume_from_checkpoint False "
                 "--overwrite_output_dir True), or name another --output_dir"
             )
+
+
+# ---------------------------------------------------------------- checkpoints that are whole
+
+
+def unfinished_folder(place: Path) -> Path:
+    """The empty folder in which what will be `place` is written; `put_in_place` moves it there."""
+    partial = place.parent / UNFINISHED / place.name
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def put_in_place(place: Path) -> None:
+    """Move a folder that is written to its place in one step, its files safely on the disk before.
+
+    A folder that stood there comes back (`find_checkpoint`) should the process be killed between the two moves.
+    """
+    unfinished = place.parent / UNFINISHED
+    partial, replaced = unfinished / place.name, unfinished / f"{place.name}.replaced"
+    for file in _files(partial):
+        _sync(file)
+    if place.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        place.rename(replaced)
+    partial.rename(place)
+    _sync(place.parent)
+    shutil.rmtree(unfinished)
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Record the SHA-256 of all files of a checkpoint in it."""
+    lines = [f"{_sha256(file)}  {file.relative_to(checkpoint)}\n" for file in _files(checkpoint)]
+    (checkpoint / MANIFEST).write_text("".join(lines), encoding="utf-8")
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, str]:
+    """File name to SHA-256; empty for a checkpoint without a manifest (another tool's)."""
+    file = checkpoint / MANIFEST
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+
+
+def _sha256(file: Path) -> str | None:
+    if not file.is_file():
+        return None
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _clear_unfinished(output_dir: Path) -> None:
+    """Remove the checkpoint that a killed run was writing; bring back one that it was about to replace."""
+    unfinished = output_dir / UNFINISHED
+    if not unfinished.is_dir():
+        return
+    for path in unfinished.iterdir():
+        place = output_dir / path.name.removesuffix(".replaced")
+        if path.name.endswith(".replaced") and not place.exists():
+            path.rename(place)
+        elif path.name == place.name:
+            logger.warning(f"{path.name} was being written when the run ended and is not complete: it is removed")
+    shutil.rmtree(unfinished)
 
 
 # ---------------------------------------------------------------- before the first step
@@ -265,7 +394,7 @@ def is_finished(trainer: Trainer, checkpoint: str | None) -> bool:
     output_dir = Path(trainer.args.output_dir)
     if not (output_dir / "loss.png").is_file():
         return False
-    state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+    state = _read_state(checkpoint)
     if state["global_step"] < _steps(trainer)[2]:
         return False
     logger.warning(
@@ -380,79 +509,188 @@ class AdapterMovementCheck(TrainerCallback):
 
 
 class CheckpointKeeper(TrainerCallback, ExportableState):
-    """Keeps `checkpoint-best` by the evaluation loss; records in every checkpoint lineage and settings of the run."""
+    """Makes whole checkpoints of what Trainer writes, and keeps `checkpoint-best` by the evaluation loss.
 
-    def __init__(self, trainer: Trainer, lineage: "Lineage"):
+    Every checkpoint records lineage, settings of the run, and the best evaluation so far.
+    """
+
+    def __init__(self, trainer: Trainer, lineage: "Lineage", stop: "StopSignals"):
         self.trainer = trainer
         self.lineage = lineage
-        self.best_loss = math.inf
+        self.stop = stop
+        self.best_loss: float | None = None
         self.best_step: int | None = None
+        # The folder that Trainer, which writes file by file into the final place, is given as that of the run.
+        trainer._get_output_dir = lambda trial: str(Path(trainer.args.output_dir, UNFINISHED))
+        # Trainer asks for `state` before it has set them.
+        trainer._tr_loss, trainer._globalstep_last_logged = torch.tensor(0.0), 0
 
     def state(self) -> dict:
         """What transformers writes into trainer_state.json for this callback."""
         settings = _optimizer_settings(self.trainer.args) | _data_settings(self.trainer)
-        return {"args": {}, "attributes": settings}
+        progress = {
+            "best_loss": self.best_loss,
+            "best_step": self.best_step,
+            "evaluation_is_due": self.stop.evaluation_is_due,
+            # The losses since the last line of the log, which the next line is the mean of.
+            "loss_sum": self.trainer._tr_loss.item(),
+            "logged_step": self.trainer._globalstep_last_logged,
+        }
+        return {"args": {}, "attributes": settings | progress}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.best_metric is not None and Path(args.output_dir, BEST).is_dir():
-            self.best_loss, self.best_step = state.best_metric, state.best_global_step
+        recorded = _recorded(state.stateful_callbacks)
+        if Path(args.output_dir, BEST).is_dir():
+            self.best_loss, self.best_step = recorded.get("best_loss"), recorded.get("best_step")
+        self.trainer._tr_loss += recorded.get("loss_sum", 0.0)
+        self.trainer._globalstep_last_logged = recorded.get("logged_step", state.global_step)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if metrics["eval_loss"] < self.best_loss:
-            self.best_loss, self.best_step = metrics["eval_loss"], state.global_step
+        loss = metrics["eval_loss"]
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            self.best_loss, self.best_step = loss, state.global_step
             self.save_best()
 
     def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.lineage.save(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+        """Trainer has written all files of the checkpoint, in each process its own."""
+        place = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if best == place or best.is_dir():
+            state.best_model_checkpoint = str(best)  # Trainer looked for it beside the unfinished one
+        _wait_for_all()
+        if args.should_save:
+            partial = place.parent / UNFINISHED / place.name
+            self.lineage.save(partial)
+            state.save_to_json(str(partial / "trainer_state.json"))
+            write_manifest(partial)
+            put_in_place(place)
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+        _wait_for_all()
 
     def save_best(self) -> None:
-        """Write the model beside the old best and rename it, so that a whole one is there at any moment."""
         best = Path(self.trainer.args.output_dir, BEST)
-        partial = best.with_name(f".{BEST}.partial")
-        self.trainer.save_model(str(partial))
-        if not self.trainer.args.should_save:
-            return
-        self.lineage.save(partial)
-        (partial / "training_args.bin").unlink(missing_ok=True)
-        old = best.with_name(f".{BEST}.old")
-        if best.exists():
-            best.rename(old)
-        partial.rename(best)
-        shutil.rmtree(old, ignore_errors=True)
+        self.trainer.save_model(str(best.parent / UNFINISHED / BEST))
+        if self.trainer.args.should_save:
+            partial = best.parent / UNFINISHED / BEST
+            self.lineage.save(partial)
+            (partial / "training_args.bin").unlink(missing_ok=True)
+            put_in_place(best)
+        _wait_for_all()
+
+
+def _recorded(stateful_callbacks: dict) -> dict:
+    """What `CheckpointKeeper` wrote into a checkpoint."""
+    return stateful_callbacks.get("CheckpointKeeper", {}).get("attributes", {})
+
+
+class StoppedInEvaluationError(Exception):
+    """A signal came during an evaluation, which is given up."""
+
+
+class NothingLeftError(Exception):
+    """The checkpoint that a run resumes from is its last step."""
 
 
 class StopSignals(TrainerCallback):
-    """SIGTERM and SIGINT: finish the step, save a checkpoint, stop; a second signal kills at once.
+    """SIGTERM, SIGINT and a lost terminal's SIGHUP: save the last whole step and stop; a second one kills at once.
 
-    Every process asks the others at the end of a step, since the signal reaches them at different steps.
+    Nobody waits for a step of many micro-batches or a long evaluation: both are given up, and done again by the
+    resumed run with the random numbers they began with. Every process asks the others, since the signal reaches
+    them at different moments.
     """
 
-    def __init__(self):
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
         self.received: int | None = None
+        self.previous: dict[int, object] = {}
+        self.loss_sum = torch.tensor(0.0)
+        self.random_state: list[torch.Tensor] = []
+        self.is_training = False
+        self.evaluation_is_due = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.is_training = True
+        self._keep_random_state()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            ignored = number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN  # nohup
+            if number not in self.previous and not ignored:
+                self.previous[number] = signal.signal(number, self._receive)
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.is_training = False
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
         self.received = number
-        logger.warning(f"{signal.Signals(number).name}: a checkpoint is saved after this step; again to stop at once")
+        logger.warning(f"{signal.Signals(number).name}: saving a checkpoint and stopping; again to stop at once")
+
+    def _any_received(self, args) -> bool:
+        self.received = _largest(self.received or 0, args) or None
+        return self.received is not None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise NothingLeftError  # transformers 5.24 would train one more step where the last epoch is not whole
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.loss_sum = self.trainer._tr_loss.clone()
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        # DeepSpeed keeps the sums of a step's gradients and counts its micro-batches in the checkpoint.
+        if not args.deepspeed and self._any_received(args):
+            control.should_training_stop = True
+            self.trainer._tr_loss.copy_(self.loss_sum)
+            self._restore_random_state()
 
     def on_step_end(self, args, state, control, **kwargs):
-        received = self.received or 0
-        if args.world_size > 1:
-            shared = torch.tensor(received, device=args.device)
-            torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-            received = int(shared)
-        if received:
-            self.received = received
+        self._keep_random_state()
+        self.evaluation_is_due = False
+        if self._any_received(args):
             control.should_save = control.should_training_stop = True
+            self.evaluation_is_due = control.should_evaluate
             control.should_evaluate = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.received:
+            control.should_log = control.should_evaluate = False
+            is_saved = Path(args.output_dir, f"checkpoint-{state.global_step}").is_dir()
+            control.should_save = state.global_step > 0 and not is_saved
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.is_training and self._any_received(args):
+            self.evaluation_is_due = True
+            self._restore_random_state()
+            raise StoppedInEvaluationError
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        # An evaluation draws random numbers too (its DataLoader does): training goes on as if it had not.
+        if self.is_training:
+            self._restore_random_state()
+
+    def _keep_random_state(self) -> None:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self.random_state = [torch.get_rng_state(), *cuda]
+
+    def _restore_random_state(self) -> None:
+        torch.set_rng_state(self.random_state[0])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(self.random_state[1:])
+
+
+def _largest(value: int, args: TrainingArguments) -> int:
+    """The largest of the values that the processes have."""
+    if args.world_size == 1:
+        return value
+    shared = torch.tensor(value, device=args.device)
+    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+    return int(shared)
+
+
+def _wait_for_all() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def train(
@@ -465,7 +703,8 @@ def train(
         checkpoint: what `find_checkpoint` returned.
         logging_dir: of TensorBoard's events; None for runs/ in the output folder.
 
-    Exits with 128 + signal number when a signal stopped the run after its checkpoint was saved.
+    Exits with 128 + signal number when a signal stopped the run after its checkpoint was saved. Raises UserError
+    where memory or disk are full.
     """
     # Trainer then keeps the best loss in its state, which a resumed run reads.
     trainer.args.metric_for_best_model = "eval_loss"
@@ -478,25 +717,72 @@ def train(
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(QuietProgressBar)
-    keeper, signals = CheckpointKeeper(trainer, lineage), StopSignals()
-    for callback in (ProgressLines(), AdapterMovementCheck(), keeper, signals):
+    stop = StopSignals(trainer)
+    keeper = CheckpointKeeper(trainer, lineage, stop)
+    for callback in (ProgressLines(), AdapterMovementCheck(), keeper, stop):
         trainer.add_callback(callback)
-    try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(_out_of_memory_advice(trainer.args)) from error
-    if signals.received:
-        name = signal.Signals(signals.received).name
-        logger.warning(
-            f"{name}: stopped at step {trainer.state.global_step}/{trainer.state.max_steps}, saved in "
-            f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}; the same command with "
-            "--resume_from_checkpoint True goes on"
-        )
-        leave_process_group()
-        sys.exit(128 + signals.received)
-    trainer.save_metrics("train", result.metrics, combined=False)
+    if checkpoint and _recorded(_read_state(checkpoint).get("stateful_callbacks", {})).get("evaluation_is_due"):
+        trainer.args.eval_on_start = True
+    with _one_line_for_bad_days(trainer):
+        try:
+            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        except NothingLeftError:
+            metrics = trainer._finalize_training(None, 0, time.time()).metrics
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            metrics["train_loss"] = math.fsum(losses) / max(len(losses), 1)
+        except StoppedInEvaluationError:
+            trainer._save_checkpoint(trainer.model, trial=None)
+            keeper.on_save(trainer.args, trainer.state, trainer.control)
+    if stop.received:
+        _exit_interrupted(trainer, stop.received)
+    trainer.save_metrics("train", metrics, combined=False)
     trainer.save_state()
     return keeper
+
+
+def _exit_interrupted(trainer: Trainer, number: int) -> NoReturn:
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    saved = Path(trainer.args.output_dir, f"checkpoint-{step}")
+    logger.warning(
+        f"{signal.Signals(number).name}: stopped at step {step}/{steps}, "
+        + (f"saved in {saved}" if saved.is_dir() else "before there was anything to save")
+        + "; the same command with --resume_from_checkpoint True goes on"
+    )
+    leave_process_group()
+    sys.exit(128 + number)
+
+
+@contextmanager
+def _one_line_for_bad_days(trainer: Trainer) -> Iterator[None]:
+    """Say what to do where the memory or the disk is full, instead of a traceback."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(_out_of_memory_advice(trainer.args)) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_disk_full(error):
+            raise
+        raise UserError(_disk_full_advice(Path(trainer.args.output_dir))) from error
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """torch and safetensors write without Python, and say it in words of their own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return any(sign in str(error) for sign in ("inline_container.cc", "PytorchStreamWriter failed", "No space left"))
+
+
+def _disk_full_advice(output_dir: Path) -> str:
+    shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
+    whole = _numbered_checkpoints(output_dir)
+    last = f"the last complete checkpoint is {whole[0]}" if whole else "no checkpoint was complete yet"
+    disk = output_dir.resolve()
+    while not disk.is_mount():
+        disk = disk.parent
+    return (
+        f"no space left on the disk at {disk} for --output_dir {output_dir}; {last}. Make room (--save_total_limit 1 "
+        "keeps one checkpoint), then the same command with --resume_from_checkpoint True goes on"
+    )
 
 
 def _out_of_memory_advice(args: TrainingArguments) -> str:
@@ -525,12 +811,13 @@ def finish_run(trainer: Trainer, keeper: CheckpointKeeper | None, next_command: 
     """
     output_dir = Path(trainer.args.output_dir)
     metrics: dict[str, float] = {}
-    if trainer.args.do_eval and trainer.eval_dataset is not None:
-        metrics = _last_evaluation(trainer, keeper)
-        trainer.save_metrics("eval", metrics, combined=False)
-    if keeper is not None and keeper.best_step is None:
-        keeper.best_step = trainer.state.global_step
-        keeper.save_best()
+    with _one_line_for_bad_days(trainer):
+        if trainer.args.do_eval and trainer.eval_dataset is not None:
+            metrics = _last_evaluation(trainer, keeper)
+            trainer.save_metrics("eval", metrics, combined=False)
+        if keeper is not None and keeper.best_step is None:
+            keeper.best_step = trainer.state.global_step
+            keeper.save_best()
     leave_process_group()
     if not trainer.is_world_process_zero():
         return metrics
@@ -550,7 +837,7 @@ def _last_evaluation(trainer: Trainer, keeper: CheckpointKeeper | None) -> dict[
     evaluated = {entry["step"]: entry for entry in trainer.state.log_history if "eval_loss" in entry}
     if keeper is None or trainer.state.global_step not in evaluated:
         latest = trainer.evaluate()
-        if keeper is None or keeper.best_step == trainer.state.global_step:
+        if keeper is None or keeper.best_step in (None, trainer.state.global_step):
             return latest
     return evaluated[keeper.best_step]
 

@@ -36,6 +36,7 @@ from preference_trainer import (
     reply_logps,
 )
 from tokenization import load_chat_template
+from training_run import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS, SIGNS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"], ["疼", "痒", "肿", "麻"]
@@ -448,7 +449,7 @@ def test_a_run_leaves_exactly_these_files(flags, tmp_path, sft_adapter, tiny_mod
     out = tmp_path / "out"
     assert names(out) == {"checkpoint-2", "checkpoint-4", "checkpoint-best"} | RESULTS
     assert names(out / "checkpoint-best") == ADAPTER_FILES
-    assert names(out / "checkpoint-4") == ADAPTER_FILES | STATE_FILES
+    assert names(out / "checkpoint-4") == ADAPTER_FILES | STATE_FILES | {MANIFEST}
     assert json.loads((out / "eval_results.json").read_text()) == pytest.approx(metrics)
     wanted = {"reward_accuracy", "reward_margin", "chosen_logps", "rejected_logps", "samples_ended", "loss"}
     assert {f"eval_{name}" for name in wanted} <= metrics.keys()

@@ -28,7 +28,7 @@ SHARED = {
         set(),
         {"torch", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "loguru"},
     ),
-    "training_run": (set(), {"torch", "transformers", "datasets", "loguru", "matplotlib"}),
+    "training_run": (set(), {"torch", "transformers", "datasets", "loguru", "matplotlib", "safetensors"}),
     "causal_lm_trainer": (set(), {"torch", "transformers", "trl"}),
     "preference_trainer": (
         {"causal_lm_trainer"},

@@ -20,6 +20,7 @@ import supervised_finetuning
 import tokenization
 from errors import UserError
 from model_loading import load_with_adapter, read_lineage
+from training_run import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "supervised_finetuning.py"
@@ -116,7 +117,7 @@ def test_a_run_leaves_exactly_these_files(flags, tmp_path, data_dir, tiny_model_
         "trainer_state.json",
     }
     assert names(out / "checkpoint-best") == ADAPTER_FILES
-    assert names(out / "checkpoint-4") == ADAPTER_FILES | STATE_FILES
+    assert names(out / "checkpoint-4") == ADAPTER_FILES | STATE_FILES | {MANIFEST}
     assert any(name.startswith("events.out.tfevents") for name in names(out / "runs"))
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((out / "eval_results.json").read_text())
@@ -446,7 +447,7 @@ def test_signal_saves_a_checkpoint_and_says_interrupted(flags, tmp_path, number,
     _, log = process.communicate(timeout=60)
     assert process.returncode == code, log[-2000:]
     checkpoint = next(name for name in names(out) if re.fullmatch(r"checkpoint-\d+", name))
-    assert names(out / checkpoint) == ADAPTER_FILES | STATE_FILES
+    assert names(out / checkpoint) == ADAPTER_FILES | STATE_FILES | {MANIFEST}
     assert f"saved in {out}/{checkpoint}" in log
     assert "Traceback" not in log
 

@@ -1,6 +1,8 @@
 """What surrounds training: where a run starts, what it says, what stops it."""
 
 import json
+import os
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +12,17 @@ from trl import SFTConfig
 import training_run
 from errors import UserError
 from training_run import (
+    BEST,
+    MANIFEST,
+    UNFINISHED,
     AdapterMovementCheck,
     ProgressLines,
     find_checkpoint,
     plot_curves,
+    put_in_place,
     start_run,
+    unfinished_folder,
+    write_manifest,
 )
 
 COMPLETE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -72,6 +80,60 @@ def test_truncated_state_counts_as_missing(arguments, tmp_path):
     (tmp_path / "out" / "checkpoint-3" / "trainer_state.json").write_text('{"global_')
     with pytest.raises(UserError, match=r"without a readable trainer_state\.json"):
         find_checkpoint(arguments(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3")), False)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_damage_is_told_by_the_manifest(arguments, tmp_path, damage):
+    for step in (1, 2):
+        make_checkpoint(tmp_path / "out" / f"checkpoint-{step}")
+        (tmp_path / "out" / f"checkpoint-{step}" / "tokenizer.json").write_text("a tokenizer")
+        write_manifest(tmp_path / "out" / f"checkpoint-{step}")
+    newest = tmp_path / "out" / "checkpoint-2"
+    assert find_checkpoint(arguments(resume_from_checkpoint=True), overwrite_output_dir=False) == str(newest)
+    if damage == "gone":
+        (newest / "tokenizer.json").unlink()
+    else:
+        (newest / "tokenizer.json").write_text("a token" if damage == "cut" else "b tokenizer")
+    found = find_checkpoint(arguments(resume_from_checkpoint=True), overwrite_output_dir=False)
+    assert found == str(tmp_path / "out" / "checkpoint-1")
+    with pytest.raises(UserError, match=r"checkpoint-2: damaged: tokenizer\.json; take another checkpoint"):
+        find_checkpoint(arguments(resume_from_checkpoint=str(newest)), overwrite_output_dir=False)
+
+
+def test_manifest_is_what_sha256sum_reads(tmp_path):
+    make_checkpoint(tmp_path / "checkpoint-1")
+    write_manifest(tmp_path / "checkpoint-1")
+    command = ["sha256sum", "--check", "--strict", MANIFEST]
+    assert subprocess.run(command, cwd=tmp_path / "checkpoint-1", check=False).returncode == 0
+
+
+def test_what_a_killed_run_left_is_cleared(arguments, tmp_path):
+    unfinished = tmp_path / "out" / UNFINISHED
+    (unfinished / "checkpoint-9").mkdir(parents=True)
+    assert find_checkpoint(arguments(resume_from_checkpoint=True), overwrite_output_dir=False) is None
+    assert not unfinished.exists()
+    for folder in (unfinished / BEST, unfinished / f"{BEST}.replaced"):  # killed between the two moves
+        folder.mkdir(parents=True)
+        (folder / "who").write_text(folder.name)
+    assert find_checkpoint(arguments(resume_from_checkpoint=True), overwrite_output_dir=False) is None
+    assert (tmp_path / "out" / BEST / "who").read_text() == f"{BEST}.replaced"
+    assert not unfinished.exists()
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for text in ("old", "new"):
+        (unfinished_folder(tmp_path / BEST) / "weights").write_text(text)
+        put_in_place(tmp_path / BEST)
+        assert (tmp_path / BEST / "weights").read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == [BEST]
+
+
+def test_output_folder_that_takes_no_files_is_refused(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(
+        UserError, match=rf"^--output_dir {tmp_path}/out: {tmp_path} cannot be written to; name another"
+    ):
+        find_checkpoint(arguments(), overwrite_output_dir=False)
 
 
 def test_resume_goes_before_overwrite(arguments, tmp_path):

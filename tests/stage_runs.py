@@ -1,0 +1,83 @@
+"""Short runs of the stages: their flags and data, and processes of their own that can be killed."""
+
+import importlib
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+from errors import run_script
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"]
+STAGES = {"pt": "pretraining", "sft": "supervised_finetuning", "rm": "reward_modeling", "dpo": "dpo_training"}
+
+
+def write_data(stage: str, folder: Path, n_records: int = 32) -> Path:
+    """The records of a stage in a folder of their own."""
+    data = folder / f"data-{stage}"
+    data.mkdir(exist_ok=True)
+    questions = [f"第{n}个病人{PARTS[n % 8]}疼怎么办？" for n in range(n_records)]
+    answers = [f"{PARTS[n % 8]}疼{n}天以上请就诊，平时注意休息。" for n in range(n_records)]
+    if stage == "pt":
+        (data / "texts.txt").write_text("\n\n".join(map("".join, zip(questions, answers, strict=True))))
+        return data
+    if stage == "sft":
+        records = [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)]
+    else:
+        records = [
+            {"question": q, "response_chosen": a, "response_rejected": "不用管。"}
+            for q, a in zip(questions, answers, strict=True)
+        ]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    (data / "records.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return data
+
+
+def stage_flags(stage: str, model: Path, folder: Path, **changes) -> list[str]:
+    """A short run's flags; keywords replace or add some, None removes one."""
+    values = {
+        "model_name_or_path": model,
+        "train_file_dir": write_data(stage, folder),
+        "do_train": True,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "gradient_checkpointing": False,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "output_dir": folder / "out",
+        "cache_dir": folder / "cache",
+    }
+    values |= {"block_size": 64} if stage == "pt" else {"template_name": "qwen"}
+    values |= changes
+    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def logged(output_dir: Path, name: str = "loss") -> dict[int, float]:
+    """A figure of the log by step."""
+    history = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return {entry["step"]: entry[name] for entry in history if name in entry}
+
+
+# A server imports the libraries once, which takes half a minute, and forks a process for each run.
+_server = multiprocessing.get_context("forkserver")
+
+
+def start_stage(stage: str, argv: list[str], log: Path) -> multiprocessing.Process:
+    """A running stage; its log is added to a file."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # Python 3.11 hands no sys.path on
+    _server.set_forkserver_preload(list(STAGES.values()))
+    process = _server.Process(target=_run, args=(STAGES[stage], argv, log))
+    process.start()
+    return process
+
+
+def _run(module: str, argv: list[str], log: Path) -> None:
+    with log.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    run_script(lambda: importlib.import_module(module).main(argv))
