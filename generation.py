@@ -29,6 +29,9 @@ class Decoding:
     repetition_penalty: float = field(
         default=1.0, metadata={"help": "Above 1 makes tokens of the prompt and the reply less likely; 1 is off."}
     )
+    stop: list[str] | None = field(
+        default=None, metadata={"help": "Texts that end a reply, which does not hold them; the end token does anyway."}
+    )
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -43,6 +46,8 @@ class Decoding:
             raise UserError(f"--repetition_penalty {self.repetition_penalty}: give a number above 0; 1 is off")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
             raise UserError("--top_p and --top_k choose what is drawn from: give a --temperature above 0 with them")
+        if "" in (self.stop or ()):
+            raise UserError("--stop: an empty text would end every reply at once; give words")
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Reply:
     """A generated reply.
 
     text: without its end token and the white space around it.
-    ended: the model ended it by itself; False where `max_new_tokens` cut it.
+    ended: by the model, or by a stop text; False where `max_new_tokens` cut it.
     n_tokens: generated tokens, the end token included.
     """
 
@@ -84,7 +89,7 @@ def generate_replies(
             batch = order[start : start + batch_size]
             rows = _generate(core, tokenizer, [prompts[index] for index in batch], stop_ids, decoding)
             for index, row in zip(batch, rows, strict=True):
-                replies[index] = _reply(tokenizer, row, stop_ids)
+                replies[index] = _reply(tokenizer, row, stop_ids, decoding)
             if on_progress is not None:
                 on_progress(start + len(batch))
     return replies
@@ -100,9 +105,9 @@ def stream_reply(
 ) -> Reply:
     """One reply, handed to `on_text` piece by piece while it grows; no piece holds a part of a character."""
     with _ready_to_generate(model) as core:
-        pieces = _Pieces(tokenizer, stop_ids, on_text)
+        pieces = _Pieces(tokenizer, stop_ids, on_text, decoding.stop)
         (row,) = _generate(core, tokenizer, [prompt], stop_ids, decoding, streamer=pieces)
-    return _reply(tokenizer, row, stop_ids)
+    return _reply(tokenizer, row, stop_ids, decoding)
 
 
 @contextmanager
@@ -129,7 +134,7 @@ def _generate(
     decoding: Decoding,
     streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
-    """New ids of each prompt, up to and with the first stop id."""
+    """New ids of each prompt, up to and with the first stop id, or up to the token that completes a stop text."""
     longest = max(map(len, prompts))
     # Left padding: every row's reply starts at the same column.
     padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
@@ -140,10 +145,14 @@ def _generate(
         attention_mask=torch.tensor(mask, device=device),
         generation_config=_generation_config(decoding, stop_ids, tokenizer.pad_token_id),
         streamer=streamer,
+        **({"stop_strings": decoding.stop, "tokenizer": tokenizer} if decoding.stop else {}),
     )
     stops = set(stop_ids)
     rows = []
     for row in output[:, longest:].tolist():
+        # A row that a stop text ended is filled up with padding, which need not be a stop id.
+        while decoding.stop and row and row[-1] == tokenizer.pad_token_id and row[-1] not in stops:
+            row.pop()
         end = next((position for position, token in enumerate(row) if token in stops), len(row))
         rows.append(row[: end + 1])
     return rows
@@ -167,9 +176,24 @@ def _generation_config(decoding: Decoding, stop_ids: Sequence[int], pad_token_id
     )
 
 
-def _reply(tokenizer: PreTrainedTokenizerBase, row: list[int], stop_ids: Sequence[int]) -> Reply:
+def _reply(tokenizer: PreTrainedTokenizerBase, row: list[int], stop_ids: Sequence[int], decoding: Decoding) -> Reply:
     ended = bool(row) and row[-1] in stop_ids
-    return Reply(_decode(tokenizer, row[:-1] if ended else row).strip(), ended, len(row))
+    text = _decode(tokenizer, row[:-1] if ended else row)
+    kept = _before_stop(text, decoding.stop)
+    return Reply(kept.strip(), ended or kept != text, len(row))
+
+
+def _before_stop(text: str, stop: Sequence[str] | None) -> str:
+    """The text in front of the first stop text in it."""
+    return text[: min((text.index(word) for word in stop or () if word in text), default=len(text))]
+
+
+def _before_part_of_stop(text: str, stop: Sequence[str] | None) -> str:
+    """The text without an end that the next tokens may complete to a stop text."""
+    for start in range(max(len(text) - max(map(len, stop or ("",))), 0), len(text)):
+        if any(word.startswith(text[start:]) for word in stop or ()):
+            return text[:start]
+    return text
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -177,12 +201,19 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 class _Pieces(BaseStreamer):
-    """Hands on new text; what ends in U+FFFD may be half a character and waits for its other tokens."""
+    """Hands on new text; what ends in U+FFFD or in a part of a stop text waits for its other tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], on_text: Callable[[str], None]):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int],
+        on_text: Callable[[str], None],
+        stop: Sequence[str] | None = None,
+    ):
         self.tokenizer = tokenizer
         self.stop_ids = set(stop_ids)
         self.on_text = on_text
+        self.stop = stop
         self.ids: list[int] | None = None
         self.n_handed_on = 0
 
@@ -193,10 +224,10 @@ class _Pieces(BaseStreamer):
         self.ids += [token for token in value.flatten().tolist() if token not in self.stop_ids]
         text = _decode(self.tokenizer, self.ids).lstrip()
         if not text.endswith("\ufffd"):
-            self._hand_on(text)
+            self._hand_on(_before_part_of_stop(_before_stop(text, self.stop), self.stop))
 
     def end(self) -> None:
-        self._hand_on(_decode(self.tokenizer, self.ids or []).lstrip())
+        self._hand_on(_before_stop(_decode(self.tokenizer, self.ids or []).lstrip(), self.stop))
 
     def _hand_on(self, text: str) -> None:
         # The whole reply is decoded each time: in some vocabularies a token's text depends on those before it.

@@ -1,12 +1,16 @@
-"""Ask a trained model: the guide's four questions, a file of questions, or a chat.
+"""Ask trained models: the guide's four questions, a file of questions, or a chat.
 
-Input: a base model, a base with a LoRA adapter of any stage, a merged model or a full checkpoint.
-Output: replies on standard output, or `--output_file` with one JSON record for each record of `--data_file`.
+Input: a base model, a base with a LoRA adapter of any stage, a merged model or a full checkpoint; several with
+--compare, whose adapters share one base in memory.
+Output: replies on standard output, or `--output_file` with one JSON record for each record of `--data_file`; with
+--reward_model each has its score.
 The prompt is rendered by the template that training saved with the model, so the ids are those of training.
 
     python inference.py --base_model Qwen/Qwen2.5-3B-Instruct --lora_model outputs-sft-qwen2.5-3b/checkpoint-best
     python inference.py --base_model outputs-dpo-qwen2.5-3b-merged --interactive
     python inference.py --base_model ... --lora_model ... --data_file questions.txt --output_file replies.jsonl
+    python inference.py --base_model Qwen/Qwen2.5-3B-Instruct --compare base outputs-sft-qwen2.5-3b/checkpoint-best \
+        outputs-dpo-qwen2.5-3b/checkpoint-best --reward_model outputs-rm-qwen2.5-3b/checkpoint-best
 """
 
 import io
@@ -19,32 +23,28 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from loguru import logger
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from arguments import StageArgumentParser
+from chat_models import (
+    NOTICE,
+    ChatModel,
+    ChatModelArguments,
+    RewardModel,
+    describe_model,
+    describe_models,
+    load_weights,
+)
 from errors import UserError, run_script
 from generation import Decoding, Reply, generate_replies, stream_reply
-from model_loading import (
-    Lineage,
-    base_of,
-    check_model_path,
-    check_vocabulary,
-    is_adapter,
-    load_base_model,
-    load_config,
-    load_tokenizer,
-    load_with_adapter,
-    read_adapter_config,
-    read_lineage,
-)
 from records import Unusable, find_files, load_dialogues
-from template import ChatTemplate, Message
-from tokenization import encode_prompt, load_chat_template, refuse_control_tokens, stop_token_ids
+from template import Message
+from tokenization import encode_recent, refuse_control_tokens
 from training_run import start_log
 
 # The guide's questions.
@@ -54,43 +54,17 @@ QUESTIONS = (
     "糖尿病有哪些早期症状？",
     "如何预防心血管疾病？",
 )
-NOTICE = "回答由模型生成，仅供研究，不构成医疗建议。 Answers are generated, for research only, and no medical advice."
 SECONDS_BETWEEN_LINES = 30
 
 # ---------------------------------------------------------------- arguments
 
 
 @dataclass
-class InferenceModelArguments:
-    base_model: str = field(metadata={"help": "Hub name or folder of a model; an adapter's folder stands for both."})
-    lora_model: str | None = field(default=None, metadata={"help": "Folder of a LoRA adapter trained on it."})
-    template_name: str | None = field(
-        default=None, metadata={"help": "Named prompt template of template.py instead of the tokenizer's own."}
-    )
-    torch_dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
-        default="auto", metadata={"help": "Type of the weights; auto takes the checkpoint's. float32 without CUDA."}
-    )
-    load_in_8bit: bool = field(default=False, metadata={"help": "Base weights in 8 bit (bitsandbytes)."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Base weights in 4-bit NF4 (bitsandbytes)."})
-    device_map: str | None = field(default=None, metadata={"help": "auto splits the model over several GPUs."})
-    flash_attn: bool = field(
-        default=False, metadata={"help": "FlashAttention 2 if it is installed, otherwise PyTorch's SDPA."}
-    )
-    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloaded models."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that the model's repository ships."}
-    )
-    allow_pickle_weights: bool = field(
-        default=False, metadata={"help": "Also load .bin weights, which can run code when they are opened."}
-    )
-
-    def __post_init__(self):
-        if self.load_in_8bit and self.load_in_4bit:
-            raise UserError("--load_in_8bit and --load_in_4bit exclude each other: give one of them")
-
-
-@dataclass
 class InferenceArguments:
+    compare: list[str] | None = field(
+        default=None,
+        metadata={"help": "Ask several models: `base`, folders of adapters on --base_model or of whole models."},
+    )
     interactive: bool = field(default=False, metadata={"help": "Chat, one line a turn; /clear forgets, /exit leaves."})
     data_file: str | None = field(
         default=None,
@@ -104,6 +78,8 @@ class InferenceArguments:
     seed: int = field(default=42, metadata={"help": "Of the random draws with --temperature above 0."})
 
     def __post_init__(self):
+        if self.interactive and self.compare:
+            raise UserError("--interactive is a chat with one model; --compare asks questions: give one of them")
         if self.interactive and self.data_file:
             raise UserError("--interactive and --data_file exclude each other: give one of them")
         if bool(self.data_file) != bool(self.output_file):
@@ -164,132 +140,96 @@ def with_system(system: str | None, messages: list[Message]) -> list[Message]:
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-# ---------------------------------------------------------------- template and prompts
-
-_QUESTION = {"role": "user", "content": "probe question"}
-_PROBE = [_QUESTION, {"role": "assistant", "content": "probe answer"}, _QUESTION]
-_PROBES = (_PROBE, with_system("probe system", _PROBE))
-
-
-def choose_template(
-    tokenizer: PreTrainedTokenizerBase, template_name: str | None, lineage: Lineage | None, trained: bool
-) -> ChatTemplate:
-    """The template that the model was trained with, or the named one where it renders the same.
-
-    Args:
-        lineage: the record of the training, which names a template where the tokenizer has none.
-        trained: the tokenizer was saved by a training, so its template is the one that training used.
-
-    Raises UserError for a name that would ask the model in another form than it was taught.
-    """
-    own_name = lineage.template or None if lineage and tokenizer.chat_template is None else None
-    has_template = tokenizer.chat_template is not None or own_name is not None
-    if template_name is None or not has_template:
-        return load_chat_template(tokenizer, template_name or own_name)
-    own_prompts = rendered_probes(load_chat_template(tokenizer, own_name))
-    chat_template = load_chat_template(tokenizer, template_name)
-    # Pretraining reads text without turns: any template may be tried on it.
-    if trained and not (lineage and lineage.stage == "pt"):
-        for own_prompt, prompt in zip(own_prompts, rendered_probes(chat_template), strict=True):
-            if own_prompt is not None and own_prompt != prompt:
-                raise UserError(
-                    f"--template_name {template_name}: it asks in another form than the model was trained with: "
-                    f"{_difference(prompt, own_prompt)}; leave the flag out"
-                )
-    return chat_template
-
-
-def _difference(text: str | None, trained_text: str) -> str:
-    """Where two renderings part."""
-    if text is None:
-        return "it refuses a system prompt"
-    n_same = next((n for n in range(len(text)) if not trained_text.startswith(text[: n + 1])), len(text))
-    return f"{text[n_same:]!r:.60} instead of {trained_text[n_same:]!r:.60}"
-
-
-def rendered_probes(chat_template: ChatTemplate) -> list[str | None]:
-    """Two short conversations as text; None for one that the template refuses (some have no system turn)."""
-    texts = []
-    for messages in _PROBES:
-        try:
-            texts.append(chat_template.prompt(messages))
-        except UserError:
-            texts.append(None)
-    return texts
+# ---------------------------------------------------------------- prompts
 
 
 def encode_questions(
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: ChatTemplate,
-    questions: Sequence[Question],
-    context: int,
-    max_new_tokens: int,
+    chat_model: ChatModel, questions: Sequence[Question], max_new_tokens: int, reports_cuts: bool = True
 ) -> list[list[int]]:
-    """The prompts' ids; UserError, with file:line, for one that cannot be asked within the model's context."""
+    """The prompts' ids; the oldest exchanges are left out where the context is too short for all.
+
+    Raises UserError, with file:line, for a question that cannot be asked.
+    """
     prompts = []
+    context = chat_model.context
     for question in questions:
         try:
-            refuse_control_tokens(chat_template, question.messages, question.tools)
-            prompts.append(encode_prompt(tokenizer, chat_template, question.messages, question.tools))
-        except (Unusable, UserError) as error:
-            raise UserError(f"{question.source}: {error.detail if isinstance(error, Unusable) else error}") from None
-        if len(prompts[-1]) + max_new_tokens > context:
-            raise UserError(
-                f"{question.source}: its prompt of {len(prompts[-1])} tokens and --max_new_tokens {max_new_tokens} "
-                f"exceed the model's context of {context} tokens; lower the flag or shorten the prompt"
+            ids, n_left_out = encode_recent(
+                chat_model.tokenizer,
+                chat_model.chat_template,
+                question.messages,
+                context - max_new_tokens,
+                question.tools,
             )
+        except Unusable as unusable:
+            hint = (
+                f" (the model's context of {context} tokens less --max_new_tokens {max_new_tokens}); lower the flag or "
+                "shorten the prompt"
+                if unusable.reason == "prompt too long"
+                else ""
+            )
+            raise UserError(f"{question.source}: {unusable.detail}{hint}") from None
+        except UserError as error:
+            raise UserError(f"{question.source}: {error}") from None
+        if n_left_out and reports_cuts:
+            logger.warning(
+                f"{question.source}: over the context of {context} tokens: its oldest {n_left_out} turns are left out"
+            )
+        prompts.append(ids)
     return prompts
-
-
-# ---------------------------------------------------------------- model
-
-
-def load_model(base_model: str, model_args: InferenceModelArguments) -> PreTrainedModel:
-    """The base, with the adapter if there is one, on the GPU if there is one."""
-    torch_dtype, device_map = model_args.torch_dtype, model_args.device_map
-    if not torch.cuda.is_available():
-        given = [f"--torch_dtype {torch_dtype}"] if torch_dtype in ("bfloat16", "float16") else []
-        given += [f"--device_map {device_map}"] if device_map else []
-        logger.info("no CUDA device: float32 on the CPU" + (f" instead of {', '.join(given)}" if given else ""))
-        torch_dtype, device_map = "float32", None
-    options = {
-        "torch_dtype": torch_dtype,
-        "load_in_4bit": model_args.load_in_4bit,
-        "load_in_8bit": model_args.load_in_8bit,
-        "device_map": device_map,
-        "flash_attn": model_args.flash_attn,
-        "cache_dir": model_args.cache_dir,
-        "trust_remote_code": model_args.trust_remote_code,
-        "allow_pickle_weights": model_args.allow_pickle_weights,
-    }
-    if model_args.lora_model:
-        model = load_with_adapter(base_model, model_args.lora_model, **options)
-    else:
-        model = load_base_model(base_model, flag="--base_model", **options)
-    if torch.cuda.is_available() and not hasattr(model, "hf_device_map"):
-        model.to("cuda")
-    return model.eval()
-
-
-def refuse_reward_model(config, model_args: InferenceModelArguments) -> None:
-    """A reward model scores replies; loaded as a language model it would speak like its base, or at random."""
-    lora_model = model_args.lora_model
-    if lora_model and read_adapter_config(lora_model).task_type == "SEQ_CLS":
-        raise UserError(f"--lora_model {lora_model}: a reward model, which scores replies and writes none")
-    if any("SequenceClassification" in name for name in config.architectures or []):
-        raise UserError(f"--base_model {model_args.base_model}: a reward model, which scores replies and writes none")
 
 
 # ---------------------------------------------------------------- what is done with the replies
 
 
-class Speaker(NamedTuple):
-    """All that a reply needs besides its prompt."""
+class Asker(NamedTuple):
+    """Who is asked, and how."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    stop_ids: list[int]
+    models: list[ChatModel]
+    reward_model: RewardModel | None
     decoding: Decoding
+    batch_size: int
+    seed: int
+
+    def ask(
+        self,
+        questions: Sequence[Question],
+        prompts: Sequence[list[list[int]]],
+        seed: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[tuple[Reply, float | None]]]:
+        """For each question the reply of each model and its score.
+
+        Args:
+            prompts: for each model those of its own template.
+            seed: of the random draws.
+            on_progress: called with the number of replies done, of all models together.
+        """
+        columns = []
+        for chat_model, own_prompts in zip(self.models, prompts, strict=True):
+            n_before = len(columns) * len(questions)
+            set_seed(seed)  # each model draws the same random numbers
+            with chat_model.in_use() as model:
+                replies = generate_replies(
+                    model,
+                    chat_model.tokenizer,
+                    own_prompts,
+                    chat_model.stop_ids,
+                    self.decoding,
+                    self.batch_size,
+                    on_progress and (lambda done, n_before=n_before: on_progress(n_before + done)),
+                )
+            columns.append(list(zip(replies, self.scores(questions, replies), strict=True)))
+        return list(map(list, zip(*columns, strict=True)))
+
+    def scores(self, questions: Sequence[Question], replies: Sequence[Reply]) -> list[float | None]:
+        if self.reward_model is None:
+            return [None] * len(replies)
+        rows = [
+            self.reward_model.encode(question.messages, reply.text, reply.ended)
+            for question, reply in zip(questions, replies, strict=True)
+        ]
+        return self.reward_model.score(rows, self.batch_size)
 
 
 def say(text: str = "", end: str = "\n") -> None:
@@ -297,13 +237,21 @@ def say(text: str = "", end: str = "\n") -> None:
     sys.stdout.flush()
 
 
-def print_replies(speaker: Speaker, questions: Sequence[Question], prompts: list[list[int]], batch_size: int) -> None:
-    """Ask and print, question by question."""
+def print_replies(asker: Asker, questions: Sequence[Question], prompts: Sequence[list[list[int]]]) -> None:
+    """Ask and print, question by question, the models one below the other."""
     say(NOTICE)
-    replies = generate_replies(*speaker[:2], prompts, *speaker[2:], batch_size=batch_size)
-    for question, reply in zip(questions, replies, strict=True):
-        say(f"\n{'-' * 60}\n问：{question.messages[-1]['content']}\n答：{reply.text}")
-        say_if_cut(reply, speaker.decoding)
+    answers = asker.ask(questions, prompts, asker.seed)
+    for question, row in zip(questions, answers, strict=True):
+        say(f"\n{'-' * 60}\n问：{question.messages[-1]['content']}")
+        for chat_model, (reply, score) in zip(asker.models, row, strict=True):
+            say(f"{f'[{chat_model.name}] ' if len(row) > 1 else ''}答：{reply.text}")
+            say_if_cut(reply, asker.decoding)
+            if score is not None:
+                say(f"[score {score:.3f}]")
+    if asker.reward_model is not None:
+        say(f"\n{'-' * 60}")
+        for chat_model, column in zip(asker.models, zip(*answers, strict=True), strict=True):
+            say(f"mean score of {chat_model.name}: {sum(score for _, score in column) / len(column):.3f}")
 
 
 def say_if_cut(reply: Reply, decoding: Decoding) -> None:
@@ -328,33 +276,39 @@ def open_partial(output_file: str | None) -> Path | None:
 
 
 def write_replies(
-    speaker: Speaker,
+    asker: Asker,
     questions: Sequence[Question],
-    prompts: list[list[int]],
-    batch_size: int,
+    prompts: Sequence[list[list[int]]],
     partial: Path,
     output_file: Path,
 ) -> None:
     """Answer in parts of some batches, each written when it is done: what a killed run leaves is whole lines."""
     logger.info(NOTICE)
-    part = 32 * batch_size
+    part, n_models = 32 * asker.batch_size, len(asker.models)
     n_ended = 0
-    with partial.open("w", encoding="utf-8") as file, progress_of(len(prompts)) as show:
-        for start in range(0, len(prompts), part):
-            replies = generate_replies(
-                *speaker[:2],
-                prompts[start : start + part],
-                *speaker[2:],
-                batch_size=batch_size,
-                on_progress=lambda done, start=start: show(start + done),
+    with partial.open("w", encoding="utf-8") as file, progress_of(n_models * len(questions)) as show:
+        for start in range(0, len(questions), part):
+            some = questions[start : start + part]
+            answers = asker.ask(
+                some,
+                [own_prompts[start : start + part] for own_prompts in prompts],
+                asker.seed + start,
+                on_progress=lambda done, start=start: show(n_models * start + done),
             )
-            for question, reply in zip(questions[start : start + part], replies, strict=True):
-                record = question.record | {"reference": question.reference, "output": reply.text, "ended": reply.ended}
+            for question, row in zip(some, answers, strict=True):
+                said = [
+                    {"output": reply.text, "ended": reply.ended} | ({} if score is None else {"score": score})
+                    for reply, score in row
+                ]
+                if n_models > 1:
+                    named = zip(asker.models, said, strict=True)
+                    said = [{"replies": [{"model": chat_model.name} | reply for chat_model, reply in named]}]
+                record = question.record | {"reference": question.reference} | said[0]
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                n_ended += reply.ended
+                n_ended += sum(reply.ended for reply, _ in row)
             file.flush()
     partial.rename(output_file)
-    logger.info(f"{output_file}: {len(prompts)} replies, of which {n_ended} ended by themselves")
+    logger.info(f"{output_file}: {n_models * len(questions)} replies, of which {n_ended} ended by themselves")
 
 
 @contextmanager
@@ -381,7 +335,7 @@ def progress_of(n_total: int) -> Iterator[Callable[[int], None]]:
 # ---------------------------------------------------------------- chat
 
 
-def chat(speaker: Speaker, chat_template: ChatTemplate, system: str | None, context: int) -> None:
+def chat(asker: Asker, system: str | None) -> None:
     """Read a line, stream the reply, remember both; `/clear` forgets, `/exit` or the end of input leaves."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # one wrong byte does not end a chat
@@ -401,7 +355,7 @@ def chat(speaker: Speaker, chat_template: ChatTemplate, system: str | None, cont
             say(f"{question}: 没有这个命令 no such command; /clear, /exit")
             continue
         if question:
-            turns = answer(speaker, chat_template, system, context, [*turns, {"role": "user", "content": question}])
+            turns = answer(asker, system, [*turns, {"role": "user", "content": question}])
 
 
 def read_line() -> str | None:
@@ -418,31 +372,31 @@ def read_line() -> str | None:
     return line or None
 
 
-def answer(
-    speaker: Speaker, chat_template: ChatTemplate, system: str | None, context: int, turns: list[Message]
-) -> list[Message]:
+def answer(asker: Asker, system: str | None, turns: list[Message]) -> list[Message]:
     """Stream the reply to the last turn; the turns to go on with, without it where it cannot be asked."""
+    (chat_model,) = asker.models
+    tokenizer, chat_template, decoding = chat_model.tokenizer, chat_model.chat_template, asker.decoding
     try:
         refuse_control_tokens(chat_template, turns[-1:], None)
+        room = chat_model.context - decoding.max_new_tokens
+        prompt, n_left_out = encode_recent(tokenizer, chat_template, with_system(system, turns), room)
     except Unusable as unusable:
-        say(unusable.detail.replace("message 1 (user)", "it"))
+        say(f"[{unusable.detail.replace('message 1 (user)', 'it')}]")
         return turns[:-1]
-    given_turns = turns
-    room = context - speaker.decoding.max_new_tokens
-    while len(prompt := encode_prompt(speaker.tokenizer, chat_template, with_system(system, turns))) > room:
-        if len(turns) == 1:
-            say(f"[too long: {len(prompt)} tokens, where the context and --max_new_tokens leave {max(room, 0)}]")
-            return given_turns[:-1]
-        turns = turns[2:]
-    if len(turns) < len(given_turns):
-        say(
-            f"[the context of {context} tokens is full: the oldest {len(given_turns) - len(turns)} turns are forgotten]"
-        )
+    if n_left_out:
+        say(f"[the context of {chat_model.context} tokens is full: the oldest {n_left_out} turns are forgotten]")
+        turns = turns[n_left_out:]
     say("答：", end="")
-    model, tokenizer, stop_ids, decoding = speaker
-    reply = stream_reply(model, tokenizer, prompt, stop_ids, decoding, on_text=lambda text: say(text, end=""))
+    with chat_model.in_use() as model:
+        reply = stream_reply(
+            model, tokenizer, prompt, chat_model.stop_ids, decoding, on_text=lambda text: say(text, end="")
+        )
     say()
     say_if_cut(reply, decoding)
+    question = Question(with_system(system, turns), None, {}, None, "")
+    for score in asker.scores([question], [reply]):
+        if score is not None:
+            say(f"[score {score:.3f}]")
     return [*turns, {"role": "assistant", "content": reply.text}]
 
 
@@ -451,18 +405,10 @@ def answer(
 
 def main(argv: Sequence[str] | None = None) -> None:
     # ------------------------------------------------------------ arguments
-    parser = StageArgumentParser([InferenceModelArguments, InferenceArguments, Decoding])
+    parser = StageArgumentParser([ChatModelArguments, InferenceArguments, Decoding])
     model_args, inference_args, decoding = parser.parse(argv)
-    check_model_path(model_args.base_model, "--base_model", model_args.allow_pickle_weights)
-    if model_args.lora_model:
-        if is_adapter(model_args.base_model):
-            raise UserError(
-                f"--base_model {model_args.base_model}: an adapter too; a later stage's adapter holds what came "
-                f"before, so give the base: --base_model {base_of(model_args.base_model)}"
-            )
-    elif is_adapter(model_args.base_model):
-        model_args.lora_model = model_args.base_model
-    base_model = base_of(model_args.base_model)
+    if inference_args.compare and model_args.lora_model:
+        raise UserError("--lora_model and --compare exclude each other: name the adapter after --compare")
 
     # ------------------------------------------------------------ run
     start_log()
@@ -470,19 +416,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info(note)
     set_seed(inference_args.seed)
 
-    # ------------------------------------------------------------ tokenizer and template
-    hub_options = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
-    config = load_config(base_model, flag="--base_model", **hub_options)
-    refuse_reward_model(config, model_args)
-    # An adapter's own tokenizer has the template it was trained with; another tool's adapter may have none.
-    lora_model = model_args.lora_model
-    has_tokenizer = lora_model is not None and Path(lora_model, "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(lora_model if has_tokenizer else base_model, flag="--base_model", **hub_options)
-    lineage = read_lineage(lora_model or base_model)
-    chat_template = choose_template(
-        tokenizer, model_args.template_name, lineage, trained=has_tokenizer or lineage is not None
-    )
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    # ------------------------------------------------------------ tokenizers and templates
+    if inference_args.compare:
+        models = describe_models(inference_args.compare, "--compare", model_args)
+    else:
+        models = [describe_model(model_args)]
 
     # ------------------------------------------------------------ data
     if inference_args.data_file:
@@ -490,24 +428,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:  # a chat asks none of its own
         fixed = () if inference_args.interactive else QUESTIONS
         questions = [Question(ask(text, inference_args.system), None, {}, None, text) for text in fixed]
-    prompts = encode_questions(tokenizer, chat_template, questions, context, decoding.max_new_tokens)
+    prompts = [
+        encode_questions(chat_model, questions, decoding.max_new_tokens, reports_cuts=chat_model is models[0])
+        for chat_model in models
+    ]
     partial = open_partial(inference_args.output_file)
 
-    # ------------------------------------------------------------ model
-    model = load_model(base_model, model_args)
-    check_vocabulary(tokenizer, model)
-    speaker = Speaker(model, tokenizer, stop_token_ids(tokenizer, chat_template), decoding)
+    # ------------------------------------------------------------ models
+    reward_model = RewardModel(model_args.reward_model, model_args) if model_args.reward_model else None
+    load_weights(models, model_args)
+    asker = Asker(models, reward_model, decoding, inference_args.batch_size, inference_args.seed)
 
     # ------------------------------------------------------------ replies
     try:
         if inference_args.interactive:
-            chat(speaker, chat_template, inference_args.system, context)
+            chat(asker, inference_args.system)
         elif partial is not None:
-            write_replies(
-                speaker, questions, prompts, inference_args.batch_size, partial, Path(inference_args.output_file)
-            )
+            write_replies(asker, questions, prompts, partial, Path(inference_args.output_file))
         else:
-            print_replies(speaker, questions, prompts, inference_args.batch_size)
+            print_replies(asker, questions, prompts)
     except torch.cuda.OutOfMemoryError as error:
         raise UserError("out of GPU memory; in this order: a smaller --batch_size, --load_in_4bit True") from error
     except KeyboardInterrupt:

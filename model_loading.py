@@ -523,8 +523,15 @@ def linear_module_names(model: PreTrainedModel) -> set[str]:
     return linear - set(HEADS)
 
 
-def _put_adapter_on(base: PreTrainedModel, path: str, flag: str, has_other_head: bool = False, **options) -> PeftModel:
-    """Load an adapter on its base, and refuse one that does not fit it tensor by tensor.
+def _put_adapter_on(
+    base: PreTrainedModel | PeftModel,
+    path: str,
+    flag: str,
+    has_other_head: bool = False,
+    adapter_name: str = "default",
+    **options,
+) -> PeftModel:
+    """Load an adapter on its base, beside those that it has, and refuse one that does not fit it tensor by tensor.
 
     PEFT 0.21 only warns of tensors that the file lacks, drops those that the model lacks, and takes nan.
 
@@ -538,8 +545,11 @@ def _put_adapter_on(base: PreTrainedModel, path: str, flag: str, has_other_head:
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             if has_other_head:
                 model = _matrices_on(base, path, options["config"])
+            elif isinstance(base, PeftModel):
+                base.load_adapter(path, adapter_name)
+                model = base
             else:
-                model = PeftModel.from_pretrained(base, path, **options)
+                model = PeftModel.from_pretrained(base, path, adapter_name, **options)
         with safe_open(Path(path, ADAPTER_WEIGHTS), framework="pt") as file:
             in_file = set(file.keys())
     except SafetensorError as error:
@@ -550,7 +560,7 @@ def _put_adapter_on(base: PreTrainedModel, path: str, flag: str, has_other_head:
         raise UserError(
             f"{flag} {path}: the adapter does not fit {base.name_or_path}: other layers or sizes"
         ) from error
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    weights = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     of_base = model.state_dict().keys() - weights.keys()  # an embedding that PEFT saved with the adapter
     odd = sorted(weights.keys() ^ (in_file - of_base))
     if has_other_head:
@@ -685,6 +695,44 @@ def load_reward_model(
     return model.eval()
 
 
+def add_frozen_adapter(
+    model: PeftModel, name: str, config: LoraConfig, weights: dict[str, torch.Tensor], where: str
+) -> None:
+    """Put one more LoRA adapter on a model; UserError, which begins with `where`, if the weights do not fit it."""
+    model.add_adapter(name, config)
+    expected = get_peft_model_state_dict(model, adapter_name=name)
+    odd = sorted(expected.keys() ^ weights.keys())
+    odd += [key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape]
+    if odd:
+        raise UserError(
+            f"{where}: {len(odd)} tensors do not fit {model.get_base_model().name_or_path}, such as {odd[0]}"
+        )
+    set_peft_model_state_dict(model, weights, adapter_name=name)
+    for key, parameter in model.named_parameters():
+        if f".{name}." in key:
+            parameter.requires_grad_(False)
+
+
+def add_reward_adapter(model: PeftModel, path: str, name: str, flag: str = "--reward_model_path") -> torch.Tensor:
+    """Put a reward model's LoRA matrices, frozen, on a language model of the same base.
+
+    Returns the [1, hidden] float32 weights of its score head: the last token's last state times them is the score.
+
+    Raises:
+        UserError: it has no trained score head, does not fit this base, or holds nan.
+    """
+    _check_score_head(path, flag)
+    config = _without_head(read_adapter_config(path))
+    config.task_type, config.lora_dropout = TaskType.CAUSAL_LM.value, 0.0
+    weights = load_file(Path(path, ADAPTER_WEIGHTS))
+    broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(f"{flag} {path}: {len(broken)} tensors hold nan or inf, such as {broken[0]}; take another one")
+    matrices = {key: tensor for key, tensor in weights.items() if not _is_head(key)}
+    add_frozen_adapter(model, name, config, matrices, f"{flag} {path}")
+    return next(weights[key].float() for key in weights if "score" in key.split("."))
+
+
 def has_untrained_head(model: PreTrainedModel | PeftModel) -> bool:
     """Whether a reward model's trained head is still all zeros."""
     heads = [weights for name, weights in model.named_parameters() if "score" in name.split(".")]
@@ -746,11 +794,23 @@ def _same_name(recorded: str, given: str) -> bool:
 
 def load_with_adapter(base_model: str, lora_model: str, **base_options) -> PeftModel:
     """A base with an adapter on it, for use (not for training); checks first that they belong together."""
-    check_same_family(
-        base_model,
-        lora_model,
-        cache_dir=base_options.get("cache_dir"),
-        trust_remote_code=base_options.get("trust_remote_code", False),
-    )
-    base = load_base_model(base_model, flag="--base_model", **base_options)
-    return _put_adapter_on(base, lora_model, "--lora_model")
+    return load_with_adapters(base_model, {"default": lora_model}, **base_options)
+
+
+def load_with_adapters(base_model: str, adapters: dict[str, str], **base_options) -> PeftModel:
+    """One base with several adapters on it, for use by `set_adapter`; checks first that they belong together.
+
+    Args:
+        adapters: the folder of each, by the name it is switched on with.
+    """
+    for lora_model in adapters.values():
+        check_same_family(
+            base_model,
+            lora_model,
+            cache_dir=base_options.get("cache_dir"),
+            trust_remote_code=base_options.get("trust_remote_code", False),
+        )
+    model = load_base_model(base_model, flag="--base_model", **base_options)
+    for name, lora_model in adapters.items():
+        model = _put_adapter_on(model, lora_model, "--lora_model", adapter_name=name)
+    return model

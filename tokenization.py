@@ -43,7 +43,7 @@ from template import ChatTemplate, Message
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
 # Why a sound dialogue is left out, always counted; every other reason is a fault that --on_bad_data decides about.
-OVER_LIMIT = ("too long", "prompt too long", "reply too long", "same within the limit")
+OVER_LIMIT = ("too long", "prompt too long", "reply too long", "same within the limit", "same prompt")
 
 _IDS, _LENGTH, _TEXT = ListFeature(Value("int32")), Value("int32"), Value("string")
 DIALOGUE_FEATURES = Features(input_ids=_IDS, labels=_IDS, length=_LENGTH, source=_TEXT, fault=_TEXT)
@@ -58,6 +58,9 @@ PAIR_FEATURES = Features(
     length=_LENGTH,
     source=_TEXT,
     fault=_TEXT,
+)
+PROMPT_FEATURES = Features(
+    prompt_ids=_IDS, messages=_TEXT, reply=_TEXT, length=_LENGTH, source=_TEXT, fault=_TEXT
 )
 BLOCK_FEATURES = Features(input_ids=_IDS, labels=_IDS, seq_lengths=_IDS, length=_LENGTH, source=ListFeature(_TEXT))
 
@@ -132,6 +135,27 @@ def encode_prompt(
     """The ids that a reply to `messages` continues: the same as those before that reply in training."""
     text = chat_template.prompt(messages, tools)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_recent(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    messages: list[Message],
+    max_length: int,
+    tools: list[dict] | None = None,
+) -> tuple[list[int], int]:
+    """The prompt's ids with the system turn and the latest exchanges that fit, and the number of turns left out.
+
+    Raises Unusable where the last question alone exceeds `max_length` tokens, or a text fakes a turn.
+    """
+    refuse_control_tokens(chat_template, messages, tools)
+    n_system = int(messages[0]["role"] == "system")
+    users = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    for start in [n_system, *users[1:]]:
+        ids = encode_prompt(tokenizer, chat_template, messages[:n_system] + messages[start:], tools)
+        if len(ids) <= max_length:
+            return ids, start - n_system
+    raise Unusable("prompt too long", f"its prompt has {len(ids)} tokens, and there is room for {max(max_length, 0)}")
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> list[int]:
@@ -447,7 +471,7 @@ def encode_pair(
     for reply in (chosen, rejected):
         refuse_control_tokens(chat_template, [*messages, {"role": "assistant", "content": reply}], None)
     while True:
-        prompt_ids, chosen_ids = _prompt_and_reply(tokenizer, chat_template, messages, chosen)
+        prompt_ids, chosen_ids = encode_exchange(tokenizer, chat_template, messages, chosen)
         n_excess = len(prompt_ids) - max_prompt_length
         if n_excess <= 0:
             break
@@ -455,7 +479,7 @@ def encode_pair(
         if shorter is None:
             raise Unusable("prompt too long", f"{len(prompt_ids)} tokens, over --max_source_length {max_prompt_length}")
         messages = shorter
-    rejected_prompt_ids, rejected_ids = _prompt_and_reply(tokenizer, chat_template, messages, rejected)
+    rejected_prompt_ids, rejected_ids = encode_exchange(tokenizer, chat_template, messages, rejected)
     assert rejected_prompt_ids == prompt_ids, "a reply changed the ids of its prompt"
     n_cut = (len(chosen_ids) > max_reply_length) + (len(rejected_ids) > max_reply_length)
     chosen_ids, rejected_ids = chosen_ids[:max_reply_length], rejected_ids[:max_reply_length]
@@ -466,10 +490,10 @@ def encode_pair(
     return prompt_ids, chosen_ids, rejected_ids, n_cut
 
 
-def _prompt_and_reply(
+def encode_exchange(
     tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate, messages: list[Message], reply: str
 ) -> tuple[list[int], list[int]]:
-    """Ids before the reply, and of the reply with its end token."""
+    """Ids before the reply, and of the reply with its end token: what SFT learns and a reward model scores."""
     ids, labels = _ids_and_labels(
         tokenizer, chat_template, [*messages, {"role": "assistant", "content": reply}], None, train_on_inputs=False
     )
@@ -496,6 +520,85 @@ def _encode_pairs(encode: Callable, batch: dict[str, list]) -> dict[str, list]:
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", "n_cut", "length", "fault")
     encoded = dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
     return encoded | {"margin": batch["margin"], "source": batch["source"]}
+
+
+# ---------------------------------------------------------------- prompts to answer
+
+
+def tokenize_prompts(
+    dialogues: Sequence[Dialogue],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    *,
+    max_prompt_length: int,
+    truncation: Literal["drop", "cut_prompt_start"],
+    num_workers: int,
+    on_bad_data: Literal["error", "drop"] = "error",
+) -> tuple[Dataset, Report]:
+    """The prompt before each answer to a user's turn, with its history, each prompt once; what was left out and why.
+
+    Rows of `prompt_ids`, `messages` (JSON of the messages that these ids stand for, and the tools), `reply` (the
+    dialogue's own answer), `length` and `source`. "cut_prompt_start" leaves out the oldest exchanges of a prompt over
+    the limit, then the start of its question.
+    """
+    prompts = [
+        ([dialogue.messages[:index], dialogue.tools, message["content"]], dialogue.source)
+        for dialogue in dialogues
+        for index, message in enumerate(dialogue.messages)
+        if message["role"] == "assistant" and dialogue.messages[index - 1]["role"] == "user"
+    ]
+    rows = Dataset.from_dict(
+        {
+            "prompt": [json.dumps(prompt, ensure_ascii=False) for prompt, _ in prompts],
+            "source": [source for _, source in prompts],
+        }
+    )
+    encode = partial(_encode_prompts, tokenizer, chat_template, max_prompt_length, truncation)
+    rows = _map_batches(rows, encode, num_workers, "prompt", PROMPT_FEATURES)
+    first: dict[tuple[int, ...], str] = {}
+    faults = []
+    for ids, source, fault in zip(rows["prompt_ids"], rows["source"], rows["fault"], strict=True):
+        if not fault and tuple(ids) in first:
+            fault = f"same prompt\tas {first[tuple(ids)]}"
+        elif not fault:
+            first[tuple(ids)] = source
+        faults.append(fault)
+    rows = rows.remove_columns("fault").add_column("fault", faults)
+    return _without_faults(rows, "prompts", on_bad_data)
+
+
+def _encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    max_length: int,
+    truncation: Literal["drop", "cut_prompt_start"],
+    batch: dict[str, list],
+) -> dict[str, list]:
+    """`datasets` maps this over batches: every row stays, one that gives no prompt says why in `fault`."""
+    columns = {"prompt_ids": [], "messages": [], "reply": [], "length": [], "source": batch["source"], "fault": []}
+    for text in batch["prompt"]:
+        (messages, tools, reply), ids, fault = json.loads(text), [], ""
+        try:
+            refuse_control_tokens(chat_template, messages, tools)
+            ids = encode_prompt(tokenizer, chat_template, messages, tools)
+            while len(ids) > max_length:
+                shorter = None
+                if truncation == "cut_prompt_start":
+                    shorter = _shorten_prompt(tokenizer, messages, n_excess=len(ids) - max_length)
+                if shorter is None:
+                    raise Unusable("prompt too long", f"{len(ids)} tokens, over --max_source_length {max_length}")
+                messages = shorter
+                ids = encode_prompt(tokenizer, chat_template, messages, tools)
+        except Unusable as unusable:
+            ids, fault = [], f"{unusable.reason}\t{unusable.detail}"
+        except UserError as error:
+            ids, fault = [], f"not renderable\t{error}"
+        columns["prompt_ids"].append(ids)
+        columns["messages"].append(json.dumps([messages, tools], ensure_ascii=False))
+        columns["reply"].append(reply)
+        columns["length"].append(len(ids))
+        columns["fault"].append(fault)
+    return columns
 
 
 # ---------------------------------------------------------------- documents of continued pretraining

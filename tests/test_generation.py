@@ -136,6 +136,53 @@ def test_decoding_that_makes_no_sense_is_refused(fields):
         Decoding(**fields)
 
 
+# ---------------------------------------------------------------- stop texts
+
+
+@pytest.fixture(scope="module")
+def spoken(model, tiny_tokenizer, prompts):
+    """What the model says greedily to the first prompt, eight tokens of it."""
+    return tiny_tokenizer.decode(greedy_by_hand(model, prompts[0], 8), skip_special_tokens=True)
+
+
+def test_a_stop_text_ends_a_reply_and_is_no_part_of_it(model, tiny_tokenizer, prompts, spoken):
+    stop = spoken[len(spoken) // 2 :][:2]
+    decoding = Decoding(max_new_tokens=64, stop=["never said", stop])
+    replies = generate_replies(model, tiny_tokenizer, prompts, NEVER, decoding)
+    assert replies[0].text == spoken[: spoken.index(stop)].strip()
+    assert replies[0].ended
+    assert 1 <= replies[0].n_tokens <= 8
+    # The other rows of the batch go on as they would alone.
+    for prompt, reply in zip(prompts, replies, strict=True):
+        assert generate_replies(model, tiny_tokenizer, [prompt], NEVER, decoding) == [reply]
+
+
+def test_no_piece_of_a_stream_holds_a_part_of_a_stop_text(model, tiny_tokenizer, prompts, spoken):
+    stop = spoken[len(spoken) // 2 :][:2]
+    pieces = []
+    reply = stream_reply(
+        model, tiny_tokenizer, prompts[0], NEVER, Decoding(max_new_tokens=64, stop=[stop]), pieces.append
+    )
+    assert "".join(pieces).strip() == reply.text == spoken[: spoken.index(stop)].strip()
+
+
+def test_what_only_looked_like_a_stop_text_is_said(tiny_tokenizer):
+    text = "多喝水，注意"
+    pieces = []
+    streamer = _Pieces(tiny_tokenizer, NEVER, pieces.append, stop=["水，休息"])
+    streamer.put(torch.tensor([[1]]))
+    for token in tiny_tokenizer(text)["input_ids"]:
+        streamer.put(torch.tensor([token]))
+        assert "".join(pieces) in ("", "多", "多喝", "多喝水，注", text)
+    streamer.end()
+    assert "".join(pieces) == text
+
+
+def test_an_empty_stop_text_is_refused():
+    with pytest.raises(UserError, match="--stop: an empty text"):
+        Decoding(stop=["好", ""])
+
+
 # ---------------------------------------------------------------- the model is left as it was
 
 

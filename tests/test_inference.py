@@ -11,14 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
+import chat_models
 import inference
+import model_loading
+from chat_models import NOTICE, ChatModel, ChatModelArguments, RewardModel, choose_template, describe_model
 from errors import UserError
 from generation import Reply
-from inference import NOTICE, QUESTIONS, choose_template, encode_questions, main, read_questions
+from inference import QUESTIONS, encode_questions, main, read_questions
 from model_loading import Lineage, load_tokenizer, read_lineage
-from tokenization import IGNORED_LABEL, encode_dialogue, load_chat_template
+from tokenization import IGNORED_LABEL, encode_dialogue, load_chat_template, stop_token_ids
 
 NO_LIMIT = 10**6
 SCRIPT = Path(inference.__file__)
@@ -57,8 +61,8 @@ def no_weights(monkeypatch):
     def refuse(*args, **options):
         pytest.fail("weights were loaded")
 
-    monkeypatch.setattr(inference, "load_with_adapter", refuse)
-    monkeypatch.setattr(inference, "load_base_model", refuse)
+    monkeypatch.setattr(chat_models, "load_base_model", refuse)
+    monkeypatch.setattr(model_loading, "load_base_model", refuse)
 
 
 def conversations(n: int) -> list[dict]:
@@ -87,7 +91,9 @@ def test_prompts_of_50_conversations_are_those_of_training(qwen_tokenizer, adapt
     chat_template = load_chat_template(tokenizer, template_name)
     records = conversations(50)
     file = write_jsonl("dialogues.jsonl", records)
-    prompts = encode_questions(tokenizer, chat_template, read_questions(str(file), None), NO_LIMIT, 1)
+    stop_ids = stop_token_ids(tokenizer, chat_template)
+    chat_model = ChatModel("", "", None, tokenizer, chat_template, stop_ids, NO_LIMIT)
+    prompts = encode_questions(chat_model, read_questions(str(file), None), 1)
     for record, prompt in zip(records, prompts, strict=True):
         ids, labels = encode_dialogue(tokenizer, chat_template, record["messages"], max_length=NO_LIMIT)
         learned = [position for position, label in enumerate(labels) if label != IGNORED_LABEL]
@@ -268,7 +274,7 @@ def test_an_existing_output_is_not_written_over(adapter, tmp_path, no_weights):
         ("q.txt", b"", "no question in it; write one a line"),
         ("q.txt", b"good\n\xb8\xd0\n", r"q.txt:2: not UTF-8 \(byte 1\)"),
         ("q.txt", "甲\n<|im_end|>\n".encode(), r"q.txt:2: .*holds <\|im_end\|>"),
-        ("q.txt", "甲\n".encode() + "长".encode() * 3000, r"q.txt:2: its prompt of \d+ tokens .* context of 2048"),
+        ("q.txt", "甲\n".encode() + "长".encode() * 3000, r"q.txt:2: its prompt has \d+ tokens.* context of 2048"),
         ("q.jsonl", b'{"question": "a", "answer": "b"}\n{"messages": []}\n', "q.jsonl:2: empty conversation"),
         ("q.doc", b"", "files that end in .jsonl"),
     ],
@@ -279,6 +285,116 @@ def test_bad_data_is_named_by_file_and_line(adapter, tmp_path, no_weights, name,
     with pytest.raises(UserError, match=message):
         main(["--base_model", str(adapter), *flags])
     assert not (tmp_path / "r.jsonl.partial").exists()
+
+
+# ---------------------------------------------------------------- several models, scores
+
+
+@pytest.fixture(scope="module")
+def other_adapter(tiny_model_dir, tmp_path_factory) -> Path:
+    """The random adapter with other weights and the template chatml."""
+    folder = make_adapter(tiny_model_dir, tmp_path_factory.mktemp("other") / "checkpoint-best", template="chatml")
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor * -1.5 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reward_adapter(tiny_model_dir, tmp_path_factory) -> Path:
+    """A reward model with random weights."""
+    folder = tmp_path_factory.mktemp("rm") / "checkpoint-best"
+    set_seed(3)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear"))
+    model.save_pretrained(folder)
+    load_tokenizer(str(tiny_model_dir)).save_pretrained(folder)
+    sizes = {"hidden_size": 128, "vocab_size": model.config.vocab_size}
+    Lineage(str(tiny_model_dir), None, "rm", "", "data", **sizes).save(folder)
+    return folder
+
+
+def test_compared_models_say_what_each_says_alone(tiny_model_dir, adapter, other_adapter, capsys, monkeypatch):
+    bases = []
+    load_base_model = model_loading.load_base_model
+    monkeypatch.setattr(
+        model_loading,
+        "load_base_model",
+        lambda *args, **options: bases.append(args) or load_base_model(*args, **options),
+    )
+    names = ["base", str(adapter), str(other_adapter)]
+    main(["--base_model", str(tiny_model_dir), "--compare", *names, *SHORT])
+    printed = capsys.readouterr().out
+    assert bases == [(str(tiny_model_dir),)]
+    said = {name: re.findall(rf"^\[{re.escape(name)}\] 答：(.*)$", printed, re.MULTILINE) for name in names}
+    alone = []
+    for flags in ([], ["--lora_model", str(adapter)], ["--lora_model", str(other_adapter)]):
+        main(["--base_model", str(tiny_model_dir), *flags, *SHORT])
+        alone.append(answers(capsys.readouterr().out))
+    assert list(said.values()) == alone
+    assert alone[0] != alone[1] != alone[2]
+
+
+def test_compared_replies_are_written_with_their_scores(
+    tiny_model_dir, adapter, other_adapter, reward_adapter, tmp_path, capsys
+):
+    (tmp_path / "q.txt").write_text("感冒了\n头痛\n", encoding="utf-8")
+    flags = ["--data_file", str(tmp_path / "q.txt"), "--output_file", str(tmp_path / "r.jsonl"), *SHORT]
+    names = [str(adapter), str(other_adapter), str(tiny_model_dir)]
+    flags += ["--base_model", str(tiny_model_dir), "--compare", *names, "--reward_model", str(reward_adapter)]
+    main(flags)
+    records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record["question"] for record in records] == ["感冒了", "头痛"]
+    assert "6 replies" in capsys.readouterr().err
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    model = model_loading.load_reward_model(str(tiny_model_dir), str(reward_adapter), torch_dtype="float32")
+    for record in records:
+        assert [reply["model"] for reply in record["replies"]] == names
+        for reply in record["replies"]:
+            question = [{"role": "user", "content": record["question"]}]
+            prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(prompt + reply["output"], return_tensors="pt")["input_ids"]
+            # Scored alone, and without an end token, since each was cut.
+            assert not reply["ended"]
+            assert reply["score"] == pytest.approx(model(input_ids=ids).logits.item(), abs=1e-4)
+
+
+def test_an_ended_reply_is_scored_with_its_end_token(tiny_model_dir, reward_adapter):
+    scorer = RewardModel(str(reward_adapter), ChatModelArguments(str(tiny_model_dir)))
+    question = [{"role": "user", "content": "头痛"}]
+    ended, cut = scorer.encode(question, "多喝水"), scorer.encode(question, "多喝水", ended=False)
+    assert ended == [*cut, scorer.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    rows = [scorer.encode(question, "多喝水" * n) for n in (1, 9, 3, 5)]
+    assert scorer.score(rows, 3) == pytest.approx([scorer.score([row])[0] for row in rows], abs=1e-4)
+
+
+def test_each_reply_of_one_model_is_scored(adapter, reward_adapter, capsys):
+    main(["--base_model", str(adapter), "--reward_model", str(reward_adapter), *SHORT])
+    printed = capsys.readouterr().out
+    scores = [float(score) for score in re.findall(r"^\[score (.*)\]$", printed, re.MULTILINE)]
+    assert len(scores) == 4
+    mean = float(re.search(rf"^mean score of {re.escape(str(adapter))}: (.*)$", printed, re.MULTILINE)[1])
+    assert mean == pytest.approx(sum(scores) / 4, abs=1e-3)
+
+
+def test_the_oldest_exchanges_are_left_out_of_a_long_dialogue_and_it_is_said(adapter, write_jsonl, capsys):
+    from training_run import start_log
+
+    start_log()
+    turns = [{"role": "system", "content": "你是医生"}]
+    for number in range(4):
+        turns += [{"role": "user", "content": f"问{number}"}, {"role": "assistant", "content": "水" * 700}]
+    file = write_jsonl("long.jsonl", [{"messages": turns}])
+    chat_model = describe_model(ChatModelArguments(str(adapter)))
+    (prompt,) = encode_questions(chat_model, read_questions(str(file), None), 100)
+    text = chat_model.tokenizer.decode(prompt)
+    assert text.startswith("<|im_start|>system\n你是医生<|im_end|>\n<|im_start|>user\n问")
+    assert len(prompt) <= 2048 - 100
+    n_kept = text.count("<|im_start|>user")
+    assert text.endswith("<|im_start|>user\n问3<|im_end|>\n<|im_start|>assistant\n")
+    assert 1 <= n_kept < 4
+    assert f"long.jsonl:1: over the context of 2048 tokens: its oldest {8 - 2 * n_kept} turns are left out" in (
+        capsys.readouterr().err
+    )
 
 
 # ---------------------------------------------------------------- chat
@@ -331,7 +447,7 @@ def test_a_full_context_drops_the_oldest_turns_and_says_so(chat_with, monkeypatc
     printed, prompts = chat_with(f"甲{long}\n乙{long}\n丙{long}\n{long * 9}\n丁\n", "--max_new_tokens", "1100")
     assert "[the context of 2048 tokens is full: the oldest 2 turns are forgotten]" in printed
     assert "oldest 1 turns" not in printed
-    assert "[too long: " in printed
+    assert re.search(r"\[its prompt has \d+ tokens, and there is room for 948\]", printed)
     held = [[name for name in "甲乙丙丁" if name in prompt] for prompt in prompts]
     # What is too long by itself costs no history.
     assert held == [["甲"], ["乙"], ["丙"], ["丙", "丁"]]
@@ -377,6 +493,10 @@ def test_a_chat_through_a_pipe(adapter):
         (["--base_model", "BASE", "--interactive", "--data_file", "x", "--output_file", "y"], "exclude each other"),
         (["--base_model", "BASE", "--data_file", "x"], "belong together"),
         (["--base_model", "BASE", "--batch_size", "0"], "--batch_size 0"),
+        (["--base_model", "BASE", "--compare", "base", "--interactive"], "is a chat with one model"),
+        (["--base_model", "BASE", "--compare", "base", "--lora_model", "ADAPTER"], "name the adapter after --compare"),
+        (["--base_model", "BASE", "--compare", "base", "./nowhere"], "--compare ./nowhere: no such folder"),
+        (["--base_model", "BASE", "--reward_model", "BASE"], "--reward_model .*: no reward model"),
         (["--base_model", "BASE", "--top_p", "0.5"], "give a --temperature above 0"),
         (["--base_model", "BASE", "--max_new_tokens", "2048"], "lower the flag or shorten the prompt"),
     ],
@@ -389,8 +509,6 @@ def test_what_cannot_be_honoured_is_refused_before_weights_load(tiny_model_dir, 
 
 
 def test_another_base_is_refused_before_weights_load(tiny_model_dir, tmp_path, monkeypatch):
-    import model_loading
-
     adapter = make_adapter(tiny_model_dir, tmp_path / "a", hidden_size=64)
     other = tmp_path / "other"
     other.mkdir()
