@@ -28,7 +28,6 @@ from safetensors import SafetensorError
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback
-from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging as transformers_logging
 
 from errors import UserError
@@ -206,6 +205,13 @@ def _numbered_checkpoints(output_dir: Path) -> list[Path]:
         return []
     numbered = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
     return sorted(numbered, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+
+
+def _delete_oldest(output_dir: Path, save_total_limit: int | None) -> None:
+    """Keep the newest checkpoints; transformers 5.24's own way counts checkpoint-best as one of them and deletes it."""
+    if save_total_limit:
+        for checkpoint in _numbered_checkpoints(output_dir)[save_total_limit:]:
+            shutil.rmtree(checkpoint)
 
 
 def _faults(checkpoint: Path) -> str:
@@ -554,9 +560,8 @@ class CheckpointKeeper(TrainerCallback, ExportableState):
     def on_save(self, args, state, control, **kwargs):
         """Trainer has written all files of the checkpoint, in each process its own."""
         place = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
-        if best == place or best.is_dir():
-            state.best_model_checkpoint = str(best)  # Trainer looked for it beside the unfinished one
+        # checkpoint-best is ours; with one of its own, Trainer deletes the newest checkpoint at the end for it.
+        state.best_model_checkpoint = None
         _wait_for_all()
         if args.should_save:
             partial = place.parent / UNFINISHED / place.name
@@ -564,7 +569,7 @@ class CheckpointKeeper(TrainerCallback, ExportableState):
             state.save_to_json(str(partial / "trainer_state.json"))
             write_manifest(partial)
             put_in_place(place)
-            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+            _delete_oldest(Path(args.output_dir), args.save_total_limit)
         _wait_for_all()
 
     def save_best(self) -> None:

@@ -159,6 +159,16 @@ def test_best_survives_save_total_limit(flags, tmp_path):
     }
 
 
+def test_an_early_best_survives_too(flags, tmp_path):
+    """Without learning every evaluation is as good as the first."""
+    often = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    supervised_finetuning.main(flags(save_total_limit=2, learning_rate=0, **often))
+    kept = {name for name in names(tmp_path / "out") if name.startswith("checkpoint")}
+    assert kept == {"checkpoint-3", "checkpoint-4", "checkpoint-best"}
+    state = json.loads((tmp_path / "out/checkpoint-4/trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["CheckpointKeeper"]["attributes"]["best_step"] == 1
+
+
 def test_without_evaluation_best_is_the_last(flags, tmp_path):
     assert supervised_finetuning.main(flags(do_eval=None)) == {}
     best, last = (
