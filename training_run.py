@@ -439,7 +439,7 @@ class ProgressLines(TrainerCallback):
                 line += f"  grad norm {logs['grad_norm']:.3f}"
             if "tokens_per_second" in logs:
                 line += f"  {logs['tokens_per_second']:.0f} tokens/s"
-            line += f"  peak {_peak_memory_gib():.1f} GiB"
+            line += f"  peak {peak_memory_gib():.1f} GiB"
             if self.said_time_left:
                 line += f"  {self._time_left(state)} left"
             logger.info(line)
@@ -450,7 +450,7 @@ class ProgressLines(TrainerCallback):
 
     def _time_left(self, state) -> str:
         seconds_per_step = (time.monotonic() - self.start[0]) / max(state.global_step - self.start[1], 1)
-        return _duration(seconds_per_step * (state.max_steps - state.global_step))
+        return duration(seconds_per_step * (state.max_steps - state.global_step))
 
 
 class QuietProgressBar(ProgressCallback):
@@ -876,7 +876,7 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _peak_memory_gib() -> float:
+def peak_memory_gib() -> float:
     """Peak memory of this process: of its GPU, or of the process itself on the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
@@ -884,7 +884,7 @@ def _peak_memory_gib() -> float:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

@@ -41,6 +41,11 @@ SHARED = {
     ),
     "text_metrics": (set(), {"rouge_score"}),
     "ppo_math": (set(), {"torch"}),
+    "ppo_roles": ({"model_loading", "ppo_math"}, {"torch", "transformers", "peft"}),
+    "ppo_run": (
+        {"model_loading", "ppo_math", "ppo_roles", "training_run"},
+        {"torch", "transformers", "peft", "accelerate", "safetensors", "loguru"},
+    ),
 }
 STAGES = {"pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training"}
 TOOLS = {"merge_peft_adapter", "inference"}

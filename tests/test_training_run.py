@@ -188,7 +188,7 @@ def test_other_processes_are_silent(arguments, capfd, monkeypatch):
 
 @pytest.mark.parametrize(("seconds", "text"), [(59, "0 min 59 s"), (3599, "59 min 59 s"), (7260, "2 h 01 min")])
 def test_duration(seconds, text):
-    assert training_run._duration(seconds) == text
+    assert training_run.duration(seconds) == text
 
 
 def test_curves_are_a_png(tmp_path):

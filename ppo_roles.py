@@ -1,0 +1,162 @@
+"""The four roles of PPO on one base model: policy, reference, reward and value are adapters, and small heads, on it.
+
+role       weights                                                       trained
+policy     base + adapter "default": the SFT adapter continued           yes
+reference  base + adapter "reference": a copy of that start              no
+reward     base + adapter "reward" + score head, or a model of its own   no
+value      base + adapter "value" + head: starts as the reward model     yes
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import GenerationConfig, PreTrainedModel
+
+from model_loading import (
+    ScoreHead,
+    add_adapter,
+    add_reward_adapter,
+    base_of,
+    describe_trainable,
+    is_adapter,
+    load_for_training,
+    load_reward_model,
+)
+from ppo_math import position_ids, token_logps
+
+
+class ValueHead(torch.nn.Module):
+    """[..., hidden] states to [...] values in float32; starts as the reward model's head, less what scores are
+    centred by, so that the first values are scores."""
+
+    def __init__(self, weight: torch.Tensor, shift: float):
+        super().__init__()
+        self.score = ScoreHead(weight.shape[1], 1, bias=False, dtype=torch.float32)
+        self.score.weight.data.copy_(weight)
+        self.bias = torch.nn.Parameter(torch.tensor([-shift], dtype=torch.float32))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.score(hidden).squeeze(-1) + self.bias
+
+
+@dataclass
+class Roles:
+    """One base model with an adapter for each role; a reward model of another base beside it."""
+
+    model: PeftModel
+    reward_model: PreTrainedModel | PeftModel | None
+    reward_head: ScoreHead | None
+    value_head: ValueHead | None = None
+    score_shift: float = 0.0
+
+    def act_as(self, role: str, trained: bool = False) -> None:
+        self.model.set_adapter({"policy": "default"}.get(role, role), inference_mode=not trained)
+        self.model.train(trained)  # gradient checkpointing asks for it; there is no dropout
+
+    def states(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[B, L, hidden] last states of the role that acts."""
+        return (
+            self.model.get_base_model()
+            .base_model(
+                input_ids=ids,
+                attention_mask=attention_mask.long(),
+                position_ids=position_ids(attention_mask),  # detail: positions from the mask, whatever the padding
+                use_cache=False,
+            )
+            .last_hidden_state
+        )
+
+    def logps(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T] log-probs of the reply tokens and entropies, 0 outside the mask, by a full forward pass.
+
+        Sampling has log-probs too, but of a cache: learning compares like with like (detail).
+        """
+        n_reply = mask.shape[1]
+        predicting = self.states(ids, attention_mask)[:, -n_reply - 1 : -1][mask]
+        head = self.model.get_base_model().get_output_embeddings()
+        # Detail: the temperature of sampling divides the logits here too.
+        flat = token_logps(predicting, ids[:, -n_reply:][mask], head, temperature)
+        return tuple(torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, values) for values in flat)
+
+    def values(self, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[B, T] value before each reply token, 0 outside the mask: the policy's mask (detail)."""
+        n_reply = mask.shape[1]
+        return self.value_head(self.states(ids, attention_mask)[:, -n_reply - 1 : -1]) * mask
+
+    @torch.no_grad()
+    def scores(self, texts: list[list[int]], pad_token_id: int) -> torch.Tensor:
+        """[B] scores of prompts with replies, at the last token of each (detail: never at a pad)."""
+        device = self.model.device
+        longest = max(map(len, texts))
+        ids = torch.tensor([text + [pad_token_id] * (longest - len(text)) for text in texts], device=device)
+        lengths = torch.tensor([len(text) for text in texts], device=device)
+        mask = torch.arange(longest, device=device) < lengths[:, None]
+        if self.reward_model is not None:
+            states = self.reward_model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=False)
+            return states.logits.float().squeeze(-1)
+        self.act_as("reward")
+        last = self.states(ids, mask)[torch.arange(len(texts), device=device), lengths - 1]
+        return self.reward_head(last).squeeze(-1)
+
+    def trained_parameters(self) -> dict[str, list[torch.nn.Parameter]]:
+        named = list(self.model.named_parameters())
+        return {
+            "policy": [parameter for name, parameter in named if name.split(".")[-2] == "default"],
+            "value": [
+                *(parameter for name, parameter in named if name.split(".")[-2] == "value"),
+                *self.value_head.parameters(),
+            ],
+        }
+
+
+def load_roles(sft: str, rm: str, lora: dict, device: torch.device, **base_options) -> tuple[Roles, dict[str, str]]:
+    """The base once, with the adapters of the roles that fit on it; and the facts to log.
+
+    Args:
+        sft, rm: what --sft_model_path and --reward_model_path name.
+        lora: keywords of `load_for_training` for a policy that starts a new adapter.
+        base_options: of `load_base_model`.
+    """
+    # Detail: no dropout in any role, or policy and reference would differ by chance.
+    lora = lora | {"lora_dropout": 0.0}
+    model = load_for_training(sft, **lora, **base_options, **({} if is_adapter(sft) else {"flag": "--sft_model_path"}))
+    policy = f"{sft}: {describe_trainable(model)}"
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    model.get_base_model().generation_config = GenerationConfig()  # decoding is what this script says
+    start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    config = model.peft_config["default"]
+    add_adapter(model, "reference", config, start, f"--sft_model_path {sft}")
+    facts = {"policy": policy, "reference": "the policy's start, an adapter on its base"}
+
+    shares_base = is_adapter(rm) and Path(base_of(rm)).resolve() == Path(base_of(sft)).resolve()
+    reward_model = reward_head = None
+    if shares_base:
+        weight = add_reward_adapter(model, rm, "reward")
+        reward_head = ScoreHead(weight.shape[1], 1, bias=False, dtype=torch.float32).requires_grad_(False)
+        reward_head.weight.data.copy_(weight)
+        matrices = get_peft_model_state_dict(model, adapter_name="reward")
+        # Detail: the value model starts as the reward model.
+        add_adapter(model, "value", model.peft_config["reward"], matrices, f"--reward_model_path {rm}")
+        facts |= {"reward": f"{rm}, an adapter on the same base", "value": "starts as the reward model"}
+    else:
+        reward_model = load_reward_model(base_of(rm), rm if is_adapter(rm) else None, **base_options).requires_grad_(
+            False
+        )
+        add_adapter(model, "value", config, start, f"--sft_model_path {sft}")
+        facts["reward"] = f"{rm}, a model of its own: its base is not the policy's"
+        facts["value"] = "starts as the policy, with a head of zeros: the reward model has another base"
+    if not (base_options.get("load_in_4bit") or base_options.get("load_in_8bit")):
+        model.to(device)
+        if reward_model is not None:
+            reward_model.to(device)
+    if reward_head is not None:
+        reward_head.to(device)
+    return Roles(model, reward_model, reward_head), facts

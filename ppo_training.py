@@ -1,0 +1,969 @@
+"""Proximal policy optimization: raise the reward model's scores of a model's own replies, held near where it started.
+
+Input: dialogues as in SFT, whose user turns (with their history) are the prompts; the SFT model; the reward model.
+Output: `--output_dir` with checkpoint-N, checkpoint-best (the policy's LoRA adapter, relative to the base model),
+train_results.json, eval_results.json, trainer_state.json, curves.png and TensorBoard events in runs/.
+Loss: the clipped surrogate of Schulman et al. 2017 (https://arxiv.org/abs/1707.06347) on token rewards made of the
+score and of the KL from the start (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593); details after Huang et al.
+2024, "The N+ Implementation Details of RLHF with PPO" (https://arxiv.org/abs/2403.17031). docs/ppo.md lists them.
+
+    for each update:
+        sample a reply to each of a batch of prompts
+        log-probs of its tokens under policy and reference, a value for each token, a score for the whole
+        token rewards: -kl_coef x KL each, the score at the last one
+        advantages and returns by GAE
+        for each of --num_ppo_epochs, for each minibatch:
+            a step on the clipped policy loss and the clipped value loss
+
+    role       weights                                                       trained
+    policy     base + adapter "default": the SFT adapter continued           yes
+    reference  base + adapter "reference": a copy of that start              no
+    reward     base + adapter "reward" + score head, or a model of its own   no
+    value      base + adapter "value" + head: starts as the reward model     yes
+
+    CUDA_VISIBLE_DEVICES=0 python ppo_training.py --sft_model_path outputs-sft-.../checkpoint-best \\
+        --reward_model_path outputs-rm-.../checkpoint-best ...
+    CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc_per_node 2 ppo_training.py ...
+
+Launcher: run_ppo.sh.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, gather_object
+from datasets import Dataset
+from loguru import logger
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
+
+from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from errors import UserError, run_script
+from model_loading import Lineage, base_of, check_model_path, check_vocabulary, load_tokenizer, read_lineage
+from ppo_math import (
+    adapted_kl_coef,
+    advantages_and_returns,
+    k3,
+    masked_whiten,
+    policy_losses,
+    reply_mask,
+    token_rewards,
+    value_losses,
+)
+from ppo_roles import Roles, ValueHead, load_roles
+from ppo_run import (
+    Optimization,
+    State,
+    Stopped,
+    StopSignal,
+    load_checkpoint,
+    log_evaluation,
+    log_update,
+    plot_curves,
+    raise_alarm,
+    read_state,
+    save_checkpoint,
+    save_policy,
+    summarize,
+    write_json,
+)
+from records import Report, are_same_files, cached_dataset, choose_part, content_fingerprint, find_files, load_dialogues
+from template import ChatTemplate
+from tokenization import encode_prompt, load_chat_template, stop_token_ids, tokenize_prompts, tokenizer_fingerprint
+from training_run import (
+    BEST,
+    duration,
+    find_checkpoint,
+    leave_process_group,
+    peak_memory_gib,
+    put_in_place,
+    start_run,
+    unfinished_folder,
+)
+
+# Held-out prompts without --max_eval_samples: a greedy reply to each is written at every evaluation.
+EVAL_PROMPTS = 100
+# The dialogues' own replies whose mean score becomes the score 0.
+CENTERING_REPLIES = 64
+# Replies of the first evaluation and of the last that the log shows.
+SHOWN_REPLIES = 2
+# TrainingArguments that this loop heeds; another one that is given is refused.
+HEEDED = {
+    *("output_dir", "do_train", "do_eval", "eval_strategy", "eval_steps", "per_device_train_batch_size", "seed"),
+    *("gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate", "weight_decay", "adam_beta1"),
+    *("adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args", "lr_scheduler_type", "warmup_steps"),
+    *("lr_scheduler_kwargs", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "bf16", "tf32"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "use_cpu", "ddp_timeout", "ddp_backend"),
+    *("report_to", "run_name", "resume_from_checkpoint", "disable_tqdm", "local_rank", "log_level"),
+    # These say how other loops log, and what the parser or transformers settle themselves.
+    *("activation_checkpointing", "activation_checkpointing_kwargs", "logging_strategy", "logging_first_step"),
+    *("logging_nan_inf_filter", "ddp_find_unused_parameters", "remove_unused_columns", "accelerator_config", "debug"),
+    *("fsdp", "fsdp_config", "hub_token", "include_for_metrics", "log_level_replica", "log_on_each_node"),
+    *("parallelism_config", "per_device_eval_batch_size", "project", "trackio_space_id"),
+    "include_num_input_tokens_seen",
+}
+
+# ---------------------------------------------------------------- arguments
+
+
+@dataclass(kw_only=True)
+class PPOModelArguments(ModelArguments):
+    sft_model_path: str = field(
+        metadata={"help": "Hub name or folder of the model to start from, or the folder of a LoRA adapter."}
+    )
+    reward_model_path: str = field(
+        metadata={"help": "Folder of a reward model of reward_modeling.py: an adapter, or a model of its own."}
+    )
+    model_name_or_path: str = field(default="", init=False)
+    device_map: str | None = field(default=None, init=False)
+
+
+@dataclass
+class PPOTrainingArguments(TrainingArguments):
+    adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Highest learning rate, of policy and value model."})
+    logging_steps: float = field(default=1, metadata={"help": "A line in the log every so many updates."})
+
+    def __post_init__(self):
+        deepspeed = self.deepspeed
+        for spec in fields(TrainingArguments):
+            default = spec.default_factory() if callable(spec.default_factory) else spec.default
+            if spec.name not in HEEDED and getattr(self, spec.name) != default:
+                reason = (
+                    "what is trained is small and whole on each GPU, so there is nothing to split, and ZeRO-3 would "
+                    "gather all weights for every token that is generated; leave it out, and use --load_in_4bit True "
+                    "where memory is short"
+                    if deepspeed and spec.name == "deepspeed"
+                    else "PPO does not heed it; leave it out"
+                )
+                raise UserError(f"--{spec.name}: {reason}")
+        super().__post_init__()
+        if not self.do_train:
+            raise UserError("--do_train is missing; scripts/evaluate_model.py measures a trained model")
+        if self.eval_strategy == "epoch" or self.save_strategy not in ("no", "steps"):
+            raise UserError("--eval_strategy and --save_strategy: say no or steps; a step is an update")
+
+
+@dataclass
+class PPOArguments:
+    template_name: str | None = field(
+        default=None, metadata={"help": "Named prompt template of template.py instead of the tokenizer's own."}
+    )
+    max_source_length: int = field(default=1024, metadata={"help": "Longest prompt in tokens."})
+    truncation: Literal["drop", "cut_prompt_start"] = field(
+        default="cut_prompt_start",
+        metadata={
+            "help": "A prompt over --max_source_length: left out, or without its oldest exchanges and its start."
+        },
+    )
+    response_length: int = field(default=512, metadata={"help": "A reply is cut after so many tokens."})
+    total_episodes: int | None = field(
+        default=None, metadata={"help": "Replies to learn from in all; without it --num_train_epochs of the prompts."}
+    )
+    rollout_batch_size: int = field(default=16, metadata={"help": "Replies that a device generates at a time."})
+    stop_token: str | None = field(
+        default=None, metadata={"help": "The token that ends a reply; without it the template's and the tokenizer's."}
+    )
+    missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "Taken off the score of a reply that has no end token."}
+    )
+    kl_coef: float = field(default=0.05, metadata={"help": "Reward lost for a nat of KL from the reference."})
+    adaptive_kl: bool = field(default=False, metadata={"help": "Steer --kl_coef so that the KL nears --target_kl."})
+    target_kl: float = field(default=6.0, metadata={"help": "Adaptive: KL of a reply in nats to steer to."})
+    kl_horizon: int = field(default=10000, metadata={"help": "Adaptive: episodes over which --kl_coef adapts."})
+    stop_at_kl: float = field(default=50.0, metadata={"help": "Stop when the mean KL of a reply exceeds it, in nats."})
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over the replies of an update."})
+    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in a pass."})
+    cliprange: float = field(default=0.2, metadata={"help": "Clip of the probability ratio."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "Clip of a value's change."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Factor of the value loss."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount of later rewards."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
+    temperature: float = field(default=0.7, metadata={"help": "Of sampling, and of the log-probs learned from."})
+    whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to variance 1."})
+
+    def __post_init__(self):
+        positive = ("response_length", "rollout_batch_size", "stop_at_kl", "num_ppo_epochs", "num_mini_batches")
+        positive += ("cliprange", "cliprange_value", "temperature", "target_kl", "kl_horizon")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: give more than 0")
+        for name in ("missing_eos_penalty", "kl_coef", "vf_coef"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name):g}: give 0 or more")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} {getattr(self, name):g}: give a number from 0 to 1")
+        if self.max_source_length < 8:
+            raise UserError(f"--max_source_length {self.max_source_length}: no prompt fits; give a number of tokens")
+        if self.total_episodes is not None and self.total_episodes < 1:
+            raise UserError(f"--total_episodes {self.total_episodes}: give at least 1")
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def load_prompts(
+    part: Literal["train", "eval"],
+    data_args: DataArguments,
+    ppo_args: PPOArguments,
+    training_args: PPOTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    cache_dir: Path,
+) -> tuple[Dataset, dict[str, str]]:
+    """The rows of `tokenize_prompts` of one part of the dialogues, from the cache where nothing has changed."""
+    flag, path = (
+        ("--train_file_dir", data_args.train_file_dir)
+        if part == "train"
+        else ("--validation_file_dir", data_args.validation_file_dir or data_args.train_file_dir)
+    )
+    if path is None:
+        raise UserError(f"{flag} is missing: name the file or folder of the dialogues")
+    held_out = training_args.do_eval and are_same_files(data_args.train_file_dir, data_args.validation_file_dir)
+    files, unread = find_files(path, flag)
+    samples = {
+        "max_train_samples": data_args.max_train_samples,
+        "max_eval_samples": data_args.max_eval_samples or EVAL_PROMPTS,
+    }
+    limits = {"max_prompt_length": ppo_args.max_source_length, "truncation": ppo_args.truncation}
+
+    def build() -> tuple[Dataset, dict]:
+        dialogues, read_report = load_dialogues(files, data_args.on_bad_data)
+        dataset, report = tokenize_prompts(
+            choose_part(dialogues, part, held_out, **samples, seed=training_args.seed),
+            tokenizer,
+            chat_template,
+            **limits,
+            num_workers=data_args.preprocessing_num_workers,
+            on_bad_data=data_args.on_bad_data,
+        )
+        return dataset, {"read": read_report.as_dict(), "tokenized": report.as_dict()}
+
+    key = limits | samples | {
+        "stage": "ppo",
+        "part": part,
+        "files": content_fingerprint(files),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "held_out": held_out,
+        "on_bad_data": data_args.on_bad_data,
+        "seed": training_args.seed,
+    }  # fmt: skip
+    dataset, reports, was_cached = cached_dataset(str(cache_dir), key, build, data_args.overwrite_cache)
+    report = Report.from_dict(reports["tokenized"])
+    if len(dataset) == 0:
+        raise UserError(f"{flag} {path}: {report.summary()}, so nothing is left")
+    if part == "eval":  # a dialogue has several
+        dataset = dataset.select(range(min(len(dataset), samples["max_eval_samples"])))
+    return dataset, {
+        f"{part} files": f"{len(files)} in {path}" + (f", {len(unread)} with other endings not read" if unread else ""),
+        f"{part} records": Report.from_dict(reports["read"]).summary(),
+        f"{part} prompts": report.summary()
+        + (f"; {len(dataset)} used" if part == "eval" else "")
+        + (", held out of the training files by the seed" if held_out and part == "eval" else "")
+        + f"; the longest has {max(dataset['length'])} tokens"
+        + (", from the cache" if was_cached else ""),
+    }
+
+
+def episode_order(n_prompts: int, n_episodes: int, seed: int) -> list[int]:
+    """The prompt of each episode: pass after pass over all prompts, each pass shuffled."""
+    order: list[int] = []
+    for epoch in range(math.ceil(n_episodes / n_prompts)):
+        generator = torch.Generator().manual_seed(seed + epoch)
+        order += torch.randperm(n_prompts, generator=generator).tolist()
+    return order[:n_episodes]
+
+
+# ---------------------------------------------------------------- what the reward model reads
+
+
+@dataclass
+class Codec:
+    """Between ids and texts: what the policy writes, and what the reward model reads of it.
+
+    stop_ids: the tokens that end a reply; the first ends the dialogues' own replies where they are scored.
+    reward_tokenizer, reward_template: of a reward model that reads other ids than the policy writes; None otherwise.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: ChatTemplate
+    stop_ids: list[int]
+    reward_tokenizer: PreTrainedTokenizerBase | None = None
+    reward_template: ChatTemplate | None = None
+
+    def reward_ids(self, row: dict, reply_ids: list[int]) -> list[int]:
+        """What the reward model reads for a prompt and the reply to it."""
+        if self.reward_tokenizer is None:
+            return row["prompt_ids"] + reply_ids
+        messages, tools = json.loads(row["messages"])
+        ended = bool(reply_ids) and reply_ids[-1] in self.stop_ids
+        text = self.tokenizer.decode(reply_ids[:-1] if ended else reply_ids, skip_special_tokens=True).strip()
+        ids = encode_prompt(self.reward_tokenizer, self.reward_template, messages, tools)
+        ids += self.reward_tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids + stop_token_ids(self.reward_tokenizer, self.reward_template)[:1] * ended
+
+
+def load_codec(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    stop_token: str | None,
+    reward_model_path: str,
+    hub_options: dict,
+) -> Codec:
+    """The policy's tokens, and the reward model's where a conversation has other ids there."""
+    stop_ids = stop_token_ids(tokenizer, chat_template)
+    if stop_token is not None:
+        stop_ids = tokenizer.encode(stop_token, add_special_tokens=False)
+        if len(stop_ids) != 1:
+            raise UserError(f"--stop_token {stop_token}: {len(stop_ids)} tokens of this tokenizer; name a single one")
+    codec = Codec(tokenizer, chat_template, stop_ids)
+    own_tokenizer = load_tokenizer(reward_model_path, flag="--reward_model_path", **hub_options)
+    lineage = read_lineage(reward_model_path)
+    own_name = lineage.template or None if lineage and own_tokenizer.chat_template is None else None
+    own_template = load_chat_template(own_tokenizer, own_name)
+    probe = [{"role": "user", "content": "发烧38.5℃ fever?"}, {"role": "assistant", "content": "请就诊。"}]
+    probe += [{"role": "user", "content": "谢谢 thank you"}]
+    reads_the_same = (
+        tokenizer.get_vocab() == own_tokenizer.get_vocab()
+        and encode_prompt(tokenizer, chat_template, probe) == encode_prompt(own_tokenizer, own_template, probe)
+        and stop_ids[:1] == stop_token_ids(own_tokenizer, own_template)[:1]
+    )
+    return codec if reads_the_same else replace(codec, reward_tokenizer=own_tokenizer, reward_template=own_template)
+
+
+# ---------------------------------------------------------------- rollout
+
+
+@dataclass
+class Rollout:
+    """Replies to N prompts: P prompt columns, padded on the left, then T reply columns, padded on the right.
+
+    ids: [N, P + T] int64; attention_mask: the same shape, True on real tokens.
+    mask: [N, T] True on a reply's tokens, its end token included.
+    policy_logps, ref_logps, values, entropies: [N, T] float32, 0 outside the mask.
+    scores: [N] float32, less the mean of the dialogues' own replies, the penalty for a missing end not yet taken off.
+    ended: [N] True where the reply has an end token.
+    """
+
+    ids: torch.Tensor
+    attention_mask: torch.Tensor
+    mask: torch.Tensor
+    policy_logps: torch.Tensor
+    ref_logps: torch.Tensor
+    values: torch.Tensor
+    entropies: torch.Tensor
+    scores: torch.Tensor
+    ended: torch.Tensor
+
+    def take(self, rows: torch.Tensor) -> "Rollout":
+        """Some rows, without the columns that are padding in all of them."""
+        n_prompt = self.ids.shape[1] - self.mask.shape[1]
+        left = int((~self.attention_mask[rows, :n_prompt]).long().sum(dim=1).min())
+        right = int(self.mask[rows].sum(dim=1).max())
+        whole, reply = slice(left, n_prompt + right), slice(0, right)
+        return Rollout(
+            *(tensor[rows, whole] for tensor in (self.ids, self.attention_mask)),
+            *(tensor[rows, reply] for tensor in (self.mask, self.policy_logps, self.ref_logps)),
+            *(tensor[rows, reply] for tensor in (self.values, self.entropies)),
+            self.scores[rows],
+            self.ended[rows],
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence["Rollout"]) -> "Rollout":
+        """Several rollouts as one, padded to the widest."""
+        n_reply = max(part.mask.shape[1] for part in parts)
+        n_prompt = max(part.ids.shape[1] - part.mask.shape[1] for part in parts)
+        columns = []
+        for spec in fields(cls):
+            tensors = []
+            for part in parts:
+                tensor = getattr(part, spec.name)
+                right = n_reply - part.mask.shape[1]
+                left = n_prompt - (part.ids.shape[1] - part.mask.shape[1])
+                if tensor.dim() == 2:
+                    tensor = F.pad(tensor, (left if spec.name in ("ids", "attention_mask") else 0, right))
+                tensors.append(tensor)
+            columns.append(torch.cat(tensors))
+        return cls(*columns)
+
+
+class InverseTransformSampler(LogitsProcessor):
+    """Draws each token by one uniform number of its episode, so that a reply depends on seed and episode alone.
+
+    Neither the batch it is in, nor the number of processes, nor a resume changes it. Leaves the drawn token alone in
+    the logits [B, V], for a greedy decoder to take.
+    """
+
+    def __init__(self, uniforms: torch.Tensor, n_prompt: int, temperature: float):
+        self.uniforms = uniforms  # [B, response_length] float64
+        self.n_prompt = n_prompt
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        cumulative = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        drawn = self.uniforms[:, input_ids.shape[1] - self.n_prompt, None] * cumulative[:, -1:]
+        tokens = (cumulative <= drawn).sum(dim=-1, keepdim=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
+
+
+def draw_uniforms(n_tokens: int, seed: int, episodes: Sequence[int]) -> torch.Tensor:
+    """[B, n_tokens] float64 uniform numbers, a row from each episode's own seed."""
+    rows = [torch.Generator().manual_seed(seed * 1_000_003 + episode) for episode in episodes]
+    return torch.stack([torch.rand(n_tokens, generator=row, dtype=torch.float64) for row in rows])
+
+
+@torch.no_grad()
+def collect_rollout(
+    roles: Roles,
+    rows: Sequence[dict],
+    episodes: Sequence[int] | None,
+    ppo_args: PPOArguments,
+    codec: Codec,
+    stop: StopSignal,
+    seed: int,
+) -> Rollout:
+    """Reply to the prompts and measure the replies; the rows of the result are in the order given.
+
+    Args:
+        rows: of `tokenize_prompts`.
+        episodes: the number of each, which decides its random draws; None takes the likeliest tokens.
+    """
+    device, core = roles.model.device, roles.model.get_base_model()
+    # Like lengths together waste little padding; the longest first, so that too large a batch fails at once.
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["prompt_ids"]), reverse=True)
+    parts = []
+    for begin in range(0, len(order), ppo_args.rollout_batch_size):
+        stop.check()
+        chosen = order[begin : begin + ppo_args.rollout_batch_size]
+        prompts = [rows[index]["prompt_ids"] for index in chosen]
+        # 1. Sample. Detail: prompts are padded on the left, so that all replies start at one column.
+        n_prompt = max(map(len, prompts))
+        pad = codec.tokenizer.pad_token_id
+        prompt_ids = torch.tensor([[pad] * (n_prompt - len(ids)) + ids for ids in prompts], device=device)
+        lengths = torch.tensor([len(ids) for ids in prompts], device=device)
+        prompt_mask = torch.arange(n_prompt, device=device) >= n_prompt - lengths[:, None]
+        processors = []
+        if episodes is not None:
+            uniforms = draw_uniforms(ppo_args.response_length, seed, [episodes[index] for index in chosen]).to(device)
+            processors = [InverseTransformSampler(uniforms, n_prompt, ppo_args.temperature)]
+        roles.act_as("policy")
+        ids = core.generate(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask.long(),
+            logits_processor=processors,
+            generation_config=GenerationConfig(
+                max_new_tokens=ppo_args.response_length, eos_token_id=codec.stop_ids, pad_token_id=pad, use_cache=True
+            ),
+        )
+        # 2. Cut at the end token; the mask says what is reply (detail: one mask for policy and value).
+        mask, ended = reply_mask(ids[:, n_prompt:], codec.stop_ids)
+        attention_mask = torch.cat([prompt_mask, mask], dim=1)
+        # 3. Log-probs under policy and reference. Detail: the old ones are computed anew by a full forward pass.
+        policy_logps, entropies = roles.logps(ids, attention_mask, mask, ppo_args.temperature)
+        roles.act_as("reference")
+        ref_logps, _ = roles.logps(ids, attention_mask, mask, ppo_args.temperature)
+        # 4. A value before each token.
+        roles.act_as("value")
+        values = roles.values(ids, attention_mask, mask)
+        # 5. A score for the whole, at its last token.
+        replies = [row[is_reply].tolist() for row, is_reply in zip(ids[:, n_prompt:], mask, strict=True)]
+        texts = [codec.reward_ids(rows[index], reply) for index, reply in zip(chosen, replies, strict=True)]
+        scores = roles.scores(texts, pad) - roles.score_shift
+        parts.append(Rollout(ids, attention_mask, mask, policy_logps, ref_logps, values, entropies, scores, ended))
+    back = torch.tensor(order).argsort()
+    return Rollout.join(parts).take(back.to(device))
+
+
+def center_scores(roles: Roles, rows: Sequence[dict], codec: Codec, batch_size: int) -> float:
+    """The mean score of the dialogues' own replies, which becomes 0 (detail: scores alone have no fixed origin)."""
+    texts = []
+    for row in rows:
+        reply_ids = codec.tokenizer(row["reply"], add_special_tokens=False)["input_ids"] + codec.stop_ids[:1]
+        texts.append(codec.reward_ids(row, reply_ids))
+    batches = [texts[begin : begin + batch_size] for begin in range(0, len(texts), batch_size)]
+    return torch.cat([roles.scores(batch, codec.tokenizer.pad_token_id) for batch in batches]).mean().item()
+
+
+def episode_measures(rollout: Rollout) -> list[list[float]]:
+    """Of each reply: score, ended, tokens, sum of KL (k1 and k3), of entropy, and of surprisal less entropy with its
+    squares."""
+    mask = rollout.mask
+    kl = (rollout.policy_logps - rollout.ref_logps) * mask
+    surprise = (-rollout.policy_logps - rollout.entropies) * mask
+    sums = [(k3(rollout.policy_logps, rollout.ref_logps) * mask), rollout.entropies * mask, surprise, surprise**2]
+    columns = [rollout.scores, rollout.ended, mask.sum(dim=1), kl.sum(dim=1), *(column.sum(dim=1) for column in sums)]
+    return torch.stack([column.double() for column in columns], dim=1).tolist()
+
+
+# ---------------------------------------------------------------- update
+
+
+def ppo_update(
+    roles: Roles,
+    rollout: Rollout,
+    optimization: Optimization,
+    ppo_args: PPOArguments,
+    training_args: PPOTrainingArguments,
+    accelerator: Accelerator,
+    update: int,
+) -> dict[str, float]:
+    """The epochs of optimizer steps on one rollout; returns the means over its tokens, all processes together.
+
+    Raises UserError where a loss is not finite, or the policy's adapter gets no gradient.
+    """
+
+    def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+        return accelerator.reduce(tensor, reduction="sum")
+
+    mask = rollout.mask
+    kl = (rollout.policy_logps - rollout.ref_logps) * mask  # k1: its token-wise sum is the reply's log-ratio
+    scores = rollout.scores - ppo_args.missing_eos_penalty * ~rollout.ended
+    rewards = token_rewards(scores, kl, mask, optimization.kl_coef)
+    if ppo_args.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False, sum_over_processes=sum_over_processes)
+    advantages, returns = advantages_and_returns(rewards, rollout.values, mask, ppo_args.gamma, ppo_args.lam)
+    # Detail: whitened after the returns are made of them, over all replies of the update.
+    advantages = masked_whiten(advantages, mask, sum_over_processes=sum_over_processes)
+
+    parameters = roles.trained_parameters()
+    n_rows, micro = len(rollout.ids), training_args.per_device_train_batch_size
+    sums = torch.zeros(8, dtype=torch.float64, device=rollout.ids.device)
+    norms: dict[str, list[float]] = {name: [] for name in parameters}
+    for epoch in range(ppo_args.num_ppo_epochs):
+        # Detail: one shuffle for all processes, from the seed and the place in the run.
+        generator = torch.Generator().manual_seed(training_args.seed + 7919 * update + epoch)
+        shuffled = torch.randperm(n_rows, generator=generator).to(rollout.ids.device)
+        for minibatch in shuffled.chunk(ppo_args.num_mini_batches):
+            # Every token of a minibatch counts the same, in whatever micro-batch and process it is.
+            n_tokens = sum_over_processes(mask[minibatch].sum().double())
+            for rows in minibatch.split(micro):
+                part, width = rollout.take(rows), int(mask[rows].sum(dim=1).max())
+                advantage, wanted = advantages[rows, :width], returns[rows, :width]
+                roles.act_as("policy", trained=True)
+                with accelerator.autocast():
+                    logps, _ = roles.logps(part.ids, part.attention_mask, part.mask, ppo_args.temperature)
+                losses, clipped = policy_losses(logps, part.policy_logps, advantage, ppo_args.cliprange)
+                ((losses * part.mask).sum() / n_tokens).backward()
+                roles.act_as("value", trained=True)
+                with accelerator.autocast():
+                    values = roles.values(part.ids, part.attention_mask, part.mask)
+                errors, held = value_losses(values, part.values, wanted, ppo_args.cliprange_value)
+                (ppo_args.vf_coef * (errors * part.mask).sum() / n_tokens).backward()
+                with torch.no_grad():
+                    log_ratio = logps - part.policy_logps
+                    columns = (losses, clipped, k3(part.policy_logps, logps), log_ratio.exp(), errors, held)
+                    sums[:6] += torch.stack([(column * part.mask).sum().double() for column in columns])
+                    sums[6] += part.mask.sum()
+            _share_gradients(parameters, accelerator)
+            if not torch.isfinite(sum_over_processes(sums)).all():
+                raise UserError(
+                    f"update {update + 1}: the loss is not finite; lower --learning_rate, and see that the scores in "
+                    "the lines above are of a sound size"
+                )
+            if update == 0 and epoch == 0:
+                _refuse_dead_gradients(roles)
+            for name, weights in parameters.items():
+                norms[name].append(float(torch.nn.utils.clip_grad_norm_(weights, training_args.max_grad_norm)))
+            optimization.optimizer.step()
+            optimization.optimizer.zero_grad()
+    optimization.scheduler.step()
+
+    total = sum_over_processes(sums)
+    means = (total[:6] / total[6]).tolist()
+    error = (returns - rollout.values) * mask
+    moments = [mask.sum(), (returns * mask).sum(), (returns**2 * mask).sum(), error.sum(), (error**2).sum()]
+    count, r1, r2, e1, e2 = sum_over_processes(torch.stack([moment.double() for moment in moments])).tolist()
+    variance = r2 / count - (r1 / count) ** 2
+    return {
+        "policy/loss": means[0],
+        "policy/clip_frac": means[1],
+        "policy/approx_kl": means[2],
+        "policy/ratio": means[3],
+        "policy/grad_norm": sum(norms["policy"]) / len(norms["policy"]),
+        "value/loss": means[4],
+        "value/clip_frac": means[5],
+        "value/explained_var": 1 - (e2 / count - (e1 / count) ** 2) / max(variance, 1e-12),
+        "value/grad_norm": sum(norms["value"]) / len(norms["value"]),
+        "reply/non_score_reward": -optimization.kl_coef * float(sum_over_processes(kl.sum().double())) / count,
+    }
+
+
+def _share_gradients(parameters: dict[str, list[torch.nn.Parameter]], accelerator: Accelerator) -> None:
+    """Add up the gradients of all processes, in one message: each has divided by the tokens of all."""
+    if accelerator.num_processes == 1:
+        return
+    weights = [weight for group in parameters.values() for weight in group]
+    flat = torch.cat([(torch.zeros_like(w) if w.grad is None else w.grad).flatten().float() for w in weights])
+    flat = accelerator.reduce(flat, reduction="sum")
+    for weight, gradient in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
+        weight.grad = gradient.view_as(weight).to(weight.dtype)
+
+
+def _refuse_dead_gradients(roles: Roles) -> None:
+    """Stop where a matrix of the policy gets no gradient, and so would never learn."""
+    matrices = [(n, w) for n, w in roles.model.named_parameters() if ".lora_B.default" in n]
+    dead = [name for name, weight in matrices if weight.grad is None or not weight.grad.any()]
+    if dead:
+        raise UserError(
+            f"update 1: {len(dead)} of {len(matrices)} adapter matrices get no gradient, such as {dead[0]}; without "
+            "--gradient_checkpointing, or with other --target_modules, they may"
+        )
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluate(
+    roles: Roles,
+    rows: Sequence[dict],
+    ppo_args: PPOArguments,
+    codec: Codec,
+    stop: StopSignal,
+    accelerator: Accelerator,
+    shown: bool,
+) -> dict[str, float]:
+    """Measures of greedy replies to held-out prompts; `shown` puts the first replies into the log."""
+    own = rows[accelerator.process_index :: accelerator.num_processes]
+    # Every process takes part in each gathering, so all must have as many batches: the first prompt fills up.
+    longest = math.ceil(len(rows) / accelerator.num_processes)
+    padded = [*own, *rows[: longest - len(own)]]
+    with accelerator.autocast():
+        rollout = collect_rollout(roles, padded, None, ppo_args, codec, stop, seed=0)
+    measures = gather_object(episode_measures(rollout)[: len(own)])
+    if shown:
+        for row, ids, mask in list(zip(own, rollout.ids, rollout.mask, strict=False))[:SHOWN_REPLIES]:
+            question = json.loads(row["messages"])[0][-1]["content"]
+            text = codec.tokenizer.decode(ids[-mask.shape[0] :][mask], skip_special_tokens=True)
+            logger.info(f"question: {' '.join(question.split())[:120]}\nreply: {text}")
+    metrics = summarize(measures, ppo_args.kl_coef, ppo_args.missing_eos_penalty)
+    return {f"eval_{name.partition('/')[2]}": value for name, value in metrics.items()}
+
+
+# ---------------------------------------------------------------- setting up
+
+
+def check_combination(lora_args: LoraArguments, ppo_args: PPOArguments, training_args: PPOTrainingArguments) -> None:
+    """Refuse flags that contradict each other."""
+    if not lora_args.use_peft:
+        raise UserError(
+            "--use_peft False: the four roles are adapters on one base, so the policy is one too; a model of full "
+            "weights is welcome as --sft_model_path"
+        )
+    if training_args.gradient_accumulation_steps % ppo_args.num_mini_batches:
+        raise UserError(
+            f"--num_mini_batches {ppo_args.num_mini_batches}: does not divide --gradient_accumulation_steps "
+            f"{training_args.gradient_accumulation_steps}, so minibatches would differ in size"
+        )
+
+
+def start_accelerator(training_args: PPOTrainingArguments, logging_dir: str | None) -> Accelerator:
+    """Processes, autocast and trackers; says so where GPUs would be idle."""
+    trackers = [name for name in training_args.report_to if name != "none"]
+    accelerator = Accelerator(
+        cpu=training_args.use_cpu,
+        mixed_precision="bf16" if training_args.bf16 else "no",
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(
+            project_dir=training_args.output_dir, logging_dir=logging_dir or str(Path(training_args.output_dir, "runs"))
+        ),
+    )
+    if trackers:
+        accelerator.init_trackers(training_args.run_name or "ppo")
+    if torch.cuda.device_count() > accelerator.num_processes:
+        logger.info(
+            f"{torch.cuda.device_count()} GPUs are visible and {accelerator.num_processes} used: torchrun "
+            f"--nproc_per_node {torch.cuda.device_count()} ppo_training.py uses them all"
+        )
+    return accelerator
+
+
+def count_updates(n_prompts: int, per_update: int, ppo_args: PPOArguments, training_args: PPOTrainingArguments) -> int:
+    """--max_steps, or --total_episodes, or --num_train_epochs of the prompts, in whole updates."""
+    if training_args.max_steps > 0:
+        if ppo_args.total_episodes is not None:
+            raise UserError("--max_steps and --total_episodes both say how long to train: give one of them")
+        return training_args.max_steps
+    if ppo_args.total_episodes is not None:
+        logger.info(
+            f"--total_episodes {ppo_args.total_episodes} decides how long to train, whatever --num_train_epochs says"
+        )
+        return math.ceil(ppo_args.total_episodes / per_update)
+    return math.ceil(training_args.num_train_epochs * n_prompts / per_update)
+
+
+def make_optimization(
+    roles: Roles, training_args: PPOTrainingArguments, n_updates: int, kl_coef: float
+) -> Optimization:
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args)
+    parameters = [weight for group in roles.trained_parameters().values() for weight in group]
+    optimizer = optimizer_class(parameters, weight_decay=training_args.weight_decay, **options)
+    scheduler = get_scheduler(
+        training_args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=training_args.get_warmup_steps(n_updates),
+        num_training_steps=n_updates,
+        scheduler_specific_kwargs=training_args.lr_scheduler_kwargs,
+    )
+    return Optimization(optimizer, scheduler, kl_coef)
+
+
+# ---------------------------------------------------------------- main
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    # ------------------------------------------------------------ arguments
+    parser = StageArgumentParser(
+        [PPOModelArguments, DataArguments, LoraArguments, RunArguments, PPOArguments, PPOTrainingArguments]
+    )
+    model_args, data_args, lora_args, run_args, ppo_args, training_args = parser.parse(argv)
+    check_model_path(model_args.sft_model_path, "--sft_model_path", model_args.allow_pickle_weights)
+    check_model_path(model_args.reward_model_path, "--reward_model_path", model_args.allow_pickle_weights)
+    check_combination(lora_args, ppo_args, training_args)
+
+    # ------------------------------------------------------------ run
+    start_run("proximal policy optimization", training_args, parser.notes)
+    checkpoint = find_checkpoint(training_args, run_args.overwrite_output_dir)
+    accelerator = start_accelerator(training_args, run_args.logging_dir)
+    output_dir = Path(training_args.output_dir)
+
+    # ------------------------------------------------------------ tokenizer and template
+    hub_options = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
+    tokenizer = load_tokenizer(
+        model_args.tokenizer_name_or_path or model_args.sft_model_path, flag="--sft_model_path", **hub_options
+    )
+    chat_template = load_chat_template(tokenizer, ppo_args.template_name)
+    codec = load_codec(tokenizer, chat_template, ppo_args.stop_token, model_args.reward_model_path, hub_options)
+
+    # ------------------------------------------------------------ data
+    cache_dir = Path(model_args.cache_dir or "cache", "tokenized")
+    data = (data_args, ppo_args, training_args, tokenizer, chat_template, cache_dir)
+    train_dataset, data_facts = load_prompts("train", *data)
+    eval_rows: list[dict] = []
+    if training_args.do_eval:
+        eval_dataset, eval_facts = load_prompts("eval", *data)
+        eval_rows, data_facts = eval_dataset.to_list(), data_facts | eval_facts
+    per_process = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    per_update = per_process * accelerator.num_processes
+    n_updates = count_updates(len(train_dataset), per_update, ppo_args, training_args)
+    order = episode_order(len(train_dataset), n_updates * per_update, training_args.seed)
+
+    # ------------------------------------------------------------ model
+    roles, facts = load_roles(
+        model_args.sft_model_path,
+        model_args.reward_model_path,
+        vars(lora_args),
+        accelerator.device,
+        torch_dtype=model_args.torch_dtype,
+        load_in_4bit=model_args.load_in_4bit,
+        load_in_8bit=model_args.load_in_8bit,
+        flash_attn=model_args.flash_attn,
+        allow_pickle_weights=model_args.allow_pickle_weights,
+        **hub_options,
+    )
+    check_vocabulary(tokenizer, roles.model)
+    if training_args.gradient_checkpointing:
+        roles.model.get_base_model().gradient_checkpointing_enable(
+            training_args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        )
+    base_model = base_of(model_args.sft_model_path)
+    lineage = Lineage(
+        base_model=base_model,
+        parent=model_args.sft_model_path if base_model != model_args.sft_model_path else None,
+        stage="ppo",
+        template=ppo_args.template_name or "",
+        data=str(data_args.train_file_dir),
+        hidden_size=roles.model.config.hidden_size,
+        vocab_size=roles.model.config.vocab_size,
+    )
+    state = State(
+        settings={
+            "--sft_model_path": model_args.sft_model_path,
+            "--reward_model_path": model_args.reward_model_path,
+            "--seed": training_args.seed,
+            "--learning_rate": training_args.learning_rate,
+            "--weight_decay": training_args.weight_decay,
+            "--optim": str(training_args.optim.value),
+            "episodes an update": per_update,
+            "training prompts": len(train_dataset),
+        },
+        kl_coef=ppo_args.kl_coef,
+    )
+    if checkpoint:
+        state = read_state(checkpoint, state.settings)
+        if state.global_step >= n_updates and (output_dir / "train_results.json").is_file():
+            logger.warning(
+                f"{output_dir} holds a finished run ({state.global_step} updates): nothing is trained. To train it "
+                "again: --resume_from_checkpoint False --overwrite_output_dir True, or another --output_dir"
+            )
+            leave_process_group()
+            return {}
+    else:
+        centering_rows = train_dataset.select(range(min(CENTERING_REPLIES, len(train_dataset)))).to_list()
+        state.score_shift = center_scores(roles, centering_rows, codec, ppo_args.rollout_batch_size)
+    roles.score_shift = state.score_shift
+    head = roles.reward_head.weight if roles.reward_head is not None else torch.zeros(1, lineage.hidden_size)
+    roles.value_head = ValueHead(head.detach(), state.score_shift if roles.reward_head is not None else 0.0)
+    roles.value_head.to(accelerator.device)
+    optimization = make_optimization(roles, training_args, n_updates, state.kl_coef)
+    if checkpoint:
+        load_checkpoint(checkpoint, roles, optimization)
+
+    # ------------------------------------------------------------ train
+    facts |= {"template": ppo_args.template_name or "the tokenizer's own"} | data_facts
+    if codec.reward_tokenizer is not None:
+        facts["reward"] += ", which reads replies again in its own tokens and template"
+    facts["stop tokens"] = ", ".join(tokenizer.convert_ids_to_tokens(codec.stop_ids))
+    facts["scores"] = f"less {state.score_shift:.3f}, the mean of {CENTERING_REPLIES} replies of the dialogues"
+    facts["batch"] = (
+        f"{training_args.per_device_train_batch_size} a device x {training_args.gradient_accumulation_steps} "
+        f"accumulated x {accelerator.num_processes} process(es) = {per_update} episodes an update, "
+        f"{ppo_args.num_ppo_epochs} epochs of {ppo_args.num_mini_batches} step(s)"
+    )
+    facts["updates"] = f"{n_updates} ({n_updates * per_update} episodes, {len(train_dataset)} prompts)"
+    if lora_args.lora_dropout:
+        facts["dropout"] = "off in all roles: it would blur what is compared"
+    facts |= {"precision": "bfloat16 autocast" if training_args.bf16 else "float32", "output": str(output_dir)}
+    for name, value in facts.items():
+        logger.info(f"  {name:<{max(map(len, facts))}}  {value}")
+
+    stop = StopSignal(accelerator)
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            limit = training_args.save_total_limit
+            save_checkpoint(output_dir, roles, optimization, state, tokenizer, lineage, limit)
+        accelerator.wait_for_everyone()
+
+    def keep_best(metrics: dict[str, float]) -> None:
+        """checkpoint-best: the most held-out reward less KL, or without evaluation the last."""
+        reward = metrics.get("eval_rlhf_reward")
+        if reward is not None and state.best_reward is not None and reward <= state.best_reward:
+            return
+        state.best_reward, state.best_step = reward, state.global_step
+        if accelerator.is_main_process:
+            save_policy(unfinished_folder(output_dir / BEST), roles, tokenizer, lineage)
+            put_in_place(output_dir / BEST)
+        accelerator.wait_for_everyone()
+
+    def measure(shown: bool) -> dict[str, float]:
+        if not eval_rows:
+            return {}
+        metrics = evaluate(roles, eval_rows, ppo_args, codec, stop, accelerator, shown)
+        log_evaluation(metrics, state)
+        accelerator.log({f"eval/{name[5:]}": value for name, value in metrics.items()}, step=state.global_step)
+        state.log_history.append({"step": state.global_step} | metrics)
+        keep_best(metrics)
+        return metrics
+
+    metrics: dict[str, float] = {}
+    saved_at = state.global_step if checkpoint else None
+    first, started = state.global_step, time.monotonic()
+    try:
+        if state.global_step == 0:
+            metrics = measure(shown=True)
+        for update in range(state.global_step, n_updates):
+            update_started = time.monotonic()
+            # Detail: process r takes every n-th episode, so that more processes or more accumulation are the same.
+            episodes = list(range(update * per_update, (update + 1) * per_update))
+            episodes = episodes[accelerator.process_index :: accelerator.num_processes]
+            rows = [train_dataset[order[episode]] for episode in episodes]
+            with accelerator.autocast():
+                rollout = collect_rollout(roles, rows, episodes, ppo_args, codec, stop, training_args.seed)
+            measures = gather_object(episode_measures(rollout))
+            has_end = any(measure[1] for measure in measures)
+            without_end = 0 if has_end else state.updates_without_end + 1
+            raise_alarm(measures, ppo_args.stop_at_kl, without_end)
+            # From here on the weights change: a signal waits for the end of the update.
+            learning_rate = optimization.scheduler.get_last_lr()[0]
+            update_metrics = ppo_update(roles, rollout, optimization, ppo_args, training_args, accelerator, update)
+            step_metrics = summarize(measures, optimization.kl_coef, ppo_args.missing_eos_penalty) | update_metrics
+            state.global_step, state.updates_without_end = update + 1, without_end
+            if ppo_args.adaptive_kl:
+                optimization.kl_coef = adapted_kl_coef(
+                    optimization.kl_coef, step_metrics["objective/kl"], ppo_args.target_kl, per_update,
+                    ppo_args.kl_horizon,
+                )  # fmt: skip
+            state.kl_coef = optimization.kl_coef
+            seconds = time.monotonic() - update_started
+            state.seconds += seconds
+            step_metrics |= {
+                "objective/kl_coef": optimization.kl_coef,
+                "learning_rate": learning_rate,
+                "episodes": state.global_step * per_update,
+                "episodes_per_second": per_update / seconds,
+                "peak_memory_gib": peak_memory_gib(),
+            }
+            n_done = state.global_step - first
+            left = (time.monotonic() - started) / n_done * (n_updates - state.global_step)
+            if state.global_step % max(int(training_args.logging_steps), 1) == 0 or state.global_step == n_updates:
+                state.log_history.append({"step": state.global_step} | step_metrics)
+                accelerator.log(step_metrics, step=state.global_step)
+                time_left = f"  {duration(left)} left" if n_done > 3 else ""
+                log_update(step_metrics, state, n_updates, time_left)
+            if n_done == 3:
+                logger.info(f"about {left / 3600:.1f} hours left, at the speed of the first three updates")
+            is_last = state.global_step == n_updates
+            if training_args.eval_strategy == "steps" and not is_last:
+                every = int(training_args.eval_steps or training_args.logging_steps)
+                if state.global_step % every == 0:
+                    metrics = measure(shown=False)
+            if training_args.save_strategy == "steps" and state.global_step % int(training_args.save_steps) == 0:
+                save()
+                saved_at = state.global_step
+        # ------------------------------------------------------------ save and evaluate
+        evaluated = {entry["step"] for entry in state.log_history if "eval_score" in entry}
+        if eval_rows and state.global_step not in evaluated:
+            metrics = measure(shown=True)
+        if not eval_rows:
+            keep_best({})
+    except Stopped:
+        if saved_at != state.global_step:
+            save()
+        logger.warning(
+            f"{signal.Signals(stop.received).name}: stopped at update {state.global_step}/{n_updates}, saved in "
+            f"{output_dir / f'checkpoint-{state.global_step}'}; the same command with --resume_from_checkpoint True "
+            "goes on"
+        )
+        accelerator.end_training()
+        leave_process_group()
+        sys.exit(128 + stop.received)
+    if saved_at != state.global_step:
+        save()
+    if accelerator.is_main_process:
+        by_step = {entry["step"]: entry for entry in state.log_history if "eval_score" in entry}
+        metrics = by_step.get(state.best_step, metrics)
+        results = {"updates": state.global_step, "episodes": state.global_step * per_update, "seconds": state.seconds}
+        write_json(output_dir / "train_results.json", results)
+        if metrics:
+            write_json(output_dir / "eval_results.json", metrics)
+        state.save(output_dir / "trainer_state.json")
+        plot_curves(state.log_history, output_dir / "curves.png")
+        logger.info(f"done: {output_dir / BEST} (update {state.best_step} of {state.global_step})")
+        logger.info(f"results: {output_dir}; curves: tensorboard --logdir {output_dir}")
+        command = f"inference.py --base_model {base_model} --lora_model {output_dir / BEST}"
+        logger.info(f"next: {Path(sys.executable).name} {command}")
+    accelerator.end_training()
+    leave_process_group()
+    return metrics
+
+
+if __name__ == "__main__":
+    run_script(main)
