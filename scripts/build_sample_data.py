@@ -26,7 +26,7 @@ from errors import UserError, run_script
 
 SEED = 20240601
 SAMPLE_SIZE = 1000  # of medical_sft_1K_format.jsonl
-N_PAIRS = 2000
+N_PAIRS = 4000
 N_SAMPLE_PAIRS = 500  # of dpo_zh_500.jsonl
 N_EVAL_PAIRS = 300
 N_EVAL_QUESTIONS = 500
