@@ -88,11 +88,13 @@ class Roles:
         return self.value_head(self.states(ids, attention_mask)[:, -n_reply - 1 : -1]) * mask
 
     @torch.no_grad()
-    def scores(self, texts: list[list[int]], pad_token_id: int) -> torch.Tensor:
+    def scores(self, texts: list[list[int]]) -> torch.Tensor:
         """[B] scores of prompts with replies, at the last token of each (detail: never at a pad)."""
         device = self.model.device
         longest = max(map(len, texts))
-        ids = torch.tensor([text + [pad_token_id] * (longest - len(text)) for text in texts], device=device)
+        # A model of transformers takes the last token that is not this one; here the mask says where the end is.
+        pad = 0 if self.reward_model is None else self.reward_model.config.get_text_config().pad_token_id
+        ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=device)
         lengths = torch.tensor([len(text) for text in texts], device=device)
         mask = torch.arange(longest, device=device) < lengths[:, None]
         if self.reward_model is not None:

@@ -73,8 +73,8 @@ def summarize(measures: list[list[float]], kl_coef: float, missing_eos_penalty: 
     }
 
 
-def raise_alarm(measures: list[list[float]], stop_at_kl: float, updates_without_end: int) -> None:
-    """Raise UserError, before anything is learned from them, where the replies of an update show that the run is lost.
+def find_alarm(measures: list[list[float]], stop_at_kl: float, updates_without_end: int) -> str | None:
+    """What the replies of an update show to be wrong with the run, before anything is learned from them; None if sound.
 
     Args:
         measures: of `episode_measures`, of replies sampled from the policy.
@@ -83,38 +83,39 @@ def raise_alarm(measures: list[list[float]], stop_at_kl: float, updates_without_
     score, _, tokens, kl, _, _, surprise, surprise_squares = torch.tensor(measures, dtype=torch.float64).T
     n_replies = len(measures)
     if not torch.isfinite(score).all():
-        raise UserError("the reward model gives scores that are not finite: its weights are broken; train it anew")
+        return "the reward model gives scores that are not finite: its weights are broken; train it anew"
     if n_replies > 1 and tokens.std() > 0 and score.std() < 1e-6:
-        raise UserError(
+        return (
             f"the reward model gives {n_replies} different replies the same score, {score[0].item():g}: there is "
             "nothing to learn from; look at it with reward_modeling.py --do_eval"
         )
     if not torch.isfinite(kl).all():
-        raise UserError("the KL from the reference is not finite: the policy is broken; lower --learning_rate")
+        return "the KL from the reference is not finite: the policy is broken; lower --learning_rate"
     mean_kl = kl.mean().item()
     if mean_kl > stop_at_kl:
-        raise UserError(
+        return (
             f"the KL from the reference is {mean_kl:.1f} nats a reply, over --stop_at_kl {stop_at_kl:g}: the policy "
             "has left what the reward model can judge; lower --learning_rate, or raise --kl_coef"
         )
     # For tokens drawn from the policy, surprisal less entropy has mean 0, a martingale whose squares give its error.
     gap, error = surprise.sum().item(), math.sqrt(surprise_squares.sum().item())
     if abs(gap) > STANDARD_ERRORS * error and abs(gap) > 0.1 * tokens.sum().item():
-        raise UserError(
+        return (
             f"replies are not drawn from the policy: their tokens' surprisal differs from its entropy by "
             f"{gap / tokens.sum().item():.2f} nats a token on average; generation and training disagree, try "
             "--flash_attn False, or --torch_dtype float32"
         )
     if n_replies > 1 and mean_kl < -1 and mean_kl < -STANDARD_ERRORS * kl.std().item() / math.sqrt(n_replies):
-        raise UserError(
+        return (
             f"the KL from the reference is {mean_kl:.1f} nats a reply, clearly below 0, which no policy's own replies "
             "have: they are less likely under the policy than under the reference; lower --learning_rate"
         )
     if updates_without_end >= UPDATES_WITHOUT_END:
-        raise UserError(
+        return (
             f"no reply of {updates_without_end} updates in a row has an end token: raise --response_length, or train "
             "SFT longer so that its replies end; --stop_token must be the token that ends them"
         )
+    return None
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -72,11 +72,11 @@ from ppo_run import (
     State,
     Stopped,
     StopSignal,
+    find_alarm,
     load_checkpoint,
     log_evaluation,
     log_update,
     plot_curves,
-    raise_alarm,
     read_state,
     save_checkpoint,
     save_policy,
@@ -103,6 +103,8 @@ EVAL_PROMPTS = 100
 CENTERING_REPLIES = 64
 # Replies of the first evaluation and of the last that the log shows.
 SHOWN_REPLIES = 2
+# KL in nats a token between the policy before an update and in it, for an alarm; sound updates stay below 0.1.
+TOO_LARGE_A_STEP = 1.0
 # TrainingArguments that this loop heeds; another one that is given is refused.
 HEEDED = {
     *("output_dir", "do_train", "do_eval", "eval_strategy", "eval_steps", "per_device_train_batch_size", "seed"),
@@ -486,7 +488,7 @@ def collect_rollout(
         # 5. A score for the whole, at its last token.
         replies = [row[is_reply].tolist() for row, is_reply in zip(ids[:, n_prompt:], mask, strict=True)]
         texts = [codec.reward_ids(rows[index], reply) for index, reply in zip(chosen, replies, strict=True)]
-        scores = roles.scores(texts, pad) - roles.score_shift
+        scores = roles.scores(texts) - roles.score_shift
         parts.append(Rollout(ids, attention_mask, mask, policy_logps, ref_logps, values, entropies, scores, ended))
     back = torch.tensor(order).argsort()
     return Rollout.join(parts).take(back.to(device))
@@ -499,7 +501,7 @@ def center_scores(roles: Roles, rows: Sequence[dict], codec: Codec, batch_size: 
         reply_ids = codec.tokenizer(row["reply"], add_special_tokens=False)["input_ids"] + codec.stop_ids[:1]
         texts.append(codec.reward_ids(row, reply_ids))
     batches = [texts[begin : begin + batch_size] for begin in range(0, len(texts), batch_size)]
-    return torch.cat([roles.scores(batch, codec.tokenizer.pad_token_id) for batch in batches]).mean().item()
+    return torch.cat([roles.scores(batch) for batch in batches]).mean().item()
 
 
 def episode_measures(rollout: Rollout) -> list[list[float]]:
@@ -890,11 +892,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             measures = gather_object(episode_measures(rollout))
             has_end = any(measure[1] for measure in measures)
             without_end = 0 if has_end else state.updates_without_end + 1
-            raise_alarm(measures, ppo_args.stop_at_kl, without_end)
+            if alarm := find_alarm(measures, ppo_args.stop_at_kl, without_end):
+                raise UserError(f"update {update + 1}: {alarm}")
             # From here on the weights change: a signal waits for the end of the update.
             learning_rate = optimization.scheduler.get_last_lr()[0]
             update_metrics = ppo_update(roles, rollout, optimization, ppo_args, training_args, accelerator, update)
             step_metrics = summarize(measures, optimization.kl_coef, ppo_args.missing_eos_penalty) | update_metrics
+            if step_metrics["policy/approx_kl"] > TOO_LARGE_A_STEP:
+                raise UserError(
+                    f"update {update + 1}: it moved the policy by {step_metrics['policy/approx_kl']:.1f} nats a token "
+                    "from the one that wrote the replies, which breaks it; lower --learning_rate"
+                )
             state.global_step, state.updates_without_end = update + 1, without_end
             if ppo_args.adaptive_kl:
                 optimization.kl_coef = adapted_kl_coef(

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from guide import GUIDE_DPO, GUIDE_PT, GUIDE_RM, GUIDE_SFT
+from guide import GUIDE_DPO, GUIDE_PPO, GUIDE_PT, GUIDE_RM, GUIDE_SFT
 
 from arguments import RENAMED, SETTLED, StageArgumentParser
 
@@ -25,6 +25,9 @@ GUIDE = {
     "run_sft.sh": GUIDE_SFT,
     "run_rm.sh": f"{GUIDE_RM} --max_source_length 1024 --max_target_length 512",
     "run_dpo.sh": f"{GUIDE_DPO} --max_source_length 1024 --max_target_length 512",
+    "run_ppo.sh": f"""{GUIDE_PPO.replace("--model_name_or_path", "--sft_model_path")}
+        --reward_model_path outputs-rm-qwen2.5-3b/checkpoint-best --max_source_length 1024 --response_length 512
+        --total_episodes 10000 --missing_eos_penalty 1.0""",
 }
 OTHERWISE = {"overwrite_output_dir": (None, "True"), "resume_from_checkpoint": ("True", None)}
 
@@ -235,7 +238,7 @@ def test_the_launcher_becomes_the_script(name, tmp_path):
 @pytest.mark.parametrize("name", STAGES)
 def test_a_failure_of_the_script_is_one_of_the_launcher(name, tmp_path):
     python = write_stand_in(tmp_path / "python")
-    finished, _ = start(ROOT / name, tmp_path, PYTHON=str(python), FAIL_AT="--model_name_or_path")
+    finished, _ = start(ROOT / name, tmp_path, PYTHON=str(python), FAIL_AT=".py")
     assert finished.returncode == 1
 
 

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Stage 4, proximal policy optimization: raise the reward model's scores of the SFT model's own replies.
+#
+# Needs: 1 GPU of 24 GB or more for Qwen2.5-3B (A100, RTX 4090), or several: the four roles of PPO are adapters on one
+# base model. No GPU: a small model on the CPU.
+#
+#   mkdir -p logs && nohup bash run_ppo.sh > logs/ppo_training.log 2>&1 &
+#   tail -f logs/ppo_training.log
+#
+# A variable of the edit block set in the environment wins over it, a flag after the script's name wins over both:
+#   EPISODES=2000 bash run_ppo.sh --kl_coef 0.1
+# The same command after an interruption goes on from the newest checkpoint. Several machines: the same on each, with
+# NNODES, NODE_RANK (0, 1, ...) and MASTER_ADDR (of node 0) set, and with OUTPUT on a disk that they share.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+# ---------------------------------------------------------------- edit block
+MODEL=${MODEL:-outputs-sft-qwen2.5-3b/checkpoint-best}   # the adapter of SFT, or a hub name or folder
+REWARD_MODEL=${REWARD_MODEL:-outputs-rm-qwen2.5-3b/checkpoint-best}
+TEMPLATE=${TEMPLATE-qwen}                  # the one of SFT; "" takes the tokenizer's own
+TRAIN_DATA=${TRAIN_DATA:-./data/finetune}
+EVAL_DATA=${EVAL_DATA:-./data/finetune}    # the training folder again: a part of it is held out
+OUTPUT=${OUTPUT:-outputs-ppo-qwen2.5-3b}
+# Keep BATCH x ACCUMULATION x number of GPUs constant: 1 x 8 x 2 = 16 episodes an update.
+BATCH=${BATCH:-1}
+ACCUMULATION=${ACCUMULATION:-8}
+EPISODES=${EPISODES:-10000}
+MAX_PROMPT=${MAX_PROMPT:-1024}             # tokens
+MAX_REPLY=${MAX_REPLY:-512}
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1}
+
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+# One process a GPU that is both listed and there; without any, one process on the CPU.
+n_gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
+n_listed=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+N_PROCESSES=${N_PROCESSES:-$((n_gpus < n_listed ? n_gpus : n_listed))}
+launch=("$PYTHON")
+if [ "$N_PROCESSES" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
+    launch+=(-m scripts.launch_processes --nproc_per_node "$((N_PROCESSES > 1 ? N_PROCESSES : 1))")
+fi
+
+args=(
+    --sft_model_path "$MODEL"
+    --reward_model_path "$REWARD_MODEL"
+    --train_file_dir "$TRAIN_DATA"
+    --validation_file_dir "$EVAL_DATA"
+    --do_train
+    --max_source_length "$MAX_PROMPT"
+    --response_length "$MAX_REPLY"
+    --per_device_train_batch_size "$BATCH"
+    --gradient_accumulation_steps "$ACCUMULATION"
+    --total_episodes "$EPISODES"
+    --num_train_epochs 1
+    --missing_eos_penalty 1.0
+    --torch_dtype bfloat16
+    --gradient_checkpointing True     # off is faster where memory allows
+    --eval_strategy steps
+    --eval_steps 100                  # updates
+    --report_to tensorboard
+    --cache_dir ./cache
+    --output_dir "$OUTPUT"
+    --resume_from_checkpoint True
+)
+[ -z "$TEMPLATE" ] || args+=(--template_name "$TEMPLATE")
+
+# exec: a signal to this script's process id reaches the training, which then saves a checkpoint.
+exec "${launch[@]}" ppo_training.py "${args[@]}" "$@"

@@ -1,0 +1,610 @@
+"""The PPO stage: roles and scores, sampling, what an update does, what a run leaves, resume, alarms, errors."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from build_tiny_model import write_tiny_model
+from conftest import TEXTS, TINY_HEADS, TINY_SHAPE
+from guide import GUIDE_PPO
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import merge_peft_adapter
+import ppo_run
+import ppo_training
+import reward_modeling
+import supervised_finetuning
+from errors import UserError
+from model_loading import load_reward_model, load_with_adapter, read_lineage
+from ppo_roles import Roles, ValueHead, load_roles
+from ppo_run import UPDATES_WITHOUT_END, find_alarm, summarize
+from ppo_training import InverseTransformSampler, Rollout, draw_uniforms, episode_order
+from tokenization import encode_exchange, load_chat_template
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"]
+ADAPTER_FILES = {
+    *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "lineage.json"),
+    *("tokenizer.json", "tokenizer_config.json"),
+}
+STATE_FILES = {
+    *("manifest.sha256", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"),
+    "value_model.safetensors",
+}
+LORA = {"use_peft": True, "lora_rank": 4}
+
+
+# ---------------------------------------------------------------- what the stages before left
+
+
+def write_lines(path: Path, records: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def train(stage, folder: Path, model: Path, records: list[dict], *flags: str) -> Path:
+    """What a few steps of a stage leave."""
+    data = write_lines(folder / "data.jsonl", records)
+    options = "--do_train --template_name qwen --learning_rate 1e-2 --gradient_checkpointing False"
+    files = f"--train_file_dir {data} --output_dir {folder / 'out'} --cache_dir {folder / 'cache'}"
+    stage.main([*f"--model_name_or_path {model} {options} {files}".split(), *flags])
+    return folder / "out/checkpoint-best"
+
+
+def train_rm(folder: Path, model: Path, *flags: str) -> Path:
+    pairs = [
+        {"question": f"{part}疼怎么办？", "response_chosen": f"{part}疼请就诊。", "response_rejected": "不用管。"}
+        for part in PARTS
+    ]
+    return train(reward_modeling, folder, model, pairs, "--max_steps", "4", *flags)
+
+
+@pytest.fixture(scope="module")
+def sft_adapter(tiny_model_dir, tmp_path_factory) -> Path:
+    """An SFT adapter whose replies end by themselves now and then. Read only."""
+    records = [{"question": f"{part}疼怎么办？", "answer": f"{part}疼请就诊。"} for part in PARTS]
+    folder = tmp_path_factory.mktemp("sft")
+    return train(supervised_finetuning, folder, tiny_model_dir, records, "--max_steps", "12")
+
+
+@pytest.fixture(scope="module")
+def rm_adapter(sft_adapter, tmp_path_factory) -> Path:
+    """A reward model, an adapter on the same base. Read only."""
+    return train_rm(tmp_path_factory.mktemp("rm"), sft_adapter)
+
+
+@pytest.fixture
+def data_dir(write_jsonl) -> Path:
+    records = [
+        {"question": f"第{n}个病人{PARTS[n % 8]}疼怎么办？", "answer": f"{PARTS[n % 8]}疼请就诊。"} for n in range(40)
+    ]
+    return write_jsonl("data/dialogues.jsonl", records).parent
+
+
+@pytest.fixture
+def flags(sft_adapter, rm_adapter, data_dir, tmp_path):
+    """A short run's flags; keywords replace or add some, None removes one."""
+
+    def build(**changes) -> list[str]:
+        values = {
+            "sft_model_path": sft_adapter,
+            "reward_model_path": rm_adapter,
+            "template_name": "qwen",
+            "train_file_dir": data_dir,
+            "do_train": True,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "response_length": 12,
+            "max_steps": 2,
+            "learning_rate": 1e-3,
+            "output_dir": tmp_path / "out",
+            "cache_dir": tmp_path / "cache",
+        } | changes
+        return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+
+    return build
+
+
+@pytest.fixture
+def kept_roles(monkeypatch) -> list[Roles]:
+    """The roles of the runs, in their order."""
+    kept = []
+
+    def load(*args, **kwargs):
+        roles, facts = load_roles(*args, **kwargs)
+        kept.append(roles)
+        return roles, facts
+
+    monkeypatch.setattr(ppo_training, "load_roles", load)
+    return kept
+
+
+def history(output_dir: Path) -> list[dict]:
+    return json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
+def updates(output_dir: Path, name: str) -> list[float]:
+    return [entry[name] for entry in history(output_dir) if name in entry]
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=torch.arange(7, 47).reshape(2, 20)).logits
+
+
+# ---------------------------------------------------------------- the four roles
+
+
+@pytest.fixture(scope="module")
+def roles(sft_adapter, rm_adapter) -> Roles:
+    roles, _ = load_roles(str(sft_adapter), str(rm_adapter), {"use_peft": True}, torch.device("cpu"))
+    roles.value_head = ValueHead(roles.reward_head.weight.detach(), 0.0)
+    return roles
+
+
+# Two replies to prompts of other lengths: left padding, right padding, an end token (1) inside a prompt.
+IDS = torch.tensor([[0, 0, 30, 31, 50, 51, 0], [40, 1, 41, 42, 60, 61, 62]])
+ATTENTION = torch.tensor([[0, 0, 1, 1, 1, 1, 0], [1] * 7], dtype=torch.bool)
+MASK = ATTENTION[:, 4:]
+
+
+@torch.no_grad()
+def test_policy_is_the_sft_adapter_and_the_reference_is_it_too(roles, tiny_model_dir, sft_adapter):
+    alone = load_with_adapter(str(tiny_model_dir), str(sft_adapter))
+    for role in ("policy", "reference"):
+        roles.act_as(role)
+        torch.testing.assert_close(logits_of(roles.model), logits_of(alone))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_each_reply_alone(roles, tiny_model_dir, sft_adapter, temperature):
+    roles.act_as("policy")
+    logps, entropies = roles.logps(IDS, ATTENTION, MASK, temperature)
+    model = load_with_adapter(str(tiny_model_dir), str(sft_adapter)).eval()
+    for row in range(2):
+        ids = IDS[row][ATTENTION[row]]
+        n_reply = int(MASK[row].sum())
+        expected = (model(input_ids=ids[None]).logits[0] / temperature).log_softmax(dim=-1)[-n_reply - 1 : -1]
+        picked = expected.gather(1, ids[-n_reply:, None]).squeeze(1)
+        torch.testing.assert_close(logps[row, :n_reply], picked, atol=1e-5, rtol=1e-5)
+        entropy = torch.distributions.Categorical(logits=expected).entropy()
+        torch.testing.assert_close(entropies[row, :n_reply], entropy, atol=1e-5, rtol=1e-5)
+    assert not logps[~MASK].any()
+
+
+def test_no_gradient_comes_from_prompt_or_padding(roles):
+    roles.act_as("policy", trained=True)
+    logps, _ = roles.logps(IDS, ATTENTION, MASK, 1.0)
+    embedded = []
+    layer = roles.model.get_input_embeddings()
+    handle = layer.register_forward_hook(lambda module, args, out: embedded.append(out.requires_grad_()) or out)
+    changed = IDS.masked_fill(~ATTENTION, 77)
+    again, _ = roles.logps(changed, ATTENTION, MASK, 1.0)
+    handle.remove()
+    torch.testing.assert_close(again, logps)
+    (gradient,) = torch.autograd.grad(again.sum(), embedded[0])
+    assert not gradient[~ATTENTION].any()
+    assert not gradient[:, -1].any(), "the last token predicts nothing"
+    # A log-prob is a loss of a reply token alone: that of a prompt token stands nowhere.
+    assert logps.shape == MASK.shape
+    roles.model.zero_grad()
+
+
+@torch.no_grad()
+def test_scores_are_those_of_the_reward_model_alone_and_in_a_batch(roles, tiny_model_dir, rm_adapter):
+    texts = [IDS[row][ATTENTION[row]].tolist() for row in range(2)]
+    scores = roles.scores(texts)
+    model = load_reward_model(str(tiny_model_dir), str(rm_adapter))
+    for text, score in zip(texts, scores, strict=True):
+        torch.testing.assert_close(score, model(input_ids=torch.tensor([text])).logits[0, 0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(score, roles.scores([text])[0], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_value_model_starts_as_the_reward_model(roles):
+    """The state before a reply's last token, scored, is the value of that token."""
+    roles.act_as("value")
+    values = roles.values(IDS, ATTENTION, MASK)
+    text = IDS[1].tolist()
+    torch.testing.assert_close(values[1], torch.cat([roles.scores([text[:n]]) for n in (4, 5, 6)]))
+    torch.testing.assert_close(ValueHead(roles.reward_head.weight, 2.5)(torch.ones(1, 128)).item() + 2.5,
+                               roles.reward_head(torch.ones(1, 128)).item())  # fmt: skip
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def test_sampler_draws_from_the_tempered_softmax():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -50.0]]).repeat(4000, 1)
+    uniforms = draw_uniforms(1, seed=3, episodes=range(4000))
+    drawn = InverseTransformSampler(uniforms, n_prompt=5, temperature=0.5)(torch.zeros(4000, 5), logits).argmax(dim=1)
+    shares = torch.bincount(drawn, minlength=4) / 4000
+    torch.testing.assert_close(shares, (logits[0] / 0.5).softmax(dim=0), atol=0.02, rtol=0)
+    # By hand: cumulative 0.25, 0.75, 1 and the numbers 0.2, 0.25, 0.74, 0.99.
+    sampler = InverseTransformSampler(torch.tensor([[0.2], [0.25], [0.74], [0.99]]).double(), 0, 1.0)
+    chances = torch.tensor([0.25, 0.5, 0.25]).log().repeat(4, 1)
+    assert sampler(torch.zeros(4, 0), chances).argmax(dim=1).tolist() == [0, 1, 1, 2]
+
+
+def test_a_draw_belongs_to_its_episode():
+    together = draw_uniforms(5, 42, [3, 4, 5])
+    torch.testing.assert_close(together[1:2], draw_uniforms(5, 42, [4]))
+    assert not torch.equal(together[0], together[1])
+    assert not torch.equal(together[0], draw_uniforms(5, 43, [3])[0])
+
+
+def test_every_prompt_comes_once_before_one_comes_again():
+    order = episode_order(5, 12, seed=1)
+    assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4]
+    assert order[:5] != order[5:10]
+    assert episode_order(5, 7, seed=1) == order[:7]
+
+
+def test_rollouts_join_and_part_without_loss():
+    def make(n_prompt: int, n_reply: int, value: float) -> Rollout:
+        attention = torch.ones(1, n_prompt + n_reply, dtype=torch.bool)
+        per_token = torch.full((1, n_reply), value)
+        mask = torch.ones(1, n_reply, dtype=torch.bool)
+        ids = torch.arange(n_prompt + n_reply)[None]
+        return Rollout(ids, attention, mask, *([per_token] * 4), torch.tensor([value]), torch.tensor([True]))
+
+    parts = [make(2, 4, 1.0), make(5, 1, 2.0)]
+    joined = Rollout.join(parts)
+    assert joined.ids.tolist() == [[0, 0, 0, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 0, 0, 0]]
+    for row, part in enumerate(parts):
+        taken = joined.take(torch.tensor([row]))
+        for name, tensor in vars(part).items():
+            assert torch.equal(getattr(taken, name), tensor), name
+
+
+# ---------------------------------------------------------------- what an update does
+
+
+def test_first_step_starts_at_ratio_one(flags, tmp_path, kept_roles, sft_adapter):
+    ppo_training.main(flags(max_steps=1, num_ppo_epochs=1))
+    (first,) = history(tmp_path / "out")
+    assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert first["policy/ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert first["policy/approx_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert first["policy/clip_frac"] == 0.0
+    assert first["policy/loss"] == pytest.approx(0.0, abs=1e-5)  # whitened advantages have mean 0
+    # Only policy and value have moved.
+    start, state = weights_of(sft_adapter), kept_roles[0].model.state_dict()
+    for name, tensor in start.items():
+        stem, _, kind = name.rpartition(".")
+        assert torch.equal(state[f"{stem}.reference.{kind}"], tensor)
+        assert not torch.equal(state[f"{stem}.default.{kind}"], tensor)
+        assert not torch.equal(state[f"{stem}.value.{kind}"], state[f"{stem}.reward.{kind}"])
+
+
+def test_checkpointing_and_micro_batches_change_nothing(flags, tmp_path):
+    runs = {
+        "whole": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+        "parts": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "rollout_batch_size": 3},
+        "checkpointed": {"gradient_checkpointing": True},
+    }
+    for name, changes in runs.items():
+        ppo_training.main(flags(output_dir=tmp_path / name, max_steps=1, **changes))
+    (whole,) = history(tmp_path / "whole")
+    for name in ("parts", "checkpointed"):
+        (other,) = history(tmp_path / name)
+        for key in (key for key in whole if key.startswith(("objective", "policy", "value", "reply"))):
+            assert other[key] == pytest.approx(whole[key], abs=2e-4), f"{name} {key}"
+
+
+def test_bandit_is_solved(flags, tmp_path, monkeypatch, tiny_model_dir):
+    """A reply scores the share of its tokens that are among the first 60 of 600: the policy learns to write them."""
+
+    def scores(self, texts):
+        return torch.tensor([sum(token < 60 for token in text[-3:]) / 3 for text in texts])
+
+    monkeypatch.setattr(Roles, "scores", scores)
+    monkeypatch.setattr(ppo_run, "UPDATES_WITHOUT_END", 1000)  # all replies have three tokens
+    size = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "rollout_batch_size": 32}
+    learning = {"learning_rate": 1e-2, "kl_coef": 0, "temperature": 1.0, "lr_scheduler_type": "constant"}
+    bandit = {"sft_model_path": tiny_model_dir, "response_length": 3, "stop_token": "<|endoftext|>", "max_steps": 30}
+    ppo_training.main(flags(**size, **learning, **bandit))
+    found = updates(tmp_path / "out", "objective/score")
+    assert found[0] < 0.3, found
+    assert found[-1] > 0.8, found
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def run_processes(argv: list[str], n_processes: int, **variables: str) -> subprocess.CompletedProcess:
+    launch = [sys.executable]
+    if n_processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    command = [*launch, "ppo_training.py", *argv]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_first_update_of_one_with_twice_the_accumulation(flags, tmp_path):
+    for name, n_processes, accumulation in (("one", 1, 4), ("two", 2, 2)):
+        argv = flags(output_dir=tmp_path / name, max_steps=1, gradient_accumulation_steps=accumulation)
+        finished = run_processes(argv, n_processes)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    (one,), (two,) = history(tmp_path / "one"), history(tmp_path / "two")
+    for key in (key for key in one if key.startswith(("objective", "policy", "value", "reply"))):
+        assert two[key] == pytest.approx(one[key], abs=1e-4), key
+    weights, others = (weights_of(tmp_path / name / "checkpoint-1") for name in ("one", "two"))
+    for name, tensor in weights.items():
+        torch.testing.assert_close(others[name], tensor, atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_files_measures_and_lineage(flags, tmp_path, data_dir, sft_adapter, tiny_model_dir, capfd):
+    metrics = ppo_training.main(
+        flags(
+            validation_file_dir=data_dir,
+            max_eval_samples=3,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_steps=1,
+            save_total_limit=1,
+            report_to="tensorboard",
+        )
+    )
+    out = tmp_path / "out"
+    results = {"curves.png", "eval_results.json", "train_results.json", "trainer_state.json"}
+    assert names(out) == {"checkpoint-2", "checkpoint-best", "runs"} | results
+    assert names(out / "checkpoint-best") == ADAPTER_FILES
+    assert names(out / "checkpoint-2") == ADAPTER_FILES | STATE_FILES
+    assert list((out / "runs").rglob("events.out.tfevents.*"))
+    log = capfd.readouterr().err
+    assert len(re.findall(r"update \d/2  score ", log)) == 2
+    assert len(re.findall(r"update \d  evaluation: score ", log)) == 3
+    assert log.count("reply: ") == 4, "two replies before and two after"
+    evaluated = [entry for entry in history(out) if "eval_score" in entry]
+    best = max(evaluated, key=lambda entry: entry["eval_rlhf_reward"])
+    assert metrics == json.loads((out / "eval_results.json").read_text()) == best
+    lineage = read_lineage(out / "checkpoint-best")
+    assert (lineage.base_model, lineage.parent, lineage.stage) == (str(tiny_model_dir), str(sft_adapter), "ppo")
+
+
+def test_adapter_on_the_original_base_is_the_trained_policy_and_merges(flags, tmp_path, tiny_model_dir, kept_roles):
+    ppo_training.main(flags(max_steps=1))
+    best = tmp_path / "out/checkpoint-best"
+    kept_roles[0].act_as("policy")
+    policy = logits_of(kept_roles[0].model)
+    torch.testing.assert_close(logits_of(load_with_adapter(str(tiny_model_dir), str(best))), policy)
+    merged = tmp_path / "merged"
+    options = f"--base_model {tiny_model_dir} --lora_model {best} --output_dir {merged} --torch_dtype float32"
+    merge_peft_adapter.main(options.split())
+    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(merged)), policy, atol=1e-3, rtol=1e-3)
+
+
+def test_resumed_run_is_the_uninterrupted_one(flags, tmp_path, monkeypatch):
+    settings = {"max_steps": 4, "adaptive_kl": True}
+    ppo_training.main(flags(output_dir=tmp_path / "whole", **settings))
+    with monkeypatch.context() as patch:
+        log_update = ppo_training.log_update
+
+        def stop(metrics, state, *rest):
+            log_update(metrics, state, *rest)
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(ppo_training, "log_update", stop)
+        with pytest.raises(SystemExit) as stopped:
+            ppo_training.main(flags(output_dir=tmp_path / "parts", **settings))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert names(tmp_path / "parts") == {"checkpoint-2"}
+    ppo_training.main(flags(output_dir=tmp_path / "parts", resume_from_checkpoint=True, **settings))
+    for name in ("objective/score", "objective/kl_coef", "policy/loss", "value/loss", "learning_rate"):
+        assert updates(tmp_path / "parts", name) == updates(tmp_path / "whole", name), name
+    whole, parts = (weights_of(tmp_path / name / "checkpoint-4") for name in ("whole", "parts"))
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def test_finished_run_is_left_as_it_is(flags, tmp_path, capfd):
+    ppo_training.main(flags(max_steps=1))
+    before = (tmp_path / "out/trainer_state.json").read_bytes()
+    assert ppo_training.main(flags(max_steps=1, resume_from_checkpoint=True)) == {}
+    assert "holds a finished run (1 updates): nothing is trained" in capfd.readouterr().err
+    assert (tmp_path / "out/trainer_state.json").read_bytes() == before
+    with pytest.raises(UserError, match=r"--seed 7: the run in .* was started with 42"):
+        ppo_training.main(flags(max_steps=2, resume_from_checkpoint=True, seed=7))
+
+
+# ---------------------------------------------------------------- other models
+
+
+def test_full_weights_of_both(flags, tiny_model_dir, tmp_path, capfd):
+    """The SFT model is the base of its own; a whole reward model stands beside it."""
+    reward = train_rm(tmp_path / "rm", tiny_model_dir, "--use_peft", "False")
+    ppo_training.main(flags(sft_model_path=tiny_model_dir, reward_model_path=reward, max_steps=1, lora_rank=4))
+    log = capfd.readouterr().err
+    assert "a model of its own: its base is not the policy's" in log
+    assert "reads replies again" not in log
+    lineage = read_lineage(tmp_path / "out/checkpoint-best")
+    assert (lineage.base_model, lineage.parent) == (str(tiny_model_dir), None)
+
+
+def test_reward_model_of_another_base_and_tokenizer(flags, tmp_path, monkeypatch, capfd):
+    other = tmp_path / "other"
+    write_tiny_model(other, TEXTS[:4] * 2, vocab_size=480, **TINY_SHAPE, **TINY_HEADS)
+    reward = train_rm(tmp_path / "rm", other)
+    read = []
+    scores = Roles.scores
+    monkeypatch.setattr(Roles, "scores", lambda self, texts: read.append(texts) or scores(self, texts))
+    ppo_training.main(flags(reward_model_path=reward, max_steps=1))
+    assert "reads replies again in its own tokens and template" in capfd.readouterr().err
+    tokenizer = AutoTokenizer.from_pretrained(reward)
+    question = [{"role": "user", "content": "第0个病人头疼怎么办？"}]
+    prompt, reply = encode_exchange(tokenizer, load_chat_template(tokenizer, None), question, "头疼请就诊。")
+    assert prompt + reply in read[0], "the dialogues' own replies are scored as the reward model learned them"
+    assert all(text[-1] != tokenizer.pad_token_id for texts in read for text in texts)
+
+
+# ---------------------------------------------------------------- alarms
+
+
+def test_broken_sampler_is_noticed(flags, monkeypatch):
+    def uniform(self, input_ids, scores):
+        tokens = (self.uniforms[:, input_ids.shape[1] - self.n_prompt, None] * scores.shape[1]).long()
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
+
+    monkeypatch.setattr(InverseTransformSampler, "__call__", uniform)
+    with pytest.raises(UserError, match=r"^update \d+: replies are not drawn from the policy: .* nats a token"):
+        ppo_training.main(flags(max_steps=20))
+
+
+@pytest.mark.parametrize(
+    ("score", "message"), [(float("nan"), "scores that are not finite"), (1.5, "different replies the same score, ")]
+)
+def test_broken_reward_model_is_noticed(flags, monkeypatch, score, message):
+    monkeypatch.setattr(Roles, "scores", lambda self, texts: torch.full((len(texts),), score))
+    with pytest.raises(UserError, match=rf"^update \d+: the reward model gives .*{message}"):
+        ppo_training.main(flags(max_steps=20))
+
+
+def test_a_hundred_times_the_learning_rate_is_noticed(flags):
+    with pytest.raises(UserError, match=r"^update \d+: it moved the policy by .* nats a token .*lower --learning_rate"):
+        ppo_training.main(flags(max_steps=20, learning_rate=1e-1, response_length=24))
+
+
+def test_replies_that_never_end_are_noticed(flags):
+    with pytest.raises(UserError, match=rf"no reply of {UPDATES_WITHOUT_END} updates in a row has an end token"):
+        ppo_training.main(flags(max_steps=20, response_length=1))
+
+
+def measures_of(kl: list[float], surprise: float = 0.0) -> list[list[float]]:
+    """Replies of 10 tokens with these KLs."""
+    return [[float(row), 1.0, 10.0 + row, value, 0.1, 20.0, surprise, 30.0] for row, value in enumerate(kl)]
+
+
+def test_negative_kl_is_an_alarm_only_where_it_is_no_chance():
+    assert find_alarm(measures_of([-0.5, 0.6, -0.4, 0.2]), 50.0, 0) is None
+    assert find_alarm(measures_of([-9.0, 12.0, -15.0, 4.0]), 50.0, 0) is None  # -2 on average, with a wide spread
+    assert "-3.0 nats a reply, clearly below 0" in find_alarm(measures_of([-3.1, -2.9, -3.0, -3.0]), 50.0, 0)
+    assert "60.0 nats a reply, over --stop_at_kl 50" in find_alarm(measures_of([60.0, 60.0]), 50.0, 0)
+
+
+def test_measures_by_hand():
+    measures = [[2.0, 1.0, 4.0, 1.0, 0.5, 8.0, 0.0, 0.0], [4.0, 0.0, 8.0, 3.0, 1.5, 4.0, 0.0, 0.0]]
+    found = summarize(measures, kl_coef=0.1, missing_eos_penalty=1.0)
+    assert found == pytest.approx(
+        {
+            "objective/score": 3.0,
+            "objective/score_std": 1.0,
+            "objective/kl": 2.0,
+            "objective/kl_k3": 1.0,
+            "objective/entropy": 1.0,  # 12 nats over 12 tokens
+            "objective/rlhf_reward": 2.3,  # (2 - 0.1 + 4 - 1 - 0.3) / 2
+            "reply/mean_len": 6.0,
+            "reply/eos_frac": 0.5,
+        }
+    )
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_peft": False}, r"^--use_peft False: the four roles are adapters on one base"),
+        ({"num_mini_batches": 3}, r"^--num_mini_batches 3: does not divide --gradient_accumulation_steps 2"),
+        ({"do_train": None}, r"^--do_train is missing"),
+        ({"fp16": True, "use_cpu": False}, None),
+        ({"neftune_noise_alpha": 5}, r"^--neftune_noise_alpha: PPO does not heed it"),
+        ({"save_strategy": "epoch"}, r"^--eval_strategy and --save_strategy: say no or steps"),
+        ({"total_episodes": 8}, r"^--max_steps and --total_episodes both say how long"),
+        ({"total_episodes": 0}, r"^--total_episodes 0: give at least 1"),
+        ({"kl_coef": -1}, r"^--kl_coef -1: give 0 or more"),
+        ({"lam": 1.5}, r"^--lam 1\.5: give a number from 0 to 1"),
+        ({"temperature": 0}, r"^--temperature 0\.0: give more than 0"),
+        ({"stop_token": "头疼头疼"}, r"^--stop_token 头疼头疼: \d+ tokens"),
+        ({"sft_model_path": "./nowhere"}, r"^--sft_model_path \./nowhere: no such folder"),
+        ({"reward_model_path": "./nowhere"}, r"^--reward_model_path \./nowhere: no such folder"),
+        ({"train_file_dir": None}, r"^--train_file_dir is missing"),
+        ({"max_source_length": 8, "truncation": "drop"}, r"40 prompt too long\), so nothing is left"),
+        ({"device_map": "auto"}, r"--device_map is not a flag of this stage"),
+    ],
+    ids=str,
+)
+def test_errors_in_one_line(flags, changes, message):
+    if message is None:  # what the parser replaces on a machine without CUDA is said, not refused
+        ppo_training.main(flags(max_steps=1, **changes))
+        return
+    with pytest.raises(UserError, match=message) as raised:
+        ppo_training.main(flags(**changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_zero_3_is_refused(flags, tmp_path):
+    config = write_lines(tmp_path / "zero3.json", [{"zero_optimization": {"stage": 3}}])
+    with pytest.raises(UserError, match=r"^--deepspeed.*(gather all weights for every token|not installed)"):
+        ppo_training.main(flags(deepspeed=config))
+
+
+def test_reward_model_without_a_trained_head_is_refused(flags, sft_adapter, rm_adapter, tiny_model_dir, tmp_path):
+    with pytest.raises(UserError, match=r"^--reward_model_path .*: no reward model: a CAUSAL_LM adapter has no score"):
+        ppo_training.main(flags(reward_model_path=sft_adapter))
+    with pytest.raises(UserError, match=r"^--reward_model_path .*: no reward model: it has no score head"):
+        ppo_training.main(flags(reward_model_path=tiny_model_dir))
+    zeros = tmp_path / "zeros"
+    zeros.mkdir()
+    for file in rm_adapter.iterdir():
+        (zeros / file.name).write_bytes(file.read_bytes())
+    weights = weights_of(rm_adapter)
+    save_file({n: t * 0 if "score" in n else t for n, t in weights.items()}, zeros / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"^--reward_model_path .*: its score head is all zeros"):
+        ppo_training.main(flags(reward_model_path=zeros))
+
+
+# ---------------------------------------------------------------- the guide
+
+
+@pytest.mark.slow
+def test_guide_command_as_it_stands(sft_adapter, rm_adapter, data_dir, tmp_path):
+    """Flag for flag; only models, data, folders and the number of episodes are this machine's."""
+    argv = [
+        *GUIDE_PPO.replace("--model_name_or_path", "--sft_model_path").split(),
+        *[
+            "--max_source_length",
+            "1024",
+            "--response_length",
+            "512",
+            "--total_episodes",
+            "10000",
+            "--missing_eos_penalty",
+            "1.0",
+        ],
+        *f"--sft_model_path {sft_adapter} --reward_model_path {rm_adapter} --response_length 16".split(),
+        *f"--train_file_dir {data_dir} --validation_file_dir {data_dir} --total_episodes 16".split(),
+        *f"--output_dir {tmp_path / 'out'} --cache_dir {tmp_path / 'cache'}".split(),
+    ]
+    finished = run_processes(argv, n_processes=1, CUDA_VISIBLE_DEVICES="0,1")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    log = finished.stderr
+    results = {"curves.png", "eval_results.json", "train_results.json", "trainer_state.json"}
+    assert names(tmp_path / "out") == {"checkpoint-2", "checkpoint-best", "runs"} | results
+    assert "instead of --torch_dtype bfloat16, CUDA_VISIBLE_DEVICES=0,1" in log
+    assert "--total_episodes 16 decides how long to train, whatever --num_train_epochs says" in log
+    assert "= 8 episodes an update" in log
+    assert "\r" not in log
+    assert "Warning" not in log
