@@ -1,8 +1,8 @@
-"""Bits per byte of held-out text: models beside an n-gram model counted on the training text.
+"""Bits per byte of held-out text: models beside n-gram models counted on the training text.
 
-The documents are held out as `pretraining.py --do_eval` holds them out, given the same files, seed and number. All
-models see the same tokens, one document at a time; the first token of a document is not counted. The n-gram model
-interpolates all orders as Witten and Bell (1991) do, down to unigrams with one added to each count.
+The documents are held out as `pretraining.py --do_eval` holds them out, given the same files, seed and number. Each
+is told alone, without its first token. One n-gram model tells the models' tokens and one tells bytes; both
+interpolate all orders as Witten and Bell (1991) did, down to unigrams with one added to each count.
 
     python scripts/compare_with_ngrams.py --models models/tiny-qwen2 outputs-pt/checkpoint-best \\
         --train_file_dir data/pretrain --max_eval_samples 100
@@ -94,20 +94,30 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             raise UserError(f"--models: {other} has another tokenizer than {args.models[0]}; compare them apart")
 
     held_out = args.validation_file_dir is None
-    parts = {}
+    parts, in_bytes = {}, {}
     for part, flag in (("train", "train_file_dir"), ("eval", "validation_file_dir")):
         path = args.train_file_dir if held_out else getattr(args, flag)
         documents, _ = load_documents(find_files(path, f"--{flag}", TEXT_ENDINGS)[0])
         chosen = choose_part(documents, part, held_out, None, args.max_eval_samples, args.seed)
         parts[part] = tokenized(chosen, tokenizer)
+        in_bytes[part] = [list(document.text.encode()) for document in chosen]
 
     byte_lengths = token_byte_lengths(tokenizer)
     print(f"{len(parts['eval'])} held-out documents, {sum(map(len, parts['eval'])):,} tokens")
+    order, one_each = args.order, [1] * 256
+    measured = {
+        path: lambda path=path: bits_per_byte(model_log_probs(path), parts["eval"], byte_lengths)
+        for path in args.models
+    }
+    measured[f"{order}-grams of tokens"] = lambda: bits_per_byte(
+        ngram_log_probs(parts["train"], len(tokenizer), order), parts["eval"], byte_lengths
+    )
+    measured[f"{order}-grams of bytes"] = lambda: bits_per_byte(
+        ngram_log_probs(in_bytes["train"], len(one_each), order), in_bytes["eval"], one_each
+    )
     results = {}
-    models = {path: lambda path=path: model_log_probs(path) for path in args.models}
-    models[f"{args.order}-grams"] = lambda: ngram_log_probs(parts["train"], len(tokenizer), args.order)
-    for name, load in models.items():
-        results[name] = bits_per_byte(load(), parts["eval"], byte_lengths)
+    for name, measure in measured.items():
+        results[name] = measure()
         print(f"{results[name]:.3f} bits per byte  {name}", flush=True)
     return results
 

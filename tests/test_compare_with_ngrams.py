@@ -29,7 +29,7 @@ def test_models_and_ngrams_on_the_documents_that_pretraining_holds_out(tiny_mode
     results = compare_with_ngrams.main(
         ["--models", str(tiny_model_dir), "--train_file_dir", str(tmp_path), "--max_eval_samples", "2"]
     )
-    assert results["5-grams"] < 1 < results[str(tiny_model_dir)]
+    assert results["5-grams of tokens"] < results["5-grams of bytes"] < 1 < results[str(tiny_model_dir)]
     assert "2 held-out documents" in capsys.readouterr().out
 
 
