@@ -28,7 +28,10 @@ SHARED = {
         set(),
         {"torch", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "loguru"},
     ),
-    "training_run": (set(), {"torch", "transformers", "datasets", "loguru", "matplotlib", "safetensors"}),
+    "training_run": (
+        set(),
+        {"torch", "transformers", "accelerate", "datasets", "deepspeed", "loguru", "matplotlib", "safetensors"},
+    ),
     "causal_lm_trainer": (set(), {"torch", "transformers", "trl"}),
     "preference_trainer": (
         {"causal_lm_trainer"},
@@ -48,7 +51,7 @@ SHARED = {
     ),
 }
 STAGES = {"pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training"}
-TOOLS = {"merge_peft_adapter", "inference"}
+TOOLS = {"merge_peft_adapter", "inference", "openai_server", "web_demo"}
 DEEPEST_LOCAL_IMPORT = 2  # one more for the tools, which share how a trained model is made ready to be asked
 FORBIDDEN_NAMES = {"utils", "helpers", "tmp", "evaluate", "common", "misc"}
 LAUNCHERS = ["run_pt.sh", "run_sft.sh", "run_rm.sh", "run_dpo.sh", "run_ppo.sh"]
@@ -160,12 +163,13 @@ def test_root_names_shadow_no_package():
 
 def test_every_imported_package_is_pinned():
     """A package that only another one brings in could change its version without notice."""
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    files = [ROOT / f"{name}.txt" for name in ("requirements", "requirements-web", "requirements-gpu")]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     pinned = {re.split(r"==", line)[0].lower().replace("-", "_") for line in lines if "==" in line}
     scripts = {path.stem for path in python_files("scripts")}
     imported = set().union(*(imports(path) for path in [*python_files("."), *python_files("scripts")]))
     packages = {name.lower() for name in imported - sys.stdlib_module_names - LOCAL.keys() - scripts}
-    assert packages <= pinned, f"not in requirements.txt: {sorted(packages - pinned)}"
+    assert packages <= pinned, f"not in a requirements file: {sorted(packages - pinned)}"
 
 
 # ---------------------------------------------------------------- Python files

@@ -1,0 +1,351 @@
+"""Serve a trained model by OpenAI's chat completions over HTTP, where vLLM is not installed.
+
+Input: a base model, a base with a LoRA adapter, a merged model or a full checkpoint.
+Output: /v1/chat/completions (whole or streamed), /v1/models and /health. Prompts are those of training; one reply is
+generated at a time, in the order of the requests, so many users at once are for vLLM.
+
+    python openai_server.py --base_model outputs-dpo-qwen2.5-3b-merged
+    python openai_server.py --base_model Qwen/Qwen2.5-3B-Instruct --lora_model outputs-dpo-qwen2.5-3b/checkpoint-best
+
+Launcher: run_serve.sh, which takes vLLM where it can.
+"""
+
+import asyncio
+import json
+import secrets
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Literal
+
+import torch
+import uvicorn
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from loguru import logger
+from pydantic import BaseModel, Field, model_validator
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from transformers import set_seed
+
+from arguments import StageArgumentParser
+from chat_models import NOTICE, ChatModel, ChatModelArguments, describe_model, load_weights
+from errors import UserError, run_script
+from generation import Decoding, Reply, stream_reply
+from records import Unusable
+from template import Message
+from tokenization import encode_prompt, refuse_control_tokens
+from training_run import start_log
+
+# Tokens of a reply whose request names no limit.
+DEFAULT_MAX_TOKENS = 1024
+
+# ---------------------------------------------------------------- arguments
+
+
+@dataclass
+class ServerArguments:
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 opens it to the network."})
+    port: int = field(default=8000, metadata={"help": "Port to listen on."})
+    api_key: str | None = field(default=None, metadata={"help": "Clients have to send it as their Bearer token."})
+    served_model_name: str | None = field(
+        default=None,
+        metadata={"help": "What requests call the model; otherwise the adapter's or model's path as given."},
+    )
+    max_model_len: int | None = field(
+        default=None, metadata={"help": "Longest prompt and reply in tokens; otherwise what the model can."}
+    )
+
+    def __post_init__(self):
+        if not 0 < self.port < 65536:
+            raise UserError(f"--port {self.port}: give a number from 1 to 65535")
+        if self.max_model_len is not None and self.max_model_len < 16:
+            raise UserError(f"--max_model_len {self.max_model_len}: too little for a question; give a number of tokens")
+
+
+# ---------------------------------------------------------------- what a request may say
+
+
+class TextPart(BaseModel, extra="forbid"):
+    type: Literal["text"]
+    text: str
+
+
+class Turn(BaseModel, extra="allow"):
+    role: Literal["system", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @model_validator(mode="after")
+    def _only_text(self):
+        if said := [name for name, value in (self.model_extra or {}).items() if value is not None]:
+            raise ValueError(f"{', '.join(said)}: a turn here has a role and a text")
+        return self
+
+    def as_message(self) -> Message:
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": content}
+
+
+class ChatRequest(BaseModel, extra="forbid"):
+    """A request; what OpenAI's interface knows besides and would change the reply is refused, not ignored."""
+
+    model: str | None = None
+    messages: list[Turn] = Field(min_length=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    seed: int | None = Field(None, ge=0, lt=2**32)
+    # vLLM's names for what OpenAI's interface lacks.
+    top_k: int | None = Field(None, ge=-1)
+    repetition_penalty: float | None = Field(None, gt=0)
+    # These change no reply, or are accepted with the value that changes nothing.
+    user: str | None = None
+    metadata: dict | None = None
+    store: bool | None = None
+    stream_options: dict | None = None
+    n: int | None = Field(None, ge=1, le=1)
+    logprobs: Literal[False] | None = None
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+
+    def decoding(self, room: int) -> Decoding:
+        """Greedy unless a temperature asks for more."""
+        max_new_tokens = self.max_completion_tokens or self.max_tokens or max(min(DEFAULT_MAX_TOKENS, room), 1)
+        temperature = self.temperature or 0.0
+        return Decoding(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=(self.top_p or 1.0) if temperature else 1.0,
+            top_k=max(self.top_k or 0, 0) if temperature else 0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            stop=[self.stop] if isinstance(self.stop, str) else self.stop,
+        )
+
+
+def encode_request(chat_model: ChatModel, request: ChatRequest) -> tuple[list[int], Decoding]:
+    """The prompt's ids, those of training, and how to decode; HTTPException 400 for what cannot be answered."""
+    messages = [turn.as_message() for turn in request.messages]
+    try:
+        if messages[-1]["role"] != "user":
+            raise UserError("the last message has to be the user's")
+        if any(message["role"] == "system" for message in messages[1:]):
+            raise UserError("a system message has to be the first")
+        refuse_control_tokens(chat_model.chat_template, messages, None)
+        prompt = encode_prompt(chat_model.tokenizer, chat_model.chat_template, messages)
+        decoding = request.decoding(chat_model.context - len(prompt))
+    except Unusable as unusable:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, unusable.detail) from None
+    except UserError as error:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, str(error).removeprefix("--")) from None
+    if len(prompt) + decoding.max_new_tokens > chat_model.context:
+        raise HTTPException(
+            HTTPStatus.BAD_REQUEST,
+            f"the prompt of {len(prompt)} tokens and a reply of {decoding.max_new_tokens} exceed the context of "
+            f"{chat_model.context} tokens; shorten the messages or lower max_tokens",
+        )
+    return prompt, decoding
+
+
+# ---------------------------------------------------------------- replies
+
+
+class Abandoned(Exception):  # noqa: N818 - it ends one reply, nothing went wrong
+    """The client has gone."""
+
+
+class Replier:
+    """Generates on one thread, in the order of the requests: a model draws and is switched for one at a time."""
+
+    def __init__(self, chat_model: ChatModel):
+        self.chat_model = chat_model
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
+
+    async def pieces(self, prompt: list[int], decoding: Decoding, seed: int | None) -> AsyncIterator[str | Reply]:
+        """Pieces of text as they come, then the reply; closing the iterator ends the generation."""
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[str | Reply | BaseException] = asyncio.Queue()
+        abandoned = threading.Event()
+
+        def hand_on(item: str | Reply | BaseException) -> None:
+            if abandoned.is_set():
+                raise Abandoned
+            loop.call_soon_threadsafe(queue.put_nowait, item)
+
+        future = self.thread.submit(self._generate, prompt, decoding, seed, hand_on)
+        future.add_done_callback(
+            lambda done: done.exception() and loop.call_soon_threadsafe(queue.put_nowait, done.exception())
+        )
+        try:
+            while True:
+                item = await queue.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+                if isinstance(item, Reply):
+                    return
+        finally:
+            abandoned.set()
+            future.cancel()  # where it has not begun
+
+    def _generate(
+        self, prompt: list[int], decoding: Decoding, seed: int | None, hand_on: Callable[[str | Reply], None]
+    ) -> None:
+        if seed is not None:
+            set_seed(seed)
+        chat_model = self.chat_model
+        with chat_model.in_use() as model:
+            reply = stream_reply(model, chat_model.tokenizer, prompt, chat_model.stop_ids, decoding, on_text=hand_on)
+        hand_on(reply)
+
+
+# ---------------------------------------------------------------- the interface
+
+
+def build_app(chat_model: ChatModel, name: str, api_key: str | None) -> FastAPI:
+    """The routes, with errors in OpenAI's form."""
+    replier = Replier(chat_model)
+    started = int(time.time())
+
+    def check_api_key(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if api_key and not secrets.compare_digest(given.encode(), api_key.encode()):
+            raise HTTPException(HTTPStatus.UNAUTHORIZED, "send the API key as Authorization: Bearer KEY")
+
+    app = FastAPI(title=name, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def say_refusal(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        return _error(error.status_code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    async def say_faults(request: Request, error: RequestValidationError) -> JSONResponse:
+        faults = [f"{'.'.join(map(str, fault['loc'][1:]))}: {fault['msg']}" for fault in error.errors()]
+        return _error(HTTPStatus.BAD_REQUEST, "; ".join(faults))
+
+    @app.exception_handler(torch.cuda.OutOfMemoryError)
+    async def say_out_of_memory(request: Request, error: torch.cuda.OutOfMemoryError) -> JSONResponse:
+        return _error(HTTPStatus.SERVICE_UNAVAILABLE, "out of GPU memory; shorten the messages or lower max_tokens")
+
+    @app.get("/health")
+    async def health() -> dict:
+        return {"status": "ok"}
+
+    @app.get("/v1/models", dependencies=[Depends(check_api_key)])
+    async def models() -> dict:
+        entry = {"id": name, "object": "model", "created": started, "owned_by": "local"}
+        return {"object": "list", "data": [entry | {"max_model_len": chat_model.context}]}
+
+    @app.post("/v1/chat/completions", dependencies=[Depends(check_api_key)])
+    async def chat_completions(http_request: Request, request: ChatRequest):
+        if request.model not in (None, name):
+            raise HTTPException(HTTPStatus.NOT_FOUND, f"no model {request.model} here; this server has {name}")
+        prompt, decoding = encode_request(chat_model, request)
+        pieces = replier.pieces(prompt, decoding, request.seed)
+        said = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        if request.stream:
+            with_usage = bool((request.stream_options or {}).get("include_usage"))
+            return StreamingResponse(_events(pieces, said, len(prompt), with_usage), media_type="text/event-stream")
+        async for piece in pieces:
+            if isinstance(piece, Reply):
+                choice = {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": piece.text},
+                    "finish_reason": _finish_reason(piece),
+                }
+                usage = _usage(len(prompt), piece)
+                return said | {"object": "chat.completion", "choices": [choice], "usage": usage}
+            if await http_request.is_disconnected():
+                await pieces.aclose()
+                raise HTTPException(499, "the client has gone")
+        raise AssertionError("a generation ended without a reply")
+
+    return app
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
+
+
+def _finish_reason(reply: Reply) -> str:
+    return "stop" if reply.ended else "length"
+
+
+def _usage(n_prompt: int, reply: Reply) -> dict:
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": reply.n_tokens,
+        "total_tokens": n_prompt + reply.n_tokens,
+    }
+
+
+async def _events(
+    pieces: AsyncIterator[str | Reply], said: dict, n_prompt: int, with_usage: bool
+) -> AsyncIterator[str]:
+    """Server-sent events in OpenAI's form; an error after the first one can only be said as an event."""
+
+    def event(delta: dict, finish_reason: str | None = None, **more) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        chunk = said | {"object": "chat.completion.chunk", "choices": [choice]} | more
+        return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+
+    try:
+        yield event({"role": "assistant", "content": ""})
+        async for piece in pieces:
+            if isinstance(piece, Reply):
+                yield event({}, _finish_reason(piece))
+                if with_usage:
+                    yield event({}, choices=[], usage=_usage(n_prompt, piece))
+            else:
+                yield event({"content": piece})
+    except (RuntimeError, ValueError) as error:
+        logger.error(f"a stream broke off: {error}")
+        fault = {"message": str(error), "type": "server_error", "param": None, "code": 500}
+        yield f"data: {json.dumps({'error': fault}, ensure_ascii=False)}\n\n"
+    finally:
+        await pieces.aclose()
+    yield "data: [DONE]\n\n"
+
+
+# ---------------------------------------------------------------- main
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    # ------------------------------------------------------------ arguments
+    parser = StageArgumentParser([ChatModelArguments, ServerArguments])
+    model_args, server_args = parser.parse(argv)
+    if model_args.reward_model:
+        raise UserError("--reward_model: a server writes replies and scores none; leave the flag out")
+    start_log()
+    for note in parser.notes:
+        logger.info(note)
+
+    # ------------------------------------------------------------ model
+    chat_model = describe_model(model_args)
+    name = server_args.served_model_name or chat_model.name
+    if server_args.max_model_len is not None:
+        if server_args.max_model_len > chat_model.context:
+            logger.info(f"--max_model_len {server_args.max_model_len}: the model has {chat_model.context}")
+        chat_model.context = min(chat_model.context, server_args.max_model_len)
+    load_weights([chat_model], model_args)
+
+    # ------------------------------------------------------------ serve
+    app = build_app(chat_model, name, server_args.api_key)
+    address = f"http://{server_args.host}:{server_args.port}"
+    logger.info(NOTICE)
+    logger.info(f"{name} at {address}/v1, context {chat_model.context} tokens, one reply at a time")
+    if server_args.host not in ("127.0.0.1", "localhost", "::1") and not server_args.api_key:
+        logger.warning(f"--host {server_args.host} without --api_key: whoever reaches this port can ask")
+    # A signal lets the running requests finish.
+    uvicorn.run(app, host=server_args.host, port=server_args.port, log_level="info", access_log=False)
+
+
+if __name__ == "__main__":
+    run_script(main)
