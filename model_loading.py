@@ -341,11 +341,13 @@ def load_base_model(
         _keep_bitsandbytes_weights_plain()
     dtype = "auto" if torch_dtype == "auto" else getattr(torch, torch_dtype)
     compute_dtype = torch.bfloat16 if dtype == "auto" else dtype
+    # Only where it is asked for: None would hide how the weights in the folder are quantized.
+    if quantized:
+        config_overrides["quantization_config"] = quantization_config(load_in_4bit, load_in_8bit, compute_dtype)
     with _explained(path, flag):
         return model_class.from_pretrained(
             path,
             dtype=dtype,
-            quantization_config=quantization_config(load_in_4bit, load_in_8bit, compute_dtype),
             device_map=placement(device_map, quantized),
             attn_implementation=attention_implementation(flash_attn),
             cache_dir=cache_dir,
