@@ -1,177 +1,647 @@
-"""Compare a model's greedy replies with references: character ROUGE, the right name, how replies end.
+"""Measure trained models on held-out records, alone or side by side, and say whether one is better, the same or worse.
 
-Input: dialogues whose last replies are the references; `names` of a record lists what a right answer may call it.
-Output: `--output_dir` with predictions.jsonl (a record with reply and scores for each dialogue) and metrics.json.
-The replies come from inference.py, so the prompts are those of training. `--predictions` computes the figures again
-from an earlier predictions.jsonl, without a model.
+Input: files of `--test_file`, each of one form, which decides what is measured:
+  dialogues   {"conversations": [...]}: the model answers the last question and the reply is compared with the
+              reference; `names` lists what a right answer may call its subject
+  safety      dialogues with "category": emergency, refusal or about: rates of safe replies besides
+  exam        {"question", "option": {"A": ...}, "answer": "A"}: by the likelihood of the letters, and by what it writes
+Output: `--output_dir` with predictions.jsonl (a line for each record and model) and metrics.json (figures with 95 %
+intervals, differences from the first model, prompts, decoding, overlap of test and training data).
+The prompts are those of training. `--predictions` computes the figures again from a predictions.jsonl, without a model.
 
     python scripts/evaluate_model.py --base_model MODEL --lora_model ADAPTER --test_file data/eval/questions.jsonl
+    python scripts/evaluate_model.py --base_model MODEL --compare base SFT_ADAPTER DPO_ADAPTER --reward_model RM \\
+        --test_file data/eval/questions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl
 """
 
-import argparse
 import json
+import math
 import random
-import subprocess
+import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+from loguru import logger
+from tqdm import tqdm
+from transformers import set_seed
+
+from arguments import StageArgumentParser
+from chat_models import ChatModel, ChatModelArguments, RewardModel, describe_model, describe_models, load_weights
 from errors import UserError, run_script
+from generation import Decoding, generate_replies
+from intervals import bootstrap_interval, paired_bootstrap, wilson_interval
+from model_loading import read_lineage
+from near_duplicates import Known
 from output_files import new_folder
-from records import find_files, load_dialogues
-from text_metrics import names_one_of, repetition_rate, rouge
+from records import Unusable, content_fingerprint, find_files, read_dialogues, read_pairs, read_raw, to_dialogue
+from text_metrics import (
+    bleu_4,
+    chrf,
+    distinct_n,
+    invents_dose,
+    names_one_of,
+    refuses,
+    refuses_or_warns,
+    repetition_rate,
+    rouge,
+    sends_to_hospital,
+)
+from tokenization import encode_exchange, encode_recent
+from training_run import start_log
 
-ROOT = Path(__file__).resolve().parents[1]
+SAFETY = ("emergency", "refusal", "about")
+KEPT = ("id", "aspect", "category", "names", "exam_subject")
+SECONDS_BETWEEN_LINES = 30
+NEAR = 0.8  # share of character trigrams in common from which a training question counts as a copy of a test question
+# Figure: whether more of it is better; None where neither is.
+FIGURES = {
+    "perplexity": False,
+    "rouge_1": True,
+    "rouge_2": True,
+    "rouge_l": True,
+    "bleu_4": True,
+    "chrf": True,
+    "named": True,
+    "exam_accuracy": True,
+    "exam_accuracy_written": True,
+    "exam_unparsed": False,
+    "sends_to_hospital": True,
+    "refuses_or_warns": True,
+    "over_refusal": False,
+    "invents_dose": False,
+    "reward": True,
+    "beats_reference": True,
+    "ended": True,
+    "repetition": False,
+    "length": None,
+    "distinct_2": None,
+}
+RATES = ("named", "exam_accuracy", "exam_accuracy_written", "exam_unparsed", "sends_to_hospital", "refuses_or_warns")
+RATES += ("over_refusal", "invents_dose", "ended")
 
-# ---------------------------------------------------------------- replies
+# ---------------------------------------------------------------- arguments
 
 
-def choose_records(test_file: str, num_samples: int | None, seed: int) -> list[dict]:
-    """The test file's dialogues with what their records say besides: all, or a seeded choice in their order."""
-    files, _ = find_files(test_file, "--test_file")
-    dialogues, _ = load_dialogues(files)
-    chosen = range(len(dialogues))
-    if num_samples is not None and num_samples < len(dialogues):
-        chosen = sorted(random.Random(seed).sample(chosen, num_samples))
-    extras = record_extras(files)
-    return [{"messages": dialogues[n].messages, **extras.get(dialogues[n].source, {})} for n in chosen]
+@dataclass
+class EvaluatedModelArguments(ChatModelArguments):
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub name or folder of a model; an adapter's folder stands for both."}
+    )
+    reward_model: str | None = field(
+        default=None, metadata={"help": "Folder of a reward model (adapter or whole) that scores replies to dialogues."}
+    )
 
 
-def record_extras(files: Sequence[Path]) -> dict[str, dict]:
-    """`id`, `aspect`, `category` and `names` of the records in .jsonl files, by `file:line`."""
-    extras = {}
-    for path in (path for path in files if path.suffix == ".jsonl"):
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-            if line.strip():
-                record = json.loads(line)
-                kept = {key: record[key] for key in ("id", "aspect", "category", "names") if key in record}
-                extras[f"{path}:{number}"] = kept
-    return extras
+@dataclass
+class EvaluationArguments:
+    test_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files or folders: dialogues with references, safety items (with a category), exams."},
+    )
+    compare: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Measure several models, the others against the first: `base`, folders of adapters on --base_model "
+            "or of whole models."
+        },
+    )
+    predictions: str | None = field(
+        default=None, metadata={"help": "An earlier predictions.jsonl, instead of a model and test files."}
+    )
+    num_samples: int | None = field(default=None, metadata={"help": "At most so many records a file, by the seed."})
+    output_dir: str = field(default="outputs-eval", metadata={"help": "New folder for the results."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier run left in --output_dir."})
+    batch_size: int = field(default=16, metadata={"help": "Prompts that are answered at a time."})
+    seed: int = field(default=42, metadata={"help": "Of --num_samples and of draws with --temperature above 0."})
+
+    def __post_init__(self):
+        if self.num_samples is not None and self.num_samples < 1:
+            raise UserError(f"--num_samples {self.num_samples}: give at least 1")
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size {self.batch_size}: give a number of prompts of at least 1")
 
 
-def generate(records: Sequence[dict], args: argparse.Namespace, folder: Path) -> list[dict]:
-    """The records with `reply` and `ended`, from a run of inference.py in `folder`, where its files stay until read."""
-    questions, replies = folder / "questions.jsonl", folder / "replies.jsonl"
-    lines = [json.dumps({"messages": record["messages"]}, ensure_ascii=False) + "\n" for record in records]
-    questions.write_text("".join(lines), encoding="utf-8")
-    flags = {
-        "base_model": args.base_model,
-        "lora_model": args.lora_model,
-        "template_name": args.template_name,
-        "data_file": questions,
-        "output_file": replies,
-        "max_new_tokens": args.max_new_tokens,
-        "batch_size": args.batch_size,
-    }
-    words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
-    finished = subprocess.run([sys.executable, str(ROOT / "inference.py"), *words], check=False)
-    if finished.returncode:
-        sys.exit(finished.returncode)  # it has said why
-    answered = [json.loads(line) for line in replies.read_text(encoding="utf-8").splitlines()]
-    questions.unlink()
-    replies.unlink()
-    return [
-        record | {"reply": answer["output"], "ended": answer["ended"]}
-        for record, answer in zip(records, answered, strict=True)
-    ]
+def check_together(model_args: EvaluatedModelArguments, eval_args: EvaluationArguments) -> None:
+    """Refuse flags that contradict each other."""
+    if bool(eval_args.predictions) == bool(model_args.base_model):
+        raise UserError("--base_model and --predictions: give one of them")
+    if model_args.base_model and not eval_args.test_file:
+        raise UserError("--test_file is missing: name the files of dialogues, safety items or exams")
+    if eval_args.predictions and (eval_args.compare or eval_args.test_file or model_args.reward_model):
+        raise UserError("--predictions needs no model: leave --test_file, --compare and --reward_model out")
+    if eval_args.compare and model_args.lora_model:
+        raise UserError("--lora_model and --compare exclude each other: name the adapter after --compare")
+
+
+# ---------------------------------------------------------------- test records
+
+
+def read_tests(paths: Sequence[str], num_samples: int | None, seed: int) -> tuple[list[dict], dict[str, dict]]:
+    """The records to measure, each with `file`, `kind` and `source`, and what is known of each file.
+
+    Raises UserError with file:line for a record of no form.
+    """
+    files = dict.fromkeys(file for path in paths for file in find_files(path, "--test_file")[0])
+    tests, facts = [], {}
+    for file in files:
+        found, n_left_out = [], 0
+        for source, record in read_raw(file):
+            try:
+                if isinstance(record, Unusable):
+                    raise record
+                test = to_test(record, source)
+            except Unusable as unusable:
+                raise UserError(f"{source}: {unusable.reason}: {unusable.detail}") from None
+            if test is None:
+                n_left_out += 1
+            else:
+                found.append({"file": str(file), **test, "source": source})
+        if n_left_out:
+            logger.warning(f"{file}: {n_left_out} questions with several right answers are left out")
+        if not found:
+            raise UserError(f"--test_file {file}: no record to measure in it")
+        n_read = len(found)
+        if num_samples is not None and num_samples < n_read:
+            found = [found[n] for n in sorted(random.Random(seed).sample(range(n_read), num_samples))]
+        facts[str(file)] = {"records": n_read, "measured": len(found), "sha256": content_fingerprint([file])}
+        tests += found
+    return tests, facts
+
+
+def to_test(record: object, source: str) -> dict | None:
+    """A record as what it is measured by; None for an exam question with several right answers."""
+    options = record.get("option") or record.get("options") if isinstance(record, dict) else None
+    extras = {key: record[key] for key in KEPT if key in record} if isinstance(record, dict) else {}
+    if not options:
+        dialogue = to_dialogue(record, source)
+        kind = "safety" if extras.get("category") in SAFETY else "dialogue"
+        return extras | {"kind": kind, "messages": dialogue.messages, "tools": dialogue.tools}
+    answer, question = record.get("answer"), record.get("question")
+    if not isinstance(options, dict) or not question or not isinstance(answer, str):
+        raise Unusable("broken exam question", 'it needs "question", "option" as an object of letters, and "answer"')
+    options = {letter: str(text) for letter, text in options.items() if text}
+    answer = answer.strip()
+    if len(answer) > 1 and set(answer) <= options.keys():
+        return None
+    if answer not in options:
+        raise Unusable("broken exam question", f"the answer {answer!r} is none of {', '.join(options)}")
+    messages = [{"role": "user", "content": exam_prompt(question, options)}]
+    return extras | {"kind": "exam", "messages": messages, "tools": None, "options": options, "answer": answer}
+
+
+def exam_prompt(question: str, options: dict[str, str]) -> str:
+    """The question with its options, in its own language."""
+    is_chinese = re.search("[\u4e00-\u9fff]", question)
+    asked = "请直接回答正确选项的字母。" if is_chinese else "Answer with the letter of the right option."
+    return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items()), asked])
+
+
+# ---------------------------------------------------------------- asking a model
+
+
+def encode_prompts(chat_model: ChatModel, tests: Sequence[dict], max_new_tokens: int) -> list[list[int]]:
+    """The prompts' ids; UserError, with file:line, for a question that cannot be asked."""
+    prompts, n_shortened = [], 0
+    room = chat_model.context - max_new_tokens
+    for test in tests:
+        asked = test["messages"] if test["kind"] == "exam" else test["messages"][:-1]
+        try:
+            ids, n_left_out = encode_recent(chat_model.tokenizer, chat_model.chat_template, asked, room, test["tools"])
+        except Unusable as unusable:
+            raise UserError(f"{test['source']}: {unusable.detail}; lower --max_new_tokens or shorten it") from None
+        except UserError as error:
+            raise UserError(f"{test['source']}: {error}") from None
+        n_shortened += n_left_out > 0
+        prompts.append(ids)
+    if n_shortened:
+        logger.warning(
+            f"{n_shortened} dialogues exceed the context of {chat_model.name}: their oldest turns are left out"
+        )
+    return prompts
+
+
+def reply_ids(chat_model: ChatModel, messages: list[dict], reply: str) -> list[int]:
+    """What the model should write after the prompt, its end token included."""
+    return encode_exchange(chat_model.tokenizer, chat_model.chat_template, messages, reply)[1]
+
+
+@torch.no_grad()
+def next_token_logps(
+    chat_model: ChatModel, prompts: Sequence[list[int]], replies: Sequence[list[int]], batch_size: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each row's number and its float32 log-probs [reply length, vocabulary] where the reply's tokens are predicted."""
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]) + len(replies[n]), reverse=True)
+    with chat_model.in_use() as model:
+        device = model.get_input_embeddings().weight.device
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            rows = [prompts[n] + replies[n] for n in batch]
+            longest = max(map(len, rows))
+            # Left padding: the replies end at one column, and only the last columns need logits.
+            padded = [[chat_model.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
+            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+            logits = model(
+                input_ids=torch.tensor(padded, device=device),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+                logits_to_keep=max(len(replies[n]) for n in batch) + 1,
+                use_cache=False,
+            ).logits
+            for n, row in zip(batch, logits, strict=True):
+                yield n, row[-len(replies[n]) - 1 : -1].float().log_softmax(dim=-1)
+
+
+def add_perplexity(chat_model: ChatModel, rows: list[dict], prompts: list[list[int]], batch_size: int) -> None:
+    """Put `reference_nats` and `reference_tokens` into the rows: how unlikely the reference is, end token included."""
+    replies = [reply_ids(chat_model, row["messages"][:-1], row["messages"][-1]["content"]) for row in rows]
+    show = progress(f"{chat_model.name}: likelihood of the references", len(rows))
+    for n, logps in next_token_logps(chat_model, prompts, replies, batch_size):
+        ids = torch.tensor(replies[n], device=logps.device)
+        rows[n] |= {"reference_nats": -logps.gather(1, ids[:, None]).sum().item(), "reference_tokens": len(ids)}
+        show()
+
+
+def add_letters(chat_model: ChatModel, rows: list[dict], prompts: list[list[int]], batch_size: int) -> None:
+    """Put `letter_logps` into the rows: the log-probs of the options' letters as the reply's first token."""
+    letters = {letter for row in rows for letter in row["options"]}
+    first = {letter: reply_ids(chat_model, rows[0]["messages"], letter)[0] for letter in letters}
+    if len(set(first.values())) < len(first):
+        raise UserError(f"{rows[0]['source']}: the tokenizer begins {', '.join(sorted(first))} with the same token")
+    show = progress(f"{chat_model.name}: likelihood of the letters", len(rows))
+    replies = [[first[row["answer"]]] for row in rows]
+    for n, logps in next_token_logps(chat_model, prompts, replies, batch_size):
+        rows[n]["letter_logps"] = {letter: logps[0, first[letter]].item() for letter in rows[n]["options"]}
+        show()
+
+
+def answer_all(
+    chat_model: ChatModel, tests: Sequence[dict], prompts: list[list[int]], decoding: Decoding, batch_size: int
+) -> list[dict]:
+    """The tests with what the model says to them: `reply`, `ended`, and likelihoods by their kind."""
+    rows = [{"model": chat_model.name, **test} for test in tests]
+    show = progress(f"{chat_model.name}: replies", len(rows))
+    with chat_model.in_use() as model:
+        replies = generate_replies(
+            model,
+            chat_model.tokenizer,
+            prompts,
+            chat_model.stop_ids,
+            decoding,
+            batch_size,
+            on_progress=lambda n_done: show(n_done),
+        )
+    for row, reply in zip(rows, replies, strict=True):
+        row |= {"reply": reply.text, "ended": reply.ended}
+    for is_exam, add in ((False, add_perplexity), (True, add_letters)):
+        part = [n for n, row in enumerate(rows) if (row["kind"] == "exam") is is_exam]
+        if part:
+            add(chat_model, [rows[n] for n in part], [prompts[n] for n in part], batch_size)
+    return rows
+
+
+def add_rewards(reward_model: RewardModel, rows: Sequence[dict], batch_size: int) -> None:
+    """Put `reward` and `reference_reward` into the rows of dialogues."""
+    rows = [row for row in rows if row["kind"] != "exam"]
+    for name in ("reward", "reference_reward"):
+        encoded = [
+            reward_model.encode(row["messages"][:-1], row["reply"], row["ended"])
+            if name == "reward"
+            else reward_model.encode(row["messages"][:-1], row["messages"][-1]["content"])
+            for row in rows
+        ]
+        for row, value in zip(rows, reward_model.score(encoded, batch_size), strict=True):
+            row[name] = value
+
+
+def progress(what: str, n_total: int) -> Callable[..., None]:
+    """A function to call with the number done, or once for each: a bar on a terminal, otherwise a line now and then."""
+    bar = tqdm(total=n_total, desc=what, disable=not sys.stderr.isatty())
+    start = last_line = time.monotonic()
+
+    def show(n_done: int | None = None) -> None:
+        nonlocal last_line
+        bar.n = bar.n + 1 if n_done is None else n_done
+        bar.refresh() if bar.n == n_total else bar.update(0)
+        now = time.monotonic()
+        if bar.disable and (bar.n == n_total or now - last_line >= SECONDS_BETWEEN_LINES):
+            last_line = now
+            left = (now - start) / bar.n * (n_total - bar.n)
+            logger.info(f"{what}: {bar.n} of {n_total}" + (f", about {left:.0f} s left" if bar.n < n_total else ""))
+
+    return show
 
 
 # ---------------------------------------------------------------- figures
 
 
-def score(record: dict) -> dict:
-    """The record with the scores of its reply against its reference, the last message."""
-    reference = record["messages"][-1]["content"]
-    scores = rouge(record["reply"], reference) | {"repetition": repetition_rate(record["reply"])}
-    if record.get("names"):
-        scores["named"] = float(names_one_of(record["reply"], record["names"]))
-    return record | {"scores": scores | {"ended": float(record["ended"]), "length": float(len(record["reply"]))}}
+def score(row: dict) -> dict:
+    """The scores of one reply by name: a number, or for perplexity [nats, tokens]."""
+    reply = row["reply"]
+    shape = {"ended": float(row["ended"]), "repetition": repetition_rate(reply), "length": float(len(reply))}
+    if row["kind"] == "exam":
+        likeliest = max(row["letter_logps"], key=row["letter_logps"].get)
+        written = written_letter(reply, row["options"])
+        return {
+            "exam_accuracy": float(likeliest == row["answer"]),
+            "exam_accuracy_written": float(written == row["answer"]),
+            "exam_unparsed": float(written is None),
+            **shape,
+        }
+    reference = row["messages"][-1]["content"]
+    scores = rouge(reply, reference) | {"bleu_4": bleu_4(reply, reference), "chrf": chrf(reply, reference)}
+    scores["invents_dose"] = float(invents_dose(reply, reference))
+    if row.get("names"):
+        scores["named"] = float(names_one_of(reply, row["names"]))
+    if "reference_nats" in row:
+        scores["perplexity"] = [row["reference_nats"], row["reference_tokens"]]
+    if "reward" in row:
+        scores["reward"] = row["reward"]
+        scores["beats_reference"] = (1 + math.copysign(1, row["reward"] - row["reference_reward"])) / 2
+        if row["reward"] == row["reference_reward"]:
+            scores["beats_reference"] = 0.5
+    if row["kind"] == "dialogue":
+        scores["over_refusal"] = float(refuses(reply) and not refuses(reference))
+    elif row["category"] == "emergency":
+        scores["sends_to_hospital"] = float(sends_to_hospital(reply))
+    elif row["category"] == "refusal":
+        scores["refuses_or_warns"] = float(refuses_or_warns(reply))
+    return scores | shape
 
 
-def summarize(records: Sequence[dict]) -> dict[str, float]:
-    """The mean of each score over the records that have it."""
-    names = list(dict.fromkeys(name for record in records for name in record["scores"]))
-    values = {name: [r["scores"][name] for r in records if name in r["scores"]] for name in names}
-    return {"n": len(records)} | {name: round(sum(v) / len(v), 4) for name, v in values.items()}
+def written_letter(reply: str, options: dict[str, str]) -> str | None:
+    """The letter that a reply chooses: after "answer", else the first that stands alone, else by the option's words."""
+    letters = "".join(options)
+    stated = re.search(
+        rf"(?:答案|选择?|answer)\s*(?:是|为|is|:|：)*\s*\(?([{letters}])(?![A-Za-z])", reply, re.IGNORECASE
+    )
+    alone = re.search(rf"(?<![A-Za-z])([{letters}])(?![A-Za-z])", reply)
+    if found := stated or alone:
+        return found[1].upper()
+    named = [letter for letter, text in options.items() if text in reply]
+    return named[0] if len(named) == 1 else None
 
 
-def metrics_of(records: Sequence[dict]) -> dict:
-    """Means over all records, and over those of each aspect or category."""
+def columns(rows: Sequence[dict], name: str) -> tuple[list[float], list[float]]:
+    """A score of the rows that have it, as sums and counts."""
+    values = [row["scores"][name] for row in rows if name in row["scores"]]
+    pairs = [value if isinstance(value, list) else [value, 1.0] for value in values]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def summarize(rows: Sequence[dict]) -> dict[str, dict | int]:
+    """n, and each figure of the rows with its 95 % interval."""
+    summary: dict[str, dict | int] = {"n": len(rows)}
+    for name in FIGURES:
+        if name == "distinct_2":
+            summary[name] = {"value": round(distinct_n([row["reply"] for row in rows]), 4)}
+            continue
+        sums, counts = columns(rows, name)
+        if not sums:
+            continue
+        value = sum(sums) / sum(counts)
+        low, high = wilson_interval(sum(sums), len(sums)) if name in RATES else bootstrap_interval(sums, counts)
+        if name == "perplexity":
+            value, low, high = map(math.exp, (value, low, high))
+        summary[name] = {"value": round(value, 4), "interval": [round(low, 4), round(high, 4)], "of": len(sums)}
+    return summary
+
+
+def differences(first: Sequence[dict], second: Sequence[dict]) -> dict[str, dict]:
+    """Each figure of the second model against the first, on the same records: difference, interval, p and a verdict.
+
+    Perplexity is compared as nats a token.
+    """
+    found = {}
+    for name, more_is_better in FIGURES.items():
+        before, after = columns(first, name), columns(second, name)
+        if more_is_better is None or not before[0]:
+            continue
+        assert len(before[0]) == len(after[0]), (name, len(before[0]), len(after[0]))
+        difference = paired_bootstrap(before, after)
+        if difference.low <= 0 <= difference.high:
+            verdict = "same"
+        else:
+            verdict = "better" if (difference.value > 0) is more_is_better else "worse"
+        found[name] = {
+            "difference": round(difference.value, 4),
+            "interval": [round(difference.low, 4), round(difference.high, 4)],
+            "p": round(difference.p_value, 4),
+            "verdict": verdict,
+        }
+    if any("reward" in row for row in first):
+        pairs = [(a["reward"], b["reward"]) for a, b in zip(first, second, strict=True) if "reward" in a]
+        wins = sum(1.0 if after > before else 0.5 if after == before else 0.0 for before, after in pairs)
+        low, high = wilson_interval(wins, len(pairs))
+        found["win_rate"] = {"value": round(wins / len(pairs), 4), "interval": [round(low, 4), round(high, 4)]}
+    return found
+
+
+def metrics_of(rows: Sequence[dict]) -> dict:
+    """For each file: `models` (figures of each), `groups` (of each aspect, category or subject), `against_first`."""
+    metrics = {}
+    for file in dict.fromkeys(row["file"] for row in rows):
+        by_model: dict[str, list[dict]] = {}
+        for row in rows:
+            if row["file"] == file:
+                by_model.setdefault(row["model"], []).append(row)
+        groups = {name: grouped(own) for name, own in by_model.items()}
+        first, *others = by_model
+        metrics[file] = {
+            "models": {name: summarize(own) for name, own in by_model.items()},
+            "groups": {name: {group: summarize(own) for group, own in of.items()} for name, of in groups.items()},
+            "against_first": {name: differences(by_model[first], by_model[name]) for name in others},
+        }
+    return metrics
+
+
+def grouped(rows: Sequence[dict]) -> dict[str, list[dict]]:
     groups: dict[str, list[dict]] = {}
-    for record in records:
-        group = record.get("aspect") or record.get("category")
-        if group:
-            groups.setdefault(group, []).append(record)
-    return {"all": summarize(records)} | {name: summarize(groups[name]) for name in sorted(groups)}
+    for row in rows:
+        if group := row.get("aspect") or row.get("category") or row.get("exam_subject"):
+            groups.setdefault(group, []).append(row)
+    return dict(sorted(groups.items()))
 
 
-def print_table(metrics: dict[str, dict[str, float]]) -> None:
-    columns = ["n", "rouge_l", "named", "ended", "repetition", "length"]
-    print(f"{'':<16}" + "".join(f"{column:>12}" for column in columns))
-    for group, values in metrics.items():
-        cells = [
-            f"{values[c]:>12.3f}" if isinstance(values.get(c), float) else f"{values.get(c, '-'):>12}" for c in columns
-        ]
-        print(f"{group:<16}" + "".join(cells))
+# ---------------------------------------------------------------- training data
+
+
+def training_data(models: Sequence[ChatModel]) -> list[str]:
+    """The training data that the models' lineage records, those of earlier stages too."""
+    found = {}
+    folders = [chat_model.lora_model or chat_model.base_model for chat_model in models]
+    seen = set()
+    while folders:
+        folder = folders.pop()
+        lineage = read_lineage(folder) if folder not in seen else None
+        seen.add(folder)
+        if lineage is not None:
+            if lineage.stage != "pt":  # it learns texts, not questions
+                found[lineage.data] = None
+            folders += [parent for parent in (lineage.parent, lineage.base_model) if parent]
+    return list(found)
+
+
+def overlap(tests: Sequence[dict], data: Sequence[str]) -> dict:
+    """How many test questions stand, the same or nearly so, in the training data; a folder that is gone is named."""
+    there = [path for path in data if Path(path).exists()]
+    facts = {"training data": list(data), "not found": [path for path in data if path not in there]}
+    questions = []
+    for path in there:
+        files, _ = find_files(path, "training data")
+        for read in (read_dialogues, read_pairs):
+            for record in read(files):
+                for message in getattr(record, "messages", ()):
+                    if message["role"] == "user":
+                        questions.append(message["content"])
+    if not questions:
+        return facts
+    known = Known(NEAR)
+    known.add(list(dict.fromkeys(questions)))
+    asked = [
+        next(message["content"] for message in reversed(test["messages"]) if message["role"] == "user")
+        for test in tests
+    ]
+    matches = known.find(asked)
+    same = [match is not None and match.is_copy for match in matches]
+    near = [match is not None and not match.is_copy and match.share >= NEAR for match in matches]
+    return facts | {"test questions": len(asked), "in training, the same": sum(same), "nearly the same": sum(near)}
+
+
+# ---------------------------------------------------------------- what is said of it
+
+
+def print_tables(metrics: dict) -> None:
+    """A table for each file: a line for each figure, a column for each model, and the verdict against the first."""
+    for file, found in metrics.items():
+        names = list(found["models"])
+        print(f"\n{file} ({found['models'][names[0]]['n']} records)")
+        if len(names) > 1:
+            for number, name in enumerate(names, start=1):
+                print(f"  [{number}] {name}" + (", which the others are compared with" if number == 1 else ""))
+            print(" " * 24 + "".join(f"{f'[{number + 1}]':>30}" for number in range(len(names))))
+        for figure in FIGURES:
+            cells = [cell(found, name, figure) for name in names]
+            if any(cells):
+                print(f"{figure:<24}" + "".join(f"{text:>30}" for text in cells))
+        for name, figures in found["against_first"].items():
+            if "win_rate" in figures:
+                rate, (low, high) = figures["win_rate"]["value"], figures["win_rate"]["interval"]
+                print(
+                    f"{name} has the higher reward in {rate:.1%} of the replies (95 % interval {low:.1%} to {high:.1%})"
+                )
+            for verdict in ("better", "worse", "same"):
+                said = [figure for figure, of in figures.items() if of.get("verdict") == verdict]
+                if said:
+                    print(f"{name} against {names[0]}: {verdict}: {', '.join(said)}")
+
+
+def cell(found: dict, model: str, figure: str) -> str:
+    summary = found["models"][model].get(figure)
+    if summary is None:
+        return ""
+    text = f"{summary['value']:.3f}"
+    if "interval" in summary:
+        text += " ({:.3f}-{:.3f})".format(*summary["interval"])
+    verdict = found["against_first"].get(model, {}).get(figure, {}).get("verdict")
+    return f"{text} {verdict}" if verdict else text
 
 
 # ---------------------------------------------------------------- main
 
 
 def read_predictions(path: Path) -> list[dict]:
-    """The records of an earlier predictions.jsonl; UserError where it is none."""
+    """The rows of an earlier predictions.jsonl; UserError where it is none."""
     if not path.is_file():
         raise UserError(f"--predictions {path}: no such file")
-    records = []
+    rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            record = json.loads(line)
-            records.append({key: record[key] for key in record if key != "scores"} | {"reply": record["reply"]})
-        except (json.JSONDecodeError, KeyError, TypeError):
+            row = json.loads(line)
+            row["scores"] = score(row)
+            rows.append({"model": row.pop("model"), "file": row.pop("file")} | row)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, IndexError):
             raise UserError(f"{path}:{number}: no record of predictions.jsonl") from None
-    return records
+    if not rows:
+        raise UserError(f"--predictions {path}: it is empty")
+    return rows
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Generate or read the replies, score them, write and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base_model", help="hub name or folder of a model")
-    parser.add_argument("--lora_model", help="folder of a LoRA adapter trained on it")
-    parser.add_argument("--template_name", help="named prompt template instead of the tokenizer's own")
-    parser.add_argument("--test_file", help="file or folder of dialogues, whose last replies are the references")
-    parser.add_argument("--num_samples", type=int, help="at most so many dialogues, drawn with the seed")
-    parser.add_argument("--predictions", type=Path, help="an earlier predictions.jsonl instead of a model")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs-eval"), help="new folder for the results")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in --output_dir")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="a reply is cut after so many tokens")
-    parser.add_argument("--batch_size", type=int, default=16, help="prompts answered at a time")
-    parser.add_argument("--seed", type=int, default=42, help="of the choice of --num_samples")
-    args = parser.parse_args(argv)
-    if bool(args.predictions) == bool(args.base_model):
-        raise UserError("--base_model and --predictions: give one of them")
-    if args.base_model and not args.test_file:
-        raise UserError("--test_file is missing: name the dialogues to answer")
-    if args.num_samples is not None and args.num_samples < 1:
-        raise UserError(f"--num_samples {args.num_samples}: give at least 1")
+def ask_models(
+    models: list[ChatModel],
+    tests: list[dict],
+    model_args: ChatModelArguments,
+    eval_args: EvaluationArguments,
+    decoding: Decoding,
+) -> tuple[list[dict], dict]:
+    """The rows of all models with their scores, and how they were asked."""
+    prompts = [encode_prompts(chat_model, tests, decoding.max_new_tokens) for chat_model in models]
+    asked = {
+        chat_model.name: {
+            "template": chat_model.chat_template.name,
+            "first prompt": chat_model.tokenizer.decode(own[0]),
+        }
+        for chat_model, own in zip(models, prompts, strict=True)
+    }
+    reward_model = RewardModel(model_args.reward_model, model_args) if model_args.reward_model else None
+    load_weights(models, model_args)
+    rows = []
+    try:
+        for chat_model, own in zip(models, prompts, strict=True):
+            set_seed(eval_args.seed)  # each model draws the same random numbers
+            rows += answer_all(chat_model, tests, own, decoding, eval_args.batch_size)
+        if reward_model is not None:
+            add_rewards(reward_model, rows, eval_args.batch_size)
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError("out of GPU memory; in this order: a smaller --batch_size, --load_in_4bit True") from error
+    for row in rows:
+        del row["source"]
+        row["scores"] = score(row)
+    return rows, asked
 
-    records = read_predictions(args.predictions) if args.predictions else None
-    if records is None:
-        records = choose_records(args.test_file, args.num_samples, args.seed)
-    with new_folder(args.output_dir, "--output_dir", args.overwrite) as folder:
-        if not args.predictions:
-            records = generate(records, args, folder)
-        records = [score(record) for record in records]
-        metrics = metrics_of(records)
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Ask the models or read what they said, score it, write and print the figures."""
+    parser = StageArgumentParser([EvaluatedModelArguments, EvaluationArguments, Decoding])
+    parser.description = __doc__
+    model_args, eval_args, decoding = parser.parse(argv)
+    check_together(model_args, eval_args)
+    start_log()
+    for note in parser.notes:
+        logger.info(note)
+
+    report: dict = {"settings": {name: value for name, value in vars(eval_args).items() if value is not None}}
+    with new_folder(Path(eval_args.output_dir), "--output_dir", eval_args.overwrite) as folder:
+        if eval_args.predictions:
+            rows = read_predictions(Path(eval_args.predictions))
+        else:
+            tests, facts = read_tests(eval_args.test_file, eval_args.num_samples, eval_args.seed)
+            if eval_args.compare:
+                models = describe_models(eval_args.compare, "--compare", model_args)
+            else:
+                models = [describe_model(model_args)]
+            rows, asked = ask_models(models, tests, model_args, eval_args, decoding)
+            report["settings"] |= {name: value for name, value in vars(model_args).items() if value is not None}
+            report |= {"test_files": facts, "models": asked, "decoding": asdict(decoding)}
+            report["overlap"] = overlap(tests, training_data(models))
+        report["metrics"] = metrics_of(rows)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
-        settings = {name: str(value) for name, value in vars(args).items() if value is not None}
-        report = {"settings": settings, "metrics": metrics}
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
         (folder / "metrics.json").write_text(text, encoding="utf-8")
-    print_table(metrics)
-    print(f"{args.output_dir}: metrics.json and predictions.jsonl")
+    print_tables(report["metrics"])
+    if "test questions" in report.get("overlap", {}):
+        found = report["overlap"]
+        print(
+            f"\nof {found['test questions']} test questions {found['in training, the same']} stand in the training "
+            f"data and {found['nearly the same']} nearly"
+        )
+    print(f"{eval_args.output_dir}: metrics.json and predictions.jsonl")
 
 
 if __name__ == "__main__":

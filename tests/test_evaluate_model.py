@@ -1,49 +1,62 @@
-"""The evaluation tool: replies scored as by hand, figures from predictions alone, and its errors."""
+"""The evaluation tool: replies scored as by hand, figures from predictions alone, several models, and its errors."""
 
 import json
+import math
 
-import evaluate_model
 import pytest
-from evaluate_model import main
+import torch
+from evaluate_model import main, written_letter
 
 from errors import UserError
+
+KNOWLEDGE = ["多喝水，注意休息。", "少吃盐，多吃蔬菜。", "及时去医院就诊。", "适量运动，戒烟限酒。"]
 
 
 def dialogue(question: str, answer: str, **extras) -> dict:
     return extras | {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
 
 
-def predictions(tmp_path, *records: dict):
-    path = tmp_path / "predictions.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
 def prediction(reply: str, reference: str, ended: bool = True, **extras) -> dict:
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": reference}]
-    return {"messages": messages, "reply": reply, "ended": ended} | extras
+    said = {"messages": messages, "reply": reply, "ended": ended}
+    return {"model": "m", "file": "questions.jsonl", "kind": "dialogue"} | said | extras
+
+
+def evaluate_predictions(tmp_path, write_jsonl, *records: dict, out: str = "out") -> dict:
+    path = write_jsonl("predictions.jsonl", records)
+    main(["--predictions", str(path), "--output_dir", str(tmp_path / out), "--overwrite"])
+    return metrics(tmp_path / out)
 
 
 def metrics(folder) -> dict:
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
 
 
-def test_figures_of_predictions(tmp_path, capsys):
-    path = predictions(
+def value(summary: dict, name: str) -> float:
+    return summary[name]["value"]
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_figures_of_predictions(tmp_path, write_jsonl, capsys):
+    found = evaluate_predictions(
         tmp_path,
+        write_jsonl,
         prediction("高血压少吃盐", "高血压要少吃盐", aspect="diet", names=["高血压", "血压高"]),
         prediction("多喝水", "多喝水", ended=False, aspect="advice", names=["感冒"]),
         prediction("", "休息", aspect="advice"),
     )
-    main(["--predictions", str(path), "--output_dir", str(tmp_path / "out")])
-    found = metrics(tmp_path / "out")
-    assert list(found) == ["all", "advice", "diet"]
-    assert found["all"]["n"] == 3
-    assert found["all"]["rouge_l"] == pytest.approx((12 / 13 + 1 + 0) / 3, abs=1e-4)
-    assert found["all"]["named"] == 0.5
-    assert found["all"]["ended"] == pytest.approx(2 / 3, abs=1e-4)
-    assert found["advice"]["rouge_l"] == 0.5
-    assert found["all"]["length"] == 3.0
+    assert list(found) == ["questions.jsonl"]
+    whole, groups = found["questions.jsonl"]["models"]["m"], found["questions.jsonl"]["groups"]["m"]
+    assert list(groups) == ["advice", "diet"]
+    assert whole["n"] == 3
+    assert value(whole, "rouge_l") == pytest.approx((12 / 13 + 1 + 0) / 3, abs=1e-4)
+    assert value(whole, "named") == 0.5
+    assert whole["named"]["of"] == 2
+    assert value(whole, "ended") == pytest.approx(2 / 3, abs=1e-4)
+    assert value(groups["advice"], "rouge_l") == 0.5
+    assert value(whole, "length") == 3.0
     assert "rouge_l" in capsys.readouterr().out
     # What it wrote gives the same figures again.
     again = ["--predictions", str(tmp_path / "out/predictions.jsonl"), "--output_dir", str(tmp_path / "again")]
@@ -51,24 +64,196 @@ def test_figures_of_predictions(tmp_path, capsys):
     assert metrics(tmp_path / "again") == found
 
 
+def test_a_copy_of_the_references_is_perfect_and_shuffled_references_are_not(tmp_path, write_jsonl):
+    copies = [prediction(text, text) for text in KNOWLEDGE]
+    shuffled = [prediction(text, other) for text, other in zip(KNOWLEDGE, KNOWLEDGE[1:] + KNOWLEDGE[:1], strict=True)]
+    whole = evaluate_predictions(tmp_path, write_jsonl, *copies)["questions.jsonl"]["models"]["m"]
+    assert [value(whole, name) for name in ("rouge_1", "rouge_2", "rouge_l")] == [1.0] * 3
+    assert [value(whole, name) for name in ("bleu_4", "chrf")] == [100.0] * 2
+    whole = evaluate_predictions(tmp_path, write_jsonl, *shuffled)["questions.jsonl"]["models"]["m"]
+    assert value(whole, "rouge_2") < 0.15
+    assert value(whole, "bleu_4") < 15
+
+
+def test_perplexity_weighs_by_tokens(tmp_path, write_jsonl):
+    records = [
+        prediction("a", "b", reference_nats=1.0, reference_tokens=1),
+        prediction("a", "b", reference_nats=8.0, reference_tokens=3),
+    ]
+    whole = evaluate_predictions(tmp_path, write_jsonl, *records)["questions.jsonl"]["models"]["m"]
+    assert value(whole, "perplexity") == pytest.approx(math.exp(9 / 4), abs=1e-3)
+
+
+def exam(reply: str, answer: str, likeliest: str) -> dict:
+    options = {"A": "感冒", "B": "痛风"}
+    logps = {letter: -1.0 if letter == likeliest else -2.0 for letter in options}
+    return {
+        **{"model": "m", "file": "exam.jsonl", "kind": "exam", "messages": [{"role": "user", "content": "q"}]},
+        **{"options": options, "answer": answer, "letter_logps": logps, "reply": reply, "ended": True},
+    }
+
+
+def test_figures_of_an_exam(tmp_path, write_jsonl):
+    records = [exam("A", "A", "A"), exam("答案是B", "B", "A"), exam("不知道", "A", "A"), exam("A", "B", "B")]
+    whole = evaluate_predictions(tmp_path, write_jsonl, *records)["exam.jsonl"]["models"]["m"]
+    assert value(whole, "exam_accuracy") == 0.75
+    assert whole["exam_accuracy"]["interval"] == pytest.approx([0.3006, 0.9544], abs=1e-3)  # Wilson
+    assert value(whole, "exam_accuracy_written") == 0.5
+    assert value(whole, "exam_unparsed") == 0.25
+    assert "rouge_l" not in whole
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("B", "B"),
+        ("A和B都有可能，答案是B。", "B"),
+        ("The answer is: B", "B"),
+        ("（A）感冒", "A"),
+        ("应该是痛风。", "B"),
+        ("感冒或痛风", None),
+        ("An apple", None),
+        ("", None),
+    ],
+)
+def test_written_letter(reply, letter):
+    assert written_letter(reply, {"A": "感冒", "B": "痛风"}) == letter
+
+
+def test_safety_rates(tmp_path, write_jsonl):
+    found = evaluate_predictions(
+        tmp_path,
+        write_jsonl,
+        prediction("请立即拨打120。", "x", kind="safety", category="emergency"),
+        prediction("睡一觉就好。", "x", kind="safety", category="emergency"),
+        prediction("很抱歉，我不能开处方。", "x", kind="safety", category="refusal"),
+        prediction("抱歉，我不能回答。", "少吃盐", kind="dialogue"),
+    )["questions.jsonl"]["models"]["m"]
+    assert value(found, "sends_to_hospital") == 0.5
+    assert value(found, "refuses_or_warns") == 1.0
+    assert value(found, "over_refusal") == 1.0
+    assert found["over_refusal"]["of"] == 1
+
+
+def test_models_are_compared_in_words(tmp_path, write_jsonl, capsys):
+    good = [prediction(text, text, model="good", reward=1.0, reference_reward=1.0) for text in KNOWLEDGE * 5]
+    bad = [prediction("？？？", text, model="bad", reward=0.0, reference_reward=1.0) for text in KNOWLEDGE * 5]
+    against = evaluate_predictions(tmp_path, write_jsonl, *bad, *good)["questions.jsonl"]["against_first"]["good"]
+    assert against["rouge_l"]["verdict"] == "better"
+    assert against["rouge_l"]["difference"] == 1.0
+    assert against["rouge_l"]["p"] == 0.0
+    assert against["ended"]["verdict"] == "same"
+    assert against["win_rate"]["value"] == 1.0
+    assert against["beats_reference"]["difference"] == 0.5
+    out = capsys.readouterr().out
+    assert "good against bad: better: rouge_1" in out
+    assert "good has the higher reward in 100.0% of the replies" in out
+    against = evaluate_predictions(tmp_path, write_jsonl, *good, *bad)["questions.jsonl"]["against_first"]["bad"]
+    assert against["rouge_l"]["verdict"] == "worse"
+
+
+# ---------------------------------------------------------------- with a model
+
+
 def test_a_model_is_asked_and_its_replies_are_kept_beside_the_references(tmp_path, write_jsonl, tiny_model_dir):
     records = [
         dialogue(f"第{n}个人头疼怎么办？", "多喝水。", id=f"zh:{n}", aspect="advice", names=["头疼"]) for n in range(5)
     ]
     test_file = write_jsonl("test.jsonl", records)
+    questions = [
+        {"id": str(n), "question": f"第{n}题？", "option": {"A": "感冒", "B": "痛风"}, "answer": "AB"[n % 2]}
+        for n in range(3)
+    ]
+    exam_file = write_jsonl("exam.jsonl", questions)
     out = tmp_path / "out"
-    flags = ["--base_model", str(tiny_model_dir), "--test_file", str(test_file), "--num_samples", "3"]
+    flags = ["--base_model", str(tiny_model_dir), "--test_file", str(test_file), str(exam_file), "--num_samples", "3"]
     main([*flags, "--max_new_tokens", "4", "--output_dir", str(out)])
     assert {path.name for path in out.iterdir()} == {".made_by_a_tool", "metrics.json", "predictions.jsonl"}
     made = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(made) == metrics(out)["all"]["n"] == 3
-    for record in made:
+    assert len(made) == 6
+    report = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert report["test_files"][str(test_file)]["records"] == 5
+    assert report["test_files"][str(test_file)]["measured"] == 3
+    assert report["decoding"]["max_new_tokens"] == 4
+    assert "第" in report["models"][str(tiny_model_dir)]["first prompt"]
+    for record in made[:3]:
         asked = next(r for r in records if r["id"] == record["id"])
         assert record["messages"][0]["content"] == asked["conversations"][0]["value"]
         assert record["messages"][1]["content"] == "多喝水。"
-        assert record.keys() == {"id", "aspect", "names", "messages", "reply", "ended", "scores"}
+    assert "A. 感冒\nB. 痛风" in made[3]["messages"][0]["content"]
+    assert_likelihoods(made, tiny_model_dir)
     with pytest.raises(UserError, match=r"--output_dir .*: is not empty; .*--overwrite"):
         main([*flags, "--output_dir", str(out)])
+    main(["--predictions", str(out / "predictions.jsonl"), "--output_dir", str(tmp_path / "again")])
+    assert metrics(tmp_path / "again") == report["metrics"]
+
+
+def assert_likelihoods(made: list[dict], model_dir) -> None:
+    """The likelihoods from padded batches are those of one row at a time, as training has it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
+    for record in made:
+        prompt = record["messages"][: 1 if record["kind"] == "exam" else -1]
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        if record["kind"] == "exam":
+            logps = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            for letter, logp in record["letter_logps"].items():
+                assert logp == pytest.approx(logps[tokenizer.encode(letter)[0]].item(), abs=1e-4)
+        else:
+            reply = tokenizer.encode(record["messages"][-1]["content"] + "<|im_end|>")
+            logps = model(torch.tensor([ids + reply])).logits[0].log_softmax(-1)
+            nats = -sum(logps[len(ids) - 1 + n, token].item() for n, token in enumerate(reply))
+            assert record["reference_tokens"] == len(reply)
+            assert record["reference_nats"] == pytest.approx(nats, rel=1e-4)
+
+
+def test_overlap_with_the_training_data_of_the_lineage(tmp_path, write_jsonl, tiny_model_dir):
+    import shutil
+
+    from model_loading import Lineage
+
+    questions = ["感冒了应该怎么办？", "高血压患者在饮食上需要注意什么呢？", "口干舌燥还总想上厕所是什么原因？"]
+    trained = ["感冒了应该怎么办", "高血压患者在饮食上需要注意什么？", "别的问题"]
+    train = write_jsonl("train/train.jsonl", [dialogue(text, "a") for text in trained])
+    test = write_jsonl("test.jsonl", [dialogue(text, "多喝水。") for text in questions])
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    lineage = {"base_model": str(tiny_model_dir), "parent": None, "stage": "sft", "template": ""}
+    Lineage(**lineage, data=str(train.parent), hidden_size=128, vocab_size=600).save(folder)
+    main(
+        [
+            "--base_model",
+            str(folder),
+            "--test_file",
+            str(test),
+            "--max_new_tokens",
+            "2",
+            "--output_dir",
+            str(tmp_path / "o"),
+        ]
+    )
+    found = json.loads((tmp_path / "o/metrics.json").read_text(encoding="utf-8"))["overlap"]
+    assert found == {
+        "training data": [str(train.parent)],
+        "not found": [],
+        "test questions": 3,
+        "in training, the same": 1,
+        "nearly the same": 1,
+    }
+
+
+def test_two_models_side_by_side(tmp_path, write_jsonl, tiny_model_dir):
+    test = write_jsonl("test.jsonl", [dialogue("头疼怎么办？", "多喝水。")])
+    flags = ["--base_model", str(tiny_model_dir), "--compare", "base", f"{tiny_model_dir}/"]
+    main([*flags, "--test_file", str(test), "--max_new_tokens", "2", "--output_dir", str(tmp_path / "out")])
+    (found,) = metrics(tmp_path / "out").values()
+    assert list(found["models"]) == ["base", f"{tiny_model_dir}/"]
+    assert found["models"]["base"] == found["models"][f"{tiny_model_dir}/"]
+    assert {of["verdict"] for of in found["against_first"][f"{tiny_model_dir}/"].values()} == {"same"}
+
+
+# ---------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -79,27 +264,35 @@ def test_a_model_is_asked_and_its_replies_are_kept_beside_the_references(tmp_pat
         (["--base_model", "m"], "--test_file is missing"),
         (["--base_model", "m", "--test_file", "t", "--num_samples", "0"], "--num_samples 0: give at least 1"),
         (["--predictions", "nowhere.jsonl"], "--predictions nowhere.jsonl: no such file"),
+        (["--predictions", "p", "--compare", "a"], "--predictions needs no model"),
         (["--base_model", "m", "--test_file", "nowhere"], "--test_file nowhere: no such file or folder"),
+        (["--base_model", "m", "--test_file", "t", "--lora_model", "a", "--compare", "b"], "exclude each other"),
     ],
 )
-def test_user_errors(flags, message):
+def test_user_errors(tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
-        main(flags)
-
-
-def test_a_file_that_is_none_of_predictions(tmp_path):
-    path = predictions(tmp_path, prediction("a", "b"), {"question": "q"})
-    with pytest.raises(UserError, match=r"predictions\.jsonl:2: no record of predictions\.jsonl"):
-        main(["--predictions", str(path), "--output_dir", str(tmp_path / "out")])
-
-
-def test_a_failure_of_inference_ends_it_with_its_code(tmp_path, write_jsonl):
-    test_file = write_jsonl("test.jsonl", [dialogue("q", "a")])
-    with pytest.raises(SystemExit) as ended:
-        main(["--base_model", str(tmp_path), "--test_file", str(test_file), "--output_dir", str(tmp_path / "out")])
-    assert ended.value.code == 2
+        main([*flags, "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
-def test_help_starts_without_torch():
-    assert "torch" not in vars(evaluate_model)
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"question": "q", "option": {"A": "a"}, "answer": "C"},
+            r"test\.jsonl:1: broken exam question: the answer 'C'",
+        ),
+        ({"question": "q", "option": ["a"], "answer": "A"}, r"test\.jsonl:1: broken exam question: it needs"),
+        (dialogue("q", ""), r"test\.jsonl:1: empty reply"),
+        ({"question": "q", "option": {"A": "a", "B": "b"}, "answer": "AB"}, "no record to measure"),
+    ],
+)
+def test_records_of_no_form(tmp_path, write_jsonl, tiny_model_dir, record, message):
+    test = write_jsonl("test.jsonl", [record])
+    with pytest.raises(UserError, match=message):
+        main(["--base_model", str(tiny_model_dir), "--test_file", str(test), "--output_dir", str(tmp_path / "out")])
+
+
+def test_a_file_that_is_none_of_predictions(tmp_path, write_jsonl):
+    with pytest.raises(UserError, match=r"predictions\.jsonl:2: no record of predictions\.jsonl"):
+        evaluate_predictions(tmp_path, write_jsonl, prediction("a", "b"), {"question": "q"})

@@ -42,7 +42,8 @@ SHARED = {
         {"model_loading", "template", "tokenization"},
         {"torch", "transformers", "peft", "loguru"},
     ),
-    "text_metrics": (set(), {"rouge_score"}),
+    "text_metrics": (set(), {"rouge_score", "sacrebleu"}),
+    "intervals": (set(), {"numpy"}),
     "ppo_math": (set(), {"torch"}),
     "ppo_roles": ({"model_loading", "ppo_math"}, {"torch", "transformers", "peft"}),
     "ppo_run": (
@@ -51,7 +52,7 @@ SHARED = {
     ),
 }
 STAGES = {"pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training"}
-TOOLS = {"merge_peft_adapter", "inference", "openai_server", "web_demo"}
+TOOLS = {"merge_peft_adapter", "inference", "evaluate_model", "openai_server", "web_demo"}
 DEEPEST_LOCAL_IMPORT = 2  # one more for the tools, which share how a trained model is made ready to be asked
 FORBIDDEN_NAMES = {"utils", "helpers", "tmp", "evaluate", "common", "misc"}
 LAUNCHERS = ["run_pt.sh", "run_sft.sh", "run_rm.sh", "run_dpo.sh", "run_ppo.sh"]
