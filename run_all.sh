@@ -1,151 +1,147 @@
 #!/usr/bin/env bash
-# The whole pipeline: pretraining if wanted, SFT, then DPO or a reward model and PPO, merging, evaluation.
+# Everything in one go: PT if wanted, SFT, then DPO or RM and PPO, merging, evaluation and a report.
 #
-# Needs what its stages need, see run_pt.sh, run_sft.sh, run_dpo.sh, run_rm.sh and run_ppo.sh.
+# Needs: what the stages need, see run_pt.sh to run_ppo.sh. No GPU: a small model on the CPU.
 #
 #   mkdir -p logs && DO_PT=0 ALIGN=dpo nohup bash run_all.sh > logs/all.log 2>&1 &
-#   tail -f logs/all.log
+#   tail -f logs/all.log logs/sft.log
 #
-# On a terminal it asks for DO_PT and ALIGN where they are not set. Each stage is its own launcher with its own log,
-# logs/NAME/STAGE.log; a variable that all launchers read (CUDA_VISIBLE_DEVICES, DEEPSPEED, N_PROCESSES ...) reaches all.
-# The same command after an interruption skips what is done and resumes what is not.
+# Started on a terminal without DO_PT or ALIGN it asks for them. Each stage is its own launcher and logs to
+# logs/STAGE.log; what else is set in the environment (BATCH, CUDA_VISIBLE_DEVICES, TEMPLATE) and flags after the
+# script's name go to all training stages, flags in PT_FLAGS, SFT_FLAGS, RM_FLAGS, DPO_FLAGS and PPO_FLAGS to one.
+# The same command after an interruption skips finished stages and goes on within the interrupted one.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 # ---------------------------------------------------------------- edit block
-MODEL=${MODEL:-Qwen/Qwen2.5-3B-Instruct}   # hub name or folder
-NAME=${NAME:-qwen2.5-3b}                   # of the run: outputs-STAGE-NAME, logs/NAME
-TEMPLATE=${TEMPLATE-qwen}                  # prompt template; "" takes the tokenizer's own
-DO_PT=${DO_PT:-}                           # 1: pretrain first; 0: begin with SFT
-ALIGN=${ALIGN:-}                           # dpo, ppo (with its reward model), both, none
-TEXT_DATA=${TEXT_DATA:-./data/pretrain}
-DIALOGUE_DATA=${DIALOGUE_DATA:-./data/finetune}
+DO_PT=${DO_PT:-}                           # 1: continued pretraining first
+ALIGN=${ALIGN:-}                           # dpo, ppo (RM and PPO), both, or none
+PT_DATA=${PT_DATA:-./data/pretrain}
+SFT_DATA=${SFT_DATA:-./data/finetune}
 PAIR_DATA=${PAIR_DATA:-./data/reward}
-EVAL_PAIRS=${EVAL_PAIRS:-$PAIR_DATA}       # the training folder again: a part of it is held out
-TEST_FILE=${TEST_FILE:-./data/eval/questions.jsonl}
-TEST_SAMPLES=${TEST_SAMPLES:-200}          # questions of it that each model answers
-# More flags for the stages, as words: SFT_FLAGS="--num_train_epochs 2 --learning_rate 1e-5"
-PT_FLAGS=${PT_FLAGS:-} SFT_FLAGS=${SFT_FLAGS:-} RM_FLAGS=${RM_FLAGS:-} DPO_FLAGS=${DPO_FLAGS:-} PPO_FLAGS=${PPO_FLAGS:-}
+TEST_FILES=${TEST_FILES:-data/eval/questions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl}
+EVAL_FLAGS=${EVAL_FLAGS:---num_samples 200 --max_new_tokens 256}
+FOLLOW=${FOLLOW:-$([ -t 1 ] && echo 1 || echo 0)}   # 1: show the stages' logs here too
 
+# ---------------------------------------------------------------- the guide's questions
+if [ -t 0 ] && [ -z "$DO_PT" ]; then
+    read -r -p "先做增量预训练吗？ Continued pretraining first? [y/N] " reply
+    case $reply in [yY]*) DO_PT=1 ;; *) DO_PT=0 ;; esac
+fi
+if [ -t 0 ] && [ -z "$ALIGN" ]; then
+    read -r -p "偏好对齐 Alignment: 1) DPO  2) RM + PPO  3) both  4) none [1] " reply
+    case $reply in 2) ALIGN=ppo ;; 3) ALIGN=both ;; 4) ALIGN=none ;; *) ALIGN=dpo ;; esac
+fi
+DO_PT=${DO_PT:-0}
+ALIGN=${ALIGN:-dpo}
+case $DO_PT in 0 | 1) ;; *) echo "error: DO_PT=$DO_PT: give 0 or 1" >&2 && exit 2 ;; esac
+case $ALIGN in dpo | ppo | both | none) ;; *) echo "error: ALIGN=$ALIGN: give dpo, ppo, both or none" >&2 && exit 2 ;; esac
+
+# Pretraining starts from the model that was not yet taught to chat, as in the guide.
+MODEL=${MODEL:-$([ "$DO_PT" = 1 ] && echo Qwen/Qwen2.5-3B || echo Qwen/Qwen2.5-3B-Instruct)}
+NAME=${NAME:-$(basename "$MODEL" | tr '[:upper:]' '[:lower:]' | sed 's/-instruct$//')}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
-export PYTHON TEMPLATE
-logs=logs/$NAME
-out() { echo "outputs-$1-$NAME"; }
+export PYTHON
+mkdir -p logs
 
-# ---------------------------------------------------------------- questions
-ask() { # variable, default, question
-    [ -n "${!1}" ] && return
-    [ ! -t 0 ] || read -rp "$3 [$2] " "${1?}"
-    printf -v "$1" '%s' "${!1:-$2}"
-}
-ask DO_PT 0 "Pretrain first on $TEXT_DATA? 1 or 0"
-ask ALIGN dpo "Align by dpo, ppo, both or none?"
-case "$DO_PT $ALIGN" in
-    [01]\ dpo | [01]\ ppo | [01]\ both | [01]\ none) ;;
-    *) echo "error: DO_PT=$DO_PT ALIGN=$ALIGN: DO_PT is 0 or 1, ALIGN is dpo, ppo, both or none" >&2; exit 2 ;;
-esac
-
-# ---------------------------------------------------------------- stages
-# A signal reaches the stage that runs, which saves a checkpoint and ends; then this script ends with its code.
+# ---------------------------------------------------------------- one stage
 child=
-stop() { stopped=1; [ -z "$child" ] || kill -s "$1" "$child" 2> /dev/null || true; }
-stopped=
-trap 'stop TERM' TERM
-trap 'stop INT' INT
+interrupted() {
+    echo "$(date '+%F %T') interrupted: the stage saves a checkpoint; the same command goes on with it" >&2
+    [ -z "$child" ] || kill -TERM "$child" 2> /dev/null || true
+    [ -z "$child" ] || wait "$child" || true
+    exit 130
+}
+trap interrupted INT TERM HUP
 
-stage() { # name, folder that it leaves, command: skipped where the same command has left the folder before
-    local name=$1 left=$2 code=0
-    shift 2
-    local log=$logs/$name.log done=$logs/$name.done
-    if [ -d "$left" ] && [ "$(cat "$done" 2> /dev/null)" = "$*" ]; then
-        echo "== $name: done before, in $left"
+# stage NAME OUTPUT "MODELS IT STARTS FROM" COMMAND...: skip it if this command has ended well, otherwise run it.
+stage() {
+    local name=$1 output=$2 parents=$3 log=logs/$1.log parent done_file=$2/.done_by_run_all
+    shift 3
+    local is_stale=0
+    for parent in $parents; do
+        [ ! -e "$done_file" ] || [ ! "$parent/.." -nt "$done_file" ] || is_stale=1
+    done
+    if [ -e "$done_file" ] && [ "$is_stale" = 1 ] && [[ $name != evaluation && $name != report ]]; then
+        echo "error: $output is older than ${parents// / or }, which it starts from: move $output away, or set NAME" >&2
+        exit 2
+    fi
+    if [ "$is_stale" = 0 ] && [ "$(cat "$done_file" 2> /dev/null)" = "$*" ]; then
+        echo "$(date '+%F %T') $name: done already, in $output"
         return
     fi
-    echo "== $name: log in $log"
-    rm -f "$done"
-    "$@" > >(tee -a "$log") 2>&1 &
+    echo "$(date '+%F %T') $name: started; tail -f $log"
+    local start=$SECONDS code=0 n_before
+    touch "$log"
+    n_before=$(wc -l < "$log")
+    env "$@" >> "$log" 2>&1 < /dev/null &
     child=$!
+    [ "$FOLLOW" = 0 ] || tail -n 0 -f --pid="$child" "$log" &
     wait "$child" || code=$?
-    while kill -0 "$child" 2> /dev/null; do wait "$child" || code=$?; done
     child=
-    if [ "$code" -ne 0 ] || [ -n "$stopped" ]; then
-        [ -z "$stopped" ] || code=$((code > 128 ? code : 143))
-        sleep 1 # tee writes the last lines
-        echo "error: $name ended with $code; the end of $log:" >&2
-        tail -n 15 "$log" | sed 's/^/    /' >&2
-        echo "started again, the same command goes on from here" >&2
+    if [ "$code" -ne 0 ]; then
+        echo "$(date '+%F %T') error: $name ended with exit code $code; the end of $log:" >&2
+        tail -n "+$((n_before + 1))" "$log" | tail -n 15 | sed 's/^/    /' >&2
+        echo "When it is mended, the same command goes on here." >&2
         exit "$code"
     fi
-    echo "$*" > "$done"
+    echo "$*" > "$done_file"
+    echo "$(date '+%F %T') $name: done in $((SECONDS - start)) s, in $output; $log ends:"
+    tail -n 6 "$log" | sed 's/^/    /'
 }
 
-adapter_base() { # the base model of an adapter's folder; fails for a whole model
-    [ -f "$1/adapter_config.json" ] || return 1
-    "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["base_model_name_or_path"])' \
-        "$1/adapter_config.json"
-}
-
-evaluate() { # name, model or adapter
-    local base model=(--base_model "$2")
-    if base=$(adapter_base "$2"); then model=(--base_model "$base" --lora_model "$2"); fi
-    stage "evaluate-$1" "$(out eval)/$1" "$PYTHON" scripts/evaluate_model.py "${model[@]}" --test_file "$TEST_FILE" \
-        --num_samples "$TEST_SAMPLES" --output_dir "$(out eval)/$1" --overwrite
-}
-
-mkdir -p "$logs" "$(out eval)"
-models=(base)
-paths=("$MODEL")
-trained() { models+=("$1"); paths+=("$(out "$1")/checkpoint-best"); }
-
-start=$MODEL
-if [ "$DO_PT" = 1 ]; then
-    # shellcheck disable=SC2086 # the flags are words
-    stage pt "$(out pt)/checkpoint-best" env MODEL="$MODEL" TRAIN_DATA="$TEXT_DATA" EVAL_DATA="$TEXT_DATA" \
-        OUTPUT="$(out pt)" bash run_pt.sh $PT_FLAGS
-    start=$(out pt)/checkpoint-best
-fi
-# shellcheck disable=SC2086
-stage sft "$(out sft)/checkpoint-best" env MODEL="$start" TRAIN_DATA="$DIALOGUE_DATA" EVAL_DATA="$DIALOGUE_DATA" \
-    OUTPUT="$(out sft)" bash run_sft.sh $SFT_FLAGS
-trained sft
-if [ "$ALIGN" = dpo ] || [ "$ALIGN" = both ]; then
-    # shellcheck disable=SC2086
-    stage dpo "$(out dpo)/checkpoint-best" env MODEL="$(out sft)/checkpoint-best" TRAIN_DATA="$PAIR_DATA" \
-        EVAL_DATA="$EVAL_PAIRS" OUTPUT="$(out dpo)" bash run_dpo.sh $DPO_FLAGS
-    trained dpo
-fi
-if [ "$ALIGN" = ppo ] || [ "$ALIGN" = both ]; then
-    # shellcheck disable=SC2086
-    stage rm "$(out rm)/checkpoint-best" env MODEL="$(out sft)/checkpoint-best" TRAIN_DATA="$PAIR_DATA" \
-        EVAL_DATA="$EVAL_PAIRS" OUTPUT="$(out rm)" bash run_rm.sh $RM_FLAGS
-    # shellcheck disable=SC2086
-    stage ppo "$(out ppo)/checkpoint-best" env MODEL="$(out sft)/checkpoint-best" \
-        REWARD_MODEL="$(out rm)/checkpoint-best" TRAIN_DATA="$DIALOGUE_DATA" EVAL_DATA="$DIALOGUE_DATA" \
-        OUTPUT="$(out ppo)" bash run_ppo.sh $PPO_FLAGS
-    trained ppo
-fi
-
-# ---------------------------------------------------------------- merging, evaluation
-final=${paths[-1]}
-if base=$(adapter_base "$final"); then
-    stage merge "$(out "${models[-1]}")-merged" "$PYTHON" merge_peft_adapter.py --base_model "$base" \
-        --lora_model "$final" --output_dir "$(out "${models[-1]}")-merged"
-    final=$(out "${models[-1]}")-merged
-fi
-for index in "${!models[@]}"; do
-    evaluate "${models[index]}" "${paths[index]}"
-done
-
-# ---------------------------------------------------------------- figures
-echo "== figures"
-for name in pt sft dpo rm ppo; do
-    for results in train eval; do
-        file=$(out $name)/${results}_results.json
-        [ ! -f "$file" ] || echo "$name $results: $(tr -d '{}\n"' < "$file" | tr -s ' ')"
+# train NAME DATA MODEL COMMAND...: a training stage.
+train() {
+    local name=$1 data=$2 model=$3 output=outputs-$1-$NAME flags_name=${1^^}_FLAGS
+    shift 3
+    local parents=
+    for parent in "$model" "${REWARD_MODEL:-}"; do
+        [[ $parent != outputs-* ]] || parents+=" $parent"
     done
-done
-for name in "${models[@]}"; do
-    echo "$name answers:"
-    grep -m 2 -E "rouge_l|^all" "$logs/evaluate-$name.log" | tail -n 2
-done
-echo "next: $PYTHON inference.py --base_model $final --interactive"
+    # Words of a variable: flags without blanks in their values.
+    # shellcheck disable=SC2086
+    stage "$name" "$output" "$parents" MODEL="$model" TRAIN_DATA="$data" EVAL_DATA="$data" OUTPUT="$output" \
+        bash "run_$name.sh" "$@" ${!flags_name:-}
+    runs+=("$output")
+    best=$output/checkpoint-best
+}
+
+# ---------------------------------------------------------------- all stages
+echo "$(date '+%F %T') MODEL=$MODEL NAME=$NAME DO_PT=$DO_PT ALIGN=$ALIGN"
+runs=()
+best=$MODEL
+[ "$DO_PT" = 0 ] || train pt "$PT_DATA" "$MODEL" "$@"
+train sft "$SFT_DATA" "$best" "$@"
+sft=$best
+compared=("$sft")
+reward=()
+if [[ $ALIGN = dpo || $ALIGN = both ]]; then
+    train dpo "$PAIR_DATA" "$sft" "$@"
+    compared+=("$best")
+fi
+if [[ $ALIGN = ppo || $ALIGN = both ]]; then
+    train rm "$PAIR_DATA" "$sft" "$@"
+    reward=(--reward_model "$best")
+    export REWARD_MODEL=$best
+    train ppo "$SFT_DATA" "$sft" "$@"
+    compared+=("$best")
+fi
+
+if [ -f "$best/adapter_config.json" ]; then
+    merged=outputs-merged-$NAME
+    stage merge "$merged" "$best" "$PYTHON" merge_peft_adapter.py --base_model "$MODEL" --lora_model "$best" \
+        --output_dir "$merged"
+else
+    merged=$best # all weights were trained
+fi
+
+# shellcheck disable=SC2086
+stage evaluation "outputs-eval-$NAME" "${compared[*]}" "$PYTHON" scripts/evaluate_model.py --base_model "$MODEL" \
+    --compare base "${compared[@]}" "${reward[@]}" --test_file $TEST_FILES $EVAL_FLAGS \
+    --output_dir "outputs-eval-$NAME" --overwrite
+
+stage report "outputs-report-$NAME" "outputs-eval-$NAME/metrics.json" "$PYTHON" scripts/write_report.py \
+    --runs "${runs[@]}" --evaluation "outputs-eval-$NAME" --output_dir "outputs-report-$NAME" --overwrite
+
+echo "$(date '+%F %T') all done. The report: outputs-report-$NAME/report.html and report.md"
+echo "next: $(basename "$PYTHON") inference.py --base_model $merged --interactive"
