@@ -43,6 +43,9 @@ NAME=${NAME:-$(basename "$MODEL" | tr '[:upper:]' '[:lower:]' | sed 's/-instruct
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 export PYTHON
 mkdir -p logs
+# The stages inherit the lock, so one that outlived this script is not joined by a second one in its folder.
+exec 9> "logs/.$NAME.lock"
+flock -n 9 || { echo "error: a run of $NAME is still at work; wait for it, or stop it (ps -ef)" >&2 && exit 2; }
 
 # ---------------------------------------------------------------- one stage
 child=
@@ -60,10 +63,10 @@ stage() {
     shift 3
     local is_stale=0
     for parent in $parents; do
-        [ ! -e "$done_file" ] || [ ! "$parent/.." -nt "$done_file" ] || is_stale=1
+        [ ! -e "$done_file" ] || [ ! "$parent" -nt "$done_file" ] || is_stale=1
     done
     if [ -e "$done_file" ] && [ "$is_stale" = 1 ] && [[ $name != evaluation && $name != report ]]; then
-        echo "error: $output is older than ${parents// / or }, which it starts from: move $output away, or set NAME" >&2
+        echo "error: $output was made from an earlier ${parents# }: move $output away, or set NAME" >&2
         exit 2
     fi
     if [ "$is_stale" = 0 ] && [ "$(cat "$done_file" 2> /dev/null)" = "$*" ]; then
@@ -74,9 +77,12 @@ stage() {
     local start=$SECONDS code=0 n_before
     touch "$log"
     n_before=$(wc -l < "$log")
+    # Job control gives the stage a process group of its own: Ctrl-C reaches it once, through the trap.
+    set -m
     env "$@" >> "$log" 2>&1 < /dev/null &
     child=$!
     [ "$FOLLOW" = 0 ] || tail -n 0 -f --pid="$child" "$log" &
+    set +m
     wait "$child" || code=$?
     child=
     if [ "$code" -ne 0 ]; then
@@ -128,7 +134,7 @@ if [[ $ALIGN = ppo || $ALIGN = both ]]; then
 fi
 
 if [ -f "$best/adapter_config.json" ]; then
-    merged=outputs-merged-$NAME
+    merged=${best%/checkpoint-best}-merged
     stage merge "$merged" "$best" "$PYTHON" merge_peft_adapter.py --base_model "$MODEL" --lora_model "$best" \
         --output_dir "$merged"
 else

@@ -1,0 +1,221 @@
+"""`run_all.sh` with a stand-in for Python: which stages run with what, what is skipped, and how a failure is told."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Writes down its call and makes what the script would make. SLEEP_AT waits in that script, FAIL_AT fails in it.
+STAND_IN = """#!/usr/bin/env bash
+script=$1
+shift
+echo "$script $*" >> calls
+output=
+for ((n = 1; n <= $#; n++)); do
+    next=$((n + 1))
+    [ "${!n}" != --output_dir ] || output=${!next}
+done
+echo "the log of $script"
+if [ "$script" = "${SLEEP_AT:-}" ]; then
+    trap 'echo saved; exit 143' TERM
+    for _ in $(seq 600); do sleep 0.1; done
+fi
+[ "$script" != "${FAIL_AT:-}" ] || { echo "error: broken data at train.jsonl:3" && exit 2; }
+mkdir -p "$output/checkpoint-best"
+touch "$output/metrics.json"
+[ -n "${FULL:-}" ] || touch "$output/checkpoint-best/adapter_config.json"
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder with the launchers and the stand-in."""
+    for path in ROOT.glob("run_*.sh"):
+        shutil.copy(path, tmp_path)
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN, encoding="utf-8")
+    stand_in.chmod(0o755)
+    return tmp_path
+
+
+def environment(project, **variables: str) -> dict[str, str]:
+    paths = {"PATH": os.environ["PATH"], "PYTHON": str(project / "python"), "CUDA_VISIBLE_DEVICES": ""}
+    return paths | {"MODEL": "org/Tiny-Instruct"} | variables
+
+
+def run(project, *flags: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+    (project / "calls").write_text("", encoding="utf-8")
+    command = ["bash", "run_all.sh", *flags]
+    finished = subprocess.run(
+        command,
+        cwd=project,
+        env=environment(project, **variables),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    calls = (project / "calls").read_text(encoding="utf-8").splitlines()
+    return finished, [call.split() for call in calls]
+
+
+def flag(call: list[str], name: str) -> str:
+    """The value that counts: the last one."""
+    return call[len(call) - call[::-1].index(name)]
+
+
+def scripts(calls: list[list[str]]) -> list[str]:
+    return [call[0] for call in calls]
+
+
+LAST = ["merge_peft_adapter.py", "scripts/evaluate_model.py", "scripts/write_report.py"]
+
+
+def test_the_short_way(project):
+    finished, calls = run(project)
+    assert finished.returncode == 0, finished.stderr
+    assert scripts(calls) == ["supervised_finetuning.py", "dpo_training.py", *LAST]
+    sft, dpo, merge, evaluation, report = calls
+    assert flag(sft, "--model_name_or_path") == "org/Tiny-Instruct"
+    assert flag(sft, "--train_file_dir") == "./data/finetune"
+    assert flag(dpo, "--model_name_or_path") == "outputs-sft-tiny/checkpoint-best"
+    assert flag(dpo, "--train_file_dir") == "./data/reward"
+    assert flag(merge, "--base_model") == "org/Tiny-Instruct"
+    assert flag(merge, "--lora_model") == "outputs-dpo-tiny/checkpoint-best"
+    compared = "--compare base outputs-sft-tiny/checkpoint-best outputs-dpo-tiny/checkpoint-best --test_file"
+    assert compared in " ".join(evaluation)
+    assert "--runs outputs-sft-tiny outputs-dpo-tiny --evaluation outputs-eval-tiny" in " ".join(report)
+    assert "    the log of dpo_training.py" in finished.stdout
+    assert "next: python inference.py --base_model outputs-dpo-tiny-merged --interactive" in finished.stdout
+    assert (project / "logs/sft.log").read_text(encoding="utf-8") == "the log of supervised_finetuning.py\n"
+
+
+def test_the_long_way(project):
+    finished, calls = run(project, "--logging_steps", "1", DO_PT="1", ALIGN="both", SFT_FLAGS="--max_steps 5")
+    assert finished.returncode == 0, finished.stderr
+    stages = ["pretraining.py", "supervised_finetuning.py", "dpo_training.py", "reward_modeling.py", "ppo_training.py"]
+    assert scripts(calls) == [*stages, *LAST]
+    pt, sft, dpo, rm, ppo, merge, evaluation, _ = calls
+    assert flag(sft, "--model_name_or_path") == "outputs-pt-tiny/checkpoint-best"
+    assert flag(sft, "--max_steps") == "5"
+    assert {flag(call, "--logging_steps") for call in (pt, sft, dpo, rm, ppo)} == {"1"}
+    assert flag(rm, "--model_name_or_path") == "outputs-sft-tiny/checkpoint-best"
+    assert flag(ppo, "--sft_model_path") == "outputs-sft-tiny/checkpoint-best"
+    assert flag(ppo, "--reward_model_path") == flag(evaluation, "--reward_model") == "outputs-rm-tiny/checkpoint-best"
+    assert flag(merge, "--lora_model") == "outputs-ppo-tiny/checkpoint-best"
+
+
+def test_pretraining_starts_from_the_model_that_does_not_chat_yet(project):
+    _, calls = run(project, MODEL="", DO_PT="1", ALIGN="none")
+    assert flag(calls[0], "--model_name_or_path") == "Qwen/Qwen2.5-3B"
+    _, calls = run(project, MODEL="", ALIGN="none")
+    assert flag(calls[0], "--model_name_or_path") == "Qwen/Qwen2.5-3B-Instruct"
+    assert flag(calls[0], "--output_dir") == "outputs-sft-qwen2.5-3b"
+
+
+def test_whole_models_are_not_merged(project):
+    finished, calls = run(project, FULL="1", ALIGN="none")
+    assert scripts(calls) == ["supervised_finetuning.py", *LAST[1:]]
+    assert "inference.py --base_model outputs-sft-tiny/checkpoint-best --interactive" in finished.stdout
+
+
+def test_finished_stages_are_skipped(project):
+    run(project)
+    finished, calls = run(project)
+    assert calls == []
+    assert finished.stdout.count("done already") == 5
+    _, calls = run(project, ALIGN="both")
+    assert scripts(calls) == ["reward_modeling.py", "ppo_training.py", *LAST]
+
+
+def test_a_failure_names_the_stage_the_log_and_its_end_and_the_same_command_goes_on(project):
+    finished, calls = run(project, FAIL_AT="dpo_training.py")
+    assert finished.returncode == 2
+    assert "error: dpo ended with exit code 2; the end of logs/dpo.log:" in finished.stderr
+    assert "    error: broken data at train.jsonl:3" in finished.stderr
+    assert scripts(calls) == ["supervised_finetuning.py", "dpo_training.py"]
+    finished, calls = run(project)
+    assert finished.returncode == 0
+    assert scripts(calls) == ["dpo_training.py", *LAST]
+    assert (project / "logs/dpo.log").read_text(encoding="utf-8").count("the log of dpo_training.py") == 2
+
+
+def test_what_was_made_from_an_earlier_model_is_not_taken(project):
+    run(project)
+    later = time.time() + 60
+    os.utime(project / "outputs-sft-tiny/checkpoint-best", (later, later))
+    finished, _ = run(project)
+    assert finished.returncode == 2
+    message = "error: outputs-dpo-tiny was made from an earlier outputs-sft-tiny/checkpoint-best: move outputs-dpo-tiny"
+    assert message in finished.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_stage_once(project, number):
+    running = subprocess.Popen(
+        ["bash", "run_all.sh"],
+        cwd=project,
+        env=environment(project, SLEEP_AT="dpo_training.py"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    log = project / "logs/dpo.log"
+    deadline = time.monotonic() + 30
+    while not (log.is_file() and log.read_text(encoding="utf-8")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    # As the terminal does: to the whole process group.
+    os.killpg(running.pid, number)
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert "interrupted" in errors
+    assert log.read_text(encoding="utf-8") == "the log of dpo_training.py\nsaved\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ALIGN": "kto"}, "error: ALIGN=kto: give dpo, ppo, both or none\n"),
+        ({"DO_PT": "yes"}, "error: DO_PT=yes: give 0 or 1\n"),
+    ],
+)
+def test_settings_that_cannot_be_honoured(project, variables, message):
+    finished, calls = run(project, **variables)
+    assert finished.returncode == 2
+    assert finished.stderr == message
+    assert calls == []
+
+
+def test_two_runs_at_once_are_refused(project):
+    (project / "logs").mkdir()
+    with subprocess.Popen(["flock", project / "logs/.tiny.lock", "cat"], stdin=subprocess.PIPE) as holder:
+        time.sleep(0.5)
+        finished, calls = run(project)
+        holder.stdin.close()
+    assert finished.returncode == 2
+    assert "error: a run of tiny is still at work" in finished.stderr
+    assert calls == []
+
+
+def test_the_questions_of_the_guide_are_asked_on_a_terminal(project):
+    leader, follower = os.openpty()
+    (project / "calls").write_text("", encoding="utf-8")
+    os.write(leader, b"y\n4\n")
+    command = ["bash", "run_all.sh"]
+    finished = subprocess.run(
+        command, cwd=project, env=environment(project), stdin=follower, capture_output=True, text=True, check=False
+    )
+    os.close(leader)
+    os.close(follower)
+    assert finished.returncode == 0, finished.stderr
+    assert "DO_PT=1 ALIGN=none" in finished.stdout
+    calls = (project / "calls").read_text(encoding="utf-8").splitlines()
+    assert [call.split()[0] for call in calls] == ["pretraining.py", "supervised_finetuning.py", *LAST]
