@@ -110,16 +110,19 @@ train() {
         bash "run_$name.sh" "$@" ${!flags_name:-}
     runs+=("$output")
     best=$output/checkpoint-best
+    # A model of which all weights were trained is the base of the adapters after it.
+    [[ $name != pt && $name != sft || -f $best/adapter_config.json ]] || base=$best
 }
 
 # ---------------------------------------------------------------- all stages
 echo "$(date '+%F %T') MODEL=$MODEL NAME=$NAME DO_PT=$DO_PT ALIGN=$ALIGN"
 runs=()
 best=$MODEL
+base=$MODEL
 [ "$DO_PT" = 0 ] || train pt "$PT_DATA" "$MODEL" "$@"
 train sft "$SFT_DATA" "$best" "$@"
 sft=$best
-compared=("$sft")
+compared=("$MODEL" "$sft")
 reward=()
 if [[ $ALIGN = dpo || $ALIGN = both ]]; then
     train dpo "$PAIR_DATA" "$sft" "$@"
@@ -135,15 +138,18 @@ fi
 
 if [ -f "$best/adapter_config.json" ]; then
     merged=${best%/checkpoint-best}-merged
-    stage merge "$merged" "$best" "$PYTHON" merge_peft_adapter.py --base_model "$MODEL" --lora_model "$best" \
+    stage merge "$merged" "$best" "$PYTHON" merge_peft_adapter.py --base_model "$base" --lora_model "$best" \
         --output_dir "$merged"
 else
     merged=$best # all weights were trained
 fi
 
+for index in "${!compared[@]}"; do
+    [ "${compared[index]}" != "$base" ] || compared[index]=base # loaded once
+done
 # shellcheck disable=SC2086
-stage evaluation "outputs-eval-$NAME" "${compared[*]}" "$PYTHON" scripts/evaluate_model.py --base_model "$MODEL" \
-    --compare base "${compared[@]}" "${reward[@]}" --test_file $TEST_FILES $EVAL_FLAGS \
+stage evaluation "outputs-eval-$NAME" "${runs[*]/%//checkpoint-best}" "$PYTHON" scripts/evaluate_model.py --base_model "$base" \
+    --compare "${compared[@]}" "${reward[@]}" --test_file $TEST_FILES $EVAL_FLAGS \
     --output_dir "outputs-eval-$NAME" --overwrite
 
 stage report "outputs-report-$NAME" "outputs-eval-$NAME/metrics.json" "$PYTHON" scripts/write_report.py \
