@@ -126,6 +126,14 @@ class RunArguments:
     logging_dir: str | None = field(
         default=None, metadata={"help": "Folder of TensorBoard's events; runs/ in --output_dir without it."}
     )
+    max_bad_steps: int = field(
+        default=3,
+        metadata={"help": "Stop after so many steps in a row whose loss is not finite or explodes."},
+    )
+
+    def __post_init__(self):
+        if self.max_bad_steps < 1:
+            raise UserError(f"--max_bad_steps {self.max_bad_steps}: give at least 1, which stops at the first bad step")
 
 
 # Flags that the current libraries renamed: the new name takes the same value.
@@ -287,13 +295,31 @@ class StageArgumentParser(HfArgumentParser):
             values["torch_compile"] = True
             self.notes.append("TORCH_COMPILE=1 in the environment: --torch_compile True")
         if values["deepspeed"]:
-            _check_deepspeed(values["deepspeed"])
+            self._settle_deepspeed(values)
+        if values["auto_find_batch_size"] and (values["deepspeed"] or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+            raise UserError(
+                "--auto_find_batch_size True: for one process without DeepSpeed, since one that tries again would "
+                "leave the others waiting; give --per_device_train_batch_size"
+            )
         if values["ddp_find_unused_parameters"] is None:
             values["ddp_find_unused_parameters"] = False  # every trained parameter takes part in each step
         # Without the flag transformers keeps the running mean in the log where the loss was nan, which hides it.
         values["logging_nan_inf_filter"] = False
         self._check_trackers(values)
         self._settle_device(values, given)
+
+    def _settle_deepspeed(self, values: dict) -> None:
+        _check_deepspeed(values["deepspeed"])
+        stage = _zero_stage(values["deepspeed"])
+        quantized = [f"--{name}" for name in ("load_in_4bit", "load_in_8bit") if values.get(name)]
+        if stage == 3 and quantized:
+            raise UserError(
+                f"{quantized[0]} with ZeRO-3 ({values['deepspeed']}): quantized weights cannot be split over the "
+                "GPUs; take ds_configs/zero2.json"
+            )
+        if values.get("device_map"):
+            self.notes.append(f"--device_map {values['device_map']}: DeepSpeed places the model")
+            values["device_map"] = None
 
     def _check_trackers(self, values: dict) -> None:
         """Split `a,b` and refuse a tracker that is not installed, which transformers would do in the first step."""
@@ -368,6 +394,26 @@ def _check_deepspeed(config_file: str) -> None:
         raise UserError(f"--deepspeed {config_file}: the package is not installed; run `bash setup.sh --gpu`")
     if not Path(config_file).is_file():
         raise UserError(f"--deepspeed {config_file}: no such file; ds_configs/ holds some")
+    if "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"--deepspeed {config_file}: start the stage with its launcher (DEEPSPEED={config_file} bash run_sft.sh) "
+            "or with torchrun, for one process too"
+        )
+
+
+def _zero_stage(config_file: str) -> int:
+    try:
+        config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+        stage = config.get("zero_optimization", {}).get("stage", 0)
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise UserError(f"--deepspeed {config_file}: not a DeepSpeed configuration in JSON ({error})") from None
+    for block in ("optimizer", "scheduler"):
+        if block in config:
+            raise UserError(
+                f'--deepspeed {config_file}: its "{block}" block would go before the flags (--optim, --learning_rate, '
+                "--lr_scheduler_type) without a word; take it out"
+            )
+    return stage
 
 
 def _file_in_the_way(folder: Path) -> Path | None:

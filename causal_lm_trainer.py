@@ -229,18 +229,14 @@ class CausalLMTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean loss over the learned tokens of the whole step, all processes and micro-batches together.
 
-        Raises UserError with the step and the records where nothing is learned or the loss is not finite.
+        Raises UserError with the step and the records where nothing is learned.
         """
         assert not return_outputs, "evaluation goes through prediction_step and keeps no logits"
         sources, n_tokens = inputs.pop("sources"), inputs.pop("n_tokens")
         losses, hits, _ = self._forward_learned(model, inputs)
         loss_sum = losses.sum()
-        if len(losses) == 0 or not torch.isfinite(loss_sum):
-            what = "no token to learn in" if len(losses) == 0 else f"the loss is {loss_sum.item()} on"
-            raise UserError(
-                f"step {self.state.global_step + 1}: {what} {', '.join(sources)}; look at these records, and if they "
-                "are sound lower --learning_rate or raise --warmup_ratio"
-            )
+        if len(losses) == 0:
+            raise UserError(f"step {self.state.global_step + 1}: no token to learn in {', '.join(sources)}")
         self._window["n_tokens"] += n_tokens * self.args.world_size
         self._window["n_hits"] += hits.sum()
         self._window["n_learned"] += len(losses)

@@ -356,7 +356,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         logger.info(f"the first pair, its {name} reply between « and »:\n{text}")
     if training_args.do_train and is_finished(trainer, checkpoint):
         return {}
-    keeper = train(trainer, lineage, checkpoint, run_args.logging_dir) if training_args.do_train else None
+    keeper = (
+        train(trainer, lineage, checkpoint, run_args.logging_dir, run_args.max_bad_steps)
+        if training_args.do_train
+        else None
+    )
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)

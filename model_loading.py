@@ -602,8 +602,10 @@ def describe_trainable(model: PreTrainedModel | PeftModel) -> str:
     if isinstance(model, PeftModel):
         trainable, total = model.get_nb_trainable_parameters()
     else:
-        total = sum(parameter.numel() for parameter in model.parameters())
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        # ZeRO-3 leaves empty parameters and says how large they were.
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+        total = sum(size for size, _ in sizes)
+        trainable = sum(size for size, is_trained in sizes if is_trained)
     line = f"{trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
     if layers := lora_layers(model):
         line += "; LoRA on " + ", ".join(f"{count} {name}" for name, count in layers.items())

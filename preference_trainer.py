@@ -236,14 +236,8 @@ class PreferenceMixin:
         return LongestFirstSampler(self, self.train_dataset["length"], seed, grouped)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's loss; raises UserError with the step and the records where it is not finite."""
-        sources = inputs.pop("sources")
+        del inputs["sources"]
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()} on {', '.join(sources)}; look at these "
-                "records, and if they are sound lower --learning_rate or raise --warmup_ratio"
-            )
         if self.model.training:
             self._window["n_tokens"] += int(inputs["attention_mask"].sum()) * self.args.world_size
         return loss

@@ -307,7 +307,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     logger.info(f"the first block begins, learned tokens between « and »:\n{example}")
     if training_args.do_train and is_finished(trainer, checkpoint):
         return {}
-    keeper = train(trainer, lineage, checkpoint, run_args.logging_dir) if training_args.do_train else None
+    keeper = (
+        train(trainer, lineage, checkpoint, run_args.logging_dir, run_args.max_bad_steps)
+        if training_args.do_train
+        else None
+    )
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)

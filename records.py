@@ -165,6 +165,9 @@ def find_files(path: str | Path, flag: str, endings: Sequence[str] = RECORD_ENDI
         # os.walk rather than rglob: data folders on servers are often linked in from another disk.
         for folder, subfolders, names in os.walk(path, followlinks=True):
             subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            for link in (link for name in subfolders if (link := Path(folder, name)).is_symlink()):
+                if Path(folder).resolve().is_relative_to(link.resolve()):
+                    raise UserError(f"{flag} {path}: {link} leads back to a folder that it is in; remove this link")
             found += [Path(folder, name) for name in names if not name.startswith(".")]
     else:
         raise UserError(f"{flag} {path}: no such file or folder")
@@ -262,6 +265,8 @@ def _read_json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, obj
             record = _utf8_fault(line, first_line=number) or json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             record = Unusable("broken JSON", f"{error.msg} (column {error.colno}); write one whole record a line")
+        except _JSON_TOO_MUCH as error:
+            record = Unusable("broken JSON", f"{error}; no record is like that")
         yield f"{name}:{number}", record
 
 
@@ -293,8 +298,14 @@ def _read_json_list(chunks: Iterator[str], name: str) -> Iterator[tuple[str, obj
             f"{name}:{text.line_of(error.pos)}: broken JSON: {error.msg} (column {text.column_of(error.pos)}); mend "
             "it, the rest of the file cannot be read"
         ) from None
+    except UnicodeDecodeError:
+        raise
+    except _JSON_TOO_MUCH as error:
+        raise UserError(f"{name}: broken JSON behind line {line}: {error}; no record is like that") from None
 
 
+# Too many brackets in each other, and an integer of thousands of digits.
+_JSON_TOO_MUCH = (RecursionError, ValueError)
 _JSON_BLANKS = re.compile(r"[ \t\r\n]*")
 
 
@@ -754,6 +765,8 @@ def _parsed(value: object, where: str) -> object:
     except json.JSONDecodeError as error:
         detail = f"{where} is not JSON: {error.msg} (character {error.pos + 1}); write it with json.dumps"
         raise Unusable("broken JSON", detail) from None
+    except _JSON_TOO_MUCH as error:
+        raise Unusable("broken JSON", f"{where}: {error}") from None
 
 
 def _kind(value: object) -> str:
@@ -840,7 +853,7 @@ def _margin(record: dict) -> float | None:
         return None
     try:
         margin = float(values[0]) if values[0] not in (None, "") else float(values[1]) - float(values[2])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise Unusable("broken margin", f"margin or scores are {values!r:.80}; they must be numbers") from None
     if not 0 <= margin < float("inf"):
         raise Unusable("broken margin", f"the margin is {margin}; it is at least 0, or the replies are the wrong way")

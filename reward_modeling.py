@@ -313,19 +313,10 @@ class PairTrainer(RewardTrainer):
         return self.accelerator.gather(n_pairs).sum()
 
     def _losses_and_scores(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[pairs] each: losses, scores of the chosen and of the rejected replies.
-
-        Raises UserError with the step and the records where a loss is not finite.
-        """
+        """[pairs] each: losses, scores of the chosen and of the rejected replies."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         chosen, rejected = outputs.logits.float().squeeze(-1).chunk(2)
         losses = pair_losses(chosen, rejected, inputs["margin"], self.args.center_rewards_coefficient)
-        if not torch.isfinite(losses).all():
-            raise UserError(
-                f"step {self.state.global_step + 1}: the loss is {losses.sum().item()} on "
-                f"{', '.join(inputs['sources'])}; look at these records, and if they are sound lower --learning_rate "
-                "or raise --warmup_ratio"
-            )
         return losses, chosen.detach(), rejected.detach()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -441,7 +432,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if training_args.do_train and is_finished(trainer, checkpoint):
         return {}
     # checkpoint-best is the lowest loss: among a hundred held-out pairs many checkpoints have the same accuracy.
-    keeper = train(trainer, lineage, checkpoint, run_args.logging_dir) if training_args.do_train else None
+    keeper = (
+        train(trainer, lineage, checkpoint, run_args.logging_dir, run_args.max_bad_steps)
+        if training_args.do_train
+        else None
+    )
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)

@@ -8,7 +8,8 @@
 #
 # A variable of the edit block set in the environment wins over it, a flag after the script's name wins over both:
 #   MODEL=Qwen/Qwen2.5-3B-Instruct bash run_rm.sh --learning_rate 1e-5
-# The same command after an interruption goes on from the newest checkpoint.
+# The same command after an interruption goes on from the newest checkpoint. Several machines: the same on each, with
+# NNODES, NODE_RANK (0, 1, ...) and MASTER_ADDR (of node 0) set, and with OUTPUT on a disk that they share.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -22,6 +23,7 @@ BATCH=${BATCH:-2}
 ACCUMULATION=${ACCUMULATION:-8}
 MAX_PROMPT=${MAX_PROMPT:-1024}             # tokens
 MAX_REPLY=${MAX_REPLY:-512}
+DEEPSPEED=${DEEPSPEED:-}                    # ds_configs/zero2.json shards the optimizer over the GPUs
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
@@ -30,7 +32,9 @@ n_gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
 n_listed=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c . || true)
 N_PROCESSES=${N_PROCESSES:-$((n_gpus < n_listed ? n_gpus : n_listed))}
 launch=("$PYTHON")
-[ "$N_PROCESSES" -le 1 ] || launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$N_PROCESSES")
+if [ "$N_PROCESSES" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ] || [ -n "$DEEPSPEED" ]; then
+    launch+=(-m scripts.launch_processes --nproc_per_node "$((N_PROCESSES > 1 ? N_PROCESSES : 1))")
+fi
 
 args=(
     --model_name_or_path "$MODEL"
@@ -75,6 +79,8 @@ args=(
     --output_dir "$OUTPUT"
     --resume_from_checkpoint True
 )
+
+[ -z "$DEEPSPEED" ] || args+=(--deepspeed "$DEEPSPEED")
 
 # exec: a signal to this script's process id reaches the training, which then saves a checkpoint.
 exec "${launch[@]}" reward_modeling.py "${args[@]}" "$@"

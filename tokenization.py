@@ -122,7 +122,7 @@ def _render(
         return tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, OverflowError) as error:
         raise UserError(f"the chat template refuses the dialogue: {error}") from error
 
 

@@ -16,13 +16,16 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from loguru import logger
 from safetensors import SafetensorError
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -40,6 +43,10 @@ BEST = "checkpoint-best"
 MANIFEST = "manifest.sha256"
 # In the output folder: checkpoints are written in it, and moved out of it once they are whole.
 UNFINISHED = ".unfinished"
+# A loss has exploded that is above the median of the last steps by three times that median and a nat.
+RECENT_STEPS = 50
+# Tokenizer, configuration and states of a checkpoint, in bytes, beside its weights and optimizer.
+SMALL_FILES = 16 * 2**20
 # What a line of the log shows of an evaluation.
 EVALUATED = (
     *("loss", "perplexity", "token_accuracy", "bits_per_byte"),
@@ -79,9 +86,19 @@ def start_run(stage: str, training_args: TrainingArguments, notes: list[str]) ->
     # transformers 5.24, TRL 1.16 and PEFT 0.21 still call each other by names that transformers renamed.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     set_seed(training_args.seed)
+    if training_args.deepspeed and training_args.use_cpu:
+        _start_deepspeed_on_the_cpu()
     logger.info(f"{stage}: {training_args.world_size} process(es) on {_device_name(training_args)}")
     for line in [*notes, *_version_notes()]:
         logger.info(line)
+
+
+def _start_deepspeed_on_the_cpu() -> None:
+    """What accelerate 1.15 does on GPUs only; without it ZeRO-3 takes this process for the only one."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for a minute
+    deepspeed.init_distributed(dist_backend="gloo")
 
 
 def _device_name(training_args: TrainingArguments) -> str:
@@ -388,6 +405,64 @@ def _steps(trainer: Trainer) -> tuple[int, int, int]:
     return per_step, steps_per_epoch, steps
 
 
+def check_disk(trainer: Trainer) -> None:
+    """Refuse a run whose checkpoints will not fit on the disk beside what is there, by an estimate of their size."""
+    output_dir = Path(trainer.args.output_dir)
+    weights, checkpoint = _estimated_bytes(trainer)
+    limit, n_saved = trainer.args.save_total_limit, _n_saves(trainer)
+    # Each checkpoint is whole before an old one is deleted, and so is checkpoint-best.
+    n_kept = min(n_saved, limit + 1) if limit else n_saved
+    n_new = max(n_kept - len(_numbered_checkpoints(output_dir)), min(n_kept, 1))
+    needed = n_new * checkpoint + 2 * (weights + SMALL_FILES)
+    folder = output_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    said = f"{n_kept} checkpoints of about {checkpoint / 2**30:.2f} GiB and checkpoint-best"
+    if free < needed:
+        raise UserError(
+            f"--output_dir {output_dir}: the run writes {said}, which takes {needed / 2**30:.2f} GiB more, and the "
+            f"disk at {_mount_point(folder)} has {free / 2**30:.2f} GiB left; make room, or keep fewer: "
+            "--save_total_limit 1"
+        )
+    logger.info(f"disk: {said}, {free / 2**30:.1f} GiB are free")
+
+
+def _estimated_bytes(trainer: Trainer) -> tuple[int, int]:
+    """Of the weights that are saved, and of a checkpoint with the optimizer's states."""
+
+    def n_bytes(parameters: Iterator[torch.nn.Parameter], each: int | None = None) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) * (each or p.element_size()) for p in parameters)
+
+    model, args = trainer.model, trainer.args
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = n_bytes(trained if hasattr(model, "peft_config") else model.parameters())
+    if args.deepspeed:
+        states = n_bytes(trained, 12)  # float32 weights and Adam's two moments
+    elif "8bit" in args.optim.value:
+        states = n_bytes(trained, 2)
+    else:
+        states = 0 if args.optim.value in ("adafactor", "sgd") else 2 * n_bytes(trained)
+    return weights, weights + states + SMALL_FILES
+
+
+def _n_saves(trainer: Trainer) -> int:
+    """How many checkpoints the whole run writes."""
+    args, (_, steps_per_epoch, steps) = trainer.args, _steps(trainer)
+    every = {"no": math.inf, "epoch": steps_per_epoch, "best": args.eval_steps or steps_per_epoch}
+    interval = every.get(args.save_strategy.value, args.save_steps)
+    if interval < 1:
+        interval = math.ceil(interval * steps)
+    return math.ceil(steps / interval)
+
+
+def _mount_point(folder: Path) -> Path:
+    folder = folder.resolve()
+    while not folder.is_mount():
+        folder = folder.parent
+    return folder
+
+
 def is_finished(trainer: Trainer, checkpoint: str | None) -> bool:
     """Whether the run to resume has ended with its results written; says so, since nothing would be trained.
 
@@ -684,6 +759,103 @@ class StopSignals(TrainerCallback):
             torch.cuda.set_rng_state_all(self.random_state[1:])
 
 
+class BadSteps(TrainerCallback):
+    """Leaves out a step whose loss or gradient is not finite, and stops after several bad ones in a row.
+
+    A loss that explodes is bad too, but its step is done: clipped gradients bring many a run back.
+    """
+
+    def __init__(self, trainer: Trainer, most: int, movement_check: AdapterMovementCheck):
+        self.trainer = trainer
+        self.most = most
+        self.movement_check = movement_check
+        self.in_a_row = 0
+        self.recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.micro_batches: list[tuple[torch.Tensor, list[str]]] = []
+        trainer.training_step = self._watched(trainer.training_step)
+
+    def _watched(self, training_step: Callable) -> Callable:
+        def watched(model, inputs: dict, *args, **kwargs) -> torch.Tensor:
+            sources = inputs["sources"]
+            loss = training_step(model, inputs, *args, **kwargs)
+            self.micro_batches.append((loss, sources))
+            return loss
+
+        return watched
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.micro_batches.clear()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        losses = torch.stack([loss.float() for loss, _ in self.micro_batches])
+        loss = losses.sum().item()
+        limit = 4 * abs(median(self.recent)) + 1 if len(self.recent) >= RECENT_STEPS // 2 else math.inf
+        # fp16's loss scaler sees to gradients itself, and DeepSpeed has used them.
+        gradients = [] if args.fp16 or args.deepspeed else [p.grad for p in model.parameters() if p.grad is not None]
+        if not math.isfinite(loss):
+            fault, what = 3, f"the loss is {loss}"
+        elif gradients and not torch.isfinite(norm := torch.nn.utils.get_total_norm(gradients)):
+            fault, what = 2, f"the gradient is {norm.item()}, the loss {loss:.4f}"
+        elif loss > limit:
+            fault, what = 1, f"the loss is {loss:.4f} after a median of {median(self.recent):.4f}"
+        else:
+            fault, what = 0, "another process has a bad batch"
+        worst = _largest(fault, args)
+        if worst == 0:
+            self.in_a_row = 0
+            self.recent.append(loss)
+            return
+        self.in_a_row += 1
+        line = f"step {state.global_step + 1}: {what} at learning rate {self.trainer._get_learning_rate():.2e}"
+        line += f" on {self._records(losses, fault)}"
+        is_left_out = worst > 1 and not args.deepspeed
+        if self.in_a_row >= self.most or (worst > 1 and args.deepspeed):
+            raise UserError(
+                f"{line}; {self.in_a_row} bad step(s) in a row (--max_bad_steps {self.most}): look at these records, "
+                "and if they are sound lower --learning_rate or raise --warmup_ratio"
+            )
+        logger.warning(f"{line}; bad step {self.in_a_row} in a row" + (", left out" if is_left_out else ""))
+        if is_left_out and not args.fp16:
+            for parameter in model.parameters():
+                parameter.grad = None
+            self.movement_check.before = None
+
+    def _records(self, losses: torch.Tensor, fault: int) -> str:
+        """`file:line` of the micro-batches that are not finite, otherwise of the one with the largest loss."""
+        bad = [index for index, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
+        names = [name for index in bad or [int(losses.argmax())] for name in self.micro_batches[index][1]]
+        if torch.distributed.is_initialized():
+            gathered: list[list[str]] = [[]] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, names if fault else [])
+            names = [name for of_process in gathered for name in of_process]
+        return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def keep_rows_per_step(trainer: Trainer) -> None:
+    """For `--auto_find_batch_size`: where the batch shrinks, accumulate more, so that a step has as many rows."""
+    args, update = trainer.args, trainer._update_auto_batch_size
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    tried: list[int] = []
+
+    def update_both(batch_size: int) -> None:
+        batch = max(size for size in range(1, batch_size + 1) if rows % size == 0)
+        if tried and trainer.state.global_step > trainer._initial_global_step:
+            # transformers 5.24 would begin again at the first step, with weights that were trained since.
+            raise UserError(_out_of_memory_advice(trainer))
+        if batch in tried:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried before.")  # accelerate goes on to the next size
+        if tried:
+            logger.warning(
+                f"out of memory with --per_device_train_batch_size {tried[-1]}: going on with {batch}, and "
+                f"--gradient_accumulation_steps {rows // batch} keeps the rows of a step"
+            )
+        tried.append(batch)
+        update(batch)
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = batch, rows // batch
+
+    trainer._update_auto_batch_size = update_both
+
+
 def _largest(value: int, args: TrainingArguments) -> int:
     """The largest of the values that the processes have."""
     if args.world_size == 1:
@@ -699,7 +871,11 @@ def _wait_for_all() -> None:
 
 
 def train(
-    trainer: Trainer, lineage: "Lineage", checkpoint: str | None, logging_dir: str | None = None
+    trainer: Trainer,
+    lineage: "Lineage",
+    checkpoint: str | None,
+    logging_dir: str | None = None,
+    max_bad_steps: int = 3,
 ) -> CheckpointKeeper:
     """Train with the callbacks of this module and write `train_results.json`.
 
@@ -707,10 +883,12 @@ def train(
         lineage: recorded in every checkpoint.
         checkpoint: what `find_checkpoint` returned.
         logging_dir: of TensorBoard's events; None for runs/ in the output folder.
+        max_bad_steps: bad steps in a row that stop the run.
 
     Exits with 128 + signal number when a signal stopped the run after its checkpoint was saved. Raises UserError
-    where memory or disk are full.
+    where memory or disk are full, or too many steps are bad.
     """
+    check_disk(trainer)
     # Trainer then keeps the best loss in its state, which a resumed run reads.
     trainer.args.metric_for_best_model = "eval_loss"
     trainer.args.greater_is_better = False
@@ -724,10 +902,15 @@ def train(
         trainer.add_callback(QuietProgressBar)
     stop = StopSignals(trainer)
     keeper = CheckpointKeeper(trainer, lineage, stop)
-    for callback in (ProgressLines(), AdapterMovementCheck(), keeper, stop):
+    movement_check = AdapterMovementCheck()
+    bad_steps = BadSteps(trainer, max_bad_steps, movement_check)
+    for callback in (ProgressLines(), movement_check, bad_steps, keeper, stop):
         trainer.add_callback(callback)
-    if checkpoint and _recorded(_read_state(checkpoint).get("stateful_callbacks", {})).get("evaluation_is_due"):
-        trainer.args.eval_on_start = True
+    if trainer.args.auto_find_batch_size:
+        keep_rows_per_step(trainer)
+    if checkpoint and trainer.eval_dataset:
+        recorded = _recorded(_read_state(checkpoint).get("stateful_callbacks", {}))
+        trainer.args.eval_on_start |= recorded.get("evaluation_is_due", False)
     with _one_line_for_bad_days(trainer):
         try:
             metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -738,10 +921,10 @@ def train(
         except StoppedInEvaluationError:
             trainer._save_checkpoint(trainer.model, trial=None)
             keeper.on_save(trainer.args, trainer.state, trainer.control)
-    if stop.received:
-        _exit_interrupted(trainer, stop.received)
-    trainer.save_metrics("train", metrics, combined=False)
-    trainer.save_state()
+        if stop.received:
+            _exit_interrupted(trainer, stop.received)
+        trainer.save_metrics("train", metrics, combined=False)
+        trainer.save_state()
     return keeper
 
 
@@ -762,12 +945,20 @@ def _one_line_for_bad_days(trainer: Trainer) -> Iterator[None]:
     """Say what to do where the memory or the disk is full, instead of a traceback."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(_out_of_memory_advice(trainer.args)) from error
     except (OSError, RuntimeError, SafetensorError) as error:
+        if _is_memory_full(error):
+            raise UserError(_out_of_memory_advice(trainer)) from error
         if not _is_disk_full(error):
             raise
         raise UserError(_disk_full_advice(Path(trainer.args.output_dir))) from error
+
+
+def _is_memory_full(error: Exception) -> bool:
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or should_reduce_batch_size(error)
+        or "No executable batch size" in str(error)  # --auto_find_batch_size is at its end
+    )
 
 
 def _is_disk_full(error: Exception) -> bool:
@@ -781,29 +972,43 @@ def _disk_full_advice(output_dir: Path) -> str:
     shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
     whole = _numbered_checkpoints(output_dir)
     last = f"the last complete checkpoint is {whole[0]}" if whole else "no checkpoint was complete yet"
-    disk = output_dir.resolve()
-    while not disk.is_mount():
-        disk = disk.parent
     return (
-        f"no space left on the disk at {disk} for --output_dir {output_dir}; {last}. Make room (--save_total_limit 1 "
-        "keeps one checkpoint), then the same command with --resume_from_checkpoint True goes on"
+        f"no space left on the disk at {_mount_point(output_dir)} for --output_dir {output_dir}; {last}. Make room "
+        "(--save_total_limit 1 keeps one checkpoint), then the same command with --resume_from_checkpoint True goes on"
     )
 
 
-def _out_of_memory_advice(args: TrainingArguments) -> str:
+def _out_of_memory_advice(trainer: Trainer) -> str:
+    """The remedies that this run has not taken yet, mildest first, with its own values."""
+    args, model = trainer.args, trainer.model
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if not model.training and args.per_device_eval_batch_size > 1:
+        half = args.per_device_eval_batch_size // 2
+        return f"out of memory in an evaluation: --per_device_eval_batch_size {half}"
     remedies = []
     if batch > 1:
         longer = math.ceil(accumulation * batch / (batch // 2))
-        remedies.append(f"--per_device_train_batch_size {batch // 2} --gradient_accumulation_steps {longer}")
+        remedies.append(
+            f"--per_device_train_batch_size {batch // 2} --gradient_accumulation_steps {longer} (now {batch} and "
+            f"{accumulation})"
+        )
     if not args.gradient_checkpointing:
         remedies.append("--gradient_checkpointing True")
-    remedies += [
-        "--load_in_4bit True",
-        "a shorter --model_max_length (--block_size, --max_source_length)",
-        "a smaller --lora_rank",
-    ]
-    return f"out of GPU memory; in this order: {'; '.join(remedies)}"
+    is_adapter = hasattr(model, "peft_config")
+    if not is_adapter:
+        remedies.append("--use_peft True")
+    if not getattr(model, "is_quantized", False):
+        remedies.append("--load_in_4bit True")
+    if not _is_streamed(trainer):
+        longest, columns = max(trainer.train_dataset["length"]), trainer.train_dataset.column_names
+        if "prompt_ids" in columns:
+            flag = "a shorter --max_source_length or --max_target_length"
+        else:
+            flag = f"--{'block_size' if 'seq_lengths' in columns else 'model_max_length'} {longest // 2}"
+        remedies.append(f"{flag} (the longest row has {longest} tokens)")
+    if is_adapter and (rank := model.peft_config["default"].r) > 1:
+        remedies.append(f"--lora_rank {rank // 2} (now {rank})")
+    return f"out of memory at step {trainer.state.global_step + 1}; in this order: {'; '.join(remedies)}"
 
 
 # ---------------------------------------------------------------- results

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
 from causal_lm_trainer import CausalLMConfig
 from errors import UserError
 from supervised_finetuning import SFTArguments
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SFT = [ModelArguments, DataArguments, LoraArguments, RunArguments, SFTArguments, CausalLMConfig]
 REQUIRED = ["--model_name_or_path", "m", "--output_dir", "out", "--do_train"]
@@ -412,6 +415,35 @@ def test_deepspeed_without_the_package_or_the_file(monkeypatch):
     )
     monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: object())
     assert refused("--deepspeed ds.json") == "--deepspeed ds.json: no such file; ds_configs/ holds some"
+
+
+def test_deepspeed_without_a_launcher(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    message = refused(f"--deepspeed {ROOT}/ds_configs/zero2.json")
+    assert re.search(r"zero2\.json: start the stage with its launcher \(DEEPSPEED=.* bash run_sft\.sh\)", message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"--deepspeed .*ds\.json: not a DeepSpeed configuration in JSON"),
+        ("[]", r"--deepspeed .*ds\.json: not a DeepSpeed configuration in JSON"),
+        ('{"optimizer": {}}', r'its "optimizer" block would go before the flags'),
+        ('{"scheduler": {}}', r'its "scheduler" block would go before the flags'),
+    ],
+)
+def test_deepspeed_configuration_that_cannot_be_honoured(tmp_path, monkeypatch, text, message):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    (tmp_path / "ds.json").write_text(text, encoding="utf-8")
+    assert re.search(message, refused(f"--deepspeed {tmp_path}/ds.json"))
+
+
+@pytest.mark.parametrize("flag", ["--load_in_4bit True", "--load_in_8bit True"])
+def test_quantized_weights_are_not_split_by_zero3(monkeypatch, flag):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    message = refused(f"{flag} --deepspeed {ROOT}/ds_configs/zero3.json")
+    assert message.startswith(flag.split()[0] + " with ZeRO-3 (")
+    assert message.endswith("quantized weights cannot be split over the GPUs; take ds_configs/zero2.json")
 
 
 def test_missing_model_and_output_dir():

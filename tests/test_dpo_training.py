@@ -256,10 +256,10 @@ def test_orpo_and_simpo_worked_by_hand(make_trainer):
 
 
 def test_loss_that_is_not_finite_names_the_records(flags, monkeypatch):
-    nan = torch.tensor(math.nan)
-    monkeypatch.setattr(preference_trainer.DPOTrainer, "compute_loss", lambda *args, **kwargs: nan)
-    with pytest.raises(UserError, match=r"^step 1: the loss is nan on .*pairs\.jsonl:\d+, .*--learning_rate"):
-        dpo_training.main(flags())
+    compute = preference_trainer.DPOTrainer.compute_loss
+    monkeypatch.setattr(preference_trainer.DPOTrainer, "compute_loss", lambda *args: compute(*args) * math.nan)
+    with pytest.raises(UserError, match=r"^step 1: the loss is nan at .* on .*pairs\.jsonl:\d+, .*--learning_rate"):
+        dpo_training.main(flags(max_bad_steps=1))
 
 
 # ---------------------------------------------------------------- the reference

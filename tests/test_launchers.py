@@ -163,7 +163,7 @@ def test_no_flag_is_given_twice(name, tmp_path):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_environment_wins_over_the_edit_block(name, tmp_path):
-    variables = edit_block(name).keys() - {"CUDA_VISIBLE_DEVICES", "PYTHON", "N_PROCESSES"}
+    variables = edit_block(name).keys() - {"CUDA_VISIBLE_DEVICES", "PYTHON", "N_PROCESSES", "DEEPSPEED"}
     assert {"MODEL", "OUTPUT", "BATCH"} <= variables
     defaults = launch(name, tmp_path).flags
     for variable in variables:
@@ -187,8 +187,22 @@ def test_flags_after_the_name_win_over_both(name, tmp_path):
 def test_one_process_is_plain_python_and_two_are_launched(name, tmp_path):
     assert launch(name, tmp_path, N_PROCESSES="1").before == []
     before = launch(name, tmp_path, N_PROCESSES="2").before
-    assert before[:2] == ["-m", "torch.distributed.run"]
+    assert before[:2] == ["-m", "scripts.launch_processes"]
     assert before[before.index("--nproc_per_node") + 1] == "2"
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if "DEEPSPEED" in edit_block(name)])
+def test_deepspeed_is_handed_on_and_starts_processes(name, tmp_path):
+    call = launch(name, tmp_path, N_PROCESSES="1", DEEPSPEED="ds_configs/zero2.json")
+    assert call.last("--deepspeed") == "ds_configs/zero2.json"
+    assert call.before == ["-m", "scripts.launch_processes", "--nproc_per_node", "1"]
+    assert launch(name, tmp_path).last("--deepspeed") is None
+
+
+@pytest.mark.parametrize("name", sorted(GUIDE.keys() & set(STAGES)))
+def test_a_node_of_several_starts_processes(name, tmp_path):
+    before = launch(name, tmp_path, N_PROCESSES="1", NNODES="2").before
+    assert before == ["-m", "scripts.launch_processes", "--nproc_per_node", "1"]
 
 
 @pytest.mark.parametrize(("there", "listed", "processes"), [(0, "0,1", 1), (1, "0,1", 1), (2, "0,1", 2), (8, "3", 1)])

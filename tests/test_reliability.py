@@ -1,19 +1,29 @@
 """Bad days: runs that are killed, stopped, out of disk or memory, or go wrong, and what is left of them."""
 
+import errno
+import json
+import math
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from stage_runs import STAGES, logged, stage_flags, start_stage
+from stage_runs import STAGES, logged, stage_flags, start_stage, write_data
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import supervised_finetuning
 import training_run
+from causal_lm_trainer import CausalLMTrainer
+from errors import UserError
+from records import load_dialogues
 from training_run import BEST, UNFINISHED, ProgressLines
 
 # Dropout, so that a resumed run needs the right random numbers; logging between steps, so it needs the sums of losses.
@@ -153,3 +163,262 @@ def test_every_stage_goes_on_after_kill_9(flags, tmp_path, stage):
     assert whole.exitcode == 0, log.read_text()[-2000:]
     kill_again_and_again(stage, flags(stage, **options), tmp_path / "out", n_kills=2)
     assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+# ---------------------------------------------------------------- the disk is full
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Callable[[int], Path]:
+    """A function that gives a disk so many KiB, and keeps what is on it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+
+    def resize(n_kib: int) -> Path:
+        subprocess.run(["mount", "-o", f"remount,size={n_kib}k", str(folder)], check=True)
+        return folder
+
+    yield resize
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # weights that were read may be mapped still
+
+
+@pytest.mark.parametrize("room", [0.1, 0.6])  # not for the third checkpoint's weights; not for its optimizer
+def test_full_disk_names_disk_and_last_checkpoint(flags, uninterrupted, monkeypatch, small_disk, room):
+    sizes = [sum(file.stat().st_size for file in folder.rglob("*")) for folder in uninterrupted.glob("checkpoint-[39]")]
+    disk = small_disk(int((2 + room) * max(sizes)) // 1024)
+    argv = flags(**WHOLE, output_dir=disk / "out")
+    monkeypatch.setattr(training_run, "check_disk", lambda trainer: None)  # somebody else filled the disk since
+    with pytest.raises(UserError) as stopped:
+        supervised_finetuning.main(argv)
+    message = (
+        rf"^no space left on the disk at {disk} for .*; the last complete checkpoint is {disk}/out/checkpoint-6\. "
+    )
+    assert re.search(message, str(stopped.value))
+    assert {path.name for path in (disk / "out").iterdir()} == {"checkpoint-3", "checkpoint-6"}
+    assert training_run._faults(disk / "out/checkpoint-6") == ""
+    small_disk(64 * 1024)
+    supervised_finetuning.main([*argv, "--resume_from_checkpoint", "True"])
+    assert max(logged(disk / "out")) == 10
+
+
+def test_full_disk_while_results_are_written_is_one_line(flags, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(CausalLMTrainer, "save_metrics", full)
+    with pytest.raises(UserError, match=r"^no space left on the disk at .*; the last complete checkpoint is .*int-2"):
+        supervised_finetuning.main(flags(max_steps=2))
+
+
+def test_too_small_a_disk_is_refused_before_the_first_step(flags, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 50 * 2**20})
+    monkeypatch.setattr(training_run.shutil, "disk_usage", lambda folder: usage)
+    message = r"the run writes 4 checkpoints of about 0\.02 GiB and checkpoint-best, .* has 0\.05 GiB left; make room"
+    with pytest.raises(UserError, match=message):
+        supervised_finetuning.main(flags(**WHOLE))
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_estimated_size_of_a_checkpoint(flags, tmp_path, monkeypatch, use_peft):
+    estimates = []
+    estimate = training_run._estimated_bytes
+    monkeypatch.setattr(training_run, "check_disk", lambda trainer: estimates.extend(estimate(trainer)))
+    supervised_finetuning.main(flags(max_steps=2, use_peft=use_peft))
+    folder = tmp_path / "out/checkpoint-2"
+    weights = (folder / ("adapter_model" if use_peft else "model")).with_suffix(".safetensors").stat().st_size
+    both = weights + (folder / "optimizer.pt").stat().st_size
+    assert estimates[0] == pytest.approx(weights, rel=0.1)
+    assert estimates[1] - training_run.SMALL_FILES == pytest.approx(both, rel=0.1)
+
+
+# ---------------------------------------------------------------- the memory is full
+
+
+@pytest.fixture
+def room_for(monkeypatch) -> Callable[[int], None]:
+    """A function that lets the forward pass run out of memory above so many rows."""
+    compute = CausalLMTrainer.compute_loss
+
+    def limit(n_rows: int) -> None:
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if len(inputs["input_ids"]) > n_rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return compute(self, model, inputs, *args, **kwargs)
+
+        monkeypatch.setattr(CausalLMTrainer, "compute_loss", compute_loss)
+
+    return limit
+
+
+def test_out_of_memory_names_the_remedies_with_the_values_of_the_run(flags, room_for):
+    room_for(1)
+    with pytest.raises(UserError) as stopped:
+        supervised_finetuning.main(flags(gradient_accumulation_steps=16))
+    assert str(stopped.value) == (
+        "out of memory at step 1; in this order: --per_device_train_batch_size 1 --gradient_accumulation_steps 32 (now "
+        "2 and 16); --gradient_checkpointing True; --load_in_4bit True; --model_max_length 51 (the longest row has 102 "
+        "tokens); --lora_rank 8 (now 16)"
+    )
+
+
+def test_auto_find_batch_size_keeps_the_rows_of_a_step(flags, tmp_path, room_for, capfd):
+    plain = {"lora_dropout": 0, "save_strategy": "no"}
+    one_by_one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    supervised_finetuning.main(flags(**plain, **one_by_one, output_dir=tmp_path / "one-by-one"))
+    room_for(1)
+    found = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "auto_find_batch_size": True}
+    supervised_finetuning.main(flags(**plain, **found))
+    assert logged(tmp_path / "out") == logged(tmp_path / "one-by-one")
+    lines = re.findall(r"out of memory with (.*)", capfd.readouterr().err)
+    assert [re.findall(r"\d+", line) for line in lines] == [["4", "2", "2"], ["2", "1", "4"]]
+
+
+def test_auto_find_batch_size_ends_with_the_remedies(flags, room_for):
+    room_for(0)
+    with pytest.raises(UserError, match=r"^out of memory at step 1; in this order: --gradient_checkpointing True; "):
+        supervised_finetuning.main(flags(auto_find_batch_size=True))
+
+
+def test_auto_find_batch_size_is_for_one_process(flags, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^--auto_find_batch_size True: for one process without DeepSpeed"):
+        supervised_finetuning.main(flags(auto_find_batch_size=True))
+
+
+# ---------------------------------------------------------------- the loss goes wrong
+
+
+@pytest.fixture
+def spoil(monkeypatch) -> Callable[[set[int], Callable], None]:
+    """A function that puts something in the place of the loss in these steps."""
+    compute = CausalLMTrainer.compute_loss
+
+    def put(steps: set[int], change: Callable[[torch.Tensor, torch.nn.Module], torch.Tensor]) -> None:
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            loss = compute(self, model, inputs, *args, **kwargs)
+            return change(loss, model) if self.state.global_step + 1 in steps else loss
+
+        monkeypatch.setattr(CausalLMTrainer, "compute_loss", compute_loss)
+
+    return put
+
+
+def with_infinite_slope(loss: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
+    """The same value."""
+    weights = next(weights for weights in model.parameters() if weights.requires_grad)
+    return loss + (weights * 0).sum().sqrt()
+
+
+BAD_LOSSES = {
+    "the loss is nan": lambda loss, model: loss * math.nan,
+    r"the gradient is nan, the loss \d\.\d{4}": with_infinite_slope,
+}
+
+
+@pytest.mark.parametrize("what", BAD_LOSSES)
+def test_a_bad_step_is_left_out(flags, tmp_path, spoil, capfd, what):
+    spoil({1, 3}, BAD_LOSSES[what])
+    supervised_finetuning.main(flags(max_steps=4, save_steps=1))
+    log = capfd.readouterr().err
+    where = r"at learning rate \d\.\d\de-0\d on .*records\.jsonl:\d+, .*records\.jsonl:\d+"
+    for step in (1, 3):
+        assert re.search(rf"step {step}: {what} {where}; bad step 1 in a row, left out", log)
+    second, third, fourth = (load_file(tmp_path / f"out/checkpoint-{n}/adapter_model.safetensors") for n in (2, 3, 4))
+    assert all(torch.equal(second[name], third[name]) for name in second)
+    assert not all(torch.equal(third[name], fourth[name]) for name in third)
+    assert all(weights.isfinite().all() for weights in fourth.values())
+
+
+def test_bad_steps_in_a_row_stop_the_run(flags, spoil):
+    spoil({2, 3}, lambda loss, model: loss * math.nan)
+    message = (
+        r"^step 3: the loss is nan at learning rate 5\.00e-04 on .*; 2 bad step\(s\) in a row \(--max_bad_steps 2\)"
+    )
+    with pytest.raises(UserError, match=message):
+        supervised_finetuning.main(flags(max_bad_steps=2))
+
+
+def test_a_loss_that_explodes_stops_the_run(flags, spoil, monkeypatch):
+    monkeypatch.setattr(training_run, "RECENT_STEPS", 6)
+    spoil(set(range(5, 20)), lambda loss, model: loss * 100)
+    message = r"^step 7: the loss is \d{3}\.\d+ after a median of \d\.\d+ at learning rate .*; 3 bad step"
+    with pytest.raises(UserError, match=message):
+        supervised_finetuning.main(flags(max_steps=20, save_strategy="no"))
+
+
+# ---------------------------------------------------------------- wrong and hostile inputs
+
+
+HOSTILE_TEMPLATES = {
+    "reads a class": "{{ messages.__class__.__mro__[-1].__subclasses__() }}",
+    "imports": "{{ cycler.__init__.__globals__.os.system('touch SIGN') }}",
+    "changes its input": "{{ messages.append(1) }}",
+    "never ends": "{% for number in range(10 ** 12) %}{{ number }}{% endfor %}",
+    "adds a number to a text": "{{ messages[0]['content'] + 1 }}",
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_TEMPLATES)
+def test_a_chat_template_runs_no_code(flags, tiny_model_dir, tmp_path, monkeypatch, case):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    (model / "chat_template.jinja").write_text(HOSTILE_TEMPLATES[case].replace("SIGN", str(tmp_path / "sign")))
+    monkeypatch.setattr(supervised_finetuning, "load_for_training", lambda *a, **k: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError):
+        supervised_finetuning.main(flags(model_name_or_path=model, template_name=None))
+    assert not (tmp_path / "sign").exists()
+
+
+def test_a_link_that_leads_back_is_named(flags, tmp_path):
+    folder = write_data("sft", tmp_path)
+    (folder / "deep").mkdir()
+    (folder / "deep/back").symlink_to(folder)
+    with pytest.raises(
+        UserError, match=r"^--train_file_dir .*: .*deep/back leads back to a folder that it is in; remove"
+    ):
+        supervised_finetuning.main(flags())
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("[" * 100_000, "broken JSON: .*recursion"),
+        ('{"question": ' + "9" * 10_000 + "}", "broken JSON: .*digits"),
+        ("x" * 100_000_000, r"broken JSON: .*column 1\)"),
+        ('{"question": "' + "头" * 30_000_000 + '", "answer": 1}', "not text"),
+    ],
+    ids=["deep", "long number", "100 MB of nothing", "100 MB of a question"],
+)
+def test_a_monstrous_line_is_a_fault_with_its_place(tmp_path, line, reason):
+    file = tmp_path / "d.jsonl"
+    file.write_text(line + "\n" + '{"question": "头疼怎么办？", "answer": "请就诊。"}\n', encoding="utf-8")
+    with pytest.raises(UserError) as refused:
+        load_dialogues([file])
+    assert re.search(rf"d\.jsonl:1: {reason}", str(refused.value))
+    assert len(str(refused.value)) < 1000
+    dialogues, report = load_dialogues([file], on_bad_data="drop")
+    assert (len(dialogues), sum(report.dropped.values())) == (1, 1)
+
+
+def test_pickle_weights_are_refused_before_anything_is_read(flags, tiny_model_dir, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"^--model_name_or_path .*: only pickle weights \(\.bin\), which can run code"):
+        supervised_finetuning.main(flags(model_name_or_path=model))
+
+
+def test_an_adapter_of_another_base_is_refused(flags, tiny_model_dir, tmp_path):
+    supervised_finetuning.main(flags(max_steps=1, save_strategy="no"))
+    adapter, other = tmp_path / "out" / BEST, tmp_path / "other"
+    shutil.copytree(tiny_model_dir, other)
+    config = json.loads((other / "config.json").read_text()) | {"intermediate_size": 64}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(other)
+    text = (adapter / "adapter_config.json").read_text().replace(str(tiny_model_dir), str(other))
+    (adapter / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"the adapter does not fit .*other: other layers or sizes"):
+        supervised_finetuning.main(flags(model_name_or_path=adapter, output_dir=tmp_path / "second"))

@@ -115,9 +115,16 @@ def test_what_a_killed_run_left_is_cleared(arguments, tmp_path):
     for folder in (unfinished / BEST, unfinished / f"{BEST}.replaced"):  # killed between the two moves
         folder.mkdir(parents=True)
         (folder / "who").write_text(folder.name)
-    assert find_checkpoint(arguments(resume_from_checkpoint=True), overwrite_output_dir=False) is None
+    make_checkpoint(tmp_path / "out" / "checkpoint-3")
+    assert find_checkpoint(arguments(resume_from_checkpoint=True), overwrite_output_dir=False)
     assert (tmp_path / "out" / BEST / "who").read_text() == f"{BEST}.replaced"
     assert not unfinished.exists()
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(arguments, tmp_path):
+    (tmp_path / "out" / BEST).mkdir(parents=True)
+    assert find_checkpoint(arguments(resume_from_checkpoint=True), overwrite_output_dir=False) is None
+    assert (tmp_path / "out.earlier-1" / BEST).is_dir()
 
 
 def test_a_folder_is_replaced_whole(tmp_path):
@@ -245,11 +252,3 @@ def test_adapter_check_waits_for_the_warm_up():
     check.on_step_begin(args, state, None, model=model, optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]))
     check.on_step_end(args, state, None, model=model)
     assert not check.done
-
-
-def test_out_of_memory_names_the_remedies_with_this_runs_values(arguments):
-    args = arguments(per_device_train_batch_size=2, gradient_accumulation_steps=16, gradient_checkpointing=False)
-    advice = training_run._out_of_memory_advice(args)
-    assert "--per_device_train_batch_size 1 --gradient_accumulation_steps 32; --gradient_checkpointing True" in advice
-    args = arguments(per_device_train_batch_size=1, gradient_checkpointing=True)
-    assert "batch_size" not in training_run._out_of_memory_advice(args)

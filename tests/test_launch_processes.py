@@ -1,0 +1,75 @@
+"""What the launchers start several processes with: how it ends, and how nodes find each other."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launch_processes import rendezvous
+
+ROOT = Path(__file__).resolve().parents[1]
+WAITS = """
+import os, pathlib, signal, sys, time
+rank = os.environ["RANK"]
+def save(number, frame):
+    time.sleep(1)
+    pathlib.Path(f"saved-{rank}").touch()
+    sys.exit(128 + number)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, save)
+pathlib.Path(f"ready-{rank}").touch()
+time.sleep(600)
+"""
+
+
+def start(script: Path, **variables: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "scripts.launch_processes", "--nproc_per_node", "2", "--no_python", sys.executable]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    return subprocess.Popen(
+        [*command, str(script)], cwd=script.parent, env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_reaches_all_processes_and_is_the_exit_code(tmp_path, number, code):
+    script = tmp_path / "waits.py"
+    script.write_text(WAITS)
+    launcher = start(script)
+    while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
+        assert launcher.poll() is None, launcher.stderr.read()
+        time.sleep(0.05)
+    launcher.send_signal(number)
+    log = launcher.communicate(timeout=120)[1]
+    assert launcher.returncode == code, log
+    assert all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1))
+    assert "Traceback" not in log
+
+
+def test_a_mistake_ends_with_the_code_of_the_process(tmp_path):
+    script = tmp_path / "refuses.py"
+    script.write_text("import sys; sys.exit(2)")
+    launcher = start(script)
+    log = launcher.communicate(timeout=300)[1]
+    assert launcher.returncode == 2, log
+    assert "Traceback" not in log
+
+
+def test_one_node_finds_itself_and_several_find_the_first():
+    assert rendezvous({}) == rendezvous({"NNODES": "1"}) == ["--standalone"]
+    variables = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
+    expected = "--nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port"
+    assert rendezvous(variables) == [*expected.split(), "29500"]
+    assert rendezvous(variables | {"MASTER_PORT": "4000"})[-1] == "4000"
+
+
+@pytest.mark.parametrize("missing", ["NODE_RANK", "MASTER_ADDR"])
+def test_a_missing_variable_is_named(capsys, missing):
+    variables = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "10.0.0.1"}
+    del variables[missing]
+    with pytest.raises(SystemExit) as stopped:
+        rendezvous(variables)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: NNODES=2 needs {missing}: ")
