@@ -923,6 +923,7 @@ def train(
             keeper.on_save(trainer.args, trainer.state, trainer.control)
         if stop.received:
             _exit_interrupted(trainer, stop.received)
+        metrics["peak_memory_gib"] = round(peak_memory_gib(), 2)
         trainer.save_metrics("train", metrics, combined=False)
         trainer.save_state()
     return keeper
