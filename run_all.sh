@@ -12,6 +12,7 @@
 # The same command after an interruption skips finished stages and goes on within the interrupted one.
 set -euo pipefail
 cd "$(dirname "$0")"
+{ # Bash reads a script while it runs; in braces it has read all of it, and editing it during the hours does no harm.
 
 # ---------------------------------------------------------------- edit block
 DO_PT=${DO_PT:-}                           # 1: continued pretraining first
@@ -49,6 +50,7 @@ flock -n 9 || { echo "error: a run of $NAME is still at work; wait for it, or st
 
 # ---------------------------------------------------------------- one stage
 child=
+# shellcheck disable=SC2329  # the trap calls it
 interrupted() {
     echo "$(date '+%F %T') interrupted: the stage saves a checkpoint; the same command goes on with it" >&2
     [ -z "$child" ] || kill -TERM "$child" 2> /dev/null || true
@@ -157,3 +159,5 @@ stage report "outputs-report-$NAME" "outputs-eval-$NAME/metrics.json" "$PYTHON" 
 
 echo "$(date '+%F %T') all done. The report: outputs-report-$NAME/report.html and report.md"
 echo "next: $(basename "$PYTHON") inference.py --base_model $merged --interactive"
+exit
+}
