@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serve a trained model by OpenAI's chat completions: with vLLM on a GPU where it is installed, otherwise with openai_server.py.
+# Serve a trained model by OpenAI's chat completions: with vLLM on a GPU that has it, otherwise with openai_server.py.
 #
 # Needs: 1 GPU of 16 GB or more for Qwen2.5-3B with vLLM (see requirements-serve.txt). No GPU: a small model on the CPU.
 #
@@ -33,7 +33,8 @@ if [ -f "$MODEL/adapter_config.json" ] && [ -z "$LORA" ]; then
 fi
 NAME=${NAME:-${LORA:-$MODEL}}                   # what requests call the model
 
-if [ "$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)" -gt 0 ] && "$VLLM_PYTHON" -c 'import vllm' 2> /dev/null; then
+n_gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
+if [ "$n_gpus" -gt 0 ] && "$VLLM_PYTHON" -c 'import vllm' 2> /dev/null; then
     args=(
         --model "$MODEL"
         --host "$HOST"

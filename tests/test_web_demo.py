@@ -1,0 +1,203 @@
+"""`web_demo.py` in a real browser: ask, stream, switch the model, compare two; and what it does without one."""
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+
+pytest.importorskip("gradio", reason="the chat page needs requirements-web.txt")
+
+import web_demo
+from chat_models import NOTICE, ChatModelArguments, RewardModel, describe_models, load_weights
+from errors import UserError
+from generation import Decoding, Reply, generate_replies
+from model_loading import load_tokenizer
+from tokenization import encode_prompt
+from web_demo import EMERGENCY, Panel, converse, pieces_of
+
+SCRIPT = Path(web_demo.__file__)
+SHORT = Decoding(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model_dir, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "checkpoint-best"
+    set_seed(1)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config).save_pretrained(folder)
+    load_tokenizer(str(tiny_model_dir)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reward_adapter(tiny_model_dir, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rm") / "checkpoint-best"
+    set_seed(3)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
+    get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=2)).save_pretrained(folder)
+    load_tokenizer(str(tiny_model_dir)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model_dir, adapter):
+    model_args = ChatModelArguments(str(tiny_model_dir))
+    models = describe_models(["base", str(adapter)], "--models", model_args)
+    load_weights(models, model_args)
+    return models
+
+
+def reply_of(chat_model, turns: list[dict]) -> str:
+    prompt = encode_prompt(chat_model.tokenizer, chat_model.chat_template, turns)
+    with chat_model.in_use() as model:
+        return generate_replies(model, chat_model.tokenizer, [prompt], chat_model.stop_ids, SHORT)[0].text
+
+
+# ---------------------------------------------------------------- replies
+
+
+def test_a_conversation_grows_piece_by_piece_and_is_remembered(models, tiny_model_dir, reward_adapter):
+    scorer = RewardModel(str(reward_adapter), ChatModelArguments(str(tiny_model_dir)))
+    n_shown = []
+    for chat_model in models:
+        panel = Panel([{"role": "user", "content": "头痛"}])
+        shown = list(converse(chat_model, scorer, "你是医生", panel, SHORT, 42))
+        expected = reply_of(
+            chat_model, [{"role": "system", "content": "你是医生"}, {"role": "user", "content": "头痛"}]
+        )
+        n_shown.append(len(shown))
+        partial = [messages[1]["content"] for messages in shown]
+        assert all(later.startswith(earlier.strip()) for earlier, later in pairwise(partial[:-1]))
+        assert panel.turns == shown[-1] == [*panel.turns[:1], {"role": "assistant", "content": expected}]
+        assert re.match(r"得分 score -?\d+\.\d{3}； 24 tokens，已截断 cut$", panel.note)
+    assert max(n_shown) > 2
+
+
+def test_what_cannot_be_asked_is_said_and_costs_no_history(models):
+    before = [{"role": "user", "content": "头痛"}, {"role": "assistant", "content": "休息"}]
+    for question, fault in (("头痛" * 3000, "there is room for 2024"), ("<|im_start|>system", "holds <|im_start|>")):
+        panel = Panel([*before, {"role": "user", "content": question}])
+        assert list(converse(models[0], None, "", panel, SHORT, 42)) == [before]
+        assert fault in panel.note
+        assert panel.turns == before
+
+
+def test_left_out_turns_are_said(models):
+    long = [{"role": "user", "content": "水" * 900}, {"role": "assistant", "content": "水" * 900}]
+    panel = Panel([*long, *long, {"role": "user", "content": "头痛"}])
+    list(converse(models[0], None, "", panel, SHORT, 42))
+    assert "the oldest 2 turns were left out" in panel.note or "the oldest 4 turns were left out" in panel.note
+    assert len(panel.turns) == 6
+
+
+def test_closing_a_reply_ends_its_generation(models):
+    pieces = pieces_of(models[0], [1, 2, 3], Decoding(max_new_tokens=2000), 42)
+    next(pieces)
+    pieces.close()
+    # It would have taken the lock for all 2000 tokens.
+    assert web_demo._ONE_AT_A_TIME.acquire(timeout=60)
+    web_demo._ONE_AT_A_TIME.release()
+    *_, last = pieces_of(models[0], [1, 2, 3], SHORT, 42)
+    assert isinstance(last, Reply)
+
+
+def test_flags_that_exclude_each_other(tiny_model_dir, adapter):
+    flags = ["--base_model", str(tiny_model_dir), "--lora_model", str(adapter), "--models", "base"]
+    with pytest.raises(UserError, match="name the adapter after --models"):
+        web_demo.main(flags)
+
+
+# ---------------------------------------------------------------- the page
+
+
+@pytest.fixture(scope="module")
+def address(tiny_model_dir, adapter, reward_adapter, tmp_path_factory):
+    """The page as a user starts it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("web") / "web.log"
+    command = [sys.executable, SCRIPT, "--base_model", tiny_model_dir, "--models", "base", adapter, "--port", port]
+    command += ["--reward_model", reward_adapter]
+    with log.open("w") as file:
+        server = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        if server.poll() is not None:
+            pytest.fail(log.read_text(encoding="utf-8"))
+        try:
+            urllib.request.urlopen(address).close()
+            break
+        except OSError:
+            time.sleep(0.5)
+    yield address
+    server.terminate()
+    server.wait(60)
+
+
+@pytest.mark.slow
+def test_ask_stream_switch_and_compare_in_a_browser(address, adapter, models, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(120_000)
+        elsewhere = []
+        page.on("request", lambda request: request.url.startswith(address) or elsewhere.append(request.url))
+        page.goto(address)
+        notice = page.locator("#notice")
+        sync_api.expect(notice).to_contain_text(NOTICE)
+        sync_api.expect(notice).to_contain_text(EMERGENCY.split("。")[0])
+
+        # The adapter is chosen first; greedy, 512 tokens.
+        page.locator("#question textarea").fill("头痛")
+        page.locator("#send").click()
+        bot = page.locator("#left-chat .bot.message")
+        sync_api.expect(bot).to_have_count(1)
+        sync_api.expect(page.locator("#left-note")).to_contain_text("tokens")
+        sync_api.expect(page.locator("#left-note")).to_contain_text("score")
+        sync_api.expect(page.locator("#question textarea")).to_have_value("")
+
+        # Two side by side.
+        page.locator("#right-model input").click()
+        page.get_by_role("option", name="base").click()
+        page.locator("#question textarea").fill("感冒了")
+        page.locator("#send").click()
+        sync_api.expect(page.locator("#right-note")).to_contain_text("score")
+        sync_api.expect(page.locator("#left-chat .bot.message")).to_have_count(2)
+        sync_api.expect(page.locator("#right-chat .bot.message")).to_have_count(1)
+
+        # Another model starts another conversation; the line is still in view.
+        page.locator("#left-model input").click()
+        page.get_by_role("option", name="base").click()
+        sync_api.expect(page.locator("#left-chat .bot.message")).to_have_count(0)
+        sync_api.expect(notice).to_be_in_viewport()
+        page.locator("#clear").click()
+        sync_api.expect(page.locator("#right-chat .bot.message")).to_have_count(0)
+        browser.close()
+    assert elsewhere == []
+
+
+def test_the_page_answers_its_own_client(address, models, adapter):
+    from gradio_client import Client
+
+    client = Client(address, verbose=False)
+    job = client.submit("头痛", str(adapter), "不比较 none", "", 0, 1, 24, 42, api_name="/talk")
+    question, left, right, *_, note, _ = job.result(timeout=120)
+    assert question == ""
+    assert right == []
+    assert "score" in note
+    (part,) = left[1]["content"]
+    assert part["text"] == reply_of(models[1], [{"role": "user", "content": "头痛"}])
+    assert len(job.outputs()) > 1

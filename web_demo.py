@@ -1,0 +1,287 @@
+"""A chat page in the browser: choose a trained model, or put two side by side with their reward scores.
+
+Input: a base model with the stages to choose from (--models), one adapter, a merged model or a full checkpoint.
+Output: a page on http://127.0.0.1:7860. It keeps no conversation; prompts are those of training.
+
+    python web_demo.py --base_model Qwen/Qwen2.5-3B-Instruct --lora_model outputs-dpo-qwen2.5-3b/checkpoint-best
+    python web_demo.py --base_model Qwen/Qwen2.5-3B-Instruct --models base outputs-sft-qwen2.5-3b/checkpoint-best \\
+        outputs-dpo-qwen2.5-3b/checkpoint-best --reward_model outputs-rm-qwen2.5-3b/checkpoint-best
+
+Needs requirements-web.txt. On a rented server, reach it from home by `ssh -L 7860:127.0.0.1:7860 SERVER`.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import gradio as gr
+from loguru import logger
+from transformers import set_seed
+
+from arguments import StageArgumentParser
+from chat_models import (
+    NOTICE,
+    ChatModel,
+    ChatModelArguments,
+    RewardModel,
+    describe_model,
+    describe_models,
+    load_weights,
+)
+from errors import UserError, run_script
+from generation import Decoding, Reply, stream_reply
+from records import Unusable
+from template import Message
+from tokenization import encode_recent, refuse_control_tokens
+from training_run import start_log
+
+EMERGENCY = (
+    "紧急情况（胸痛、呼吸困难、意识不清、大出血、想自杀等）请立即拨打 120 或去急诊。 "
+    "In an emergency (chest pain, trouble breathing, fainting, heavy bleeding, thoughts of suicide) call 120 or your "
+    "local number now."
+)
+EXAMPLES = ["感冒了应该怎么办？", "高血压患者在饮食上需要注意什么？", "What should I do about a cold?"]
+NO_SECOND = "不比较 none"
+# The line stays in view however long the conversation is; no font comes from another server.
+CSS = """
+#notice {position: sticky; top: 0; z-index: 100; background: var(--block-background-fill);
+         border-left: 4px solid #c0392b; padding: 8px 12px}
+"""
+THEME = gr.themes.Default(
+    font=["system-ui", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+)
+
+# ---------------------------------------------------------------- arguments
+
+
+@dataclass
+class WebArguments:
+    models: list[str] | None = field(
+        default=None,
+        metadata={"help": "To choose from: `base`, folders of adapters on --base_model or of whole models."},
+    )
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 opens it to the network."})
+    port: int = field(default=7860, metadata={"help": "Port to listen on."})
+
+
+# ---------------------------------------------------------------- replies
+
+
+# The models share a base whose adapters are switched, and a stopped reply ends with its next piece.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+class _Closed(Exception):  # noqa: N818 - it ends a generation, nothing went wrong
+    """Nobody waits for the reply any more."""
+
+
+def pieces_of(chat_model: ChatModel, prompt: list[int], decoding: Decoding, seed: int) -> Iterator[str | Reply]:
+    """Pieces of a reply as they come, then the reply; closing the iterator ends the generation."""
+    items: queue.Queue[str | Reply | BaseException] = queue.Queue()
+    closed = threading.Event()
+
+    def hand_on(item: str) -> None:
+        if closed.is_set():
+            raise _Closed
+        items.put(item)
+
+    def generate() -> None:
+        try:
+            with _ONE_AT_A_TIME, chat_model.in_use() as model:
+                set_seed(seed)
+                reply = stream_reply(model, chat_model.tokenizer, prompt, chat_model.stop_ids, decoding, hand_on)
+        except (_Closed, RuntimeError, ValueError) as error:
+            items.put(error)
+        else:
+            items.put(reply)
+
+    threading.Thread(target=generate, name="generate", daemon=True).start()
+    try:
+        while not isinstance(item := items.get(), Reply):
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+        yield item
+    finally:
+        closed.set()
+
+
+def answered(turns: list[Message]) -> list[Message]:
+    """The turns without a last question whose reply was stopped."""
+    return turns[:-1] if turns and turns[-1]["role"] == "user" else turns
+
+
+@dataclass
+class Panel:
+    """One side of the page: a conversation with one model."""
+
+    turns: list[Message]
+    note: str = ""
+
+    def shown(self, partial: str | None = None) -> list[Message]:
+        return self.turns if partial is None else [*self.turns, {"role": "assistant", "content": partial}]
+
+
+def converse(
+    chat_model: ChatModel,
+    reward_model: RewardModel | None,
+    system: str,
+    panel: Panel,
+    decoding: Decoding,
+    seed: int,
+) -> Iterator[list[Message]]:
+    """Answer the panel's last turn: what is to be shown while the reply grows; then it is one of the turns."""
+    with_system: list[Message] = [{"role": "system", "content": system}] if system else []
+    try:
+        refuse_control_tokens(chat_model.chat_template, panel.turns[-1:], None)
+        room = chat_model.context - decoding.max_new_tokens
+        prompt, n_left_out = encode_recent(
+            chat_model.tokenizer, chat_model.chat_template, [*with_system, *panel.turns], room
+        )
+    except (Unusable, UserError) as error:
+        panel.note = f"不能回答 cannot be asked: {error.detail if isinstance(error, Unusable) else error}"
+        panel.turns = panel.turns[:-1]
+        yield panel.shown()
+        return
+    said = ""
+    for piece in pieces_of(chat_model, prompt, decoding, seed):
+        if isinstance(piece, Reply):
+            break
+        said += piece
+        yield panel.shown(said)
+    notes = [f"{piece.n_tokens} tokens" + ("" if piece.ended else "，已截断 cut")]
+    if n_left_out:
+        notes.append(f"最早的 {n_left_out} 条已略去 the oldest {n_left_out} turns were left out")
+    if reward_model is not None:
+        row = reward_model.encode([*with_system, *panel.turns], piece.text, piece.ended)
+        notes.insert(0, f"得分 score {reward_model.score([row])[0]:.3f}")
+    panel.turns = panel.shown(piece.text)
+    panel.note = "； ".join(notes)
+    yield panel.shown()
+
+
+# ---------------------------------------------------------------- page
+
+
+def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) -> gr.Blocks:
+    by_name = {chat_model.name: chat_model for chat_model in models}
+    names = list(by_name)
+
+    def talk(
+        question, left_name, right_name, system, temperature, top_p, max_new_tokens, seed, left_turns, right_turns
+    ):
+        """Answer on the left, then on the right; the box is emptied once the question is taken."""
+        question = question.strip()
+        if not question:
+            yield gr.skip()
+            return
+        decoding = Decoding(
+            max_new_tokens=int(max_new_tokens),
+            temperature=float(temperature),
+            top_p=float(top_p) if temperature > 0 else 1.0,
+        )
+        panels = [Panel(answered(left_turns)), Panel(answered(right_turns))]
+        asked = [(panels[0], left_name)] + ([(panels[1], right_name)] if right_name != NO_SECOND else [])
+        for panel, _ in asked:
+            panel.turns = [*panel.turns, {"role": "user", "content": question}]
+        shown = [panel.shown() for panel in panels]
+        for index, (panel, name) in enumerate(asked):
+            for messages in converse(by_name[name], reward_model, system.strip(), panel, decoding, int(seed)):
+                shown[index] = messages
+                yield "", *shown, *(panel.turns for panel in panels), *(panel.note for panel in panels)
+
+    def forget():
+        return [], [], [], [], "", ""
+
+    def side_by_side(right_name):
+        return gr.update(visible=right_name != NO_SECOND), [], [], ""
+
+    with gr.Blocks(title="医疗对话 Medical dialogue", analytics_enabled=False) as page:
+        gr.Markdown(f"**{NOTICE}**\n\n**{EMERGENCY}**", elem_id="notice")
+        left_turns, right_turns = gr.State([]), gr.State([])
+        with gr.Row():
+            left_name = gr.Dropdown(names, value=names[-1], label="模型 Model", elem_id="left-model")
+            right_name = gr.Dropdown(
+                [NO_SECOND, *names], value=NO_SECOND, label="与之比较 Compare with", elem_id="right-model"
+            )
+        with gr.Row():
+            with gr.Column():
+                left_chat = gr.Chatbot(label="模型 Model", elem_id="left-chat", latex_delimiters=[], height=420)
+                left_note = gr.Markdown(elem_id="left-note")
+            with gr.Column(visible=False) as right_column:
+                right_chat = gr.Chatbot(label="比较 Compared", elem_id="right-chat", latex_delimiters=[], height=420)
+                right_note = gr.Markdown(elem_id="right-note")
+        question = gr.Textbox(
+            label="问题 Question", placeholder="请输入问题 Ask a question", lines=2, max_length=8000, elem_id="question"
+        )
+        with gr.Row():
+            send = gr.Button("发送 Send", variant="primary", elem_id="send")
+            stop = gr.Button("停止 Stop", elem_id="stop")
+            clear = gr.Button("清空 Clear", elem_id="clear")
+        gr.Examples(EXAMPLES, question, label="例子 Examples")
+        with gr.Accordion("设置 Settings", open=False):
+            system = gr.Textbox(label="系统提示 System prompt", max_length=4000)
+            with gr.Row():
+                temperature = gr.Slider(0, 2, value=0, step=0.1, label="温度 Temperature (0: greedy)")
+                top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="top_p")
+                max_new_tokens = gr.Slider(1, 2048, value=512, step=1, label="最多词元 Most new tokens")
+                seed = gr.Number(value=42, precision=0, minimum=0, maximum=2**32 - 1, label="随机种子 Seed")
+
+        inputs = [
+            *(question, left_name, right_name, system, temperature, top_p, max_new_tokens, seed),
+            *(left_turns, right_turns),
+        ]
+        outputs = [question, left_chat, right_chat, left_turns, right_turns, left_note, right_note]
+        asking = gr.on([send.click, question.submit], talk, inputs, outputs, concurrency_limit=1, api_name="talk")
+        stop.click(None, cancels=[asking])
+        forgotten = [left_chat, right_chat, left_turns, right_turns, left_note, right_note]
+        clear.click(forget, None, forgotten, cancels=[asking], api_name=False)
+        left_name.change(lambda: ([], [], ""), None, [left_chat, left_turns, left_note], api_name=False)
+        right_name.change(side_by_side, right_name, [right_column, right_chat, right_turns, right_note], api_name=False)
+    return page
+
+
+# ---------------------------------------------------------------- main
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    # ------------------------------------------------------------ arguments
+    parser = StageArgumentParser([ChatModelArguments, WebArguments])
+    model_args, web_args = parser.parse(argv)
+    if web_args.models and model_args.lora_model:
+        raise UserError("--lora_model and --models exclude each other: name the adapter after --models")
+    if not 0 < web_args.port < 65536:
+        raise UserError(f"--port {web_args.port}: give a number from 1 to 65535")
+    start_log()
+    for note in parser.notes:
+        logger.info(note)
+
+    # ------------------------------------------------------------ models
+    if web_args.models:
+        models = describe_models(web_args.models, "--models", model_args)
+    else:
+        models = [describe_model(model_args)]
+    reward_model = RewardModel(model_args.reward_model, model_args) if model_args.reward_model else None
+    load_weights(models, model_args)
+
+    # ------------------------------------------------------------ page
+    if web_args.host not in ("127.0.0.1", "localhost", "::1"):
+        logger.warning(f"--host {web_args.host}: whoever reaches port {web_args.port} can ask")
+    page = build_page(models, reward_model)
+    try:
+        page.launch(
+            server_name=web_args.host,
+            server_port=web_args.port,
+            theme=THEME,
+            css=CSS,
+            share=False,
+            ssr_mode=False,
+            footer_links=[],
+        )
+    except OSError as error:
+        raise UserError(f"--port {web_args.port}: cannot be listened on ({error})") from error
+
+
+if __name__ == "__main__":
+    run_script(main)
