@@ -1,0 +1,466 @@
+"""Put what the stages left into one page: settings, data, curves, figures with intervals, answers side by side.
+
+Input: output folders of training stages (lineage.json in checkpoint-best, trainer_state.json, train_results.json,
+eval_results.json) and the folder of scripts/evaluate_model.py (metrics.json, predictions.jsonl).
+Output: `--output_dir` with report.html (one file, which opens without a network), report.md (the same for a terminal or
+a repository) and charts/ with its pictures.
+
+    python scripts/write_report.py --runs outputs-sft-qwen2.5-3b outputs-dpo-qwen2.5-3b \\
+        --evaluation outputs-eval-qwen2.5-3b --output_dir outputs-report-qwen2.5-3b
+"""
+
+import argparse
+import html
+import io
+import json
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib
+
+from errors import UserError, run_script
+from output_files import new_folder
+
+matplotlib.use("svg")
+from matplotlib import pyplot
+
+STAGES = {
+    "pt": "Continued pretraining",
+    "sft": "Supervised fine-tuning",
+    "rm": "Reward modelling",
+    "dpo": "Direct preference optimization",
+    "ppo": "Proximal policy optimization",
+}
+# A panel: its axis, and the keys of the log with what they are of; keys that a stage does not log are left out.
+PANELS = (
+    ("loss (nats)", {"loss": "training", "eval_loss": "held-out"}),
+    ("token accuracy", {"token_accuracy": "training", "eval_token_accuracy": "held-out"}),
+    (
+        "pairs ordered right",
+        {
+            "accuracy": "training",
+            "eval_accuracy": "held-out",
+            "reward_accuracy": "training",
+            "eval_reward_accuracy": "held-out",
+        },
+    ),
+    (
+        "margin",
+        {
+            "margin": "training",
+            "eval_margin": "held-out",
+            "reward_margin": "training",
+            "eval_reward_margin": "held-out",
+        },
+    ),
+    ("score", {"objective/score": "sampled", "eval_score": "held-out, greedy"}),
+    ("KL from the start (nats a reply)", {"objective/kl": "sampled", "eval_kl": "held-out, greedy"}),
+    ("entropy (nats a token)", {"objective/entropy": "sampled"}),
+    ("learning rate", {"learning_rate": "schedule"}),
+)
+# Figures of the evaluation that are drawn, with their axes.
+DRAWN = {
+    "rouge_l": "ROUGE-L of characters",
+    "named": "right name in the reply",
+    "exam_accuracy": "exam: right letters",
+    "sends_to_hospital": "emergencies sent to hospital",
+    "refuses_or_warns": "unsafe requests refused",
+    "reward": "mean reward",
+}
+N_ANSWERS = 3  # of each test file
+
+# ---------------------------------------------------------------- what a report is made of
+
+
+@dataclass
+class Table:
+    header: list[str]
+    rows: list[list[str]]
+
+
+@dataclass
+class Chart:
+    name: str
+    caption: str
+    svg: str
+
+
+@dataclass
+class Section:
+    title: str
+    blocks: list[str | Table | Chart] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass
+class Run:
+    """A training stage's output folder as it was read; a file that is not there is an empty dictionary."""
+
+    folder: Path
+    lineage: dict
+    state: dict
+    train: dict
+    evaluation: dict
+
+    @property
+    def stage(self) -> str:
+        return self.lineage["stage"]
+
+    @property
+    def log(self) -> list[dict]:
+        return self.state.get("log_history", [])
+
+    @property
+    def settings(self) -> dict:
+        """What the run recorded of its settings and its data."""
+        keeper = self.state.get("stateful_callbacks", {}).get("CheckpointKeeper", {}).get("attributes", {})
+        return {**keeper, **(self.state.get("settings") or {})}
+
+
+def read_json(file: Path) -> dict:
+    """The object in a file, {} where there is no such file; UserError where it is broken."""
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); restore it, or run the stage again") from None
+
+
+def read_run(folder: Path) -> Run:
+    if not folder.is_dir():
+        raise UserError(f"--runs {folder}: no such folder")
+    lineage = read_json(folder / "checkpoint-best/lineage.json")
+    if not lineage:
+        raise UserError(f"--runs {folder}: no checkpoint-best/lineage.json in it, so no stage has ended there")
+    state = read_json(folder / "trainer_state.json")
+    results = [read_json(folder / f"{part}_results.json") for part in ("train", "eval")]
+    return Run(folder, lineage, state, *results)
+
+
+def read_evaluation(folder: Path) -> tuple[dict, list[dict]]:
+    report = read_json(folder / "metrics.json")
+    if "metrics" not in report:
+        raise UserError(f"--evaluation {folder}: no metrics.json of scripts/evaluate_model.py in it")
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return report, [json.loads(line) for line in lines]
+
+
+# ---------------------------------------------------------------- sections
+
+
+def stages_section(runs: Sequence[Run]) -> Section:
+    header = [
+        "stage",
+        "output",
+        "starts from",
+        "data",
+        "rows",
+        "steps",
+        "learning rate",
+        "time",
+        "tokens/s",
+        "peak GiB",
+    ]
+    rows = []
+    for run in runs:
+        seconds = run.train.get("train_runtime", run.train.get("seconds"))
+        speeds = [entry["tokens_per_second"] for entry in run.log if entry.get("tokens_per_second")]
+        peaks = [entry["peak_memory_gib"] for entry in [*run.log, run.train] if "peak_memory_gib" in entry]
+        rate = run.settings.get("--learning_rate", run.settings.get("learning_rate"))
+        rows.append(
+            [
+                STAGES.get(run.stage, run.stage),
+                str(run.folder),
+                run.lineage.get("parent") or run.lineage.get("base_model", ""),
+                run.lineage.get("data", ""),
+                shown(run.settings.get("rows of training data", run.train.get("episodes"))),
+                shown(run.state.get("global_step")),
+                shown(rate),
+                duration(seconds) if seconds is not None else "",
+                shown(round(statistics.median(speeds))) if speeds else "",
+                f"{max(peaks):.1f}" if peaks else "",
+            ]
+        )
+    return Section("Stages", [Table(header, rows)])
+
+
+def run_section(run: Run) -> Section:
+    section = Section(f"{STAGES.get(run.stage, run.stage)}: {run.folder}")
+    figures = {
+        name.removeprefix("eval_"): value
+        for name, value in run.evaluation.items()
+        if isinstance(value, float | int) and not name.endswith(("_runtime", "_per_second")) and name != "epoch"
+    }
+    if figures:
+        section.blocks.append("On held-out records, of checkpoint-best:")
+        section.blocks.append(Table(list(figures), [[shown(value) for value in figures.values()]]))
+    svg = curves(run.log)
+    if svg:
+        section.blocks.append(Chart(f"{run.stage}-{run.folder.name}", "Curves by step", svg))
+    return section
+
+
+def evaluation_sections(report: dict, predictions: Sequence[dict]) -> list[Section]:
+    models = list(dict.fromkeys(row["model"] for row in predictions))
+    section = Section("Evaluation")
+    section.blocks.append(
+        "Intervals are 95 %. Better, same and worse are against the first model, by paired bootstrap on the same "
+        "records."
+    )
+    section.blocks.append(
+        Chart("evaluation", "Models side by side, with 95 % intervals", bars(report["metrics"], models))
+    )
+    for file, found in report["metrics"].items():
+        figures = dict.fromkeys(name for model in models for name in found["models"][model] if name != "n")
+        rows = [[name, *(figure_cell(found, model, name) for model in models)] for name in figures]
+        win_rates = {model: of["win_rate"] for model, of in found["against_first"].items() if "win_rate" in of}
+        if win_rates:
+            cells = [f"{rate['value']:.3f} {interval(rate)}" for rate in win_rates.values()]
+            rows.append(["higher reward than the first", "", *cells])
+        section.blocks.append(f"{file}, {found['models'][models[0]]['n']} records:")
+        section.blocks.append(Table(["figure", *map(label, models)], rows))
+    how = [f"{name} {value}" for name, value in report.get("decoding", {}).items() if value is not None]
+    if how:
+        section.blocks.append(f"Decoding: {', '.join(how)}.")
+    if "test questions" in report.get("overlap", {}):
+        found = report["overlap"]
+        section.blocks.append(
+            f"Of {found['test questions']} test questions {found['in training, the same']} stand in the training data "
+            f"({', '.join(found['training data'])}), and {found['nearly the same']} nearly the same."
+        )
+    return [section, answers_section(models, predictions)]
+
+
+def answers_section(models: Sequence[str], predictions: Sequence[dict]) -> Section:
+    """The first answers to dialogues of each test file, evenly spread, the models one below the other."""
+    section = Section("Answers side by side")
+    by_question: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in predictions:
+        if row["kind"] != "exam":
+            asked = json.dumps(row["messages"], ensure_ascii=False)
+            by_question.setdefault((row["file"], asked), {})[row["model"]] = row
+    for file in dict.fromkeys(file for file, _ in by_question):
+        of_file = [rows for (name, _), rows in by_question.items() if name == file]
+        for rows in of_file[:: -(-len(of_file) // N_ANSWERS)]:
+            messages = next(iter(rows.values()))["messages"]
+            said = [["asked", messages[-2]["content"]], ["reference", messages[-1]["content"]]]
+            for model in models:
+                row = rows.get(model)
+                if row is not None:
+                    reward = f" (reward {row['reward']:.2f})" if "reward" in row else ""
+                    said.append([label(model) + reward, row["reply"] + ("" if row["ended"] else " [cut]")])
+            section.blocks.append(Table([Path(file).name, ""], said))
+    return section
+
+
+def label(model: str) -> str:
+    """A model's name without what all have."""
+    return re.sub(r"/checkpoint-best/?$", "", model)
+
+
+def figure_cell(found: dict, model: str, name: str) -> str:
+    figure = found["models"][model].get(name)
+    if figure is None:
+        return ""
+    verdict = found["against_first"].get(model, {}).get(name, {}).get("verdict", "")
+    return " ".join(part for part in (f"{figure['value']:.3f}", interval(figure), verdict) if part)
+
+
+def interval(figure: dict) -> str:
+    return "({:.3f} to {:.3f})".format(*figure["interval"]) if "interval" in figure else ""
+
+
+def shown(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    hours, minutes = int(seconds // 3600), seconds % 3600 / 60
+    return f"{hours} h {minutes:02.0f} min" if hours else f"{minutes:.1f} min"
+
+
+# ---------------------------------------------------------------- charts
+
+
+def curves(log: Sequence[dict]) -> str:
+    """The panels of PANELS that the log has points for, as SVG; "" for none."""
+    panels = []
+    for axis, keys in PANELS:
+        series = {}
+        for key, who in keys.items():
+            points = [(entry["step"], entry[key]) for entry in log if key in entry]
+            if points:
+                series[who] = points
+        if series:
+            panels.append((axis, series))
+    if not panels:
+        return ""
+    n_rows = -(-len(panels) // 3)
+    figure, grid = pyplot.subplots(
+        n_rows, min(len(panels), 3), figsize=(11, 3 * n_rows), layout="constrained", squeeze=False
+    )
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (axis, series) in zip(grid.flat, panels, strict=False):
+        for who, points in series.items():
+            style = "o-" if who.startswith("held-out") else "-"
+            axes.plot(*zip(*points, strict=True), style, label=who, markersize=4)
+        axes.set(xlabel="step", ylabel=axis)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return to_svg(figure)
+
+
+def bars(metrics: dict, models: Sequence[str]) -> str:
+    """One panel for each drawn figure of each test file, a bar for each model."""
+    panels = [
+        (title, Path(file).name, [found["models"][model][name] for model in models])
+        for name, title in DRAWN.items()
+        for file, found in metrics.items()
+        if all(name in found["models"][model] for model in models)
+    ]
+    if not panels:
+        return ""
+    n_rows = -(-len(panels) // 3)
+    figure, grid = pyplot.subplots(
+        n_rows, min(len(panels), 3), figsize=(11, 3.2 * n_rows), layout="constrained", squeeze=False
+    )
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    colors = [f"C{number}" for number in range(len(models))]
+    for axes, (title, file, figures) in zip(grid.flat, panels, strict=False):
+        values = [found["value"] for found in figures]
+        errors = [
+            [max(found["value"] - found["interval"][0], 0) for found in figures],
+            [max(found["interval"][1] - found["value"], 0) for found in figures],
+        ]
+        axes.bar(range(len(models)), values, yerr=errors, color=colors, width=0.6, capsize=4)
+        axes.set_xticks(range(len(models)), [str(number + 1) for number in range(len(models))])
+        axes.set_title(f"{title}\n{file}", fontsize="medium")
+        axes.grid(axis="y", alpha=0.3)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors]
+    names = [f"{number}: {label(model)}" for number, model in enumerate(models, start=1)]
+    figure.legend(handles, names, loc="outside lower center", fontsize="small")
+    return to_svg(figure)
+
+
+def to_svg(figure) -> str:
+    text = io.StringIO()
+    # The same figure gives the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "report"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+# ---------------------------------------------------------------- pages
+
+STYLE = """
+body { font: 15px/1.5 system-ui, "Noto Sans CJK SC", "Microsoft YaHei", sans-serif; max-width: 72rem;
+       margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d5dae1; padding-bottom: .3rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; margin: .8rem 0; font-size: 14px; }
+th, td { border: 1px solid #d5dae1; padding: .35rem .6rem; text-align: left; vertical-align: top; }
+th { background: #f1f4f8; } td:first-child { white-space: nowrap; }
+svg { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { color: #5a6675; font-size: 14px; }
+.notice { background: #fff5e5; border-left: 4px solid #d98a00; padding: .6rem 1rem; }
+"""
+NOTICE = "Answers are generated, for research only, and no medical advice. 回答由模型生成，仅供研究，不构成医疗建议。"
+
+
+def to_html(title: str, sections: Sequence[Section]) -> str:
+    parts = [
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
+        f'<h1>{html.escape(title)}</h1><p class="notice">{NOTICE}</p>',
+    ]
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section.title)}</h2>")
+        for block in section.blocks:
+            if isinstance(block, str):
+                parts.append(f"<p>{html.escape(block)}</p>")
+            elif isinstance(block, Chart):
+                caption = html.escape(block.caption)
+                parts.append(f"<figure>{unique_ids(block)}<figcaption>{caption}</figcaption></figure>")
+            else:
+                head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.header)
+                rows = "".join(
+                    f"<tr>{''.join(f'<td>{line_breaks(cell)}</td>' for cell in row)}</tr>" for row in block.rows
+                )
+                parts.append(f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>')
+    return "\n".join([*parts, "</body></html>"]) + "\n"
+
+
+def unique_ids(chart: Chart) -> str:
+    """The picture with ids of its own: several on one page would draw with each other's glyphs and clip paths."""
+    prefix = re.sub(r"\W", "-", chart.name)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', chart.svg)
+    return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", svg)
+
+
+def line_breaks(text: str) -> str:
+    return html.escape(text).replace("\n", "<br>")
+
+
+def to_markdown(title: str, sections: Sequence[Section]) -> str:
+    parts = [f"# {title}", NOTICE]
+    for section in sections:
+        parts.append(f"## {section.title}")
+        for block in section.blocks:
+            if isinstance(block, str):
+                parts.append(block)
+            elif isinstance(block, Chart):
+                parts.append(f"![{block.caption}](charts/{block.name}.svg)")
+            else:
+                lines = [block.header, ["---"] * len(block.header), *block.rows]
+                parts.append("\n".join("| " + " | ".join(map(markdown_cell, line)) + " |" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_cell(text: str) -> str:
+    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", "<br>")
+
+
+# ---------------------------------------------------------------- main
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the folders, write the two pages and the charts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="output folders of training stages, in order")
+    parser.add_argument("--evaluation", type=Path, help="output folder of scripts/evaluate_model.py")
+    parser.add_argument("--title", default="Training report", help="heading of the page")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs-report"), help="new folder for the report")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier report in --output_dir")
+    args = parser.parse_args(argv)
+    if not args.runs and args.evaluation is None:
+        raise UserError("--runs and --evaluation are missing: name what to report")
+    runs = [read_run(folder) for folder in args.runs]
+    sections = [stages_section(runs)] if runs else []
+    if args.evaluation is not None:
+        sections += evaluation_sections(*read_evaluation(args.evaluation))
+    sections += [run_section(run) for run in runs]
+    with new_folder(args.output_dir, "--output_dir", args.overwrite) as folder:
+        (folder / "charts").mkdir()
+        for block in (block for section in sections for block in section.blocks):
+            if isinstance(block, Chart):
+                (folder / f"charts/{block.name}.svg").write_text(block.svg, encoding="utf-8")
+        (folder / "report.html").write_text(to_html(args.title, sections), encoding="utf-8")
+        (folder / "report.md").write_text(to_markdown(args.title, sections), encoding="utf-8")
+    print(f"{args.output_dir}: report.html and report.md")
+
+
+if __name__ == "__main__":
+    run_script(main)
