@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 4096
 CONTEXT_LENGTH = 2048
-TRAINING_PARTS = ("pretrain", "finetune", "reward")
+# Not the rejected replies: sentences that return in many of them would take the place of medical words.
+TRAINING_PARTS = ("pretrain", "finetune")
 RECORD_FILE = "tiny_model.json"
 
 # ---------------------------------------------------------------- texts
