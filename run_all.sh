@@ -146,12 +146,10 @@ else
     merged=$best # all weights were trained
 fi
 
-for index in "${!compared[@]}"; do
-    [ "${compared[index]}" != "$base" ] || compared[index]=base # loaded once
-done
+[ "$base" != "$MODEL" ] || compared[0]=base
 # shellcheck disable=SC2086
-stage evaluation "outputs-eval-$NAME" "${runs[*]/%//checkpoint-best}" "$PYTHON" scripts/evaluate_model.py --base_model "$base" \
-    --compare "${compared[@]}" "${reward[@]}" --test_file $TEST_FILES $EVAL_FLAGS \
+stage evaluation "outputs-eval-$NAME" "${runs[*]/%//checkpoint-best}" "$PYTHON" scripts/evaluate_model.py \
+    --base_model "$base" --compare "${compared[@]}" "${reward[@]}" --test_file $TEST_FILES $EVAL_FLAGS \
     --output_dir "outputs-eval-$NAME" --overwrite
 
 stage report "outputs-report-$NAME" "outputs-eval-$NAME/metrics.json" "$PYTHON" scripts/write_report.py \

@@ -123,6 +123,7 @@ def test_whole_models_are_not_merged(project):
     finished, calls = run(project, FULL="1", ALIGN="none")
     assert scripts(calls) == ["supervised_finetuning.py", *LAST[1:]]
     assert "inference.py --base_model outputs-sft-tiny/checkpoint-best --interactive" in finished.stdout
+    assert "--compare org/Tiny-Instruct outputs-sft-tiny/checkpoint-best --test_file" in " ".join(calls[1])
 
 
 def test_finished_stages_are_skipped(project):
