@@ -172,7 +172,8 @@ def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) ->
         question, left_name, right_name, system, temperature, top_p, max_new_tokens, seed, left_turns, right_turns
     ):
         """Answer on the left, then on the right; the box is emptied once the question is taken."""
-        question = question.strip()
+        # A box that nobody has touched sends None.
+        question, system, seed = (question or "").strip(), (system or "").strip(), int(seed or 0)
         if not question:
             yield gr.skip()
             return
@@ -187,7 +188,7 @@ def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) ->
             panel.turns = [*panel.turns, {"role": "user", "content": question}]
         shown = [panel.shown() for panel in panels]
         for index, (panel, name) in enumerate(asked):
-            for messages in converse(by_name[name], reward_model, system.strip(), panel, decoding, int(seed)):
+            for messages in converse(by_name[name], reward_model, system, panel, decoding, seed):
                 shown[index] = messages
                 yield "", *shown, *(panel.turns for panel in panels), *(panel.note for panel in panels)
 
