@@ -1,0 +1,201 @@
+"""`scripts/export_model.py`: what is exported says what the model says, also to llama.cpp, or it is not written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import export_model
+import gguf
+import pytest
+import torch
+from export_model import chatml, default_system_of, main, modelfile, perplexity, vocabulary
+from transformers import AutoModelForCausalLM, set_seed
+
+from errors import UserError
+from generation import Decoding, generate_replies
+from model_loading import load_base_model, load_tokenizer
+from tokenization import IGNORED_LABEL, encode_prompt, load_chat_template, stop_token_ids
+
+QUESTIONS = ["感冒了怎么办？", "头痛", "See a doctor?", "  two  blanks\n\n龘 123"]
+
+
+@pytest.fixture(scope="module")
+def eval_file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("eval") / "questions.jsonl"
+    records = [{"question": question, "answer": "多喝水，see a doctor."} for question in QUESTIONS]
+    file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def model_dir(tiny_model_dir, tmp_path_factory) -> Path:
+    """The tiny model with weights far from zero and biases that are not, so that a lost tensor shows."""
+    folder = tmp_path_factory.mktemp("whole") / "merged"
+    set_seed(2)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    load_tokenizer(str(tiny_model_dir)).save_pretrained(folder)
+    return folder
+
+
+def flags(model_dir: Path, output_dir: Path, eval_file: Path, *more: str) -> list[str]:
+    return ["--model", str(model_dir), "--output_dir", str(output_dir), "--eval_file", str(eval_file), *more]
+
+
+# ---------------------------------------------------------------- GGUF
+
+
+@pytest.mark.parametrize(("gguf_type", "largest"), [("f16", 0.005), ("q8_0", 0.05), ("q4_0", 1.0)])
+def test_a_gguf_file_loads_back_and_says_the_same(model_dir, eval_file, tmp_path, capsys, gguf_type, largest):
+    result = main(flags(model_dir, tmp_path / "out", eval_file, "--gguf_type", gguf_type))
+    assert abs(result["after"] / result["before"] - 1) < largest
+    assert (result["after"] == result["before"]) is False
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".made_by_a_tool", "Modelfile", "model.gguf"]
+    assert f"{result['before']:.4f} before, {result['after']:.4f} after" in capsys.readouterr().err
+
+
+def test_llama_cpp_says_what_the_model_says(model_dir, eval_file, tmp_path):
+    """Through llama.cpp's own chat template, tokenizer and arithmetic."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="no llama.cpp: pip install xllamacpp")
+    main(flags(model_dir, tmp_path / "out", eval_file, "--gguf_type", "f32"))
+    params = xllamacpp.CommonParams()
+    params.model.path = str(tmp_path / "out/model.gguf")
+    params.n_ctx, params.n_parallel, params.warmup = 512, 1, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(params)
+    tokenizer = load_tokenizer(str(model_dir))
+    chat_template = load_chat_template(tokenizer, None)
+    prompts = [encode_prompt(tokenizer, chat_template, [{"role": "user", "content": text}]) for text in QUESTIONS]
+    model = load_base_model(str(model_dir), torch_dtype="float32")
+    decoding = Decoding(max_new_tokens=8)
+    expected = generate_replies(model, tokenizer, prompts, stop_token_ids(tokenizer, chat_template), decoding)
+    for question, prompt, reply in zip(QUESTIONS, prompts, expected, strict=True):
+        request = {"messages": [{"role": "user", "content": question}], "max_tokens": 8, "temperature": 0}
+        said = server.handle_chat_completions(request)
+        assert said["usage"]["prompt_tokens"] == len(prompt)
+        # The two differ in how they write a character that is cut in the middle.
+        content = said["choices"][0]["message"]["content"].strip()
+        assert content.rstrip("\ufffd") == reply.text.rstrip("\ufffd")
+        assert len(content) > 2
+
+
+def test_what_the_file_holds(model_dir, eval_file, tmp_path, tiny_tokenizer):
+    main(flags(model_dir, tmp_path / "out", eval_file, "--gguf_type", "q8_0"))
+    reader = gguf.GGUFReader(tmp_path / "out/model.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "qwen2"
+    assert fields["tokenizer.ggml.pre"] == "qwen2"
+    assert fields["tokenizer.ggml.eos_token_id"] == tiny_tokenizer.eos_token_id
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+    assert fields["tokenizer.chat_template"] == tiny_tokenizer.chat_template
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["blk.0.attn_q.weight"] == kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["blk.0.attn_q.bias"] == kinds["output_norm.weight"] == "F32"
+    assert len(kinds) == 2 + 2 * 12  # the head is the embedding
+
+
+def test_every_row_of_the_embedding_has_a_token(tiny_tokenizer):
+    rows = list(vocabulary(tiny_tokenizer, len(tiny_tokenizer) + 3))
+    assert [text for text, _ in rows[-3:]] == [f"[PAD{len(tiny_tokenizer) + n}]" for n in range(3)]
+    assert rows[tiny_tokenizer.eos_token_id] == (tiny_tokenizer.eos_token, gguf.TokenType.CONTROL)
+    assert len({text for text, _ in rows}) == len(rows)
+
+
+# ---------------------------------------------------------------- Ollama
+
+
+@pytest.mark.parametrize(
+    ("template_name", "system"),
+    [("chatml", ""), ("qwen", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")],
+)
+def test_the_modelfile_repeats_the_template(qwen_tokenizer, template_name, system):
+    chat_template = load_chat_template(qwen_tokenizer, template_name)
+    assert default_system_of(chat_template) == system
+    lines = modelfile(qwen_tokenizer, chat_template, 32768).splitlines()
+    assert lines[0] == "FROM ./model.gguf"
+    assert (f'SYSTEM """{system}"""' in lines) is bool(system)
+    assert 'PARAMETER stop "<|im_end|>"' in lines
+    assert "PARAMETER num_ctx 4096" in lines
+    # The template, filled in by hand as Ollama does, with the system text as the first message.
+    turns = [{"role": "user", "content": "头痛"}]
+    with_system = [{"role": "system", "content": system}, *turns] if system else turns
+    assert chatml(with_system) == chat_template.prompt(turns)
+
+
+def test_another_template_gets_no_modelfile(qwen_tokenizer):
+    for name in ("vicuna", "llama2", "qwen3_nothink"):
+        assert modelfile(qwen_tokenizer, load_chat_template(qwen_tokenizer, name), 4096) is None
+
+
+# ---------------------------------------------------------------- bitsandbytes
+
+
+@pytest.mark.parametrize("kind", ["bnb-8bit", "bnb-4bit"])
+def test_a_quantized_model_loads_back(model_dir, eval_file, tmp_path, kind):
+    result = main(flags(model_dir, tmp_path / "out", eval_file, "--format", kind))
+    assert abs(result["after"] / result["before"] - 1) < 1
+    quantized = load_base_model(str(tmp_path / "out"))
+    assert quantized.config.quantization_config.load_in_4bit is (kind == "bnb-4bit")
+    size = (tmp_path / "out/model.safetensors").stat().st_size
+    assert size < (model_dir / "model.safetensors").stat().st_size
+    assert load_tokenizer(str(tmp_path / "out")).chat_template
+
+
+# ---------------------------------------------------------------- the comparison, refusals
+
+
+def test_perplexity_by_hand():
+    class Even(torch.nn.Module):
+        """Every token of four is as likely."""
+
+        device = torch.device("cpu")
+
+        def forward(self, input_ids, use_cache):
+            return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 4)})
+
+    assert perplexity(Even(), [([0, 1, 2], [IGNORED_LABEL, 1, 2]), ([3, 3], [IGNORED_LABEL, 3])]) == pytest.approx(4)
+
+
+def test_a_file_that_says_something_else_is_not_written(model_dir, eval_file, tmp_path, monkeypatch):
+    tensors_of = export_model.tensors_of
+    monkeypatch.setattr(
+        export_model,
+        "tensors_of",
+        lambda model: ((name, tensor * (3 if "o_proj" in name else 1)) for name, tensor in tensors_of(model)),
+    )
+    with pytest.raises(UserError, match="the export says something else; nothing is written"):
+        main(flags(model_dir, tmp_path / "out", eval_file, "--gguf_type", "f16"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_exported(model_dir, eval_file, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").touch()
+    with pytest.raises(UserError, match=r"--output_dir .*: is not empty"):
+        main(flags(model_dir, tmp_path / "full", eval_file))
+    with pytest.raises(UserError, match="--model nowhere: no such folder"):
+        main(flags(Path("./nowhere"), tmp_path / "out", eval_file))
+    tokenizer = load_tokenizer(str(model_dir))
+    with pytest.raises(UserError, match="LlamaForCausalLM; GGUF is written for Qwen2ForCausalLM"):
+        export_model.check_exportable("m", tokenizer, "LlamaForCausalLM")
+    with pytest.raises(UserError, match="--num_samples 0"):
+        main(flags(model_dir, tmp_path / "out", eval_file, "--num_samples", "0"))
+
+
+def test_as_a_user_runs_it(model_dir, tmp_path):
+    command = [
+        sys.executable,
+        export_model.__file__,
+        "--model",
+        model_dir,
+        "--output_dir",
+        tmp_path / "o",
+        "--gguf_tpye",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "did you mean --gguf_type" in result.stderr
