@@ -423,17 +423,9 @@ def differences(first: Sequence[dict], second: Sequence[dict]) -> dict[str, dict
         if more_is_better is None or not before[0]:
             continue
         assert len(before[0]) == len(after[0]), (name, len(before[0]), len(after[0]))
-        difference = paired_bootstrap(before, after)
-        if difference.low <= 0 <= difference.high:
-            verdict = "same"
-        else:
-            verdict = "better" if (difference.value > 0) is more_is_better else "worse"
-        found[name] = {
-            "difference": round(difference.value, 4),
-            "interval": [round(difference.low, 4), round(difference.high, 4)],
-            "p": round(difference.p_value, 4),
-            "verdict": verdict,
-        }
+        value, low, high, p_value = (round(number, 4) for number in paired_bootstrap(before, after))
+        verdict = "same" if low <= 0 <= high else "better" if (value > 0) is more_is_better else "worse"
+        found[name] = {"difference": value, "interval": [low, high], "p": p_value, "verdict": verdict}
     if any("reward" in row for row in first):
         pairs = [(a["reward"], b["reward"]) for a, b in zip(first, second, strict=True) if "reward" in a]
         wins = sum(1.0 if after > before else 0.5 if after == before else 0.0 for before, after in pairs)

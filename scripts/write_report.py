@@ -202,7 +202,7 @@ def run_section(run: Run) -> Section:
     }
     if figures:
         section.blocks.append("On held-out records, of checkpoint-best:")
-        section.blocks.append(Table(list(figures), [[shown(value) for value in figures.values()]]))
+        section.blocks.append(Table(["figure", "value"], [[name, shown(value)] for name, value in figures.items()]))
     svg = curves(run.log)
     if svg:
         section.blocks.append(Chart(f"{run.stage}-{run.folder.name}", "Curves by step", svg))
