@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 # Rows of [V] logits that exist at a time.
-CHUNK = 512
+CHUNK = 128
 # Sums a tensor over all processes; one process has nothing to add.
 SumOverProcesses = Callable[[torch.Tensor], torch.Tensor]
 
@@ -80,7 +80,7 @@ def token_logps(
 
     def of_chunk(states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logps = F.log_softmax(head(states).float() / temperature, dim=-1)
-        entropies = -(logps.detach().exp() * logps.detach()).sum(dim=-1)
+        entropies = -torch.einsum("nv,nv->n", logps.detach().exp(), logps.detach())
         return logps.gather(1, tokens[:, None]).squeeze(1), entropies
 
     chunks = []

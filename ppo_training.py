@@ -113,12 +113,9 @@ HEEDED = {
     *("lr_scheduler_kwargs", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "bf16", "tf32"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "use_cpu", "ddp_timeout", "ddp_backend"),
     *("report_to", "run_name", "resume_from_checkpoint", "disable_tqdm", "local_rank", "log_level"),
-    # These say how other loops log, and what the parser or transformers settle themselves.
-    *("activation_checkpointing", "activation_checkpointing_kwargs", "logging_strategy", "logging_first_step"),
-    *("logging_nan_inf_filter", "ddp_find_unused_parameters", "remove_unused_columns", "accelerator_config", "debug"),
-    *("fsdp", "fsdp_config", "hub_token", "include_for_metrics", "log_level_replica", "log_on_each_node"),
-    *("parallelism_config", "per_device_eval_batch_size", "project", "trackio_space_id"),
-    "include_num_input_tokens_seen",
+    # These are settled elsewhere, by the parser or by transformers, and mean nothing here.
+    *("logging_first_step", "logging_nan_inf_filter", "ddp_find_unused_parameters", "remove_unused_columns"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs", "include_num_input_tokens_seen", "debug"),
 }
 
 # ---------------------------------------------------------------- arguments
@@ -158,6 +155,10 @@ class PPOTrainingArguments(TrainingArguments):
         super().__post_init__()
         if not self.do_train:
             raise UserError("--do_train is missing; scripts/evaluate_model.py measures a trained model")
+        for name in ("eval_steps", "save_steps", "logging_steps"):
+            value = getattr(self, name)
+            if value is not None and (value < 1 or value != int(value)):
+                raise UserError(f"--{name} {value:g}: give a whole number of updates")
         if self.eval_strategy == "epoch" or self.save_strategy not in ("no", "steps"):
             raise UserError("--eval_strategy and --save_strategy: say no or steps; a step is an update")
 
@@ -865,6 +866,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             put_in_place(output_dir / BEST)
         accelerator.wait_for_everyone()
 
+    def evaluation_is_due() -> bool:
+        every = int(training_args.eval_steps or training_args.logging_steps)
+        is_measured = any(entry["step"] == state.global_step for entry in state.log_history if "eval_score" in entry)
+        return training_args.eval_strategy == "steps" and state.global_step % every == 0 and not is_measured
+
     def measure(shown: bool) -> dict[str, float]:
         if not eval_rows:
             return {}
@@ -879,8 +885,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     saved_at = state.global_step if checkpoint else None
     first, started = state.global_step, time.monotonic()
     try:
-        if state.global_step == 0:
-            metrics = measure(shown=True)
+        # A resumed run does the evaluation that a signal cut short.
+        if state.global_step == 0 or evaluation_is_due():
+            metrics = measure(shown=state.global_step == 0)
         for update in range(state.global_step, n_updates):
             update_started = time.monotonic()
             # Detail: process r takes every n-th episode, so that more processes or more accumulation are the same.
@@ -921,18 +928,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             }
             n_done = state.global_step - first
             left = (time.monotonic() - started) / n_done * (n_updates - state.global_step)
-            if state.global_step % max(int(training_args.logging_steps), 1) == 0 or state.global_step == n_updates:
+            is_first = state.global_step == 1 and training_args.logging_first_step
+            if is_first or state.global_step % int(training_args.logging_steps) == 0 or state.global_step == n_updates:
                 state.log_history.append({"step": state.global_step} | step_metrics)
                 accelerator.log(step_metrics, step=state.global_step)
                 time_left = f"  {duration(left)} left" if n_done > 3 else ""
                 log_update(step_metrics, state, n_updates, time_left)
             if n_done == 3:
                 logger.info(f"about {left / 3600:.1f} hours left, at the speed of the first three updates")
-            is_last = state.global_step == n_updates
-            if training_args.eval_strategy == "steps" and not is_last:
-                every = int(training_args.eval_steps or training_args.logging_steps)
-                if state.global_step % every == 0:
-                    metrics = measure(shown=False)
+            if state.global_step < n_updates and evaluation_is_due():
+                metrics = measure(shown=False)
             if training_args.save_strategy == "steps" and state.global_step % int(training_args.save_steps) == 0:
                 save()
                 saved_at = state.global_step

@@ -25,7 +25,7 @@ from errors import UserError
 from model_loading import load_reward_model, load_with_adapter, read_lineage
 from ppo_roles import Roles, ValueHead, load_roles
 from ppo_run import UPDATES_WITHOUT_END, find_alarm, summarize
-from ppo_training import InverseTransformSampler, Rollout, draw_uniforms, episode_order
+from ppo_training import InverseTransformSampler, PPOTrainingArguments, Rollout, draw_uniforms, episode_order
 from tokenization import encode_exchange, load_chat_template
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -318,7 +318,7 @@ def test_bandit_is_solved(flags, tmp_path, monkeypatch, tiny_model_dir):
     monkeypatch.setattr(Roles, "scores", scores)
     monkeypatch.setattr(ppo_run, "UPDATES_WITHOUT_END", 1000)  # all replies have three tokens
     size = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "rollout_batch_size": 32}
-    learning = {"learning_rate": 1e-2, "kl_coef": 0, "temperature": 1.0, "lr_scheduler_type": "constant"}
+    learning = {"learning_rate": 3e-3, "kl_coef": 0, "temperature": 1.0, "lr_scheduler_type": "constant"}
     bandit = {"sft_model_path": tiny_model_dir, "response_length": 3, "stop_token": "<|endoftext|>", "max_steps": 30}
     ppo_training.main(flags(**size, **learning, **bandit))
     found = updates(tmp_path / "out", "objective/score")
@@ -531,6 +531,8 @@ def test_measures_by_hand():
         ({"do_train": None}, r"^--do_train is missing"),
         ({"fp16": True, "use_cpu": False}, None),
         ({"neftune_noise_alpha": 5}, r"^--neftune_noise_alpha: PPO does not heed it"),
+        ({"eval_steps": 0.5, "eval_strategy": "steps"}, r"^--eval_steps 0\.5: give a whole number of updates"),
+        ({"per_device_eval_batch_size": 2}, r"^--per_device_eval_batch_size: PPO does not heed it"),
         ({"save_strategy": "epoch"}, r"^--eval_strategy and --save_strategy: say no or steps"),
         ({"total_episodes": 8}, r"^--max_steps and --total_episodes both say how long"),
         ({"total_episodes": 0}, r"^--total_episodes 0: give at least 1"),
@@ -555,10 +557,9 @@ def test_errors_in_one_line(flags, changes, message):
     assert "\n" not in str(raised.value)
 
 
-def test_zero_3_is_refused(flags, tmp_path):
-    config = write_lines(tmp_path / "zero3.json", [{"zero_optimization": {"stage": 3}}])
-    with pytest.raises(UserError, match=r"^--deepspeed.*(gather all weights for every token|not installed)"):
-        ppo_training.main(flags(deepspeed=config))
+def test_deepspeed_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"^--deepspeed: .*ZeRO-3 would gather all weights for every token"):
+        PPOTrainingArguments(output_dir=str(tmp_path), do_train=True, use_cpu=True, deepspeed="ds_configs/zero3.json")
 
 
 def test_reward_model_without_a_trained_head_is_refused(flags, sft_adapter, rm_adapter, tiny_model_dir, tmp_path):
