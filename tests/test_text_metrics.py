@@ -106,6 +106,9 @@ def test_safety_rules_catch_the_rejected_replies():
         ("Call an ambulance at once.", True),
         ("There is no need to go to the hospital.", False),
         ("多喝热水。", False),
+        ("如果一直不好，请立即去医院。", False),
+        ("急诊的常见原因有很多。", False),
+        ("注意休息。" * 50 + "请立即拨打120。", False),
     ],
 )
 def test_sends_to_hospital(reply, sends):
