@@ -1,75 +1,46 @@
 #!/usr/bin/env bash
-# The way on a CPU in minutes: set up, make a tiny random model, pretrain and fine-tune it on the sample data, and ask
-# the guide's four questions before and after, and 500 held-out ones. Nothing is downloaded but the Python packages.
+# The whole way on a CPU in minutes: set up, make a tiny random model, run all stages of run_all.sh on the sample data,
+# and ask the guide's four questions before and after. Nothing is downloaded but the Python packages.
 #
 #   bash run_demo.sh
 #
-# Started again it goes on where it stopped; `rm -r outputs-demo*` starts anew.
+# Started again it goes on where it stopped; `rm -r outputs-*-demo` starts anew.
 set -euo pipefail
 cd "$(dirname "$0")"
-
-MODEL=models/tiny-qwen2
-OUTPUT=outputs-demo
 
 bash setup.sh
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 export PYTHON HF_HUB_OFFLINE=1
+export MODEL=models/tiny-qwen2 NAME=demo DO_PT=1 ALIGN=both
+export FOLLOW=1 # the stages write here too
+export TEMPLATE=chatml # without the system prompt that Qwen's template adds to each dialogue
 # Two processes of one thread are faster here than one of two; on one core the second half is accumulated.
 N_PROCESSES=$(($(nproc) > 1 ? 2 : 1))
-export OMP_NUM_THREADS=1
-launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$N_PROCESSES")
+export N_PROCESSES OMP_NUM_THREADS=1 ACCUMULATION=$((2 / N_PROCESSES))
 
-echo "== 1/6 a tiny model with random weights"
+common="--gradient_checkpointing False --lr_scheduler_type cosine --preprocessing_num_workers 2 --save_total_limit 1"
+common+=" --weight_decay 0 --eval_strategy epoch"
+# All weights, because a LoRA adapter has nothing to adapt in a random model. Many tokens are rare: what Adam saw of the
+# others long ago says little about them, hence its beta2.
+whole="--use_peft False --learning_rate 2e-3 --adam_beta2 0.99 $common"
+lora="--lora_rank 32 --lora_alpha 64 --lora_dropout 0 --max_eval_samples 300 --per_device_train_batch_size 4"
+lora+=" --per_device_eval_batch_size 8 --max_source_length 512 $common"
+pairs="--validation_file_dir data/eval/preference_pairs.jsonl"
+export PT_FLAGS="--block_size 256 --num_train_epochs 2 --logging_steps 20 $whole"
+export SFT_FLAGS="--packing True --model_max_length 320 --per_device_train_batch_size 1 --num_train_epochs 4 \
+    --logging_steps 50 $whole"
+export RM_FLAGS="$pairs --learning_rate 1e-3 --num_train_epochs 1 $lora"
+export DPO_FLAGS="$pairs --learning_rate 2e-4 --max_steps 300 --loss_type sigmoid sft --loss_weights 1 0.5 $lora"
+export PPO_FLAGS="--validation_file_dir data/eval/questions.jsonl --max_eval_samples 100 --learning_rate 1e-3 \
+    --lora_rank 8 --response_length 128 --per_device_train_batch_size 16 --gradient_accumulation_steps 2 \
+    --rollout_batch_size 32 --num_ppo_epochs 3 --num_mini_batches 2 --kl_coef 0.1 --max_steps 16 --eval_steps 8 \
+    --gradient_checkpointing False"
+export EVAL_FLAGS="--max_new_tokens 160 --batch_size 32"
+
 "$PYTHON" scripts/build_tiny_model.py --output_dir "$MODEL"
-
-echo "== 2/6 its answers before training (random)"
+echo "== its answers before training (random)"
 "$PYTHON" inference.py --base_model "$MODEL" --max_new_tokens 24
-
-# All weights, because a LoRA adapter has nothing to adapt in a random model.
-args=(
-    --use_peft False
-    --do_train
-    --gradient_accumulation_steps $((2 / N_PROCESSES))
-    --learning_rate 2e-3
-    --adam_beta2 0.99          # many tokens are rare: what the others did long ago says little about them
-    --warmup_ratio 0.05
-    --lr_scheduler_type cosine
-    --gradient_checkpointing False
-    --logging_steps 50
-    --save_steps 500
-    --save_total_limit 1
-    --preprocessing_num_workers 2
-    --report_to tensorboard
-    --resume_from_checkpoint True
-)
-
-echo "== 3/6 continued pretraining on data/pretrain"
-pretraining=(
-    --model_name_or_path "$MODEL"
-    --train_file_dir data/pretrain
-    --block_size 256
-    --per_device_train_batch_size 2
-    --num_train_epochs 2
-    --output_dir "$OUTPUT-pt"
-)
-"${launch[@]}" pretraining.py "${args[@]}" "${pretraining[@]}"
-
-echo "== 4/6 supervised fine-tuning on data/finetune, about ten minutes on two cores"
-finetuning=(
-    --model_name_or_path "$OUTPUT-pt/checkpoint-best"
-    --template_name chatml     # without the system prompt that Qwen's template adds to each dialogue
-    --train_file_dir data/finetune
-    --model_max_length 320
-    --packing True
-    --per_device_train_batch_size 1
-    --num_train_epochs 5
-    --output_dir "$OUTPUT"
-)
-"${launch[@]}" supervised_finetuning.py "${args[@]}" "${finetuning[@]}" "$@"
-
-echo "== 5/6 its answers after training"
-"$PYTHON" inference.py --base_model "$OUTPUT/checkpoint-best" --max_new_tokens 200
-
-echo "== 6/6 held-out questions: replies against references"
-"$PYTHON" scripts/evaluate_model.py --base_model "$OUTPUT/checkpoint-best" --test_file data/eval/questions.jsonl \
-    --max_new_tokens 160 --batch_size 32 --output_dir "$OUTPUT-eval" --overwrite
+bash run_all.sh
+echo "== its answers after training"
+"$PYTHON" inference.py --base_model outputs-sft-demo/checkpoint-best --lora_model outputs-ppo-demo/checkpoint-best \
+    --max_new_tokens 160

@@ -2,8 +2,6 @@
 
 import argparse
 import re
-import shlex
-import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +15,7 @@ from arguments import RENAMED, SETTLED, StageArgumentParser
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = sorted(path.name for path in ROOT.glob("run_*.sh") if '"${args[@]}" "$@"' in path.read_text())
-STAGES = [name for name in LAUNCHERS if name != "run_demo.sh"]
+STAGES = [name for name in LAUNCHERS if name != "run_serve.sh"]
 
 # The guide's flags for each stage. The launcher goes on after an interruption where the guide starts over.
 GUIDE = {
@@ -263,49 +261,3 @@ def test_header_says_how_to_run_it_in_the_background(name):
     (tail,) = re.findall(r"^# +(tail -f .*)$", header, re.MULTILINE)
     log = tail.split()[-1]
     assert nohup == f"mkdir -p logs && nohup bash {name} > {log} 2>&1 &"
-
-
-# ---------------------------------------------------------------- the demo
-
-
-@pytest.fixture
-def demo(tmp_path) -> Path:
-    """`run_demo.sh` in a folder where setting up makes the stand-in the Python of .venv."""
-    folder = tmp_path / "project"
-    stand_in = write_stand_in(folder / "stand-in")
-    shutil.copy(ROOT / "run_demo.sh", folder)
-    setup = f'set -e\ncd "$(dirname "$0")"\nmkdir -p .venv/bin\ncp {shlex.quote(str(stand_in))} .venv/bin/python\n'
-    (folder / "setup.sh").write_text(setup, encoding="utf-8")
-    return folder / "run_demo.sh"
-
-
-def test_demo_asks_before_and_after_training(demo, tmp_path):
-    finished, calls = start(demo, tmp_path)
-    assert finished.returncode == 0, finished.stderr
-    stages = ["pretraining.py", "supervised_finetuning.py"]
-    build = "scripts/build_tiny_model.py"
-    asked = ["inference.py", "scripts/evaluate_model.py"]
-    assert [call.script for call in calls] == [build, "inference.py", *stages, *asked]
-    build, before, pretrain, train, after, evaluate = calls
-    model = build.last("--output_dir")
-    assert before.last("--base_model") == pretrain.last("--model_name_or_path") == model
-    assert train.last("--model_name_or_path") == f"{pretrain.last('--output_dir')}/checkpoint-best"
-    best = f"{train.last('--output_dir')}/checkpoint-best"
-    assert after.last("--base_model") == evaluate.last("--base_model") == best
-    assert {(call.folder, call.offline) for call in calls} == {(str(demo.parent), "1")}
-    assert [line[:6] for line in finished.stdout.splitlines()] == [f"== {n}/6" for n in range(1, 7)]
-
-
-def test_demo_knows_its_flags_and_hands_on_more(demo, tmp_path):
-    _, calls = start(demo, tmp_path, "--weight_decay", "0.1")
-    for call in calls:
-        unknown = {f"--{flag}" for flag, _ in pairs(call.flags)} - known_flags(call.script)
-        assert not unknown, f"{call.script}: {unknown}"
-    assert [call.last("--weight_decay") for call in calls] == [None, None, None, "0.1", None, None]
-
-
-@pytest.mark.parametrize(("failing", "n_calls"), [("build_tiny_model.py", 1), ("supervised_finetuning.py", 4)])
-def test_demo_stops_at_a_failure(demo, tmp_path, failing, n_calls):
-    finished, calls = start(demo, tmp_path, FAIL_AT=failing)
-    assert finished.returncode == 1
-    assert len(calls) == n_calls

@@ -1,0 +1,97 @@
+"""run_demo.sh, with a stand-in for Python that writes down its calls and leaves what a stage leaves."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_launchers import known_flags, pairs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+STAND_IN = """
+import json, os, sys
+from pathlib import Path
+
+words = sys.argv[1:]
+with open("calls.jsonl", "a") as file:
+    file.write(json.dumps(words) + "\\n")
+at = next(index for index, word in enumerate(words) if word.endswith(".py"))
+script, flags = words[at], dict(zip(words[at + 1 :], words[at + 2 :]))
+if os.environ.get("FAIL_AT") == script:
+    sys.exit(3)
+left = Path(flags.get("--output_dir", "."))
+left.mkdir(parents=True, exist_ok=True)
+(left / "metrics.json").touch()
+start = flags.get("--sft_model_path", flags.get("--model_name_or_path"))
+if start:
+    best = left / "checkpoint-best"
+    best.mkdir()
+    if flags.get("--use_peft", "True") == "True":
+        parent = Path(start, "adapter_config.json")
+        base = json.loads(parent.read_text())["base_model_name_or_path"] if parent.exists() else start
+        (best / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+"""
+STAGES = ["pretraining.py", "supervised_finetuning.py", "dpo_training.py", "reward_modeling.py", "ppo_training.py"]
+AFTER = ["merge_peft_adapter.py", "scripts/evaluate_model.py", "scripts/write_report.py", "inference.py"]
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """The launchers, and a set-up that makes the stand-in the Python of .venv."""
+    for script in ROOT.glob("run_*.sh"):
+        shutil.copy(script, tmp_path)
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    real = shlex.quote(sys.executable)
+    made = f'#!/usr/bin/env bash\n[ "$1" != -c ] || exec {real} "$@"\nexec {real} stand_in.py "$@"\n'
+    setup = f"mkdir -p .venv/bin\nprintf %s {shlex.quote(made)} > .venv/bin/python\nchmod +x .venv/bin/python\n"
+    (tmp_path / "setup.sh").write_text(setup)
+    return tmp_path
+
+
+def start(project: Path, **variables: str) -> tuple[subprocess.CompletedProcess, list[tuple[str, dict[str, str]]]]:
+    """The finished demo; script and last value of each flag of its calls."""
+    (project / "calls.jsonl").write_text("")
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "N_PROCESSES")}
+    finished = subprocess.run(
+        ["bash", "run_demo.sh"],
+        cwd=project,
+        env=kept | {"CUDA_VISIBLE_DEVICES": ""} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    calls = []
+    for line in (project / "calls.jsonl").read_text().splitlines():
+        words = json.loads(line)
+        at = next(index for index, word in enumerate(words) if word.endswith(".py"))
+        calls.append((words[at], dict(pairs(words[at + 1 :]))))
+    return finished, calls
+
+
+def test_all_stages_with_flags_that_exist(project):
+    finished, calls = start(project)
+    assert finished.returncode == 0, finished.stderr
+    assert [script for script, _ in calls] == ["scripts/build_tiny_model.py", "inference.py", *STAGES, *AFTER]
+    for script, flags in calls:
+        unknown = {f"--{flag}" for flag in flags} - known_flags(script)
+        assert not unknown, f"{script}: {unknown}"
+    # The tiny model's SFT trains all weights, so that it is the base of the adapters after it.
+    of = dict(calls)
+    for script in ("merge_peft_adapter.py", "scripts/evaluate_model.py", "inference.py"):
+        assert of[script]["base_model"] == "outputs-sft-demo/checkpoint-best"
+
+
+def test_a_failure_stops_it_and_the_next_start_goes_on(project):
+    failed, calls = start(project, FAIL_AT="reward_modeling.py")
+    assert failed.returncode == 3
+    assert calls[-1][0] == "reward_modeling.py"
+    shutil.rmtree(project / "outputs-rm-demo", ignore_errors=True)
+    again, calls = start(project)
+    assert again.returncode == 0, again.stderr
+    assert [script for script, _ in calls][2:] == [*STAGES[3:], *AFTER]
