@@ -700,44 +700,6 @@ def load_reward_model(
     return model.eval()
 
 
-def add_frozen_adapter(
-    model: PeftModel, name: str, config: LoraConfig, weights: dict[str, torch.Tensor], where: str
-) -> None:
-    """Put one more LoRA adapter on a model; UserError, which begins with `where`, if the weights do not fit it."""
-    model.add_adapter(name, config)
-    expected = get_peft_model_state_dict(model, adapter_name=name)
-    odd = sorted(expected.keys() ^ weights.keys())
-    odd += [key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape]
-    if odd:
-        raise UserError(
-            f"{where}: {len(odd)} tensors do not fit {model.get_base_model().name_or_path}, such as {odd[0]}"
-        )
-    set_peft_model_state_dict(model, weights, adapter_name=name)
-    for key, parameter in model.named_parameters():
-        if f".{name}." in key:
-            parameter.requires_grad_(False)
-
-
-def add_reward_adapter(model: PeftModel, path: str, name: str, flag: str = "--reward_model_path") -> torch.Tensor:
-    """Put a reward model's LoRA matrices, frozen, on a language model of the same base.
-
-    Returns the [1, hidden] float32 weights of its score head: the last token's last state times them is the score.
-
-    Raises:
-        UserError: it has no trained score head, does not fit this base, or holds nan.
-    """
-    _check_score_head(path, flag)
-    config = _without_head(read_adapter_config(path))
-    config.task_type, config.lora_dropout = TaskType.CAUSAL_LM.value, 0.0
-    weights = load_file(Path(path, ADAPTER_WEIGHTS))
-    broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise UserError(f"{flag} {path}: {len(broken)} tensors hold nan or inf, such as {broken[0]}; take another one")
-    matrices = {key: tensor for key, tensor in weights.items() if not _is_head(key)}
-    add_frozen_adapter(model, name, config, matrices, f"{flag} {path}")
-    return next(weights[key].float() for key in weights if "score" in key.split("."))
-
-
 def add_adapter(model: PeftModel, name: str, config: LoraConfig, weights: dict[str, torch.Tensor], where: str) -> None:
     """Put one more LoRA adapter on a model, frozen until `set_adapter` takes it to train.
 

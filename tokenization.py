@@ -59,9 +59,7 @@ PAIR_FEATURES = Features(
     source=_TEXT,
     fault=_TEXT,
 )
-PROMPT_FEATURES = Features(
-    prompt_ids=_IDS, messages=_TEXT, reply=_TEXT, length=_LENGTH, source=_TEXT, fault=_TEXT
-)
+PROMPT_FEATURES = Features(prompt_ids=_IDS, messages=_TEXT, reply=_TEXT, length=_LENGTH, source=_TEXT, fault=_TEXT)
 BLOCK_FEATURES = Features(input_ids=_IDS, labels=_IDS, seq_lengths=_IDS, length=_LENGTH, source=ListFeature(_TEXT))
 
 Truncation = Literal["drop", "cut_prompt_start", "cut_reply"]
