@@ -208,10 +208,14 @@ def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) ->
             )
         with gr.Row():
             with gr.Column():
-                left_chat = gr.Chatbot(label="模型 Model", elem_id="left-chat", latex_delimiters=[], height=420)
+                left_chat = gr.Chatbot(
+                    label="模型 Model", elem_id="left-chat", latex_delimiters=[], buttons=["copy"], height=420
+                )
                 left_note = gr.Markdown(elem_id="left-note")
             with gr.Column(visible=False) as right_column:
-                right_chat = gr.Chatbot(label="比较 Compared", elem_id="right-chat", latex_delimiters=[], height=420)
+                right_chat = gr.Chatbot(
+                    label="比较 Compared", elem_id="right-chat", latex_delimiters=[], buttons=["copy"], height=420
+                )
                 right_note = gr.Markdown(elem_id="right-note")
         question = gr.Textbox(
             label="问题 Question", placeholder="请输入问题 Ask a question", lines=2, max_length=8000, elem_id="question"
@@ -237,7 +241,9 @@ def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) ->
         asking = gr.on([send.click, question.submit], talk, inputs, outputs, concurrency_limit=1, api_name="talk")
         stop.click(None, cancels=[asking])
         forgotten = [left_chat, right_chat, left_turns, right_turns, left_note, right_note]
-        clear.click(forget, None, forgotten, cancels=[asking], api_name=False)
+        # The bin of a chat forgets too: otherwise the model would remember what is no longer shown.
+        forgetting = [clear.click, left_chat.clear, right_chat.clear]
+        gr.on(forgetting, forget, None, forgotten, cancels=[asking], api_name=False)
         left_name.change(lambda: ([], [], ""), None, [left_chat, left_turns, left_note], api_name=False)
         right_name.change(side_by_side, right_name, [right_column, right_chat, right_turns, right_note], api_name=False)
     return page
