@@ -5,6 +5,7 @@ import math
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -12,12 +13,13 @@ from loguru import logger
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import rotate_checkpoints
 
 from errors import UserError
 from model_loading import Lineage
-from ppo_roles import Roles
-from training_run import put_in_place, unfinished_folder, write_manifest
+from training_run import delete_oldest, put_in_place, unfinished_folder, write_manifest
+
+if TYPE_CHECKING:
+    from ppo_roles import Roles
 
 # Alarms: so many updates in a row without a reply that ends; so many standard errors from what should be.
 UPDATES_WITHOUT_END = 5
@@ -167,7 +169,7 @@ def read_state(checkpoint: str, settings: dict[str, object]) -> State:
     return State(**values)
 
 
-def save_policy(folder: Path, roles: Roles, tokenizer: PreTrainedTokenizerBase, lineage: Lineage) -> None:
+def save_policy(folder: Path, roles: "Roles", tokenizer: PreTrainedTokenizerBase, lineage: Lineage) -> None:
     roles.model.save_pretrained(str(folder), selected_adapters=["default"])
     tokenizer.save_pretrained(str(folder))
     lineage.save(folder)
@@ -175,7 +177,7 @@ def save_policy(folder: Path, roles: Roles, tokenizer: PreTrainedTokenizerBase, 
 
 def save_checkpoint(
     output_dir: Path,
-    roles: Roles,
+    roles: "Roles",
     optimization: Optimization,
     state: State,
     tokenizer: PreTrainedTokenizerBase,
@@ -196,10 +198,10 @@ def save_checkpoint(
     state.save(partial / "trainer_state.json")
     write_manifest(partial)
     put_in_place(place)
-    rotate_checkpoints(str(output_dir), save_total_limit, use_mtime=True)
+    delete_oldest(output_dir, save_total_limit)
 
 
-def load_checkpoint(checkpoint: str, roles: Roles, optimization: Optimization) -> None:
+def load_checkpoint(checkpoint: str, roles: "Roles", optimization: Optimization) -> None:
     """The inverse of `save_checkpoint`; the state is read before."""
     folder, device = Path(checkpoint), roles.model.device
     set_peft_model_state_dict(roles.model, load_file(folder / "adapter_model.safetensors"), adapter_name="default")

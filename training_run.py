@@ -224,7 +224,7 @@ def _numbered_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(numbered, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
 
 
-def _delete_oldest(output_dir: Path, save_total_limit: int | None) -> None:
+def delete_oldest(output_dir: Path, save_total_limit: int | None) -> None:
     """Keep the newest checkpoints; transformers 5.24's own way counts checkpoint-best as one of them and deletes it."""
     if save_total_limit:
         for checkpoint in _numbered_checkpoints(output_dir)[save_total_limit:]:
@@ -644,7 +644,7 @@ class CheckpointKeeper(TrainerCallback, ExportableState):
             state.save_to_json(str(partial / "trainer_state.json"))
             write_manifest(partial)
             put_in_place(place)
-            _delete_oldest(Path(args.output_dir), args.save_total_limit)
+            delete_oldest(Path(args.output_dir), args.save_total_limit)
         _wait_for_all()
 
     def save_best(self) -> None:

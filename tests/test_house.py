@@ -47,8 +47,8 @@ SHARED = {
     "ppo_math": (set(), {"torch"}),
     "ppo_roles": ({"model_loading", "ppo_math"}, {"torch", "transformers", "peft"}),
     "ppo_run": (
-        {"model_loading", "ppo_math", "ppo_roles", "training_run"},
-        {"torch", "transformers", "peft", "accelerate", "safetensors", "loguru"},
+        {"model_loading", "training_run"},
+        {"torch", "transformers", "peft", "accelerate", "safetensors", "loguru", "matplotlib"},
     ),
 }
 STAGES = {"pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training"}
