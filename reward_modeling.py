@@ -43,6 +43,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from causal_lm_trainer import LongestFirstSampler, trained_weights_kept
 from errors import UserError, run_script
+from intervals import wilson_interval
 from model_loading import (
     Lineage,
     base_of,
@@ -260,10 +261,7 @@ def pair_statistics(prediction: EvalPrediction) -> dict[str, float]:
 def compare_with_length(metrics: dict[str, float]) -> None:
     """Say how sure the accuracy is, and warn where the length of the replies alone tells as much as the model."""
     accuracy, n_pairs, longer_wins = (metrics[f"eval_{name}"] for name in ("accuracy", "pairs", "longer_wins"))
-    # Wilson's 95 % interval.
-    center, z2 = accuracy + 1.96**2 / (2 * n_pairs), 1.96**2 / n_pairs
-    half = math.sqrt(z2 * (accuracy * (1 - accuracy) + z2 / 4))
-    low, high = (center - half) / (1 + z2), (center + half) / (1 + z2)
+    low, high = wilson_interval(accuracy * n_pairs, n_pairs)
     logger.info(
         f"{accuracy:.1%} of {n_pairs:.0f} held-out pairs are ordered right (95 % interval {low:.1%} to {high:.1%}); "
         f'the rule "longer wins" orders {longer_wins:.1%}'
