@@ -33,7 +33,7 @@ export RM_FLAGS="$pairs --learning_rate 1e-3 --num_train_epochs 1 $lora"
 export DPO_FLAGS="$pairs --learning_rate 2e-4 --max_steps 300 --loss_type sigmoid sft --loss_weights 1 0.5 $lora"
 export PPO_FLAGS="--validation_file_dir data/eval/questions.jsonl --max_eval_samples 100 --learning_rate 1e-3 \
     --lora_rank 8 --response_length 128 --per_device_train_batch_size 16 --gradient_accumulation_steps 2 \
-    --rollout_batch_size 32 --num_ppo_epochs 3 --num_mini_batches 2 --kl_coef 0.1 --max_steps 16 --eval_steps 8 \
+    --rollout_batch_size 32 --num_ppo_epochs 3 --num_mini_batches 2 --kl_coef 0.1 --total_episodes 1024 --eval_steps 8 \
     --gradient_checkpointing False"
 export EVAL_FLAGS="--max_new_tokens 160 --batch_size 32"
 
