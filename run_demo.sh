@@ -35,7 +35,7 @@ export PPO_FLAGS="--validation_file_dir data/eval/questions.jsonl --max_eval_sam
     --lora_rank 8 --response_length 128 --per_device_train_batch_size 16 --gradient_accumulation_steps 2 \
     --rollout_batch_size 32 --num_ppo_epochs 3 --num_mini_batches 2 --kl_coef 0.1 --total_episodes 1024 --eval_steps 8 \
     --gradient_checkpointing False"
-export EVAL_FLAGS="--max_new_tokens 160 --batch_size 32"
+export EVAL_FLAGS="--num_samples 200 --max_new_tokens 160 --batch_size 32"
 
 "$PYTHON" scripts/build_tiny_model.py --output_dir "$MODEL"
 echo "== its answers before training (random)"
