@@ -67,7 +67,8 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(tiny_model_dir, 
     assert list(found.values()) == pytest.approx(list(expected.values()), abs=1e-5)
     best = "adapter_model.safetensors" if use_peft else "model.safetensors"
     weights, wanted = (load_file(folder / BEST / best) for folder in (tmp_path / "two", tmp_path / "out"))
-    assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in wanted.items()}
+    # DeepSpeed hands over a head that shares the embedding's weights as a tensor of its own.
+    assert weights.keys() - wanted.keys() <= {"lm_head.weight"}
     for name, tensor in wanted.items():
         assert (weights[name] - tensor).abs().max() < 1e-4
     if not use_peft:
