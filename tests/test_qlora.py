@@ -29,7 +29,7 @@ def test_it_learns_as_on_the_plain_base(tiny_model_dir, tmp_path, stage):
         MAINS[stage](argv)
     plain, quantized = logged(tmp_path / "plain"), logged(tmp_path / "quantized")
     last = [sum(losses[step] for step in range(16, 21)) / 5 for losses in (plain, quantized)]
-    assert last[1] == pytest.approx(last[0], rel=0.05)
+    assert last[1] == pytest.approx(last[0], rel=0.05, abs=1e-3)  # DPO is near 0 by then
     assert last[1] < quantized[1]
     weights = load_file(tmp_path / "quantized" / BEST / "adapter_model.safetensors")
     assert all(tensor.any() for name, tensor in weights.items() if "lora_B" in name)

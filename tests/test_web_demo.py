@@ -157,6 +157,7 @@ def test_ask_stream_switch_and_compare_in_a_browser(address, adapter, models, tm
         page.on("request", lambda request: request.url.startswith(address) or elsewhere.append(request.url))
         page.goto(address)
         notice = page.locator("#notice")
+        sync_api.expect.set_options(timeout=60_000)
         sync_api.expect(notice).to_contain_text(NOTICE)
         sync_api.expect(notice).to_contain_text(EMERGENCY.split("。")[0])
 
