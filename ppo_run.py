@@ -258,12 +258,3 @@ def plot_curves(log_history: list[dict], file: Path) -> None:
 
 def write_json(file: Path, values: dict[str, float]) -> None:
     file.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")
-
-
-@dataclass
-class Optimization:
-    """What changes in an update besides the weights."""
-
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    kl_coef: float
