@@ -65,8 +65,9 @@ def reply_mask(reply_ids: torch.Tensor, stop_ids: Sequence[int]) -> tuple[torch.
 
 def token_logps(
     hidden: torch.Tensor, ids: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of ids and entropies of their distributions, without [N, V] logits of more than CHUNK rows.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probs of ids, entropies of their distributions and variances of the surprisal under these, without [N, V]
+    logits of more than CHUNK rows.
 
     Args:
         hidden: [N, H], the states that predict the ids.
@@ -75,13 +76,16 @@ def token_logps(
         temperature: divides the logits, as in sampling.
 
     Returns:
-        [N] float32 each; the entropies carry no gradient.
+        [N] float32 each; entropies and variances carry no gradient.
     """
 
-    def of_chunk(states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_chunk(states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
         logps = F.log_softmax(head(states).float() / temperature, dim=-1)
-        entropies = -torch.einsum("nv,nv->n", logps.detach().exp(), logps.detach())
-        return logps.gather(1, tokens[:, None]).squeeze(1), entropies
+        fixed = logps.detach()
+        probabilities = fixed.exp()
+        entropies = -torch.einsum("nv,nv->n", probabilities, fixed)
+        variances = torch.einsum("nv,nv,nv->n", probabilities, fixed, fixed) - entropies**2
+        return logps.gather(1, tokens[:, None]).squeeze(1), entropies, variances.clamp(min=0)
 
     chunks = []
     for states, tokens in zip(hidden.split(CHUNK), ids.split(CHUNK), strict=True):
@@ -91,8 +95,7 @@ def token_logps(
             if torch.is_grad_enabled()
             else of_chunk(states, tokens)
         )
-    logps, entropies = zip(*chunks, strict=True)
-    return torch.cat(logps), torch.cat(entropies)
+    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
 
 # ---------------------------------------------------------------- rewards and advantages

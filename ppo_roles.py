@@ -70,8 +70,9 @@ class Roles:
 
     def logps(
         self, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T] log-probs of the reply tokens and entropies, 0 outside the mask, by a full forward pass.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, T] log-probs, entropies and variances of `token_logps` of the reply tokens, 0 outside the mask, by a
+        full forward pass.
 
         Sampling has log-probs too, but of a cache: learning compares like with like (detail).
         """

@@ -82,7 +82,7 @@ def find_alarm(measures: list[list[float]], stop_at_kl: float, updates_without_e
         measures: of `episode_measures`, of replies sampled from the policy.
         updates_without_end: how many updates in a row, this one included, had no reply with an end token.
     """
-    score, _, tokens, kl, _, _, surprise, surprise_squares = torch.tensor(measures, dtype=torch.float64).T
+    score, _, tokens, kl, _, _, surprise, variance = torch.tensor(measures, dtype=torch.float64).T
     n_replies = len(measures)
     if not torch.isfinite(score).all():
         return "the reward model gives scores that are not finite: its weights are broken; train it anew"
@@ -99,12 +99,12 @@ def find_alarm(measures: list[list[float]], stop_at_kl: float, updates_without_e
             f"the KL from the reference is {mean_kl:.1f} nats a reply, over --stop_at_kl {stop_at_kl:g}: the policy "
             "has left what the reward model can judge; lower --learning_rate, or raise --kl_coef"
         )
-    # For tokens drawn from the policy, surprisal less entropy has mean 0, a martingale whose squares give its error.
-    gap, error = surprise.sum().item(), math.sqrt(surprise_squares.sum().item())
-    if abs(gap) > STANDARD_ERRORS * error and abs(gap) > 0.1 * tokens.sum().item():
+    # For tokens drawn from the policy, surprisal less entropy has mean 0, and the variance that the policy gives it.
+    gap, error, n_tokens = surprise.sum().item(), math.sqrt(variance.sum().item()), tokens.sum().item()
+    if abs(gap) > max(STANDARD_ERRORS * error, 0.1 * n_tokens):
         return (
             f"replies are not drawn from the policy: their tokens' surprisal differs from its entropy by "
-            f"{gap / tokens.sum().item():.2f} nats a token on average; generation and training disagree, try "
+            f"{gap / n_tokens:.2f} nats a token on average; generation and training disagree, try "
             "--flash_attn False, or --torch_dtype float32"
         )
     if n_replies > 1 and mean_kl < -1 and mean_kl < -STANDARD_ERRORS * kl.std().item() / math.sqrt(n_replies):
@@ -251,7 +251,8 @@ def plot_curves(log_history: list[dict], file: Path) -> None:
                 axes.plot(*zip(*points, strict=True), style, label=who, markersize=4)
         axes.set(xlabel="update", ylabel=label)
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 

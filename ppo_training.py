@@ -35,6 +35,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -42,7 +43,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object
-from datasets import Dataset
 from loguru import logger
 from transformers import (
     GenerationConfig,
@@ -83,9 +83,14 @@ from ppo_run import (
     summarize,
     write_json,
 )
-from records import Report, are_same_files, cached_dataset, choose_part, content_fingerprint, find_files, load_dialogues
+from records import load_part
 from template import ChatTemplate
-from tokenization import encode_prompt, load_chat_template, stop_token_ids, tokenize_prompts, tokenizer_fingerprint
+from tokenization import (
+    cached_prompts,
+    encode_prompt,
+    load_chat_template,
+    stop_token_ids,
+)
 from training_run import (
     BEST,
     duration,
@@ -222,69 +227,6 @@ class PPOArguments:
 # ---------------------------------------------------------------- prompts
 
 
-def load_prompts(
-    part: Literal["train", "eval"],
-    data_args: DataArguments,
-    ppo_args: PPOArguments,
-    training_args: PPOTrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: ChatTemplate,
-    cache_dir: Path,
-) -> tuple[Dataset, dict[str, str]]:
-    """The rows of `tokenize_prompts` of one part of the dialogues, from the cache where nothing has changed."""
-    flag, path = (
-        ("--train_file_dir", data_args.train_file_dir)
-        if part == "train"
-        else ("--validation_file_dir", data_args.validation_file_dir or data_args.train_file_dir)
-    )
-    if path is None:
-        raise UserError(f"{flag} is missing: name the file or folder of the dialogues")
-    held_out = training_args.do_eval and are_same_files(data_args.train_file_dir, data_args.validation_file_dir)
-    files, unread = find_files(path, flag)
-    samples = {
-        "max_train_samples": data_args.max_train_samples,
-        "max_eval_samples": data_args.max_eval_samples or EVAL_PROMPTS,
-    }
-    limits = {"max_prompt_length": ppo_args.max_source_length, "truncation": ppo_args.truncation}
-
-    def build() -> tuple[Dataset, dict]:
-        dialogues, read_report = load_dialogues(files, data_args.on_bad_data)
-        dataset, report = tokenize_prompts(
-            choose_part(dialogues, part, held_out, **samples, seed=training_args.seed),
-            tokenizer,
-            chat_template,
-            **limits,
-            num_workers=data_args.preprocessing_num_workers,
-            on_bad_data=data_args.on_bad_data,
-        )
-        return dataset, {"read": read_report.as_dict(), "tokenized": report.as_dict()}
-
-    key = limits | samples | {
-        "stage": "ppo",
-        "part": part,
-        "files": content_fingerprint(files),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "held_out": held_out,
-        "on_bad_data": data_args.on_bad_data,
-        "seed": training_args.seed,
-    }  # fmt: skip
-    dataset, reports, was_cached = cached_dataset(str(cache_dir), key, build, data_args.overwrite_cache)
-    report = Report.from_dict(reports["tokenized"])
-    if len(dataset) == 0:
-        raise UserError(f"{flag} {path}: {report.summary()}, so nothing is left")
-    if part == "eval":  # a dialogue has several
-        dataset = dataset.select(range(min(len(dataset), samples["max_eval_samples"])))
-    return dataset, {
-        f"{part} files": f"{len(files)} in {path}" + (f", {len(unread)} with other endings not read" if unread else ""),
-        f"{part} records": Report.from_dict(reports["read"]).summary(),
-        f"{part} prompts": report.summary()
-        + (f"; {len(dataset)} used" if part == "eval" else "")
-        + (", held out of the training files by the seed" if held_out and part == "eval" else "")
-        + f"; the longest has {max(dataset['length'])} tokens"
-        + (", from the cache" if was_cached else ""),
-    }
-
-
 def episode_order(n_prompts: int, n_episodes: int, seed: int) -> list[int]:
     """The prompt of each episode: pass after pass over all prompts, each pass shuffled."""
     order: list[int] = []
@@ -360,7 +302,7 @@ class Rollout:
 
     ids: [N, P + T] int64; attention_mask: the same shape, True on real tokens.
     mask: [N, T] True on a reply's tokens, its end token included.
-    policy_logps, ref_logps, values, entropies: [N, T] float32, 0 outside the mask.
+    policy_logps, ref_logps, values, entropies, variances (of the surprisal): [N, T] float32, 0 outside the mask.
     scores: [N] float32, less the mean of the dialogues' own replies, the penalty for a missing end not yet taken off.
     ended: [N] True where the reply has an end token.
     """
@@ -372,6 +314,7 @@ class Rollout:
     ref_logps: torch.Tensor
     values: torch.Tensor
     entropies: torch.Tensor
+    variances: torch.Tensor
     scores: torch.Tensor
     ended: torch.Tensor
 
@@ -384,7 +327,7 @@ class Rollout:
         return Rollout(
             *(tensor[rows, whole] for tensor in (self.ids, self.attention_mask)),
             *(tensor[rows, reply] for tensor in (self.mask, self.policy_logps, self.ref_logps)),
-            *(tensor[rows, reply] for tensor in (self.values, self.entropies)),
+            *(tensor[rows, reply] for tensor in (self.values, self.entropies, self.variances)),
             self.scores[rows],
             self.ended[rows],
         )
@@ -480,9 +423,9 @@ def collect_rollout(
         mask, ended = reply_mask(ids[:, n_prompt:], codec.stop_ids)
         attention_mask = torch.cat([prompt_mask, mask], dim=1)
         # 3. Log-probs under policy and reference. Detail: the old ones are computed anew by a full forward pass.
-        policy_logps, entropies = roles.logps(ids, attention_mask, mask, ppo_args.temperature)
+        policy_logps, *spread = roles.logps(ids, attention_mask, mask, ppo_args.temperature)
         roles.act_as("reference")
-        ref_logps, _ = roles.logps(ids, attention_mask, mask, ppo_args.temperature)
+        ref_logps, *_ = roles.logps(ids, attention_mask, mask, ppo_args.temperature)
         # 4. A value before each token.
         roles.act_as("value")
         values = roles.values(ids, attention_mask, mask)
@@ -490,7 +433,7 @@ def collect_rollout(
         replies = [row[is_reply].tolist() for row, is_reply in zip(ids[:, n_prompt:], mask, strict=True)]
         texts = [codec.reward_ids(rows[index], reply) for index, reply in zip(chosen, replies, strict=True)]
         scores = roles.scores(texts) - roles.score_shift
-        parts.append(Rollout(ids, attention_mask, mask, policy_logps, ref_logps, values, entropies, scores, ended))
+        parts.append(Rollout(ids, attention_mask, mask, policy_logps, ref_logps, values, *spread, scores, ended))
     back = torch.tensor(order).argsort()
     return Rollout.join(parts).take(back.to(device))
 
@@ -506,12 +449,12 @@ def center_scores(roles: Roles, rows: Sequence[dict], codec: Codec, batch_size: 
 
 
 def episode_measures(rollout: Rollout) -> list[list[float]]:
-    """Of each reply: score, ended, tokens, sum of KL (k1 and k3), of entropy, and of surprisal less entropy with its
-    squares."""
+    """Of each reply: score, ended, tokens, sum of KL (k1 and k3), of entropy, and of surprisal less entropy with the
+    variance that the policy gives it."""
     mask = rollout.mask
     kl = (rollout.policy_logps - rollout.ref_logps) * mask
     surprise = (-rollout.policy_logps - rollout.entropies) * mask
-    sums = [(k3(rollout.policy_logps, rollout.ref_logps) * mask), rollout.entropies * mask, surprise, surprise**2]
+    sums = [(k3(rollout.policy_logps, rollout.ref_logps) * mask), rollout.entropies * mask, surprise, rollout.variances]
     columns = [rollout.scores, rollout.ended, mask.sum(dim=1), kl.sum(dim=1), *(column.sum(dim=1) for column in sums)]
     return torch.stack([column.double() for column in columns], dim=1).tolist()
 
@@ -562,7 +505,7 @@ def ppo_update(
                 advantage, wanted = advantages[rows, :width], returns[rows, :width]
                 roles.act_as("policy", trained=True)
                 with accelerator.autocast():
-                    logps, _ = roles.logps(part.ids, part.attention_mask, part.mask, ppo_args.temperature)
+                    logps, *_ = roles.logps(part.ids, part.attention_mask, part.mask, ppo_args.temperature)
                 losses, clipped = policy_losses(logps, part.policy_logps, advantage, ppo_args.cliprange)
                 ((losses * part.mask).sum() / n_tokens).backward()
                 roles.act_as("value", trained=True)
@@ -756,13 +699,30 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     codec = load_codec(tokenizer, chat_template, ppo_args.stop_token, model_args.reward_model_path, hub_options)
 
     # ------------------------------------------------------------ data
-    cache_dir = Path(model_args.cache_dir or "cache", "tokenized")
-    data = (data_args, ppo_args, training_args, tokenizer, chat_template, cache_dir)
-    train_dataset, data_facts = load_prompts("train", *data)
+    read = partial(
+        cached_prompts,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        cache_dir=Path(model_args.cache_dir or "cache", "tokenized"),
+        max_prompt_length=ppo_args.max_source_length,
+        truncation=ppo_args.truncation,
+        seed=training_args.seed,
+    )
+    n_eval = data_args.max_eval_samples or EVAL_PROMPTS
+    load = partial(
+        load_part,
+        kind="prompts",
+        data_args=replace(data_args, max_eval_samples=n_eval),
+        do_eval=training_args.do_eval,
+        read=read,
+        describe=lambda rows: f"the longest prompt {max(rows['length'])}",
+    )
+    train_dataset, data_facts = load("train")
     eval_rows: list[dict] = []
     if training_args.do_eval:
-        eval_dataset, eval_facts = load_prompts("eval", *data)
-        eval_rows, data_facts = eval_dataset.to_list(), data_facts | eval_facts
+        eval_dataset, eval_facts = load("eval")
+        eval_rows = eval_dataset.select(range(min(n_eval, len(eval_dataset)))).to_list()  # a dialogue has several
+        data_facts |= eval_facts | {"eval replies": str(len(eval_rows))}
     per_process = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     per_update = per_process * accelerator.num_processes
     n_updates = count_updates(len(train_dataset), per_update, ppo_args, training_args)

@@ -19,7 +19,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
@@ -38,23 +38,18 @@ from model_loading import (
 from records import (
     TEXT_ENDINGS,
     Document,
-    Report,
     are_same_files,
-    cached_dataset,
-    choose_part,
-    content_fingerprint,
     find_files,
-    load_documents,
+    load_part,
     read_documents,
 )
 from tokenization import (
     BLOCK_FEATURES,
+    cached_blocks,
     cut_blocks,
     encode_documents,
     learned_bytes_per_token,
     mark_learned,
-    tokenize_documents,
-    tokenizer_fingerprint,
 )
 from training_run import BEST, find_checkpoint, finish_run, is_finished, log_facts, start_run, train
 
@@ -93,67 +88,6 @@ class PTArguments:
 
 
 # ---------------------------------------------------------------- data
-
-
-def load_part(
-    part: str,
-    data_args: DataArguments,
-    pt_args: PTArguments,
-    training_args: PTTrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    cache_dir: str,
-) -> tuple[Dataset, dict[str, str]]:
-    """Read, check, tokenize and cut the "train" or "eval" documents, from the cache where nothing has changed.
-
-    Returns rows of input_ids, labels, seq_lengths, length and source, and the facts to log.
-    """
-    flag, path = (
-        ("--train_file_dir", data_args.train_file_dir)
-        if part == "train"
-        else ("--validation_file_dir", data_args.validation_file_dir or data_args.train_file_dir)
-    )
-    if path is None:
-        raise UserError(f"{flag} is missing: name the file or folder of the documents")
-    held_out = training_args.do_eval and are_same_files(
-        data_args.train_file_dir, data_args.validation_file_dir, TEXT_ENDINGS
-    )
-    files, unread = find_files(path, flag, TEXT_ENDINGS)
-    samples = {"max_train_samples": data_args.max_train_samples, "max_eval_samples": data_args.max_eval_samples}
-    blocks = {"block_size": pt_args.block_size, "packing_across_documents": pt_args.packing_across_documents}
-
-    def build() -> tuple[Dataset, dict]:
-        documents, read_report = load_documents(files, data_args.on_bad_data)
-        chosen = choose_part(documents, part, held_out, **samples, seed=training_args.seed)
-        tokenized, report = tokenize_documents(
-            chosen, tokenizer, num_workers=data_args.preprocessing_num_workers, on_bad_data=data_args.on_bad_data
-        )
-        rows = cut_blocks(tokenized.with_format("numpy")[:], **blocks)
-        return Dataset.from_dict(rows, BLOCK_FEATURES), {"read": read_report.as_dict(), "tokenized": report.as_dict()}
-
-    key = blocks | samples | {
-        "stage": "pt",
-        "part": part,
-        "files": content_fingerprint(files),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "held_out": held_out,
-        "on_bad_data": data_args.on_bad_data,
-        "seed": training_args.seed,
-    }  # fmt: skip
-    dataset, reports, was_cached = cached_dataset(cache_dir, key, build, data_args.overwrite_cache)
-    report = Report.from_dict(reports["tokenized"])
-    for reason, lines in report.examples.items():
-        logger.info(f"{part}: left out as {reason}: {'; '.join(lines)}{' ...' if len(lines) == 3 else ''}")
-    if len(dataset) == 0:
-        raise UserError(f"{flag} {path}: {report.summary()}, so nothing is left")
-    n_tokens = sum(dataset["length"])
-    return dataset, {
-        f"{part} files": f"{len(files)} in {path}" + (f", {len(unread)} with other endings not read" if unread else ""),
-        f"{part} records": Report.from_dict(reports["read"]).summary(),
-        f"{part} documents": report.summary()
-        + (", held out of the training files by the seed" if held_out and part == "eval" else ""),
-        f"{part} tokens": f"{n_tokens:,} in {len(dataset):,} blocks of at most {pt_args.block_size}"
-        + (", from the cache" if was_cached else ""),
-    }
 
 
 def stream_training_part(
@@ -252,13 +186,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     tokenizer = load_tokenizer(model_args.tokenizer_name_or_path or model_args.model_name_or_path, **hub_options)
 
     # ------------------------------------------------------------ data
+    read = partial(
+        cached_blocks,
+        tokenizer=tokenizer,
+        cache_dir=Path(model_args.cache_dir or "cache", "tokenized"),
+        block_size=pt_args.block_size,
+        packing_across_documents=pt_args.packing_across_documents,
+        seed=training_args.seed,
+    )
     load = partial(
         load_part,
+        kind="documents",
         data_args=data_args,
-        pt_args=pt_args,
-        training_args=training_args,
-        tokenizer=tokenizer,
-        cache_dir=str(Path(model_args.cache_dir or "cache", "tokenized")),
+        do_eval=training_args.do_eval,
+        read=read,
+        describe=lambda rows: f"{sum(rows['length']):,} in {len(rows):,} blocks of at most {pt_args.block_size}",
+        endings=TEXT_ENDINGS,
     )
     train_dataset, train_facts = (
         stream_training_part(data_args, pt_args, training_args, tokenizer) if pt_args.streaming else load("train")

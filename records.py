@@ -30,11 +30,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
 
 from filelock import FileLock
+from loguru import logger
 
 from errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from arguments import DataArguments
 
 T = TypeVar("T")
 
@@ -1002,6 +1005,59 @@ def choose_part(
     return take_samples(records, max_train_samples if part == "train" else max_eval_samples, seed)
 
 
+def load_part(
+    part: Literal["train", "eval"],
+    *,
+    kind: str,
+    data_args: "DataArguments",
+    do_eval: bool,
+    read: Callable[..., tuple["Dataset", Report, Report, bool]],
+    describe: Callable[["Dataset"], str],
+    endings: Sequence[str] = RECORD_ENDINGS,
+) -> tuple["Dataset", dict[str, str]]:
+    """What a stage trains or is evaluated on, and the facts to log.
+
+    Args:
+        kind: what the records are: "dialogues", "pairs", "documents", "prompts".
+        read: `cached_dialogues` or another of tokenization.py, given all but the files and what data_args says.
+        describe: the tokens of the rows, in words.
+
+    Raises:
+        UserError: a flag is missing, or no record is left.
+    """
+    flag, path = (
+        ("--train_file_dir", data_args.train_file_dir)
+        if part == "train"
+        else ("--validation_file_dir", data_args.validation_file_dir or data_args.train_file_dir)
+    )
+    if path is None:
+        raise UserError(f"{flag} is missing: name the file or folder of the {kind}")
+    held_out = do_eval and are_same_files(data_args.train_file_dir, data_args.validation_file_dir, endings)
+    files, unread = find_files(path, flag, endings)
+    dataset, read_report, report, was_cached = read(
+        part,
+        files,
+        held_out=held_out,
+        max_train_samples=data_args.max_train_samples,
+        max_eval_samples=data_args.max_eval_samples,
+        num_workers=data_args.preprocessing_num_workers,
+        on_bad_data=data_args.on_bad_data,
+        overwrite=data_args.overwrite_cache,
+    )
+    if len(dataset) == 0:
+        examples = "; ".join(line for lines in report.examples.values() for line in lines)
+        raise UserError(f"{flag} {path}: {report.summary()}, so nothing is left: {examples}")
+    for reason, lines in report.examples.items():
+        logger.info(f"{part}: left out as {reason}: {'; '.join(lines)}{' ...' if len(lines) == 3 else ''}")
+    return dataset, {
+        f"{part} files": f"{len(files)} in {path}" + (f", {len(unread)} with other endings not read" if unread else ""),
+        f"{part} records": read_report.summary(),
+        f"{part} {kind}": report.summary()
+        + (", held out of the training files by the seed" if held_out and part == "eval" else ""),
+        f"{part} tokens": describe(dataset) + (", from the cache" if was_cached else ""),
+    }
+
+
 def take_samples(items: Sequence[T], max_samples: int | None, seed: int) -> list[T]:
     """A seeded random choice of at most `max_samples` items, in their order; None or too few takes all."""
     if max_samples is None or max_samples >= len(items):
@@ -1055,6 +1111,53 @@ def _question_key(record: Dialogue | Document | Pair) -> str:
 # --------------------------------------------------------------------------------------------------
 # The cache of prepared data
 # --------------------------------------------------------------------------------------------------
+
+
+def cached_part(
+    part: Literal["train", "eval"],
+    files: Sequence[Path],
+    load: Callable[[Sequence[Path], OnBadData], tuple[list[T], Report]],
+    tokenize: Callable[..., tuple["Dataset", Report]],
+    settings: dict,
+    cache_dir: str | Path,
+    *,
+    held_out: bool,
+    max_train_samples: int | None,
+    max_eval_samples: int | None,
+    seed: int,
+    num_workers: int = 1,
+    on_bad_data: OnBadData = "error",
+    overwrite: bool = False,
+) -> tuple["Dataset", Report, Report, bool]:
+    """The tokenized records of one part of the files, from the cache where nothing has changed.
+
+    Args:
+        load: `load_dialogues`, `load_pairs` or `load_documents`.
+        tokenize: makes the rows and a report of the chosen records, given num_workers and on_bad_data.
+        settings: what decides the rows besides files and choice: the kind of rows, tokenizer, limits.
+
+    Returns:
+        The rows; the reports of reading and of tokenizing; whether they were in the cache.
+    """
+    choice = {"max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples, "seed": seed}
+    if not held_out:  # then nothing depends on how the other part is chosen
+        choice |= {"max_eval_samples" if part == "train" else "max_train_samples": None}
+        choice |= {"seed": None} if not any(choice[name] for name in ("max_train_samples", "max_eval_samples")) else {}
+
+    def build() -> tuple["Dataset", dict]:
+        records, read_report = load(files, on_bad_data)
+        chosen = choose_part(records, part, held_out, **choice)
+        dataset, report = tokenize(chosen, num_workers=num_workers, on_bad_data=on_bad_data)
+        return dataset, {"read": read_report.as_dict(), "tokenized": report.as_dict()}
+
+    key = settings | choice | {
+        "part": part,
+        "files": content_fingerprint(files),
+        "held_out": held_out,
+        "on_bad_data": on_bad_data,
+    }  # fmt: skip
+    dataset, reports, was_cached = cached_dataset(cache_dir, key, build, overwrite)
+    return dataset, Report.from_dict(reports["read"]), Report.from_dict(reports["tokenized"]), was_cached
 
 
 def cached_dataset(

@@ -54,15 +54,15 @@ from model_loading import (
     load_for_training,
     load_tokenizer,
 )
-from records import Report, are_same_files, cached_dataset, choose_part, content_fingerprint, find_files, load_pairs
+from records import load_part
 from template import ChatTemplate
 from tokenization import (
     IGNORED_LABEL,
+    cached_pairs,
+    describe_pairs,
     load_chat_template,
     mark_learned,
     stop_token_ids,
-    tokenize_pairs,
-    tokenizer_fingerprint,
 )
 from training_run import BEST, find_checkpoint, finish_run, is_finished, log_facts, start_run, train
 
@@ -132,71 +132,11 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplat
     tokenizer.pad_token = never_last[0]
 
 
-def load_part(
-    part: str,
-    data_args: DataArguments,
-    rm_args: RMArguments,
-    training_args: RMTrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: ChatTemplate,
-    cache_dir: str,
-) -> tuple[Dataset, dict[str, str]]:
-    """Read, check and tokenize the "train" or "eval" pairs, from the cache where nothing has changed.
-
-    Returns rows of prompt_ids, chosen_ids, rejected_ids, margin, n_cut, length and source, and the facts to log.
-    """
-    flag, path = (
-        ("--train_file_dir", data_args.train_file_dir)
-        if part == "train"
-        else ("--validation_file_dir", data_args.validation_file_dir or data_args.train_file_dir)
-    )
-    if path is None:
-        raise UserError(f"{flag} is missing: name the file or folder of the pairs")
-    held_out = training_args.do_eval and are_same_files(data_args.train_file_dir, data_args.validation_file_dir)
-    files, unread = find_files(path, flag)
-    samples = {"max_train_samples": data_args.max_train_samples, "max_eval_samples": data_args.max_eval_samples}
-    limits = {"max_prompt_length": rm_args.max_source_length, "max_reply_length": rm_args.max_target_length}
-
-    def build() -> tuple[Dataset, dict]:
-        pairs, read_report = load_pairs(files, data_args.on_bad_data)
-        chosen = choose_part(pairs, part, held_out, **samples, seed=training_args.seed)
-        dataset, report = tokenize_pairs(
-            chosen,
-            tokenizer,
-            chat_template,
-            **limits,
-            num_workers=data_args.preprocessing_num_workers,
-            on_bad_data=data_args.on_bad_data,
-        )
-        return dataset, {"read": read_report.as_dict(), "tokenized": report.as_dict()}
-
-    key = limits | samples | {
-        "stage": "rm",
-        "part": part,
-        "files": content_fingerprint(files),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "held_out": held_out,
-        "on_bad_data": data_args.on_bad_data,
-        "seed": training_args.seed,
-    }  # fmt: skip
-    dataset, reports, was_cached = cached_dataset(cache_dir, key, build, data_args.overwrite_cache)
-    report = Report.from_dict(reports["tokenized"])
-    for reason, lines in report.examples.items():
-        logger.info(f"{part}: left out as {reason}: {'; '.join(lines)}{' ...' if len(lines) == 3 else ''}")
-    if len(dataset) == 0:
-        raise UserError(f"{flag} {path}: {report.summary()}, so nothing is left")
-    n_cut = sum(dataset["n_cut"])
+def describe_rows(dataset: Dataset, max_reply_length: int) -> str:
+    """Tokens and margins of the pairs, in words."""
     margins = [margin for margin in dataset["margin"] if not math.isnan(margin)]
-    return dataset, {
-        f"{part} files": f"{len(files)} in {path}" + (f", {len(unread)} with other endings not read" if unread else ""),
-        f"{part} records": Report.from_dict(reports["read"]).summary(),
-        f"{part} pairs": report.summary()
-        + (", held out of the training files by the seed" if held_out and part == "eval" else "")
-        + (f"; {len(margins)} with a margin, {np.mean(margins):.3g} on average" if margins else ""),
-        f"{part} tokens": f"the longest prompt and reply {max(dataset['length'])}"
-        + (f", {n_cut} of {2 * len(dataset)} replies cut at {rm_args.max_target_length}" if n_cut else "")
-        + (", from the cache" if was_cached else ""),
-    }
+    stated = f"; {len(margins)} with a margin, {np.mean(margins):.3g} on average" if margins else ""
+    return describe_pairs(dataset, max_reply_length) + stated
 
 
 class PairCollator:
@@ -369,14 +309,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     set_pad_token(tokenizer, chat_template)
 
     # ------------------------------------------------------------ data
-    load = partial(
-        load_part,
-        data_args=data_args,
-        rm_args=rm_args,
-        training_args=training_args,
+    read = partial(
+        cached_pairs,
         tokenizer=tokenizer,
         chat_template=chat_template,
-        cache_dir=str(Path(model_args.cache_dir or "cache", "tokenized")),
+        cache_dir=Path(model_args.cache_dir or "cache", "tokenized"),
+        max_prompt_length=rm_args.max_source_length,
+        max_reply_length=rm_args.max_target_length,
+        seed=training_args.seed,
+    )
+    load = partial(
+        load_part,
+        kind="pairs",
+        data_args=data_args,
+        do_eval=training_args.do_eval,
+        read=read,
+        describe=partial(describe_rows, max_reply_length=rm_args.max_target_length),
     )
     train_dataset, train_facts = load("train")
     eval_dataset, eval_facts = load("eval") if training_args.do_eval else (None, {})

@@ -21,7 +21,6 @@ from typing import Literal
 
 from datasets import Dataset
 from loguru import logger
-from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
@@ -36,8 +35,7 @@ from model_loading import (
     load_for_training,
     load_tokenizer,
 )
-from records import are_same_files, find_files
-from template import ChatTemplate
+from records import load_part
 from tokenization import cached_dialogues, load_chat_template, mark_learned
 from training_run import BEST, find_checkpoint, finish_run, is_finished, log_facts, start_run, train
 
@@ -65,61 +63,6 @@ class SFTArguments:
 
 
 # ---------------------------------------------------------------- data
-
-
-def load_part(
-    part: str,
-    data_args: DataArguments,
-    sft_args: SFTArguments,
-    training_args: CausalLMConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: ChatTemplate,
-    cache_dir: str,
-) -> tuple[Dataset, dict[str, str]]:
-    """Read, check and tokenize the "train" or "eval" dialogues, from the cache where nothing has changed.
-
-    Returns rows of input_ids, labels, length and source, and the facts to log.
-    """
-    flag, path = (
-        ("--train_file_dir", data_args.train_file_dir)
-        if part == "train"
-        else ("--validation_file_dir", data_args.validation_file_dir or data_args.train_file_dir)
-    )
-    if path is None:
-        raise UserError(f"{flag} is missing: name the file or folder of the dialogues")
-    held_out = training_args.do_eval and are_same_files(data_args.train_file_dir, data_args.validation_file_dir)
-    files, unread = find_files(path, flag)
-    dataset, read_report, report, was_cached = cached_dialogues(
-        part,
-        files,
-        tokenizer,
-        chat_template,
-        cache_dir,
-        held_out=held_out,
-        max_train_samples=data_args.max_train_samples,
-        max_eval_samples=data_args.max_eval_samples,
-        seed=training_args.seed,
-        max_length=sft_args.model_max_length,
-        truncation=sft_args.truncation,
-        train_on_inputs=sft_args.train_on_inputs,
-        on_bad_data=data_args.on_bad_data,
-        num_workers=data_args.preprocessing_num_workers,
-        overwrite=data_args.overwrite_cache,
-    )
-    if len(dataset) == 0:
-        examples = "; ".join(line for lines in report.examples.values() for line in lines)
-        raise UserError(f"{flag} {path}: {report.summary()}, so nothing is left: {examples}")
-    for reason, lines in report.examples.items():
-        logger.info(f"{part}: left out as {reason}: {'; '.join(lines)}{' ...' if len(lines) == 3 else ''}")
-    n_tokens = sum(dataset["length"])
-    return dataset, {
-        f"{part} files": f"{len(files)} in {path}" + (f", {len(unread)} with other endings not read" if unread else ""),
-        f"{part} records": read_report.summary(),
-        f"{part} dialogues": report.summary()
-        + (", held out of the training files by the seed" if held_out and part == "eval" else ""),
-        f"{part} tokens": f"{n_tokens:,}, the longest dialogue {max(dataset['length'])}"
-        + (", from the cache" if was_cached else ""),
-    }
 
 
 def pack(dataset: Dataset, max_length: int) -> Dataset:
@@ -156,14 +99,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     chat_template = load_chat_template(tokenizer, sft_args.template_name)
 
     # ------------------------------------------------------------ data
-    load = partial(
-        load_part,
-        data_args=data_args,
-        sft_args=sft_args,
-        training_args=training_args,
+    read = partial(
+        cached_dialogues,
         tokenizer=tokenizer,
         chat_template=chat_template,
-        cache_dir=str(Path(model_args.cache_dir or "cache", "tokenized")),
+        cache_dir=Path(model_args.cache_dir or "cache", "tokenized"),
+        max_length=sft_args.model_max_length,
+        truncation=sft_args.truncation,
+        train_on_inputs=sft_args.train_on_inputs,
+        seed=training_args.seed,
+    )
+    load = partial(
+        load_part,
+        kind="dialogues",
+        data_args=data_args,
+        do_eval=training_args.do_eval,
+        read=read,
+        describe=lambda rows: f"{sum(rows['length']):,}, the longest dialogue {max(rows['length'])}",
     )
     train_dataset, train_facts = load("train")
     eval_dataset, eval_facts = load("eval") if training_args.do_eval else (None, {})

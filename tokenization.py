@@ -33,10 +33,10 @@ from records import (
     Pair,
     Report,
     Unusable,
-    cached_dataset,
-    choose_part,
-    content_fingerprint,
+    cached_part,
     load_dialogues,
+    load_documents,
+    load_pairs,
 )
 from template import ChatTemplate, Message
 
@@ -342,48 +342,19 @@ def cached_dialogues(
     chat_template: ChatTemplate,
     cache_dir: str | Path,
     *,
-    held_out: bool,
-    max_train_samples: int | None,
-    max_eval_samples: int | None,
-    seed: int,
     max_length: int,
     truncation: Truncation,
     train_on_inputs: bool,
-    on_bad_data: Literal["error", "drop"] = "error",
-    num_workers: int = 1,
-    overwrite: bool = False,
+    **options,
 ) -> tuple[Dataset, Report, Report, bool]:
-    """The tokenized dialogues of one part of the files, from the cache where nothing has changed.
+    """`cached_part` of the rows of `tokenize_dialogues`, with its other options.
 
     The stage and the tool that fills its cache beforehand both call this, so that they cannot disagree on the key.
-
-    Returns:
-        The rows of `tokenize_dialogues`; the reports of reading and of tokenizing; whether it was in the cache.
     """
     limits = {"max_length": max_length, "truncation": truncation, "train_on_inputs": train_on_inputs}
-    choice = {"max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples, "seed": seed}
-    if not held_out:  # then nothing depends on how the other part is chosen
-        choice |= {"max_eval_samples" if part == "train" else "max_train_samples": None}
-        choice |= {"seed": None} if not any(choice[name] for name in ("max_train_samples", "max_eval_samples")) else {}
-
-    def build() -> tuple[Dataset, dict]:
-        dialogues, read_report = load_dialogues(files, on_bad_data)
-        chosen = choose_part(dialogues, part, held_out, **choice)
-        dataset, report = tokenize_dialogues(
-            chosen, tokenizer, chat_template, num_workers=num_workers, on_bad_data=on_bad_data, **limits
-        )
-        return dataset, {"read": read_report.as_dict(), "tokenized": report.as_dict()}
-
-    key = limits | choice | {
-        "stage": "sft",
-        "part": part,
-        "files": content_fingerprint(files),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "held_out": held_out,
-        "on_bad_data": on_bad_data,
-    }  # fmt: skip
-    dataset, reports, was_cached = cached_dataset(cache_dir, key, build, overwrite)
-    return dataset, Report.from_dict(reports["read"]), Report.from_dict(reports["tokenized"]), was_cached
+    settings = limits | {"rows": "dialogues", "tokenizer": tokenizer_fingerprint(tokenizer)}
+    tokenize = partial(tokenize_dialogues, tokenizer=tokenizer, chat_template=chat_template, **limits)
+    return cached_part(part, files, load_dialogues, tokenize, settings, cache_dir, **options)
 
 
 def token_length(
@@ -520,6 +491,31 @@ def _encode_pairs(encode: Callable, batch: dict[str, list]) -> dict[str, list]:
     return encoded | {"margin": batch["margin"], "source": batch["source"]}
 
 
+def cached_pairs(
+    part: Literal["train", "eval"],
+    files: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    cache_dir: str | Path,
+    *,
+    max_prompt_length: int,
+    max_reply_length: int,
+    **options,
+) -> tuple[Dataset, Report, Report, bool]:
+    """`cached_part` of the rows of `tokenize_pairs`, with its other options."""
+    limits = {"max_prompt_length": max_prompt_length, "max_reply_length": max_reply_length}
+    settings = limits | {"rows": "pairs", "tokenizer": tokenizer_fingerprint(tokenizer)}
+    tokenize = partial(tokenize_pairs, tokenizer=tokenizer, chat_template=chat_template, **limits)
+    return cached_part(part, files, load_pairs, tokenize, settings, cache_dir, **options)
+
+
+def describe_pairs(dataset: Dataset, max_reply_length: int) -> str:
+    """The tokens of the rows of `tokenize_pairs`, in words."""
+    n_cut = sum(dataset["n_cut"])
+    cut = f", {n_cut} of {2 * len(dataset)} replies cut at {max_reply_length}" if n_cut else ""
+    return f"the longest prompt and reply {max(dataset['length'])}{cut}"
+
+
 # ---------------------------------------------------------------- prompts to answer
 
 
@@ -597,6 +593,24 @@ def _encode_prompts(
         columns["length"].append(len(ids))
         columns["fault"].append(fault)
     return columns
+
+
+def cached_prompts(
+    part: Literal["train", "eval"],
+    files: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    cache_dir: str | Path,
+    *,
+    max_prompt_length: int,
+    truncation: Literal["drop", "cut_prompt_start"],
+    **options,
+) -> tuple[Dataset, Report, Report, bool]:
+    """`cached_part` of the rows of `tokenize_prompts`, with its other options."""
+    limits = {"max_prompt_length": max_prompt_length, "truncation": truncation}
+    settings = limits | {"rows": "prompts", "tokenizer": tokenizer_fingerprint(tokenizer)}
+    tokenize = partial(tokenize_prompts, tokenizer=tokenizer, chat_template=chat_template, **limits)
+    return cached_part(part, files, load_dialogues, tokenize, settings, cache_dir, **options)
 
 
 # ---------------------------------------------------------------- documents of continued pretraining
@@ -680,6 +694,27 @@ def cut_blocks(
         columns["length"].append(len(block))
         columns["source"].append(list(documents["source"][first:last]))
     return columns
+
+
+def cached_blocks(
+    part: Literal["train", "eval"],
+    files: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: str | Path,
+    *,
+    block_size: int,
+    packing_across_documents: bool,
+    **options,
+) -> tuple[Dataset, Report, Report, bool]:
+    """`cached_part` of documents joined and cut by `cut_blocks`, with its other options."""
+    blocks = {"block_size": block_size, "packing_across_documents": packing_across_documents}
+
+    def tokenize(documents: Sequence[Document], **how) -> tuple[Dataset, Report]:
+        tokenized, report = tokenize_documents(documents, tokenizer, **how)
+        return Dataset.from_dict(cut_blocks(tokenized.with_format("numpy")[:], **blocks), BLOCK_FEATURES), report
+
+    settings = blocks | {"rows": "blocks", "tokenizer": tokenizer_fingerprint(tokenizer)}
+    return cached_part(part, files, load_documents, tokenize, settings, cache_dir, **options)
 
 
 def learned_bytes_per_token(tokenizer: PreTrainedTokenizerBase, labels: Iterable[Sequence[int]]) -> float:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = {
     "errors": (set(), set()),
     "template": (set(), set()),
-    "records": (set(), {"datasets", "filelock", "pyarrow"}),
+    "records": (set(), {"datasets", "filelock", "loguru", "pyarrow"}),
     "output_files": (set(), set()),
     "data_forms": ({"records"}, set()),
     "near_duplicates": (set(), {"numpy", "datasketch"}),

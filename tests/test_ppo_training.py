@@ -176,7 +176,7 @@ def test_policy_is_the_sft_adapter_and_the_reference_is_it_too(roles, tiny_model
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_those_of_each_reply_alone(roles, tiny_model_dir, sft_adapter, temperature):
     roles.act_as("policy")
-    logps, entropies = roles.logps(IDS, ATTENTION, MASK, temperature)
+    logps, entropies, _ = roles.logps(IDS, ATTENTION, MASK, temperature)
     model = load_with_adapter(str(tiny_model_dir), str(sft_adapter)).eval()
     for row in range(2):
         ids = IDS[row][ATTENTION[row]]
@@ -191,12 +191,12 @@ def test_log_probs_are_those_of_each_reply_alone(roles, tiny_model_dir, sft_adap
 
 def test_no_gradient_comes_from_prompt_or_padding(roles):
     roles.act_as("policy", trained=True)
-    logps, _ = roles.logps(IDS, ATTENTION, MASK, 1.0)
+    logps, *_ = roles.logps(IDS, ATTENTION, MASK, 1.0)
     embedded = []
     layer = roles.model.get_input_embeddings()
     handle = layer.register_forward_hook(lambda module, args, out: embedded.append(out.requires_grad_()) or out)
     changed = IDS.masked_fill(~ATTENTION, 77)
-    again, _ = roles.logps(changed, ATTENTION, MASK, 1.0)
+    again, *_ = roles.logps(changed, ATTENTION, MASK, 1.0)
     handle.remove()
     torch.testing.assert_close(again, logps)
     (gradient,) = torch.autograd.grad(again.sum(), embedded[0])
@@ -263,7 +263,7 @@ def test_rollouts_join_and_part_without_loss():
         per_token = torch.full((1, n_reply), value)
         mask = torch.ones(1, n_reply, dtype=torch.bool)
         ids = torch.arange(n_prompt + n_reply)[None]
-        return Rollout(ids, attention, mask, *([per_token] * 4), torch.tensor([value]), torch.tensor([True]))
+        return Rollout(ids, attention, mask, *([per_token] * 5), torch.tensor([value]), torch.tensor([True]))
 
     parts = [make(2, 4, 1.0), make(5, 1, 2.0)]
     joined = Rollout.join(parts)
@@ -495,6 +495,12 @@ def test_replies_that_never_end_are_noticed(flags):
 def measures_of(kl: list[float], surprise: float = 0.0) -> list[list[float]]:
     """Replies of 10 tokens with these KLs."""
     return [[float(row), 1.0, 10.0 + row, value, 0.1, 20.0, surprise, 30.0] for row, value in enumerate(kl)]
+
+
+def test_surprisal_is_an_alarm_only_beyond_the_spread_that_the_policy_gives_it():
+    likeliest_by_chance = [[0.0, 1.0, 1.0, 0.0, 0.0, 1.4, -1.2, 6.0], [1.0, 1.0, 1.0, 0.0, 0.0, 1.4, -1.2, 6.0]] * 16
+    assert find_alarm(likeliest_by_chance, 50.0, 0) is None
+    assert "differs from its entropy by 3.00 nats a token" in find_alarm(measures_of([0.0] * 8, 40.5), 50.0, 0)
 
 
 def test_negative_kl_is_an_alarm_only_where_it_is_no_chance():
