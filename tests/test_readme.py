@@ -19,6 +19,7 @@ from model_loading import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK
 from records import RECORD_ENDINGS, load_dialogues
 from supervised_finetuning import SFTArguments
 from template import TEMPLATES
+from training_run import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "README_ZH.md"]
@@ -261,7 +262,7 @@ def test_files_of_a_run_are_those_that_the_stage_test_expects(name):
     )
     best, _, numbered = line.replace("*", "").partition("`checkpoint-N/`")
     assert set(re.findall(r"`(\w+\.\w+)`", best)) == expected["ADAPTER_FILES"]
-    assert set(re.findall(r"`(\w+\.\w+)`", numbered)) == expected["STATE_FILES"]
+    assert set(re.findall(r"`(\w+\.\w+)`", numbered)) == expected["STATE_FILES"] | {MANIFEST}
     whole_run = ast.literal_eval(re.search(r"assert names\(out\) == (\{.*?\})", source, re.DOTALL)[1])
     first_cells = " ".join(re.findall(r"^\|([^|]+)\|", text_of(name), re.MULTILINE))
     listed = {entry.strip("/") for entry in re.findall(r"`([^`]+)`", first_cells)}
