@@ -37,10 +37,16 @@ DO_PT=${DO_PT:-0}
 ALIGN=${ALIGN:-dpo}
 case $DO_PT in 0 | 1) ;; *) echo "error: DO_PT=$DO_PT: give 0 or 1" >&2 && exit 2 ;; esac
 case $ALIGN in dpo | ppo | both | none) ;; *) echo "error: ALIGN=$ALIGN: give dpo, ppo, both or none" >&2 && exit 2 ;; esac
+if [ -n "${TRAIN_DATA:-}${EVAL_DATA:-}" ]; then
+    echo "error: TRAIN_DATA and EVAL_DATA are of one stage: set PT_DATA, SFT_DATA or PAIR_DATA, and for held-out" \
+        "records flags such as SFT_FLAGS='--validation_file_dir FOLDER'" >&2
+    exit 2
+fi
 
 # Pretraining starts from the model that was not yet taught to chat, as in the guide.
 MODEL=${MODEL:-$([ "$DO_PT" = 1 ] && echo Qwen/Qwen2.5-3B || echo Qwen/Qwen2.5-3B-Instruct)}
-NAME=${NAME:-$(basename "$MODEL" | tr '[:upper:]' '[:lower:]' | sed 's/-instruct$//')}
+lower_name=$(basename "${MODEL%/checkpoint-*}" | tr '[:upper:]' '[:lower:]')
+NAME=${NAME:-$(sed 's/^outputs-[a-z]*-//; s/-instruct$//' <<< "$lower_name")}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 export PYTHON
 mkdir -p logs
@@ -61,17 +67,16 @@ trap interrupted INT TERM HUP
 
 # stage NAME OUTPUT "MODELS IT STARTS FROM" COMMAND...: skip it if this command has ended well, otherwise run it.
 stage() {
-    local name=$1 output=$2 parents=$3 log=logs/$1.log parent done_file=$2/.done_by_run_all
+    local name=$1 output=$2 parents=$3 log=logs/$1.log parent newer='' done_file=$2/.done_by_run_all
     shift 3
-    local is_stale=0
     for parent in $parents; do
-        [ ! -e "$done_file" ] || [ ! "$parent" -nt "$done_file" ] || is_stale=1
+        [ ! "$parent" -nt "$done_file" ] || newer=$parent
     done
-    if [ -e "$done_file" ] && [ "$is_stale" = 1 ] && [[ $name != evaluation && $name != report ]]; then
-        echo "error: $output was made from an earlier ${parents# }: move $output away, or set NAME" >&2
+    if [ -n "$newer" ] && [ -e "$done_file" ] && [[ $name != evaluation && $name != report ]]; then
+        echo "error: $output was made from an earlier $newer: move $output away, or set NAME" >&2
         exit 2
     fi
-    if [ "$is_stale" = 0 ] && [ "$(cat "$done_file" 2> /dev/null)" = "$*" ]; then
+    if [ -z "$newer" ] && [ "$(cat "$done_file" 2> /dev/null)" = "$*" ]; then
         echo "$(date '+%F %T') $name: done already, in $output"
         return
     fi
@@ -98,12 +103,12 @@ stage() {
     tail -n 6 "$log" | sed 's/^/    /'
 }
 
-# train NAME DATA MODEL COMMAND...: a training stage.
+# train NAME DATA MODEL FLAGS...: a training stage; its model is `best` afterwards.
 train() {
     local name=$1 data=$2 model=$3 output=outputs-$1-$NAME flags_name=${1^^}_FLAGS
     shift 3
-    local parents=
-    for parent in "$model" "${REWARD_MODEL:-}"; do
+    local parents='' parent
+    for parent in "$model" "$REWARD_MODEL"; do
         [[ $parent != outputs-* ]] || parents+=" $parent"
     done
     # Words of a variable: flags without blanks in their values.
@@ -120,19 +125,22 @@ train() {
 echo "$(date '+%F %T') MODEL=$MODEL NAME=$NAME DO_PT=$DO_PT ALIGN=$ALIGN"
 runs=()
 best=$MODEL
-base=$MODEL
+base=$MODEL # of the adapters that the stages write
+if [ -f "$MODEL/adapter_config.json" ]; then
+    read_base='import json, sys; print(json.load(sys.stdin)["base_model_name_or_path"])'
+    base=$("$PYTHON" -c "$read_base" < "$MODEL/adapter_config.json")
+fi
+REWARD_MODEL=
 [ "$DO_PT" = 0 ] || train pt "$PT_DATA" "$MODEL" "$@"
 train sft "$SFT_DATA" "$best" "$@"
 sft=$best
 compared=("$MODEL" "$sft")
-reward=()
 if [[ $ALIGN = dpo || $ALIGN = both ]]; then
     train dpo "$PAIR_DATA" "$sft" "$@"
     compared+=("$best")
 fi
 if [[ $ALIGN = ppo || $ALIGN = both ]]; then
     train rm "$PAIR_DATA" "$sft" "$@"
-    reward=(--reward_model "$best")
     export REWARD_MODEL=$best
     train ppo "$SFT_DATA" "$sft" "$@"
     compared+=("$best")
@@ -149,8 +157,8 @@ fi
 [ "$base" != "$MODEL" ] || compared[0]=base
 # shellcheck disable=SC2086
 stage evaluation "outputs-eval-$NAME" "${runs[*]/%//checkpoint-best}" "$PYTHON" scripts/evaluate_model.py \
-    --base_model "$base" --compare "${compared[@]}" "${reward[@]}" --test_file $TEST_FILES $EVAL_FLAGS \
-    --output_dir "outputs-eval-$NAME" --overwrite
+    --base_model "$base" --compare "${compared[@]}" ${REWARD_MODEL:+--reward_model "$REWARD_MODEL"} \
+    --test_file $TEST_FILES $EVAL_FLAGS --output_dir "outputs-eval-$NAME" --overwrite
 
 stage report "outputs-report-$NAME" "outputs-eval-$NAME/metrics.json" "$PYTHON" scripts/write_report.py \
     --runs "${runs[@]}" --evaluation "outputs-eval-$NAME" --output_dir "outputs-report-$NAME" --overwrite

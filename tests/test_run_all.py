@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Writes down its call and makes what the script would make. SLEEP_AT waits in that script, FAIL_AT fails in it.
 STAND_IN = """#!/usr/bin/env bash
+[ "$1" != -c ] || exec python3 "$@"
 script=$1
 shift
 echo "$script $*" >> calls
@@ -21,9 +22,9 @@ for ((n = 1; n <= $#; n++)); do
     next=$((n + 1))
     [ "${!n}" != --output_dir ] || output=${!next}
 done
+[ "$script" != "${SLEEP_AT:-}" ] || trap 'echo saved; exit 143' TERM
 echo "the log of $script"
 if [ "$script" = "${SLEEP_AT:-}" ]; then
-    trap 'echo saved; exit 143' TERM
     for _ in $(seq 600); do sleep 0.1; done
 fi
 [ "$script" != "${FAIL_AT:-}" ] || { echo "error: broken data at train.jsonl:3" && exit 2; }
@@ -126,6 +127,20 @@ def test_whole_models_are_not_merged(project):
     assert "--compare org/Tiny-Instruct outputs-sft-tiny/checkpoint-best --test_file" in " ".join(calls[1])
 
 
+def test_an_adapter_to_start_from_is_merged_and_compared_on_its_base(project):
+    adapter = project / "outputs-pt-tiny/checkpoint-best"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/Tiny"}', encoding="utf-8")
+    finished, calls = run(project, MODEL="outputs-pt-tiny/checkpoint-best", ALIGN="none")
+    assert finished.returncode == 0, finished.stderr
+    sft, merge, evaluation, _ = calls
+    assert flag(sft, "--model_name_or_path") == "outputs-pt-tiny/checkpoint-best"
+    assert flag(sft, "--output_dir") == "outputs-sft-tiny"
+    assert flag(merge, "--base_model") == flag(evaluation, "--base_model") == "org/Tiny"
+    compared = "--compare outputs-pt-tiny/checkpoint-best outputs-sft-tiny/checkpoint-best --test_file"
+    assert compared in " ".join(evaluation)
+
+
 def test_finished_stages_are_skipped(project):
     run(project)
     finished, calls = run(project)
@@ -186,6 +201,11 @@ def test_a_signal_reaches_the_stage_once(project, number):
     [
         ({"ALIGN": "kto"}, "error: ALIGN=kto: give dpo, ppo, both or none\n"),
         ({"DO_PT": "yes"}, "error: DO_PT=yes: give 0 or 1\n"),
+        (
+            {"EVAL_DATA": "data/eval"},
+            "error: TRAIN_DATA and EVAL_DATA are of one stage: set PT_DATA, SFT_DATA or PAIR_DATA, and for held-out "
+            "records flags such as SFT_FLAGS='--validation_file_dir FOLDER'\n",
+        ),
     ],
 )
 def test_settings_that_cannot_be_honoured(project, variables, message):
@@ -197,8 +217,9 @@ def test_settings_that_cannot_be_honoured(project, variables, message):
 
 def test_two_runs_at_once_are_refused(project):
     (project / "logs").mkdir()
-    with subprocess.Popen(["flock", project / "logs/.tiny.lock", "cat"], stdin=subprocess.PIPE) as holder:
-        time.sleep(0.5)
+    command = ["flock", project / "logs/.tiny.lock", "sh", "-c", "echo held; cat"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
         finished, calls = run(project)
         holder.stdin.close()
     assert finished.returncode == 2
