@@ -14,6 +14,7 @@ The prompts are those of training. `--predictions` computes the figures again fr
         --test_file data/eval/questions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl
 """
 
+import hashlib
 import json
 import math
 import random
@@ -39,7 +40,7 @@ from intervals import bootstrap_interval, paired_bootstrap, wilson_interval
 from model_loading import read_lineage
 from near_duplicates import Known
 from output_files import new_folder
-from records import Unusable, content_fingerprint, find_files, read_dialogues, read_pairs, read_raw, to_dialogue
+from records import Unusable, find_files, read_dialogues, read_pairs, read_raw, to_dialogue
 from text_metrics import (
     bleu_4,
     chrf,
@@ -93,9 +94,6 @@ class EvaluatedModelArguments(ChatModelArguments):
     base_model: str | None = field(
         default=None, metadata={"help": "Hub name or folder of a model; an adapter's folder stands for both."}
     )
-    reward_model: str | None = field(
-        default=None, metadata={"help": "Folder of a reward model (adapter or whole) that scores replies to dialogues."}
-    )
 
 
 @dataclass
@@ -133,8 +131,11 @@ def check_together(model_args: EvaluatedModelArguments, eval_args: EvaluationArg
         raise UserError("--base_model and --predictions: give one of them")
     if model_args.base_model and not eval_args.test_file:
         raise UserError("--test_file is missing: name the files of dialogues, safety items or exams")
-    if eval_args.predictions and (eval_args.compare or eval_args.test_file or model_args.reward_model):
-        raise UserError("--predictions needs no model: leave --test_file, --compare and --reward_model out")
+    of_models = {"--lora_model": model_args.lora_model, "--reward_model": model_args.reward_model}
+    of_models |= {f"--{name}": getattr(eval_args, name) for name in ("test_file", "compare", "num_samples")}
+    if eval_args.predictions and any(of_models.values()):
+        given = ", ".join(flag for flag, value in of_models.items() if value)
+        raise UserError(f"--predictions needs no model and takes all records: leave {given} out")
     if eval_args.compare and model_args.lora_model:
         raise UserError("--lora_model and --compare exclude each other: name the adapter after --compare")
 
@@ -169,9 +170,14 @@ def read_tests(paths: Sequence[str], num_samples: int | None, seed: int) -> tupl
         n_read = len(found)
         if num_samples is not None and num_samples < n_read:
             found = [found[n] for n in sorted(random.Random(seed).sample(range(n_read), num_samples))]
-        facts[str(file)] = {"records": n_read, "measured": len(found), "sha256": content_fingerprint([file])}
+        facts[str(file)] = {"records": n_read, "measured": len(found), "sha256": sha256_of(file)}
         tests += found
     return tests, facts
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def to_test(record: object, source: str) -> dict | None:
@@ -261,10 +267,10 @@ def add_perplexity(chat_model: ChatModel, rows: list[dict], prompts: list[list[i
     """Put `reference_nats` and `reference_tokens` into the rows: how unlikely the reference is, end token included."""
     replies = [reply_ids(chat_model, row["messages"][:-1], row["messages"][-1]["content"]) for row in rows]
     show = progress(f"{chat_model.name}: likelihood of the references", len(rows))
-    for n, logps in next_token_logps(chat_model, prompts, replies, batch_size):
+    for n_done, (n, logps) in enumerate(next_token_logps(chat_model, prompts, replies, batch_size), start=1):
         ids = torch.tensor(replies[n], device=logps.device)
         rows[n] |= {"reference_nats": -logps.gather(1, ids[:, None]).sum().item(), "reference_tokens": len(ids)}
-        show()
+        show(n_done)
 
 
 def add_letters(chat_model: ChatModel, rows: list[dict], prompts: list[list[int]], batch_size: int) -> None:
@@ -275,9 +281,9 @@ def add_letters(chat_model: ChatModel, rows: list[dict], prompts: list[list[int]
         raise UserError(f"{rows[0]['source']}: the tokenizer begins {', '.join(sorted(first))} with the same token")
     show = progress(f"{chat_model.name}: likelihood of the letters", len(rows))
     replies = [[first[row["answer"]]] for row in rows]
-    for n, logps in next_token_logps(chat_model, prompts, replies, batch_size):
+    for n_done, (n, logps) in enumerate(next_token_logps(chat_model, prompts, replies, batch_size), start=1):
         rows[n]["letter_logps"] = {letter: logps[0, first[letter]].item() for letter in rows[n]["options"]}
-        show()
+        show(n_done)
 
 
 def answer_all(
@@ -285,7 +291,6 @@ def answer_all(
 ) -> list[dict]:
     """The tests with what the model says to them: `reply`, `ended`, and likelihoods by their kind."""
     rows = [{"model": chat_model.name, **test} for test in tests]
-    show = progress(f"{chat_model.name}: replies", len(rows))
     with chat_model.in_use() as model:
         replies = generate_replies(
             model,
@@ -294,7 +299,7 @@ def answer_all(
             chat_model.stop_ids,
             decoding,
             batch_size,
-            on_progress=lambda n_done: show(n_done),
+            on_progress=progress(f"{chat_model.name}: replies", len(rows)),
         )
     for row, reply in zip(rows, replies, strict=True):
         row |= {"reply": reply.text, "ended": reply.ended}
@@ -308,31 +313,30 @@ def answer_all(
 def add_rewards(reward_model: RewardModel, rows: Sequence[dict], batch_size: int) -> None:
     """Put `reward` and `reference_reward` into the rows of dialogues."""
     rows = [row for row in rows if row["kind"] != "exam"]
-    for name in ("reward", "reference_reward"):
-        encoded = [
-            reward_model.encode(row["messages"][:-1], row["reply"], row["ended"])
-            if name == "reward"
-            else reward_model.encode(row["messages"][:-1], row["messages"][-1]["content"])
-            for row in rows
-        ]
-        for row, value in zip(rows, reward_model.score(encoded, batch_size), strict=True):
-            row[name] = value
+    replies = [reward_model.encode(row["messages"][:-1], row["reply"], row["ended"]) for row in rows]
+    references = [reward_model.encode(row["messages"][:-1], row["messages"][-1]["content"]) for row in rows]
+    # The same text once, whichever models wrote it: in two batches its score could differ in the last digits.
+    texts = list(dict.fromkeys(map(tuple, replies + references)))
+    scores = dict(zip(texts, reward_model.score([list(ids) for ids in texts], batch_size), strict=True))
+    for row, reply, reference in zip(rows, replies, references, strict=True):
+        row |= {"reward": scores[tuple(reply)], "reference_reward": scores[tuple(reference)]}
 
 
-def progress(what: str, n_total: int) -> Callable[..., None]:
-    """A function to call with the number done, or once for each: a bar on a terminal, otherwise a line now and then."""
+def progress(what: str, n_total: int) -> Callable[[int], None]:
+    """A function to call with the number done: a bar on a terminal, otherwise a line now and then."""
     bar = tqdm(total=n_total, desc=what, disable=not sys.stderr.isatty())
     start = last_line = time.monotonic()
 
-    def show(n_done: int | None = None) -> None:
+    def show(n_done: int) -> None:
         nonlocal last_line
-        bar.n = bar.n + 1 if n_done is None else n_done
-        bar.refresh() if bar.n == n_total else bar.update(0)
+        bar.update(n_done - bar.n)
         now = time.monotonic()
-        if bar.disable and (bar.n == n_total or now - last_line >= SECONDS_BETWEEN_LINES):
+        if n_done == n_total:
+            bar.close()
+        if bar.disable and (n_done == n_total or now - last_line >= SECONDS_BETWEEN_LINES):
             last_line = now
-            left = (now - start) / bar.n * (n_total - bar.n)
-            logger.info(f"{what}: {bar.n} of {n_total}" + (f", about {left:.0f} s left" if bar.n < n_total else ""))
+            left = (now - start) / n_done * (n_total - n_done)
+            logger.info(f"{what}: {n_done} of {n_total}" + (f", about {left:.0f} s left" if n_done < n_total else ""))
 
     return show
 
@@ -362,9 +366,7 @@ def score(row: dict) -> dict:
         scores["perplexity"] = [row["reference_nats"], row["reference_tokens"]]
     if "reward" in row:
         scores["reward"] = row["reward"]
-        scores["beats_reference"] = (1 + math.copysign(1, row["reward"] - row["reference_reward"])) / 2
-        if row["reward"] == row["reference_reward"]:
-            scores["beats_reference"] = 0.5
+        scores["beats_reference"] = win(row["reward"], row["reference_reward"])
     if row["kind"] == "dialogue":
         scores["over_refusal"] = float(refuses(reply) and not refuses(reference))
     elif row["category"] == "emergency":
@@ -372,6 +374,11 @@ def score(row: dict) -> dict:
     elif row["category"] == "refusal":
         scores["refuses_or_warns"] = float(refuses_or_warns(reply))
     return scores | shape
+
+
+def win(reward: float, other: float) -> float:
+    """1 for the higher reward, 0 for the lower, half for a tie."""
+    return 0.5 if reward == other else float(reward > other)
 
 
 def written_letter(reply: str, options: dict[str, str]) -> str | None:
@@ -428,7 +435,7 @@ def differences(first: Sequence[dict], second: Sequence[dict]) -> dict[str, dict
         found[name] = {"difference": value, "interval": [low, high], "p": p_value, "verdict": verdict}
     if any("reward" in row for row in first):
         pairs = [(a["reward"], b["reward"]) for a, b in zip(first, second, strict=True) if "reward" in a]
-        wins = sum(1.0 if after > before else 0.5 if after == before else 0.0 for before, after in pairs)
+        wins = sum(win(after, before) for before, after in pairs)
         low, high = wilson_interval(wins, len(pairs))
         found["win_rate"] = {"value": round(wins / len(pairs), 4), "interval": [round(low, 4), round(high, 4)]}
     return found
@@ -548,26 +555,34 @@ def cell(found: dict, model: str, figure: str) -> str:
 
 
 def read_predictions(path: Path) -> list[dict]:
-    """The rows of an earlier predictions.jsonl; UserError where it is none."""
+    """The rows of an earlier predictions.jsonl; UserError where it is none or not whole."""
     if not path.is_file():
         raise UserError(f"--predictions {path}: no such file")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    rows, said = [], {}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line:
+            continue
         try:
             row = json.loads(line)
             row["scores"] = score(row)
+            said.setdefault(row["model"], []).append((row["file"], row["messages"]))
             rows.append({"model": row.pop("model"), "file": row.pop("file")} | row)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, IndexError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise UserError(f"{path}:{number}: no record of predictions.jsonl") from None
     if not rows:
         raise UserError(f"--predictions {path}: it is empty")
+    first = next(iter(said))
+    for model, asked in said.items():
+        # Compared pair by pair.
+        if asked != said[first]:
+            raise UserError(f"--predictions {path}: the records of {model} are not those of {first}, in their order")
     return rows
 
 
 def ask_models(
     models: list[ChatModel],
     tests: list[dict],
-    model_args: ChatModelArguments,
+    model_args: EvaluatedModelArguments,
     eval_args: EvaluationArguments,
     decoding: Decoding,
 ) -> tuple[list[dict], dict]:

@@ -127,12 +127,17 @@ class Run:
 
 def read_json(file: Path) -> dict:
     """The object in a file, {} where there is no such file; UserError where it is broken."""
-    if not file.is_file():
-        return {}
+    return parse_object(file.read_bytes(), str(file)) if file.is_file() else {}
+
+
+def parse_object(text: bytes, source: str) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); restore it, or run the stage again") from None
+        raise UserError(f"{source}: not JSON ({error}); restore it, or run again what wrote it") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: no JSON object; restore it, or run again what wrote it")
+    return value
 
 
 def read_run(folder: Path) -> Run:
@@ -150,8 +155,11 @@ def read_evaluation(folder: Path) -> tuple[dict, list[dict]]:
     report = read_json(folder / "metrics.json")
     if "metrics" not in report:
         raise UserError(f"--evaluation {folder}: no metrics.json of scripts/evaluate_model.py in it")
-    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    return report, [json.loads(line) for line in lines]
+    file = folder / "predictions.jsonl"
+    if not file.is_file():
+        raise UserError(f"--evaluation {folder}: no predictions.jsonl in it; run scripts/evaluate_model.py again")
+    lines = file.read_bytes().splitlines()
+    return report, [parse_object(line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
 
 
 # ---------------------------------------------------------------- sections

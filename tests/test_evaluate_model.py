@@ -1,11 +1,12 @@
 """The evaluation tool: replies scored as by hand, figures from predictions alone, several models, and its errors."""
 
+import hashlib
 import json
 import math
 
 import pytest
 import torch
-from evaluate_model import main, written_letter
+from evaluate_model import add_rewards, main, written_letter
 
 from errors import UserError
 
@@ -174,6 +175,7 @@ def test_a_model_is_asked_and_its_replies_are_kept_beside_the_references(tmp_pat
     report = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert report["test_files"][str(test_file)]["records"] == 5
     assert report["test_files"][str(test_file)]["measured"] == 3
+    assert report["test_files"][str(test_file)]["sha256"] == hashlib.sha256(test_file.read_bytes()).hexdigest()
     assert report["decoding"]["max_new_tokens"] == 4
     assert "第" in report["models"][str(tiny_model_dir)]["first prompt"]
     for record in made[:3]:
@@ -264,7 +266,10 @@ def test_two_models_side_by_side(tmp_path, write_jsonl, tiny_model_dir):
         (["--base_model", "m"], "--test_file is missing"),
         (["--base_model", "m", "--test_file", "t", "--num_samples", "0"], "--num_samples 0: give at least 1"),
         (["--predictions", "nowhere.jsonl"], "--predictions nowhere.jsonl: no such file"),
-        (["--predictions", "p", "--compare", "a"], "--predictions needs no model"),
+        (
+            ["--predictions", "p", "--compare", "a", "--num_samples", "3"],
+            "--predictions needs no model and takes all records: leave --compare, --num_samples out",
+        ),
         (["--base_model", "m", "--test_file", "nowhere"], "--test_file nowhere: no such file or folder"),
         (["--base_model", "m", "--test_file", "t", "--lora_model", "a", "--compare", "b"], "exclude each other"),
     ],
@@ -296,3 +301,41 @@ def test_records_of_no_form(tmp_path, write_jsonl, tiny_model_dir, record, messa
 def test_a_file_that_is_none_of_predictions(tmp_path, write_jsonl):
     with pytest.raises(UserError, match=r"predictions\.jsonl:2: no record of predictions\.jsonl"):
         evaluate_predictions(tmp_path, write_jsonl, prediction("a", "b"), {"question": "q"})
+    (tmp_path / "bytes").write_bytes(b"\xff\x00\n")
+    with pytest.raises(UserError, match=r"bytes:1: no record of predictions\.jsonl"):
+        main(["--predictions", str(tmp_path / "bytes"), "--output_dir", str(tmp_path / "out")])
+
+
+def test_predictions_of_which_some_are_missing(tmp_path, write_jsonl):
+    rows = [prediction("a", "b"), prediction("a", "c"), prediction("a", "b", model="other")]
+    with pytest.raises(UserError, match=r"the records of other are not those of m, in their order"):
+        evaluate_predictions(tmp_path, write_jsonl, *rows)
+
+
+def test_a_reply_with_a_line_separator_of_unicode_is_one_line(tmp_path, write_jsonl):
+    evaluate_predictions(tmp_path, write_jsonl, prediction("多喝水\u2028休息", "多喝水"))
+    main(["--predictions", str(tmp_path / "out/predictions.jsonl"), "--output_dir", str(tmp_path / "third")])
+    assert metrics(tmp_path / "third") == metrics(tmp_path / "out")
+
+
+class CountingRewardModel:
+    """Scores a reply by its length and how many were scored before, as a batch's padding might move the digits."""
+
+    def __init__(self):
+        self.scored: list[list[int]] = []
+
+    def encode(self, messages: list[dict], reply: str, ended: bool = True) -> list[int]:
+        return [*map(ord, reply), int(ended)]
+
+    def score(self, rows: list[list[int]], batch_size: int) -> list[float]:
+        self.scored += rows
+        return [len(row) + n / 1000 for n, row in enumerate(rows)]
+
+
+def test_the_same_text_is_scored_once_and_ties():
+    reward_model = CountingRewardModel()
+    rows = [prediction("多喝水", "多喝水"), prediction("好", "多喝水"), prediction("好", "多喝水", model="other")]
+    add_rewards(reward_model, rows, batch_size=2)
+    assert len(reward_model.scored) == 2
+    assert rows[0]["reward"] == rows[0]["reference_reward"] == rows[2]["reference_reward"]
+    assert rows[1]["reward"] == rows[2]["reward"] < rows[2]["reference_reward"]

@@ -133,6 +133,22 @@ def test_only_what_was_logged_is_drawn():
     assert curves([{"step": 1, "epoch": 0.1}]) == ""
 
 
+def test_an_evaluation_that_is_not_whole(tmp_path, evaluation):
+    flags = ["--evaluation", str(evaluation), "--output_dir", str(tmp_path / "report")]
+    predictions = evaluation / "predictions.jsonl"
+    lines = predictions.read_bytes()
+    predictions.write_bytes(lines[:-20])
+    with pytest.raises(UserError, match=r"predictions\.jsonl:12: not JSON"):
+        main(flags)
+    predictions.write_bytes(b"[]\n" + lines)
+    with pytest.raises(UserError, match=r"predictions\.jsonl:1: no JSON object"):
+        main(flags)
+    predictions.unlink()
+    with pytest.raises(UserError, match=r"--evaluation .*: no predictions\.jsonl in it"):
+        main(flags)
+    assert not (tmp_path / "report").exists()
+
+
 def test_user_errors(tmp_path):
     out = ["--output_dir", str(tmp_path / "report")]
     with pytest.raises(UserError, match="--runs and --evaluation are missing"):
