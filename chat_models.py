@@ -3,6 +3,7 @@
 Those that share a base share its weights in memory: their adapters are switched. A reward model scores what they say.
 """
 
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -36,6 +37,8 @@ from tokenization import encode_exchange, load_chat_template, stop_token_ids
 # The word that stands for the base model without an adapter, where models are listed.
 BASE = "base"
 NOTICE = "回答由模型生成，仅供研究，不构成医疗建议。 Answers are generated, for research only, and no medical advice."
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # ---------------------------------------------------------------- arguments
 
@@ -74,6 +77,18 @@ class ChatModelArguments:
     @property
     def hub_options(self) -> dict:
         return {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code}
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened on; asked before weights are loaded."""
+    if not 0 < port < 65536:
+        raise UserError(f"--port {port}: give a number from 1 to 65535")
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port}: cannot be listened on ({error.strerror}); give another"
+        ) from error
 
 
 # ---------------------------------------------------------------- models and their prompts

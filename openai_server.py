@@ -12,6 +12,7 @@ Launcher: run_serve.sh, which takes vLLM where it can.
 
 import asyncio
 import json
+import os
 import secrets
 import threading
 import time
@@ -33,7 +34,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers import set_seed
 
 from arguments import StageArgumentParser
-from chat_models import NOTICE, ChatModel, ChatModelArguments, describe_model, load_weights
+from chat_models import LOOPBACK, NOTICE, ChatModel, ChatModelArguments, check_address, describe_model, load_weights
 from errors import UserError, run_script
 from generation import Decoding, Reply, stream_reply
 from records import Unusable
@@ -51,7 +52,13 @@ DEFAULT_MAX_TOKENS = 1024
 class ServerArguments:
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 opens it to the network."})
     port: int = field(default=8000, metadata={"help": "Port to listen on."})
-    api_key: str | None = field(default=None, metadata={"help": "Clients have to send it as their Bearer token."})
+    api_key: str | None = field(
+        default=None,
+        metadata={
+            "help": "Clients have to send it as their Bearer token; the variable API_KEY does the same and stays out "
+            "of the list of processes."
+        },
+    )
     served_model_name: str | None = field(
         default=None,
         metadata={"help": "What requests call the model; otherwise the adapter's or model's path as given."},
@@ -61,8 +68,7 @@ class ServerArguments:
     )
 
     def __post_init__(self):
-        if not 0 < self.port < 65536:
-            raise UserError(f"--port {self.port}: give a number from 1 to 65535")
+        self.api_key = self.api_key or os.environ.get("API_KEY")
         if self.max_model_len is not None and self.max_model_len < 16:
             raise UserError(f"--max_model_len {self.max_model_len}: too little for a question; give a number of tokens")
 
@@ -197,8 +203,8 @@ class Replier:
     def _generate(
         self, prompt: list[int], decoding: Decoding, seed: int | None, hand_on: Callable[[str | Reply], None]
     ) -> None:
-        if seed is not None:
-            set_seed(seed)
+        # Without a seed too: otherwise the draws would go on from another client's.
+        set_seed(secrets.randbits(32) if seed is None else seed)
         chat_model = self.chat_model
         with chat_model.in_use() as model:
             reply = stream_reply(model, chat_model.tokenizer, prompt, chat_model.stop_ids, decoding, on_text=hand_on)
@@ -323,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, server_args = parser.parse(argv)
     if model_args.reward_model:
         raise UserError("--reward_model: a server writes replies and scores none; leave the flag out")
+    check_address(server_args.host, server_args.port)
     start_log()
     for note in parser.notes:
         logger.info(note)
@@ -341,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     address = f"http://{server_args.host}:{server_args.port}"
     logger.info(NOTICE)
     logger.info(f"{name} at {address}/v1, context {chat_model.context} tokens, one reply at a time")
-    if server_args.host not in ("127.0.0.1", "localhost", "::1") and not server_args.api_key:
+    if server_args.host not in LOOPBACK and not server_args.api_key:
         logger.warning(f"--host {server_args.host} without --api_key: whoever reaches this port can ask")
     # A signal lets the running requests finish.
     uvicorn.run(app, host=server_args.host, port=server_args.port, log_level="info", access_log=False)

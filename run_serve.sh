@@ -32,6 +32,10 @@ if [ -f "$MODEL/adapter_config.json" ] && [ -z "$LORA" ]; then
     MODEL=$(of_adapter "$LORA" base_model_name_or_path)
 fi
 NAME=${NAME:-${LORA:-$MODEL}}                   # what requests call the model
+if [ -n "$LORA" ] && [ ! -f "$LORA/adapter_config.json" ]; then
+    echo "error: LORA $LORA: no adapter_config.json in it; give an adapter's folder, such as a checkpoint-best" >&2
+    exit 2
+fi
 
 n_gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
 if [ "$n_gpus" -gt 0 ] && "$VLLM_PYTHON" -c 'import vllm' 2> /dev/null; then
@@ -42,6 +46,7 @@ if [ "$n_gpus" -gt 0 ] && "$VLLM_PYTHON" -c 'import vllm' 2> /dev/null; then
         --dtype bfloat16
         --max-model-len "$MAX_LENGTH"
         --gpu-memory-utilization "$GPU_MEMORY"
+        --shutdown-timeout 600                  # seconds for the running requests; by itself vLLM breaks them off
     )
     if [ -n "$LORA" ]; then
         rank=$(of_adapter "$LORA" r)
@@ -63,7 +68,7 @@ else
         --max_model_len "$MAX_LENGTH"
     )
     [ -z "$LORA" ] || args+=(--lora_model "$LORA")
-    [ -z "$API_KEY" ] || args+=(--api_key "$API_KEY")
+    export API_KEY                              # the list of processes would show a flag
     server=("$PYTHON" openai_server.py)
 fi
 

@@ -21,10 +21,12 @@ from transformers import set_seed
 
 from arguments import StageArgumentParser
 from chat_models import (
+    LOOPBACK,
     NOTICE,
     ChatModel,
     ChatModelArguments,
     RewardModel,
+    check_address,
     describe_model,
     describe_models,
     load_weights,
@@ -91,7 +93,7 @@ def pieces_of(chat_model: ChatModel, prompt: list[int], decoding: Decoding, seed
             with _ONE_AT_A_TIME, chat_model.in_use() as model:
                 set_seed(seed)
                 reply = stream_reply(model, chat_model.tokenizer, prompt, chat_model.stop_ids, decoding, hand_on)
-        except (_Closed, RuntimeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - it is raised where the reply is waited for
             items.put(error)
         else:
             items.put(reply)
@@ -258,8 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, web_args = parser.parse(argv)
     if web_args.models and model_args.lora_model:
         raise UserError("--lora_model and --models exclude each other: name the adapter after --models")
-    if not 0 < web_args.port < 65536:
-        raise UserError(f"--port {web_args.port}: give a number from 1 to 65535")
+    check_address(web_args.host, web_args.port)
     start_log()
     for note in parser.notes:
         logger.info(note)
@@ -273,21 +274,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     load_weights(models, model_args)
 
     # ------------------------------------------------------------ page
-    if web_args.host not in ("127.0.0.1", "localhost", "::1"):
+    if web_args.host not in LOOPBACK:
         logger.warning(f"--host {web_args.host}: whoever reaches port {web_args.port} can ask")
     page = build_page(models, reward_model)
-    try:
-        page.launch(
-            server_name=web_args.host,
-            server_port=web_args.port,
-            theme=THEME,
-            css=CSS,
-            share=False,
-            ssr_mode=False,
-            footer_links=[],
-        )
-    except OSError as error:
-        raise UserError(f"--port {web_args.port}: cannot be listened on ({error})") from error
+    page.launch(
+        server_name=web_args.host,
+        server_port=web_args.port,
+        theme=THEME,
+        css=CSS,
+        share=False,
+        ssr_mode=False,
+        show_error=True,
+        footer_links=[],
+    )
 
 
 if __name__ == "__main__":

@@ -176,17 +176,16 @@ def test_parallel_clients_get_their_own_answers(client, adapter, chat_model):
     assert answers == [expected[number % len(QUESTIONS)] for number in range(64)]
 
 
-def test_draws_repeat_by_the_seed(client, adapter):
+def test_draws_repeat_by_the_seed_and_not_without(client, adapter):
+    def drawn_with(seed: int | None) -> str:
+        return ask(client, adapter, "头痛", temperature=1, seed=seed).choices[0].message.content
+
     with ThreadPoolExecutor(6) as pool:
-        drawn = list(
-            pool.map(
-                lambda seed: ask(client, adapter, "头痛", temperature=1, seed=seed).choices[0].message.content,
-                [7, 8, 7, 9, 7, 8],
-            )
-        )
+        drawn = list(pool.map(drawn_with, [7, 8, 7, 9, 7, 8]))
     assert drawn[0] == drawn[2] == drawn[4]
     assert drawn[1] == drawn[5]
     assert len(set(drawn)) == 3
+    assert len({drawn_with(seed) for seed in (7, None, 7, None)}) == 3
 
 
 def test_stop_texts_and_turns_as_openais_client_sends_them(client, adapter, chat_model):
@@ -289,6 +288,14 @@ def test_flags_that_make_no_sense_are_refused(tiny_model_dir, flags, message):
         openai_server.main(["--base_model", str(tiny_model_dir), *flags])
 
 
+def test_a_port_in_use_is_refused_before_weights_load(tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(openai_server, "load_weights", lambda *args: pytest.fail("the weights are loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(UserError, match=f"--port {port}: cannot be listened on .Address already in use"):
+            openai_server.main(["--base_model", str(tiny_model_dir), "--port", port])
+
+
 # ---------------------------------------------------------------- the launcher where vLLM is installed
 
 
@@ -322,10 +329,19 @@ def test_the_guides_command_on_a_gpu(launched):
     assert "secret" not in words
     command = (
         "-m vllm.entrypoints.openai.api_server --model outputs-dpo-qwen2.5-3b-merged --host 0.0.0.0 --port 8000 "
-        "--dtype bfloat16 --max-model-len 4096 --gpu-memory-utilization 0.9 "
+        "--dtype bfloat16 --max-model-len 4096 --gpu-memory-utilization 0.9 --shutdown-timeout 600 "
         "--served-model-name outputs-dpo-qwen2.5-3b-merged --enforce-eager"
     )
     assert words == command.split()
+
+
+def test_a_folder_without_an_adapter_is_refused_in_one_line(launched, tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as refusal:
+        launched(LORA=str(tmp_path))
+    assert refusal.value.returncode == 2
+    assert refusal.value.stderr == (
+        f"error: LORA {tmp_path}: no adapter_config.json in it; give an adapter's folder, such as a checkpoint-best\n"
+    )
 
 
 @pytest.mark.parametrize("as_model", [True, False])

@@ -110,6 +110,23 @@ def test_closing_a_reply_ends_its_generation(models):
     assert isinstance(last, Reply)
 
 
+def test_any_failure_of_a_generation_reaches_the_page(models, monkeypatch):
+    def fail(*args):
+        raise KeyError("lost")
+
+    monkeypatch.setattr(web_demo, "stream_reply", fail)
+    with pytest.raises(KeyError, match="lost"):
+        list(pieces_of(models[0], [1, 2, 3], SHORT, 42))
+
+
+def test_an_address_that_cannot_be_listened_on_is_refused_before_weights_load(tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(web_demo, "load_weights", lambda *args: pytest.fail("the weights are loaded"))
+    with pytest.raises(UserError, match="--port 99999: give a number from 1 to 65535"):
+        web_demo.main(["--base_model", str(tiny_model_dir), "--port", "99999"])
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="Address already in use"):
+        web_demo.main(["--base_model", str(tiny_model_dir), "--port", str(taken.getsockname()[1])])
+
+
 def test_flags_that_exclude_each_other(tiny_model_dir, adapter):
     flags = ["--base_model", str(tiny_model_dir), "--lora_model", str(adapter), "--models", "base"]
     with pytest.raises(UserError, match="name the adapter after --models"):
