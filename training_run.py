@@ -43,7 +43,8 @@ BEST = "checkpoint-best"
 MANIFEST = "manifest.sha256"
 # In the output folder: checkpoints are written in it, and moved out of it once they are whole.
 UNFINISHED = ".unfinished"
-# A loss has exploded that is above the median of the last steps by three times that median and a nat.
+# A loss has exploded that is four times the median of so many steps and three nats above it: where pairs are told
+# apart with a median near 0, a single one that is not costs more than two.
 RECENT_STEPS = 50
 # Tokenizer, configuration and states of a checkpoint, in bytes, beside its weights and optimizer.
 SMALL_FILES = 16 * 2**20
@@ -184,11 +185,15 @@ def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool
 
 def _refuse_unwritable(output_dir: Path) -> None:
     """Raise UserError where the output folder, or the one it would be made in, takes no files."""
-    folder = output_dir.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = _existing_part(output_dir)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"--output_dir {output_dir}: {folder} cannot be written to; name another folder")
+
+
+def _existing_part(folder: Path) -> Path:
+    """The folder, or the one above it that is there."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def _checked_checkpoint(checkpoint: str) -> str:
@@ -253,7 +258,11 @@ def _faults(checkpoint: Path) -> str:
             missing.append("a readable trainer_state.json")
     if missing:
         return f"without {', '.join(missing)}"
-    damaged = [name for name, digest in _read_manifest(checkpoint).items() if _sha256(checkpoint / name) != digest]
+    try:
+        manifest = _read_manifest(checkpoint)
+    except ValueError:
+        return f"damaged: {MANIFEST}"
+    damaged = [name for name, digest in manifest.items() if _sha256(checkpoint / name) != digest]
     return f"damaged: {', '.join(damaged)}" if damaged else ""
 
 
@@ -324,7 +333,7 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, str]:
-    """File name to SHA-256; empty for a checkpoint without a manifest (another tool's)."""
+    """File name to SHA-256; empty for a checkpoint without a manifest (another tool's), ValueError for a broken one."""
     file = checkpoint / MANIFEST
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
@@ -414,9 +423,7 @@ def check_disk(trainer: Trainer) -> None:
     n_kept = min(n_saved, limit + 1) if limit else n_saved
     n_new = max(n_kept - len(_numbered_checkpoints(output_dir)), min(n_kept, 1))
     needed = n_new * checkpoint + 2 * (weights + SMALL_FILES)
-    folder = output_dir.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = _existing_part(output_dir)
     free = shutil.disk_usage(folder).free
     said = f"{n_kept} checkpoints of about {checkpoint / 2**30:.2f} GiB and checkpoint-best"
     if free < needed:
@@ -789,7 +796,8 @@ class BadSteps(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         losses = torch.stack([loss.float() for loss, _ in self.micro_batches])
         loss = losses.sum().item()
-        limit = 4 * abs(median(self.recent)) + 1 if len(self.recent) >= RECENT_STEPS // 2 else math.inf
+        usual = abs(median(self.recent)) if len(self.recent) >= RECENT_STEPS // 2 else math.inf
+        limit = max(4 * usual, usual + 3)
         # fp16's loss scaler sees to gradients itself, and DeepSpeed has used them.
         gradients = [] if args.fp16 or args.deepspeed else [p.grad for p in model.parameters() if p.grad is not None]
         if not math.isfinite(loss):

@@ -14,8 +14,10 @@ from errors import UserError
 from training_run import (
     BEST,
     MANIFEST,
+    RECENT_STEPS,
     UNFINISHED,
     AdapterMovementCheck,
+    BadSteps,
     ProgressLines,
     find_checkpoint,
     plot_curves,
@@ -97,6 +99,18 @@ def test_damage_is_told_by_the_manifest(arguments, tmp_path, damage):
     found = find_checkpoint(arguments(resume_from_checkpoint=True), overwrite_output_dir=False)
     assert found == str(tmp_path / "out" / "checkpoint-1")
     with pytest.raises(UserError, match=r"checkpoint-2: damaged: tokenizer\.json; take another checkpoint"):
+        find_checkpoint(arguments(resume_from_checkpoint=str(newest)), overwrite_output_dir=False)
+
+
+@pytest.mark.parametrize("content", [b"no line of it", b"\xff\x00"])
+def test_a_broken_manifest_is_a_damage(arguments, tmp_path, content):
+    for step in (1, 2):
+        make_checkpoint(tmp_path / "out" / f"checkpoint-{step}")
+    newest = tmp_path / "out" / "checkpoint-2"
+    (newest / MANIFEST).write_bytes(content)
+    found = find_checkpoint(arguments(resume_from_checkpoint=True), overwrite_output_dir=False)
+    assert found == str(tmp_path / "out" / "checkpoint-1")
+    with pytest.raises(UserError, match=rf"checkpoint-2: damaged: {MANIFEST}; take another checkpoint"):
         find_checkpoint(arguments(resume_from_checkpoint=str(newest)), overwrite_output_dir=False)
 
 
@@ -252,3 +266,21 @@ def test_adapter_check_waits_for_the_warm_up():
     check.on_step_begin(args, state, None, model=model, optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]))
     check.on_step_end(args, state, None, model=model)
     assert not check.done
+
+
+@pytest.mark.parametrize(
+    ("usual", "loss", "is_bad"),
+    [(0.02, 2.9, False), (0.02, 3.1, True), (1.5, 5.9, False), (1.5, 6.1, True), (-1.0, 3.9, False), (-1.0, 4.1, True)],
+)
+def test_a_loss_explodes_by_factor_and_by_nats(arguments, capfd, usual, loss, is_bad):
+    start_run("a stage", arguments(), [])
+    trainer = SimpleNamespace(training_step=lambda model, inputs: inputs["loss"], _get_learning_rate=lambda: 1e-3)
+    bad_steps = BadSteps(trainer, 3, AdapterMovementCheck())
+    model, state = TwoMatrices(1.0), SimpleNamespace(global_step=0)
+    for value in [usual] * (RECENT_STEPS // 2) + [loss]:
+        bad_steps.on_step_begin(arguments(), state, None)
+        trainer.training_step(model, {"loss": torch.tensor(value), "sources": ["d.jsonl:1"]})
+        bad_steps.on_pre_optimizer_step(arguments(), state, None, model=model)
+    assert bad_steps.in_a_row == is_bad
+    line = f"step 1: the loss is {loss:.4f} after a median of {usual:.4f} at learning rate 1.00e-03 on d.jsonl:1"
+    assert (line in capfd.readouterr().err) == is_bad
