@@ -104,7 +104,7 @@ def perplexity(model: PreTrainedModel, rows: Sequence[tuple[list[int], list[int]
 # ---------------------------------------------------------------- GGUF
 
 
-def check_exportable(model_path: str, tokenizer: PreTrainedTokenizerBase, architecture: str | None) -> None:
+def check_exportable(model_path: str, tokenizer: PreTrainedTokenizerBase, architecture: str) -> None:
     """Refuse what llama.cpp would read otherwise than transformers does."""
     if architecture != "Qwen2ForCausalLM":
         raise UserError(
@@ -118,7 +118,9 @@ def check_exportable(model_path: str, tokenizer: PreTrainedTokenizerBase, archit
         r"\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     if known not in [part.get("pattern", {}).get("Regex") for part in (split or {}).get("pretokenizers", [])]:
-        raise UserError(f"--model {model_path}: its tokenizer splits text otherwise than Qwen2's; GGUF knows it not")
+        raise UserError(
+            f"--model {model_path}: its tokenizer splits text otherwise than Qwen2's, and no GGUF is written for it"
+        )
 
 
 def write_gguf(
@@ -262,9 +264,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     config = load_config(path, flag="--model")
     tokenizer = load_tokenizer(path, flag="--model")
     chat_template = load_chat_template(tokenizer, None)
+    architecture = (config.architectures or [""])[0]
+    if "SequenceClassification" in architecture:
+        raise UserError(f"--model {path}: a reward model, which scores replies and writes none")
     if as_gguf:
-        check_exportable(path, tokenizer, (config.architectures or [None])[0])
-    context = config.max_position_embeddings
+        check_exportable(path, tokenizer, architecture)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_EVAL_TOKENS
     rows = read_dialogues_to_compare(export_args, tokenizer, chat_template, context)
 
     # ------------------------------------------------------------ export, load back, compare

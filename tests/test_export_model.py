@@ -1,6 +1,7 @@
 """`scripts/export_model.py`: what is exported says what the model says, also to llama.cpp, or it is not written."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import gguf
 import pytest
 import torch
 from export_model import chatml, default_system_of, main, modelfile, perplexity, vocabulary
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from errors import UserError
 from generation import Decoding, generate_replies
@@ -182,6 +183,11 @@ def test_what_cannot_be_exported(model_dir, eval_file, tmp_path):
     tokenizer = load_tokenizer(str(model_dir))
     with pytest.raises(UserError, match="LlamaForCausalLM; GGUF is written for Qwen2ForCausalLM"):
         export_model.check_exportable("m", tokenizer, "LlamaForCausalLM")
+    config = AutoConfig.from_pretrained(model_dir, architectures=["Qwen2ForSequenceClassification"])
+    shutil.copytree(model_dir, tmp_path / "rm")
+    config.save_pretrained(tmp_path / "rm")
+    with pytest.raises(UserError, match=r"--model .*rm: a reward model"):
+        main(flags(tmp_path / "rm", tmp_path / "out", eval_file, "--format", "bnb-4bit"))
     with pytest.raises(UserError, match="--num_samples 0"):
         main(flags(model_dir, tmp_path / "out", eval_file, "--num_samples", "0"))
 
