@@ -38,7 +38,7 @@ def stage_flags(stage: str, model: Path, folder: Path, **changes) -> list[str]:
     """A short run's flags; keywords replace or add some, None removes one."""
     values = {
         "model_name_or_path": model,
-        "train_file_dir": write_data(stage, folder),
+        "train_file_dir": changes.get("train_file_dir") or write_data(stage, folder),
         "do_train": True,
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 2,

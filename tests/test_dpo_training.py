@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from guide import GUIDE_DPO
 from safetensors.torch import load_file
+from stage_runs import logged
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_training
@@ -135,11 +136,6 @@ def sft_adapter(tiny_model_dir, tmp_path_factory) -> Path:
 def sft_model(tiny_model_dir, tmp_path_factory) -> Path:
     """A model of its own. Read only."""
     return run_sft(tmp_path_factory.mktemp("full"), tiny_model_dir, "--use_peft", "False")
-
-
-def logged(output_dir: Path, name: str = "loss") -> dict[int, float]:
-    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry[name] for entry in history if name in entry}
 
 
 def names(folder: Path) -> set[str]:

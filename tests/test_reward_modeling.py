@@ -15,6 +15,7 @@ import torch
 from guide import GUIDE_RM
 from peft import PeftModel
 from safetensors.torch import load_file
+from stage_runs import PARTS, logged, stage_flags
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardTrainer
 
@@ -27,7 +28,7 @@ from reward_modeling import PairCollator, compare_with_length, pair_losses, pair
 from tokenization import load_chat_template
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS, SIGNS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"], ["疼", "痒", "肿", "麻"]
+SIGNS = ["疼", "痒", "肿", "麻"]
 LN2 = math.log(2)
 HEAD = "base_model.model.score.weight"
 
@@ -57,26 +58,9 @@ def flags(tiny_model_dir, data_dir, tmp_path):
     """A short run's flags; keywords replace or add some, None removes one."""
 
     def build(**changes) -> list[str]:
-        values = {
-            "model_name_or_path": tiny_model_dir,
-            "train_file_dir": data_dir,
-            "validation_file_dir": data_dir,
-            "do_train": True,
-            "do_eval": True,
-            "max_eval_samples": 4,
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 4,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            "gradient_checkpointing": False,
-            "save_strategy": "steps",
-            "save_steps": 2,
-            "output_dir": tmp_path / "out",
-            "cache_dir": tmp_path / "cache",
-        } | changes
-        return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+        evaluated = {"validation_file_dir": data_dir, "do_eval": True, "max_eval_samples": 4}
+        values = {"train_file_dir": data_dir, "template_name": None} | evaluated | changes
+        return stage_flags("rm", tiny_model_dir, tmp_path, **values)
 
     return build
 
@@ -92,11 +76,6 @@ def sft_adapter(tiny_model_dir, tmp_path_factory) -> Path:
     files = f"--train_file_dir {data} --output_dir {folder / 'out'} --cache_dir {folder}"
     supervised_finetuning.main(f"--model_name_or_path {tiny_model_dir} {options} {files}".split())
     return folder / "out/checkpoint-best"
-
-
-def logged(output_dir: Path, name: str = "loss") -> dict[int, float]:
-    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry[name] for entry in history if name in entry}
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
