@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from loguru import logger
 from peft import PeftModel
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from errors import UserError
 from model_loading import (
@@ -136,8 +136,8 @@ def describe_model(model_args: ChatModelArguments) -> ChatModel:
                 f"the base: --base_model {base_of(base_model)}"
             )
     elif is_adapter(base_model):
-        lora_model = base_model
-    return _describe(lora_model or base_model, base_of(base_model), lora_model, model_args)
+        return _describe(base_model, base_of(base_model), base_model, model_args, lora_flag="--base_model")
+    return _describe(lora_model or base_model, base_model, lora_model, model_args)
 
 
 def describe_models(paths: Sequence[str], flag: str, model_args: ChatModelArguments) -> list[ChatModel]:
@@ -151,35 +151,37 @@ def describe_models(paths: Sequence[str], flag: str, model_args: ChatModelArgume
         if path == BASE:
             models.append(_describe(path, base_model, None, model_args))
         elif is_adapter(path):
-            models.append(_describe(path, base_model, path, model_args))
+            models.append(_describe(path, base_model, path, model_args, lora_flag=flag))
         else:
-            models.append(_describe(path, path, None, model_args))
+            models.append(_describe(path, path, None, model_args, base_flag=flag))
     return models
 
 
-def _describe(name: str, base_model: str, lora_model: str | None, model_args: ChatModelArguments) -> ChatModel:
-    config = load_config(base_model, flag="--base_model", **model_args.hub_options)
-    _refuse_reward_model(config, base_model, lora_model)
+def _describe(
+    name: str,
+    base_model: str,
+    lora_model: str | None,
+    model_args: ChatModelArguments,
+    base_flag: str = "--base_model",
+    lora_flag: str = "--lora_model",
+) -> ChatModel:
+    config = load_config(base_model, flag=base_flag, **model_args.hub_options)
+    # A reward model scores replies; loaded as a language model it would speak like its base, or at random.
+    reason = "a reward model, which scores replies and writes none; --reward_model takes it"
+    if lora_model and read_adapter_config(lora_model).task_type == "SEQ_CLS":
+        raise UserError(f"{lora_flag} {lora_model}: {reason}")
+    if any("SequenceClassification" in architecture for architecture in config.architectures or []):
+        raise UserError(f"{base_flag} {base_model}: {reason}")
     # An adapter's own tokenizer has the template it was trained with; another tool's adapter may have none.
     has_tokenizer = lora_model is not None and Path(lora_model, "tokenizer_config.json").is_file()
     source = lora_model if has_tokenizer else base_model
-    tokenizer = load_tokenizer(source, flag="--base_model", **model_args.hub_options)
+    tokenizer = load_tokenizer(source, flag=lora_flag if has_tokenizer else base_flag, **model_args.hub_options)
     lineage = read_lineage(lora_model or base_model)
     trained = has_tokenizer or lineage is not None
     chat_template = choose_template(tokenizer, model_args.template_name, lineage, trained)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     stop_ids = stop_token_ids(tokenizer, chat_template)
     return ChatModel(name, base_model, lora_model, tokenizer, chat_template, stop_ids, context)
-
-
-def _refuse_reward_model(config: PretrainedConfig, base_model: str, lora_model: str | None) -> None:
-    """A reward model scores replies; loaded as a language model it would speak like its base, or at random."""
-    if lora_model and read_adapter_config(lora_model).task_type == "SEQ_CLS":
-        raise UserError(
-            f"--lora_model {lora_model}: a reward model, which scores replies and writes none; --reward_model takes it"
-        )
-    if any("SequenceClassification" in name for name in config.architectures or []):
-        raise UserError(f"--base_model {base_model}: a reward model, which scores replies and writes none")
 
 
 # ---------------------------------------------------------------- template

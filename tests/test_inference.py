@@ -524,11 +524,16 @@ def test_a_reward_model_is_refused(tiny_model_dir, tmp_path, no_weights):
     model.save_pretrained(tmp_path / "full")
     load_tokenizer(str(tiny_model_dir)).save_pretrained(tmp_path / "full")
     get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2)).save_pretrained(tmp_path / "adapter")
+    base, full, adapter = str(tiny_model_dir), str(tmp_path / "full"), str(tmp_path / "adapter")
     for flags in (
-        ["--base_model", str(tmp_path / "full")],
-        ["--base_model", str(tiny_model_dir), "--lora_model", str(tmp_path / "adapter")],
+        ["--base_model", full],
+        ["--base_model", adapter],
+        ["--base_model", base, "--lora_model", adapter],
+        ["--base_model", base, "--compare", adapter],
+        ["--base_model", base, "--compare", full],
     ):
-        with pytest.raises(UserError, match="a reward model, which scores replies and writes none"):
+        said = f"{flags[-2]} {flags[-1]}: a reward model, which scores replies and writes none"
+        with pytest.raises(UserError, match=re.escape(said)):
             main(flags)
 
 
