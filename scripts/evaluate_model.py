@@ -189,7 +189,8 @@ def to_test(record: object, source: str) -> dict | None:
         kind = "safety" if extras.get("category") in SAFETY else "dialogue"
         return extras | {"kind": kind, "messages": dialogue.messages, "tools": dialogue.tools}
     answer, question = record.get("answer"), record.get("question")
-    if not isinstance(options, dict) or not question or not isinstance(answer, str):
+    is_text = isinstance(question, str) and question and isinstance(answer, str)
+    if not isinstance(options, dict) or not is_text:
         raise Unusable("broken exam question", 'it needs "question", "option" as an object of letters, and "answer"')
     options = {letter: str(text) for letter, text in options.items() if text}
     answer = answer.strip()

@@ -288,6 +288,7 @@ def test_user_errors(tmp_path, flags, message):
             r"test\.jsonl:1: broken exam question: the answer 'C'",
         ),
         ({"question": "q", "option": ["a"], "answer": "A"}, r"test\.jsonl:1: broken exam question: it needs"),
+        ({"question": 5, "option": {"A": "a"}, "answer": "A"}, r"test\.jsonl:1: broken exam question: it needs"),
         (dialogue("q", ""), r"test\.jsonl:1: empty reply"),
         ({"question": "q", "option": {"A": "a", "B": "b"}, "answer": "AB"}, "no record to measure"),
     ],
