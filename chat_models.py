@@ -84,7 +84,9 @@ def check_address(host: str, port: int) -> None:
     if not 0 < port < 65536:
         raise UserError(f"--port {port}: give a number from 1 to 65535")
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the rest of a stopped server is no hindrance
+            probe.bind((host, port))
     except OSError as error:
         raise UserError(
             f"--host {host} --port {port}: cannot be listened on ({error.strerror}); give another"

@@ -14,6 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from errors import UserError
 
+LEAST_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -36,8 +38,9 @@ class Decoding:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise UserError(f"--max_new_tokens {self.max_new_tokens}: give a number of tokens of at least 1")
-        if self.temperature < 0:
-            raise UserError(f"--temperature {self.temperature}: give 0 (greedy) or more")
+        # Divided by less, the scores of tokens overflow.
+        if self.temperature != 0 and not self.temperature >= LEAST_TEMPERATURE:
+            raise UserError(f"--temperature {self.temperature}: give 0 (greedy) or at least {LEAST_TEMPERATURE}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p {self.top_p}: give a share above 0 and at most 1")
         if self.top_k < 0:

@@ -121,6 +121,12 @@ class ChatRequest(BaseModel, extra="forbid"):
     presence_penalty: float | None = Field(None, ge=0, le=0)
     frequency_penalty: float | None = Field(None, ge=0, le=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _only_unicode(cls, body):
+        json.dumps(body, ensure_ascii=False).encode()  # a ValueError for half of a surrogate pair, which JSON can hold
+        return body
+
     def decoding(self, room: int) -> Decoding:
         """Greedy unless a temperature asks for more."""
         max_new_tokens = self.max_completion_tokens or self.max_tokens or max(min(DEFAULT_MAX_TOKENS, room), 1)

@@ -122,6 +122,8 @@ def test_sampling_draws_by_the_seed(model, tiny_tokenizer, prompts):
     [
         {"max_new_tokens": 0},
         {"temperature": -1.0},
+        {"temperature": 1e-320},
+        {"temperature": float("nan")},
         {"temperature": 1.0, "top_p": 0.0},
         {"temperature": 1.0, "top_p": 1.5},
         {"temperature": 1.0, "top_k": -1},

@@ -218,7 +218,16 @@ def test_what_cannot_be_answered_is_refused_in_openais_form(client, adapter):
 
 @pytest.mark.parametrize(
     ("body", "status"),
-    [(b'{"messages": [', 400), (b"[]", 400), (b"{}", 400), (b'{"messages": []}', 400), (b"\xff", 400)],
+    [
+        (b'{"messages": [', 400),
+        (b"[]", 400),
+        (b"{}", 400),
+        (b'{"messages": []}', 400),
+        (b"\xff", 400),
+        (rb'{"messages": [{"role": "user", "content": "\ud83d"}]}', 400),
+        (rb'{"model": "\ud83d", "messages": [{"role": "user", "content": "x"}]}', 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e-320}', 400),
+    ],
 )
 def test_malformed_bodies(port, body, status):
     code, answer = post(port, body)
@@ -292,7 +301,7 @@ def test_a_port_in_use_is_refused_before_weights_load(tiny_model_dir, monkeypatc
     monkeypatch.setattr(openai_server, "load_weights", lambda *args: pytest.fail("the weights are loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        with pytest.raises(UserError, match=f"--port {port}: cannot be listened on .Address already in use"):
+        with pytest.raises(UserError, match=f"--port {port}: cannot be listened on .Address already in use.; give"):
             openai_server.main(["--base_model", str(tiny_model_dir), "--port", port])
 
 
