@@ -27,6 +27,7 @@ from loguru import logger
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from checkpoints import BEST, find_checkpoint
 from errors import UserError, run_script
 from generation import Decoding, generate_replies
 from model_loading import (
@@ -59,7 +60,7 @@ from tokenization import (
     mark_learned,
     stop_token_ids,
 )
-from training_run import BEST, find_checkpoint, finish_run, is_finished, log_facts, start_run, train
+from training_run import finish_run, is_finished, log_facts, start_run, train
 
 N_SAMPLES = 8
 # A sample longer than this is cut: one that goes round in circles has shown it by then.

@@ -14,9 +14,9 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from checkpoints import delete_oldest, put_in_place, unfinished_folder, write_manifest
 from errors import UserError
 from model_loading import Lineage
-from training_run import delete_oldest, put_in_place, unfinished_folder, write_manifest
 
 if TYPE_CHECKING:
     from ppo_roles import Roles

@@ -54,6 +54,7 @@ from transformers import (
 )
 
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from checkpoints import BEST, find_checkpoint, put_in_place, unfinished_folder
 from errors import UserError, run_script
 from model_loading import Lineage, base_of, check_model_path, check_vocabulary, load_tokenizer, read_lineage
 from ppo_math import (
@@ -91,16 +92,7 @@ from tokenization import (
     load_chat_template,
     stop_token_ids,
 )
-from training_run import (
-    BEST,
-    duration,
-    find_checkpoint,
-    leave_process_group,
-    peak_memory_gib,
-    put_in_place,
-    start_run,
-    unfinished_folder,
-)
+from training_run import duration, leave_process_group, peak_memory_gib, start_run
 
 # Held-out prompts without --max_eval_samples: a greedy reply to each is written at every evaluation.
 EVAL_PROMPTS = 100

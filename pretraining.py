@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator
+from checkpoints import BEST, find_checkpoint
 from errors import UserError, run_script
 from model_loading import (
     Lineage,
@@ -51,7 +52,7 @@ from tokenization import (
     learned_bytes_per_token,
     mark_learned,
 )
-from training_run import BEST, find_checkpoint, finish_run, is_finished, log_facts, start_run, train
+from training_run import finish_run, is_finished, log_facts, start_run, train
 
 # Documents that streaming tokenizes at a time; the buffer that it shuffles in blocks.
 STREAM_BATCH = 1000

@@ -42,6 +42,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from causal_lm_trainer import LongestFirstSampler, trained_weights_kept
+from checkpoints import BEST, find_checkpoint
 from errors import UserError, run_script
 from intervals import wilson_interval
 from model_loading import (
@@ -64,7 +65,7 @@ from tokenization import (
     mark_learned,
     stop_token_ids,
 )
-from training_run import BEST, find_checkpoint, finish_run, is_finished, log_facts, start_run, train
+from training_run import finish_run, is_finished, log_facts, start_run, train
 
 # ---------------------------------------------------------------- arguments
 

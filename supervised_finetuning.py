@@ -25,6 +25,7 @@ from trl import pack_dataset
 
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator
+from checkpoints import BEST, find_checkpoint
 from errors import UserError, run_script
 from model_loading import (
     Lineage,
@@ -37,7 +38,7 @@ from model_loading import (
 )
 from records import load_part
 from tokenization import cached_dialogues, load_chat_template, mark_learned
-from training_run import BEST, find_checkpoint, finish_run, is_finished, log_facts, start_run, train
+from training_run import finish_run, is_finished, log_facts, start_run, train
 
 # ---------------------------------------------------------------- arguments
 

@@ -1,11 +1,9 @@
-"""What surrounds training in every stage: the log, where a run starts and resumes, checks while it runs, its results.
+"""What surrounds training in every stage: the log, checks before and while it runs, its checkpoints and results.
 
-A stage calls `start_run`, `find_checkpoint`, `log_facts`, `train` and `finish_run`; the callbacks here do the rest.
+A stage calls `start_run`, `log_facts`, `train` and `finish_run`; the callbacks here do the rest.
 """
 
 import errno
-import hashlib
-import json
 import math
 import os
 import platform
@@ -33,16 +31,24 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.utils import logging as transformers_logging
 
+from checkpoints import (
+    BEST,
+    UNFINISHED,
+    delete_oldest,
+    existing_part,
+    numbered_checkpoints,
+    optimizer_settings,
+    put_in_place,
+    read_state,
+    recorded_attributes,
+    refuse_other_settings,
+    write_manifest,
+)
 from errors import UserError
 
 if TYPE_CHECKING:
     from model_loading import Lineage
 
-BEST = "checkpoint-best"
-# In a checkpoint: the SHA-256 of its files, as `sha256sum --check` reads it.
-MANIFEST = "manifest.sha256"
-# In the output folder: checkpoints are written in it, and moved out of it once they are whole.
-UNFINISHED = ".unfinished"
 # A loss has exploded that is four times the median of so many steps and three nats above it: where pairs are told
 # apart with a median near 0, a single one that is not costs more than two.
 RECENT_STEPS = 50
@@ -129,149 +135,6 @@ def _version_notes() -> list[str]:
     return notes
 
 
-# ---------------------------------------------------------------- where the run starts
-
-
-def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool) -> str | None:
-    """The checkpoint to resume from, None for a new run; a folder with an earlier run is never written over.
-
-    `--resume_from_checkpoint True` takes the newest complete checkpoint, a path that one. Otherwise an output folder
-    that holds a run is refused, or with `--overwrite_output_dir` moved beside the new one.
-    """
-    output_dir = Path(training_args.output_dir)
-    wanted = training_args.resume_from_checkpoint
-    _refuse_unwritable(output_dir)
-    if wanted and overwrite_output_dir and _numbered_checkpoints(output_dir):
-        logger.info(
-            "--overwrite_output_dir: nothing is overwritten, because --resume_from_checkpoint goes on with the run"
-        )
-    if wanted:
-        found = None
-        # Hashing takes a while for large models: one process does it and tells the others.
-        if training_args.process_index == 0:
-            _clear_unfinished(output_dir)
-            found = _checked_checkpoint(wanted) if isinstance(wanted, str) else _newest_checkpoint(output_dir)
-        found = _from_main_process(found, training_args)
-        if found:
-            if not Path(found).is_dir():
-                raise UserError(f"{found}: not there on every node; --output_dir must be a folder that they share")
-            _refuse_other_settings(Path(found), _optimizer_settings(training_args))
-            logger.info(f"resuming from {found}")
-            return found
-        logger.info(f"--resume_from_checkpoint True: no checkpoint in {output_dir} yet, so the run starts anew")
-    # One process moves the folder; the others look when it is done.
-    with training_args.main_process_first(local=False, desc="the output folder"):
-        held = [name for name in ("train_results.json", "trainer_state.json", BEST) if (output_dir / name).exists()]
-        held += [checkpoint.name for checkpoint in _numbered_checkpoints(output_dir)]
-        if training_args.process_index != 0:
-            return None
-        if not held:
-            _clear_unfinished(output_dir)
-            return None
-        # Stopped before its first checkpoint: the same command must go on by itself.
-        has_barely_begun = wanted is True and held == [BEST]
-        if not overwrite_output_dir and not has_barely_begun:
-            raise UserError(
-                f"--output_dir {output_dir} holds a run already ({', '.join(held)}): --resume_from_checkpoint True "
-                "goes on with it, --overwrite_output_dir True starts again and keeps it beside, or name another folder"
-            )
-        number = 1
-        while (aside := output_dir.with_name(f"{output_dir.name}.earlier-{number}")).exists():
-            number += 1
-        output_dir.rename(aside)
-        logger.info(f"starting again: the earlier run in {output_dir} is now {aside}")
-    return None
-
-
-def _refuse_unwritable(output_dir: Path) -> None:
-    """Raise UserError where the output folder, or the one it would be made in, takes no files."""
-    folder = _existing_part(output_dir)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {output_dir}: {folder} cannot be written to; name another folder")
-
-
-def _existing_part(folder: Path) -> Path:
-    """The folder, or the one above it that is there."""
-    folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def _checked_checkpoint(checkpoint: str) -> str:
-    if faults := _faults(Path(checkpoint)):
-        raise UserError(f"--resume_from_checkpoint {checkpoint}: {faults}; take another checkpoint of the run")
-    return checkpoint
-
-
-def _newest_checkpoint(output_dir: Path) -> str | None:
-    """The newest complete checkpoint; names those that are passed over."""
-    for checkpoint in _numbered_checkpoints(output_dir):
-        faults = _faults(checkpoint)
-        if not faults:
-            return str(checkpoint)
-        logger.warning(f"{checkpoint} is not complete ({faults}) and is passed over")
-    return None
-
-
-def _from_main_process(value: str | None, training_args: TrainingArguments) -> str | None:
-    """The value that the first process has, in every process."""
-    if training_args.world_size == 1:
-        return value
-    values = [value]
-    torch.distributed.broadcast_object_list(values, src=0, device=training_args.device)
-    return values[0]
-
-
-def _numbered_checkpoints(output_dir: Path) -> list[Path]:
-    """checkpoint-N folders, the newest first."""
-    if not output_dir.is_dir():
-        return []
-    numbered = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
-    return sorted(numbered, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
-
-
-def delete_oldest(output_dir: Path, save_total_limit: int | None) -> None:
-    """Keep the newest checkpoints; transformers 5.24's own way counts checkpoint-best as one of them and deletes it."""
-    if save_total_limit:
-        for checkpoint in _numbered_checkpoints(output_dir)[save_total_limit:]:
-            shutil.rmtree(checkpoint)
-
-
-def _faults(checkpoint: Path) -> str:
-    """What keeps a checkpoint from an exact resume, "" where it is complete.
-
-    transformers stops for a missing state or weights, but goes on silently without optimizer or random state.
-    """
-    if not checkpoint.is_dir():
-        return "no such folder"
-    needed = {
-        "weights": ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"),
-        "trainer_state.json": ("trainer_state.json",),
-        "optimizer": ("optimizer.pt", "global_step*"),  # DeepSpeed keeps it in global_stepN/
-        "scheduler.pt": ("scheduler.pt",),
-        "random state": ("rng_state*.pth",),
-    }
-    missing = [what for what, patterns in needed.items() if not any(any(checkpoint.glob(p)) for p in patterns)]
-    if "trainer_state.json" not in missing:
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except ValueError:
-            missing.append("a readable trainer_state.json")
-    if missing:
-        return f"without {', '.join(missing)}"
-    try:
-        manifest = _read_manifest(checkpoint)
-    except ValueError:
-        return f"damaged: {MANIFEST}"
-    damaged = [name for name, digest in manifest.items() if _sha256(checkpoint / name) != digest]
-    return f"damaged: {', '.join(damaged)}" if damaged else ""
-
-
-def _optimizer_settings(training_args: TrainingArguments) -> dict[str, float | str]:
-    """The flags whose values a resumed optimizer brings with it, so that new ones would have no effect."""
-    names = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-    return {f"--{name}": getattr(training_args, name) for name in names} | {"--optim": str(training_args.optim.value)}
-
-
 def _data_settings(trainer: Trainer) -> dict[str, int]:
     """What tells other training data from those the run was started with: a resume skips what it has seen of them."""
     if _is_streamed(trainer):
@@ -280,97 +143,6 @@ def _data_settings(trainer: Trainer) -> dict[str, int]:
         "rows of training data": len(trainer.train_dataset),
         "training tokens": sum(trainer.train_dataset["length"]),
     }
-
-
-def _read_state(checkpoint: str | Path) -> dict:
-    return json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
-
-
-def _refuse_other_settings(checkpoint: Path, wanted: dict[str, float | int | str]) -> None:
-    """Compare with what `CheckpointKeeper` recorded; a checkpoint without a record (another tool's) passes."""
-    recorded = _recorded(_read_state(checkpoint).get("stateful_callbacks", {}))
-    for name, value in wanted.items():
-        if recorded.get(name, value) != value:
-            raise UserError(
-                f"{name} {value}: the run in {checkpoint.parent} was started with {recorded[name]}, and a resumed run "
-                "goes on with that; leave it as it was, start again (--resume_from_checkpoint False "
-                "--overwrite_output_dir True), or name another --output_dir"
-            )
-
-
-# ---------------------------------------------------------------- checkpoints that are whole
-
-
-def unfinished_folder(place: Path) -> Path:
-    """The empty folder in which what will be `place` is written; `put_in_place` moves it there."""
-    partial = place.parent / UNFINISHED / place.name
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def put_in_place(place: Path) -> None:
-    """Move a folder that is written to its place in one step, its files safely on the disk before.
-
-    A folder that stood there comes back (`find_checkpoint`) should the process be killed between the two moves.
-    """
-    unfinished = place.parent / UNFINISHED
-    partial, replaced = unfinished / place.name, unfinished / f"{place.name}.replaced"
-    for file in _files(partial):
-        _sync(file)
-    if place.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        place.rename(replaced)
-    partial.rename(place)
-    _sync(place.parent)
-    shutil.rmtree(unfinished)
-
-
-def write_manifest(checkpoint: Path) -> None:
-    """Record the SHA-256 of all files of a checkpoint in it."""
-    lines = [f"{_sha256(file)}  {file.relative_to(checkpoint)}\n" for file in _files(checkpoint)]
-    (checkpoint / MANIFEST).write_text("".join(lines), encoding="utf-8")
-
-
-def _read_manifest(checkpoint: Path) -> dict[str, str]:
-    """File name to SHA-256; empty for a checkpoint without a manifest (another tool's), ValueError for a broken one."""
-    file = checkpoint / MANIFEST
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-
-
-def _sha256(file: Path) -> str | None:
-    if not file.is_file():
-        return None
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _clear_unfinished(output_dir: Path) -> None:
-    """Remove the checkpoint that a killed run was writing; bring back one that it was about to replace."""
-    unfinished = output_dir / UNFINISHED
-    if not unfinished.is_dir():
-        return
-    for path in unfinished.iterdir():
-        place = output_dir / path.name.removesuffix(".replaced")
-        if path.name.endswith(".replaced") and not place.exists():
-            path.rename(place)
-        elif path.name == place.name:
-            logger.warning(f"{path.name} was being written when the run ended and is not complete: it is removed")
-    shutil.rmtree(unfinished)
 
 
 # ---------------------------------------------------------------- before the first step
@@ -421,9 +193,9 @@ def check_disk(trainer: Trainer) -> None:
     limit, n_saved = trainer.args.save_total_limit, _n_saves(trainer)
     # Each checkpoint is whole before an old one is deleted, and so is checkpoint-best.
     n_kept = min(n_saved, limit + 1) if limit else n_saved
-    n_new = max(n_kept - len(_numbered_checkpoints(output_dir)), min(n_kept, 1))
+    n_new = max(n_kept - len(numbered_checkpoints(output_dir)), min(n_kept, 1))
     needed = n_new * checkpoint + 2 * (weights + SMALL_FILES)
-    folder = _existing_part(output_dir)
+    folder = existing_part(output_dir)
     free = shutil.disk_usage(folder).free
     said = f"{n_kept} checkpoints of about {checkpoint / 2**30:.2f} GiB and checkpoint-best"
     if free < needed:
@@ -478,11 +250,11 @@ def is_finished(trainer: Trainer, checkpoint: str | None) -> bool:
     """
     if checkpoint is None:
         return False
-    _refuse_other_settings(Path(checkpoint), _data_settings(trainer))
+    refuse_other_settings(Path(checkpoint), _data_settings(trainer))
     output_dir = Path(trainer.args.output_dir)
     if not (output_dir / "loss.png").is_file():
         return False
-    state = _read_state(checkpoint)
+    state = read_state(checkpoint)
     if state["global_step"] < _steps(trainer)[2]:
         return False
     logger.warning(
@@ -615,7 +387,7 @@ class CheckpointKeeper(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         """What transformers writes into trainer_state.json for this callback."""
-        settings = _optimizer_settings(self.trainer.args) | _data_settings(self.trainer)
+        settings = optimizer_settings(self.trainer.args) | _data_settings(self.trainer)
         progress = {
             "best_loss": self.best_loss,
             "best_step": self.best_step,
@@ -627,7 +399,7 @@ class CheckpointKeeper(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": settings | progress}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        recorded = _recorded(state.stateful_callbacks)
+        recorded = recorded_attributes(state.stateful_callbacks)
         if Path(args.output_dir, BEST).is_dir():
             self.best_loss, self.best_step = recorded.get("best_loss"), recorded.get("best_step")
         self.trainer._tr_loss += recorded.get("loss_sum", 0.0)
@@ -663,11 +435,6 @@ class CheckpointKeeper(TrainerCallback, ExportableState):
             (partial / "training_args.bin").unlink(missing_ok=True)
             put_in_place(best)
         _wait_for_all()
-
-
-def _recorded(stateful_callbacks: dict) -> dict:
-    """What `CheckpointKeeper` wrote into a checkpoint."""
-    return stateful_callbacks.get("CheckpointKeeper", {}).get("attributes", {})
 
 
 class StoppedInEvaluationError(Exception):
@@ -917,7 +684,7 @@ def train(
     if trainer.args.auto_find_batch_size:
         keep_rows_per_step(trainer)
     if checkpoint and trainer.eval_dataset:
-        recorded = _recorded(_read_state(checkpoint).get("stateful_callbacks", {}))
+        recorded = recorded_attributes(read_state(checkpoint).get("stateful_callbacks", {}))
         trainer.args.eval_on_start |= recorded.get("evaluation_is_due", False)
     with _one_line_for_bad_days(trainer):
         try:
@@ -979,7 +746,7 @@ def _is_disk_full(error: Exception) -> bool:
 
 def _disk_full_advice(output_dir: Path) -> str:
     shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
-    whole = _numbered_checkpoints(output_dir)
+    whole = numbered_checkpoints(output_dir)
     last = f"the last complete checkpoint is {whole[0]}" if whole else "no checkpoint was complete yet"
     return (
         f"no space left on the disk at {_mount_point(output_dir)} for --output_dir {output_dir}; {last}. Make room "

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from stage_runs import ROOT, STAGES, logged, stage_flags
 from transformers import AutoModelForCausalLM
 
-from training_run import BEST
+from checkpoints import BEST
 
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 # In float32, whose sums the stages take in another order.

@@ -23,6 +23,7 @@ import merge_peft_adapter
 import preference_trainer
 import pretraining
 import supervised_finetuning
+from checkpoints import MANIFEST
 from dpo_training import DegenerationAlarm, GreedySamples, fall
 from errors import UserError
 from generation import Reply
@@ -37,7 +38,6 @@ from preference_trainer import (
     reply_logps,
 )
 from tokenization import load_chat_template
-from training_run import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS, SIGNS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"], ["疼", "痒", "肿", "麻"]

@@ -28,8 +28,9 @@ SHARED = {
         set(),
         {"torch", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "loguru"},
     ),
+    "checkpoints": (set(), {"torch", "transformers", "loguru"}),
     "training_run": (
-        set(),
+        {"checkpoints"},
         {"torch", "transformers", "accelerate", "datasets", "deepspeed", "loguru", "matplotlib", "safetensors"},
     ),
     "causal_lm_trainer": (set(), {"torch", "transformers", "trl"}),
@@ -47,7 +48,7 @@ SHARED = {
     "ppo_math": (set(), {"torch"}),
     "ppo_roles": ({"model_loading", "ppo_math"}, {"torch", "transformers", "peft"}),
     "ppo_run": (
-        {"model_loading", "training_run"},
+        {"model_loading", "checkpoints"},
         {"torch", "transformers", "peft", "accelerate", "safetensors", "loguru", "matplotlib"},
     ),
 }

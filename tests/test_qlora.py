@@ -9,8 +9,8 @@ import dpo_training
 import pretraining
 import reward_modeling
 import supervised_finetuning
+from checkpoints import BEST
 from model_loading import load_base_model, load_reward_model, load_with_adapter
-from training_run import BEST
 
 MAINS = {
     "pt": pretraining.main,

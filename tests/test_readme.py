@@ -14,12 +14,12 @@ from test_launchers import GUIDE, edit_block, known_flags, launch, pairs, parser
 
 from arguments import RENAMED, SETTLED, DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from causal_lm_trainer import CausalLMConfig
+from checkpoints import MANIFEST
 from errors import UserError
 from model_loading import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK
 from records import RECORD_ENDINGS, load_dialogues
 from supervised_finetuning import SFTArguments
 from template import TEMPLATES
-from training_run import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "README_ZH.md"]

@@ -22,9 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import supervised_finetuning
 import training_run
 from causal_lm_trainer import CausalLMTrainer
+from checkpoints import BEST, UNFINISHED, checkpoint_faults
 from errors import UserError
 from records import load_dialogues
-from training_run import BEST, UNFINISHED, ProgressLines
+from training_run import ProgressLines
 
 # Dropout, so that a resumed run needs the right random numbers; logging between steps, so it needs the sums of losses.
 WHOLE = {"max_steps": 10, "save_steps": 3, "logging_steps": 2, "lora_dropout": 0.2, "lr_scheduler_type": "cosine"}
@@ -85,7 +86,7 @@ def test_a_signal_costs_nothing(flags, tmp_path, uninterrupted, monkeypatch, cap
         rf"{signal.Signals(number).name}: stopped at step \d+/10, saved in .*/checkpoint-\d", capfd.readouterr().err
     )
     for name in saved:
-        assert training_run._faults(tmp_path / "out" / name) == ""
+        assert checkpoint_faults(tmp_path / "out" / name) == ""
     supervised_finetuning.main(flags(**EVALUATED, resume_from_checkpoint=True))
     assert_same_run(tmp_path / "out", uninterrupted)
 
@@ -140,7 +141,7 @@ def kill_again_and_again(stage: str, argv: list[str], out: Path, n_kills: int) -
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL), log.read_text()[-2000:]
         for checkpoint in out.glob("checkpoint-[0-9]*"):
-            assert training_run._faults(checkpoint) == "", f"kill {kill} left {checkpoint}"
+            assert checkpoint_faults(checkpoint) == "", f"kill {kill} left {checkpoint}"
     process = start_stage(stage, argv, log)
     process.join(300)
     assert process.exitcode == 0, log.read_text()[-2000:]
@@ -198,7 +199,7 @@ def test_full_disk_names_disk_and_last_checkpoint(flags, uninterrupted, monkeypa
     )
     assert re.search(message, str(stopped.value))
     assert {path.name for path in (disk / "out").iterdir()} == {"checkpoint-3", "checkpoint-6"}
-    assert training_run._faults(disk / "out/checkpoint-6") == ""
+    assert checkpoint_faults(disk / "out/checkpoint-6") == ""
     small_disk(64 * 1024)
     supervised_finetuning.main([*argv, "--resume_from_checkpoint", "True"])
     assert max(logged(disk / "out")) == 10

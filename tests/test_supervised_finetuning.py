@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import causal_lm_trainer
 import supervised_finetuning
 import tokenization
+from checkpoints import MANIFEST
 from errors import UserError
 from model_loading import load_with_adapter, read_lineage
-from training_run import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "supervised_finetuning.py"
