@@ -12,7 +12,6 @@ Launcher: run_serve.sh, which takes vLLM where it can.
 
 import asyncio
 import json
-import os
 import secrets
 import threading
 import time
@@ -52,13 +51,7 @@ DEFAULT_MAX_TOKENS = 1024
 class ServerArguments:
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 opens it to the network."})
     port: int = field(default=8000, metadata={"help": "Port to listen on."})
-    api_key: str | None = field(
-        default=None,
-        metadata={
-            "help": "Clients have to send it as their Bearer token; the variable API_KEY does the same and stays out "
-            "of the list of processes."
-        },
-    )
+    api_key: str | None = field(default=None, metadata={"help": "Clients have to send it as their Bearer token."})
     served_model_name: str | None = field(
         default=None,
         metadata={"help": "What requests call the model; otherwise the adapter's or model's path as given."},
@@ -68,7 +61,6 @@ class ServerArguments:
     )
 
     def __post_init__(self):
-        self.api_key = self.api_key or os.environ.get("API_KEY")
         if self.max_model_len is not None and self.max_model_len < 16:
             raise UserError(f"--max_model_len {self.max_model_len}: too little for a question; give a number of tokens")
 

@@ -68,7 +68,7 @@ else
         --max_model_len "$MAX_LENGTH"
     )
     [ -z "$LORA" ] || args+=(--lora_model "$LORA")
-    export API_KEY                              # the list of processes would show a flag
+    [ -z "$API_KEY" ] || args+=(--api_key "$API_KEY")
     server=("$PYTHON" openai_server.py)
 fi
 

@@ -13,6 +13,7 @@ Needs requirements-web.txt. On a rented server, reach it from home by `ssh -L 78
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import gradio as gr
@@ -70,8 +71,8 @@ class WebArguments:
 # ---------------------------------------------------------------- replies
 
 
-# The models share a base whose adapters are switched, and a stopped reply ends with its next piece.
-_ONE_AT_A_TIME = threading.Lock()
+# One thread: the models share a base whose adapters are switched, and a stopped reply ends with its next piece.
+_GENERATING = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
 
 
 class _Closed(Exception):  # noqa: N818 - it ends a generation, nothing went wrong
@@ -88,17 +89,13 @@ def pieces_of(chat_model: ChatModel, prompt: list[int], decoding: Decoding, seed
             raise _Closed
         items.put(item)
 
-    def generate() -> None:
-        try:
-            with _ONE_AT_A_TIME, chat_model.in_use() as model:
-                set_seed(seed)
-                reply = stream_reply(model, chat_model.tokenizer, prompt, chat_model.stop_ids, decoding, hand_on)
-        except Exception as error:  # noqa: BLE001 - it is raised where the reply is waited for
-            items.put(error)
-        else:
-            items.put(reply)
+    def generate() -> Reply:
+        with chat_model.in_use() as model:
+            set_seed(seed)
+            return stream_reply(model, chat_model.tokenizer, prompt, chat_model.stop_ids, decoding, hand_on)
 
-    threading.Thread(target=generate, name="generate", daemon=True).start()
+    future = _GENERATING.submit(generate)
+    future.add_done_callback(lambda done: items.put(done.exception() or done.result()))
     try:
         while not isinstance(item := items.get(), Reply):
             if isinstance(item, BaseException):

@@ -103,9 +103,8 @@ def test_closing_a_reply_ends_its_generation(models):
     pieces = pieces_of(models[0], [1, 2, 3], Decoding(max_new_tokens=2000), 42)
     next(pieces)
     pieces.close()
-    # It would have taken the lock for all 2000 tokens.
-    assert web_demo._ONE_AT_A_TIME.acquire(timeout=60)
-    web_demo._ONE_AT_A_TIME.release()
+    # It would have kept the thread for all 2000 tokens.
+    assert web_demo._GENERATING.submit(int).result(timeout=60) == 0
     *_, last = pieces_of(models[0], [1, 2, 3], SHORT, 42)
     assert isinstance(last, Reply)
 
