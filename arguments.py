@@ -145,6 +145,8 @@ RENAMED = {
     "--warmup_ratio": "--warmup_steps",  # below 1 it is a share of the steps
     "--dtype": "--torch_dtype",
 }
+# Flags whose values no record keeps.
+SECRETS = {"--hub_token"}
 # Flags whose effect is settled here; the value that means something else is refused.
 SETTLED = {
     "--save_safetensors": (True, "weights are always written as safetensors"),
@@ -164,13 +166,15 @@ AT_LEAST = {
 class StageArgumentParser(HfArgumentParser):
     """HfArgumentParser that translates old flags, refuses unknown ones and explains itself in one line.
 
-    `notes` holds one line for each thing that was done otherwise than the command says.
+    `notes` holds one line for each thing that was done otherwise than the command says, `given` the flags of the
+    command and their values as they were written, for the record; old names are translated, secrets left out.
     """
 
     def __init__(self, dataclass_types: Sequence[type]):
         # Abbreviated flags are off: argparse would take a typo such as `--learning` for a flag it prefixes.
         super().__init__(dataclass_types, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         self.notes: list[str] = []
+        self.given: dict[str, str] = {}
         for action in self._actions:
             if action.option_strings[0].startswith("--"):
                 # Dashes are read as underscores below, so help and messages name a flag once.
@@ -188,8 +192,9 @@ class StageArgumentParser(HfArgumentParser):
         if unknown:
             raise UserError(self._unknown_flag_message(unknown))
         values = vars(namespace)
-        given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
-        self._settle_training_arguments(values, given)
+        by_flag = _values_by_flag(argv)
+        self.given = {flag: value for flag, value in by_flag.items() if flag not in SECRETS}
+        self._settle_training_arguments(values, {flag.removeprefix("--") for flag in by_flag})
         instances = []
         for dataclass_type in self.dataclass_types:
             names = {name for name, spec in dataclass_type.__dataclass_fields__.items() if spec.init}
@@ -377,6 +382,18 @@ def _check_json(flag: str, value: str) -> None:
             json.loads(value)
         except json.JSONDecodeError as error:
             raise UserError(f"{flag} {value}: not JSON ({error}); quote the keys and write true or false") from None
+
+
+def _values_by_flag(argv: Sequence[str]) -> dict[str, str]:
+    """The words behind each flag, joined by blanks; of a flag given twice the last ones, as argparse takes them."""
+    values: dict[str, str] = {}
+    flag = ""
+    for word in argv:
+        if word.startswith("--"):
+            flag, _, values[flag] = word.partition("=")
+        elif flag:
+            values[flag] = f"{values[flag]} {word}".strip()
+    return values
 
 
 def _check_share(flag: str, values: list[str]) -> None:

@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -81,6 +81,7 @@ class Lineage:
     parent: the adapter that training continued, None for a new one.
     stage, template, data: the script, the prompt template's name ("" is the tokenizer's own), the training data.
     hidden_size, vocab_size: of the base, so that another base is recognized.
+    flags: of the command that trained it, with their values as written.
     """
 
     base_model: str
@@ -90,6 +91,7 @@ class Lineage:
     data: str
     hidden_size: int
     vocab_size: int
+    flags: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)

@@ -747,6 +747,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         data=str(data_args.train_file_dir),
         hidden_size=roles.model.config.hidden_size,
         vocab_size=roles.model.config.vocab_size,
+        flags=parser.given,
     )
     state = State(
         settings={

@@ -233,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         data=str(data_args.train_file_dir),
         hidden_size=model.config.hidden_size,
         vocab_size=model.config.vocab_size,
+        flags=parser.given,
     )
 
     # ------------------------------------------------------------ train

@@ -211,6 +211,9 @@ def run_section(run: Run) -> Section:
     if figures:
         section.blocks.append("On held-out records, of checkpoint-best:")
         section.blocks.append(Table(["figure", "value"], [[name, shown(value)] for name, value in figures.items()]))
+    flags = run.lineage.get("flags")
+    if flags:
+        section.blocks.append("Trained with " + " ".join(f"{flag} {value}" for flag, value in flags.items()))
     svg = curves(run.log)
     if svg:
         section.blocks.append(Chart(f"{run.stage}-{run.folder.name}", "Curves by step", svg))

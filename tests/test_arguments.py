@@ -503,5 +503,20 @@ def test_parser_without_training_arguments_needs_no_output_dir():
     assert model_args.load_in_4bit is True
 
 
+def test_flags_are_kept_as_they_were_written():
+    parser = StageArgumentParser(SFT)
+    command = ["--model_name_or_path", "a/b", "--output_dir", "out", "--do-train", "--learning-rate", "2e-5"]
+    command += ["--evaluation_strategy", "no", "--report_to", "none", "tensorboard", "--report_to", "none"]
+    parser.parse([*command, "--hub_token", "hf_secret"])
+    assert parser.given == {
+        "--model_name_or_path": "a/b",
+        "--output_dir": "out",
+        "--do_train": "True",
+        "--learning_rate": "2e-5",
+        "--eval_strategy": "no",
+        "--report_to": "none",
+    }
+
+
 def test_notes_belong_to_one_parser():
     assert StageArgumentParser(SFT).notes is not StageArgumentParser(SFT).notes

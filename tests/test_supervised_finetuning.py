@@ -128,6 +128,7 @@ def test_a_run_leaves_exactly_these_files(flags, tmp_path, data_dir, tiny_model_
     lineage = read_lineage(out / "checkpoint-best")
     assert (lineage.base_model, lineage.parent, lineage.stage) == (str(tiny_model_dir), None, "sft")
     assert (lineage.template, lineage.data) == ("qwen", str(data_dir))
+    assert (lineage.flags["--train_file_dir"], lineage.flags["--do_train"]) == (str(data_dir), "True")
 
 
 def test_full_weights_leave_a_model_of_its_own(flags, tmp_path):

@@ -14,6 +14,7 @@ from errors import UserError
 def write_run(folder: Path, stage: str, log: list[dict], **results) -> Path:
     (folder / "checkpoint-best").mkdir(parents=True)
     lineage = {"base_model": "org/base", "parent": None, "stage": stage, "template": "qwen", "data": "data/finetune"}
+    lineage["flags"] = {"--learning_rate": "2e-5", "--loss_type": "sigmoid sft"}
     write_json(folder / "checkpoint-best/lineage.json", lineage)
     attributes = {"--learning_rate": 2e-05, "rows of training data": 6789, "training tokens": 527510}
     callbacks = {"CheckpointKeeper": {"args": {}, "attributes": attributes}}
