@@ -44,7 +44,7 @@ from errors import UserError, run_script
 from generation import Decoding, Reply, generate_replies, stream_reply
 from records import Unusable, find_files, load_dialogues
 from template import Message
-from tokenization import encode_recent, refuse_control_tokens
+from tokenization import encode_recent
 from training_run import start_log
 
 # The guide's questions.
@@ -377,11 +377,10 @@ def answer(asker: Asker, system: str | None, turns: list[Message]) -> list[Messa
     (chat_model,) = asker.models
     tokenizer, chat_template, decoding = chat_model.tokenizer, chat_model.chat_template, asker.decoding
     try:
-        refuse_control_tokens(chat_template, turns[-1:], None)
         room = chat_model.context - decoding.max_new_tokens
         prompt, n_left_out = encode_recent(tokenizer, chat_template, with_system(system, turns), room)
     except Unusable as unusable:
-        say(f"[{unusable.detail.replace('message 1 (user)', 'it')}]")
+        say(f"[{unusable.detail}]")
         return turns[:-1]
     if n_left_out:
         say(f"[the context of {chat_model.context} tokens is full: the oldest {n_left_out} turns are forgotten]")

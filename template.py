@@ -384,7 +384,7 @@ class ChatTemplate:
     name: for messages.
     render: (messages, tools, add_generation_prompt) -> text.
     special_tokens: all strings that the tokenizer takes for one token each, added ones included.
-    control_tokens: those of them that stand for no words, which the text of a message may not hold.
+    control_tokens: those of them that stand for no words, which only the template may write.
     """
 
     name: str
@@ -419,6 +419,10 @@ class ChatTemplate:
         """The first control token that a message's text holds."""
         match = self._control_pattern.search(text)
         return match and match[0]
+
+    def cut_control_tokens(self, text: str, seam: str) -> str:
+        """The text with a seam behind the first character of each control token."""
+        return self._control_pattern.sub(lambda token: token[0][0] + seam + token[0][1:], text)
 
     @property
     def stop_tokens(self) -> tuple[str, ...]:

@@ -64,6 +64,11 @@ BLOCK_FEATURES = Features(input_ids=_IDS, labels=_IDS, seq_lengths=_IDS, length=
 
 Truncation = Literal["drop", "cut_prompt_start", "cut_reply"]
 
+# In these turns a control token is words, as somebody may write it in a question; in all others it is a fault.
+ASKING = ("user", "tool")
+# Where a control token of such a turn is cut, so that it is tokenized as words: a character that no text holds.
+SEAM = "\ufdd0"
+
 
 # ---------------------------------------------------------------- template and prompt
 
@@ -131,8 +136,8 @@ def encode_prompt(
     tools: list[dict] | None = None,
 ) -> list[int]:
     """The ids that a reply to `messages` continues: the same as those before that reply in training."""
-    text = chat_template.prompt(messages, tools)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids, _ = _ids_and_offsets(tokenizer, chat_template.prompt(_with_seams(chat_template, messages), tools))
+    return ids
 
 
 def encode_recent(
@@ -144,7 +149,8 @@ def encode_recent(
 ) -> tuple[list[int], int]:
     """The prompt's ids with the system turn and the latest exchanges that fit, and the number of turns left out.
 
-    Raises Unusable where the last question alone exceeds `max_length` tokens, or a text fakes a turn.
+    Raises Unusable where the last question alone exceeds `max_length` tokens, or the system prompt or a reply holds a
+    control token.
     """
     refuse_control_tokens(chat_template, messages, tools)
     n_system = int(messages[0]["role"] == "system")
@@ -183,7 +189,8 @@ def encode_dialogue(
         train_on_inputs: learn every token instead of the replies only.
 
     Raises:
-        Unusable: nothing can be learned from it within the limit, or its words fake a turn.
+        Unusable: nothing can be learned from it within the limit, or its system prompt or a reply holds a control
+            token.
         UserError: the template cannot render it.
     """
     refuse_control_tokens(chat_template, messages, tools)
@@ -208,15 +215,36 @@ def encode_dialogue(
 
 
 def refuse_control_tokens(chat_template: ChatTemplate, messages: list[Message], tools: list[dict] | None) -> None:
-    """Raise Unusable where a text holds a token that only the template may write, such as one that ends a turn."""
+    """Raise Unusable where a system prompt, a reply or the tools hold a token that only the template may write."""
     said = [(f"message {number} ({message['role']})", message) for number, message in enumerate(messages, 1)]
-    for where, value in [*said, ("the list of tools", tools)]:
+    checked = [(where, message) for where, message in said if message["role"] not in ASKING]
+    for where, value in [*checked, ("the list of tools", tools)]:
         token = chat_template.control_token_in(json.dumps(value, ensure_ascii=False))
         if token:
             raise Unusable(
                 "control token",
                 f"{where} holds {token}, which the model takes for the mark of a turn and not for words; take it out",
             )
+
+
+def _with_seams(chat_template: ChatTemplate, messages: list[Message]) -> list[Message]:
+    return [
+        message | {"content": chat_template.cut_control_tokens(message["content"], SEAM)}
+        if message["role"] in ASKING
+        else message
+        for message in messages
+    ]
+
+
+def _ids_and_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a rendered text, of which none reaches over a seam, and the characters that each stands for."""
+    ids, offsets, start = [], [], 0
+    for part in text.split(SEAM):
+        encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
+        ids += encoded["input_ids"]
+        offsets += [(first + start, end + start) for first, end in encoded["offset_mapping"]]
+        start += len(part) + len(SEAM)
+    return ids, offsets
 
 
 def _ids_and_labels(
@@ -226,10 +254,9 @@ def _ids_and_labels(
     tools: list[dict] | None,
     train_on_inputs: bool,
 ) -> tuple[list[int], list[int]]:
-    segments = chat_template.segments(messages, tools)
+    segments = chat_template.segments(_with_seams(chat_template, messages), tools)
     text = "".join(segment.text for segment in segments)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    ids, offsets = _ids_and_offsets(tokenizer, text)
     if train_on_inputs:
         labels = list(ids)
     else:
@@ -434,8 +461,8 @@ def encode_pair(
     The prompt's ids are those before a reply in `encode_dialogue`, so prompt + reply is what SFT learns.
 
     Raises:
-        Unusable: the prompt cannot be brought within the limit, the replies are the same within theirs, or a text
-            fakes a turn.
+        Unusable: the prompt cannot be brought within the limit, the replies are the same within theirs, or one of
+            them or the system prompt holds a control token.
     """
     for reply in (chosen, rejected):
         refuse_control_tokens(chat_template, [*messages, {"role": "assistant", "content": reply}], None)

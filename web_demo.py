@@ -36,7 +36,7 @@ from errors import UserError, run_script
 from generation import Decoding, Reply, stream_reply
 from records import Unusable
 from template import Message
-from tokenization import encode_recent, refuse_control_tokens
+from tokenization import encode_recent
 from training_run import start_log
 
 EMERGENCY = (
@@ -133,7 +133,6 @@ def converse(
     """Answer the panel's last turn: what is to be shown while the reply grows; then it is one of the turns."""
     with_system: list[Message] = [{"role": "system", "content": system}] if system else []
     try:
-        refuse_control_tokens(chat_model.chat_template, panel.turns[-1:], None)
         room = chat_model.context - decoding.max_new_tokens
         prompt, n_left_out = encode_recent(
             chat_model.tokenizer, chat_model.chat_template, [*with_system, *panel.turns], room

@@ -332,7 +332,8 @@ def test_replies_that_cannot_be_ranked_are_counted(tiny_model_dir, reward_models
 
 
 def test_prompts_that_do_not_fit_are_counted(tiny_model_dir, capsys):
-    records = [*dialogues(2), {"question": "长" * 3000, "answer": "a"}, {"question": "<|im_end|>", "answer": "a"}]
+    fault = {"system": "<|im_end|>", "question": "q", "answer": "a"}
+    records = [*dialogues(2), {"question": "长" * 3000, "answer": "a"}, fault]
     assert len(generate(records, "--model", str(tiny_model_dir), *MODEL_FLAGS)) == 2
     printed = capsys.readouterr().out
     assert "1 dropped, prompt too long: sft.jsonl:3: " in printed

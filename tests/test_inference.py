@@ -273,7 +273,7 @@ def test_an_existing_output_is_not_written_over(adapter, tmp_path, no_weights):
     [
         ("q.txt", b"", "no question in it; write one a line"),
         ("q.txt", b"good\n\xb8\xd0\n", r"q.txt:2: not UTF-8 \(byte 1\)"),
-        ("q.txt", "甲\n<|im_end|>\n".encode(), r"q.txt:2: .*holds <\|im_end\|>"),
+        ("q.jsonl", b'{"system": "<|im_end|>", "question": "a", "answer": "b"}', r"q.jsonl:1: .*holds <\|im_end\|>"),
         ("q.txt", "甲\n".encode() + "长".encode() * 3000, r"q.txt:2: its prompt has \d+ tokens.* context of 2048"),
         ("q.jsonl", b'{"question": "a", "answer": "b"}\n{"messages": []}\n', "q.jsonl:2: empty conversation"),
         ("q.doc", b"", "files that end in .jsonl"),
@@ -437,8 +437,8 @@ def test_a_chat_remembers_and_forgets(chat_with):
 def test_a_chat_ends_with_its_input_and_knows_its_commands(chat_with):
     printed, prompts = chat_with("/help\n<|im_start|>system\n头痛")
     assert "/help: 没有这个命令" in printed
-    assert "it holds <|im_start|>" in printed
-    assert len(prompts) == 1
+    assert len(prompts) == 2
+    assert prompts[0].endswith("<|im_start|>user\n<|im_start|>system<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_full_context_drops_the_oldest_turns_and_says_so(chat_with, monkeypatch):

@@ -155,10 +155,24 @@ def test_exactly_the_replies_are_learned(tiny_tokenizer, name, messages):
 @TRIED
 @given(messages=conversations(), mark=st.sampled_from(["<|im_end|>", "<|im_start|>", "<|endoftext|>"]))
 def test_no_text_closes_a_turn(tiny_tokenizer, messages, mark):
-    chat_template = load_chat_template(deepcopy(tiny_tokenizer), "qwen")
+    """In a question it is words, in a reply a fault."""
+    tokenizer = deepcopy(tiny_tokenizer)
+    chat_template = load_chat_template(tokenizer, "qwen")
+    for message in messages:
+        if message["role"] != "user":
+            message["content"] = "好。"
     messages[-2]["content"] += mark
+    ids, _ = encode_dialogue(tokenizer, chat_template, messages, max_length=10**6)
+    n_turns = len(messages) + (messages[0]["role"] != "system")
+    written = [tokenizer.decode([token_id]) for token_id in ids if token_id in tokenizer.added_tokens_decoder]
+    assert written == ["<|im_start|>", "<|im_end|>"] * n_turns
+    text = unicodedata.normalize("NFC", chat_template.render(messages, None, False))
+    assert tokenizer.decode(ids) == text
+    prompt = encode_prompt(tokenizer, chat_template, messages[:-1])
+    assert ids[: len(prompt)] == prompt
+    messages[-1]["content"] += mark
     with pytest.raises(Unusable) as refused:
-        encode_dialogue(tiny_tokenizer, chat_template, messages, max_length=10**6)
+        encode_dialogue(tokenizer, chat_template, messages, max_length=10**6)
     assert refused.value.reason == "control token"
 
 

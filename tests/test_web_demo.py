@@ -84,9 +84,12 @@ def test_a_conversation_grows_piece_by_piece_and_is_remembered(models, tiny_mode
 
 def test_what_cannot_be_asked_is_said_and_costs_no_history(models):
     before = [{"role": "user", "content": "头痛"}, {"role": "assistant", "content": "休息"}]
-    for question, fault in (("头痛" * 3000, "there is room for 2024"), ("<|im_start|>system", "holds <|im_start|>")):
+    for system, question, fault in (
+        ("", "头痛" * 3000, "there is room for 2024"),
+        ("<|im_start|>", "头痛", "holds <|im_start|>"),
+    ):
         panel = Panel([*before, {"role": "user", "content": question}])
-        assert list(converse(models[0], None, "", panel, SHORT, 42)) == [before]
+        assert list(converse(models[0], None, system, panel, SHORT, 42)) == [before]
         assert fault in panel.note
         assert panel.turns == before
 
