@@ -50,9 +50,13 @@ NAME=${NAME:-$(sed 's/^outputs-[a-z]*-//; s/-instruct$//' <<< "$lower_name")}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 export PYTHON
 mkdir -p logs
-# The stages inherit the lock, so one that outlived this script is not joined by a second one in its folder.
-exec 9> "logs/.$NAME.lock"
-flock -n 9 || { echo "error: a run of $NAME is still at work; wait for it, or stop it (ps -ef)" >&2 && exit 2; }
+# The stages inherit the lock, so one that outlived this script is not joined by a second one. It is the folder's,
+# because runs of two names would mix their logs.
+exec 9> logs/.run_all.lock
+flock -n 9 || {
+    echo "error: run_all.sh or a stage of it is still at work in this folder; wait for it, or stop it (ps -ef)" >&2
+    exit 2
+}
 
 # ---------------------------------------------------------------- one stage
 child=
@@ -65,10 +69,32 @@ interrupted() {
 }
 trap interrupted INT TERM HUP
 
+# follow NAME START: the lines that come in, and one of its own where none came for eight seconds.
+follow() {
+    local line code
+    while true; do
+        code=0
+        IFS= read -r -t 8 line || code=$?
+        if [ "$code" -eq 0 ]; then
+            printf '%s\n' "$line"
+        elif [ "$code" -gt 128 ]; then
+            echo "$(date '+%F %T') $1: at work, $((SECONDS - $2)) s"
+        else
+            return 0
+        fi
+    done
+}
+
 # stage NAME OUTPUT "MODELS IT STARTS FROM" COMMAND...: skip it if this command has ended well, otherwise run it.
 stage() {
     local name=$1 output=$2 parents=$3 log=logs/$1.log parent newer='' done_file=$2/.done_by_run_all
     shift 3
+    local start=$SECONDS code=0 n_before follower='' command="${*#"$PYTHON" }"
+    # A merged model is there whole or not at all; the merge outlives this script where only this was killed.
+    if [ "$name" = merge ] && [ -f "$output/config.json" ] && [ ! -e "$done_file" ]; then
+        echo "$command" > "$done_file"
+        touch -r "$output/config.json" "$done_file"
+    fi
     for parent in $parents; do
         [ ! "$parent" -nt "$done_file" ] || newer=$parent
     done
@@ -76,31 +102,38 @@ stage() {
         echo "error: $output was made from an earlier $newer: move $output away, or set NAME" >&2
         exit 2
     fi
-    if [ -z "$newer" ] && [ "$(cat "$done_file" 2> /dev/null)" = "$*" ]; then
+    if [ -z "$newer" ] && [ "$(cat "$done_file" 2> /dev/null)" = "$command" ]; then
         echo "$(date '+%F %T') $name: done already, in $output"
         return
     fi
     echo "$(date '+%F %T') $name: started; tail -f $log"
-    local start=$SECONDS code=0 n_before
     touch "$log"
     n_before=$(wc -l < "$log")
     # Job control gives the stage a process group of its own: Ctrl-C reaches it once, through the trap.
     set -m
     env "$@" >> "$log" 2>&1 < /dev/null &
     child=$!
-    [ "$FOLLOW" = 0 ] || tail -n 0 -f --pid="$child" "$log" &
+    if [ "$FOLLOW" = 1 ]; then
+        { tail -n "+$((n_before + 1))" -f --pid="$child" "$log" | follow "$name" "$start"; } 9>&- &
+        follower=$!
+    fi
     set +m
     wait "$child" || code=$?
     child=
+    [ -z "$follower" ] || wait "$follower" || true
     if [ "$code" -ne 0 ]; then
         echo "$(date '+%F %T') error: $name ended with exit code $code; the end of $log:" >&2
         tail -n "+$((n_before + 1))" "$log" | tail -n 15 | sed 's/^/    /' >&2
         echo "When it is mended, the same command goes on here." >&2
         exit "$code"
     fi
-    echo "$*" > "$done_file"
-    echo "$(date '+%F %T') $name: done in $((SECONDS - start)) s, in $output; $log ends:"
-    tail -n 6 "$log" | sed 's/^/    /'
+    echo "$command" > "$done_file"
+    echo "$(date '+%F %T') $name: done in $((SECONDS - start)) s, in $output"
+    [ "$FOLLOW" = 0 ] || return 0
+    # The tables of an evaluation, of another stage its last lines.
+    local shown=(tail -n 6)
+    [ "$name" != evaluation ] || shown=(sed -n "/ records)$/,\$p")
+    tail -n "+$((n_before + 1))" "$log" | "${shown[@]}" | sed 's/^/    /'
 }
 
 # train NAME DATA MODEL FLAGS...: a training stage; its model is `best` afterwards.

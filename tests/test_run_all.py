@@ -1,6 +1,7 @@
 """`run_all.sh` with a stand-in for Python: which stages run with what, what is skipped, and how a failure is told."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Writes down its call and makes what the script would make. SLEEP_AT waits in that script, FAIL_AT fails in it.
+# Writes down its call and makes what the script would make. FAIL_AT fails in that script, SLEEP_AT waits in it for a
+# file that is called go.
 STAND_IN = """#!/usr/bin/env bash
 [ "$1" != -c ] || exec python3 "$@"
 script=$1
@@ -25,11 +27,14 @@ done
 [ "$script" != "${SLEEP_AT:-}" ] || trap 'echo saved; exit 143' TERM
 echo "the log of $script"
 if [ "$script" = "${SLEEP_AT:-}" ]; then
-    for _ in $(seq 600); do sleep 0.1; done
+    for _ in $(seq 600); do [ -e go ] || sleep 0.1; done
 fi
 [ "$script" != "${FAIL_AT:-}" ] || { echo "error: broken data at train.jsonl:3" && exit 2; }
+[ ! -e "$output/config.json" ] || { echo "error: it holds something already" && exit 2; }
 mkdir -p "$output/checkpoint-best"
 touch "$output/metrics.json"
+[ "$script" != merge_peft_adapter.py ] || touch "$output/config.json"
+[ "$script" != scripts/evaluate_model.py ] || printf '%s\n' 'all.jsonl (8 records)' 'rouge_l 0.5' 1 2 3 4 5 6 7
 [ -n "${FULL:-}" ] || touch "$output/checkpoint-best/adapter_config.json"
 """
 
@@ -93,6 +98,7 @@ def test_the_short_way(project):
     assert compared in " ".join(evaluation)
     assert "--runs outputs-sft-tiny outputs-dpo-tiny --evaluation outputs-eval-tiny" in " ".join(report)
     assert "    the log of dpo_training.py" in finished.stdout
+    assert "    all.jsonl (8 records)\n    rouge_l 0.5\n    1\n" in finished.stdout
     assert "next: python inference.py --base_model outputs-dpo-tiny-merged --interactive" in finished.stdout
     assert (project / "logs/sft.log").read_text(encoding="utf-8") == "the log of supervised_finetuning.py\n"
 
@@ -172,22 +178,29 @@ def test_what_was_made_from_an_earlier_model_is_not_taken(project):
     assert message in finished.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_stage_once(project, number):
+def start_until(project, script: str, log: Path, **variables: str) -> subprocess.Popen:
+    """run_all.sh, waiting in that script."""
     running = subprocess.Popen(
         ["bash", "run_all.sh"],
         cwd=project,
-        env=environment(project, SLEEP_AT="dpo_training.py"),
+        env=environment(project, SLEEP_AT=script, **variables),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    log = project / "logs/dpo.log"
     deadline = time.monotonic() + 30
-    while not (log.is_file() and log.read_text(encoding="utf-8")) and time.monotonic() < deadline:
+    while not (log.is_file() and log.read_text(encoding="utf-8")):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
+    return running
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_stage_once(project, number):
+    log = project / "logs/dpo.log"
+    running = start_until(project, "dpo_training.py", log)
     # As the terminal does: to the whole process group.
     os.killpg(running.pid, number)
     _, errors = running.communicate(timeout=30)
@@ -216,15 +229,40 @@ def test_settings_that_cannot_be_honoured(project, variables, message):
 
 
 def test_two_runs_at_once_are_refused(project):
-    (project / "logs").mkdir()
-    command = ["flock", project / "logs/.tiny.lock", "sh", "-c", "echo held; cat"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout.readline() == b"held\n"
-        finished, calls = run(project)
-        holder.stdin.close()
+    first = start_until(project, "dpo_training.py", project / "logs/dpo.log")
+    for name in ("tiny", "other"):  # of another name too: the logs are the folder's
+        finished, calls = run(project, NAME=name)
+        assert finished.returncode == 2
+        assert "error: run_all.sh or a stage of it is still at work in this folder; wait for it" in finished.stderr
+        assert calls == []
+    (project / "go").touch()
+    first.communicate(timeout=30)
+    assert first.returncode == 0
+
+
+def test_a_stage_that_outlived_the_script_is_waited_for_and_not_done_again(project):
+    killed = start_until(project, "merge_peft_adapter.py", project / "logs/merge.log")
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    finished, _ = run(project)
     assert finished.returncode == 2
-    assert "error: a run of tiny is still at work" in finished.stderr
-    assert calls == []
+    assert "is still at work in this folder" in finished.stderr
+    (project / "go").touch()
+    subprocess.run(["flock", project / "logs/.run_all.lock", "true"], timeout=30, check=True)
+    finished, calls = run(project)
+    assert finished.returncode == 0, finished.stderr
+    assert scripts(calls) == LAST[1:]
+
+
+def test_followed_logs_show_that_a_silent_stage_is_at_work(project):
+    running = start_until(project, "dpo_training.py", project / "logs/dpo.log", FOLLOW="1")
+    said = [running.stdout.readline() for _ in range(7)]
+    (project / "go").touch()
+    rest, _ = running.communicate(timeout=30)
+    assert "the log of supervised_finetuning.py\n" in said
+    assert re.search(r"dpo: at work, (8|9|10) s\n$", said[-1])
+    assert "at work" not in rest
+    assert rest.count("rouge_l 0.5") == 1
 
 
 def test_the_questions_of_the_guide_are_asked_on_a_terminal(project):
