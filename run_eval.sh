@@ -6,11 +6,11 @@
 #   mkdir -p logs && nohup bash run_eval.sh > logs/eval.log 2>&1 &
 #   tail -f logs/eval.log
 #
-#   LORA=outputs-sft-qwen2.5-3b/checkpoint-best TASKS=medical_exam,medical_zh,medical_en bash run_eval.sh
+#   LORA=outputs-sft-qwen2.5-3b/checkpoint-best TASKS=medical_exam,medical_en bash run_eval.sh
 #
-# eval_tasks/ holds the tasks of this project; cmb_exam, cmexam, medqa_zh, medqa_en and pubmedqa_local read files that
-# you put into data/benchmarks/ (each task file says which). Any name of `lm-eval ls tasks` works where the hub is
-# reachable. Flags after the script's name go to lm-eval: --limit 100, --num_fewshot 5.
+# eval_tasks/ holds the tasks of this project; all but medical_exam and medical_en read files that you put into
+# data/benchmarks/ (each task file says which). Any name of `lm-eval ls tasks` works where the hub is reachable. Flags
+# after the script's name go to lm-eval: --limit 100, --num_fewshot 5.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -27,6 +27,15 @@ if ! "$PYTHON" -c "import lm_eval" 2> /dev/null; then
     echo "error: lm-evaluation-harness is not installed: $PYTHON -m pip install -r requirements-eval.txt" >&2
     exit 2
 fi
+for task in ${TASKS//,/ }; do
+    mapfile -t files < <(grep -ohE 'data/benchmarks/[a-z_/]+\.(jsonl|csv|parquet)' "eval_tasks/$task.yaml" 2> /dev/null)
+    for file in "${files[@]}"; do
+        [ -f "$file" ] || {
+            echo "error: TASKS=$TASKS: there is no $file; eval_tasks/$task.yaml says what to put there" >&2
+            exit 2
+        }
+    done
+done
 
 exec "$PYTHON" -m lm_eval run \
     --model hf \

@@ -5,4 +5,5 @@ from datasets import Dataset
 
 def single_choice(dataset: Dataset) -> Dataset:
     """The questions with one right answer."""
-    return dataset.filter(lambda record: record["Answer"] in ("A", "B", "C", "D", "E"))
+    column = "Answer" if "Answer" in dataset.column_names else "answer"
+    return dataset.filter(lambda record: record[column] is not None and len(record[column]) == 1)

@@ -31,6 +31,12 @@ def run_eval(folder: Path, *flags: str, **variables: str) -> subprocess.Complete
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
+def write_csv(path: Path, rows: list[list[str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
 @pytest.fixture
 def project(tmp_path):
     """A folder with the launcher, the task files and the sample data, to write into."""
@@ -45,8 +51,19 @@ def test_a_task_file_bears_its_name_and_says_where_its_data_come_from(path):
     text = path.read_text(encoding="utf-8")
     assert re.search(rf"^(task|group): {path.stem}$", text, re.MULTILINE)
     assert text.startswith("# ")
-    for file in re.findall(r"test: (\S+)", text):
+    for file in re.findall(r"(?:test|dev): (\S+)", text):
         assert file == "data/eval/exam.jsonl" or file.startswith("data/benchmarks/")
+
+
+def test_a_benchmark_that_is_not_there_is_one_line(project):
+    (project / "python").write_text("#!/bin/sh\n", encoding="utf-8")
+    (project / "python").chmod(0o755)
+    finished = run_eval(project, PYTHON=str(project / "python"), TASKS="medical_exam,medical_zh")
+    assert finished.returncode == 2
+    assert finished.stderr == (
+        "error: TASKS=medical_exam,medical_zh: there is no data/benchmarks/cmmlu/test/anatomy.csv; "
+        "eval_tasks/medical_zh.yaml says what to put there\n"
+    )
 
 
 def test_without_the_harness_the_launcher_says_how_to_get_it(project):
@@ -63,31 +80,38 @@ def test_without_the_harness_the_launcher_says_how_to_get_it(project):
 def test_each_local_task_runs_offline(project, tiny_model_dir):
     benchmarks = project / "data/benchmarks"
     benchmarks.mkdir()
-    for name, record in (
-        ("cmb", {"question": "q", "option": {"A": "a", "B": "b", "C": ""}, "answer": "B"}),
-        ("medqa_zh", QUESTION),
-        ("medqa_en", QUESTION),
+    cmb = {"question": "q", "option": {"A": "a", "B": "b", "C": ""}, "answer": "B"}
+    for name, records in (
+        ("cmb", [cmb, cmb | {"answer": "AB"}, cmb | {"option": {"A": "a", "B": "b", "C": "c", "D": "d"}}]),
+        ("medqa_zh", [QUESTION]),
+        ("medqa_en", [QUESTION]),
     ):
-        (benchmarks / f"{name}.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    with (benchmarks / "cmexam.csv").open("w", encoding="utf-8", newline="") as file:
-        rows = [["Question", "Options", "Answer"], ["q", "A a\nB b", "A"], ["two right answers", "A a\nB b", "AB"]]
-        csv.writer(file).writerows(rows)
+        lines = [json.dumps(record) + "\n" for record in records]
+        (benchmarks / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    rows = [["Question", "Options", "Answer"], ["q", "A a\nB b", "A"], ["two right answers", "A a\nB b", "AB"]]
+    write_csv(benchmarks / "cmexam.csv", rows)
+    subjects = re.findall(r"data/benchmarks/cmmlu/\S+", (project / "eval_tasks/medical_zh.yaml").read_text())
+    for file in subjects:
+        write_csv(project / file, [["", "Question", *"ABCD", "Answer"], ["0", "q", *"abcd", "C"]])
     import pyarrow
     import pyarrow.parquet
 
     record = {"question": "q?", "context": {"contexts": ["one", "two"]}, "final_decision": "maybe"}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), benchmarks / "pubmedqa.parquet")
     tasks = "medical_exam,cmb_exam,cmexam,medqa_zh,medqa_en,pubmedqa_local"
+    of_group = {f"cmmlu_{Path(file).stem}" for file in subjects}
     finished = run_eval(
-        project, "--limit", "10", PYTHON=sys.executable, MODEL=str(tiny_model_dir), TASKS=tasks, OUTPUT="out"
+        project,
+        *("--limit", "10"),
+        **{"PYTHON": sys.executable, "MODEL": str(tiny_model_dir), "TASKS": f"{tasks},medical_zh", "OUTPUT": "out"},
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
     (results,) = (project / "out").rglob("results*.json")
     found = json.loads(results.read_text(encoding="utf-8"))
-    assert set(found["results"]) == set(tasks.split(","))
+    assert set(found["results"]) == {*tasks.split(","), "medical_zh"} | of_group
     assert {name: n["effective"] for name, n in found["n-samples"].items()} == {
-        **dict.fromkeys(tasks.split(","), 1),
-        "medical_exam": 10,
+        **dict.fromkeys({*tasks.split(",")} | of_group, 1),
+        **{"medical_exam": 10, "cmb_exam": 2},
     }
     (samples,) = (project / "out").rglob("samples_medical_exam*.jsonl")
     sample = json.loads(samples.read_text(encoding="utf-8").splitlines()[0])
