@@ -515,7 +515,8 @@ def said(record: dict) -> str:
         return "\n".join(turn["value"] for turn in record["conversations"])
     if "option" in record:
         return "\n".join([record["question"], *record["option"].values()])
-    return "\n".join([record["question"], record["response_chosen"], record["response_rejected"]])
+    earlier = [turn for exchange in record["history"] for turn in exchange]
+    return "\n".join([*earlier, record["question"], record["response_chosen"], record["response_rejected"]])
 
 
 # ---------------------------------------------------------------- evaluation
@@ -594,15 +595,23 @@ def build_exam(knowledge: Knowledge, unseen: set[str], is_new: Callable[[str], b
                 "option": dict(zip(LETTERS, options, strict=True)),
                 "answer": letter,
             }
-            if is_new(said(item)):
+            if is_new(question) and is_new(said(item)):
                 items.append(item)
     assert len(items) == N_EXAM_ITEMS, f"{len(items)} exam items"
     return items
 
 
+# What nearly every complaint may come from or be brought to, so that as wrong options they would be right.
+ANYBODYS = {
+    "普通感冒", "流行性感冒", "新型冠状病毒感染", "急诊科", "急诊外科", "全科医学科", "感染科", "发热门诊", "肠道门诊",
+    "儿科", "儿科急诊", "普外科", "肾内科", "血液科", "呼吸内科", "神经内科",
+}  # fmt: skip
+
+
 def of_like_length(right: str, candidates: Iterable[str]) -> list[str]:
-    """Those that differ from the right option by a third of its length or two characters at most."""
-    return sorted({c for c in candidates if c != right and abs(len(c) - len(right)) <= max(2, len(right) // 3)})
+    """Wrong options that differ from the right one by a third of its length or two characters at most."""
+    wrong = set(candidates) - ANYBODYS - {right}
+    return sorted(option for option in wrong if abs(len(option) - len(right)) <= max(2, len(right) // 3))
 
 
 def names_of_other_fields(entry: Entry, entries: Sequence[Entry]) -> list[str]:
@@ -612,29 +621,22 @@ def names_of_other_fields(entry: Entry, entries: Sequence[Entry]) -> list[str]:
 
 
 def ask_by_complaint(entry: Entry, entries: Sequence[Entry], rng: random.Random) -> tuple[str, str, list[str]]:
-    question = f"一位患者说：“{entry.fields['complaints'][2]}。”首先要考虑下列哪一种疾病？"
+    question = f"有人来询问：“{entry.fields['complaints'][2]}。”首先要考虑下列哪一种疾病？"
     return question, entry.fields["name"], names_of_other_fields(entry, entries)
 
 
 def ask_by_signs(entry: Entry, entries: Sequence[Entry], rng: random.Random) -> tuple[str, str, list[str]]:
     signs = rng.sample(entry.fields["symptoms"], 2)
-    question = f"患者有{signs[0]}，同时{signs[1]}，发病与{rng.choice(entry.fields['causes'])}有关，最可能的诊断是"
+    cause = rng.choice(entry.fields["causes"])
+    question = f"表现有：{signs[0]}；{signs[1]}。可能的原因：{cause}。最可能的诊断是哪一项？"
     return question, entry.fields["name"], names_of_other_fields(entry, entries)
-
-
-# Where nearly every complaint may be brought, so that as wrong options they would be right.
-ANYBODYS_DEPARTMENTS = {"急诊科", "全科医学科", "感染科", "感染性疾病科", "发热门诊", "儿科", "普通外科", "普外科"}
 
 
 def ask_for_department(entry: Entry, entries: Sequence[Entry], rng: random.Random) -> tuple[str, str, list[str]]:
     others = (other.fields["department"] for other in entries if other.fields["field"] != entry.fields["field"])
     right = entry.fields["department"]
-    wrong = [
-        name
-        for name in of_like_length(right, others)
-        if name not in ANYBODYS_DEPARTMENTS and not set(name) & set(right) - set("科内外急诊医学门")
-    ]
-    return f"患者自述{entry.fields['complaints'][2]}，到医院应当先去的科室是", right, wrong
+    wrong = [name for name in of_like_length(right, others) if not set(name) & set(right) - set("科内外急诊医学门")]
+    return f"有人来询问：“{entry.fields['complaints'][2]}。”到医院应当先去哪个科室？", right, wrong
 
 
 # ---------------------------------------------------------------- files
@@ -658,7 +660,8 @@ def build(knowledge: Knowledge) -> dict[str, str]:
 
     def is_new_pair(pair: dict) -> bool:
         is_repeated = replies & {pair["response_chosen"], pair["response_rejected"]}
-        return not is_repeated and learned.is_new(pair["question"]) and learned.is_new(said(pair))
+        without_history = said(pair | {"history": []})
+        return not is_repeated and learned.is_new(pair["question"]) and learned.is_new(without_history)
 
     eval_pairs = build_pairs(knowledge, unseen, N_EVAL_PAIRS, "held_out", is_new_pair)
     records = {
