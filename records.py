@@ -401,6 +401,8 @@ def _read_csv(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
         header = next(rows, [])
         if fault := _utf8_fault("".join(taken)):
             raise UserError(f"{name}:1: {fault.reason}: {fault.detail}")
+        if twice := next((column for column in header if column and header.count(column) > 1), None):
+            raise UserError(f"{name}:1: two columns are called {twice!r}; rename one or take it out")
         start = rows.line_num
         taken.clear()
         for cells in rows:
@@ -452,6 +454,10 @@ def _read_text(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
 _TEXT_READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".txt": _read_text}
 
 
+# The first bytes of a UTF-8 character, as `surrogateescape` reads them.
+_CUT_CHARACTER = re.compile("[\udcc2-\udcf4][\udc80-\udcbf]{0,2}")
+
+
 def _utf8_fault(
     text: str, start: int = 0, end: int | None = None, first_line: int = 1, bytes_before: int = 0
 ) -> Unusable | None:
@@ -468,6 +474,10 @@ def _utf8_fault(
     line = first_line + text.count("\n", 0, line_start)
     byte = len(text[line_start:position].encode(errors="surrogateescape")) + 1 + (0 if line_start else bytes_before)
     value = ord(text[position]) - 0xDC00
+    if _CUT_CHARACTER.fullmatch(text, position):
+        return Unusable(
+            "cut off", f"the file ends within a character, at byte {byte} of line {line}; copy or download it again"
+        )
     encoding = "UTF-16" if value == 0xFF else "GB18030"  # FF opens Windows' UTF-16; GB18030 includes GBK
     return Unusable(
         "not UTF-8",

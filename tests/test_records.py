@@ -400,6 +400,16 @@ def test_nothing_to_read_is_an_error_that_names_the_flag():
             "d.json:2: not UTF-8: byte 15 of line 2 is 0xd5; convert the file, probably by "
             "`iconv -f GB18030 -t UTF-8 OLD > NEW`",
         ),
+        (
+            "d.json",
+            f'[{GOOD},\n{{"question": "感'.encode()[:-1],
+            "d.json:2: cut off: the file ends within a character, at byte 15 of line 2; copy or download it again",
+        ),
+        (
+            "d.csv",
+            "question,question,answer,,\na,b,c,,\n",
+            "d.csv:1: two columns are called 'question'; rename one or take it out",
+        ),
     ],
 )
 def test_a_fault_that_hides_the_rest_of_a_file_stops_the_run_even_under_drop(name, content, message):
@@ -411,6 +421,13 @@ def test_a_fault_that_hides_the_rest_of_a_file_stops_the_run_even_under_drop(nam
 def test_a_damaged_parquet_file_is_named():
     with pytest.raises(UserError, match=r"^d\.parquet: not a whole parquet file \(.*copy or download it again$"):
         load_dialogues([write("d.parquet", b"PAR1 and no more")], "drop")
+
+
+def test_a_file_that_ends_within_a_character_is_cut_off():
+    _, bad = read_dialogues([write("d.jsonl", f'{GOOD}\n{{"question": "感'.encode()[:-2])])
+    assert str(bad) == (
+        "d.jsonl:2: cut off: the file ends within a character, at byte 15 of line 2; copy or download it again"
+    )
 
 
 # --- faults in one record -------------------------------------------------------------------------
