@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from checkpoints import delete_oldest, put_in_place, unfinished_folder, write_manifest
-from errors import UserError
+from errors import UserError, end_at_next_signal
 from model_loading import Lineage
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class StopSignal:
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        end_at_next_signal(number)
         self.received = number
         logger.warning(f"{signal.Signals(number).name}: saving a checkpoint and stopping; again to stop at once")
 

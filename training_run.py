@@ -44,7 +44,7 @@ from checkpoints import (
     refuse_other_settings,
     write_manifest,
 )
-from errors import UserError
+from errors import UserError, end_at_next_signal
 
 if TYPE_CHECKING:
     from model_loading import Lineage
@@ -392,8 +392,8 @@ class CheckpointKeeper(TrainerCallback, ExportableState):
             "best_loss": self.best_loss,
             "best_step": self.best_step,
             "evaluation_is_due": self.stop.evaluation_is_due,
-            # The losses since the last line of the log, which the next line is the mean of.
-            "loss_sum": self.trainer._tr_loss.item(),
+            # The losses since the last line of the log, which the next line is the mean of: `on_save` has them of all.
+            "loss_sum": 0.0,
             "logged_step": self.trainer._globalstep_last_logged,
         }
         return {"args": {}, "attributes": settings | progress}
@@ -416,8 +416,9 @@ class CheckpointKeeper(TrainerCallback, ExportableState):
         place = Path(args.output_dir, f"checkpoint-{state.global_step}")
         # checkpoint-best is ours; with one of its own, Trainer deletes the newest checkpoint at the end for it.
         state.best_model_checkpoint = None
-        _wait_for_all()
+        loss_sum = _mean(self.trainer._tr_loss, args)  # waits for all processes
         if args.should_save:
+            recorded_attributes(state.stateful_callbacks)["loss_sum"] = loss_sum
             partial = place.parent / UNFINISHED / place.name
             self.lineage.save(partial)
             state.save_to_json(str(partial / "trainer_state.json"))
@@ -476,7 +477,7 @@ class StopSignals(TrainerCallback):
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        end_at_next_signal(number)
         self.received = number
         logger.warning(f"{signal.Signals(number).name}: saving a checkpoint and stopping; again to stop at once")
 
@@ -638,6 +639,14 @@ def _largest(value: int, args: TrainingArguments) -> int:
     shared = torch.tensor(value, device=args.device)
     torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
     return int(shared)
+
+
+def _mean(value: torch.Tensor, args: TrainingArguments) -> float:
+    """The mean of the values that the processes have."""
+    total = value.detach().clone()
+    if args.world_size > 1:
+        torch.distributed.all_reduce(total)
+    return total.item() / args.world_size
 
 
 def _wait_for_all() -> None:

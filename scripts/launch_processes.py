@@ -1,7 +1,8 @@
 """torchrun for the launchers: one node, or several by NNODES, NODE_RANK and MASTER_ADDR; it ends as its processes.
 
 torchrun hands a signal on, gives the processes half a minute to save a checkpoint, and ends with 1 and a traceback.
-Here they have ten minutes, and the exit code is theirs: 143 after SIGTERM, 130 after Ctrl-C, 2 for a mistake.
+Here they have ten minutes, and the exit code is theirs: 143 after SIGTERM, 130 after Ctrl-C, 2 for a mistake. Where
+the launcher itself is killed, they get SIGTERM (`errors.run_script`).
 
     python -m scripts.launch_processes --nproc_per_node 2 supervised_finetuning.py --model_name_or_path ...
 """
@@ -37,6 +38,7 @@ def rendezvous(environment: Mapping[str, str]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = [*rendezvous(os.environ), "--shutdown_timeout", str(SECONDS_TO_SAVE)]
+    os.environ["LAUNCHER_PID"] = str(os.getpid())
     try:
         torchrun([*flags, *(sys.argv[1:] if argv is None else argv)])
     except SignalException as stopped:

@@ -25,6 +25,9 @@ time.sleep(600)
 """
 
 
+FOLLOWS = "from errors import run_script\ndef main():" + WAITS.replace("\n", "\n    ") + "\nrun_script(main)\n"
+
+
 def start(script: Path, **variables: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "scripts.launch_processes", "--nproc_per_node", "2", "--no_python", sys.executable]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
@@ -33,19 +36,35 @@ def start(script: Path, **variables: str) -> subprocess.Popen:
     )
 
 
+def wait_for(launcher: subprocess.Popen, folder: Path, what: str) -> None:
+    deadline = time.monotonic() + 300
+    while not all((folder / f"{what}-{rank}").exists() for rank in (0, 1)):
+        assert launcher.poll() in (None, -signal.SIGKILL), launcher.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_reaches_all_processes_and_is_the_exit_code(tmp_path, number, code):
     script = tmp_path / "waits.py"
     script.write_text(WAITS)
     launcher = start(script)
-    while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
-        assert launcher.poll() is None, launcher.stderr.read()
-        time.sleep(0.05)
+    wait_for(launcher, tmp_path, "ready")
     launcher.send_signal(number)
     log = launcher.communicate(timeout=120)[1]
     assert launcher.returncode == code, log
     assert all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1))
     assert "Traceback" not in log
+
+
+def test_a_launcher_that_is_killed_leaves_no_process_that_writes_on(tmp_path):
+    script = tmp_path / "follows.py"
+    script.write_text(FOLLOWS)
+    launcher = start(script)
+    wait_for(launcher, tmp_path, "ready")
+    launcher.kill()
+    wait_for(launcher, tmp_path, "saved")
+    launcher.communicate(timeout=60)  # until the last process has closed the log
 
 
 def test_a_mistake_ends_with_the_code_of_the_process(tmp_path):
