@@ -49,7 +49,7 @@ MEDICINE_ASPECTS = (
     "overdose", "dose",
 )  # fmt: skip
 # What is told otherwise of a condition whose complaints call for an ambulance.
-URGENT_FRAMES = {"urgent_advice", "urgent_department", "urgent_examinations"}
+URGENT_FRAMES = {"urgent_advice", "urgent_department", "urgent_examinations", "urgent_red_flag"}
 # Steps, and signs of which the first weigh most.
 IN_ORDER = {"treatment", "first_aid", "how_to_take", "red_flags"}
 IMPERATIVES = {"diet_and_care", "prevention", "first_aid", "how_to_take"}
