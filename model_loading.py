@@ -32,6 +32,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -416,7 +417,7 @@ def load_for_training(
                 ),
                 "--use_dora": (use_dora or None, config.use_dora),
                 "--use_rslora": (use_rslora or None, config.use_rslora),
-                "--modules_to_save": (_split_names(modules_to_save), config.modules_to_save or []),
+                "--modules_to_save": (_split_names(modules_to_save), _last_names(set(config.modules_to_save or []))),
             },
         )
         base = load_base(config.base_model_name_or_path, **base_options)
@@ -446,13 +447,16 @@ def load_for_training(
                 "away; --torch_dtype float32 keeps them and takes twice the memory for weights, gradients and optimizer"
             )
         return base
+    trained_whole = _split_names(modules_to_save)
     config = LoraConfig(
         task_type=task_type,
         r=lora_rank or DEFAULT_LORA_RANK,
         lora_alpha=lora_alpha or DEFAULT_LORA_ALPHA,
         lora_dropout=lora_dropout,
         target_modules=_module_names(target_modules),
-        modules_to_save=_split_names(modules_to_save),
+        modules_to_save=trained_whole,
+        # Otherwise PEFT 0.21 trains a copy of the embeddings, and the head that shared them stays as it was.
+        ensure_weight_tying=_has_tied_head(base) and bool(set(trained_whole or []) & set(EMBEDDING_LAYER_NAMES)),
         use_dora=use_dora,
         use_rslora=use_rslora,
     )
@@ -492,6 +496,7 @@ def _without_head(config: LoraConfig) -> LoraConfig:
     if isinstance(config.target_modules, set | list):
         config.target_modules = {name for name in config.target_modules if name not in HEADS}
     config.modules_to_save = [name for name in config.modules_to_save or [] if name not in HEADS] or None
+    config.ensure_weight_tying = False
     return config
 
 
@@ -500,6 +505,11 @@ def _said(value: object) -> str:
     if isinstance(value, list | set):
         return ",".join(sorted(value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _has_tied_head(model: PreTrainedModel) -> bool:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is embeddings.weight
 
 
 def _split_names(names: str | None) -> list[str] | None:

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 from guide import GUIDE_PT
+from peft import TaskType
 from torch.utils.data import IterableDataset as TorchIterable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import merge_peft_adapter
 import pretraining
 from causal_lm_trainer import IGNORED_LABEL, Collator, loss_statistics, token_losses
 from errors import UserError
-from model_loading import load_with_adapter, read_lineage
+from model_loading import load_for_training, load_with_adapter, read_lineage
 from pretraining import PTArguments, last_tokens, stream_blocks
 from records import Document, load_documents
 from tokenization import cut_blocks, document_end_id, learned_bytes_per_token, token_byte_lengths, tokenize_documents
@@ -305,13 +307,37 @@ def test_bad_data_is_named_before_weights_load(flags, data_dir, monkeypatch):
         pretraining.main(flags(streaming=True, train_file_dir=data_dir / "deep", validation_file_dir=separate))
 
 
-def test_embeddings_are_trained_and_saved_where_asked(flags, tmp_path, tiny_model_dir):
-    """As when the vocabulary grew; tied embeddings stay tied."""
-    pretraining.main(flags(modules_to_save="embed_tokens", max_steps=2, save_strategy="no"))
-    model = load_with_adapter(str(tiny_model_dir), str(tmp_path / "out/checkpoint-best"))
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    trained = model.get_input_embeddings().weight
-    assert not torch.equal(trained, base.get_input_embeddings().weight)
+@pytest.mark.parametrize("named", ["embed_tokens", "lm_head"])
+def test_a_grown_vocabulary_is_learned_and_goes_on_to_the_next_stage(flags, tmp_path, tiny_model_dir, named):
+    """New words whose embeddings are trained whole; the head shares them, before and after a merge."""
+    grown, adapter, merged = tmp_path / "grown", tmp_path / "out/checkpoint-best", tmp_path / "merged"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    assert tokenizer.add_tokens(["多喝水", "去医院就诊"]) == 2
+    model.resize_token_embeddings(len(tokenizer))
+    for saved in (model, tokenizer):
+        saved.save_pretrained(grown)
+    new_word = tokenizer.convert_tokens_to_ids("去医院就诊")
+    pretraining.main(flags(model_name_or_path=grown, modules_to_save=named, do_eval=None, max_steps=2))
+
+    trained = load_with_adapter(str(grown), str(adapter), torch_dtype="float32").eval()
+    embeddings, head = trained.get_input_embeddings().weight, trained.get_output_embeddings().weight
+    assert torch.equal(embeddings, head)
+    assert not torch.equal(embeddings[new_word], model.get_input_embeddings().weight[new_word])
+
+    ids = torch.tensor([tokenizer("头部不适，多喝水，去医院就诊。")["input_ids"]])
+    assert new_word in ids
+    with torch.no_grad():
+        expected = trained(input_ids=ids).logits
+        continued = load_for_training(str(adapter), use_peft=True, modules_to_save="embed_tokens").eval()
+        torch.testing.assert_close(continued(input_ids=ids).logits, expected)
+        scorer = load_for_training(str(adapter), use_peft=True, task_type=TaskType.SEQ_CLS, pad_token_id=0)
+        torch.testing.assert_close(scorer.get_input_embeddings().weight, embeddings)
+        folders = ("--base_model", str(grown), "--lora_model", str(adapter), "--output_dir", str(merged))
+        merge_peft_adapter.main([*folders, "--torch_dtype", "float32"])
+        whole = AutoModelForCausalLM.from_pretrained(merged)
+        torch.testing.assert_close(whole(ids).logits, expected, atol=1e-4, rtol=0)
+    assert whole.get_output_embeddings().weight is whole.get_input_embeddings().weight
 
 
 def test_the_guides_command_as_it_stands(tiny_model_dir, data_dir, tmp_path):
