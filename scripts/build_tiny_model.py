@@ -115,6 +115,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> "Qwen
 
 def build_model(tokenizer: "Qwen2Tokenizer", **overrides: Any) -> "Qwen2ForCausalLM":
     """A float32 Qwen2 with random weights for a tokenizer; `overrides` are fields of Qwen2Config."""
+    import torch
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     settings = {
@@ -133,6 +134,12 @@ def build_model(tokenizer: "Qwen2Tokenizer", **overrides: Any) -> "Qwen2ForCausa
         "pad_token_id": tokenizer.pad_token_id,
     }
     model = Qwen2ForCausalLM(Qwen2Config(**settings | overrides))
+    # What a block adds begins as small as the embeddings it is added to: larger, it hides which token it was added to,
+    # and a tied embedding cannot be larger, because the head would begin with extreme logits.
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weights *= model.config.initializer_range
     # Like Qwen2.5's: generation also ends at the end of a document.
     model.generation_config = GenerationConfig(
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id], pad_token_id=tokenizer.pad_token_id

@@ -54,6 +54,13 @@ def test_default_size_is_a_few_million_parameters(tiny_tokenizer):
     assert 1.5e6 < model.num_parameters() < 3e6
 
 
+def test_what_a_block_adds_begins_as_small_as_the_embeddings(tiny_tokenizer):
+    model = build_tiny_model.build_model(tiny_tokenizer)
+    input_ids = tiny_tokenizer(SAMPLES[0], return_tensors="pt").input_ids
+    embeddings, first, *_ = model(input_ids, output_hidden_states=True).hidden_states
+    assert 0.2 < ((first - embeddings).std() / embeddings.std()).item() < 2
+
+
 def test_special_tokens_follow_the_vocabulary_as_in_qwen(tiny_tokenizer):
     specials = [tiny_tokenizer.convert_tokens_to_ids(token) for token in build_tiny_model.SPECIAL_TOKENS]
     assert specials == list(range(len(tiny_tokenizer) - 3, len(tiny_tokenizer)))
