@@ -13,13 +13,16 @@ import argparse
 import codecs
 import functools
 import gzip
+import html
 import json
 import re
 import zlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from html.entities import html5
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Literal
 
@@ -78,6 +81,49 @@ def known_encoding(name: str) -> str:
     except LookupError:
         raise argparse.ArgumentTypeError(f"no encoding {name!r}; known are utf-8, gb18030, big5, utf-16 ...") from None
     return UTF8 if codec == "utf-8" else codec
+
+
+# ---------------------------------------------------------------- HTML
+
+_BLOCK_TAGS = (
+    "address|article|aside|blockquote|body|br|caption|center|dd|div|dl|dt|figcaption|figure|footer|form|h[1-6]|head|"
+    "header|hr|html|li|main|meta|nav|ol|option|p|pre|section|select|table|tbody|tfoot|thead|title|tr|ul"
+)
+_INLINE_TAGS = (
+    "a|abbr|b|big|button|cite|code|del|em|font|i|iframe|img|input|ins|kbd|label|link|mark|q|s|samp|small|span|strike|"
+    "strong|sub|sup|td|th|tt|u|var|video"
+)
+_TAG = re.compile(
+    rf"<(?P<slash>/?)(?:(?P<block>{_BLOCK_TAGS})|(?P<inline>{_INLINE_TAGS}))"
+    # What is surely a tag: "<90 mmHg" and "x<a and b>c" are none.
+    r"""(?:\s+[\w:@.-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s<>"'=]+)|\s+(?:hidden|disabled|checked|controls))*\s*/?>""",
+    re.IGNORECASE,
+)
+_BLOCK_OR_END = re.compile(rf"\s*(?:</?(?:{_BLOCK_TAGS})\b|\Z)", re.IGNORECASE)
+_NOT_SHOWN = re.compile(
+    r"<!--.*?-->|<!doctype[^>]*>|<(script|style|noscript|template)\b[^>]*>.*?</\1\s*>", re.DOTALL | re.IGNORECASE
+)
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,30});")
+
+
+def without_html(text: str) -> str:
+    """HTML as plain text: a line for each block, a blank between cells, powers with ^, entities as characters."""
+    if "&" in text:
+        for _ in range(2):  # &amp;nbsp; is common
+            text = _ENTITY.sub(_character, text)
+    return _TAG.sub(_instead_of_tag, _NOT_SHOWN.sub("", text)) if "<" in text else text
+
+
+def _character(entity: re.Match[str]) -> str:
+    is_known = entity[0].startswith("&#") or entity[0][1:] in html5
+    return html.unescape(entity[0]) if is_known else entity[0]
+
+
+def _instead_of_tag(tag: re.Match[str]) -> str:
+    if tag["block"]:
+        # The next block starts its own line.
+        return "" if tag["slash"] and _BLOCK_OR_END.match(tag.string, tag.end()) else "\n"
+    return "" if tag["slash"] else {"sup": "^", "td": " ", "th": " "}.get(tag["inline"].lower(), "")
 
 
 # ---------------------------------------------------------------- columns of published data
@@ -256,8 +302,9 @@ class ForeignReader:
         """The records of a file as they are, in the encoding that was given or found."""
         encoding = self.encoding_of(path)
         for source, record in read_raw(path, encoding):
-            if encoding != UTF8 and isinstance(record, Unusable) and record.reason == "not UTF-8":
-                record = Unusable(f"not {encoding}", "a byte has no meaning there; name the right --encoding")
+            if isinstance(record, Unusable) and record.reason == "not UTF-8":
+                reason = record.reason if encoding == UTF8 else f"not {encoding}"
+                record = Unusable(reason, "a byte has no meaning there; mend it, or name the file's --encoding")
             yield source, record
 
     def encoding_of(self, path: Path) -> str:
@@ -420,6 +467,8 @@ READERS = {"dialogues": read_dialogues, "pairs": read_pairs, "documents": read_d
 
 # Of a file whose first records are all faulty, so many are looked at.
 _PROBED = 100
+# Why a record is no dialogue, faulty or not.
+_KINDS_BY_REASON: dict[str, Kind] = {"preference pair": "pairs", "plain text": "documents"}
 
 
 def find_kind(path: str | Path, flag: str) -> tuple[Kind, list[Path], list[Path]]:
@@ -447,14 +496,16 @@ def is_plain_text(path: Path) -> bool:
 
 
 def _kind_of(path: Path) -> Kind | None:
-    """The kind of the first usable record."""
-    for kind, read in READERS.items():
-        try:
-            if any(not isinstance(result, BadRecord) for result in islice(read([path]), _PROBED)):
-                return kind
-        except UserError:  # whoever reads the whole file says what is wrong with it
-            continue
-    return None
+    """Dialogues, if a record is one; otherwise what the first record is that is of a kind at all."""
+    kind = None
+    try:
+        for result in islice(read_dialogues([path]), _PROBED):
+            if not isinstance(result, BadRecord):
+                return "dialogues"
+            kind = kind or _KINDS_BY_REASON.get(result.reason)
+    except UserError:  # whoever reads the whole file says what is wrong with it
+        pass
+    return kind
 
 
 # A first turn of fewer letters is a greeting; what follows it is the question.
@@ -484,6 +535,13 @@ def words_of(record: Dialogue | Pair | Document) -> str:
         if message["role"] != "system"
     ]
     return "\n".join([*said, record.chosen, record.rejected] if isinstance(record, Pair) else said)
+
+
+def lengths_at(lengths: Counter[int], shares: Sequence[float]) -> list[int]:
+    """For each share, the length that so many of the records have at most; one that occurs."""
+    ordered = sorted(lengths)
+    up_to = list(accumulate(lengths[length] for length in ordered))
+    return [ordered[bisect_left(up_to, share * up_to[-1])] for share in shares]
 
 
 # ---------------------------------------------------------------- flags that count tokens

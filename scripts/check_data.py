@@ -24,7 +24,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,9 +34,11 @@ from data_forms import (
     add_token_flags,
     find_kind,
     guide_line,
+    lengths_at,
     limits_of,
     question_of,
     settle_token_flags,
+    unread_lines,
     words_of,
 )
 from errors import UserError, run_script
@@ -49,6 +50,8 @@ Record = Dialogue | Pair | Document
 # Records compared at a time: more take memory, fewer take time.
 BATCH = 1024
 N_EXAMPLES = 3
+# The reason of a fault that hides the rest of its file, of which a stage reads nothing whatever its flags.
+UNREADABLE = "unreadable"
 
 # ---------------------------------------------------------------- one record
 
@@ -130,8 +133,7 @@ def read_all(kind: Kind, files: Sequence[Path]) -> Iterator[Record | BadRecord]:
             yield from READERS[kind]([path])
         except UserError as error:
             source, _, fault = str(error).partition(": ")
-            reason, _, detail = fault.partition(": ")
-            yield BadRecord(source, reason, detail)
+            yield BadRecord(source, UNREADABLE, fault)
 
 
 class Sources:
@@ -219,7 +221,7 @@ def usable_batches(
 ) -> Iterator[list[tuple[Record, Measured]]]:
     """The usable records with their lengths, some at a time; each fault is printed and counted."""
     batch = []
-    for result in tqdm(read_all(kind, files), unit=" records", disable=not sys.stderr.isatty()):
+    for result in tqdm(read_all(kind, files), unit=" records", disable=None):
         report.read += 1
         if not isinstance(result, BadRecord):
             try:
@@ -295,14 +297,10 @@ class Evaluation:
 
 def percentiles(lengths: Counter[int]) -> str:
     """Lengths that occur, each with the share of records that are as long at most."""
-    ordered = np.array(sorted(lengths))
-    up_to = np.cumsum([lengths[length] for length in ordered.tolist()])
-
-    def at(share: float) -> str:
-        return f"{ordered[np.searchsorted(up_to, share * up_to[-1])]:,}"
-
-    shares = ", ".join(f"{share:.0%} up to {at(share)}" for share in (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99))
-    return f"{shares}; shortest {at(0)}, longest {at(1)}"
+    shares = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+    shortest, *at, longest = lengths_at(lengths, (0, *shares, 1))
+    listed = ", ".join(f"{share:.0%} up to {length:,}" for share, length in zip(shares, at, strict=True))
+    return f"{listed}; shortest {shortest:,}, longest {longest:,}"
 
 
 def describe(found: Survey, unit: str, evaluation: Evaluation | None) -> Iterator[tuple[str, str]]:
@@ -337,9 +335,10 @@ def describe(found: Survey, unit: str, evaluation: Evaluation | None) -> Iterato
 def verdict(found: Survey, evaluation: Evaluation | None) -> list[str]:
     """What must be mended, none if the data can be trained on."""
     report, wrong = found.report, []
-    n_faults = report.dropped.total() + (evaluation.report.dropped.total() if evaluation else 0)
-    if n_faults:
-        wrong.append(f"{n_faults:,} faults, listed above: mend them, or start the stage with --on_bad_data drop")
+    faults = report.dropped + (evaluation.report.dropped if evaluation else Counter())
+    if faults:
+        way_out = "" if UNREADABLE in faults else ", or start the stage with --on_bad_data drop"
+        wrong.append(f"{faults.total():,} faults, listed above: mend them{way_out}")
     if not report.kept:
         wrong.append("no record can be used")
     elif found.over_limit.count == report.kept:
@@ -405,11 +404,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.dir}: {kind} in {len(files)} file{'s' if len(files) > 1 else ''}")
     for name, value in describe(found, "tokens" if args.tokenizer else "characters", evaluation):
         print(f"  {name:<18}{value}")
-    if unread:
-        print(f"  {'not read':<18}{', '.join(map(str, unread[:5]))}{', ...' if len(unread) > 5 else ''}")
-    print("".join(f"{line}\n" for line in [*notes, *advice(found)]), end="")
     wrong = verdict(found, evaluation)
-    print("\n".join(f"wrong: {line}" for line in wrong) if wrong else "verdict: a stage can train on this")
+    said = [f"wrong: {line}" for line in wrong] or ["verdict: a stage can train on this"]
+    print("\n".join([*unread_lines(unread), *notes, *advice(found), *said]))
     if wrong:
         sys.exit(1)
 

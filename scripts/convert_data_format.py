@@ -32,7 +32,7 @@ def convert(reader: ForeignReader, files: list[Path], output: Path, overwrite: b
     """Write every usable record; UserError where none is."""
     report = Report()
     with new_text_file(output, "--output", overwrite) as file:
-        for item in tqdm(reader.read(files), unit=" records", disable=not sys.stderr.isatty()):
+        for item in tqdm(reader.read(files), unit=" records", disable=None):
             report.read += 1
             if isinstance(item, BadRecord):
                 report.drop(item)

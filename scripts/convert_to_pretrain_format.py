@@ -12,18 +12,16 @@ are taken out, and line breaks inside a document become spaces.
 """
 
 import argparse
-import html
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from html.entities import html5
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_forms import ForeignReader, add_reading_flags, dropped_lines, reader_of, unread_lines
+from data_forms import ForeignReader, add_reading_flags, dropped_lines, reader_of, unread_lines, without_html
 from errors import UserError, run_script
 from output_files import new_text_file, refuse_same
 from records import (
@@ -44,7 +42,7 @@ ENDINGS = (".txt", *MARKDOWN, ".html", ".htm", *RECORD_ENDINGS)
 TEXT_COLUMNS = ("text", "content", "contents", "article", "body", "abstract", "document", "正文", "内容")
 TITLE_COLUMNS = ("title", "标题")
 
-# ---------------------------------------------------------------- markdown and HTML
+# ---------------------------------------------------------------- markdown
 
 FRONT_MATTER = re.compile(r"\A\s*(---|\+\+\+)[ \t]*\n(?=\s*[\w\"'-]+\s*[:=]).*?\n\1[ \t]*(\n|\Z)", re.DOTALL)
 MARKS = [
@@ -70,23 +68,6 @@ MARKS = [
     )
 ]
 
-# Only what is surely a tag: "<90 mmHg" and "a<b and c>d" are none.
-BLOCK_TAGS = (
-    "address|article|aside|blockquote|body|br|caption|center|dd|div|dl|dt|figcaption|figure|footer|form|h[1-6]|head|"
-    "header|hr|html|li|main|meta|nav|ol|option|p|pre|section|select|table|tbody|td|tfoot|th|thead|title|tr|ul"
-)
-INLINE_TAGS = (
-    "a|abbr|b|big|button|cite|code|del|em|font|i|iframe|img|input|ins|kbd|label|link|mark|q|s|samp|small|span|strike|"
-    "strong|sub|sup|tt|u|var|video"
-)
-ATTRIBUTES = r"""(?:\s+[\w:@.-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s<>"'=]+)|\s+(?:hidden|disabled|checked|controls))*\s*/?"""
-BLOCK_TAG = re.compile(rf"</?(?:{BLOCK_TAGS}){ATTRIBUTES}>", re.IGNORECASE)
-INLINE_TAG = re.compile(rf"</?(?:{INLINE_TAGS}){ATTRIBUTES}>", re.IGNORECASE)
-NOT_SHOWN = re.compile(
-    r"<!--.*?-->|<!doctype[^>]*>|<(script|style|noscript|template)\b[^>]*>.*?</\1\s*>", re.DOTALL | re.IGNORECASE
-)
-ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,30});")
-
 
 def without_marks(text: str) -> str:
     """Markdown as plain text."""
@@ -94,18 +75,6 @@ def without_marks(text: str) -> str:
     for pattern, replacement in MARKS:
         text = pattern.sub(replacement, text)
     return text
-
-
-def without_tags(text: str) -> str:
-    """HTML as plain text: a space for each tag that starts a line, nothing for the others, entities as characters."""
-    if "<" in text:
-        text = INLINE_TAG.sub("", BLOCK_TAG.sub(" ", NOT_SHOWN.sub(" ", text)))
-    return ENTITY.sub(character_of, text) if "&" in text else text
-
-
-def character_of(entity: re.Match[str]) -> str:
-    is_known = entity[0].startswith("&#") or entity[0][1:] in html5
-    return html.unescape(entity[0]) if is_known else entity[0]
 
 
 # ---------------------------------------------------------------- documents
@@ -144,7 +113,7 @@ class DocumentReader:
         """A record or a text as one line; raises Unusable where nothing is to be had."""
         if isinstance(piece, Unusable):
             raise piece
-        text = " ".join(without_tags(piece if isinstance(piece, str) else self.text_of(piece, source)).split())
+        text = " ".join(without_html(piece if isinstance(piece, str) else self.text_of(piece, source)).split())
         if not text:
             raise Unusable("empty", "there is no text in it")
         if len(text) < self.min_length:
@@ -219,7 +188,7 @@ def convert(reader: DocumentReader, files: list[Path], output: Path, overwrite: 
     """Write every document; UserError where there is none."""
     report = Report()
     with new_text_file(output, "--output_file", overwrite) as file:
-        for item in tqdm(reader.read(files), unit=" documents", disable=not sys.stderr.isatty()):
+        for item in tqdm(reader.read(files), unit=" documents", disable=None):
             report.read += 1
             if isinstance(item, BadRecord):
                 report.drop(item)

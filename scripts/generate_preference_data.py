@@ -54,7 +54,7 @@ def draw_prompts(files: Sequence[Path], num_samples: int, seed: int) -> tuple[li
     report, rng = Report(), random.Random(seed)
     drawn: list[tuple[int, Pair]] = []
     n_usable = 0
-    for result in tqdm(read_dialogues(files), unit=" records", disable=not sys.stderr.isatty()):
+    for result in tqdm(read_dialogues(files), unit=" records", disable=None):
         report.read += 1
         try:
             prompt = prompt_of(result)
@@ -426,7 +426,7 @@ def write_pairs(made: Iterable[tuple[Pair | BadRecord, str]], n_prompts: int, ar
     report, failures = Report(), Counter()
     chosen_lengths, rejected_lengths, margins = [], [], []
     with new_text_file(args.output_file, "--output_file", args.overwrite) as file:
-        for item, failure in tqdm(made, total=n_prompts, unit=" pairs", disable=not sys.stderr.isatty()):
+        for item, failure in tqdm(made, total=n_prompts, unit=" pairs", disable=None):
             report.read += 1
             if isinstance(item, BadRecord):
                 report.drop(item)

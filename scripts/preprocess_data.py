@@ -19,7 +19,6 @@ Memory grows by about 250 bytes a record, however long it is; a cache takes what
 import argparse
 import dataclasses
 import hashlib
-import html
 import json
 import re
 import sys
@@ -44,8 +43,11 @@ from data_forms import (
     find_kind,
     guide_line,
     is_plain_text,
+    lengths_at,
     question_of,
     settle_token_flags,
+    unread_lines,
+    without_html,
     words_of,
 )
 from errors import UserError, run_script
@@ -66,38 +68,6 @@ BATCH = 1024
 VALIDATION_SIZE = 500
 
 # ---------------------------------------------------------------- cleaning: each step takes a text and returns one
-
-_TAG = re.compile(
-    r"<(/?)(a|abbr|b|big|blockquote|body|br|center|dd|div|dl|dt|em|font|h[1-6]|head|hr|html|i|iframe|img|li|meta|ol"
-    r"|p|pre|section|small|span|strike|strong|sub|sup|table|tbody|td|tfoot|th|thead|tr|u|ul)"
-    # Attributes with a value only: `x<a and b>c` is no tag.
-    r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>]+))*\s*/?>""",
-    re.IGNORECASE,
-)
-_BLOCK_TAG = re.compile("blockquote|br|d[dtl]|div|h[1-6r]|li|[ou]l|p|section|table|tr")
-_UNSEEN_HTML = re.compile(r"<!--.*?-->|<(script|style)\b[^>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
-_ENTITY = re.compile(r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});", re.IGNORECASE)
-
-
-def without_html(text: str) -> str:
-    """Tags that format are left out (a power keeps its ^, a new block starts a line); entities become characters."""
-    if "&" in text:
-        for _ in range(2):  # &amp;nbsp; is common
-            text = _ENTITY.sub(lambda match: html.unescape(match[0]), text)
-    if "<" in text:
-        text = _UNSEEN_HTML.sub("", text)
-        text = _TAG.sub(_instead_of_tag, text)
-    return text
-
-
-def _instead_of_tag(match: re.Match) -> str:
-    slash, name = match[1], match[2].lower()
-    if slash:
-        return ""
-    if name == "sup":
-        return "^"
-    return " " if name in ("td", "th") else "\n" if _BLOCK_TAG.fullmatch(name) else ""
-
 
 _CONTROL = re.compile(
     "\r\n|[\0-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ufff9-\ufffb]"
@@ -389,8 +359,9 @@ def line_of(record: Record, is_text: bool) -> str:
     """The guide's record as a line; of text from .txt files, the text."""
     if not isinstance(record, Document):
         return guide_line(record)
-    text = record.text.replace("\n", " ") if is_text else json.dumps({"text": record.text}, ensure_ascii=False)
-    return f"{text}\n"
+    if is_text:  # a document a line
+        return " ".join(stripped for line in record.text.split("\n") if (stripped := line.strip())) + "\n"
+    return json.dumps({"text": record.text}, ensure_ascii=False) + "\n"
 
 
 # ---------------------------------------------------------------- second pass: choose what validates
@@ -447,11 +418,9 @@ def write_parts(kept: KeptRecords, held_out: np.ndarray, folder: Path, name: str
 
 
 def describe_lengths(lengths: Counter[int]) -> dict[str, int]:
-    """Percentiles of the lengths, each a length that occurs."""
-    values = np.array(sorted(lengths))
-    up_to = np.cumsum([lengths[value] for value in values.tolist()])
-    at = {"shortest": 0, "median": 0.5, "95 % at most": 0.95, "99 % at most": 0.99, "longest": 1}
-    return {name: int(values[np.searchsorted(up_to, share * up_to[-1])]) for name, share in at.items()}
+    """Percentiles of the lengths."""
+    shares = {"shortest": 0, "median": 0.5, "95 % at most": 0.95, "99 % at most": 0.99, "longest": 1}
+    return dict(zip(shares, lengths_at(lengths, list(shares.values())), strict=True))
 
 
 def save_histogram(path: Path, lengths: Counter[int], unit: str, limit: int | None) -> None:
@@ -593,7 +562,7 @@ def hold_out(args: argparse.Namespace, kind: Kind, kept: KeptRecords) -> np.ndar
 
 
 def progress(items: Iterable, what: str) -> Iterable:
-    return tqdm(items, desc=what, unit=" records", disable=not sys.stderr.isatty())
+    return tqdm(items, desc=what, unit=" records", disable=None)
 
 
 def check_places(args: argparse.Namespace, files: Sequence[Path]) -> None:
@@ -604,6 +573,8 @@ def check_places(args: argparse.Namespace, files: Sequence[Path]) -> None:
 
 
 def nothing_kept(args: argparse.Namespace, report: Report) -> str:
+    if not report.read:
+        return f"--input_dir {args.input_dir}: there are no records in it"
     lines = [f"--input_dir {args.input_dir}: {report.summary()}", *dropped_lines(report)]
     if "unknown keys" in report.dropped:
         lines.append("scripts/convert_data_format.py reads other forms and columns")
@@ -663,8 +634,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part, size in sizes.items():
         print(f"{part}: {size:,} records in {parts[part]}")
     print(f"report: {report_file}; histogram of the lengths: {args.output_dir / 'lengths.png'}")
-    if unread:
-        print(f"not read, by their endings: {', '.join(map(str, unread[:5]))}{' ...' if len(unread) > 5 else ''}")
+    for line in unread_lines(unread):
+        print(line)
     if encoder and kind == "dialogues":
         print("\n".join(fill_cache(args, encoder, parts)))
     elif encoder:

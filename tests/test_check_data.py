@@ -99,11 +99,12 @@ def test_after_a_file_that_cannot_be_read_on_come_the_others(check, write_jsonl,
     (tmp_path / "in/d.jsonl.gz").write_bytes(gzip.compress(b'{"question": "a", "answer": "b"}\n' * 99)[:-9])
     code, lines = check()
     assert code == 1
-    assert lines[0].startswith("in/a.json:2: broken JSON: ")
-    assert lines[1].startswith("in/b.csv:2: broken CSV: ")
-    assert any(line.startswith("in/d.jsonl.gz: not a whole gzip file") for line in lines)
+    assert lines[0].startswith("in/a.json:2: unreadable: broken JSON: ")
+    assert lines[1].startswith("in/b.csv:2: unreadable: broken CSV: ")
+    assert any(line.startswith("in/d.jsonl.gz: unreadable: not a whole gzip file") for line in lines)
     assert "in: dialogues in 4 files" in lines
-    assert lines[-1].startswith("wrong: 3 faults")
+    assert value_of(lines, "records") == "kept 3 of 6 (3 unreadable)"
+    assert lines[-1] == "wrong: 3 faults, listed above: mend them"
 
 
 def test_nothing_usable_is_wrong(check, write_jsonl):
@@ -289,7 +290,7 @@ def test_files_that_no_stage_reads_are_named(check, write_jsonl, tmp_path):
     (tmp_path / "in/notes.txt").write_text("notes")
     (tmp_path / "in/b.docx").write_text("")
     _, lines = check()
-    assert value_of(lines, "not read") == "in/b.docx, in/notes.txt"
+    assert "not read, by their endings: in/b.docx, in/notes.txt" in lines
 
 
 # ---------------------------------------------------------------- a mistake in the command

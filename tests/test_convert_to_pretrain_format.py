@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from convert_to_pretrain_format import main, without_marks, without_tags
+from convert_to_pretrain_format import main, without_marks
 
 from errors import UserError
 from records import load_documents
@@ -143,28 +143,13 @@ def test_rules_are_no_front_matter():
     assert without_marks("---\n正文\n---\n后文").split() == ["正文", "后文"]
 
 
-def test_html_is_one_document_without_tags():
+def test_html_is_one_document_without_html():
     page = (
         "<!DOCTYPE html><html><head><title>糖尿病</title><style>p { color: red }</style></head><body>\n"
         "<!-- 注释 --><p class='x' id=y>多<b>饮</b>多<a href=\"http://a.b?x>1\">尿</a>&nbsp;血糖&lt;7<br/>复查</p>"
         "<script>if (a < b) { alert('<p>') }</script><table><tr><td>甲</td><td>乙</td></tr></table></body></html>"
     )
     assert convert(write("d.html", page)) == ["糖尿病 多饮多尿 血糖<7 复查 甲 乙"]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "血压 <90 mmHg, HbA1c >7%",
-        "a<b and c>d",
-        "if x<p then y>q",
-        "AT&T, R&D; x &notanentity; y",
-        "<think>想</think>",
-        "1 < 2",
-    ],
-)
-def test_what_is_no_tag_stays(text):
-    assert without_tags(text) == text
 
 
 def test_tags_are_taken_out_of_every_kind_of_file():

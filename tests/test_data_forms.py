@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_forms import ForeignReader, detect_encoding, guide_line, guide_record
+from data_forms import ForeignReader, detect_encoding, find_kind, guide_line, guide_record, without_html
 from records import BadRecord, Dialogue, Pair, to_dialogue, to_pair
 
 ZH = "头痛怎么办？先休息，多喝水，三天不好请到医院。体温38.5℃。"
@@ -43,6 +43,38 @@ def test_encodings_are_told_apart(tmp_path, content, encoding):
 def test_a_damaged_gzip_file_is_left_to_the_reader(tmp_path):
     assert detect_encoding(write(tmp_path / "d.csv.gz", gzip.compress(ZH.encode("gbk") * 99)[:-20])) == "utf-8-sig"
     assert detect_encoding(write(tmp_path / "d.jsonl.gz", b"nothing of the kind")) == "utf-8-sig"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<p>多喝水。<br/>注意&nbsp;休息</p>", "\n多喝水。\n注意\xa0休息"),
+        ('<div class="a b"><a href=x.html>感冒</a>的<b>症状</b></div>', "\n感冒的症状"),
+        ("<p>一</p>二<ul><li>三</li> <li>四</LI></ul>五", "\n一\n二\n\n三 \n四\n五"),
+        ("<div>一</div><b>二</b>", "\n一\n二"),
+        ("<td>1</td><td>2</td>", " 1 2"),
+        ("白细胞 4×10<sup>9</sup>/L，CO<sub>2</sub>", "白细胞 4×10^9/L，CO2"),
+        ("E/A比值&lt;1，&amp;lt;2，&#65;&#x42;", "E/A比值<1，<2，AB"),
+        ("<!doctype html><script>alert(1)</script>感冒<!-- 广告 --><STYLE>p {}</STYLE>", "感冒"),
+        ("<input type=checkbox checked>是", "是"),
+    ],
+)
+def test_html_becomes_text(text, expected):
+    assert without_html(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "血压 <90 mmHg, HbA1c >7%，p<0.05，<5mg",
+        "若 x<a and b>c",
+        "if x<p then y>q",
+        "AT&T &unknown; R&D; x &notanentity; y",
+        "<think>想</think>答<|im_end|>",
+    ],
+)
+def test_what_is_no_html_stays(text):
+    assert without_html(text) == text
 
 
 CALL = {"name": "look_up", "arguments": {"名": "布洛芬"}}
@@ -96,3 +128,17 @@ def test_a_bad_first_record_does_not_decide_how_the_others_are_read(tmp_path):
     first, second = ForeignReader("dialogues").read([write(tmp_path / "d.jsonl", "\n".join(lines).encode())])
     assert first.reason == "unknown keys"
     assert [message["content"] for message in second.messages] == ["q", "a"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind"),
+    [
+        (['{"question": "q", "answer": ""}', '{"question": "q", "answer": "a"}'], "dialogues"),
+        (['{"question": "q", "good_answer": "", "bad_answer": ""}'], "pairs"),
+        (['{"text": ""}'], "documents"),
+        (["{}", "broken"], "dialogues"),
+    ],
+)
+def test_faulty_records_are_of_a_kind_too(tmp_path, lines, kind):
+    path = write(tmp_path / "d.jsonl", "\n".join(lines).encode())
+    assert find_kind(path, "--dir") == (kind, [path], [])
