@@ -1,9 +1,12 @@
 """Encodings are told apart, and records written in the guide's form read back to the same."""
 
 import gzip
+import importlib
+import json
 from pathlib import Path
 
 import pytest
+from stage_runs import PARTS, STAGES, stage_flags
 
 from data_forms import ForeignReader, detect_encoding, find_kind, guide_line, guide_record, without_html
 from records import BadRecord, Dialogue, Pair, to_dialogue, to_pair
@@ -142,3 +145,48 @@ def test_a_bad_first_record_does_not_decide_how_the_others_are_read(tmp_path):
 def test_faulty_records_are_of_a_kind_too(tmp_path, lines, kind):
     path = write(tmp_path / "d.jsonl", "\n".join(lines).encode())
     assert find_kind(path, "--dir") == (kind, [path], [])
+
+
+# Tool, the guide's flags, and what stands in raw.jsonl then.
+GUIDE = [
+    (
+        "convert_data_format",
+        "--input raw.jsonl --output data/finetune/train.jsonl --format sft",
+        ("question", "answer"),
+    ),
+    ("check_data", "--dir data/finetune", None),
+    ("convert_to_pretrain_format", "--input_file raw.jsonl --output_file data/pretrain/medical_corpus.txt", None),
+    (
+        "generate_preference_data",
+        "--sft_data data/finetune/train.jsonl --output_file data/reward/preference_data.jsonl --num_samples 5000",
+        None,
+    ),
+    ("preprocess_data", "--input_dir data/finetune --output_dir data/finetune_processed", None),
+    (
+        "convert_data_format",
+        "--input raw.jsonl --output data/reward/train.jsonl --format dpo",
+        ("question", "good_answer", "bad_answer"),
+    ),
+    ("check_data", "--dir data/reward", None),
+]
+
+
+def test_what_the_guides_lines_write_the_stages_train_on(tmp_path, monkeypatch, tiny_model_dir, capsys):
+    monkeypatch.chdir(tmp_path)
+    for tool, flags, names in GUIDE:
+        if names:
+            values = ("第{n}个病人{part}疼怎么办？", "{part}疼{n}天以上请就诊，注意休息。", "第{n}次也不用管。")
+            records = [
+                {name: value.format(n=n, part=PARTS[n % 8]) for name, value in zip(names, values, strict=False)}
+                for n in range(30)
+            ]
+            lines = [json.dumps(record, ensure_ascii=False) for record in records]
+            Path("raw.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        importlib.import_module(tool).main(flags.split())
+
+    for stage, folder, kept in (("pt", "pretrain", 30), ("sft", "finetune_processed/train", 27), ("dpo", "reward", 60)):
+        path = f"data/{folder}"
+        flags = stage_flags(stage, tiny_model_dir, tmp_path, train_file_dir=path, max_steps=1, save_strategy="no")
+        capsys.readouterr()
+        importlib.import_module(STAGES[stage]).main([*flags, "--overwrite_output_dir"])
+        assert f"kept {kept} of {kept}" in capsys.readouterr().err
