@@ -99,7 +99,7 @@ def _open(partial: Path, compress: bool) -> Iterator[TextIO]:
 
 _REFUSALS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG),
 }
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,13 @@ class TestTextFile:
         ):
             raise OSError(errno.ENOSPC, "No space left on device")
         assert files_below(tmp_path) == []
+
+    def test_a_folder_that_vanishes_is_said_in_one_line(self, tmp_path):
+        with (
+            pytest.raises(UserError, match=r"^--output .*train.jsonl: cannot be written \(No such file"),
+            new_text_file(tmp_path / "out/train.jsonl", "--output", overwrite=False),
+        ):
+            shutil.rmtree(tmp_path / "out")
 
     def test_another_files_fault_is_not_the_outputs(self, tmp_path):
         with (
