@@ -644,8 +644,12 @@ def _pair_of_replies(chosen_key: str, rejected_key: str, prompt: Callable[[dict]
     return prompt(record), *(_reply(record[key], f"'{key}'") for key in (chosen_key, rejected_key))
 
 
+# A turn or a list of them as JSON, as csv and parquet hold it; a reply may itself be JSON of another kind.
+_TURN_IN_A_CELL = re.compile(r'\[?\{"(from|role|value|content)":')
+
+
 def _reply(value: object, where: str) -> str:
-    value = _parsed(value, where) if isinstance(value, str) and value.startswith('[{"') else value
+    value = _parsed(value, where) if isinstance(value, str) and _TURN_IN_A_CELL.match(value) else value
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, dict):

@@ -24,6 +24,7 @@ from records import (
     content_fingerprint,
     find_files,
     load_dialogues,
+    load_pairs,
     read_dialogues,
     read_raw,
     split_holdout,
@@ -166,6 +167,81 @@ def test_every_dialect_in_every_file_reads_to_the_same_dialogues(dialect, name):
     assert [dialogue.messages for dialogue in dialogues] == CANONICAL
     assert [dialogue.tools for dialogue in dialogues] == [None] * 3
     assert report == Report(read=3)
+
+
+# Two pairs: plain; with system prompt, history and a margin.
+PAIRS = [
+    ([user("感冒了怎么办？")], "多喝水，多休息。", "不用管。", None),
+    ([*CANONICAL[2][:3], user("三天")], "请就医。", 'Take "two",\nsir.', 1.5),
+]
+
+
+def as_guide_pair(prompt: list[dict], chosen: str, rejected: str) -> dict:
+    record = as_question([*prompt, assistant("")])
+    del record["answer"]
+    return record | {"response_chosen": chosen, "response_rejected": rejected}
+
+
+def as_sharegpt_pair(prompt: list[dict], chosen: str, rejected: str) -> dict:
+    return as_sharegpt(prompt) | {"chosen": gpt(chosen), "rejected": gpt(rejected)}
+
+
+def as_trl_texts(prompt: list[dict], chosen: str, rejected: str) -> dict:
+    record = as_guide_pair(prompt, chosen, rejected)
+    return {"prompt": record.pop("question"), "chosen": chosen, "rejected": rejected} | record
+
+
+def as_trl_messages(prompt: list[dict], chosen: str, rejected: str) -> dict:
+    return {"prompt": prompt, "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
+
+
+def as_trl_conversations(prompt: list[dict], chosen: str, rejected: str) -> dict:
+    return {"chosen": [*prompt, assistant(chosen)], "rejected": [*prompt, assistant(rejected)]}
+
+
+PAIR_FORMS = [as_guide_pair, as_sharegpt_pair, as_trl_texts, as_trl_messages, as_trl_conversations]
+
+
+@pytest.mark.parametrize("form", PAIR_FORMS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.parquet"])
+def test_every_form_of_pairs_in_every_file_reads_to_the_same_pairs(form, name):
+    records = [form(*pair[:3]) | ({} if pair[3] is None else {"margin": pair[3]}) for pair in PAIRS]
+    pairs, report = load_pairs([write_records(name, records)])
+    assert [(pair.messages, pair.chosen, pair.rejected, pair.margin) for pair in pairs] == PAIRS
+    assert report == Report(read=2)
+
+
+def test_a_reply_that_is_json_stays_words():
+    record = as_guide_pair(PAIRS[0][0], '{"dose": "none"}', '[{"dose": 2}]')
+    pairs, _ = load_pairs([write_records("d.csv", [record])])
+    assert (pairs[0].chosen, pairs[0].rejected) == ('{"dose": "none"}', '[{"dose": 2}]')
+
+
+def test_the_difference_of_two_scores_is_a_margin():
+    record = as_guide_pair(*PAIRS[0][:3])
+    pairs, _ = load_pairs([write_records("d.jsonl", [record | {"score_chosen": 4, "score_rejected": 1.5}])])
+    assert pairs[0].margin == 2.5
+
+
+BAD_PAIRS = [
+    ({"margin": "much"}, "broken margin: margin or scores are ['much', None, None]; they must be numbers"),
+    ({"margin": -1}, "broken margin: the margin is -1.0; it is at least 0, or the replies are the wrong way"),
+    ({"response_rejected": ""}, "empty reply: the rejected reply is empty"),
+    ({"response_chosen": "不用管。"}, "same replies: chosen and rejected are the same"),
+    ({"history": [["头痛"]]}, "broken history: exchange 1 of 'history' is ['头痛']; it must be [question, answer]"),
+    ({"histroy": []}, "is 'histroy' meant as 'history'?"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), BAD_PAIRS, ids=lambda value: "-".join(value)[:20])
+def test_a_bad_pair_is_named_with_its_place(change, reason):
+    record = as_guide_pair(*PAIRS[0][:3])
+    if "histroy" in change:
+        del record["history"]
+    with pytest.raises(UserError) as refused:
+        load_pairs([write_records("d.jsonl", [record, record | change])])
+    assert "d.jsonl:2: " in str(refused.value)
+    assert reason in str(refused.value)
 
 
 TOOLS = [{"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}]

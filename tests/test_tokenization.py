@@ -3,6 +3,7 @@
 import copy
 import random
 import unicodedata
+from functools import partial
 
 import pytest
 from qwen_vocab import real_qwen_tokenizer
@@ -29,6 +30,7 @@ from tokenization import (
     stop_token_ids,
     token_length,
     tokenize_dialogues,
+    tokenize_pairs,
     tokenizer_fingerprint,
 )
 
@@ -664,6 +666,51 @@ def test_only_what_decides_a_part_is_in_its_key(tiny_tokenizer, write_jsonl, tmp
     assert load("eval", held_out=True, seed=7) == (2, False)
     assert load("train", max_length=100) == (20, False)
     assert load("train", on_bad_data="drop") == (20, False)
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def test_prompt_and_reply_of_a_pair_are_what_sft_learns(qwen):
+    tokenizer, chat_template = qwen
+    prompt_ids, chosen_ids, rejected_ids, n_cut = encode_pair(
+        tokenizer, chat_template, TWO_TURNS[:4], "Rest.", "No.", max_prompt_length=NO_LIMIT, max_reply_length=NO_LIMIT
+    )
+    for reply, reply_ids in (("Rest.", chosen_ids), ("No.", rejected_ids)):
+        ids, labels = encode_dialogue(tokenizer, chat_template, [*TWO_TURNS[:4], assistant(reply)], max_length=NO_LIMIT)
+        assert ids[: len(prompt_ids) + len(reply_ids)] == prompt_ids + reply_ids
+        assert [label for label in labels[len(prompt_ids) :] if label != IGNORED_LABEL] == reply_ids
+        assert tokenizer.decode(reply_ids) == f"{reply}<|im_end|>"
+    assert n_cut == 0
+
+
+def test_limits_of_a_pair_cut_the_prompt_at_its_start_and_replies_at_their_end(qwen):
+    tokenizer, chat_template = qwen
+    encode = partial(encode_pair, tokenizer, chat_template, TWO_TURNS[:4], "Rest, and sleep.", "No.")
+    whole, chosen, rejected, _ = encode(max_prompt_length=NO_LIMIT, max_reply_length=NO_LIMIT)
+    recent = encode_prompt(tokenizer, chat_template, [SYSTEM, TWO_TURNS[3]])
+    assert encode(max_prompt_length=len(whole), max_reply_length=NO_LIMIT)[0] == whole
+    assert encode(max_prompt_length=len(whole) - 1, max_reply_length=NO_LIMIT)[0] == recent
+    shorter = encode(max_prompt_length=len(recent) - 1, max_reply_length=NO_LIMIT)[0]
+    assert tokenizer.decode(shorter) == tokenizer.decode(recent).replace("What else?", "else?")
+    assert encode(max_prompt_length=NO_LIMIT, max_reply_length=len(chosen))[1:] == (chosen, rejected, 0)
+    assert encode(max_prompt_length=NO_LIMIT, max_reply_length=len(chosen) - 1)[1:] == (chosen[:-1], rejected, 1)
+    assert chosen[-1] == rejected[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_pairs_that_the_limits_leave_nothing_of_are_counted(qwen):
+    tokenizer, chat_template = qwen
+    pairs = [
+        Pair([user("疼")], "休息。", "不管。", 0.5, "d.jsonl:1"),
+        Pair([user("疼")], "多喝水，多喝水，再就诊。", "多喝水，多喝水，再喝酒。", None, "d.jsonl:2"),
+        Pair([{"role": "system", "content": "长" * 60}, user("疼")], "休息。", "不管。", None, "d.jsonl:3"),
+    ]
+    rows, report = tokenize_pairs(
+        pairs, tokenizer, chat_template, max_prompt_length=40, max_reply_length=4, num_workers=1
+    )
+    assert rows["source"] == ["d.jsonl:1"]
+    assert rows["margin"] == [0.5]
+    assert report.summary() == "kept 1 of 3 (1 same within the limit, 1 prompt too long)"
 
 
 # ---------------------------------------------------------------- lengths
