@@ -181,7 +181,7 @@ def stages_section(runs: Sequence[Run]) -> Section:
     rows = []
     for run in runs:
         seconds = run.train.get("train_runtime", run.train.get("seconds"))
-        speeds = [entry["tokens_per_second"] for entry in run.log if entry.get("tokens_per_second")]
+        speeds = [speed for entry in run.log if (speed := tokens_per_second(entry))]
         peaks = [entry["peak_memory_gib"] for entry in [*run.log, run.train] if "peak_memory_gib" in entry]
         rate = run.settings.get("--learning_rate", run.settings.get("learning_rate"))
         rows.append(
@@ -198,7 +198,15 @@ def stages_section(runs: Sequence[Run]) -> Section:
                 f"{max(peaks):.1f}" if peaks else "",
             ]
         )
-    return Section("Stages", [Table(header, rows)])
+    note = "Time is that of the last start, where a stage was interrupted; tokens/s the median, of PPO's replies."
+    return Section("Stages", [Table(header, rows), note])
+
+
+def tokens_per_second(entry: dict) -> float | None:
+    """Of an entry of the log; PPO logs its replies instead."""
+    if "episodes_per_second" in entry:
+        return entry["episodes_per_second"] * entry["reply/mean_len"]
+    return entry.get("tokens_per_second")
 
 
 def run_section(run: Run) -> Section:
@@ -298,7 +306,8 @@ def shown(value: float | None) -> str:
 
 def duration(seconds: float) -> str:
     hours, minutes = int(seconds // 3600), seconds % 3600 / 60
-    return f"{hours} h {minutes:02.0f} min" if hours else f"{minutes:.1f} min"
+    text = f"{hours} h {minutes:02.0f} min" if hours else f"{minutes:.1f} min"
+    return text.replace(" ", "\u00a0")  # not to be broken
 
 
 # ---------------------------------------------------------------- charts
@@ -359,6 +368,7 @@ def bars(metrics: dict, models: Sequence[str]) -> str:
         axes.bar(range(len(models)), values, yerr=errors, color=colors, width=0.6, capsize=4)
         axes.set_xticks(range(len(models)), [str(number + 1) for number in range(len(models))])
         axes.set_title(f"{title}\n{file}", fontsize="medium")
+        axes.set_axisbelow(True)
         axes.grid(axis="y", alpha=0.3)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors]
     names = [f"{number}: {label(model)}" for number, model in enumerate(models, start=1)]
@@ -386,6 +396,10 @@ th, td { border: 1px solid #d5dae1; padding: .35rem .6rem; text-align: left; ver
 th { background: #f1f4f8; } td:first-child { white-space: nowrap; }
 svg { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { color: #5a6675; font-size: 14px; }
 .notice { background: #fff5e5; border-left: 4px solid #d98a00; padding: .6rem 1rem; }
+p { overflow-wrap: anywhere; } .flag { white-space: nowrap; }
+/* On a phone: tables of figures and charts are scrolled, answers are not. */
+@media (max-width: 48rem) { .figures td { white-space: nowrap; } .answers td:first-child { white-space: normal; }
+                            svg { max-width: none; width: 48rem; } }
 """
 NOTICE = "Answers are generated, for research only, and no medical advice. 回答由模型生成，仅供研究，不构成医疗建议。"
 
@@ -401,16 +415,19 @@ def to_html(title: str, sections: Sequence[Section]) -> str:
         parts.append(f"<h2>{html.escape(section.title)}</h2>")
         for block in section.blocks:
             if isinstance(block, str):
-                parts.append(f"<p>{html.escape(block)}</p>")
+                text = re.sub(r"--\w+", r'<span class="flag">\g<0></span>', html.escape(block))
+                parts.append(f"<p>{text}</p>")
             elif isinstance(block, Chart):
                 caption = html.escape(block.caption)
-                parts.append(f"<figure>{unique_ids(block)}<figcaption>{caption}</figcaption></figure>")
+                picture = f'<div class="wide">{unique_ids(block)}</div>'
+                parts.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
             else:
                 head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.header)
                 rows = "".join(
                     f"<tr>{''.join(f'<td>{line_breaks(cell)}</td>' for cell in row)}</tr>" for row in block.rows
                 )
-                parts.append(f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>')
+                kind = "figures" if len(block.header) > 2 else "answers"
+                parts.append(f'<div class="wide"><table class="{kind}"><tr>{head}</tr>{rows}</table></div>')
     return "\n".join([*parts, "</body></html>"]) + "\n"
 
 

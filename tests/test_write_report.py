@@ -35,7 +35,11 @@ SFT_LOG = [
     {"step": 20, "loss": 1.0, "tokens_per_second": 1100.0, "learning_rate": 2e-5},
     {"step": 20, "eval_loss": 0.9},
 ]
-PPO_LOG = [{"step": 1, "objective/score": 0.1, "objective/kl": 0.0, "peak_memory_gib": 20.0}]
+PPO_LOG = [
+    {"step": 0, "eval_score": 0.1},
+    {"step": 1, "objective/score": 0.1, "objective/kl": 0.0, "peak_memory_gib": 20.0}
+    | {"episodes_per_second": 2.0, "reply/mean_len": 64.0},
+]
 
 
 @pytest.fixture
@@ -86,9 +90,9 @@ def test_one_page_and_its_twin(tmp_path, evaluation):
     assert files == {".made_by_a_tool", "report.html", "report.md"} | charts
 
     markdown = (out / "report.md").read_text(encoding="utf-8")
-    facts = "org/base | data/finetune | 6,789 | 1,200 | 2e-05 | 2 h 10 min | 1,000 | 17.2 |"
+    facts = "org/base | data/finetune | 6,789 | 1,200 | 2e-05 | 2\u00a0h\u00a010\u00a0min | 1,000 | 17.2 |"
     assert f"| Supervised fine-tuning | {sft} | {facts}" in markdown
-    assert "| 20.0 |" in markdown
+    assert "| 128 | 20.0 |" in markdown  # two replies of 64 tokens a second
     assert "| figure | base | outputs-sft |" in markdown
     assert "| ended | 0.000 (0.000 to 0.390) | 1.000 (0.610 to 1.000) better |" in markdown
     assert "| 问题0 |" in markdown
