@@ -214,10 +214,10 @@ class _Copies(_Index):
 class _NearCopies(_Index):
     """Texts by their minimal hashes: a key for each band, and of each hash the lowest byte (Li and König 2010)."""
 
-    def __init__(self, threshold: float, shingle_size: int):
+    def __init__(self, threshold: float, shingle_size: int, slack: float = 0):
         self._shingle_size = shingle_size
         self._band = rows_per_band(threshold)
-        super().__init__(n_keys=N_HASHES // self._band, width=N_HASHES, threshold=threshold)
+        super().__init__(n_keys=N_HASHES // self._band, width=N_HASHES, threshold=threshold - slack)
 
     def sketch(self, texts: Sequence[str]) -> _Sketches:
         signatures = minhashes(texts, self._shingle_size)
@@ -298,11 +298,14 @@ class Known:
 
 
 class Groups:
-    """Groups of texts such that those alike by `threshold` are in one, over any number of steps."""
+    """Groups of texts such that those alike by `threshold` are in one, over any number of steps.
+
+    An estimate may be two standard errors low: to part two that are alike is worse than to join two that are less so.
+    """
 
     def __init__(self, threshold: float, shingle_size: int = QUESTION_SHINGLE):
         self._distinct = Distinct(None)  # thousands may ask the same
-        self._near = _NearCopies(threshold, shingle_size)
+        self._near = _NearCopies(threshold, shingle_size, slack=2 * (threshold * (1 - threshold) / N_HASHES) ** 0.5)
         self._parents = _Rows(1, np.uint32)
         self._numbers = _Rows(1, np.uint32)
 

@@ -169,6 +169,19 @@ def test_groups_chain_what_is_alike_over_any_steps():
     assert (labels == labels[len(chain[::4])]).sum() == 1
 
 
+def test_what_is_just_over_the_threshold_is_in_one_group():
+    rng = random.Random(6)
+    texts = [random_text(rng, 60) for _ in range(400)]
+    near = [changed(rng, text, 3) for text in texts]
+    is_over = np.array([jaccard(text, other, 3) >= 0.7 for text, other in zip(texts, near, strict=True)])
+    groups = Groups(0.7)
+    groups.add(texts)
+    groups.add(near)
+    labels = groups.labels()
+    assert is_over.sum() > 300
+    assert (labels[:400] == labels[400:])[is_over].mean() >= 0.97
+
+
 def test_many_who_ask_the_same_are_one_group():
     groups = Groups(0.7)
     for _ in range(3):
