@@ -41,6 +41,7 @@ from model_loading import (
     load_for_training,
     load_tokenizer,
     read_lineage,
+    weights_fingerprint,
 )
 from preference_trainer import (
     DPOPairTrainer,
@@ -255,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         data=str(data_args.train_file_dir),
         hidden_size=model.config.hidden_size,
         vocab_size=model.config.vocab_size,
+        base_weights=weights_fingerprint(base_model, **hub_options),
         flags=parser.given,
     )
     reference = name_reference(model_args.model_name_or_path, lora_args.use_peft, training_args)

@@ -6,6 +6,7 @@ came before. `lineage.json` in the adapter's folder records base, parent, stage,
 """
 
 import copy
+import hashlib
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -45,7 +47,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from errors import UserError
@@ -82,6 +84,7 @@ class Lineage:
     parent: the adapter that training continued, None for a new one.
     stage, template, data: the script, the prompt template's name ("" is the tokenizer's own), the training data.
     hidden_size, vocab_size: of the base, so that another base is recognized.
+    base_weights: `weights_fingerprint` of the base, so that a base of the same sizes is recognized too.
     flags: of the command that trained it, with their values as written.
     """
 
@@ -92,6 +95,7 @@ class Lineage:
     data: str
     hidden_size: int
     vocab_size: int
+    base_weights: str = ""
     flags: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
@@ -268,6 +272,34 @@ def load_config(path: str, *, flag: str = "--model_name_or_path", **hub_options)
     """The configuration of a model (not an adapter), without its weights."""
     with _explained(path, flag):
         return AutoConfig.from_pretrained(path, **hub_options)
+
+
+def weights_fingerprint(
+    path: str, *, flag: str = "--model_name_or_path", cache_dir: str | None = None, **hub_options
+) -> str:
+    """Tells a model (not an adapter) from what further training made of it; the same for copies in float32 and bf16.
+
+    SHA-256 over the first values of each tensor of its safetensors files; "" for quantized weights and pickle files.
+    """
+    if hasattr(load_config(path, flag=flag, cache_dir=cache_dir, **hub_options), "quantization_config"):
+        return ""
+    # Offline, a file that the hub does not have is a connection error.
+    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    find = partial(cached_file, path, cache_dir=cache_dir, **lenient)
+    names = {"model.safetensors"}
+    if index := find("model.safetensors.index.json"):
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    first_values = {}
+    for name in names:
+        if not (file := find(name)):
+            return ""
+        with _explained(path, flag), safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - it is no mapping
+                first_values[key] = tensors.get_slice(key)[:1].flatten()[:64].to(torch.bfloat16)
+    whole = hashlib.sha256()
+    for key in sorted(first_values.keys() - {"lm_head.weight"}):  # which a copy may hold although it is tied
+        whole.update(key.encode() + first_values[key].view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
 
 
 def quantization_config(
@@ -777,10 +809,10 @@ def _check_score_head(lora_model: str, flag: str) -> None:
 
 
 def check_same_family(base_model: str, lora_model: str, **hub_options) -> None:
-    """Refuse an adapter on a base it was not trained on, by recorded name, hidden size and vocabulary.
+    """Refuse an adapter on a base it was not trained on, by what its lineage records of the base's weights and sizes.
 
-    A copy of the base under another name or path is accepted when the sizes agree, and said; without a lineage
-    record, where it bears the same last name.
+    A copy of the base under another name or path is accepted and said; without a lineage record, where it bears the
+    same last name.
     """
     config = read_adapter_config(lora_model)
     lineage = read_lineage(lora_model)
@@ -802,7 +834,19 @@ def check_same_family(base_model: str, lora_model: str, **hub_options) -> None:
             f"--base_model {base_model} (hidden size {found[0]}, vocabulary {found[1]}) is not the base of "
             f"{lora_model}, which was trained on {recorded} ({lineage.hidden_size}, {lineage.vocab_size})"
         )
+    _check_base_weights(base_model, lora_model, lineage, **hub_options)
     logger.warning(f"{lora_model} was trained on {recorded}; {base_model} has the same sizes and is used as its base")
+
+
+def _check_base_weights(base_model: str, lora_model: str, lineage: Lineage, **hub_options) -> None:
+    """Refuse a base with other weights than those that the adapter was trained on, where both are known."""
+    found = weights_fingerprint(base_model, flag="--base_model", **hub_options) if lineage.base_weights else ""
+    if found and found != lineage.base_weights:
+        raise UserError(
+            f"--base_model {base_model} is not the base of {lora_model}, which was trained on {lineage.base_model}: "
+            "the sizes are the same, the weights are others (a copy in float16 may differ too: empty base_weights in "
+            f"{Path(lora_model, LINEAGE)} to use it)"
+        )
 
 
 def _same_name(recorded: str, given: str) -> bool:

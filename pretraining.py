@@ -35,6 +35,7 @@ from model_loading import (
     describe_trainable,
     load_for_training,
     load_tokenizer,
+    weights_fingerprint,
 )
 from records import (
     TEXT_ENDINGS,
@@ -233,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         data=str(data_args.train_file_dir),
         hidden_size=model.config.hidden_size,
         vocab_size=model.config.vocab_size,
+        base_weights=weights_fingerprint(base_model, **hub_options),
         flags=parser.given,
     )
 

@@ -54,6 +54,7 @@ from model_loading import (
     has_untrained_head,
     load_for_training,
     load_tokenizer,
+    weights_fingerprint,
 )
 from records import load_part
 from template import ChatTemplate
@@ -358,6 +359,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         data=str(data_args.train_file_dir),
         hidden_size=model.config.hidden_size,
         vocab_size=model.config.vocab_size,
+        base_weights=weights_fingerprint(base_model, **hub_options),
         flags=parser.given,
     )
 

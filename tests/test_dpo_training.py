@@ -424,7 +424,7 @@ def test_adapter_of_another_shape_is_refused(flags, changes, message):
         dpo_training.main(flags(**changes))
 
 
-def test_wrong_base_is_refused(flags, tmp_path):
+def test_wrong_base_is_refused(flags, tmp_path, tiny_model_dir):
     from build_tiny_model import write_tiny_model
     from conftest import TEXTS, TINY_HEADS
 
@@ -434,6 +434,11 @@ def test_wrong_base_is_refused(flags, tmp_path):
     write_tiny_model(other, TEXTS * 2, vocab_size=600, **shape, **TINY_HEADS)
     with pytest.raises(UserError, match=r"^--base_model .*hidden size 64.* is not the base of"):
         load_with_adapter(str(other), str(tmp_path / "out/checkpoint-best"))
+    sibling = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    sibling.model.layers[1].mlp.up_proj.weight.data *= 1.01
+    sibling.save_pretrained(tmp_path / "sibling")
+    with pytest.raises(UserError, match=r"^--base_model .*sibling is not the base of .* the weights are others"):
+        load_with_adapter(str(tmp_path / "sibling"), str(tmp_path / "out/checkpoint-best"))
 
 
 # ---------------------------------------------------------------- what a run leaves

@@ -39,6 +39,7 @@ from model_loading import (
     quantization_config,
     read_adapter_config,
     read_lineage,
+    weights_fingerprint,
 )
 
 ALL_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -816,6 +817,35 @@ def test_an_adapter_on_its_base_and_on_a_copy(base, adapter, copied, log):
     finally:
         Path(adapter, "lineage.json").unlink()
     assert log == [f"{adapter} was trained on {base}; {copy} has the same sizes and is used as its base"]
+
+
+def test_a_base_of_the_same_sizes_is_told_by_its_weights(base, adapter, copied, tmp_path):
+    """As a chat model is from the base model that it was made of: one tensor differs."""
+    folder, other = copied(adapter), copied(base)
+    weights = load_file(other / "model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    save_file(weights | {name: weights[name] * 1.01}, other / "model.safetensors", metadata={"format": "pt"})
+    sizes = {"hidden_size": 128, "vocab_size": load_config(base).vocab_size}
+    Lineage(base, None, "sft", "", "data", **sizes, base_weights=weights_fingerprint(base)).save(folder)
+    assert refused(check_same_family, str(other), str(folder)) == (
+        f"--base_model {other} is not the base of {folder}, which was trained on {base}: the sizes are the same, the "
+        f"weights are others (a copy in float16 may differ too: empty base_weights in {folder}/lineage.json to use it)"
+    )
+    for dtype in ("float32", "bfloat16"):  # sharded, and without a tied head
+        copy = tmp_path / dtype
+        load_base_model(base, torch_dtype=dtype).save_pretrained(copy, max_shard_size="200KB")
+        assert len(list(copy.glob("*.safetensors"))) > 1
+        check_same_family(str(copy), str(folder))
+
+
+def test_pickle_and_quantized_weights_have_no_fingerprint(base, copied):
+    folder = copied(base)
+    pickle = (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert weights_fingerprint(str(folder)) == ""
+    pickle.rename(folder / "model.safetensors")
+    assert weights_fingerprint(str(folder)) == weights_fingerprint(base) != ""
+    edit_json(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert weights_fingerprint(str(folder)) == ""
 
 
 def test_another_path_to_the_same_folder(base, adapter, tmp_path, log):
