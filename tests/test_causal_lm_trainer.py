@@ -128,15 +128,18 @@ from pathlib import Path
 import torch
 sys.path[:0] = [{root!r}, {tests!r}]
 from transformers import AutoTokenizer
+from errors import run_script
 from training_run import leave_process_group
 from test_causal_lm_trainer import ONE_STEP, make_rows, make_trainer, trained_loss_and_gradients
-tokenizer = AutoTokenizer.from_pretrained({model!r})
-trainer = make_trainer({model!r}, tokenizer, {out!r}, make_rows(8), per_device_train_batch_size=2,
-                       gradient_accumulation_steps=2, **ONE_STEP)
-loss, gradients = trained_loss_and_gradients(trainer)
-if trainer.args.process_index == 0:
-    torch.save((trainer.args.world_size, loss, gradients), {out!r} + "/result.pt")
-leave_process_group()
+def main():
+    tokenizer = AutoTokenizer.from_pretrained({model!r})
+    trainer = make_trainer({model!r}, tokenizer, {out!r}, make_rows(8), per_device_train_batch_size=2,
+                           gradient_accumulation_steps=2, **ONE_STEP)
+    loss, gradients = trained_loss_and_gradients(trainer)
+    if trainer.args.process_index == 0:
+        torch.save((trainer.args.world_size, loss, gradients), {out!r} + "/result.pt")
+    leave_process_group()
+run_script(main)
 """
 
 
