@@ -3,11 +3,14 @@
 A folder is written under `UNFINISHED` and moved to its place in one step; a manifest in it tells later damage.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,6 +38,9 @@ def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool
     output_dir = Path(training_args.output_dir)
     wanted = training_args.resume_from_checkpoint
     _refuse_unwritable(output_dir)
+    if training_args.process_index == 0 and output_dir.is_dir():
+        with no_other_run(output_dir):
+            pass  # the lock itself is for the time of writing
     if wanted and overwrite_output_dir and numbered_checkpoints(output_dir):
         logger.info(
             "--overwrite_output_dir: nothing is overwritten, because --resume_from_checkpoint goes on with the run"
@@ -75,6 +81,24 @@ def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool
         output_dir.rename(aside)
         logger.info(f"starting again: the earlier run in {output_dir} is now {aside}")
     return None
+
+
+@contextmanager
+def no_other_run(output_dir: Path) -> Iterator[None]:
+    """Lock the output folder, until the process ends at the latest; UserError where another run has it."""
+    descriptor = os.open(output_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output_dir {output_dir}: another run is writing in it; wait for its end, stop it, or name another"
+            ) from None
+        except OSError as error:
+            logger.info(f"--output_dir {output_dir} cannot be locked ({error.strerror}): start no second run in it")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _refuse_unwritable(output_dir: Path) -> None:

@@ -1,36 +1,65 @@
 """The exception that means "the user can mend this", and how a script ends: on it, by signals, with its launcher."""
 
+import atexit
 import ctypes
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # Signals so close are one: a batch system sends it to the launcher and to its processes, and the launcher hands it on.
 SECONDS_OF_ONE_SIGNAL = 2
+# Training names its own remedies.
+WHERE_NOTHING_TRAINS = (
+    "the weights alone do not fit: --load_in_4bit True, or a smaller model; nvidia-smi says what else holds memory"
+)
 
 
 class UserError(ValueError):
     """A mistake the user can mend, as one line: what is wrong, where (`file:line` or flag), what to do."""
 
 
-def run_script(main: Callable[[], object]) -> None:
-    """Run a script's `main`; a `UserError` ends it with its line and exit code 2 instead of a traceback.
+def run_script(main: Callable[[], object]) -> NoReturn:
+    """Run a script's `main` and exit; a `UserError` ends it with its line and exit code 2 instead of a traceback.
 
     Ctrl-C ends it with 130 wherever nothing has to be saved.
     """
     _stop_with_launcher()
+    code = _exit_code(main)
+    if "LOCAL_RANK" in os.environ:
+        # With torch 2.13 gloo's threads abort some interpreters that shut down, which turns success into 134.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _exit_code(main: Callable[[], object]) -> int:
     try:
         main()
     except UserError as error:
         # Under torchrun every process meets the same error: one of them says it.
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        return 128 + signal.SIGINT
+    except SystemExit as stopped:
+        if not isinstance(stopped.code, int):
+            raise
+        return stopped.code
+    except RuntimeError as error:
+        # By its name, since not every script imports torch.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        said = f"error: out of memory: {str(error).splitlines()[0]}; {WHERE_NOTHING_TRAINS}"
+        print(said, file=sys.stderr, flush=True)
+        return 2
+    return 0
 
 
 def _stop_with_launcher() -> None:

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -36,6 +36,7 @@ from checkpoints import (
     UNFINISHED,
     delete_oldest,
     existing_part,
+    no_other_run,
     numbered_checkpoints,
     optimizer_settings,
     put_in_place,
@@ -695,7 +696,8 @@ def train(
     if checkpoint and trainer.eval_dataset:
         recorded = recorded_attributes(read_state(checkpoint).get("stateful_callbacks", {}))
         trainer.args.eval_on_start |= recorded.get("evaluation_is_due", False)
-    with _one_line_for_bad_days(trainer):
+    alone = no_other_run(Path(trainer.args.output_dir)) if trainer.args.process_index == 0 else nullcontext()
+    with _one_line_for_bad_days(trainer), alone:
         try:
             metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         except NothingLeftError:
@@ -725,17 +727,21 @@ def _exit_interrupted(trainer: Trainer, number: int) -> NoReturn:
     sys.exit(128 + number)
 
 
+def _one_line_for_bad_days(trainer: Trainer) -> AbstractContextManager:
+    return one_line_for_bad_days(Path(trainer.args.output_dir), lambda: _out_of_memory_advice(trainer))
+
+
 @contextmanager
-def _one_line_for_bad_days(trainer: Trainer) -> Iterator[None]:
+def one_line_for_bad_days(output_dir: Path, out_of_memory_advice: Callable[[], str]) -> Iterator[None]:
     """Say what to do where the memory or the disk is full, instead of a traceback."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if _is_memory_full(error):
-            raise UserError(_out_of_memory_advice(trainer)) from error
+            raise UserError(out_of_memory_advice()) from error
         if not _is_disk_full(error):
             raise
-        raise UserError(_disk_full_advice(Path(trainer.args.output_dir))) from error
+        raise UserError(_disk_full_advice(output_dir)) from error
 
 
 def _is_memory_full(error: Exception) -> bool:

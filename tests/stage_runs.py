@@ -4,6 +4,8 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
+import socket
 from pathlib import Path
 
 from errors import run_script
@@ -67,17 +69,53 @@ def logged(output_dir: Path, name: str = "loss") -> dict[int, float]:
 _server = multiprocessing.get_context("forkserver")
 
 
-def start_stage(stage: str, argv: list[str], log: Path) -> multiprocessing.Process:
-    """A running stage; its log is added to a file."""
+def start_stage(stage: str, argv: list[str], log: Path, **variables: str) -> multiprocessing.Process:
+    """A running stage with these variables in its environment; its log is added to a file."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # Python 3.11 hands no sys.path on
-    _server.set_forkserver_preload(list(STAGES.values()))
-    process = _server.Process(target=_run, args=(STAGES[stage], argv, log))
+    _server.set_forkserver_preload([*STAGES.values(), "deepspeed"])
+    process = _server.Process(target=_run, args=(STAGES[stage], argv, log, variables))
     process.start()
     return process
 
 
-def _run(module: str, argv: list[str], log: Path) -> None:
+def start_two_processes(stage: str, argv: list[str], log: Path, **of_second: str) -> list[multiprocessing.Process]:
+    """A running stage in two processes, told of each other as torchrun does; some variables for the second alone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    world = where | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [
+        start_stage(stage, argv, log, **world, RANK="0", LOCAL_RANK="0"),
+        start_stage(stage, argv, log, **world, RANK="1", LOCAL_RANK="1", **of_second),
+    ]
+
+
+def end_well(processes: list[multiprocessing.Process], log: Path) -> None:
+    """Wait until all have ended with 0."""
+    for process in processes:
+        process.join(500)
+        if process.exitcode != 0:
+            for other in processes:
+                other.kill()
+        assert process.exitcode == 0, log.read_text()[-4000:]
+
+
+def _run(module: str, argv: list[str], log: Path, variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+    if "SIGTERM_AT_STEP" in variables:
+        _send_sigterm_within(int(variables["SIGTERM_AT_STEP"]))
     with log.open("ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     run_script(lambda: importlib.import_module(module).main(argv))
+
+
+def _send_sigterm_within(step: int) -> None:
+    """To this process, between the micro-batches of the step behind so many."""
+    from training_run import ProgressLines
+
+    def send(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ProgressLines.on_substep_end = send

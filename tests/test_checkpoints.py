@@ -3,6 +3,8 @@
 import json
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from trl import SFTConfig
@@ -10,6 +12,7 @@ from trl import SFTConfig
 from checkpoints import BEST, MANIFEST, UNFINISHED, find_checkpoint, put_in_place, unfinished_folder, write_manifest
 from errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 COMPLETE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
@@ -135,6 +138,30 @@ def test_output_folder_that_takes_no_files_is_refused(arguments, tmp_path, monke
         UserError, match=rf"^--output_dir {tmp_path}/out: {tmp_path} cannot be written to; name another"
     ):
         find_checkpoint(arguments(), overwrite_output_dir=False)
+
+
+LOCKS = """
+import sys
+from pathlib import Path
+from checkpoints import no_other_run
+with no_other_run(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_in_which_another_run_writes_is_refused(arguments, tmp_path):
+    make_checkpoint(tmp_path / "out" / "checkpoint-7")
+    command = [sys.executable, "-c", LOCKS, str(tmp_path / "out")]
+    other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    for changes, overwrite in (({"resume_from_checkpoint": True}, False), ({}, True)):
+        with pytest.raises(UserError, match=r"^--output_dir .*out: another run is writing in it"):
+            find_checkpoint(arguments(**changes), overwrite_output_dir=overwrite)
+    other.kill()
+    other.communicate()
+    assert find_checkpoint(arguments(resume_from_checkpoint=True), overwrite_output_dir=False)
+    assert find_checkpoint(arguments(resume_from_checkpoint=True), overwrite_output_dir=False)
 
 
 def test_resume_goes_before_overwrite(arguments, tmp_path):

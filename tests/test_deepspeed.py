@@ -1,31 +1,22 @@
-"""DeepSpeed on the CPU: two processes with any ZeRO stage train as one process does, and leave models that load."""
+"""Two processes, with DeepSpeed and without: they train as one process does, and leave what the next stage loads."""
 
 import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from stage_runs import ROOT, STAGES, logged, stage_flags
-from transformers import AutoModelForCausalLM
+from stage_runs import ROOT, STAGES, end_well, logged, stage_flags, start_stage, start_two_processes
 
 from checkpoints import BEST
+from model_loading import load_base_model, load_reward_model, load_with_adapter
 
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 # In float32, whose sums the stages take in another order.
 PLAIN = {"lora_dropout": 0, "max_grad_norm": 0, "max_steps": 3, "save_strategy": "no"}
-
-
-def launch(stage: str, argv: list[str], n_processes: int) -> str:
-    """Run a stage as its launcher does; its log."""
-    command = [sys.executable, "-m", "scripts.launch_processes", "--nproc_per_node", str(n_processes)]
-    finished = subprocess.run(
-        [*command, f"{STAGES[stage]}.py", *argv], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return finished.stderr
 
 
 def without_compiling(config: Path, folder: Path) -> Path:
@@ -53,48 +44,79 @@ def test_a_file_for_every_zero_stage():
     assert [config.stem for config in CONFIGS] == ["zero1", "zero2", "zero3", "zero3_offload"]
 
 
+@pytest.fixture(scope="module")
+def in_one_process(tiny_model_dir, tmp_path_factory) -> Callable[[str, bool], Path]:
+    """A function that trains a stage in one process with twice the accumulation; its folder, with data and out."""
+
+    @cache
+    def train(stage: str, use_peft: bool) -> Path:
+        folder = tmp_path_factory.mktemp(f"{stage}-{use_peft}")
+        argv = stage_flags(stage, tiny_model_dir, folder, **PLAIN, use_peft=use_peft, gradient_accumulation_steps=4)
+        end_well([start_stage(stage, argv, folder / "log")], folder / "log")
+        return folder
+
+    return train
+
+
+def loaded(stage: str, base: Path, best: Path, use_peft: bool) -> torch.nn.Module:
+    """What a run left, as the next stage loads it."""
+    if stage == "rm":
+        return load_reward_model(str(base) if use_peft else str(best), str(best) if use_peft else None)
+    return load_with_adapter(str(base), str(best)) if use_peft else load_base_model(str(best))
+
+
+CASES = [(stage, config) for stage in sorted(STAGES) for config in ("plain", "zero2", "zero3")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("use_peft", [True, False], ids=["adapter", "full"])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
-def test_two_processes_train_as_one_with_twice_the_accumulation(tiny_model_dir, tmp_path, config, use_peft):
-    options = PLAIN | {"use_peft": use_peft}
-    one = stage_flags("sft", tiny_model_dir, tmp_path, **options, gradient_accumulation_steps=4)
-    launch("sft", one, 1)
-    two = stage_flags("sft", tiny_model_dir, tmp_path, **options, output_dir=tmp_path / "two")
-    launch("sft", [*two, "--deepspeed", str(without_compiling(config, tmp_path))], 2)
-    expected, found = logged(tmp_path / "out"), logged(tmp_path / "two")
+@pytest.mark.parametrize(("stage", "config"), [*CASES, ("sft", "zero1"), ("sft", "zero3_offload")])
+def test_two_processes_train_as_one_with_twice_the_accumulation(
+    tiny_model_dir, tmp_path, in_one_process, stage, config, use_peft
+):
+    one, two = in_one_process(stage, use_peft), tmp_path / "two"
+    argv = stage_flags(stage, tiny_model_dir, one, **PLAIN, use_peft=use_peft, output_dir=two)
+    if config != "plain":
+        argv += ["--deepspeed", str(without_compiling(ROOT / f"ds_configs/{config}.json", tmp_path))]
+    end_well(start_two_processes(stage, argv, tmp_path / "log"), tmp_path / "log")
+    log = (tmp_path / "log").read_text()
+    assert "2 process(es)" in log
+    expected, found = logged(one / "out"), logged(two)
     assert found.keys() == expected.keys()
     assert list(found.values()) == pytest.approx(list(expected.values()), abs=1e-5)
     best = "adapter_model.safetensors" if use_peft else "model.safetensors"
-    weights, wanted = (load_file(folder / BEST / best) for folder in (tmp_path / "two", tmp_path / "out"))
+    weights, wanted = (load_file(folder / BEST / best) for folder in (two, one / "out"))
     # DeepSpeed hands over a head that shares the embedding's weights as a tensor of its own.
     assert weights.keys() - wanted.keys() <= {"lm_head.weight"}
     for name, tensor in wanted.items():
-        assert (weights[name] - tensor).abs().max() < 1e-4
-    if not use_peft:
-        AutoModelForCausalLM.from_pretrained(tmp_path / "two" / BEST)
+        assert (weights[name] - tensor).abs().max() < 1e-4, name
+    ids = torch.arange(100, 120)[None]
+    models = [loaded(stage, tiny_model_dir, folder / BEST, use_peft).eval() for folder in (two, one / "out")]
+    with torch.no_grad():
+        torch.testing.assert_close(*(model(ids).logits for model in models), atol=1e-3, rtol=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", sorted(set(STAGES) - {"sft"}))
-@pytest.mark.parametrize("zero", ["zero2", "zero3"])
-def test_every_stage_trains_with_zero(tiny_model_dir, tmp_path, stage, zero):
-    options = PLAIN | ({"loss_type": "sigmoid"} if stage == "dpo" else {})
-    launch(stage, stage_flags(stage, tiny_model_dir, tmp_path, **options, gradient_accumulation_steps=4), 1)
-    two = stage_flags(stage, tiny_model_dir, tmp_path, **options, output_dir=tmp_path / "two")
-    config = without_compiling(ROOT / f"ds_configs/{zero}.json", tmp_path)
-    launch(stage, [*two, "--deepspeed", str(config)], 2)
-    assert list(logged(tmp_path / "two").values()) == pytest.approx(list(logged(tmp_path / "out").values()), abs=1e-5)
-
-
-@pytest.mark.slow
-def test_a_stopped_run_goes_on(tiny_model_dir, tmp_path):
-    config = without_compiling(ROOT / "ds_configs/zero2.json", tmp_path)
-    options = {"max_steps": 6, "save_steps": 3, "lr_scheduler_type": "constant", "deepspeed": config}
-    whole = stage_flags("sft", tiny_model_dir, tmp_path, **options, output_dir=tmp_path / "whole")
-    launch("sft", whole, 2)
-    launch("sft", stage_flags("sft", tiny_model_dir, tmp_path, **options | {"max_steps": 3}), 2)
-    (tmp_path / "out/loss.png").unlink()
-    log = launch("sft", stage_flags("sft", tiny_model_dir, tmp_path, **options, resume_from_checkpoint=True), 2)
-    assert "resuming from" in log
+@pytest.mark.parametrize("config", ["plain", "zero2", "zero3"])
+def test_a_signal_to_one_of_two_processes_costs_nothing(tiny_model_dir, tmp_path, config):
+    options = {
+        "max_steps": 8,
+        "logging_steps": 3,
+        "save_steps": 100,
+        "lora_dropout": 0.2,
+        "resume_from_checkpoint": True,
+    }
+    if config != "plain":
+        options["deepspeed"] = without_compiling(ROOT / f"ds_configs/{config}.json", tmp_path)
+    argv, log = stage_flags("sft", tiny_model_dir, tmp_path, **options), tmp_path / "log"
+    end_well(start_two_processes("sft", [*argv, "--output_dir", str(tmp_path / "whole")], log), log)
+    stopped = start_two_processes("sft", argv, log, SIGTERM_AT_STEP="4")
+    for process in stopped:
+        process.join(500)
+    assert [process.exitcode for process in stopped] == [143, 143], log.read_text()[-4000:]
+    step = 5 if config != "plain" else 4  # DeepSpeed ends the step under way
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    end_well(start_two_processes("sft", argv, log), log)
     assert logged(tmp_path / "out") == pytest.approx(logged(tmp_path / "whole"), abs=1e-6)
+    weights, wanted = (load_file(tmp_path / run / BEST / "adapter_model.safetensors") for run in ("out", "whole"))
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)

@@ -4,23 +4,55 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 import errors
 from errors import UserError, end_at_next_signal, run_script
 
+ROOT = Path(__file__).resolve().parents[1]
 
-def test_a_mistake_is_one_line_and_2(capsys, monkeypatch):
+
+def test_a_mistake_is_one_line_and_2(capsys):
     def main():
         raise UserError("--flag 1: give 2")
 
-    for rank, said in (("0", "error: --flag 1: give 2\n"), ("1", "")):
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        with pytest.raises(SystemExit) as stopped:
-            run_script(main)
-        assert stopped.value.code == 2
-        assert capsys.readouterr().err == said
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: --flag 1: give 2\n"
+
+
+@pytest.mark.parametrize(
+    ("rank", "line", "code", "said"),
+    [
+        ("0", "raise UserError('--flag 1: give 2')", 2, "error: --flag 1: give 2\n"),
+        ("1", "raise UserError('--flag 1: give 2')", 2, ""),
+        ("1", "sys.exit(143)", 143, ""),
+        ("1", "atexit.register(sys.stderr.write, 'last')", 0, "last"),
+    ],
+)
+def test_one_of_several_processes_ends_without_the_interpreters_shutdown(rank, line, code, said):
+    script = f"import atexit, sys\nfrom errors import UserError, run_script\ndef main():\n    {line}\n"
+    script += "class Abort:\n    __del__ = lambda self: sys.stderr.write('shut down')\n"
+    script += "kept = Abort()\nrun_script(main)\n"
+    command, environment = [sys.executable, "-c", script], os.environ | {"LOCAL_RANK": rank}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stderr) == (code, said)
+
+
+def test_memory_that_is_full_before_training_is_one_line(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main)
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.; the weights alone")
+    assert line.count("\n") == 1
 
 
 def test_a_second_signal_ends_the_process_and_an_echo_of_the_first_does_not(monkeypatch):
