@@ -285,7 +285,7 @@ def test_the_output_may_be_compressed():
 
 def test_an_encoding_that_is_not_found_is_named():
     raw = write("raw.csv", "question,answer\n感冒怎麼辦,多休息\n".encode("big5"))
-    with pytest.raises(UserError, match="not UTF-8: raw.csv:2: .* name the file's --encoding"):
+    with pytest.raises(UserError, match=r"not UTF-8: raw\.csv:2: .* name the file's --encoding"):
         convert(raw, "sft")
     assert convert(raw, "sft", "--encoding", "big5") == [said("感冒怎麼辦", "多休息")]
     with pytest.raises(SystemExit):
