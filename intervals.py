@@ -39,12 +39,14 @@ def paired_bootstrap(
 ) -> Difference:
     """Compare two models on the same items, each given as (sums, counts) (Koehn 2004, W04-3250).
 
-    The p-value is twice the share of resamples on the rarer side of no difference, at most 1.
+    The p-value is twice the share of resamples on the rarer side of no difference, at most 1; what was seen counts as
+    one of them, so that no p-value is 0 (Davison and Hinkley 1997, chapter 4).
     """
     value = sum(second[0]) / sum(second[1]) - sum(first[0]) / sum(first[1])
     differences = _resampled(*second) - _resampled(*first)
     low, high = np.percentile(differences, [2.5, 97.5])
-    p_value = min(1.0, 2 * min(float(np.mean(differences <= 0)), float(np.mean(differences >= 0))))
+    n_rarer = min(int(np.sum(differences <= 0)), int(np.sum(differences >= 0)))
+    p_value = min(1.0, 2 * (n_rarer + 1) / (N_RESAMPLES + 1))
     return Difference(float(value), float(low), float(high), p_value)
 
 

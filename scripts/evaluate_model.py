@@ -58,7 +58,7 @@ from training_run import start_log
 
 SAFETY = ("emergency", "refusal", "about")
 KEPT = ("id", "aspect", "category", "names", "exam_subject")
-SECONDS_BETWEEN_LINES = 30
+SECONDS_BETWEEN_LINES = 10
 NEAR = 0.8  # share of character trigrams in common from which a training question counts as a copy of a test question
 # Figure: whether more of it is better; None where neither is.
 FIGURES = {
@@ -388,7 +388,8 @@ def written_letter(reply: str, options: dict[str, str]) -> str | None:
     stated = re.search(
         rf"(?:答案|选择?|answer)\s*(?:是|为|is|:|：)*\s*\(?([{letters}])(?![A-Za-z])", reply, re.IGNORECASE
     )
-    alone = re.search(rf"(?<![A-Za-z])([{letters}])(?![A-Za-z])", reply)
+    # "A common cold" begins with an article, "A is right" with a letter.
+    alone = re.search(rf"(?<![A-Za-z])(?!A (?!is\b)[a-z])([{letters}])(?![A-Za-z])", reply)
     if found := stated or alone:
         return found[1].upper()
     named = [letter for letter, text in options.items() if text in reply]
@@ -431,8 +432,10 @@ def differences(first: Sequence[dict], second: Sequence[dict]) -> dict[str, dict
         if more_is_better is None or not before[0]:
             continue
         assert len(before[0]) == len(after[0]), (name, len(before[0]), len(after[0]))
-        value, low, high, p_value = (round(number, 4) for number in paired_bootstrap(before, after))
-        verdict = "same" if low <= 0 <= high else "better" if (value > 0) is more_is_better else "worse"
+        difference = paired_bootstrap(before, after)
+        is_same = difference.low <= 0 <= difference.high
+        verdict = "same" if is_same else "better" if (difference.value > 0) is more_is_better else "worse"
+        value, low, high, p_value = (round(number, 4) for number in difference)
         found[name] = {"difference": value, "interval": [low, high], "p": p_value, "verdict": verdict}
     if any("reward" in row for row in first):
         pairs = [(a["reward"], b["reward"]) for a, b in zip(first, second, strict=True) if "reward" in a]
@@ -517,18 +520,20 @@ def overlap(tests: Sequence[dict], data: Sequence[str]) -> dict:
 
 
 def print_tables(metrics: dict) -> None:
-    """A table for each file: a line for each figure, a column for each model, and the verdict against the first."""
+    """A table for each file: a line for each figure, a column for each model, and the verdicts against the first."""
     for file, found in metrics.items():
         names = list(found["models"])
         print(f"\n{file} ({found['models'][names[0]]['n']} records)")
+        table = [[figure, *(cell(found, name, figure) for name in names)] for figure in FIGURES]
         if len(names) > 1:
             for number, name in enumerate(names, start=1):
                 print(f"  [{number}] {name}" + (", which the others are compared with" if number == 1 else ""))
-            print(" " * 24 + "".join(f"{f'[{number + 1}]':>30}" for number in range(len(names))))
-        for figure in FIGURES:
-            cells = [cell(found, name, figure) for name in names]
-            if any(cells):
-                print(f"{figure:<24}" + "".join(f"{text:>30}" for text in cells))
+            table.insert(0, ["", *(f"[{number}]" for number in range(1, len(names) + 1))])
+        table = [row for row in table if any(row[1:])]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            cells = (text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))
+            print("  ".join([row[0].ljust(widths[0]), *cells]))
         for name, figures in found["against_first"].items():
             if "win_rate" in figures:
                 rate, (low, high) = figures["win_rate"]["value"], figures["win_rate"]["interval"]
@@ -536,7 +541,7 @@ def print_tables(metrics: dict) -> None:
                     f"{name} has the higher reward in {rate:.1%} of the replies (95 % interval {low:.1%} to {high:.1%})"
                 )
             for verdict in ("better", "worse", "same"):
-                said = [figure for figure, of in figures.items() if of.get("verdict") == verdict]
+                said = [f"{figure} (p {of['p']:.3f})" for figure, of in figures.items() if of.get("verdict") == verdict]
                 if said:
                     print(f"{name} against {names[0]}: {verdict}: {', '.join(said)}")
 

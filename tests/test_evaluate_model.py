@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from evaluate_model import add_rewards, main, written_letter
+from evaluate_model import add_rewards, exam_prompt, main, written_letter
 
 from errors import UserError
 
@@ -114,6 +114,9 @@ def test_figures_of_an_exam(tmp_path, write_jsonl):
         ("应该是痛风。", "B"),
         ("感冒或痛风", None),
         ("An apple", None),
+        ("A common cold needs a rest", None),
+        ("A is right", "A"),
+        ("A. Common cold", "A"),
         ("", None),
     ],
 )
@@ -142,12 +145,15 @@ def test_models_are_compared_in_words(tmp_path, write_jsonl, capsys):
     against = evaluate_predictions(tmp_path, write_jsonl, *bad, *good)["questions.jsonl"]["against_first"]["good"]
     assert against["rouge_l"]["verdict"] == "better"
     assert against["rouge_l"]["difference"] == 1.0
-    assert against["rouge_l"]["p"] == 0.0
+    assert against["rouge_l"]["p"] == 0.001
     assert against["ended"]["verdict"] == "same"
     assert against["win_rate"]["value"] == 1.0
     assert against["beats_reference"]["difference"] == 0.5
     out = capsys.readouterr().out
-    assert "good against bad: better: rouge_1" in out
+    assert "good against bad: better: rouge_1 (p 0.001), rouge_2 (p 0.001), " in out
+    assert ", ended (p 1.000)" in out
+    columns = {line.index("[1]") + 3 for line in out.splitlines() if line.split() == ["[1]", "[2]"]}
+    assert columns == {line.index(")") + 1 for line in out.splitlines() if line.startswith(("rouge_l ", "ended "))}
     assert "good has the higher reward in 100.0% of the replies" in out
     against = evaluate_predictions(tmp_path, write_jsonl, *good, *bad)["questions.jsonl"]["against_first"]["bad"]
     assert against["rouge_l"]["verdict"] == "worse"
@@ -188,6 +194,67 @@ def test_a_model_is_asked_and_its_replies_are_kept_beside_the_references(tmp_pat
         main([*flags, "--output_dir", str(out)])
     main(["--predictions", str(out / "predictions.jsonl"), "--output_dir", str(tmp_path / "again")])
     assert metrics(tmp_path / "again") == report["metrics"]
+
+
+@pytest.fixture(scope="module")
+def model_that_copies(tiny_model_dir, tmp_path_factory):
+    """A folder of a model that has learned four answers and eight letters by heart."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (auto.from_pretrained(tiny_model_dir) for auto in (AutoModelForCausalLM, AutoTokenizer))
+    asked = [[f"问题{n}？", text] for n, text in enumerate(KNOWLEDGE)]
+    asked += [[exam_prompt(q["question"], q["option"]), q["answer"]] for q in EXAM]
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False)
+        for q, _ in asked
+    ]
+    texts = [f"{prompt}{reply}<|im_end|>" for prompt, (_, reply) in zip(prompts, asked, strict=True)]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for n, (_, reply) in enumerate(asked):
+        labels[n, : batch["attention_mask"][n].sum() - len(tokenizer.encode(f"{reply}<|im_end|>"))] = -100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0)
+    for _ in range(500):
+        loss = model(**batch, labels=labels).loss
+        if loss < 0.01:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.01
+    folder = tmp_path_factory.mktemp("models") / "copies"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+EXAM = [
+    {"question": f"第{n}题？", "option": {"A": "感冒", "B": "痛风", "C": "骨折"}, "answer": "ABC"[n % 3]}
+    for n in range(8)
+]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_model_that_copies_the_references_and_one_that_mixes_them_up(tmp_path, write_jsonl, model_that_copies, shift):
+    answers = KNOWLEDGE[shift:] + KNOWLEDGE[:shift]
+    test = write_jsonl("test.jsonl", [dialogue(f"问题{n}？", text) for n, text in enumerate(answers)])
+    letters = {letter: "ABC"["ABC".index(letter) - shift] for letter in "ABC"}
+    exam_file = write_jsonl("exam.jsonl", [question | {"answer": letters[question["answer"]]} for question in EXAM])
+    flags = ["--test_file", str(test), str(exam_file), "--max_new_tokens", "48", "--output_dir", str(tmp_path / "out")]
+    main(["--base_model", str(model_that_copies), *flags])
+    said, chosen = (next(iter(of["models"].values())) for of in metrics(tmp_path / "out").values())
+    assert value(said, "ended") == value(chosen, "ended") == 1
+    likeness = {name: value(said, name) for name in ("rouge_1", "rouge_2", "rouge_l", "bleu_4", "chrf")}
+    accuracy = {name: value(chosen, name) for name in ("exam_accuracy", "exam_accuracy_written", "exam_unparsed")}
+    if shift == 0:
+        assert likeness == {"rouge_1": 1, "rouge_2": 1, "rouge_l": 1, "bleu_4": 100, "chrf": 100}
+        assert accuracy == {"exam_accuracy": 1, "exam_accuracy_written": 1, "exam_unparsed": 0}
+        assert value(said, "perplexity") < 1.1
+    else:
+        assert likeness["rouge_2"] < 0.15
+        assert likeness["bleu_4"] < 15
+        assert accuracy == {"exam_accuracy": 0, "exam_accuracy_written": 0, "exam_unparsed": 0}
+        assert value(said, "perplexity") > 2
 
 
 def assert_likelihoods(made: list[dict], model_dir) -> None:
