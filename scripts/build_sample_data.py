@@ -33,6 +33,9 @@ N_EVAL_QUESTIONS = 500
 N_EXAM_ITEMS = 300
 N_UNSEEN_CONDITIONS = 15
 
+# Of the training pairs that are dangerous or ignore a red flag: about situations, not conditions.
+SHARE_OF_SITUATIONS = 0.3
+
 FAILURES = ("vague", "wrong condition", "dangerous", "ignores a red flag", "cut off", "repeats", "invents a dose")
 LETTERS = "ABCDE"
 
@@ -311,9 +314,10 @@ def complain(knowledge: Knowledge, entry: Entry) -> Iterator[list[str]]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question about an entry with its right answer; `aspect` is "red_flag" or "safety" where no aspect is meant."""
+    """A question with its right answer, about an entry (then `aspect` says what of it) or told as a situation."""
 
-    entry: Entry
+    language: str
+    entry: Entry | None
     aspect: str
     question: str
     chosen: str
@@ -348,10 +352,10 @@ def build_pairs(knowledge: Knowledge, unseen: set[str], n_pairs: int, part: str,
 
 def as_pair(knowledge: Knowledge, prompt: Prompt, rejected: str, part: str, rng: random.Random) -> dict:
     """The guide's form; some with a system prompt, some after an earlier exchange about the same entry."""
-    language = prompt.entry.language
-    system = rng.choice(knowledge.phrasings[language]["system_prompts"][part]) if rng.random() < 0.2 else ""
+    system_prompts = knowledge.phrasings[prompt.language]["system_prompts"][part]
+    system = rng.choice(system_prompts) if rng.random() < 0.2 else ""
     history = []
-    if prompt.aspect in prompt.entry.aspects and rng.random() < 0.1:
+    if prompt.entry and prompt.aspect in prompt.entry.aspects and rng.random() < 0.1:
         earlier = rng.choice([aspect for aspect in prompt.entry.aspects if aspect != prompt.aspect])
         way = rng.choice(knowledge.questions(prompt.entry, earlier, part))
         history = [[way.format(n=prompt.entry.fields["name"]), knowledge.reply(prompt.entry, earlier)]]
@@ -372,11 +376,28 @@ def prompt_on_aspect(
     aspect = rng.choice([aspect for aspect in entry.aspects if not aspects or aspect in aspects])
     question = rng.choice(knowledge.questions(entry, aspect, part)).format(n=rng.choice(entry.names))
     alternative = rng if part == "held_out" else None
-    return Prompt(entry, aspect, question, knowledge.reply(entry, aspect, alternative), bool(alternative))
+    chosen = knowledge.reply(entry, aspect, alternative)
+    return Prompt(entry.language, entry, aspect, question, chosen, bool(alternative))
+
+
+def prompt_on_situation(knowledge: Knowledge, category: str, rng: random.Random) -> Prompt:
+    """Training's emergencies and requests to refuse; their answers have one wording, so no held-out pair has them."""
+    situation = rng.choice([situation for situation in knowledge.safety if situation["category"] == category])
+    question = rng.choice(situation["questions"]["train"])
+    return Prompt(situation["language"], None, category, question, situation["reply"], in_other_words=False)
+
+
+def prompt_on_care(knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random) -> Prompt:
+    """What to do about something, or a request that is to be refused."""
+    if part == "train" and rng.random() < SHARE_OF_SITUATIONS:
+        return prompt_on_situation(knowledge, "refusal", rng)
+    return prompt_on_aspect(knowledge, entries, part, rng, aspects=CARE)
 
 
 def prompt_with_red_flag(knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random) -> Prompt:
     """Somebody describes an emergency."""
+    if part == "train" and rng.random() < SHARE_OF_SITUATIONS:
+        return prompt_on_situation(knowledge, "emergency", rng)
     alternative = rng if part == "held_out" else None
     entry = rng.choice([entry for entry in entries if not entry.is_medicine])
     phrasings = knowledge.phrasings[entry.language]
@@ -384,17 +405,18 @@ def prompt_with_red_flag(knowledge: Knowledge, entries: Sequence[Entry], part: s
         complaints = entry.fields["complaints"]
         complaint = complaints[2] if part == "held_out" else rng.choice(complaints[:2])
         question = rng.choice(phrasings["complaint_frames"][part]).format(c=complaint)
-        return Prompt(entry, "urgent", question, knowledge.reply(entry, "urgent", alternative), bool(alternative))
+        chosen = knowledge.reply(entry, "urgent", alternative)
+        return Prompt(entry.language, entry, "urgent", question, chosen, bool(alternative))
     flag = rng.choice(entry.fields["red_flags"])
     question = rng.choice(phrasings["red_flag_frames"][part]).format(n=rng.choice(entry.names), r=flag)
     chosen = knowledge.reply(entry, "red_flag", alternative, red_flag=flag)
-    return Prompt(entry, "red_flag", question, chosen, bool(alternative))
+    return Prompt(entry.language, entry, "red_flag", question, chosen, bool(alternative))
 
 
 CARE = ("treatment", "medicines", "diet_and_care", "prevention", "advice", "dose", "overdose", "how_to_take")
 DOSED = ("medicines", "treatment", "dose", "how_to_take", "uses")
 PROMPTS = {
-    "dangerous": partial(prompt_on_aspect, aspects=CARE),
+    "dangerous": prompt_on_care,
     "ignores a red flag": prompt_with_red_flag,
     "invents a dose": partial(prompt_on_aspect, aspects=DOSED),
 }
@@ -414,11 +436,13 @@ def fill(sentences: Sequence[str], length: int, language: str, rng: random.Rando
 
 def reject_with(pool: str, knowledge: Knowledge, entries: Sequence[Entry], prompt: Prompt, length: int, rng) -> str:
     """Sentences that are bad in one way and true of nothing."""
-    sentences = knowledge.bad_replies[prompt.entry.language][pool]
-    if prompt.entry.is_medicine:  # the others speak of an illness
+    sentences = knowledge.bad_replies[prompt.language][pool]
+    if prompt.entry and not prompt.entry.is_medicine:
+        name = rng.choice(prompt.entry.names)
+        sentences = [sentence.format(n=name) for sentence in sentences]
+    else:  # the sentences with a name speak of an illness
         sentences = [sentence for sentence in sentences if "{n}" not in sentence]
-    name = rng.choice(prompt.entry.names)
-    return fill([s.format(n=name) for s in sentences], length, prompt.entry.language, rng)
+    return fill(sentences, length, prompt.language, rng)
 
 
 def reject_wrong_condition(knowledge: Knowledge, entries: Sequence[Entry], prompt: Prompt, length: int, rng) -> str:
