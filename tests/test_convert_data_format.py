@@ -418,9 +418,9 @@ def test_as_a_command_it_starts_without_heavy_imports_and_ends_with_code_2():
     script = Path(__file__).parents[1] / "scripts/convert_data_format.py"
     write("raw.jsonl", [{"question": "q", "answer": "a"}])
     command = (
-        f"import runpy, sys; sys.argv[1:] = ['--input', 'raw.jsonl', '--output', 'o.jsonl', '--format', 'sft'];"
-        f"runpy.run_path({str(script)!r}, run_name='__main__');"
-        "print({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules))"
+        "import atexit, runpy, sys; sys.argv[1:] = ['--input', 'raw.jsonl', '--output', 'o.jsonl', '--format', 'sft'];"
+        "atexit.register(lambda: print({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)));"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
     )
     run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == ["o.jsonl: kept 1 of 1", "set()"]

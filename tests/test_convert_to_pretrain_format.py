@@ -233,9 +233,9 @@ def test_as_a_command_it_starts_without_heavy_imports():
     script = Path(__file__).parents[1] / "scripts/convert_to_pretrain_format.py"
     write("d.jsonl", [{"question": "q", "answer": "a"}])
     command = (
-        f"import runpy, sys; sys.argv[1:] = ['--input_file', 'd.jsonl', '--output_file', 'o.txt'];"
-        f"runpy.run_path({str(script)!r}, run_name='__main__');"
-        "print({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules))"
+        "import atexit, runpy, sys; sys.argv[1:] = ['--input_file', 'd.jsonl', '--output_file', 'o.txt'];"
+        "atexit.register(lambda: print({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)));"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
     )
     run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == ["o.txt: kept 1 of 1", "set()"]

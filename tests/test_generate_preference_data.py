@@ -220,9 +220,9 @@ def test_as_a_command_without_a_model_it_starts_without_heavy_imports():
     script = Path(__file__).parents[1] / "scripts/generate_preference_data.py"
     write(dialogues(3))
     command = (
-        f"import runpy, sys; sys.argv[1:] = ['--sft_data', 'sft.jsonl', '--output_file', 'o.jsonl'];"
-        f"runpy.run_path({str(script)!r}, run_name='__main__');"
-        "print({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules))"
+        "import atexit, runpy, sys; sys.argv[1:] = ['--sft_data', 'sft.jsonl', '--output_file', 'o.jsonl'];"
+        "atexit.register(lambda: print({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)));"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
     )
     run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "set()"
