@@ -22,7 +22,7 @@ SFT_DATA=${SFT_DATA:-./data/finetune}
 PAIR_DATA=${PAIR_DATA:-./data/reward}
 TEST_FILES=${TEST_FILES:-data/eval/questions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl}
 EVAL_FLAGS=${EVAL_FLAGS:---num_samples 200 --max_new_tokens 256}
-FOLLOW=${FOLLOW:-$([ -t 1 ] && echo 1 || echo 0)}   # 1: show the stages' logs here too
+FOLLOW=${FOLLOW:-}                         # 1: show the stages' logs here too, as on a terminal; 0: do not
 
 # ---------------------------------------------------------------- the guide's questions
 if [ -t 0 ] && [ -z "$DO_PT" ]; then
@@ -35,6 +35,7 @@ if [ -t 0 ] && [ -z "$ALIGN" ]; then
 fi
 DO_PT=${DO_PT:-0}
 ALIGN=${ALIGN:-dpo}
+if [ -t 1 ]; then FOLLOW=${FOLLOW:-1}; else FOLLOW=${FOLLOW:-0}; fi
 case $DO_PT in 0 | 1) ;; *) echo "error: DO_PT=$DO_PT: give 0 or 1" >&2 && exit 2 ;; esac
 case $ALIGN in dpo | ppo | both | none) ;; *) echo "error: ALIGN=$ALIGN: give dpo, ppo, both or none" >&2 && exit 2 ;; esac
 if [ -n "${TRAIN_DATA:-}${EVAL_DATA:-}" ]; then
@@ -60,11 +61,13 @@ flock -n 9 || {
 
 # ---------------------------------------------------------------- one stage
 child=
+follower=
 # shellcheck disable=SC2329  # the trap calls it
 interrupted() {
     echo "$(date '+%F %T') interrupted: the stage saves a checkpoint; the same command goes on with it" >&2
     [ -z "$child" ] || kill -TERM "$child" 2> /dev/null || true
     [ -z "$child" ] || wait "$child" || true
+    [ -z "$follower" ] || wait "$follower" || true
     exit 130
 }
 trap interrupted INT TERM HUP
@@ -89,7 +92,7 @@ follow() {
 stage() {
     local name=$1 output=$2 parents=$3 log=logs/$1.log parent newer='' done_file=$2/.done_by_run_all
     shift 3
-    local start=$SECONDS code=0 n_before follower='' command="${*#"$PYTHON" }"
+    local start=$SECONDS code=0 n_before command="${*#"$PYTHON" }"
     # A merged model is there whole or not at all; the merge outlives this script where only this was killed.
     if [ "$name" = merge ] && [ -f "$output/config.json" ] && [ ! -e "$done_file" ]; then
         echo "$command" > "$done_file"
@@ -121,6 +124,7 @@ stage() {
     wait "$child" || code=$?
     child=
     [ -z "$follower" ] || wait "$follower" || true
+    follower=
     if [ "$code" -ne 0 ]; then
         echo "$(date '+%F %T') error: $name ended with exit code $code; the end of $log:" >&2
         tail -n "+$((n_before + 1))" "$log" | tail -n 15 | sed 's/^/    /' >&2

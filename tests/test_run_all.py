@@ -1,14 +1,21 @@
-"""`run_all.sh` with a stand-in for Python: which stages run with what, what is skipped, and how a failure is told."""
+"""`run_all.sh` with a stand-in for Python: which stages run with what, what is skipped, and how a failure is told.
 
+And with the stages themselves, killed one after the other.
+"""
+
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from stage_runs import write_data
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -189,6 +196,8 @@ def start_until(project, script: str, log: Path, **variables: str) -> subprocess
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Tests that run in the background inherit an ignored SIGINT, which bash cannot trap.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 30
     while not (log.is_file() and log.read_text(encoding="utf-8")):
@@ -265,17 +274,95 @@ def test_followed_logs_show_that_a_silent_stage_is_at_work(project):
     assert rest.count("rouge_l 0.5") == 1
 
 
-def test_the_questions_of_the_guide_are_asked_on_a_terminal(project):
+def test_on_a_terminal_the_questions_of_the_guide_are_asked_and_the_logs_are_shown(project):
     leader, follower = os.openpty()
     (project / "calls").write_text("", encoding="utf-8")
     os.write(leader, b"y\n4\n")
     command = ["bash", "run_all.sh"]
-    finished = subprocess.run(
-        command, cwd=project, env=environment(project), stdin=follower, capture_output=True, text=True, check=False
-    )
-    os.close(leader)
+    terminal = {"stdin": follower, "stdout": follower, "stderr": subprocess.PIPE}
+    finished = subprocess.run(command, cwd=project, env=environment(project), **terminal, text=True, check=False)
     os.close(follower)
+    said = os.read(leader, 100_000).decode()
+    os.close(leader)
     assert finished.returncode == 0, finished.stderr
-    assert "DO_PT=1 ALIGN=none" in finished.stdout
+    assert "DO_PT=1 ALIGN=none" in said
+    assert "\r\nthe log of pretraining.py\r\n" in said
     calls = (project / "calls").read_text(encoding="utf-8").splitlines()
     assert [call.split()[0] for call in calls] == ["pretraining.py", "supervised_finetuning.py", *LAST]
+
+
+# ---------------------------------------------------------------- the stages themselves
+
+STEPS = "--max_steps 12 --save_steps 2 --eval_steps 6 --logging_steps 1 --preprocessing_num_workers 1"
+# What a stage says in its middle; training stages have saved a checkpoint then.
+MIDDLE = {
+    **{name: "step 3/12 " for name in ("pt", "sft", "dpo", "rm")},
+    "ppo": "update 3/4 ",
+    "merge": "merging ",
+    "evaluation": "base: replies",
+    "report": "",
+}
+
+
+def start_stages(folder: Path, model: Path) -> subprocess.Popen:
+    """run_all.sh with all real stages, a few steps each; what it says goes to all.log."""
+    with (folder / "all.log").open("ab") as log:
+        return subprocess.Popen(
+            ["bash", "run_all.sh"],
+            cwd=folder,
+            env=os.environ
+            | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "NAME": "tiny", "MODEL": str(model)}
+            | {"DO_PT": "1", "ALIGN": "both", "TEMPLATE": "chatml", "BATCH": "2", "ACCUMULATION": "2"}
+            | {"PT_DATA": "data-pt", "SFT_DATA": "data-sft", "PAIR_DATA": "data-dpo"}
+            | {"PT_FLAGS": f"{STEPS} --block_size 64", "SFT_FLAGS": STEPS, "DPO_FLAGS": STEPS, "RM_FLAGS": STEPS}
+            | {"PPO_FLAGS": "--total_episodes 16 --response_length 8 --save_steps 1 --eval_steps 4"}
+            | {"EVAL_FLAGS": "--num_samples 8 --max_new_tokens 16"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """As when the machine is lost: the script and all it started."""
+    lost = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in lost:
+        one.kill()
+    psutil.wait_procs(lost)
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_killed_in_the_middle_of_each_stage_it_ends_with_the_same_evaluation(tmp_path, tiny_model_dir):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        shutil.copytree(ROOT / "scripts", folder / "scripts")
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "requirements.txt"]:
+            shutil.copy(path, folder)
+        shutil.copytree(ROOT / "data/eval", folder / "data/eval")
+        for stage in ("pt", "sft", "dpo"):
+            write_data(stage, folder)
+    started = [undisturbed := start_stages(whole, tiny_model_dir)]
+    try:
+        for stage, middle in MIDDLE.items():
+            log = killed / f"logs/{stage}.log"
+            started.append(running := start_stages(killed, tiny_model_dir))
+            while not (log.is_file() and middle in log.read_text(encoding="utf-8")):
+                assert running.poll() is None, (killed / "all.log").read_text(encoding="utf-8")
+                time.sleep(0.02)
+            kill_all(running)
+            assert not list(killed.glob(f"outputs-{stage}-tiny/.done_by_run_all")), f"{stage} had ended"
+        started.append(last := start_stages(killed, tiny_model_dir))
+        assert last.wait() == 0, (killed / "all.log").read_text(encoding="utf-8")
+        assert undisturbed.wait() == 0, (whole / "all.log").read_text(encoding="utf-8")
+    finally:
+        for process in started:
+            if process.poll() is None:
+                kill_all(process)
+    for stage in list(MIDDLE)[:5]:
+        assert "resuming from" in (killed / f"logs/{stage}.log").read_text(encoding="utf-8"), stage
+    for name in ("predictions.jsonl", "metrics.json"):
+        found, expected = ((folder / "outputs-eval-tiny" / name).read_text("utf-8") for folder in (killed, whole))
+        assert found == expected
+    assert len(json.loads(expected)["metrics"]) == 3  # the files of TEST_FILES
