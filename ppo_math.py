@@ -1,9 +1,10 @@
-"""The arithmetic of PPO: means and whitening under a mask, log-probs, token rewards, advantages, the two losses.
+"""The arithmetic of PPO: random draws, means and whitening under a mask, log-probs, rewards, advantages, the losses.
 
 Tensors in, tensors out. B replies of at most T tokens; `mask` is [B, T] bool, True on a reply's tokens, its end token
 included; V is the vocabulary. Log-probs, KL and entropy are in nats.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,6 +15,43 @@ from torch.utils.checkpoint import checkpoint
 CHUNK = 128
 # Sums a tensor over all processes; one process has nothing to add.
 SumOverProcesses = Callable[[torch.Tensor], torch.Tensor]
+
+
+# ---------------------------------------------------------------- random draws
+
+
+def episode_order(n_prompts: int, n_episodes: int, seed: int) -> list[int]:
+    """The prompt of each episode: pass after pass over all prompts, each pass shuffled."""
+    order: list[int] = []
+    for epoch in range(math.ceil(n_episodes / n_prompts)):
+        generator = torch.Generator().manual_seed(seed + epoch)
+        order += torch.randperm(n_prompts, generator=generator).tolist()
+    return order[:n_episodes]
+
+
+def draw_uniforms(n_tokens: int, seed: int, episodes: Sequence[int]) -> torch.Tensor:
+    """[B, n_tokens] float64 uniform numbers, a row from each episode's own seed."""
+    rows = [torch.Generator().manual_seed(seed * 1_000_003 + episode) for episode in episodes]
+    return torch.stack([torch.rand(n_tokens, generator=row, dtype=torch.float64) for row in rows])
+
+
+class InverseTransformSampler:
+    """Draws each token by one uniform number of its episode, so that a reply depends on seed and episode alone.
+
+    Neither the batch it is in, nor the number of processes, nor a resume changes it. A logits processor: leaves the
+    drawn token alone in the logits [B, V], for a greedy decoder to take.
+    """
+
+    def __init__(self, uniforms: torch.Tensor, n_prompt: int, temperature: float):
+        self.uniforms = uniforms  # [B, response_length] float64
+        self.n_prompt = n_prompt
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        cumulative = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        drawn = self.uniforms[:, input_ids.shape[1] - self.n_prompt, None] * cumulative[:, -1:]
+        tokens = (cumulative <= drawn).sum(dim=-1, keepdim=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
 
 # ---------------------------------------------------------------- under a mask

@@ -1,4 +1,4 @@
-"""The four roles of PPO on one base model: policy, reference, reward and value are adapters, and small heads, on it.
+"""The four roles of PPO on one base model, adapters and small heads on it, and how two of them learn.
 
 role       weights                                                       trained
 policy     base + adapter "default": the SFT adapter continued           yes
@@ -7,12 +7,18 @@ reward     base + adapter "reward" + score head, or a model of its own   no
 value      base + adapter "value" + head: starts as the reward model     yes
 """
 
+import json
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 
 from model_loading import (
     ScoreHead,
@@ -25,6 +31,8 @@ from model_loading import (
     load_reward_model,
 )
 from ppo_math import position_ids, token_logps
+
+# ---------------------------------------------------------------- the roles
 
 
 class ValueHead(torch.nn.Module):
@@ -50,6 +58,15 @@ class Roles:
     reward_head: ScoreHead | None
     value_head: ValueHead | None = None
     score_shift: float = 0.0
+
+    def add_value_head(self, score_shift: float) -> None:
+        """Centre the scores, and put the reward model's head on the value model so that its first values are scores."""
+        self.score_shift = score_shift
+        if self.reward_head is None:
+            head = ValueHead(torch.zeros(1, self.model.config.hidden_size), 0.0)
+        else:
+            head = ValueHead(self.reward_head.weight.detach(), score_shift)
+        self.value_head = head.to(self.model.device)
 
     def act_as(self, role: str, trained: bool = False) -> None:
         self.model.set_adapter({"policy": "default"}.get(role, role), inference_mode=not trained)
@@ -105,15 +122,11 @@ class Roles:
         last = self.states(ids, mask)[torch.arange(len(texts), device=device), lengths - 1]
         return self.reward_head(last).squeeze(-1)
 
-    def trained_parameters(self) -> dict[str, list[torch.nn.Parameter]]:
-        named = list(self.model.named_parameters())
-        return {
-            "policy": [parameter for name, parameter in named if name.split(".")[-2] == "default"],
-            "value": [
-                *(parameter for name, parameter in named if name.split(".")[-2] == "value"),
-                *self.value_head.parameters(),
-            ],
-        }
+    def trained_weights(self, role: str) -> dict[str, torch.nn.Parameter]:
+        """By name: the adapter of policy or value, and the value head."""
+        adapter = {"policy": "default"}.get(role, role)
+        weights = {name: weight for name, weight in self.model.named_parameters() if name.split(".")[-2] == adapter}
+        return weights | (dict(self.value_head.named_parameters()) if role == "value" else {})
 
 
 def load_roles(sft: str, rm: str, lora: dict, device: torch.device, **base_options) -> tuple[Roles, dict[str, str]]:
@@ -163,3 +176,105 @@ def load_roles(sft: str, rm: str, lora: dict, device: torch.device, **base_optio
     if reward_head is not None:
         reward_head.to(device)
     return Roles(model, reward_model, reward_head), facts
+
+
+# ---------------------------------------------------------------- learning
+
+
+class Trained(torch.nn.Module):
+    """A model to DeepSpeed: the trained weights of a role, and any computation with them as the forward pass."""
+
+    def __init__(self, weights: list[torch.nn.Parameter], autocast: Callable[[], AbstractContextManager]):
+        super().__init__()
+        self.weights = torch.nn.ParameterList(weights)
+        self.autocast = autocast
+
+    def forward(self, compute: Callable, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        with self.autocast():  # in here, because DeepSpeed 0.19 switches off what is entered outside
+            return compute(*inputs)
+
+
+class Learner:
+    """The trained weights of a role with their optimizer and schedule, in one process or several, or with ZeRO.
+
+    A call is the forward pass: the computation, then its inputs.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, torch.nn.Parameter],
+        training_args: TrainingArguments,
+        n_updates: int,
+        accelerator: Accelerator,
+    ):
+        self.accelerator = accelerator
+        self.weights = list(weights.values())
+        self.max_grad_norm = training_args.max_grad_norm or math.inf
+        # Matrices B of adapters that no gradient has reached yet.
+        self.unreached = {name for name in weights if ".lora_B." in name}
+        for name, weight in weights.items():
+            weight.requires_grad_(True)  # roles take turns in it, but hooks are set here
+            if name in self.unreached:
+                weight.register_hook(partial(self._note_gradient, name))
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args)
+        self.optimizer = optimizer_class(self.weights, weight_decay=training_args.weight_decay, **options)
+        self.scheduler = get_scheduler(
+            training_args.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=training_args.get_warmup_steps(n_updates),
+            num_training_steps=n_updates,
+            scheduler_specific_kwargs=training_args.lr_scheduler_kwargs,
+        )
+        self.model, self.engine = Trained(self.weights, accelerator.autocast), None
+        if training_args.deepspeed:
+            self.model = self.engine = self._start_engine(training_args)
+
+    def _start_engine(self, training_args: TrainingArguments) -> torch.nn.Module:
+        import deepspeed
+
+        config = json.loads(Path(training_args.deepspeed).read_text(encoding="utf-8")) | {
+            "train_batch_size": self.accelerator.num_processes,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,  # `step` says where a step ends
+            "gradient_clipping": training_args.max_grad_norm,
+            # What is trained is float32, and autocast says in what type it computes.
+            "bf16": {"enabled": False},
+            "fp16": {"enabled": False},
+        }
+        return deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=config)[0]
+
+    def __call__(self, compute: Callable, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return self.model(compute, *inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add to the gradients of a loss that has been divided by what all processes have."""
+        if self.engine is None:
+            loss.backward()
+        else:  # which takes the mean of the processes
+            self.engine.backward(loss * self.accelerator.num_processes)
+
+    def step(self) -> float:
+        """A step on the gradients of all processes; returns their norm before clipping."""
+        if self.engine is not None:
+            self.engine.step()
+            return float(self.engine.get_global_grad_norm())
+        self._share_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+    def _share_gradients(self) -> None:
+        """Add up the gradients of all processes, in one message."""
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]
+        flat = torch.cat([gradient.flatten().float() for gradient in gradients])
+        shared = self.accelerator.reduce(flat, reduction="sum").split([w.numel() for w in self.weights])
+        for weight, gradient in zip(self.weights, shared, strict=True):
+            weight.grad = gradient.view_as(weight).to(weight.dtype)
+
+    def _note_gradient(self, name: str, gradient: torch.Tensor) -> None:
+        if name in self.unreached and gradient.any():
+            self.unreached.discard(name)

@@ -30,7 +30,6 @@ Launcher: run_ppo.sh.
 
 import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -42,24 +41,20 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import gather_object
 from loguru import logger
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-    get_scheduler,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
-from checkpoints import BEST, find_checkpoint, put_in_place, unfinished_folder
+from checkpoints import BEST, find_checkpoint
 from errors import UserError, run_script
 from model_loading import Lineage, base_of, check_model_path, check_vocabulary, load_tokenizer, read_lineage
 from ppo_math import (
+    InverseTransformSampler,
     adapted_kl_coef,
     advantages_and_returns,
+    draw_uniforms,
+    episode_order,
     k3,
     masked_whiten,
     policy_losses,
@@ -67,32 +62,25 @@ from ppo_math import (
     token_rewards,
     value_losses,
 )
-from ppo_roles import Roles, ValueHead, load_roles
+from ppo_roles import Learner, Roles, load_roles
 from ppo_run import (
-    Optimization,
+    PPOTrainingArguments,
+    Run,
     State,
     Stopped,
     StopSignal,
+    count_updates,
     find_alarm,
-    load_checkpoint,
-    log_evaluation,
-    log_update,
-    plot_curves,
+    find_update_alarm,
+    out_of_memory_advice,
     read_state,
-    save_checkpoint,
-    save_policy,
+    start_accelerator,
     summarize,
-    write_json,
 )
 from records import load_part
 from template import ChatTemplate
-from tokenization import (
-    cached_prompts,
-    encode_prompt,
-    load_chat_template,
-    stop_token_ids,
-)
-from training_run import duration, leave_process_group, peak_memory_gib, start_run
+from tokenization import cached_prompts, encode_prompt, load_chat_template, stop_token_ids
+from training_run import leave_process_group, one_line_for_bad_days, peak_memory_gib, start_run
 
 # Held-out prompts without --max_eval_samples: a greedy reply to each is written at every evaluation.
 EVAL_PROMPTS = 100
@@ -100,20 +88,6 @@ EVAL_PROMPTS = 100
 CENTERING_REPLIES = 64
 # Replies of the first evaluation and of the last that the log shows.
 SHOWN_REPLIES = 2
-# KL in nats a token between the policy before an update and in it, for an alarm; sound updates stay below 0.1.
-TOO_LARGE_A_STEP = 1.0
-# TrainingArguments that this loop heeds; another one that is given is refused.
-HEEDED = {
-    *("output_dir", "do_train", "do_eval", "eval_strategy", "eval_steps", "per_device_train_batch_size", "seed"),
-    *("gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate", "weight_decay", "adam_beta1"),
-    *("adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args", "lr_scheduler_type", "warmup_steps"),
-    *("lr_scheduler_kwargs", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "bf16", "tf32"),
-    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "use_cpu", "ddp_timeout", "ddp_backend"),
-    *("report_to", "run_name", "resume_from_checkpoint", "disable_tqdm", "local_rank", "log_level"),
-    # These are settled elsewhere, by the parser or by transformers, and mean nothing here.
-    *("logging_first_step", "logging_nan_inf_filter", "ddp_find_unused_parameters", "remove_unused_columns"),
-    *("activation_checkpointing", "activation_checkpointing_kwargs", "include_num_input_tokens_seen", "debug"),
-}
 
 # ---------------------------------------------------------------- arguments
 
@@ -131,33 +105,8 @@ class PPOModelArguments(ModelArguments):
 
 
 @dataclass
-class PPOTrainingArguments(TrainingArguments):
-    adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Highest learning rate, of policy and value model."})
-    logging_steps: float = field(default=1, metadata={"help": "A line in the log every so many updates."})
-
-    def __post_init__(self):
-        deepspeed = self.deepspeed
-        for spec in fields(TrainingArguments):
-            default = spec.default_factory() if callable(spec.default_factory) else spec.default
-            if spec.name not in HEEDED and getattr(self, spec.name) != default:
-                reason = (
-                    "what is trained is small and whole on each GPU, so there is nothing to split, and ZeRO-3 would "
-                    "gather all weights for every token that is generated; leave it out, and use --load_in_4bit True "
-                    "where memory is short"
-                    if deepspeed and spec.name == "deepspeed"
-                    else "PPO does not heed it; leave it out"
-                )
-                raise UserError(f"--{spec.name}: {reason}")
-        super().__post_init__()
-        if not self.do_train:
-            raise UserError("--do_train is missing; scripts/evaluate_model.py measures a trained model")
-        for name in ("eval_steps", "save_steps", "logging_steps"):
-            value = getattr(self, name)
-            if value is not None and (value < 1 or value != int(value)):
-                raise UserError(f"--{name} {value:g}: give a whole number of updates")
-        if self.eval_strategy == "epoch" or self.save_strategy not in ("no", "steps"):
-            raise UserError("--eval_strategy and --save_strategy: say no or steps; a step is an update")
+class PPORunArguments(RunArguments):
+    max_bad_steps: int = field(default=1, init=False)  # a loss that is not finite stops the run at once
 
 
 @dataclass
@@ -214,18 +163,6 @@ class PPOArguments:
             raise UserError(f"--max_source_length {self.max_source_length}: no prompt fits; give a number of tokens")
         if self.total_episodes is not None and self.total_episodes < 1:
             raise UserError(f"--total_episodes {self.total_episodes}: give at least 1")
-
-
-# ---------------------------------------------------------------- prompts
-
-
-def episode_order(n_prompts: int, n_episodes: int, seed: int) -> list[int]:
-    """The prompt of each episode: pass after pass over all prompts, each pass shuffled."""
-    order: list[int] = []
-    for epoch in range(math.ceil(n_episodes / n_prompts)):
-        generator = torch.Generator().manual_seed(seed + epoch)
-        order += torch.randperm(n_prompts, generator=generator).tolist()
-    return order[:n_episodes]
 
 
 # ---------------------------------------------------------------- what the reward model reads
@@ -343,31 +280,6 @@ class Rollout:
         return cls(*columns)
 
 
-class InverseTransformSampler(LogitsProcessor):
-    """Draws each token by one uniform number of its episode, so that a reply depends on seed and episode alone.
-
-    Neither the batch it is in, nor the number of processes, nor a resume changes it. Leaves the drawn token alone in
-    the logits [B, V], for a greedy decoder to take.
-    """
-
-    def __init__(self, uniforms: torch.Tensor, n_prompt: int, temperature: float):
-        self.uniforms = uniforms  # [B, response_length] float64
-        self.n_prompt = n_prompt
-        self.temperature = temperature
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        cumulative = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
-        drawn = self.uniforms[:, input_ids.shape[1] - self.n_prompt, None] * cumulative[:, -1:]
-        tokens = (cumulative <= drawn).sum(dim=-1, keepdim=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
-
-
-def draw_uniforms(n_tokens: int, seed: int, episodes: Sequence[int]) -> torch.Tensor:
-    """[B, n_tokens] float64 uniform numbers, a row from each episode's own seed."""
-    rows = [torch.Generator().manual_seed(seed * 1_000_003 + episode) for episode in episodes]
-    return torch.stack([torch.rand(n_tokens, generator=row, dtype=torch.float64) for row in rows])
-
-
 @torch.no_grad()
 def collect_rollout(
     roles: Roles,
@@ -455,9 +367,10 @@ def episode_measures(rollout: Rollout) -> list[list[float]]:
 
 
 def ppo_update(
+    learners: dict[str, Learner],
     roles: Roles,
     rollout: Rollout,
-    optimization: Optimization,
+    kl_coef: float,
     ppo_args: PPOArguments,
     training_args: PPOTrainingArguments,
     accelerator: Accelerator,
@@ -465,105 +378,75 @@ def ppo_update(
 ) -> dict[str, float]:
     """The epochs of optimizer steps on one rollout; returns the means over its tokens, all processes together.
 
-    Raises UserError where a loss is not finite, or the policy's adapter gets no gradient.
+    Raises UserError where a loss or gradient is not finite, or a matrix of the policy's adapter gets none.
     """
-
-    def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-        return accelerator.reduce(tensor, reduction="sum")
-
+    sum_over_processes = partial(accelerator.reduce, reduction="sum")
     mask = rollout.mask
     kl = (rollout.policy_logps - rollout.ref_logps) * mask  # k1: its token-wise sum is the reply's log-ratio
     scores = rollout.scores - ppo_args.missing_eos_penalty * ~rollout.ended
-    rewards = token_rewards(scores, kl, mask, optimization.kl_coef)
+    rewards = token_rewards(scores, kl, mask, kl_coef)
     if ppo_args.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False, sum_over_processes=sum_over_processes)
     advantages, returns = advantages_and_returns(rewards, rollout.values, mask, ppo_args.gamma, ppo_args.lam)
     # Detail: whitened after the returns are made of them, over all replies of the update.
     advantages = masked_whiten(advantages, mask, sum_over_processes=sum_over_processes)
 
-    parameters = roles.trained_parameters()
-    n_rows, micro = len(rollout.ids), training_args.per_device_train_batch_size
-    sums = torch.zeros(8, dtype=torch.float64, device=rollout.ids.device)
-    norms: dict[str, list[float]] = {name: [] for name in parameters}
+    sums = torch.zeros(7, dtype=torch.float64, device=rollout.ids.device)
+    norms: dict[str, list[float]] = {role: [] for role in learners}
     for epoch in range(ppo_args.num_ppo_epochs):
         # Detail: one shuffle for all processes, from the seed and the place in the run.
         generator = torch.Generator().manual_seed(training_args.seed + 7919 * update + epoch)
-        shuffled = torch.randperm(n_rows, generator=generator).to(rollout.ids.device)
+        shuffled = torch.randperm(len(rollout.ids), generator=generator).to(rollout.ids.device)
         for minibatch in shuffled.chunk(ppo_args.num_mini_batches):
             # Every token of a minibatch counts the same, in whatever micro-batch and process it is.
             n_tokens = sum_over_processes(mask[minibatch].sum().double())
-            for rows in minibatch.split(micro):
+            for rows in minibatch.split(training_args.per_device_train_batch_size):
                 part, width = rollout.take(rows), int(mask[rows].sum(dim=1).max())
                 advantage, wanted = advantages[rows, :width], returns[rows, :width]
+                text = part.ids, part.attention_mask, part.mask
                 roles.act_as("policy", trained=True)
-                with accelerator.autocast():
-                    logps, *_ = roles.logps(part.ids, part.attention_mask, part.mask, ppo_args.temperature)
+                logps, *_ = learners["policy"](roles.logps, *text, ppo_args.temperature)
                 losses, clipped = policy_losses(logps, part.policy_logps, advantage, ppo_args.cliprange)
-                ((losses * part.mask).sum() / n_tokens).backward()
+                learners["policy"].backward((losses * part.mask).sum() / n_tokens)
                 roles.act_as("value", trained=True)
-                with accelerator.autocast():
-                    values = roles.values(part.ids, part.attention_mask, part.mask)
+                values = learners["value"](roles.values, *text)
                 errors, held = value_losses(values, part.values, wanted, ppo_args.cliprange_value)
-                (ppo_args.vf_coef * (errors * part.mask).sum() / n_tokens).backward()
+                learners["value"].backward(ppo_args.vf_coef * (errors * part.mask).sum() / n_tokens)
                 with torch.no_grad():
                     log_ratio = logps - part.policy_logps
                     columns = (losses, clipped, k3(part.policy_logps, logps), log_ratio.exp(), errors, held)
                     sums[:6] += torch.stack([(column * part.mask).sum().double() for column in columns])
                     sums[6] += part.mask.sum()
-            _share_gradients(parameters, accelerator)
             if not torch.isfinite(sum_over_processes(sums)).all():
                 raise UserError(
                     f"update {update + 1}: the loss is not finite; lower --learning_rate, and see that the scores in "
                     "the lines above are of a sound size"
                 )
-            if update == 0 and epoch == 0:
-                _refuse_dead_gradients(roles)
-            for name, weights in parameters.items():
-                norms[name].append(float(torch.nn.utils.clip_grad_norm_(weights, training_args.max_grad_norm)))
-            optimization.optimizer.step()
-            optimization.optimizer.zero_grad()
-    optimization.scheduler.step()
+            if dead := learners["policy"].unreached:
+                raise UserError(
+                    f"update {update + 1}: {len(dead)} adapter matrices of the policy get no gradient, such as "
+                    f"{min(dead)}; without --gradient_checkpointing, or with other --target_modules, they may"
+                )
+            for role, learner in learners.items():
+                norms[role].append(learner.step())
+                if not math.isfinite(norms[role][-1]):
+                    raise UserError(f"update {update + 1}: the {role}'s gradient is not finite; lower --learning_rate")
+    for learner in learners.values():
+        learner.scheduler.step()
 
     total = sum_over_processes(sums)
     means = (total[:6] / total[6]).tolist()
     error = (returns - rollout.values) * mask
-    moments = [mask.sum(), (returns * mask).sum(), (returns**2 * mask).sum(), error.sum(), (error**2).sum()]
-    count, r1, r2, e1, e2 = sum_over_processes(torch.stack([moment.double() for moment in moments])).tolist()
-    variance = r2 / count - (r1 / count) ** 2
+    moments = [mask.sum(), (returns * mask).sum(), (returns**2 * mask).sum(), error.sum(), (error**2).sum(), kl.sum()]
+    n_tokens, *moments = sum_over_processes(torch.stack([moment.double() for moment in moments])).tolist()
+    r1, r2, e1, e2, kl_mean = (moment / n_tokens for moment in moments)
+    names = ("policy/loss", "policy/clip_frac", "policy/approx_kl", "policy/ratio", "value/loss", "value/clip_frac")
     return {
-        "policy/loss": means[0],
-        "policy/clip_frac": means[1],
-        "policy/approx_kl": means[2],
-        "policy/ratio": means[3],
-        "policy/grad_norm": sum(norms["policy"]) / len(norms["policy"]),
-        "value/loss": means[4],
-        "value/clip_frac": means[5],
-        "value/explained_var": 1 - (e2 / count - (e1 / count) ** 2) / max(variance, 1e-12),
-        "value/grad_norm": sum(norms["value"]) / len(norms["value"]),
-        "reply/non_score_reward": -optimization.kl_coef * float(sum_over_processes(kl.sum().double())) / count,
+        **dict(zip(names, means, strict=True)),
+        **{f"{role}/grad_norm": sum(found) / len(found) for role, found in norms.items()},
+        "value/explained_var": 1 - (e2 - e1**2) / max(r2 - r1**2, 1e-12),
+        "reply/non_score_reward": -kl_coef * kl_mean,
     }
-
-
-def _share_gradients(parameters: dict[str, list[torch.nn.Parameter]], accelerator: Accelerator) -> None:
-    """Add up the gradients of all processes, in one message: each has divided by the tokens of all."""
-    if accelerator.num_processes == 1:
-        return
-    weights = [weight for group in parameters.values() for weight in group]
-    flat = torch.cat([(torch.zeros_like(w) if w.grad is None else w.grad).flatten().float() for w in weights])
-    flat = accelerator.reduce(flat, reduction="sum")
-    for weight, gradient in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
-        weight.grad = gradient.view_as(weight).to(weight.dtype)
-
-
-def _refuse_dead_gradients(roles: Roles) -> None:
-    """Stop where a matrix of the policy gets no gradient, and so would never learn."""
-    matrices = [(n, w) for n, w in roles.model.named_parameters() if ".lora_B.default" in n]
-    dead = [name for name, weight in matrices if weight.grad is None or not weight.grad.any()]
-    if dead:
-        raise UserError(
-            f"update 1: {len(dead)} of {len(matrices)} adapter matrices get no gradient, such as {dead[0]}; without "
-            "--gradient_checkpointing, or with other --target_modules, they may"
-        )
 
 
 # ---------------------------------------------------------------- evaluation
@@ -612,64 +495,13 @@ def check_combination(lora_args: LoraArguments, ppo_args: PPOArguments, training
         )
 
 
-def start_accelerator(training_args: PPOTrainingArguments, logging_dir: str | None) -> Accelerator:
-    """Processes, autocast and trackers; says so where GPUs would be idle."""
-    trackers = [name for name in training_args.report_to if name != "none"]
-    accelerator = Accelerator(
-        cpu=training_args.use_cpu,
-        mixed_precision="bf16" if training_args.bf16 else "no",
-        log_with=trackers or None,
-        project_config=ProjectConfiguration(
-            project_dir=training_args.output_dir, logging_dir=logging_dir or str(Path(training_args.output_dir, "runs"))
-        ),
-    )
-    if trackers:
-        accelerator.init_trackers(training_args.run_name or "ppo")
-    if torch.cuda.device_count() > accelerator.num_processes:
-        logger.info(
-            f"{torch.cuda.device_count()} GPUs are visible and {accelerator.num_processes} used: torchrun "
-            f"--nproc_per_node {torch.cuda.device_count()} ppo_training.py uses them all"
-        )
-    return accelerator
-
-
-def count_updates(n_prompts: int, per_update: int, ppo_args: PPOArguments, training_args: PPOTrainingArguments) -> int:
-    """--max_steps, or --total_episodes, or --num_train_epochs of the prompts, in whole updates."""
-    if training_args.max_steps > 0:
-        if ppo_args.total_episodes is not None:
-            raise UserError("--max_steps and --total_episodes both say how long to train: give one of them")
-        return training_args.max_steps
-    if ppo_args.total_episodes is not None:
-        logger.info(
-            f"--total_episodes {ppo_args.total_episodes} decides how long to train, whatever --num_train_epochs says"
-        )
-        return math.ceil(ppo_args.total_episodes / per_update)
-    return math.ceil(training_args.num_train_epochs * n_prompts / per_update)
-
-
-def make_optimization(
-    roles: Roles, training_args: PPOTrainingArguments, n_updates: int, kl_coef: float
-) -> Optimization:
-    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args)
-    parameters = [weight for group in roles.trained_parameters().values() for weight in group]
-    optimizer = optimizer_class(parameters, weight_decay=training_args.weight_decay, **options)
-    scheduler = get_scheduler(
-        training_args.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=training_args.get_warmup_steps(n_updates),
-        num_training_steps=n_updates,
-        scheduler_specific_kwargs=training_args.lr_scheduler_kwargs,
-    )
-    return Optimization(optimizer, scheduler, kl_coef)
-
-
 # ---------------------------------------------------------------- main
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ arguments
     parser = StageArgumentParser(
-        [PPOModelArguments, DataArguments, LoraArguments, RunArguments, PPOArguments, PPOTrainingArguments]
+        [PPOModelArguments, DataArguments, LoraArguments, PPORunArguments, PPOArguments, PPOTrainingArguments]
     )
     model_args, data_args, lora_args, run_args, ppo_args, training_args = parser.parse(argv)
     check_model_path(model_args.sft_model_path, "--sft_model_path", model_args.allow_pickle_weights)
@@ -717,7 +549,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         data_facts |= eval_facts | {"eval replies": str(len(eval_rows))}
     per_process = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     per_update = per_process * accelerator.num_processes
-    n_updates = count_updates(len(train_dataset), per_update, ppo_args, training_args)
+    n_updates = count_updates(len(train_dataset), per_update, ppo_args.total_episodes, training_args)
     order = episode_order(len(train_dataset), n_updates * per_update, training_args.seed)
 
     # ------------------------------------------------------------ model
@@ -759,6 +591,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             "--optim": str(training_args.optim.value),
             "episodes an update": per_update,
             "training prompts": len(train_dataset),
+            "processes under DeepSpeed": accelerator.num_processes if training_args.deepspeed else 0,
         },
         kl_coef=ppo_args.kl_coef,
     )
@@ -774,13 +607,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     else:
         centering_rows = train_dataset.select(range(min(CENTERING_REPLIES, len(train_dataset)))).to_list()
         state.score_shift = center_scores(roles, centering_rows, codec, ppo_args.rollout_batch_size)
-    roles.score_shift = state.score_shift
-    head = roles.reward_head.weight if roles.reward_head is not None else torch.zeros(1, lineage.hidden_size)
-    roles.value_head = ValueHead(head.detach(), state.score_shift if roles.reward_head is not None else 0.0)
-    roles.value_head.to(accelerator.device)
-    optimization = make_optimization(roles, training_args, n_updates, state.kl_coef)
+    roles.add_value_head(state.score_shift)
+    learn = partial(Learner, training_args=training_args, n_updates=n_updates, accelerator=accelerator)
+    learners = {role: learn(roles.trained_weights(role)) for role in ("policy", "value")}
+    run = Run(training_args, accelerator, roles, learners, state, tokenizer, lineage, n_updates, per_update)
     if checkpoint:
-        load_checkpoint(checkpoint, roles, optimization)
+        run.load(checkpoint)
 
     # ------------------------------------------------------------ train
     facts |= {"template": ppo_args.template_name or "the tokenizer's own"} | data_facts
@@ -796,136 +628,64 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     facts["updates"] = f"{n_updates} ({n_updates * per_update} episodes, {len(train_dataset)} prompts)"
     if lora_args.lora_dropout:
         facts["dropout"] = "off in all roles: it would blur what is compared"
+    if training_args.deepspeed:
+        facts["DeepSpeed"] = f"{training_args.deepspeed}: gradients and optimizers in parts"
     facts |= {"precision": "bfloat16 autocast" if training_args.bf16 else "float32", "output": str(output_dir)}
     for name, value in facts.items():
         logger.info(f"  {name:<{max(map(len, facts))}}  {value}")
 
     stop = StopSignal(accelerator)
-
-    def save() -> None:
-        if accelerator.is_main_process:
-            limit = training_args.save_total_limit
-            save_checkpoint(output_dir, roles, optimization, state, tokenizer, lineage, limit)
-        accelerator.wait_for_everyone()
-
-    def keep_best(metrics: dict[str, float]) -> None:
-        """checkpoint-best: the most held-out reward less KL, or without evaluation the last."""
-        reward = metrics.get("eval_rlhf_reward")
-        if reward is not None and state.best_reward is not None and reward <= state.best_reward:
-            return
-        state.best_reward, state.best_step = reward, state.global_step
-        if accelerator.is_main_process:
-            save_policy(unfinished_folder(output_dir / BEST), roles, tokenizer, lineage)
-            put_in_place(output_dir / BEST)
-        accelerator.wait_for_everyone()
-
-    def evaluation_is_due() -> bool:
-        every = int(training_args.eval_steps or training_args.logging_steps)
-        is_measured = any(entry["step"] == state.global_step for entry in state.log_history if "eval_score" in entry)
-        return training_args.eval_strategy == "steps" and state.global_step % every == 0 and not is_measured
-
-    def measure(shown: bool) -> dict[str, float]:
-        if not eval_rows:
-            return {}
-        metrics = evaluate(roles, eval_rows, ppo_args, codec, stop, accelerator, shown)
-        log_evaluation(metrics, state)
-        accelerator.log({f"eval/{name[5:]}": value for name, value in metrics.items()}, step=state.global_step)
-        state.log_history.append({"step": state.global_step} | metrics)
-        keep_best(metrics)
-        return metrics
-
-    metrics: dict[str, float] = {}
-    saved_at = state.global_step if checkpoint else None
-    first, started = state.global_step, time.monotonic()
-    try:
-        # A resumed run does the evaluation that a signal cut short.
-        if state.global_step == 0 or evaluation_is_due():
-            metrics = measure(shown=state.global_step == 0)
-        for update in range(state.global_step, n_updates):
-            update_started = time.monotonic()
-            # Detail: process r takes every n-th episode, so that more processes or more accumulation are the same.
-            episodes = list(range(update * per_update, (update + 1) * per_update))
-            episodes = episodes[accelerator.process_index :: accelerator.num_processes]
-            rows = [train_dataset[order[episode]] for episode in episodes]
-            with accelerator.autocast():
-                rollout = collect_rollout(roles, rows, episodes, ppo_args, codec, stop, training_args.seed)
-            measures = gather_object(episode_measures(rollout))
-            has_end = any(measure[1] for measure in measures)
-            without_end = 0 if has_end else state.updates_without_end + 1
-            if alarm := find_alarm(measures, ppo_args.stop_at_kl, without_end):
-                raise UserError(f"update {update + 1}: {alarm}")
-            # From here on the weights change: a signal waits for the end of the update.
-            learning_rate = optimization.scheduler.get_last_lr()[0]
-            update_metrics = ppo_update(roles, rollout, optimization, ppo_args, training_args, accelerator, update)
-            step_metrics = summarize(measures, optimization.kl_coef, ppo_args.missing_eos_penalty) | update_metrics
-            if step_metrics["policy/approx_kl"] > TOO_LARGE_A_STEP:
-                raise UserError(
-                    f"update {update + 1}: it moved the policy by {step_metrics['policy/approx_kl']:.1f} nats a token "
-                    "from the one that wrote the replies, which breaks it; lower --learning_rate"
+    measure = partial(evaluate, roles, eval_rows, ppo_args, codec, stop, accelerator)
+    is_quantized = model_args.load_in_4bit or model_args.load_in_8bit
+    advice = partial(out_of_memory_advice, training_args, ppo_args.rollout_batch_size, is_quantized)
+    with one_line_for_bad_days(output_dir, advice):
+        try:
+            if eval_rows and run.evaluation_is_due():
+                run.record_evaluation(measure(shown=state.global_step in (0, n_updates)))
+            for update in range(state.global_step, n_updates):
+                started = time.monotonic()
+                # Detail: process r takes every n-th episode, so that more processes or more accumulation are the same.
+                episodes = list(range(update * per_update, (update + 1) * per_update))
+                episodes = episodes[accelerator.process_index :: accelerator.num_processes]
+                rows = [train_dataset[order[episode]] for episode in episodes]
+                with accelerator.autocast():
+                    rollout = collect_rollout(roles, rows, episodes, ppo_args, codec, stop, training_args.seed)
+                measures = gather_object(episode_measures(rollout))
+                has_end = any(ended for _, ended, *_ in measures)
+                state.updates_without_end = 0 if has_end else state.updates_without_end + 1
+                if alarm := find_alarm(measures, ppo_args.stop_at_kl, state.updates_without_end):
+                    raise UserError(f"update {update + 1}: {alarm}")
+                # From here on the weights change: a signal waits for the end of the update.
+                metrics = summarize(measures, state.kl_coef, ppo_args.missing_eos_penalty)
+                metrics |= {"objective/kl_coef": state.kl_coef, "learning_rate": run.learning_rate()}
+                metrics |= ppo_update(
+                    learners, roles, rollout, state.kl_coef, ppo_args, training_args, accelerator, update
                 )
-            state.global_step, state.updates_without_end = update + 1, without_end
-            if ppo_args.adaptive_kl:
-                optimization.kl_coef = adapted_kl_coef(
-                    optimization.kl_coef, step_metrics["objective/kl"], ppo_args.target_kl, per_update,
-                    ppo_args.kl_horizon,
-                )  # fmt: skip
-            state.kl_coef = optimization.kl_coef
-            seconds = time.monotonic() - update_started
-            state.seconds += seconds
-            step_metrics |= {
-                "objective/kl_coef": optimization.kl_coef,
-                "learning_rate": learning_rate,
-                "episodes": state.global_step * per_update,
-                "episodes_per_second": per_update / seconds,
-                "peak_memory_gib": peak_memory_gib(),
-            }
-            n_done = state.global_step - first
-            left = (time.monotonic() - started) / n_done * (n_updates - state.global_step)
-            is_first = state.global_step == 1 and training_args.logging_first_step
-            if is_first or state.global_step % int(training_args.logging_steps) == 0 or state.global_step == n_updates:
-                state.log_history.append({"step": state.global_step} | step_metrics)
-                accelerator.log(step_metrics, step=state.global_step)
-                time_left = f"  {duration(left)} left" if n_done > 3 else ""
-                log_update(step_metrics, state, n_updates, time_left)
-            if n_done == 3:
-                logger.info(f"about {left / 3600:.1f} hours left, at the speed of the first three updates")
-            if state.global_step < n_updates and evaluation_is_due():
-                metrics = measure(shown=False)
-            if training_args.save_strategy == "steps" and state.global_step % int(training_args.save_steps) == 0:
-                save()
-                saved_at = state.global_step
-        # ------------------------------------------------------------ save and evaluate
-        evaluated = {entry["step"] for entry in state.log_history if "eval_score" in entry}
-        if eval_rows and state.global_step not in evaluated:
-            metrics = measure(shown=True)
-        if not eval_rows:
-            keep_best({})
-    except Stopped:
-        if saved_at != state.global_step:
-            save()
-        logger.warning(
-            f"{signal.Signals(stop.received).name}: stopped at update {state.global_step}/{n_updates}, saved in "
-            f"{output_dir / f'checkpoint-{state.global_step}'}; the same command with --resume_from_checkpoint True "
-            "goes on"
-        )
-        accelerator.end_training()
-        leave_process_group()
-        sys.exit(128 + stop.received)
-    if saved_at != state.global_step:
-        save()
-    if accelerator.is_main_process:
-        by_step = {entry["step"]: entry for entry in state.log_history if "eval_score" in entry}
-        metrics = by_step.get(state.best_step, metrics)
-        results = {"updates": state.global_step, "episodes": state.global_step * per_update, "seconds": state.seconds}
-        write_json(output_dir / "train_results.json", results)
-        if metrics:
-            write_json(output_dir / "eval_results.json", metrics)
-        state.save(output_dir / "trainer_state.json")
-        plot_curves(state.log_history, output_dir / "curves.png")
-        logger.info(f"done: {output_dir / BEST} (update {state.best_step} of {state.global_step})")
-        logger.info(f"results: {output_dir}; curves: tensorboard --logdir {output_dir}")
-        command = f"inference.py --base_model {base_model} --lora_model {output_dir / BEST}"
-        logger.info(f"next: {Path(sys.executable).name} {command}")
+                if alarm := find_update_alarm(metrics):
+                    raise UserError(f"update {update + 1}: {alarm}")
+                if ppo_args.adaptive_kl:
+                    state.kl_coef = adapted_kl_coef(
+                        state.kl_coef, metrics["objective/kl"], ppo_args.target_kl, per_update, ppo_args.kl_horizon
+                    )
+                run.record_update(metrics | {"peak_memory_gib": peak_memory_gib()}, time.monotonic() - started)
+                if eval_rows and run.evaluation_is_due():
+                    run.record_evaluation(measure(shown=state.global_step == n_updates))
+                if run.save_is_due():
+                    run.save()
+            # ------------------------------------------------------------ save and evaluate
+            if not eval_rows:
+                run.keep_best({})
+            run.save()
+        except Stopped:
+            run.save_interrupted(stop.received)
+            accelerator.end_training()
+            leave_process_group()
+            sys.exit(128 + stop.received)
+    metrics = run.write_results()
+    logger.info(f"done: {output_dir / BEST} (update {state.best_step} of {state.global_step})")
+    logger.info(f"results: {output_dir}; curves: tensorboard --logdir {output_dir}")
+    command = f"inference.py --base_model {base_model} --lora_model {output_dir / BEST}"
+    logger.info(f"next: {Path(sys.executable).name} {command}")
     accelerator.end_training()
     leave_process_group()
     return metrics

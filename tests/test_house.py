@@ -46,7 +46,7 @@ SHARED = {
     "text_metrics": (set(), {"rouge_score", "sacrebleu"}),
     "intervals": (set(), {"numpy"}),
     "ppo_math": (set(), {"torch"}),
-    "ppo_roles": ({"model_loading", "ppo_math"}, {"torch", "transformers", "peft"}),
+    "ppo_roles": ({"model_loading", "ppo_math"}, {"torch", "transformers", "peft", "accelerate", "deepspeed"}),
     "ppo_run": (
         {"model_loading", "checkpoints"},
         {"torch", "transformers", "peft", "accelerate", "safetensors", "loguru", "matplotlib"},

@@ -6,26 +6,31 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import stage_runs
 import torch
 from build_tiny_model import write_tiny_model
 from conftest import TEXTS, TINY_HEADS, TINY_SHAPE
 from guide import GUIDE_PPO
 from safetensors.torch import load_file, save_file
+from stage_runs import end_well, start_stage, start_two_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge_peft_adapter
+import ppo_math
 import ppo_run
 import ppo_training
 import reward_modeling
 import supervised_finetuning
 from errors import UserError
 from model_loading import load_reward_model, load_with_adapter, read_lineage
+from ppo_math import InverseTransformSampler, draw_uniforms, episode_order
 from ppo_roles import Roles, ValueHead, load_roles
-from ppo_run import UPDATES_WITHOUT_END, find_alarm, summarize
-from ppo_training import InverseTransformSampler, PPOTrainingArguments, Rollout, draw_uniforms, episode_order
+from ppo_run import UPDATES_WITHOUT_END, PPOTrainingArguments, find_alarm, summarize
+from ppo_training import Rollout
 from tokenization import encode_exchange, load_chat_template
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +43,7 @@ STATE_FILES = {
     *("manifest.sha256", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"),
     "value_model.safetensors",
 }
-LORA = {"use_peft": True, "lora_rank": 4}
+SIXTEEN = {"per_device_train_batch_size": 4, "max_steps": 1}  # episodes an update, where the accumulation is 4
 
 
 # ---------------------------------------------------------------- what the stages before left
@@ -81,36 +86,41 @@ def rm_adapter(sft_adapter, tmp_path_factory) -> Path:
     return train_rm(tmp_path_factory.mktemp("rm"), sft_adapter)
 
 
-@pytest.fixture
-def data_dir(write_jsonl) -> Path:
+def write_dialogues(folder: Path) -> Path:
     records = [
         {"question": f"第{n}个病人{PARTS[n % 8]}疼怎么办？", "answer": f"{PARTS[n % 8]}疼请就诊。"} for n in range(40)
     ]
-    return write_jsonl("data/dialogues.jsonl", records).parent
+    return write_lines(folder / "data/dialogues.jsonl", records).parent
 
 
 @pytest.fixture
-def flags(sft_adapter, rm_adapter, data_dir, tmp_path):
-    """A short run's flags; keywords replace or add some, None removes one."""
+def data_dir(tmp_path) -> Path:
+    return write_dialogues(tmp_path)
 
-    def build(**changes) -> list[str]:
-        values = {
-            "sft_model_path": sft_adapter,
-            "reward_model_path": rm_adapter,
-            "template_name": "qwen",
-            "train_file_dir": data_dir,
-            "do_train": True,
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "response_length": 12,
-            "max_steps": 2,
-            "learning_rate": 1e-3,
-            "output_dir": tmp_path / "out",
-            "cache_dir": tmp_path / "cache",
-        } | changes
-        return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
 
-    return build
+def short_run(sft_adapter: Path, rm_adapter: Path, folder: Path, **changes) -> list[str]:
+    """Its flags; keywords replace or add some, None removes one."""
+    values = {
+        "sft_model_path": sft_adapter,
+        "reward_model_path": rm_adapter,
+        "template_name": "qwen",
+        "train_file_dir": write_dialogues(folder),
+        "do_train": True,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "response_length": 12,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "output_dir": folder / "out",
+        "cache_dir": folder / "cache",
+    } | changes
+    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def flags(sft_adapter, rm_adapter, tmp_path):
+    """A function that gives a short run's flags."""
+    return partial(short_run, sft_adapter, rm_adapter, tmp_path)
 
 
 @pytest.fixture
@@ -154,7 +164,7 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def roles(sft_adapter, rm_adapter) -> Roles:
     roles, _ = load_roles(str(sft_adapter), str(rm_adapter), {"use_peft": True}, torch.device("cpu"))
-    roles.value_head = ValueHead(roles.reward_head.weight.detach(), 0.0)
+    roles.add_value_head(score_shift=0.0)
     return roles
 
 
@@ -339,18 +349,61 @@ def run_processes(argv: list[str], n_processes: int, **variables: str) -> subpro
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+def train_in(n_processes: int, folder: Path, argv: list[str]) -> str:
+    """Run in processes that are told of each other as torchrun does, until they have ended with 0; the log."""
+    log = folder / f"{n_processes}.log"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(stage_runs.STAGES, "ppo", "ppo_training")
+        if n_processes == 2:
+            processes = start_two_processes("ppo", argv, log)
+        else:
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+            processes = [start_stage("ppo", argv, log, **alone)]
+        end_well(processes, log)
+    return log.read_text()
+
+
+@pytest.fixture(scope="module")
+def first_update(sft_adapter, rm_adapter, tmp_path_factory) -> Path:
+    """What one process leaves after an update of 16 episodes."""
+    folder = tmp_path_factory.mktemp("one")
+    ppo_training.main(short_run(sft_adapter, rm_adapter, folder, **SIXTEEN, gradient_accumulation_steps=4))
+    return folder / "out"
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_first_update_of_one_with_twice_the_accumulation(flags, tmp_path):
-    for name, n_processes, accumulation in (("one", 1, 4), ("two", 2, 2)):
-        argv = flags(output_dir=tmp_path / name, max_steps=1, gradient_accumulation_steps=accumulation)
-        finished = run_processes(argv, n_processes)
-        assert finished.returncode == 0, finished.stderr[-3000:]
-    (one,), (two,) = history(tmp_path / "one"), history(tmp_path / "two")
+@pytest.mark.parametrize(
+    ("n_processes", "config"),
+    [(2, None), (1, "zero2"), (2, "zero2")],
+    ids=["2 processes", "1 with zero2", "2 with zero2"],
+)
+def test_processes_and_zero_give_the_first_update_of_one(flags, first_update, tmp_path, n_processes, config):
+    config = config and ROOT / f"ds_configs/{config}.json"
+    argv = flags(**SIXTEEN, gradient_accumulation_steps=4 // n_processes, deepspeed=config)
+    train_in(n_processes, tmp_path, argv)
+    (one,), (found,) = history(first_update), history(tmp_path / "out")
     for key in (key for key in one if key.startswith(("objective", "policy", "value", "reply"))):
-        assert two[key] == pytest.approx(one[key], abs=1e-4), key
-    weights, others = (weights_of(tmp_path / name / "checkpoint-1") for name in ("one", "two"))
+        assert found[key] == pytest.approx(one[key], abs=1e-4), key
+    weights, others = (weights_of(folder / "checkpoint-1") for folder in (first_update, tmp_path / "out"))
     for name, tensor in weights.items():
         torch.testing.assert_close(others[name], tensor, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_resumed_run_with_zero_is_the_uninterrupted_one(flags, tmp_path):
+    settings = {"max_steps": 4, "save_steps": 2, "deepspeed": ROOT / "ds_configs/zero2.json"}
+    train_in(2, tmp_path, flags(output_dir=tmp_path / "whole", **settings))
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "whole/checkpoint-2").rename(tmp_path / "parts/checkpoint-2")
+    argv = flags(output_dir=tmp_path / "parts", resume_from_checkpoint=True, **settings)
+    assert "resuming from" in train_in(2, tmp_path, argv)
+    for name in ("objective/score", "policy/loss", "policy/grad_norm", "value/loss", "learning_rate"):
+        assert updates(tmp_path / "parts", name) == updates(tmp_path / "whole", name), name
+    whole, parts = (weights_of(tmp_path / name / "checkpoint-4") for name in ("whole", "parts"))
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    with pytest.raises(UserError, match=r"^processes under DeepSpeed 0: the run in .* was started with 2"):
+        ppo_training.main(flags(output_dir=tmp_path / "parts", resume_from_checkpoint=True, max_steps=8,
+                                gradient_accumulation_steps=4))  # fmt: skip
 
 
 # ---------------------------------------------------------------- what a run leaves
@@ -401,14 +454,14 @@ def test_resumed_run_is_the_uninterrupted_one(flags, tmp_path, monkeypatch):
     settings = {"max_steps": 4, "adaptive_kl": True}
     ppo_training.main(flags(output_dir=tmp_path / "whole", **settings))
     with monkeypatch.context() as patch:
-        log_update = ppo_training.log_update
+        log_update = ppo_run.log_update
 
         def stop(metrics, state, *rest):
             log_update(metrics, state, *rest)
             if state.global_step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        patch.setattr(ppo_training, "log_update", stop)
+        patch.setattr(ppo_run, "log_update", stop)
         with pytest.raises(SystemExit) as stopped:
             ppo_training.main(flags(output_dir=tmp_path / "parts", **settings))
     assert stopped.value.code == 128 + signal.SIGTERM
@@ -492,6 +545,48 @@ def test_replies_that_never_end_are_noticed(flags):
         ppo_training.main(flags(max_steps=20, response_length=1))
 
 
+def test_gradients_that_are_not_finite_are_noticed(flags, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda weights, most: torch.tensor(float("inf")))
+    with pytest.raises(UserError, match=r"^update 1: the policy's gradient is not finite; lower --learning_rate"):
+        ppo_training.main(flags())
+
+
+def test_losses_that_are_not_finite_are_noticed(flags, monkeypatch):
+    def infinite(*args):
+        losses, held = ppo_math.value_losses(*args)
+        return losses + torch.inf, held
+
+    monkeypatch.setattr(ppo_training, "value_losses", infinite)
+    with pytest.raises(UserError, match=r"^update 1: the loss is not finite; lower --learning_rate"):
+        ppo_training.main(flags())
+
+
+def test_matrices_without_gradient_are_noticed(flags, monkeypatch):
+    act_as = Roles.act_as
+
+    def freeze_one(self, role, trained=False):
+        act_as(self, role, trained)
+        next(w for name, w in self.model.named_parameters() if ".lora_B.default" in name).requires_grad_(False)
+
+    monkeypatch.setattr(Roles, "act_as", freeze_one)
+    with pytest.raises(UserError, match=r"^update 1: 1 adapter matrices of the policy get no gradient, such as "):
+        ppo_training.main(flags())
+
+
+def test_out_of_memory_names_the_remedies_that_are_left(flags, monkeypatch):
+    def fill(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(ppo_training, "collect_rollout", fill)
+    with pytest.raises(UserError) as raised:
+        ppo_training.main(flags(gradient_checkpointing=True))
+    assert str(raised.value) == (
+        "out of memory; in this order: --rollout_batch_size 8 (now 16); --per_device_train_batch_size 2 "
+        "--gradient_accumulation_steps 4 (now 4 and 2); --load_in_4bit True; a shorter --max_source_length or "
+        "--response_length"
+    )
+
+
 def measures_of(kl: list[float], surprise: float = 0.0) -> list[list[float]]:
     """Replies of 10 tokens with these KLs."""
     return [[float(row), 1.0, 10.0 + row, value, 0.1, 20.0, surprise, 30.0] for row, value in enumerate(kl)]
@@ -552,6 +647,7 @@ def test_measures_by_hand():
         ({"train_file_dir": None}, r"^--train_file_dir is missing"),
         ({"max_source_length": 8, "truncation": "drop"}, r"40 prompt too long\), so nothing is left"),
         ({"device_map": "auto"}, r"--device_map is not a flag of this stage"),
+        ({"max_bad_steps": 2}, r"--max_bad_steps is not a flag of this stage"),
     ],
     ids=str,
 )
@@ -564,9 +660,11 @@ def test_errors_in_one_line(flags, changes, message):
     assert "\n" not in str(raised.value)
 
 
-def test_deepspeed_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"^--deepspeed: .*ZeRO-3 would gather all weights for every token"):
-        PPOTrainingArguments(output_dir=str(tmp_path), do_train=True, use_cpu=True, deepspeed="ds_configs/zero3.json")
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload"])
+def test_zero_3_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match=r"^--deepspeed .*: .*ZeRO-3 would gather all weights for every token"):
+        config = str(ROOT / f"ds_configs/{name}.json")
+        PPOTrainingArguments(output_dir=str(tmp_path), do_train=True, use_cpu=True, deepspeed=config)
 
 
 def test_reward_model_without_a_trained_head_is_refused(flags, sft_adapter, rm_adapter, tiny_model_dir, tmp_path):
