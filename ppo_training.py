@@ -48,7 +48,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from checkpoints import BEST, find_checkpoint
 from errors import UserError, run_script
-from model_loading import Lineage, base_of, check_model_path, check_vocabulary, load_tokenizer, read_lineage
+from model_loading import (
+    Lineage,
+    base_of,
+    check_model_path,
+    check_vocabulary,
+    load_tokenizer,
+    read_lineage,
+    weights_fingerprint,
+)
 from ppo_math import (
     InverseTransformSampler,
     adapted_kl_coef,
@@ -579,6 +587,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         data=str(data_args.train_file_dir),
         hidden_size=roles.model.config.hidden_size,
         vocab_size=roles.model.config.vocab_size,
+        base_weights=weights_fingerprint(base_model, **hub_options),
         flags=parser.given,
     )
     state = State(

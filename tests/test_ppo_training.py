@@ -26,7 +26,7 @@ import ppo_training
 import reward_modeling
 import supervised_finetuning
 from errors import UserError
-from model_loading import load_reward_model, load_with_adapter, read_lineage
+from model_loading import load_reward_model, load_with_adapter, read_lineage, weights_fingerprint
 from ppo_math import InverseTransformSampler, draw_uniforms, episode_order
 from ppo_roles import Roles, ValueHead, load_roles
 from ppo_run import UPDATES_WITHOUT_END, PPOTrainingArguments, find_alarm, summarize
@@ -436,6 +436,7 @@ def test_files_measures_and_lineage(flags, tmp_path, data_dir, sft_adapter, tiny
     assert metrics == json.loads((out / "eval_results.json").read_text()) == best
     lineage = read_lineage(out / "checkpoint-best")
     assert (lineage.base_model, lineage.parent, lineage.stage) == (str(tiny_model_dir), str(sft_adapter), "ppo")
+    assert lineage.base_weights == weights_fingerprint(str(tiny_model_dir))
 
 
 def test_adapter_on_the_original_base_is_the_trained_policy_and_merges(flags, tmp_path, tiny_model_dir, kept_roles):
