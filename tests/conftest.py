@@ -49,11 +49,22 @@ def _local_only(connect: Callable) -> Callable:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory) -> Path:
-    """A two-layer Qwen2 and its tokenizer, as `scripts/build_tiny_model.py` saves them. Read only."""
+    """A two-layer Qwen2 and its tokenizer, as `scripts/build_tiny_model.py` saves them. Read only.
+
+    Its blocks are larger than there: an untrained model whose blocks begin small says its last token over and over.
+    """
+    import torch
     from build_tiny_model import write_tiny_model
+    from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("models") / "tiny-qwen2"
     write_tiny_model(folder, TEXTS * 2, vocab_size=600, **TINY_SHAPE, **TINY_HEADS)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weights /= model.config.initializer_range
+    model.save_pretrained(folder)
     return folder
 
 
