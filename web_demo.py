@@ -200,9 +200,13 @@ def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) ->
         gr.Markdown(f"**{NOTICE}**\n\n**{EMERGENCY}**", elem_id="notice")
         left_turns, right_turns = gr.State([]), gr.State([])
         with gr.Row():
-            left_name = gr.Dropdown(names, value=names[-1], label="模型 Model", elem_id="left-model")
+            left_name = gr.Dropdown(names, value=names[-1], label="模型 Model", elem_id="left-model", min_width=240)
             right_name = gr.Dropdown(
-                [NO_SECOND, *names], value=NO_SECOND, label="与之比较 Compare with", elem_id="right-model"
+                [NO_SECOND, *names],
+                value=NO_SECOND,
+                label="与之比较 Compare with",
+                elem_id="right-model",
+                min_width=240,
             )
         with gr.Row():
             with gr.Column():
