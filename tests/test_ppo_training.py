@@ -543,7 +543,7 @@ def test_a_hundred_times_the_learning_rate_is_noticed(flags):
 
 def test_replies_that_never_end_are_noticed(flags):
     with pytest.raises(UserError, match=rf"no reply of {UPDATES_WITHOUT_END} updates in a row has an end token"):
-        ppo_training.main(flags(max_steps=20, response_length=1))
+        ppo_training.main(flags(max_steps=20, response_length=1, learning_rate=1e-4))
 
 
 def test_gradients_that_are_not_finite_are_noticed(flags, monkeypatch):
