@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,8 @@ BEST = "checkpoint-best"
 MANIFEST = "manifest.sha256"
 # In the output folder: checkpoints are written in it, and moved out of it once they are whole.
 UNFINISHED = ".unfinished"
+# Tokenizer, configuration and states of a checkpoint, in bytes, beside its weights and optimizer.
+SMALL_FILES = 16 * 2**20
 
 
 # ---------------------------------------------------------------- where a run starts
@@ -85,7 +87,9 @@ def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool
 
 @contextmanager
 def no_other_run(output_dir: Path) -> Iterator[None]:
-    """Lock the output folder, until the process ends at the latest; UserError where another run has it."""
+    """Lock the output folder, made where there is none, until the process ends at the latest; UserError where another
+    run has it."""
+    output_dir.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(output_dir, os.O_RDONLY)
     try:
         try:
@@ -112,6 +116,13 @@ def existing_part(folder: Path) -> Path:
     """The folder, or the one above it that is there."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def mount_point(folder: Path) -> Path:
+    folder = folder.resolve()
+    while not folder.is_mount():
+        folder = folder.parent
+    return folder
 
 
 def _checked_checkpoint(checkpoint: str) -> str:
@@ -209,6 +220,47 @@ def refuse_other_settings(checkpoint: Path, wanted: dict[str, float | int | str]
 def recorded_attributes(stateful_callbacks: dict) -> dict:
     """What `CheckpointKeeper` wrote into a checkpoint."""
     return stateful_callbacks.get("CheckpointKeeper", {}).get("attributes", {})
+
+
+# ---------------------------------------------------------------- room on the disk
+
+
+def n_bytes(weights: Iterable[torch.nn.Parameter], each: int | None = None) -> int:
+    """Of the weights, in their own precision or with so many bytes each, whatever part of them ZeRO has left here."""
+    return sum(getattr(weight, "ds_numel", weight.numel()) * (each or weight.element_size()) for weight in weights)
+
+
+def optimizer_bytes(trained: Iterable[torch.nn.Parameter], training_args: TrainingArguments) -> int:
+    """Of the optimizer's states of the weights that are trained."""
+    if training_args.deepspeed:
+        return n_bytes(trained, 12)  # float32 weights and Adam's two moments
+    if "8bit" in training_args.optim.value:
+        return n_bytes(trained, 2)
+    return 0 if training_args.optim.value in ("adafactor", "sgd") else 2 * n_bytes(trained)
+
+
+def refuse_small_disk(output_dir: Path, weights: int, checkpoint: int, n_saves: int, limit: int | None) -> None:
+    """Raise UserError where the run's checkpoints will not fit on the disk beside what is there.
+
+    Args:
+        weights, checkpoint: bytes of what checkpoint-best holds, and of a checkpoint without its small files.
+        n_saves, limit: checkpoints that the whole run writes, and how many of them are kept (None for all).
+    """
+    checkpoint += SMALL_FILES
+    # Each checkpoint is whole before an old one is deleted, and so is checkpoint-best.
+    n_kept = min(n_saves, limit + 1) if limit else n_saves
+    n_new = max(n_kept - len(numbered_checkpoints(output_dir)), min(n_kept, 1))
+    needed = n_new * checkpoint + 2 * (weights + SMALL_FILES)
+    folder = existing_part(output_dir)
+    free = shutil.disk_usage(folder).free
+    said = f"{n_kept} checkpoint{'s' * (n_kept > 1)} of about {checkpoint / 2**30:.2f} GiB and checkpoint-best"
+    if free < needed:
+        raise UserError(
+            f"--output_dir {output_dir}: the run writes {said}, which takes {needed / 2**30:.2f} GiB more, and the "
+            f"disk at {mount_point(folder)} has {free / 2**30:.2f} GiB left; make room, or keep fewer: "
+            "--save_total_limit 1"
+        )
+    logger.info(f"disk: {said}, {free / 2**30:.1f} GiB are free")
 
 
 # ---------------------------------------------------------------- checkpoints that are whole

@@ -16,7 +16,17 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from checkpoints import BEST, UNFINISHED, delete_oldest, put_in_place, unfinished_folder, write_manifest
+from checkpoints import (
+    BEST,
+    UNFINISHED,
+    delete_oldest,
+    n_bytes,
+    optimizer_bytes,
+    put_in_place,
+    refuse_small_disk,
+    unfinished_folder,
+    write_manifest,
+)
 from errors import UserError, end_at_next_signal
 from model_loading import Lineage
 
@@ -299,6 +309,13 @@ class Run:
         self.started = time.monotonic()
 
     # ------------------------------------------------------------ checkpoints
+
+    def refuse_small_disk(self) -> None:
+        """Raise UserError where the checkpoints of the run will not fit on the disk, by an estimate of their size."""
+        args, policy, value = self.training_args, self.learners["policy"].weights, self.learners["value"].weights
+        n_saves = math.ceil(self.n_updates / args.save_steps) if args.save_strategy == "steps" else 1
+        checkpoint = n_bytes([*policy, *value]) + optimizer_bytes([*policy, *value], args)
+        refuse_small_disk(self.output_dir, n_bytes(policy), checkpoint, n_saves, args.save_total_limit)
 
     def save_policy(self, folder: Path) -> None:
         self.roles.model.save_pretrained(str(folder), selected_adapters=["default"])

@@ -33,6 +33,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,7 @@ from loguru import logger
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
-from checkpoints import BEST, find_checkpoint
+from checkpoints import BEST, find_checkpoint, no_other_run
 from errors import UserError, run_script
 from model_loading import (
     Lineage,
@@ -643,11 +644,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     for name, value in facts.items():
         logger.info(f"  {name:<{max(map(len, facts))}}  {value}")
 
+    run.refuse_small_disk()
     stop = StopSignal(accelerator)
     measure = partial(evaluate, roles, eval_rows, ppo_args, codec, stop, accelerator)
     is_quantized = model_args.load_in_4bit or model_args.load_in_8bit
     advice = partial(out_of_memory_advice, training_args, ppo_args.rollout_batch_size, is_quantized)
-    with one_line_for_bad_days(output_dir, advice):
+    alone = no_other_run(output_dir) if accelerator.is_main_process else nullcontext()
+    with one_line_for_bad_days(output_dir, advice), alone:
         try:
             if eval_rows and run.evaluation_is_due():
                 run.record_evaluation(measure(shown=state.global_step in (0, n_updates)))

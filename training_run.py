@@ -35,14 +35,17 @@ from checkpoints import (
     BEST,
     UNFINISHED,
     delete_oldest,
-    existing_part,
+    mount_point,
+    n_bytes,
     no_other_run,
     numbered_checkpoints,
+    optimizer_bytes,
     optimizer_settings,
     put_in_place,
     read_state,
     recorded_attributes,
     refuse_other_settings,
+    refuse_small_disk,
     write_manifest,
 )
 from errors import UserError, end_at_next_signal
@@ -53,8 +56,6 @@ if TYPE_CHECKING:
 # A loss has exploded that is four times the median of so many steps and three nats above it: where pairs are told
 # apart with a median near 0, a single one that is not costs more than two.
 RECENT_STEPS = 50
-# Tokenizer, configuration and states of a checkpoint, in bytes, beside its weights and optimizer.
-SMALL_FILES = 16 * 2**20
 # What a line of the log shows of an evaluation.
 EVALUATED = (
     *("loss", "perplexity", "token_accuracy", "bits_per_byte"),
@@ -188,42 +189,17 @@ def _steps(trainer: Trainer) -> tuple[int, int, int]:
 
 
 def check_disk(trainer: Trainer) -> None:
-    """Refuse a run whose checkpoints will not fit on the disk beside what is there, by an estimate of their size."""
-    output_dir = Path(trainer.args.output_dir)
-    weights, checkpoint = _estimated_bytes(trainer)
-    limit, n_saved = trainer.args.save_total_limit, _n_saves(trainer)
-    # Each checkpoint is whole before an old one is deleted, and so is checkpoint-best.
-    n_kept = min(n_saved, limit + 1) if limit else n_saved
-    n_new = max(n_kept - len(numbered_checkpoints(output_dir)), min(n_kept, 1))
-    needed = n_new * checkpoint + 2 * (weights + SMALL_FILES)
-    folder = existing_part(output_dir)
-    free = shutil.disk_usage(folder).free
-    said = f"{n_kept} checkpoints of about {checkpoint / 2**30:.2f} GiB and checkpoint-best"
-    if free < needed:
-        raise UserError(
-            f"--output_dir {output_dir}: the run writes {said}, which takes {needed / 2**30:.2f} GiB more, and the "
-            f"disk at {_mount_point(folder)} has {free / 2**30:.2f} GiB left; make room, or keep fewer: "
-            "--save_total_limit 1"
-        )
-    logger.info(f"disk: {said}, {free / 2**30:.1f} GiB are free")
+    """Refuse a run whose checkpoints will not fit on the disk, by an estimate of their size."""
+    args = trainer.args
+    refuse_small_disk(Path(args.output_dir), *_estimated_bytes(trainer), _n_saves(trainer), args.save_total_limit)
 
 
 def _estimated_bytes(trainer: Trainer) -> tuple[int, int]:
     """Of the weights that are saved, and of a checkpoint with the optimizer's states."""
-
-    def n_bytes(parameters: Iterator[torch.nn.Parameter], each: int | None = None) -> int:
-        return sum(getattr(p, "ds_numel", p.numel()) * (each or p.element_size()) for p in parameters)
-
-    model, args = trainer.model, trainer.args
+    model = trainer.model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = n_bytes(trained if hasattr(model, "peft_config") else model.parameters())
-    if args.deepspeed:
-        states = n_bytes(trained, 12)  # float32 weights and Adam's two moments
-    elif "8bit" in args.optim.value:
-        states = n_bytes(trained, 2)
-    else:
-        states = 0 if args.optim.value in ("adafactor", "sgd") else 2 * n_bytes(trained)
-    return weights, weights + states + SMALL_FILES
+    return weights, weights + optimizer_bytes(trained, trainer.args)
 
 
 def _n_saves(trainer: Trainer) -> int:
@@ -234,13 +210,6 @@ def _n_saves(trainer: Trainer) -> int:
     if interval < 1:
         interval = math.ceil(interval * steps)
     return math.ceil(steps / interval)
-
-
-def _mount_point(folder: Path) -> Path:
-    folder = folder.resolve()
-    while not folder.is_mount():
-        folder = folder.parent
-    return folder
 
 
 def is_finished(trainer: Trainer, checkpoint: str | None) -> bool:
@@ -764,7 +733,7 @@ def _disk_full_advice(output_dir: Path) -> str:
     whole = numbered_checkpoints(output_dir)
     last = f"the last complete checkpoint is {whole[0]}" if whole else "no checkpoint was complete yet"
     return (
-        f"no space left on the disk at {_mount_point(output_dir)} for --output_dir {output_dir}; {last}. Make room "
+        f"no space left on the disk at {mount_point(output_dir)} for --output_dir {output_dir}; {last}. Make room "
         "(--save_total_limit 1 keeps one checkpoint), then the same command with --resume_from_checkpoint True goes on"
     )
 

@@ -25,6 +25,7 @@ import ppo_run
 import ppo_training
 import reward_modeling
 import supervised_finetuning
+from checkpoints import no_other_run
 from errors import UserError
 from model_loading import load_reward_model, load_with_adapter, read_lineage, weights_fingerprint
 from ppo_math import InverseTransformSampler, draw_uniforms, episode_order
@@ -514,6 +515,23 @@ def test_reward_model_of_another_base_and_tokenizer(flags, tmp_path, monkeypatch
     assert all(text[-1] != tokenizer.pad_token_id for texts in read for text in texts)
 
 
+@pytest.mark.parametrize("flag", ["load_in_4bit", "load_in_8bit"])
+def test_quantized_base(flags, tmp_path, kept_roles, sft_adapter, flag):
+    """Adapters of a whole base on a quantized one: policy and reference are one at the start, and the policy learns."""
+    ppo_training.main(flags(**{flag: True}))
+    quantized = {type(module).__name__ for module in kept_roles[0].model.modules()}
+    assert {"load_in_4bit": "Linear4bit", "load_in_8bit": "Linear8bitLt"}[flag] in quantized
+    first, second = history(tmp_path / "out")
+    assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert first["policy/ratio"] != 1.0
+    assert second["objective/kl"] != pytest.approx(0.0, abs=1e-4)
+    start, trained = weights_of(sft_adapter), weights_of(tmp_path / "out/checkpoint-best")
+    assert trained.keys() == start.keys()
+    assert all(
+        tensor.dtype == torch.float32 and not torch.equal(tensor, start[name]) for name, tensor in trained.items()
+    )
+
+
 # ---------------------------------------------------------------- alarms
 
 
@@ -586,6 +604,41 @@ def test_out_of_memory_names_the_remedies_that_are_left(flags, monkeypatch):
         "--gradient_accumulation_steps 4 (now 4 and 2); --load_in_4bit True; a shorter --max_source_length or "
         "--response_length"
     )
+
+
+def test_too_small_a_disk_is_refused_before_the_first_reply(flags, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 40 * 2**20})
+    monkeypatch.setattr("checkpoints.shutil.disk_usage", lambda folder: usage)
+    message = r"the run writes 2 checkpoints of about 0\.02 GiB and checkpoint-best, .* has 0\.04 GiB left; make room"
+    with pytest.raises(UserError, match=message):
+        ppo_training.main(flags(save_steps=1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_estimated_size_of_a_checkpoint(flags, tmp_path, monkeypatch):
+    estimates = []
+    monkeypatch.setattr(ppo_run, "refuse_small_disk", lambda output_dir, *sizes: estimates.extend(sizes))
+    ppo_training.main(flags(max_steps=3, save_steps=2, save_total_limit=5))
+    weights = tmp_path / "out/checkpoint-best/adapter_model.safetensors"
+    last = tmp_path / "out/checkpoint-3"
+    states = [last / name for name in ("adapter_model.safetensors", "value_model.safetensors", "optimizer.pt")]
+    assert estimates[0] == pytest.approx(weights.stat().st_size, rel=0.1)
+    assert estimates[1] == pytest.approx(sum(file.stat().st_size for file in states), rel=0.1)
+    assert estimates[2:] == [2, 5]
+
+
+def test_no_second_run_may_write_in_the_folder(flags, tmp_path, monkeypatch):
+    collect = ppo_training.collect_rollout
+
+    def meet_another_run(*args, **options):
+        with pytest.raises(UserError, match="another run is writing in it"), no_other_run(tmp_path / "out"):
+            pass
+        return collect(*args, **options)
+
+    monkeypatch.setattr(ppo_training, "collect_rollout", meet_another_run)
+    ppo_training.main(flags(max_steps=1))
+    with no_other_run(tmp_path / "out"):
+        pass
 
 
 def measures_of(kl: list[float], surprise: float = 0.0) -> list[list[float]]:
