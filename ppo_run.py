@@ -429,16 +429,17 @@ class Run:
         state.global_step += 1
         state.seconds += seconds
         n_done = state.global_step - self.first
-        hours_left = (time.monotonic() - self.started) / 3600 / n_done * (self.n_updates - state.global_step)
+        seconds_left = (time.monotonic() - self.started) / n_done * (self.n_updates - state.global_step)
+        left = f"{seconds_left / 3600:.1f} hours" if seconds_left >= 3600 else f"{seconds_left / 60:.0f} minutes"
         episodes = {"episodes": state.global_step * self.per_update, "episodes_per_second": self.per_update / seconds}
         metrics = metrics | episodes
         is_first = state.global_step == 1 and args.logging_first_step
         if is_first or state.global_step % int(args.logging_steps) == 0 or state.global_step == self.n_updates:
             state.log_history.append({"step": state.global_step} | metrics)
             self.accelerator.log(metrics, step=state.global_step)
-            log_update(metrics, state, self.n_updates, f"  {hours_left:.1f} h left" if n_done > 3 else "")
+            log_update(metrics, state, self.n_updates, f"  {left} left" if n_done > 3 else "")
         if n_done == 3:
-            logger.info(f"about {hours_left:.1f} hours left, at the speed of the first three updates")
+            logger.info(f"about {left} left, at the speed of the first three updates")
 
     def write_results(self) -> dict[str, float]:
         """The files of a run that is done; returns what was measured of checkpoint-best."""

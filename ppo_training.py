@@ -149,7 +149,9 @@ class PPOArguments:
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over the replies of an update."})
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in a pass."})
     cliprange: float = field(default=0.2, metadata={"help": "Clip of the probability ratio."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "Clip of a value's change."})
+    cliprange_value: float = field(
+        default=0.2, metadata={"help": "Clip of a value's change, in standard deviations of the returns."}
+    )
     vf_coef: float = field(default=0.1, metadata={"help": "Factor of the value loss."})
     gamma: float = field(default=1.0, metadata={"help": "Discount of later rewards."})
     lam: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
@@ -399,6 +401,13 @@ def ppo_update(
     advantages, returns = advantages_and_returns(rewards, rollout.values, mask, ppo_args.gamma, ppo_args.lam)
     # Detail: whitened after the returns are made of them, over all replies of the update.
     advantages = masked_whiten(advantages, mask, sum_over_processes=sum_over_processes)
+    error = (returns - rollout.values) * mask
+    moments = [mask.sum(), (returns * mask).sum(), (returns**2 * mask).sum(), error.sum(), (error**2).sum(), kl.sum()]
+    n_all, *moments = sum_over_processes(torch.stack([moment.double() for moment in moments])).tolist()
+    r1, r2, e1, e2, kl_mean = (moment / n_all for moment in moments)
+    # Detail: the value's clip counts in standard deviations of the returns, or a reward model of large scores would
+    # hold the value where it is.
+    cliprange_value = ppo_args.cliprange_value * math.sqrt(max(r2 - r1**2, 0.0))
 
     sums = torch.zeros(7, dtype=torch.float64, device=rollout.ids.device)
     norms: dict[str, list[float]] = {role: [] for role in learners}
@@ -419,7 +428,7 @@ def ppo_update(
                 learners["policy"].backward((losses * part.mask).sum() / n_tokens)
                 roles.act_as("value", trained=True)
                 values = learners["value"](roles.values, *text)
-                errors, held = value_losses(values, part.values, wanted, ppo_args.cliprange_value)
+                errors, held = value_losses(values, part.values, wanted, cliprange_value)
                 learners["value"].backward(ppo_args.vf_coef * (errors * part.mask).sum() / n_tokens)
                 with torch.no_grad():
                     log_ratio = logps - part.policy_logps
@@ -445,10 +454,6 @@ def ppo_update(
 
     total = sum_over_processes(sums)
     means = (total[:6] / total[6]).tolist()
-    error = (returns - rollout.values) * mask
-    moments = [mask.sum(), (returns * mask).sum(), (returns**2 * mask).sum(), error.sum(), (error**2).sum(), kl.sum()]
-    n_tokens, *moments = sum_over_processes(torch.stack([moment.double() for moment in moments])).tolist()
-    r1, r2, e1, e2, kl_mean = (moment / n_tokens for moment in moments)
     names = ("policy/loss", "policy/clip_frac", "policy/approx_kl", "policy/ratio", "value/loss", "value/clip_frac")
     return {
         **dict(zip(names, means, strict=True)),

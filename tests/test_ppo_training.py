@@ -305,6 +305,28 @@ def test_first_step_starts_at_ratio_one(flags, tmp_path, kept_roles, sft_adapter
         assert not torch.equal(state[f"{stem}.value.{kind}"], state[f"{stem}.reward.{kind}"])
 
 
+def test_value_clip_counts_in_deviations_of_the_returns(flags, monkeypatch):
+    """A reward model of ten times the scores lets the value move ten times as far."""
+    clips, deviations = set(), set()
+    losses, returns_of = ppo_training.value_losses, ppo_training.advantages_and_returns
+
+    def note_clip(values, old_values, returns, cliprange_value):
+        clips.add(cliprange_value)
+        return losses(values, old_values, returns, cliprange_value)
+
+    def note_returns(rewards, values, mask, *args):
+        advantages, returns = returns_of(rewards, values, mask, *args)
+        deviations.add(returns[mask].double().std(correction=0).item())
+        return advantages, returns
+
+    monkeypatch.setattr(ppo_training, "value_losses", note_clip)
+    monkeypatch.setattr(ppo_training, "advantages_and_returns", note_returns)
+    ppo_training.main(flags(max_steps=1, cliprange_value=0.3))
+    (clip,), (deviation,) = clips, deviations
+    assert clip == pytest.approx(0.3 * deviation, rel=1e-4)
+    assert clip > 0
+
+
 def test_checkpointing_and_micro_batches_change_nothing(flags, tmp_path):
     runs = {
         "whole": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
