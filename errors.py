@@ -12,6 +12,8 @@ from typing import NoReturn
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # Signals so close are one: a batch system sends it to the launcher and to its processes, and the launcher hands it on.
 SECONDS_OF_ONE_SIGNAL = 2
+# After which another process than the first says what went wrong: the first has met no error.
+SECONDS_FOR_THE_FIRST = 15
 # Training names its own remedies.
 WHERE_NOTHING_TRAINS = (
     "the weights alone do not fit: --load_in_4bit True, or a smaller model; nvidia-smi says what else holds memory"
@@ -42,9 +44,12 @@ def _exit_code(main: Callable[[], object]) -> int:
     try:
         main()
     except UserError as error:
-        # Under torchrun every process meets the same error: one of them says it.
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # Under torchrun every process meets the same error. The first of them says it, and its end ends the others;
+        # an end of theirs would end the first before it has.
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(SECONDS_FOR_THE_FIRST)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -29,13 +29,18 @@ def test_a_mistake_is_one_line_and_2(capsys):
     ("rank", "line", "code", "said"),
     [
         ("0", "raise UserError('--flag 1: give 2')", 2, "error: --flag 1: give 2\n"),
-        ("1", "raise UserError('--flag 1: give 2')", 2, ""),
+        (
+            "1",
+            "errors.SECONDS_FOR_THE_FIRST = 0.1; raise UserError('--flag 1: give 2')",
+            2,
+            "error: --flag 1: give 2\n",
+        ),
         ("1", "sys.exit(143)", 143, ""),
         ("1", "atexit.register(sys.stderr.write, 'last')", 0, "last"),
     ],
 )
 def test_one_of_several_processes_ends_without_the_interpreters_shutdown(rank, line, code, said):
-    script = f"import atexit, sys\nfrom errors import UserError, run_script\ndef main():\n    {line}\n"
+    script = f"import atexit, sys\nimport errors\nfrom errors import UserError, run_script\ndef main():\n    {line}\n"
     script += "class Abort:\n    __del__ = lambda self: sys.stderr.write('shut down')\n"
     script += "kept = Abort()\nrun_script(main)\n"
     command, environment = [sys.executable, "-c", script], os.environ | {"LOCAL_RANK": rank}

@@ -57,6 +57,20 @@ def test_a_signal_reaches_all_processes_and_is_the_exit_code(tmp_path, number, c
     assert "Traceback" not in log
 
 
+@pytest.mark.parametrize("slow", ["0", "1"])
+def test_a_mistake_that_all_processes_meet_is_said_once_whoever_is_first(tmp_path, slow):
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import os, time\nfrom errors import UserError, run_script\ndef main():\n"
+        f"    time.sleep(2 if os.environ['LOCAL_RANK'] == '{slow}' else 0)\n"
+        "    raise UserError('--flag 1: give 2')\nrun_script(main)\n"
+    )
+    launcher = start(script)
+    log = launcher.communicate(timeout=120)[1]
+    assert launcher.returncode == 2, log
+    assert log.count("error: --flag 1: give 2\n") == 1
+
+
 def test_a_launcher_that_is_killed_leaves_no_process_that_writes_on(tmp_path):
     script = tmp_path / "follows.py"
     script.write_text(FOLLOWS)
