@@ -430,7 +430,7 @@ class Run:
         state.seconds += seconds
         n_done = state.global_step - self.first
         seconds_left = (time.monotonic() - self.started) / n_done * (self.n_updates - state.global_step)
-        left = f"{seconds_left / 3600:.1f} hours" if seconds_left >= 3600 else f"{seconds_left / 60:.0f} minutes"
+        left = f"{seconds_left / 3600:.1f} h" if seconds_left >= 3600 else f"{seconds_left / 60:.1f} min"
         episodes = {"episodes": state.global_step * self.per_update, "episodes_per_second": self.per_update / seconds}
         metrics = metrics | episodes
         is_first = state.global_step == 1 and args.logging_first_step
