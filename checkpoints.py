@@ -253,7 +253,7 @@ def refuse_small_disk(output_dir: Path, weights: int, checkpoint: int, n_saves: 
     needed = n_new * checkpoint + 2 * (weights + SMALL_FILES)
     folder = existing_part(output_dir)
     free = shutil.disk_usage(folder).free
-    said = f"{n_kept} checkpoint{'s' * (n_kept > 1)} of about {checkpoint / 2**30:.2f} GiB and checkpoint-best"
+    said = f"{n_kept} checkpoint{'s' * (n_kept != 1)} of about {checkpoint / 2**30:.2f} GiB and checkpoint-best"
     if free < needed:
         raise UserError(
             f"--output_dir {output_dir}: the run writes {said}, which takes {needed / 2**30:.2f} GiB more, and the "
