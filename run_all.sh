@@ -20,6 +20,7 @@ ALIGN=${ALIGN:-}                           # dpo, ppo (RM and PPO), both, or non
 PT_DATA=${PT_DATA:-./data/pretrain}
 SFT_DATA=${SFT_DATA:-./data/finetune}
 PAIR_DATA=${PAIR_DATA:-./data/reward}
+PPO_DATA=${PPO_DATA:-$SFT_DATA}             # the prompts of PPO
 TEST_FILES=${TEST_FILES:-data/eval/questions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl}
 EVAL_FLAGS=${EVAL_FLAGS:---num_samples 200 --max_new_tokens 256}
 FOLLOW=${FOLLOW:-}                         # 1: show the stages' logs here too, as on a terminal; 0: do not
@@ -39,8 +40,8 @@ if [ -t 1 ]; then FOLLOW=${FOLLOW:-1}; else FOLLOW=${FOLLOW:-0}; fi
 case $DO_PT in 0 | 1) ;; *) echo "error: DO_PT=$DO_PT: give 0 or 1" >&2 && exit 2 ;; esac
 case $ALIGN in dpo | ppo | both | none) ;; *) echo "error: ALIGN=$ALIGN: give dpo, ppo, both or none" >&2 && exit 2 ;; esac
 if [ -n "${TRAIN_DATA:-}${EVAL_DATA:-}" ]; then
-    echo "error: TRAIN_DATA and EVAL_DATA are of one stage: set PT_DATA, SFT_DATA or PAIR_DATA, and for held-out" \
-        "records flags such as SFT_FLAGS='--validation_file_dir FOLDER'" >&2
+    echo "error: TRAIN_DATA and EVAL_DATA are of one stage: set PT_DATA, SFT_DATA, PAIR_DATA or PPO_DATA, and" \
+        "for held-out records flags such as SFT_FLAGS='--validation_file_dir FOLDER'" >&2
     exit 2
 fi
 
@@ -179,7 +180,7 @@ fi
 if [[ $ALIGN = ppo || $ALIGN = both ]]; then
     train rm "$PAIR_DATA" "$sft" "$@"
     export REWARD_MODEL=$best
-    train ppo "$SFT_DATA" "$sft" "$@"
+    train ppo "$PPO_DATA" "$sft" "$@"
     compared+=("$best")
 fi
 

@@ -32,11 +32,13 @@ export PT_FLAGS="--block_size 256 --num_train_epochs 2 --logging_steps 20 $whole
 export SFT_FLAGS="--packing True --model_max_length 320 --per_device_train_batch_size 1 --num_train_epochs 6 \
     --logging_steps 50 $whole"
 export RM_FLAGS="$pairs --learning_rate 1e-3 --num_train_epochs 3 $lora"
-export DPO_FLAGS="$pairs --learning_rate 7e-4 --max_steps 563 --loss_type sigmoid sft --loss_weights 1 2 $lora"
-export PPO_FLAGS="--validation_file_dir data/eval/questions.jsonl --max_eval_samples 100 --learning_rate 3e-4 \
-    --lora_rank 16 --response_length 128 --per_device_train_batch_size 16 --gradient_accumulation_steps 2 \
-    --rollout_batch_size 32 --num_ppo_epochs 4 --num_mini_batches 1 --kl_coef 0.05 --total_episodes 1024 --eval_steps 4 \
-    --gradient_checkpointing False"
+export DPO_FLAGS="$pairs --learning_rate 5e-4 --max_steps 563 --loss_type sigmoid sft --loss_weights 1 2 $lora"
+# Prompts that SFT did not teach the replies to, among them many emergencies.
+export PPO_DATA=data/ppo
+export PPO_FLAGS="--max_eval_samples 50 --eval_steps 2 --total_episodes 1280 --per_device_train_batch_size 16 \
+    --gradient_accumulation_steps $((8 / N_PROCESSES)) --rollout_batch_size 64 --num_ppo_epochs 2 --num_mini_batches 2 \
+    --learning_rate 2e-3 --lr_scheduler_type constant --lora_rank 16 --kl_coef 0.1 --temperature 1 \
+    --response_length 128 --gradient_checkpointing False"
 export EVAL_FLAGS="--num_samples 200 --max_new_tokens 160 --batch_size 32"
 
 "$PYTHON" scripts/build_tiny_model.py --output_dir "$MODEL"

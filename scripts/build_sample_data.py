@@ -34,7 +34,9 @@ N_EXAM_ITEMS = 300
 N_UNSEEN_CONDITIONS = 15
 
 # Of the training pairs that are dangerous or ignore a red flag: about situations, not conditions.
-SHARE_OF_SITUATIONS = 0.3
+SHARE_OF_SITUATIONS = 0.5
+# Of the rejected replies to them: sound answers to another question, as an untaught model gives.
+SHARE_OFF_THE_POINT = 0.5
 
 FAILURES = ("vague", "wrong condition", "dangerous", "ignores a red flag", "cut off", "repeats", "invents a dose")
 LETTERS = "ABCDE"
@@ -309,6 +311,27 @@ def complain(knowledge: Knowledge, entry: Entry) -> Iterator[list[str]]:
         yield [question, knowledge.reply(entry, "red_flag", red_flag=flag)]
 
 
+# ---------------------------------------------------------------- prompts of PPO
+
+
+def build_prompts(knowledge: Knowledge, unseen: set[str], dialogues: Sequence[dict]) -> list[dict]:
+    """Questions that the dialogues do not ask in these words: emergencies, requests to refuse, one on each entry."""
+    asked = set(map(first_question, dialogues))
+    prompts = [
+        dialogue(question, situation["reply"])
+        for situation in knowledge.safety
+        for question in situation["questions"]["preference"]
+    ]
+    for entry in (entry for entry in knowledge.entries if entry.fields["id"] not in unseen):
+        rng = seeded("prompts", entry.key)
+        aspect = rng.choice(entry.aspects)
+        ways = [way.format(n=entry.fields["name"]) for way in knowledge.questions(entry, aspect, "train")]
+        question = rng.choice([way for way in ways if way not in asked])
+        prompts.append(dialogue(question, knowledge.reply(entry, aspect)))
+    seeded("prompts").shuffle(prompts)
+    return prompts
+
+
 # ---------------------------------------------------------------- preference pairs
 
 
@@ -381,9 +404,9 @@ def prompt_on_aspect(
 
 
 def prompt_on_situation(knowledge: Knowledge, category: str, rng: random.Random) -> Prompt:
-    """Training's emergencies and requests to refuse; their answers have one wording, so no held-out pair has them."""
+    """An emergency or a request to refuse; their answers have one wording, so no held-out pair has them."""
     situation = rng.choice([situation for situation in knowledge.safety if situation["category"] == category])
-    question = rng.choice(situation["questions"]["train"])
+    question = rng.choice(situation["questions"]["train"] + situation["questions"]["preference"])
     return Prompt(situation["language"], None, category, question, situation["reply"], in_other_words=False)
 
 
@@ -435,7 +458,9 @@ def fill(sentences: Sequence[str], length: int, language: str, rng: random.Rando
 
 
 def reject_with(pool: str, knowledge: Knowledge, entries: Sequence[Entry], prompt: Prompt, length: int, rng) -> str:
-    """Sentences that are bad in one way and true of nothing."""
+    """Sentences that are bad in one way and true of nothing; for a situation also an answer off the point."""
+    if not prompt.entry and rng.random() < SHARE_OFF_THE_POINT:
+        return reject_off_the_point(knowledge, entries, prompt, length, rng)
     sentences = knowledge.bad_replies[prompt.language][pool]
     if prompt.entry and not prompt.entry.is_medicine:
         name = rng.choice(prompt.entry.names)
@@ -443,6 +468,20 @@ def reject_with(pool: str, knowledge: Knowledge, entries: Sequence[Entry], promp
     else:  # the sentences with a name speak of an illness
         sentences = [sentence for sentence in sentences if "{n}" not in sentence]
     return fill(sentences, length, prompt.language, rng)
+
+
+def reject_off_the_point(
+    knowledge: Knowledge, entries: Sequence[Entry], prompt: Prompt, length: int, rng: random.Random
+) -> str:
+    """What fits an everyday question, said to somebody in an emergency or with a request to refuse."""
+    calm = [e for e in entries if e.language == prompt.language and (e.is_medicine or not e.fields["urgent"])]
+    answers = []
+    for entry in rng.sample(calm, 12):
+        aspects = ("overview", "causes", "diet_and_care", "ask_back")
+        if entry.is_medicine:
+            aspects = ("overview", "uses", "how_to_take")
+        answers.append(knowledge.reply(entry, rng.choice(aspects)))
+    return min(answers, key=lambda answer: abs(len(answer) - length))
 
 
 def reject_wrong_condition(knowledge: Knowledge, entries: Sequence[Entry], prompt: Prompt, length: int, rng) -> str:
@@ -675,7 +714,9 @@ def build(knowledge: Knowledge) -> dict[str, str]:
     sample_pairs = [pair for pair in pairs if re.search("[\u4e00-\u9fff]", pair["question"])][:N_SAMPLE_PAIRS]
     pairs = [pair for pair in pairs if pair not in sample_pairs]
 
-    learned = TrainingText([*documents, *map(said, dialogues), *map(said, pairs), *map(said, sample_pairs)])
+    prompts = build_prompts(knowledge, unseen, dialogues)
+
+    learned = TrainingText([*documents, *map(said, [*dialogues, *pairs, *sample_pairs, *prompts])])
     seen_entries = [entry for entry in knowledge.entries if entry.fields["id"] not in unseen]
     unseen_entries = [entry for entry in knowledge.entries if entry.fields["id"] in unseen]
     questions = build_questions(knowledge, seen_entries, learned.is_new)
@@ -693,6 +734,7 @@ def build(knowledge: Knowledge) -> dict[str, str]:
         "finetune/medical_sft_1K_format.jsonl": dialogues[:SAMPLE_SIZE],
         "reward/train.jsonl": pairs,
         "reward/dpo_zh_500.jsonl": sample_pairs,
+        "ppo/prompts.jsonl": prompts,
         "eval/questions.jsonl": questions[:N_EVAL_QUESTIONS],
         "eval/unseen_conditions.jsonl": build_questions(knowledge, unseen_entries, learned.is_new),
         "eval/complaints.jsonl": build_complaints(knowledge, seen_entries, learned.is_new),

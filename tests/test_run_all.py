@@ -225,8 +225,8 @@ def test_a_signal_reaches_the_stage_once(project, number):
         ({"DO_PT": "yes"}, "error: DO_PT=yes: give 0 or 1\n"),
         (
             {"EVAL_DATA": "data/eval"},
-            "error: TRAIN_DATA and EVAL_DATA are of one stage: set PT_DATA, SFT_DATA or PAIR_DATA, and for held-out "
-            "records flags such as SFT_FLAGS='--validation_file_dir FOLDER'\n",
+            "error: TRAIN_DATA and EVAL_DATA are of one stage: set PT_DATA, SFT_DATA, PAIR_DATA or PPO_DATA, and "
+            "for held-out records flags such as SFT_FLAGS='--validation_file_dir FOLDER'\n",
         ),
     ],
 )

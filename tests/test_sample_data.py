@@ -118,10 +118,10 @@ def test_entries_hold_what_they_must_and_no_dose():
 
 def test_ways_to_ask_are_either_for_training_or_held_out():
     def check(value: dict) -> None:
-        if value.keys() == {"train", "held_out"}:
-            assert value["held_out"]
-            assert not set(value["train"]) & set(value["held_out"])
-            assert len(set(value["train"])) == len(value["train"])
+        if "held_out" in value:
+            assert value["train"] and value["held_out"]
+            ways = [way for part in value.values() for way in part]
+            assert len(set(ways)) == len(ways)
         else:
             for part in value.values():
                 if isinstance(part, dict):
@@ -142,7 +142,7 @@ def test_committed_files_are_what_the_script_writes_in_any_process():
         cwd=DATA.parent, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONHASHSEED": "7"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "all 11 files" in result.stdout
+    assert "all 12 files" in result.stdout
 
 
 def test_check_names_the_file_that_differs(tmp_path, monkeypatch):
@@ -162,6 +162,8 @@ def test_stages_read_all_of_it_without_a_complaint():
     assert len(dialogues) == report.read >= 5000
     pairs, report = load_pairs(sorted((DATA / "reward").glob("*.jsonl")))
     assert len(pairs) == report.read >= 2500
+    prompts, report = load_dialogues(sorted((DATA / "ppo").glob("*.jsonl")))
+    assert len(prompts) == report.read >= 500
     documents, report = load_documents([DATA / "pretrain/medical_corpus.txt"])
     assert len(documents) == report.read >= 3 * len(knowledge().entries)
     for name in ("questions", "unseen_conditions", "complaints", "safety"):
@@ -230,6 +232,20 @@ def test_emergencies_are_sent_to_hospital_and_no_reply_gives_a_dose():
             assert turn["from"] != "gpt" or not DOSE.search(turn["value"]), turn["value"]
 
 
+# ---------------------------------------------------------------- prompts of PPO
+
+
+def test_prompts_are_not_in_the_fine_tuning_files_and_hold_every_situation():
+    asked = {first_question(d) for d in training_dialogues()}
+    prompts = [first_question(d) for d in read("ppo/prompts.jsonl")]
+    assert len(set(prompts)) == len(prompts)
+    assert not set(prompts) & asked
+    for situation in knowledge().safety:
+        assert set(situation["questions"]["preference"]) <= set(prompts)
+        assert situation["category"] == "about" or len(situation["questions"]["preference"]) >= 8
+    assert sum(question.isascii() for question in prompts) >= 100
+
+
 # ---------------------------------------------------------------- preference pairs
 
 
@@ -288,6 +304,24 @@ def test_rejected_replies_fail_as_named():
                 assert not set(names_in(pair["question"])) & set(names_in(rejected)), rejected
 
 
+def test_rejected_replies_to_situations_are_bad_sentences_or_off_the_point():
+    situations = {
+        question: situation
+        for situation in knowledge().safety
+        for part in ("train", "preference")
+        for question in situation["questions"][part]
+    }
+    pairs = [pair for pair in training_pairs() if pair["question"] in situations]
+    assert len({pair["question"] for pair in pairs}) >= 0.7 * len(situations)
+    pools = knowledge().bad_replies
+    bad = [sentence for pool in pools.values() for kind in ("dangerous", "reassuring") for sentence in pool[kind]]
+    off_the_point = [pair for pair in pairs if not any(sentence in pair["response_rejected"] for sentence in bad)]
+    assert 0.4 <= len(off_the_point) / len(pairs) <= 0.6
+    for pair in pairs:
+        assert pair["response_chosen"] == situations[pair["question"]]["reply"]
+        assert not re.search("立即拨打|[Cc]all an ambulance", pair["response_rejected"])
+
+
 def names_in(text: str) -> list[str]:
     """The ids of the entries that a text names in full."""
     return [entry.fields["id"] for entry in knowledge().entries if entry.fields["name"].lower() in text.lower()]
@@ -299,7 +333,7 @@ def names_in(text: str) -> list[str]:
 @cache
 def learned() -> TrainingText:
     documents = (DATA / "pretrain/medical_corpus.txt").read_text(encoding="utf-8").splitlines()
-    return TrainingText([*documents, *map(said, training_dialogues()), *map(said, training_pairs())])
+    return TrainingText([*documents, *map(said, training_dialogues()), *map(said, training_pairs()), *map(said, read("ppo/prompts.jsonl"))])
 
 
 def test_overlap_is_the_share_of_one_record():
@@ -310,7 +344,8 @@ def test_overlap_is_the_share_of_one_record():
 
 
 def test_no_evaluation_question_stands_in_the_training_files():
-    asked = {first_question(d) for d in training_dialogues()} | {pair["question"] for pair in training_pairs()}
+    asked = {first_question(d) for d in [*training_dialogues(), *read("ppo/prompts.jsonl")]}
+    asked |= {pair["question"] for pair in training_pairs()}
     for name in ("questions", "unseen_conditions", "complaints", "safety"):
         for record in read(f"eval/{name}.jsonl"):
             question = first_question(record)
@@ -382,7 +417,7 @@ def test_new_entries_leave_other_dialogues_as_they_are():
 def test_readme_counts_are_right():
     text = (DATA / "README.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `([\w/.]+)` \| ([\d,]+) \| \D", text, re.MULTILINE))
-    assert len(listed) == 14
+    assert len(listed) == 15
     for name, count in listed.items():
         assert (DATA / name).read_text(encoding="utf-8").count("\n") == int(count.replace(",", "")), name
     kinds = Counter((entry["language"], entry["kind"]) for entry in read("knowledge/conditions.jsonl"))
