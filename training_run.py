@@ -560,7 +560,10 @@ class BadSteps(TrainerCallback):
                 f"{line}; {self.in_a_row} bad step(s) in a row (--max_bad_steps {self.most}): look at these records, "
                 "and if they are sound lower --learning_rate or raise --warmup_ratio"
             )
-        logger.warning(f"{line}; bad step {self.in_a_row} in a row" + (", left out" if is_left_out else ""))
+        if worst == 1 and self.in_a_row == 1:  # rare records do that too; it is nothing to be alarmed by yet
+            logger.info(f"{line}; a hard batch, unless the next steps are as bad")
+        else:
+            logger.warning(f"{line}; bad step {self.in_a_row} in a row" + (", left out" if is_left_out else ""))
         if is_left_out and not args.fp16:
             for parameter in model.parameters():
                 parameter.grad = None

@@ -124,10 +124,15 @@ def test_a_loss_explodes_by_factor_and_by_nats(arguments, capfd, usual, loss, is
     trainer = SimpleNamespace(training_step=lambda model, inputs: inputs["loss"], _get_learning_rate=lambda: 1e-3)
     bad_steps = BadSteps(trainer, 3, AdapterMovementCheck())
     model, state = TwoMatrices(1.0), SimpleNamespace(global_step=0)
-    for value in [usual] * (RECENT_STEPS // 2) + [loss]:
+    for value in [usual] * (RECENT_STEPS // 2) + [loss, loss]:
         bad_steps.on_step_begin(arguments(), state, None)
         trainer.training_step(model, {"loss": torch.tensor(value), "sources": ["d.jsonl:1"]})
         bad_steps.on_pre_optimizer_step(arguments(), state, None, model=model)
-    assert bad_steps.in_a_row == is_bad
-    line = f"step 1: the loss is {loss:.4f} after a median of {usual:.4f} at learning rate 1.00e-03 on d.jsonl:1"
-    assert (line in capfd.readouterr().err) == is_bad
+    assert bad_steps.in_a_row == 2 * is_bad
+    what = f"step 1: the loss is {loss:.4f} after a median of {usual:.4f} at learning rate 1.00e-03 on d.jsonl:1"
+    said = [line.split(" | ", 1)[1] for line in capfd.readouterr().err.splitlines() if "after a median" in line]
+    lines = [
+        f"INFO    | {what}; a hard batch, unless the next steps are as bad",
+        f"WARNING | {what}; bad step 2 in a row",
+    ]
+    assert said == lines * is_bad
