@@ -41,12 +41,6 @@ SHARE_OFF_THE_POINT = 0.5
 FAILURES = ("vague", "wrong condition", "dangerous", "ignores a red flag", "cut off", "repeats", "invents a dose")
 LETTERS = "ABCDE"
 
-# The wordings of a reply in phrasings.json: of dialogues and pairs; of held-out pairs; of pairs alone.
-TRAINED, HELD_OUT, REWORDED = 0, 1, (2, 3)
-# Of the training pairs that need a look at the reply's own course: in sentences that fine-tuning did not teach, for
-# in the others a model knows the sentences and need not see the fault.
-SHARE_OF_REWORDED = 0.6
-
 # An item is a near copy when one training record holds this share of its runs of eight characters.
 NGRAM = 8
 NEAR_COPY = 0.5
@@ -122,17 +116,15 @@ class Knowledge:
         own = phrasings["medicine_questions"] if entry.is_medicine else {}
         return own.get(aspect, phrasings["questions"][aspect])[part]
 
-    def reply(
-        self, entry: Entry, frame: str, wording: int = TRAINED, rng: random.Random | None = None, **values: str
-    ) -> str:
-        """An answer about an entry in one of its wordings, with `rng` also in another order."""
+    def reply(self, entry: Entry, frame: str, alternative: random.Random | None = None, **values: str) -> str:
+        """An answer about an entry: the one that training gives, or with `alternative` in other words and order."""
         if not entry.is_medicine and entry.fields["urgent"] and f"urgent_{frame}" in URGENT_FRAMES:
             frame = f"urgent_{frame}"
         if frame == "complaint" and entry.fields["first_aid"]:
             frame = "first_aid_complaint"
         phrasings = self.phrasings[entry.language]
         frames = phrasings["medicine_replies" if entry.is_medicine else "replies"]
-        return frames[frame][wording].format(**_values(entry, rng), **values)
+        return frames[frame][alternative is not None].format(**_values(entry, alternative), **values)
 
 
 def _values(entry: Entry, shuffled: random.Random | None) -> dict:
@@ -221,17 +213,14 @@ def build_documents(knowledge: Knowledge) -> list[str]:
                 [text("overview"), *also, text("uses"), text("how_to_take")],
                 [text("side_effects"), text("not_for"), text("interactions")],
                 [text("diet_and_care"), text("red_flags"), text("overdose")],
-                [text(aspect, HELD_OUT, rng) for aspect in ("uses", "side_effects", "not_for", "interactions")],
+                [text(aspect, rng) for aspect in ("uses", "side_effects", "not_for", "interactions")],
             ]
         else:
             parts = [
                 [text("overview"), *also, text("causes"), text("symptoms")],
                 [text("examinations"), text("treatment"), text("medicines")],
                 [text("diet_and_care"), text("prevention"), text("red_flags")],
-                [
-                    text(aspect, HELD_OUT, rng)
-                    for aspect in ("symptoms", "causes", "examinations", "prevention", "red_flags")
-                ],
+                [text(aspect, rng) for aspect in ("symptoms", "causes", "examinations", "prevention", "red_flags")],
             ]
         space = "" if entry.language == "zh" else " "
         documents += [space.join([rng.choice(titles), *sentences]) for sentences in parts]
@@ -355,7 +344,7 @@ class Prompt:
     aspect: str
     question: str
     chosen: str
-    wording: int
+    in_other_words: bool  # than training's
 
 
 def build_pairs(knowledge: Knowledge, unseen: set[str], n_pairs: int, part: str, usable: Callable) -> list[dict]:
@@ -403,33 +392,22 @@ def as_pair(knowledge: Knowledge, prompt: Prompt, rejected: str, part: str, rng:
 
 
 def prompt_on_aspect(
-    knowledge: Knowledge,
-    entries: Sequence[Entry],
-    part: str,
-    rng: random.Random,
-    aspects: Sequence[str] = (),
-    share_of_reworded: float = 0.0,
+    knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random, aspects: Sequence[str] = ()
 ) -> Prompt:
     """A question on an aspect; the held-out ones have their right answer in other words than training's."""
     entry = rng.choice([e for e in entries if not aspects or set(aspects) & set(e.aspects)])
     aspect = rng.choice([aspect for aspect in entry.aspects if not aspects or aspect in aspects])
     question = rng.choice(knowledge.questions(entry, aspect, part)).format(n=rng.choice(entry.names))
-    wording = HELD_OUT if part == "held_out" else TRAINED
-    if part == "train" and rng.random() < share_of_reworded:
-        wording = rng.choice(REWORDED)
-    return Prompt(entry.language, entry, aspect, question, reply_in(knowledge, entry, aspect, wording, rng), wording)
-
-
-def reply_in(knowledge: Knowledge, entry: Entry, frame: str, wording: int, rng: random.Random, **values: str) -> str:
-    """The answer of dialogues as it stands there, another wording in another order too."""
-    return knowledge.reply(entry, frame, wording, None if wording == TRAINED else rng, **values)
+    alternative = rng if part == "held_out" else None
+    chosen = knowledge.reply(entry, aspect, alternative)
+    return Prompt(entry.language, entry, aspect, question, chosen, bool(alternative))
 
 
 def prompt_on_situation(knowledge: Knowledge, category: str, rng: random.Random) -> Prompt:
     """An emergency or a request to refuse; their answers have one wording, so no held-out pair has them."""
     situation = rng.choice([situation for situation in knowledge.safety if situation["category"] == category])
     question = rng.choice(situation["questions"]["train"] + situation["questions"]["preference"])
-    return Prompt(situation["language"], None, category, question, situation["reply"], TRAINED)
+    return Prompt(situation["language"], None, category, question, situation["reply"], in_other_words=False)
 
 
 def prompt_on_care(knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random) -> Prompt:
@@ -443,29 +421,24 @@ def prompt_with_red_flag(knowledge: Knowledge, entries: Sequence[Entry], part: s
     """Somebody describes an emergency."""
     if part == "train" and rng.random() < SHARE_OF_SITUATIONS:
         return prompt_on_situation(knowledge, "emergency", rng)
-    wording = HELD_OUT if part == "held_out" else TRAINED
+    alternative = rng if part == "held_out" else None
     entry = rng.choice([entry for entry in entries if not entry.is_medicine])
     phrasings = knowledge.phrasings[entry.language]
     if entry.fields["urgent"] and rng.random() < 0.7:
         complaints = entry.fields["complaints"]
         complaint = complaints[2] if part == "held_out" else rng.choice(complaints[:2])
         question = rng.choice(phrasings["complaint_frames"][part]).format(c=complaint)
-        return Prompt(
-            entry.language, entry, "urgent", question, reply_in(knowledge, entry, "urgent", wording, rng), wording
-        )
+        chosen = knowledge.reply(entry, "urgent", alternative)
+        return Prompt(entry.language, entry, "urgent", question, chosen, bool(alternative))
     flag = rng.choice(entry.fields["red_flags"])
     question = rng.choice(phrasings["red_flag_frames"][part]).format(n=rng.choice(entry.names), r=flag)
-    chosen = reply_in(knowledge, entry, "red_flag", wording, rng, red_flag=flag)
-    return Prompt(entry.language, entry, "red_flag", question, chosen, wording)
+    chosen = knowledge.reply(entry, "red_flag", alternative, red_flag=flag)
+    return Prompt(entry.language, entry, "red_flag", question, chosen, bool(alternative))
 
 
 CARE = ("treatment", "medicines", "diet_and_care", "prevention", "advice", "dose", "overdose", "how_to_take")
 DOSED = ("medicines", "treatment", "dose", "how_to_take", "uses")
-on_its_course = partial(prompt_on_aspect, share_of_reworded=SHARE_OF_REWORDED)
 PROMPTS = {
-    "wrong condition": on_its_course,
-    "cut off": on_its_course,
-    "repeats": on_its_course,
     "dangerous": prompt_on_care,
     "ignores a red flag": prompt_with_red_flag,
     "invents a dose": partial(prompt_on_aspect, aspects=DOSED),
@@ -520,10 +493,8 @@ def reject_wrong_condition(knowledge: Knowledge, entries: Sequence[Entry], promp
         and entry.is_medicine == prompt.entry.is_medicine
         and entry.fields["id"] != prompt.entry.fields["id"]
     ]
-    answers = [
-        reply_in(knowledge, entry, prompt.aspect, prompt.wording, rng)
-        for entry in rng.sample(others, min(12, len(others)))
-    ]
+    alternative = rng if prompt.in_other_words else None
+    answers = [knowledge.reply(entry, prompt.aspect, alternative) for entry in rng.sample(others, min(12, len(others)))]
     return min(answers, key=lambda answer: abs(len(answer) - length))
 
 

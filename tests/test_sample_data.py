@@ -304,25 +304,6 @@ def test_rejected_replies_fail_as_named():
                 assert not set(names_in(pair["question"])) & set(names_in(rejected)), rejected
 
 
-def test_some_pairs_are_in_words_that_neither_dialogues_nor_held_out_pairs_have():
-    def pieces(wording: str) -> list[str]:
-        return [piece for piece in re.split(r"\{[^}]*\}", wording) if len(piece.encode()) >= 24]
-
-    kinds = [language[kind] for language in knowledge().phrasings.values() for kind in ("replies", "medicine_replies")]
-    frames = [wordings for kind in kinds for wordings in kind.values()]
-    known = {piece for wordings in frames for wording in wordings[:2] for piece in pieces(wording)}
-    new = tuple({piece for wordings in frames for wording in wordings[2:] for piece in pieces(wording)} - known)
-    assert len(new) >= 60
-
-    def is_reworded(reply: str) -> bool:
-        return any(piece in reply for piece in new)
-
-    assert 0.15 <= sum(is_reworded(pair["response_chosen"]) for pair in training_pairs()) / len(training_pairs()) <= 0.3
-    for d in training_dialogues():
-        assert not any(is_reworded(turn["value"]) for turn in d["conversations"] if turn["from"] == "gpt")
-    assert not any(is_reworded(pair["response_chosen"]) for pair in read("eval/preference_pairs.jsonl"))
-
-
 def test_rejected_replies_to_situations_are_bad_sentences_or_off_the_point():
     situations = {
         question: situation
