@@ -41,13 +41,6 @@ SHARE_OFF_THE_POINT = 0.5
 FAILURES = ("vague", "wrong condition", "dangerous", "ignores a red flag", "cut off", "repeats", "invents a dose")
 LETTERS = "ABCDE"
 
-# The wordings of a reply in phrasings.json: of dialogues and pairs; of held-out pairs; of pairs alone.
-TRAINED, HELD_OUT, REWORDED = 0, 1, (2, 3)
-# Of the reworded pairs whose fault shows in no single word: in sentences that fine-tuning did not teach. Of those that
-# it taught a model knows the text and need not see the fault.
-SHARE_OF_REWORDED = 0.6
-IN_ITS_COURSE = ("wrong condition", "cut off", "repeats")
-
 # An item is a near copy when one training record holds this share of its runs of eight characters.
 NGRAM = 8
 NEAR_COPY = 0.5
@@ -123,17 +116,15 @@ class Knowledge:
         own = phrasings["medicine_questions"] if entry.is_medicine else {}
         return own.get(aspect, phrasings["questions"][aspect])[part]
 
-    def reply(
-        self, entry: Entry, frame: str, wording: int = TRAINED, rng: random.Random | None = None, **values: str
-    ) -> str:
-        """An answer about an entry in one of its wordings, with `rng` also in another order."""
+    def reply(self, entry: Entry, frame: str, alternative: random.Random | None = None, **values: str) -> str:
+        """An answer about an entry: the one that training gives, or with `alternative` in other words and order."""
         if not entry.is_medicine and entry.fields["urgent"] and f"urgent_{frame}" in URGENT_FRAMES:
             frame = f"urgent_{frame}"
         if frame == "complaint" and entry.fields["first_aid"]:
             frame = "first_aid_complaint"
         phrasings = self.phrasings[entry.language]
         frames = phrasings["medicine_replies" if entry.is_medicine else "replies"]
-        return frames[frame][wording].format(**_values(entry, rng), **values)
+        return frames[frame][alternative is not None].format(**_values(entry, alternative), **values)
 
 
 def _values(entry: Entry, shuffled: random.Random | None) -> dict:
@@ -222,17 +213,14 @@ def build_documents(knowledge: Knowledge) -> list[str]:
                 [text("overview"), *also, text("uses"), text("how_to_take")],
                 [text("side_effects"), text("not_for"), text("interactions")],
                 [text("diet_and_care"), text("red_flags"), text("overdose")],
-                [text(aspect, HELD_OUT, rng) for aspect in ("uses", "side_effects", "not_for", "interactions")],
+                [text(aspect, rng) for aspect in ("uses", "side_effects", "not_for", "interactions")],
             ]
         else:
             parts = [
                 [text("overview"), *also, text("causes"), text("symptoms")],
                 [text("examinations"), text("treatment"), text("medicines")],
                 [text("diet_and_care"), text("prevention"), text("red_flags")],
-                [
-                    text(aspect, HELD_OUT, rng)
-                    for aspect in ("symptoms", "causes", "examinations", "prevention", "red_flags")
-                ],
+                [text(aspect, rng) for aspect in ("symptoms", "causes", "examinations", "prevention", "red_flags")],
             ]
         space = "" if entry.language == "zh" else " "
         documents += [space.join([rng.choice(titles), *sentences]) for sentences in parts]
@@ -356,28 +344,22 @@ class Prompt:
     aspect: str
     question: str
     chosen: str
-    wording: int
+    in_other_words: bool  # than training's
 
 
-def build_pairs(
-    knowledge: Knowledge, unseen: set[str], n_pairs: int, part: str, usable: Callable, reworded: bool = False
-) -> list[dict]:
+def build_pairs(knowledge: Knowledge, unseen: set[str], n_pairs: int, part: str, usable: Callable) -> list[dict]:
     """Preference pairs: each failure as often, and its rejected answers longer in half of the cases.
 
-    `part` is "train" or "held_out"; `usable` takes a pair and says whether it may be used. With `reworded` a part of
-    the replies are in words that neither dialogues nor evaluation have.
+    `part` is "train" or "held_out"; `usable` takes a pair and says whether it may be used.
     """
     entries = [entry for entry in knowledge.entries if entry.fields["id"] not in unseen]
     pairs, seen, attempt = [], set(), 0
     while len(pairs) < n_pairs:
         failure = FAILURES[len(pairs) % len(FAILURES)]
         is_longer = len(pairs) // len(FAILURES) % 2 == 0
-        rng = seeded("pair", "reworded" if reworded else part, attempt)
+        rng = seeded("pair", part, attempt)
         attempt += 1
-        ask = PROMPTS.get(failure, prompt_on_aspect)
-        if reworded and failure in IN_ITS_COURSE:
-            ask = partial(prompt_on_aspect, share_of_reworded=SHARE_OF_REWORDED)
-        prompt = ask(knowledge, entries, part, rng)
+        prompt = PROMPTS.get(failure, prompt_on_aspect)(knowledge, entries, part, rng)
         low, high = (1.08, 1.6) if is_longer else (0.6, 0.92)
         length = round(len(prompt.chosen) * rng.uniform(low, high))
         rejected = REJECTED[failure](knowledge, entries, prompt, length, rng)
@@ -410,33 +392,22 @@ def as_pair(knowledge: Knowledge, prompt: Prompt, rejected: str, part: str, rng:
 
 
 def prompt_on_aspect(
-    knowledge: Knowledge,
-    entries: Sequence[Entry],
-    part: str,
-    rng: random.Random,
-    aspects: Sequence[str] = (),
-    share_of_reworded: float = 0.0,
+    knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random, aspects: Sequence[str] = ()
 ) -> Prompt:
     """A question on an aspect; the held-out ones have their right answer in other words than training's."""
     entry = rng.choice([e for e in entries if not aspects or set(aspects) & set(e.aspects)])
     aspect = rng.choice([aspect for aspect in entry.aspects if not aspects or aspect in aspects])
     question = rng.choice(knowledge.questions(entry, aspect, part)).format(n=rng.choice(entry.names))
-    wording = HELD_OUT if part == "held_out" else TRAINED
-    if share_of_reworded and rng.random() < share_of_reworded:
-        wording = rng.choice(REWORDED)
-    return Prompt(entry.language, entry, aspect, question, reply_in(knowledge, entry, aspect, wording, rng), wording)
-
-
-def reply_in(knowledge: Knowledge, entry: Entry, frame: str, wording: int, rng: random.Random, **values: str) -> str:
-    """The answer of dialogues as it stands there, another wording in another order too."""
-    return knowledge.reply(entry, frame, wording, None if wording == TRAINED else rng, **values)
+    alternative = rng if part == "held_out" else None
+    chosen = knowledge.reply(entry, aspect, alternative)
+    return Prompt(entry.language, entry, aspect, question, chosen, bool(alternative))
 
 
 def prompt_on_situation(knowledge: Knowledge, category: str, rng: random.Random) -> Prompt:
     """An emergency or a request to refuse; their answers have one wording, so no held-out pair has them."""
     situation = rng.choice([situation for situation in knowledge.safety if situation["category"] == category])
     question = rng.choice(situation["questions"]["train"] + situation["questions"]["preference"])
-    return Prompt(situation["language"], None, category, question, situation["reply"], TRAINED)
+    return Prompt(situation["language"], None, category, question, situation["reply"], in_other_words=False)
 
 
 def prompt_on_care(knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random) -> Prompt:
@@ -450,20 +421,19 @@ def prompt_with_red_flag(knowledge: Knowledge, entries: Sequence[Entry], part: s
     """Somebody describes an emergency."""
     if part == "train" and rng.random() < SHARE_OF_SITUATIONS:
         return prompt_on_situation(knowledge, "emergency", rng)
-    wording = HELD_OUT if part == "held_out" else TRAINED
+    alternative = rng if part == "held_out" else None
     entry = rng.choice([entry for entry in entries if not entry.is_medicine])
     phrasings = knowledge.phrasings[entry.language]
     if entry.fields["urgent"] and rng.random() < 0.7:
         complaints = entry.fields["complaints"]
         complaint = complaints[2] if part == "held_out" else rng.choice(complaints[:2])
         question = rng.choice(phrasings["complaint_frames"][part]).format(c=complaint)
-        return Prompt(
-            entry.language, entry, "urgent", question, reply_in(knowledge, entry, "urgent", wording, rng), wording
-        )
+        chosen = knowledge.reply(entry, "urgent", alternative)
+        return Prompt(entry.language, entry, "urgent", question, chosen, bool(alternative))
     flag = rng.choice(entry.fields["red_flags"])
     question = rng.choice(phrasings["red_flag_frames"][part]).format(n=rng.choice(entry.names), r=flag)
-    chosen = reply_in(knowledge, entry, "red_flag", wording, rng, red_flag=flag)
-    return Prompt(entry.language, entry, "red_flag", question, chosen, wording)
+    chosen = knowledge.reply(entry, "red_flag", alternative, red_flag=flag)
+    return Prompt(entry.language, entry, "red_flag", question, chosen, bool(alternative))
 
 
 CARE = ("treatment", "medicines", "diet_and_care", "prevention", "advice", "dose", "overdose", "how_to_take")
@@ -523,10 +493,8 @@ def reject_wrong_condition(knowledge: Knowledge, entries: Sequence[Entry], promp
         and entry.is_medicine == prompt.entry.is_medicine
         and entry.fields["id"] != prompt.entry.fields["id"]
     ]
-    answers = [
-        reply_in(knowledge, entry, prompt.aspect, prompt.wording, rng)
-        for entry in rng.sample(others, min(12, len(others)))
-    ]
+    alternative = rng if prompt.in_other_words else None
+    answers = [knowledge.reply(entry, prompt.aspect, alternative) for entry in rng.sample(others, min(12, len(others)))]
     return min(answers, key=lambda answer: abs(len(answer) - length))
 
 
@@ -612,11 +580,6 @@ def said(record: dict) -> str:
         return "\n".join([record["question"], *record["option"].values()])
     earlier = [turn for exchange in record["history"] for turn in exchange]
     return "\n".join([*earlier, record["question"], record["response_chosen"], record["response_rejected"]])
-
-
-def test_text(item: dict) -> str:
-    """What of an evaluation item no training record may hold most of: a dialogue's question, all of another."""
-    return first_question(item) if "conversations" in item else said(item | {"history": []})
 
 
 # ---------------------------------------------------------------- evaluation
@@ -766,37 +729,21 @@ def build(knowledge: Knowledge) -> dict[str, str]:
         return not is_repeated and learned.is_new(pair["question"]) and learned.is_new(without_history)
 
     eval_pairs = build_pairs(knowledge, unseen, N_EVAL_PAIRS, "held_out", is_new_pair)
-    exam = build_exam(knowledge, unseen, learned.is_new)
-    tests = {
-        "eval/questions.jsonl": questions[:N_EVAL_QUESTIONS],
-        "eval/unseen_conditions.jsonl": build_questions(knowledge, unseen_entries, learned.is_new),
-        "eval/complaints.jsonl": build_complaints(knowledge, seen_entries, learned.is_new),
-        "eval/safety.jsonl": build_safety(knowledge, learned.is_new),
-        "eval/preference_pairs.jsonl": eval_pairs,
-        "eval/exam.jsonl": exam,
-    }
-    held_out = [test_text(item) for items in tests.values() for item in items]
-    held_out += [pair["question"] for pair in eval_pairs] + [item["question"] for item in exam]
-    held_out_ngrams = [ngrams(text) for text in held_out]
-    held_out_replies = {pair[key] for pair in eval_pairs for key in ("response_chosen", "response_rejected")}
-
-    def leaves_tests_new(pair: dict) -> bool:
-        if held_out_replies & {pair["response_chosen"], pair["response_rejected"]}:
-            return False
-        known = ngrams(said(pair))
-        return all(len(wanted & known) / len(wanted) < NEAR_COPY for wanted in held_out_ngrams)
-
-    reworded_pairs = build_pairs(knowledge, unseen, N_PAIRS, "train", leaves_tests_new, reworded=True)
     records = {
         "finetune/train.jsonl": dialogues[SAMPLE_SIZE:],
         "finetune/medical_sft_1K_format.jsonl": dialogues[:SAMPLE_SIZE],
         "reward/train.jsonl": pairs,
         "reward/dpo_zh_500.jsonl": sample_pairs,
-        "reward_reworded/train.jsonl": reworded_pairs,
         "ppo/prompts.jsonl": prompts,
+        "eval/questions.jsonl": questions[:N_EVAL_QUESTIONS],
+        "eval/unseen_conditions.jsonl": build_questions(knowledge, unseen_entries, learned.is_new),
+        "eval/complaints.jsonl": build_complaints(knowledge, seen_entries, learned.is_new),
+        "eval/safety.jsonl": build_safety(knowledge, learned.is_new),
+        "eval/preference_pairs.jsonl": eval_pairs,
+        "eval/exam.jsonl": build_exam(knowledge, unseen, learned.is_new),
     }
     files = {"pretrain/medical_corpus.txt": "".join(f"{document}\n" for document in documents)}
-    for name, lines in (records | tests).items():
+    for name, lines in records.items():
         files[name] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     return files
 

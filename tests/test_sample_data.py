@@ -56,7 +56,7 @@ def training_dialogues() -> list[dict]:
 
 
 def training_pairs() -> list[dict]:
-    return read("reward/train.jsonl") + read("reward/dpo_zh_500.jsonl") + read("reward_reworded/train.jsonl")
+    return read("reward/train.jsonl") + read("reward/dpo_zh_500.jsonl")
 
 
 def first_question(record: dict) -> str:
@@ -142,7 +142,7 @@ def test_committed_files_are_what_the_script_writes_in_any_process():
         cwd=DATA.parent, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONHASHSEED": "7"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "all 13 files" in result.stdout
+    assert "all 12 files" in result.stdout
 
 
 def test_check_names_the_file_that_differs(tmp_path, monkeypatch):
@@ -249,10 +249,7 @@ def test_prompts_are_not_in_the_fine_tuning_files_and_hold_every_situation():
 # ---------------------------------------------------------------- preference pairs
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["reward/train.jsonl", "reward/dpo_zh_500.jsonl", "reward_reworded/train.jsonl", "eval/preference_pairs.jsonl"],
-)
+@pytest.mark.parametrize("name", ["reward/train.jsonl", "reward/dpo_zh_500.jsonl", "eval/preference_pairs.jsonl"])
 def test_length_alone_tells_nothing(name):
     """ "Longer wins" is right half of the time, and both replies have the same range of lengths."""
     chosen = [len(pair["response_chosen"]) for pair in read(name)]
@@ -275,8 +272,8 @@ def test_pairs_have_the_guides_form():
     assert all(pair.keys() == form for pair in training_pairs())
     assert sum(bool(pair["history"]) for pair in training_pairs()) >= 50
     assert sum(bool(pair["system"]) for pair in training_pairs()) >= 200
-    for pairs in (read("reward/train.jsonl") + read("reward/dpo_zh_500.jsonl"), read("reward_reworded/train.jsonl")):
-        assert len({(pair["question"], pair["response_rejected"]) for pair in pairs}) == len(pairs)
+    keys = [(pair["question"], pair["response_rejected"]) for pair in training_pairs()]
+    assert len(set(keys)) == len(keys)
     assert all(not DOSE.search(pair["response_chosen"]) for pair in training_pairs())
 
 
@@ -305,26 +302,6 @@ def test_rejected_replies_fail_as_named():
                 assert any(sentence in rejected for language in pools for sentence in pools[language]["reassuring"])
             if failure == "wrong condition":
                 assert not set(names_in(pair["question"])) & set(names_in(rejected)), rejected
-
-
-def test_reworded_pairs_are_in_words_that_neither_dialogues_nor_held_out_pairs_have():
-    def pieces(wording: str) -> list[str]:
-        return [piece for piece in re.split(r"\{[^}]*\}", wording) if len(piece.encode()) >= 24]
-
-    kinds = [language[kind] for language in knowledge().phrasings.values() for kind in ("replies", "medicine_replies")]
-    frames = [wordings for kind in kinds for wordings in kind.values()]
-    known = {piece for wordings in frames for wording in wordings[:2] for piece in pieces(wording)}
-    new = tuple({piece for wordings in frames for wording in wordings[2:] for piece in pieces(wording)} - known)
-    assert len(new) >= 60
-
-    def is_reworded(reply: str) -> bool:
-        return any(piece in reply for piece in new)
-
-    pairs = read("reward_reworded/train.jsonl")
-    assert 0.15 <= sum(is_reworded(pair["response_chosen"]) for pair in pairs) / len(pairs) <= 0.3
-    for d in training_dialogues():
-        assert not any(is_reworded(turn["value"]) for turn in d["conversations"] if turn["from"] == "gpt")
-    assert not any(is_reworded(pair["response_chosen"]) for pair in read("eval/preference_pairs.jsonl"))
 
 
 def test_rejected_replies_to_situations_are_bad_sentences_or_off_the_point():
@@ -447,7 +424,7 @@ def test_new_entries_leave_other_dialogues_as_they_are():
 def test_readme_counts_are_right():
     text = (DATA / "README.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `([\w/.]+)` \| ([\d,]+) \| \D", text, re.MULTILINE))
-    assert len(listed) == 16
+    assert len(listed) == 15
     for name, count in listed.items():
         assert (DATA / name).read_text(encoding="utf-8").count("\n") == int(count.replace(",", "")), name
     kinds = Counter((entry["language"], entry["kind"]) for entry in read("knowledge/conditions.jsonl"))
