@@ -53,8 +53,9 @@ from errors import UserError, end_at_next_signal
 if TYPE_CHECKING:
     from model_loading import Lineage
 
-# A loss has exploded that is four times the median of so many steps and three nats above it: where pairs are told
-# apart with a median near 0, a single one that is not costs more than two.
+# A loss has exploded that is four times the median of so many steps and three nats above it, for where pairs are told
+# apart with a median near 0 a single one that is not costs more than two; and that is twice the largest of these steps,
+# for batches of like length can be hard several times in a row.
 RECENT_STEPS = 50
 # What a line of the log shows of an evaluation.
 EVALUATED = (
@@ -535,7 +536,7 @@ class BadSteps(TrainerCallback):
         losses = torch.stack([loss.float() for loss, _ in self.micro_batches])
         loss = losses.sum().item()
         usual = abs(median(self.recent)) if len(self.recent) >= RECENT_STEPS // 2 else math.inf
-        limit = max(4 * usual, usual + 3)
+        limit = max(4 * usual, usual + 3, 2 * max(self.recent, default=0.0))
         # fp16's loss scaler sees to gradients itself, and DeepSpeed has used them.
         gradients = [] if args.fp16 or args.deepspeed else [p.grad for p in model.parameters() if p.grad is not None]
         if not math.isfinite(loss):

@@ -116,15 +116,24 @@ def test_adapter_check_waits_for_the_warm_up():
 
 
 @pytest.mark.parametrize(
-    ("usual", "loss", "is_bad"),
-    [(0.02, 2.9, False), (0.02, 3.1, True), (1.5, 5.9, False), (1.5, 6.1, True), (-1.0, 3.9, False), (-1.0, 4.1, True)],
+    ("usual", "largest", "loss", "is_bad"),
+    [
+        (0.02, 0.1, 2.9, False),
+        (0.02, 0.1, 3.1, True),
+        (0.02, 2.9, 5.7, False),
+        (0.02, 2.9, 5.9, True),
+        (1.5, 2.0, 5.9, False),
+        (1.5, 2.0, 6.1, True),
+        (-1.0, -0.5, 3.9, False),
+        (-1.0, -0.5, 4.1, True),
+    ],
 )
-def test_a_loss_explodes_by_factor_and_by_nats(arguments, capfd, usual, loss, is_bad):
+def test_a_loss_explodes_by_factor_and_by_nats(arguments, capfd, usual, largest, loss, is_bad):
     start_run("a stage", arguments(), [])
     trainer = SimpleNamespace(training_step=lambda model, inputs: inputs["loss"], _get_learning_rate=lambda: 1e-3)
     bad_steps = BadSteps(trainer, 3, AdapterMovementCheck())
     model, state = TwoMatrices(1.0), SimpleNamespace(global_step=0)
-    for value in [usual] * (RECENT_STEPS // 2) + [loss, loss]:
+    for value in [largest] + [usual] * (RECENT_STEPS // 2) + [loss, loss]:
         bad_steps.on_step_begin(arguments(), state, None)
         trainer.training_step(model, {"loss": torch.tensor(value), "sources": ["d.jsonl:1"]})
         bad_steps.on_pre_optimizer_step(arguments(), state, None, model=model)
