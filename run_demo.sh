@@ -31,11 +31,13 @@ pairs="--validation_file_dir data/eval/preference_pairs.jsonl"
 export PT_FLAGS="--block_size 256 --num_train_epochs 2 --logging_steps 20 $whole"
 export SFT_FLAGS="--packing True --model_max_length 320 --per_device_train_batch_size 1 --num_train_epochs 6 \
     --logging_steps 50 $whole"
-export RM_FLAGS="$pairs --learning_rate 1e-3 --num_train_epochs 3 $lora"
-export DPO_FLAGS="$pairs --learning_rate 5e-4 --max_steps 563 --loss_type sigmoid sft --loss_weights 1 2 $lora"
+export RM_FLAGS="$pairs --learning_rate 1e-3 --num_train_epochs 1 $lora"
+# Decay draws the adapter back to nothing, that is the policy to SFT's answers; at this rate it takes a lot of it.
+export DPO_FLAGS="$pairs --learning_rate 5e-4 --max_steps 638 --beta 0.4 --loss_type sigmoid sft --loss_weights 1 1 \
+    $lora --weight_decay 22"
 # Prompts that SFT did not teach the replies to, among them many emergencies.
 export PPO_DATA=data/ppo
-export PPO_FLAGS="--max_eval_samples 50 --eval_steps 2 --total_episodes 1280 --per_device_train_batch_size 16 \
+export PPO_FLAGS="--eval_steps 2 --total_episodes 1280 --per_device_train_batch_size 16 \
     --gradient_accumulation_steps $((8 / N_PROCESSES)) --rollout_batch_size 64 --num_ppo_epochs 2 --num_mini_batches 2 \
     --learning_rate 2e-3 --lr_scheduler_type constant --lora_rank 16 --kl_coef 0.1 --temperature 1 \
     --response_length 128 --gradient_checkpointing False"

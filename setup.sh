@@ -58,7 +58,7 @@ command -v "$interpreter" > /dev/null || fail "$interpreter was not found: set P
     || fail "$interpreter is $("$interpreter" --version 2>&1): Python 3.11 or newer is needed, set PYTHON to one"
 
 # Whatever stops the script from here on, the environment counts as not installed.
-still_true=$(sha256sum requirements*.txt | grep -xsFf "$stamp" || true)
+still_true=$([ ! -f "$stamp" ] || sha256sum requirements*.txt | grep -xFf "$stamp" || true)
 rm -f "$stamp"
 if [ "$active" != 1 ]; then
     [ -x .venv/bin/python ] || "$interpreter" -m venv --clear .venv

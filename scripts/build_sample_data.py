@@ -27,6 +27,7 @@ from errors import UserError, run_script
 SEED = 20240601
 SAMPLE_SIZE = 1000  # of medical_sft_1K_format.jsonl
 N_PAIRS = 4000
+N_SITUATION_PAIRS = 600  # more, only about emergencies and requests to refuse
 N_SAMPLE_PAIRS = 500  # of dpo_zh_500.jsonl
 N_EVAL_PAIRS = 300
 N_EVAL_QUESTIONS = 500
@@ -35,11 +36,17 @@ N_UNSEEN_CONDITIONS = 15
 
 # Of the training pairs that are dangerous or ignore a red flag: about situations, not conditions.
 SHARE_OF_SITUATIONS = 0.5
-# Of the rejected replies to them: sound answers to another question, as an untaught model gives.
+# Of the rejected replies to them, before those of a wrong length are thrown away: sound answers to another question,
+# as an untaught model gives.
 SHARE_OFF_THE_POINT = 0.5
 
-FAILURES = ("vague", "wrong condition", "dangerous", "ignores a red flag", "cut off", "repeats", "invents a dose")
 LETTERS = "ABCDE"
+
+# The wordings of a reply in phrasings.json: of dialogues and pairs; of held-out pairs; of pairs alone.
+TRAINED, HELD_OUT, REWORDED = 0, 1, (2, 3)
+# Of the training pairs that need a look at the reply's own course: in sentences that fine-tuning did not teach, for
+# in the others a model knows the sentences and need not see the fault.
+SHARE_OF_REWORDED = 0.6
 
 # An item is a near copy when one training record holds this share of its runs of eight characters.
 NGRAM = 8
@@ -116,15 +123,17 @@ class Knowledge:
         own = phrasings["medicine_questions"] if entry.is_medicine else {}
         return own.get(aspect, phrasings["questions"][aspect])[part]
 
-    def reply(self, entry: Entry, frame: str, alternative: random.Random | None = None, **values: str) -> str:
-        """An answer about an entry: the one that training gives, or with `alternative` in other words and order."""
+    def reply(
+        self, entry: Entry, frame: str, wording: int = TRAINED, rng: random.Random | None = None, **values: str
+    ) -> str:
+        """An answer about an entry in one of its wordings, with `rng` also in another order."""
         if not entry.is_medicine and entry.fields["urgent"] and f"urgent_{frame}" in URGENT_FRAMES:
             frame = f"urgent_{frame}"
         if frame == "complaint" and entry.fields["first_aid"]:
             frame = "first_aid_complaint"
         phrasings = self.phrasings[entry.language]
         frames = phrasings["medicine_replies" if entry.is_medicine else "replies"]
-        return frames[frame][alternative is not None].format(**_values(entry, alternative), **values)
+        return frames[frame][wording].format(**_values(entry, rng), **values)
 
 
 def _values(entry: Entry, shuffled: random.Random | None) -> dict:
@@ -213,14 +222,17 @@ def build_documents(knowledge: Knowledge) -> list[str]:
                 [text("overview"), *also, text("uses"), text("how_to_take")],
                 [text("side_effects"), text("not_for"), text("interactions")],
                 [text("diet_and_care"), text("red_flags"), text("overdose")],
-                [text(aspect, rng) for aspect in ("uses", "side_effects", "not_for", "interactions")],
+                [text(aspect, HELD_OUT, rng) for aspect in ("uses", "side_effects", "not_for", "interactions")],
             ]
         else:
             parts = [
                 [text("overview"), *also, text("causes"), text("symptoms")],
                 [text("examinations"), text("treatment"), text("medicines")],
                 [text("diet_and_care"), text("prevention"), text("red_flags")],
-                [text(aspect, rng) for aspect in ("symptoms", "causes", "examinations", "prevention", "red_flags")],
+                [
+                    text(aspect, HELD_OUT, rng)
+                    for aspect in ("symptoms", "causes", "examinations", "prevention", "red_flags")
+                ],
             ]
         space = "" if entry.language == "zh" else " "
         documents += [space.join([rng.choice(titles), *sentences]) for sentences in parts]
@@ -344,22 +356,31 @@ class Prompt:
     aspect: str
     question: str
     chosen: str
-    in_other_words: bool  # than training's
+    wording: int
 
 
-def build_pairs(knowledge: Knowledge, unseen: set[str], n_pairs: int, part: str, usable: Callable) -> list[dict]:
+def build_pairs(
+    knowledge: Knowledge,
+    entries: Sequence[Entry],
+    n_pairs: int,
+    part: str,
+    prompts: dict[str, Callable[..., Prompt]],
+    seed: str,
+    usable: Callable[[dict], bool] = lambda pair: True,
+) -> list[dict]:
     """Preference pairs: each failure as often, and its rejected answers longer in half of the cases.
 
-    `part` is "train" or "held_out"; `usable` takes a pair and says whether it may be used.
+    `part` is "train" or "held_out"; `prompts` has for each failure what makes a prompt for it; `usable` takes a pair
+    and says whether it may be used.
     """
-    entries = [entry for entry in knowledge.entries if entry.fields["id"] not in unseen]
+    failures = tuple(prompts)
     pairs, seen, attempt = [], set(), 0
     while len(pairs) < n_pairs:
-        failure = FAILURES[len(pairs) % len(FAILURES)]
-        is_longer = len(pairs) // len(FAILURES) % 2 == 0
-        rng = seeded("pair", part, attempt)
+        failure = failures[len(pairs) % len(failures)]
+        is_longer = len(pairs) // len(failures) % 2 == 0
+        rng = seeded(seed, attempt)
         attempt += 1
-        prompt = PROMPTS.get(failure, prompt_on_aspect)(knowledge, entries, part, rng)
+        prompt = prompts[failure](knowledge, entries, part, rng)
         low, high = (1.08, 1.6) if is_longer else (0.6, 0.92)
         length = round(len(prompt.chosen) * rng.uniform(low, high))
         rejected = REJECTED[failure](knowledge, entries, prompt, length, rng)
@@ -392,56 +413,79 @@ def as_pair(knowledge: Knowledge, prompt: Prompt, rejected: str, part: str, rng:
 
 
 def prompt_on_aspect(
-    knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random, aspects: Sequence[str] = ()
+    knowledge: Knowledge,
+    entries: Sequence[Entry],
+    part: str,
+    rng: random.Random,
+    aspects: Sequence[str] = (),
+    share_of_reworded: float = 0.0,
 ) -> Prompt:
     """A question on an aspect; the held-out ones have their right answer in other words than training's."""
     entry = rng.choice([e for e in entries if not aspects or set(aspects) & set(e.aspects)])
     aspect = rng.choice([aspect for aspect in entry.aspects if not aspects or aspect in aspects])
     question = rng.choice(knowledge.questions(entry, aspect, part)).format(n=rng.choice(entry.names))
-    alternative = rng if part == "held_out" else None
-    chosen = knowledge.reply(entry, aspect, alternative)
-    return Prompt(entry.language, entry, aspect, question, chosen, bool(alternative))
+    wording = HELD_OUT if part == "held_out" else TRAINED
+    if part == "train" and rng.random() < share_of_reworded:
+        wording = rng.choice(REWORDED)
+    return Prompt(entry.language, entry, aspect, question, reply_in(knowledge, entry, aspect, wording, rng), wording)
 
 
-def prompt_on_situation(knowledge: Knowledge, category: str, rng: random.Random) -> Prompt:
+def reply_in(knowledge: Knowledge, entry: Entry, frame: str, wording: int, rng: random.Random, **values: str) -> str:
+    """The answer of dialogues as it stands there, another wording in another order too."""
+    return knowledge.reply(entry, frame, wording, None if wording == TRAINED else rng, **values)
+
+
+def prompt_on_situation(
+    knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random, category: str
+) -> Prompt:
     """An emergency or a request to refuse; their answers have one wording, so no held-out pair has them."""
     situation = rng.choice([situation for situation in knowledge.safety if situation["category"] == category])
     question = rng.choice(situation["questions"]["train"] + situation["questions"]["preference"])
-    return Prompt(situation["language"], None, category, question, situation["reply"], in_other_words=False)
+    return Prompt(situation["language"], None, category, question, situation["reply"], TRAINED)
 
 
 def prompt_on_care(knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random) -> Prompt:
     """What to do about something, or a request that is to be refused."""
     if part == "train" and rng.random() < SHARE_OF_SITUATIONS:
-        return prompt_on_situation(knowledge, "refusal", rng)
+        return prompt_on_situation(knowledge, entries, part, rng, "refusal")
     return prompt_on_aspect(knowledge, entries, part, rng, aspects=CARE)
 
 
 def prompt_with_red_flag(knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random) -> Prompt:
     """Somebody describes an emergency."""
     if part == "train" and rng.random() < SHARE_OF_SITUATIONS:
-        return prompt_on_situation(knowledge, "emergency", rng)
-    alternative = rng if part == "held_out" else None
+        return prompt_on_situation(knowledge, entries, part, rng, "emergency")
+    wording = HELD_OUT if part == "held_out" else TRAINED
     entry = rng.choice([entry for entry in entries if not entry.is_medicine])
     phrasings = knowledge.phrasings[entry.language]
     if entry.fields["urgent"] and rng.random() < 0.7:
         complaints = entry.fields["complaints"]
         complaint = complaints[2] if part == "held_out" else rng.choice(complaints[:2])
         question = rng.choice(phrasings["complaint_frames"][part]).format(c=complaint)
-        chosen = knowledge.reply(entry, "urgent", alternative)
-        return Prompt(entry.language, entry, "urgent", question, chosen, bool(alternative))
+        return Prompt(
+            entry.language, entry, "urgent", question, reply_in(knowledge, entry, "urgent", wording, rng), wording
+        )
     flag = rng.choice(entry.fields["red_flags"])
     question = rng.choice(phrasings["red_flag_frames"][part]).format(n=rng.choice(entry.names), r=flag)
-    chosen = knowledge.reply(entry, "red_flag", alternative, red_flag=flag)
-    return Prompt(entry.language, entry, "red_flag", question, chosen, bool(alternative))
+    chosen = reply_in(knowledge, entry, "red_flag", wording, rng, red_flag=flag)
+    return Prompt(entry.language, entry, "red_flag", question, chosen, wording)
 
 
 CARE = ("treatment", "medicines", "diet_and_care", "prevention", "advice", "dose", "overdose", "how_to_take")
 DOSED = ("medicines", "treatment", "dose", "how_to_take", "uses")
+on_its_course = partial(prompt_on_aspect, share_of_reworded=SHARE_OF_REWORDED)
 PROMPTS = {
+    "vague": prompt_on_aspect,
+    "wrong condition": on_its_course,
     "dangerous": prompt_on_care,
     "ignores a red flag": prompt_with_red_flag,
+    "cut off": on_its_course,
+    "repeats": on_its_course,
     "invents a dose": partial(prompt_on_aspect, aspects=DOSED),
+}
+SITUATION_PROMPTS = {
+    "ignores a red flag": partial(prompt_on_situation, category="emergency"),
+    "dangerous": partial(prompt_on_situation, category="refusal"),
 }
 
 
@@ -493,8 +537,10 @@ def reject_wrong_condition(knowledge: Knowledge, entries: Sequence[Entry], promp
         and entry.is_medicine == prompt.entry.is_medicine
         and entry.fields["id"] != prompt.entry.fields["id"]
     ]
-    alternative = rng if prompt.in_other_words else None
-    answers = [knowledge.reply(entry, prompt.aspect, alternative) for entry in rng.sample(others, min(12, len(others)))]
+    answers = [
+        reply_in(knowledge, entry, prompt.aspect, prompt.wording, rng)
+        for entry in rng.sample(others, min(12, len(others)))
+    ]
     return min(answers, key=lambda answer: abs(len(answer) - length))
 
 
@@ -710,14 +756,15 @@ def build(knowledge: Knowledge) -> dict[str, str]:
     unseen = choose_unseen(knowledge)
     documents = build_documents(knowledge)
     dialogues = build_dialogues(knowledge, unseen)
-    pairs = build_pairs(knowledge, unseen, N_PAIRS + N_SAMPLE_PAIRS, "train", usable=lambda pair: True)
+    seen_entries = [entry for entry in knowledge.entries if entry.fields["id"] not in unseen]
+    pairs = build_pairs(knowledge, seen_entries, N_PAIRS + N_SAMPLE_PAIRS, "train", PROMPTS, "pair:train")
     sample_pairs = [pair for pair in pairs if re.search("[\u4e00-\u9fff]", pair["question"])][:N_SAMPLE_PAIRS]
     pairs = [pair for pair in pairs if pair not in sample_pairs]
-
+    pairs += build_pairs(knowledge, seen_entries, N_SITUATION_PAIRS, "train", SITUATION_PROMPTS, "situation pair")
+    seeded("mix").shuffle(pairs)
     prompts = build_prompts(knowledge, unseen, dialogues)
 
     learned = TrainingText([*documents, *map(said, [*dialogues, *pairs, *sample_pairs, *prompts])])
-    seen_entries = [entry for entry in knowledge.entries if entry.fields["id"] not in unseen]
     unseen_entries = [entry for entry in knowledge.entries if entry.fields["id"] in unseen]
     questions = build_questions(knowledge, seen_entries, learned.is_new)
     seeded("questions").shuffle(questions)
@@ -728,7 +775,7 @@ def build(knowledge: Knowledge) -> dict[str, str]:
         without_history = said(pair | {"history": []})
         return not is_repeated and learned.is_new(pair["question"]) and learned.is_new(without_history)
 
-    eval_pairs = build_pairs(knowledge, unseen, N_EVAL_PAIRS, "held_out", is_new_pair)
+    eval_pairs = build_pairs(knowledge, seen_entries, N_EVAL_PAIRS, "held_out", PROMPTS, "pair:held_out", is_new_pair)
     records = {
         "finetune/train.jsonl": dialogues[SAMPLE_SIZE:],
         "finetune/medical_sft_1K_format.jsonl": dialogues[:SAMPLE_SIZE],

@@ -13,10 +13,10 @@ import build_sample_data
 import pytest
 from build_sample_data import (
     CONDITION_ASPECTS,
-    FAILURES,
     LETTERS,
     MEDICINE_ASPECTS,
     NEAR_COPY,
+    PROMPTS,
     TrainingText,
     build_dialogues,
     choose_unseen,
@@ -278,7 +278,7 @@ def test_pairs_have_the_guides_form():
 
 
 def test_rejected_replies_fail_as_named():
-    by_failure = {failure: [] for failure in FAILURES}
+    by_failure = {failure: [] for failure in PROMPTS}
     for pair in read("eval/preference_pairs.jsonl"):
         by_failure[pair["failure"]].append(pair)
     assert min(map(len, by_failure.values())) >= 40
@@ -304,6 +304,25 @@ def test_rejected_replies_fail_as_named():
                 assert not set(names_in(pair["question"])) & set(names_in(rejected)), rejected
 
 
+def test_some_pairs_are_in_words_that_neither_dialogues_nor_held_out_pairs_have():
+    def pieces(wording: str) -> list[str]:
+        return [piece for piece in re.split(r"\{[^}]*\}", wording) if len(piece.encode()) >= 24]
+
+    kinds = [language[kind] for language in knowledge().phrasings.values() for kind in ("replies", "medicine_replies")]
+    frames = [wordings for kind in kinds for wordings in kind.values()]
+    known = {piece for wordings in frames for wording in wordings[:2] for piece in pieces(wording)}
+    new = tuple({piece for wordings in frames for wording in wordings[2:] for piece in pieces(wording)} - known)
+    assert len(new) >= 60
+
+    def is_reworded(reply: str) -> bool:
+        return any(piece in reply for piece in new)
+
+    assert 0.15 <= sum(is_reworded(pair["response_chosen"]) for pair in training_pairs()) / len(training_pairs()) <= 0.3
+    for d in training_dialogues():
+        assert not any(is_reworded(turn["value"]) for turn in d["conversations"] if turn["from"] == "gpt")
+    assert not any(is_reworded(pair["response_chosen"]) for pair in read("eval/preference_pairs.jsonl"))
+
+
 def test_rejected_replies_to_situations_are_bad_sentences_or_off_the_point():
     situations = {
         question: situation
@@ -316,7 +335,7 @@ def test_rejected_replies_to_situations_are_bad_sentences_or_off_the_point():
     pools = knowledge().bad_replies
     bad = [sentence for pool in pools.values() for kind in ("dangerous", "reassuring") for sentence in pool[kind]]
     off_the_point = [pair for pair in pairs if not any(sentence in pair["response_rejected"] for sentence in bad)]
-    assert 0.4 <= len(off_the_point) / len(pairs) <= 0.6
+    assert 0.33 <= len(off_the_point) / len(pairs) <= 0.5
     for pair in pairs:
         assert pair["response_chosen"] == situations[pair["question"]]["reply"]
         assert not re.search("立即拨打|[Cc]all an ambulance", pair["response_rejected"])
