@@ -32,7 +32,7 @@ export PT_FLAGS="--block_size 256 --num_train_epochs 2 --logging_steps 20 $whole
 export SFT_FLAGS="--packing True --model_max_length 320 --per_device_train_batch_size 1 --num_train_epochs 6 \
     --logging_steps 50 $whole"
 export RM_FLAGS="$pairs --learning_rate 1e-3 --num_train_epochs 1 $lora"
-# Decay draws the adapter back to nothing, that is the policy to SFT's answers; at this rate it takes a lot of it.
+# AdamW takes learning rate x decay of the new adapter away at each step, which draws the policy back to SFT's answers.
 export DPO_FLAGS="$pairs --learning_rate 8e-4 --max_steps 638 --beta 0.4 --loss_type sigmoid sft --loss_weights 1 1 \
     $lora --weight_decay 16"
 # Prompts that SFT did not teach the replies to, among them many emergencies.

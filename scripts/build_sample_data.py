@@ -356,7 +356,7 @@ class Prompt:
     aspect: str
     question: str
     chosen: str
-    wording: int
+    wording: int  # of the right answer: TRAINED, HELD_OUT or one of REWORDED
 
 
 def build_pairs(
@@ -370,8 +370,8 @@ def build_pairs(
 ) -> list[dict]:
     """Preference pairs: each failure as often, and its rejected answers longer in half of the cases.
 
-    `part` is "train" or "held_out"; `prompts` has for each failure what makes a prompt for it; `usable` takes a pair
-    and says whether it may be used.
+    `part` is "train" or "held_out"; `prompts` has for each failure what makes a prompt for it; `seed` names the source
+    of chance; `usable` takes a pair and says whether it may be used.
     """
     failures = tuple(prompts)
     pairs, seen, attempt = [], set(), 0

@@ -56,7 +56,8 @@ def project(tmp_path):
 
 
 def test_installs_torch_first_and_a_second_run_does_nothing(project):
-    assert project.setup().returncode == 0
+    first = project.setup()
+    assert (first.returncode, first.stderr) == (0, "")
     assert project.installs() == ["torch==1.0", "--requirement=requirements.txt"]
     again = project.setup()
     assert again.returncode == 0
