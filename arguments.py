@@ -109,6 +109,10 @@ class DataArguments:
         default="error",
         metadata={"help": "A record that cannot be read: stop with file:line, or go on without it and count it."},
     )
+    ignore_keys: str | None = field(
+        default=None,
+        metadata={"help": "Keys of records and turns to read as if they were absent, with commas: label,images."},
+    )
 
     def __post_init__(self):
         for name in ("max_train_samples", "max_eval_samples"):

@@ -26,7 +26,10 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Literal
 
-from errors import UserError
+from dialects import SPEAKER, has_dialect
+from errors import Unusable, UserError
+from record_keys import Reading, sort_keys, split_keys
+from record_values import is_empty
 from records import (
     TEXT_ENDINGS,
     BadRecord,
@@ -34,7 +37,6 @@ from records import (
     Document,
     Pair,
     Report,
-    Unusable,
     ending_of,
     find_files,
     read_dialogues,
@@ -139,14 +141,13 @@ class _Form:
 
 def _from_title_and_ask(record: dict) -> dict:
     """The title is the question in short; the long one often repeats it."""
-    title, ask = (str(record.get(key) or "").strip() for key in ("title", "ask"))
-    question = ask if title in ask else title if ask in title else f"{title}\n{ask}"
-    return {**record, "question": question}
+    title, ask = (str(record.pop(key, None) or "").strip() for key in ("title", "ask"))
+    return {**record, "question": ask if title in ask else title if ask in title else f"{title}\n{ask}"}
 
 
 def _with_reasoning(how: str, record: dict) -> dict:
     """The reply, with what was thought before it if that is asked for."""
-    answer, thought = record["response"], record["complex_cot"]
+    answer, thought = record.pop("response"), record.pop("complex_cot")
     if how != "leave_out" and isinstance(answer, str) and isinstance(thought, str) and thought.strip():
         answer = _REASONING[how].format(thought.strip(), answer.strip())
     return {**record, "answer": answer}
@@ -161,7 +162,7 @@ _REASONING = {
 
 def _from_spoken_list(key: str, record: dict) -> dict:
     """A list of strings that start with who speaks; where none does, the person and the model take turns."""
-    turns = record[key]
+    turns = record.pop(key)
     if isinstance(turns, str):
         try:
             turns = json.loads(turns)
@@ -169,34 +170,30 @@ def _from_spoken_list(key: str, record: dict) -> dict:
             raise Unusable("broken JSON", f"{key!r} is {turns!r:.60}; it must be a list of turns") from None
     if not (isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)):
         raise Unusable("not a list", f"{key!r} is {turns!r:.60}; it must be a list of strings")
-    spoken = [_SPEAKER.match(turn) for turn in turns]
+    spoken = [SPEAKER.match(turn.lstrip()) for turn in turns]
     if not any(spoken):
         roles = ("user", "assistant")
         return {**record, "messages": [{"role": roles[n % 2], "content": turn} for n, turn in enumerate(turns)]}
     if not all(spoken):
         silent = spoken.index(None)
         raise Unusable("unknown speaker", f"turn {silent + 1} of {key!r} starts with {turns[silent]!r:.20}")
-    messages = [
-        {"role": _SPEAKERS[match[1].lower()], "content": turn[match.end() :]}
-        for match, turn in zip(spoken, turns, strict=True)
-    ]
-    return {**record, "messages": messages}
+    return {**record, "messages": [{"role": match[1], "content": match.string[match.end() :]} for match in spoken]}
 
 
-_SPEAKERS = {
-    **dict.fromkeys(("问", "患者", "病人", "用户", "patient", "user", "human"), "user"),
-    **dict.fromkeys(("答", "医生", "助手", "doctor", "assistant", "gpt"), "assistant"),
-}
-_SPEAKER = re.compile(rf"\s*({'|'.join(_SPEAKERS)})\s*[:：]\s*", re.IGNORECASE)
-
-_QUESTIONS = ("question", "query", "prompt", "instruction", "input", "problem", "问题", "提问")
-_ANSWERS = ("answer", "response", "output", "completion", "reply", "回答", "答案", "回复")
+_QUESTIONS = ("question", "questions", "query", "prompt", "instruction", "input", "problem", "问题", "提问")
+_ANSWERS = ("answer", "answers", "response", "output", "completion", "reply", "回答", "答案", "回复")
 _CHOSEN = ("response_chosen", "chosen", "good_answer", "chosen_response", "preferred", "better")
 _REJECTED = ("response_rejected", "rejected", "bad_answer", "rejected_response", "dispreferred", "worse")
 
 
 def _renamed(names: dict[str, str], record: dict) -> dict:
-    return {names.get(key, key): value for key, value in record.items()}
+    """The record with other keys; of a list of wordings (`questions`) the first."""
+    renamed = {}
+    for key, value in record.items():
+        if key in ("questions", "answers") and isinstance(value, list):
+            value = next((text for text in value if not is_empty(text)), "")
+        renamed[names.get(key, key)] = value
+    return renamed
 
 
 def _dialogue_form(keys: Sequence[str], reasoning: str) -> _Form | None:
@@ -210,12 +207,13 @@ def _dialogue_form(keys: Sequence[str], reasoning: str) -> _Form | None:
     for key in ("data", "utterances"):
         if key in keys:
             return _Form((key,), functools.partial(_from_spoken_list, key))
-    return _renaming_form(keys, {"conversations": ("conversation", "dialogue", "dialog")})
+    return _renaming_form(keys, {"conversations": ("dialogue", "dialog")})
 
 
 def _pair_form(keys: Sequence[str], reasoning: str) -> _Form | None:
     wanted = {"question": _QUESTIONS, "response_chosen": _CHOSEN, "response_rejected": _REJECTED}
-    return _renaming_form(keys, wanted)
+    # A question and its answer may have only the rejected one beside them.
+    return _renaming_form(keys, wanted) or _renaming_form(keys, wanted | {"response_chosen": _ANSWERS})
 
 
 def _renaming_form(keys: Sequence[str], wanted: dict[str, Sequence[str]]) -> _Form | None:
@@ -225,6 +223,30 @@ def _renaming_form(keys: Sequence[str], wanted: dict[str, Sequence[str]]) -> _Fo
         return None
     names = {meant[0]: name for name, meant in found.items()}
     return _Form(tuple(names), functools.partial(_renamed, names))
+
+
+_COLUMNS = {*_QUESTIONS, *_ANSWERS, *_CHOSEN, *_REJECTED}
+
+
+def rows_of(record: object) -> list[dict] | None:
+    """The records of one that holds columns, as lists or as pandas' `{"0": ..., "1": ...}`; None for any other."""
+    if not isinstance(record, dict):
+        return None
+    columns = {}
+    for key, value in record.items():
+        if isinstance(value, dict) and value and all(number.isdigit() for number in value):
+            value = list(value.values())
+        if isinstance(value, list):
+            columns[key] = value
+    named = [column for key, column in columns.items() if key.strip().lower() in _COLUMNS]
+    lengths = {len(column) for column in columns.values()}
+    is_text = all(isinstance(text, str | None | list) for column in named for text in column)
+    wordings = [text for column in named for text in column if isinstance(text, list)]
+    is_turns = any(isinstance(part, dict) for text in wordings for part in text)
+    if len(named) < 2 or len(lengths) != 1 or not is_text or is_turns:
+        return None
+    rest = {key: value for key, value in record.items() if key not in columns}
+    return [{**rest, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
 
 
 # ---------------------------------------------------------------- columns that the user names
@@ -250,10 +272,22 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
         help="what becomes of HuatuoGPT-o1's Complex_CoT: left out, or in front of the reply in <think> tags or "
         "under that model's headings",
     )  # fmt: skip
+    add_ignore_keys(parser)
+    parser.add_argument(
+        "--role_map", type=known_roles, default={}, metavar="NAME=ROLE,...",
+        help="who speaks in turns with names of their own: 家属=user,药师=assistant",
+    )  # fmt: skip
     group = parser.add_argument_group("columns, where they are not found by their names")
     group.add_argument("--question_column", nargs="+", default=[], metavar="NAME", help="several are joined")
     for name in ("answer", "chosen", "rejected", "system", "history"):
         group.add_argument(f"--{name}_column", default="", metavar="NAME")
+
+
+def add_ignore_keys(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--ignore_keys", type=split_keys, default=(), metavar="KEYS",
+        help="keys of records and turns to read as if they were absent, with commas: label,images",
+    )  # fmt: skip
 
 
 def reader_of(args: argparse.Namespace, kind: Literal["dialogues", "pairs"]) -> "ForeignReader":
@@ -264,7 +298,16 @@ def reader_of(args: argparse.Namespace, kind: Literal["dialogues", "pairs"]) -> 
     lacking = [f"--{name}_column" for name in needed if not getattr(columns, name)]
     if columns != Columns() and lacking:
         raise UserError(f"{' and '.join(lacking)}: name these too; with one column named, none is found by itself")
-    return ForeignReader(kind, columns, args.encoding, args.reasoning)
+    return ForeignReader(kind, columns, args.encoding, args.reasoning, Reading(args.ignore_keys, args.role_map))
+
+
+def known_roles(listed: str) -> dict[str, str]:
+    """For argparse: `患者=user,医生=assistant`."""
+    pairs = [pair.partition("=") for pair in listed.split(",") if pair.strip()]
+    roles = {name.strip(): role.strip() for name, _, role in pairs}
+    if unknown := [role for role in roles.values() if role not in ("system", "user", "assistant", "tool")]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no role; give NAME=user, assistant, system or tool")
+    return roles
 
 
 # ---------------------------------------------------------------- reading
@@ -279,7 +322,10 @@ class ForeignReader:
         columns: Columns = Columns(),
         encoding: str | None = None,
         reasoning: str = "leave_out",
+        reading: Reading | None = None,
     ):
+        self.reading = reading or Reading()
+        self._kind = kind
         self._make = to_dialogue if kind == "dialogues" else to_pair
         self._form_of = _dialogue_form if kind == "dialogues" else _pair_form
         self._columns = columns
@@ -299,13 +345,17 @@ class ForeignReader:
                     yield BadRecord(source, error.reason, error.detail)
 
     def read_raw(self, path: Path) -> Iterator[tuple[str, object]]:
-        """The records of a file as they are, in the encoding that was given or found."""
+        """The records of a file as they are, in the encoding that was given or found; of whole columns the rows."""
         encoding = self.encoding_of(path)
         for source, record in read_raw(path, encoding):
             if isinstance(record, Unusable) and record.reason == "not UTF-8":
                 reason = record.reason if encoding == UTF8 else f"not {encoding}"
                 record = Unusable(reason, "a byte has no meaning there; mend it, or name the file's --encoding")
-            yield source, record
+            rows = rows_of(record)
+            if rows is None:
+                yield source, record
+            else:
+                yield from ((f"{source} (row {number})", row) for number, row in enumerate(rows, 1))
 
     def encoding_of(self, path: Path) -> str:
         """The encoding that was given or is found; noted where it is not UTF-8."""
@@ -319,27 +369,42 @@ class ForeignReader:
         if isinstance(record, Unusable):
             raise record
         if self._columns != Columns():
-            return self._make(self._by_columns(record), source)
+            return self._make(self._by_columns(record), source, self.reading)
         if not isinstance(record, dict):
-            return self._make(record, source)
-        keys = tuple(record)
-        if keys not in self._forms:
-            self._forms[keys] = self._find_form(record, source)
-        form = self._forms[keys]
+            return self._make(record, source, self.reading)
+        record = self.reading.without_ignored(record)
+        form = self._form_by_keys(tuple(key for key, value in record.items() if not is_empty(value)))
         if form is None:
-            return self._make(record, source)
-        item = self._make(form.convert({key.strip().lower(): value for key, value in record.items()}), source)
+            form = self._form_by_keys(tuple(record))
+        if form is None:
+            return self._make(record, source, self.reading)
+        item = self._make(form.convert(self._lowered(record)), source, self.reading)
         self._n_by_columns[form.columns] += 1
         return item
 
-    def _find_form(self, record: dict, source: str) -> _Form | None:
+    def _form_by_keys(self, keys: tuple[str, ...]) -> _Form | None:
+        if keys not in self._forms:
+            self._forms[keys] = self._find_form(keys)
+        return self._forms[keys]
+
+    def _find_form(self, keys: tuple[str, ...]) -> _Form | None:
         """How records with these keys are converted; None where records.py knows them, or nobody does."""
-        if not _has_unknown_keys(self._make, record):
+        if has_dialect(keys, self._kind):
             return None
-        lower = {key.strip().lower(): value for key, value in record.items()}
-        if lower.keys() != record.keys() and not _has_unknown_keys(self._make, lower):
-            return _Form(tuple(record), lambda lowered: lowered)
-        return self._form_of(tuple(lower), self._reasoning)
+        lower = tuple(dict.fromkeys(key.strip().lower() for key in keys))
+        if lower != keys and has_dialect(lower, self._kind):
+            return _Form(keys, lambda lowered: lowered)
+        return self._form_of(lower, self._reasoning)
+
+    def _lowered(self, record: dict) -> dict:
+        lowered = {}
+        for key, value in record.items():
+            name = key.strip().lower()
+            if is_empty(lowered.get(name)):
+                lowered[name] = value
+            elif not is_empty(value) and value != lowered[name]:
+                raise Unusable("two forms", f"has {name!r} twice, with other words; {self.reading.ignoring(key)}")
+        return lowered
 
     def _by_columns(self, record: object) -> dict:
         if not isinstance(record, dict):
@@ -354,18 +419,21 @@ class ForeignReader:
             raise Unusable("no such column", f"has {_listed(record)}; the flags name {_listed(absent)}")
         question = [record[name] for name in columns.question]
         texts = [text for text in question if text]
-        kept = {key: record[key] for key in ("system", "history", "tools", "margin") if record.get(key)}
+        record = self.reading.without_ignored(record)
+        kept_keys = ("system", "history", "tools", "margin", *sort_keys(tuple(record), ()).that_matter)
+        used = {*columns.question, *named.values()}
+        kept = {key: record[key] for key in kept_keys if key not in used and not is_empty(record.get(key))}
         values = {key: record[name] for key, name in named.items() if name}
         return {**kept, "question": question[0] if len(question) == 1 else "\n".join(map(str, texts)), **values}
 
     def found(self) -> list[str]:
-        """One line for each form and encoding that was not what records.py reads."""
+        """A line for each form and encoding that was not what records.py reads, and for what was met in the records."""
         lines = [
             f"{count:,} records by the columns {_listed(columns)}" for columns, count in self._n_by_columns.items()
         ]
         if self._reasoning == "leave_out" and any("complex_cot" in columns for columns in self._n_by_columns):
             lines.append("'complex_cot' is left out; --reasoning think_tags keeps it")
-        return lines + [f"{path} is {encoding}" for path, encoding in self._encodings.items()]
+        return [*lines, *self.reading.lines(), *(f"{path} is {encoding}" for path, encoding in self._encodings.items())]
 
     @property
     def column_flags(self) -> str:
@@ -386,14 +454,6 @@ def unread_lines(unread: Sequence[Path]) -> list[str]:
     """The files that a tool found and has no reader for."""
     more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
     return [f"not read, by their endings: {', '.join(map(str, unread[:5]))}{more}"] if unread else []
-
-
-def _has_unknown_keys(make: Callable[[object, str], object], record: dict) -> bool:
-    try:
-        make(record, "")
-    except Unusable as error:
-        return error.reason in ("unknown keys", "no pair")
-    return False
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -435,9 +495,10 @@ _SHAREGPT_NAMES = {"user": "human", "assistant": "gpt", "tool": "observation"}
 def _sharegpt_turn(message: dict) -> dict:
     calls = message.get("tool_calls")
     if calls and not message["content"]:
-        return {"from": "function_call", "value": json.dumps(calls, ensure_ascii=False)}
+        weight = {"weight": message["weight"]} if "weight" in message else {}
+        return {"from": "function_call", "value": json.dumps(calls, ensure_ascii=False), **weight}
     turn = {"from": _SHAREGPT_NAMES[message["role"]], "value": message["content"]}
-    return {**turn, "tool_calls": calls} if calls else turn
+    return turn | {key: message[key] for key in ("tool_calls", "weight") if key in message}
 
 
 def _pair_record(pair: Pair) -> dict:
@@ -445,10 +506,11 @@ def _pair_record(pair: Pair) -> dict:
     messages, system = pair.messages, ""
     if messages[0]["role"] == "system":
         system, messages = messages[0]["content"], messages[1:]
-    margin = {} if pair.margin is None else {"margin": pair.margin}
+    others = {} if pair.margin is None else {"margin": pair.margin}
+    others |= {"tools": pair.tools} if pair.tools else {}
     if any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
         turns = [_sharegpt_turn(message) for message in messages]
-        return {"system": system, "conversations": turns, "chosen": pair.chosen, "rejected": pair.rejected, **margin}
+        return {"system": system, "conversations": turns, "chosen": pair.chosen, "rejected": pair.rejected, **others}
     said = [message["content"] for message in messages]
     return {
         "system": system,
@@ -456,7 +518,7 @@ def _pair_record(pair: Pair) -> dict:
         "question": said[-1],
         "response_chosen": pair.chosen,
         "response_rejected": pair.rejected,
-        **margin,
+        **others,
     }
 
 

@@ -1,4 +1,4 @@
-"""The exception that means "the user can mend this", and how a script ends: on it, by signals, with its launcher."""
+"""The exceptions that mean "the user can mend this", and how a script ends: on one, by signals, with its launcher."""
 
 import atexit
 import ctypes
@@ -22,6 +22,15 @@ WHERE_NOTHING_TRAINS = (
 
 class UserError(ValueError):
     """A mistake the user can mend, as one line: what is wrong, where (`file:line` or flag), what to do."""
+
+
+class Unusable(Exception):  # noqa: N818 - it ends one record, not the run
+    """Raised where one record cannot be used, in reading or in tokenizing it; becomes its `BadRecord`."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
 
 
 def run_script(main: Callable[[], object]) -> NoReturn:

@@ -40,9 +40,10 @@ from chat_models import (
     describe_models,
     load_weights,
 )
-from errors import UserError, run_script
+from errors import Unusable, UserError, run_script
 from generation import Decoding, Reply, generate_replies, stream_reply
-from records import Unusable, find_files, load_dialogues
+from record_keys import Reading, split_keys
+from records import find_files, load_prompts
 from template import Message
 from tokenization import encode_recent
 from training_run import start_log
@@ -68,7 +69,10 @@ class InferenceArguments:
     interactive: bool = field(default=False, metadata={"help": "Chat, one line a turn; /clear forgets, /exit leaves."})
     data_file: str | None = field(
         default=None,
-        metadata={"help": "Dialogues, whose last reply is generated anew, or .txt with one question a line."},
+        metadata={"help": "Prompts, dialogues, whose last reply is generated anew, or .txt with one question a line."},
+    )
+    ignore_keys: str | None = field(
+        default=None, metadata={"help": "Keys of --data_file's records to read as if absent, with commas: images."}
     )
     output_file: str | None = field(default=None, metadata={"help": "New .jsonl for the replies to --data_file."})
     system: str | None = field(
@@ -101,18 +105,24 @@ class Question(NamedTuple):
     source: str
 
 
-def read_questions(data_file: str, system: str | None) -> list[Question]:
-    """The questions of a .txt file, or the dialogues of record files without their last replies."""
+def read_questions(data_file: str, system: str | None, ignore_keys: str | None = None) -> list[Question]:
+    """The questions of a .txt file, or the prompts of record files and their dialogues without the last replies."""
     if Path(data_file).suffix.lower() == ".txt":
         return list(read_question_lines(Path(data_file), system))
     files, _ = find_files(data_file, "--data_file")
     questions = []
-    for dialogue in load_dialogues(files)[0]:
-        *messages, last = dialogue.messages
+    dialogues, report = load_prompts(files, None, Reading(split_keys(ignore_keys)))
+    for note in report.notes:
+        logger.info(note)
+    for dialogue in dialogues:
+        messages, reference = dialogue.messages, None
+        if messages[-1]["role"] == "assistant":
+            *messages, last = messages
+            reference = last["content"]
         if messages[0]["role"] != "system":
             messages = with_system(system, messages)
         record = {"messages": messages} | ({"tools": dialogue.tools} if dialogue.tools else {})
-        questions.append(Question(messages, dialogue.tools, record, last["content"], dialogue.source))
+        questions.append(Question(messages, dialogue.tools, record, reference, dialogue.source))
     return questions
 
 
@@ -423,7 +433,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ------------------------------------------------------------ data
     if inference_args.data_file:
-        questions = read_questions(inference_args.data_file, inference_args.system)
+        questions = read_questions(inference_args.data_file, inference_args.system, inference_args.ignore_keys)
     else:  # a chat asks none of its own
         fixed = () if inference_args.interactive else QUESTIONS
         questions = [Question(ask(text, inference_args.system), None, {}, None, text) for text in fixed]

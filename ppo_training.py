@@ -354,11 +354,18 @@ def collect_rollout(
 
 
 def center_scores(roles: Roles, rows: Sequence[dict], codec: Codec, batch_size: int) -> float:
-    """The mean score of the dialogues' own replies, which becomes 0 (detail: scores alone have no fixed origin)."""
+    """The mean score of the dialogues' own replies, which becomes 0 (detail: scores alone have no fixed origin).
+
+    Prompts alone have none: then scores stay as they are.
+    """
     texts = []
     for row in rows:
+        if not row["reply"]:
+            continue
         reply_ids = codec.tokenizer(row["reply"], add_special_tokens=False)["input_ids"] + codec.stop_ids[:1]
         texts.append(codec.reward_ids(row, reply_ids))
+    if not texts:
+        return 0.0
     batches = [texts[begin : begin + batch_size] for begin in range(0, len(texts), batch_size)]
     return torch.cat([roles.scores(batch) for batch in batches]).mean().item()
 
@@ -634,7 +641,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if codec.reward_tokenizer is not None:
         facts["reward"] += ", which reads replies again in its own tokens and template"
     facts["stop tokens"] = ", ".join(tokenizer.convert_ids_to_tokens(codec.stop_ids))
-    facts["scores"] = f"less {state.score_shift:.3f}, the mean of {CENTERING_REPLIES} replies of the dialogues"
+    facts["scores"] = "as the reward model gives them, since the prompts have no replies to centre them by"
+    if state.score_shift:
+        facts["scores"] = f"less {state.score_shift:.3f}, the mean of {CENTERING_REPLIES} replies of the dialogues"
     facts["batch"] = (
         f"{training_args.per_device_train_batch_size} a device x {training_args.gradient_accumulation_steps} "
         f"accumulated x {accelerator.num_processes} process(es) = {per_update} episodes an update, "

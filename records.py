@@ -9,7 +9,6 @@ of a file cannot be read is a `UserError` always: nobody could count what was lo
 """
 
 import csv
-import difflib
 import functools
 import gzip
 import hashlib
@@ -23,7 +22,7 @@ import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +31,10 @@ from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
 from filelock import FileLock
 from loguru import logger
 
-from errors import UserError
+from dialects import RecordPlan, check_other_forms, dialogue_plan, pair_plan, planned, tools_of, with_options
+from errors import Unusable, UserError
+from record_keys import Reading, check_media, check_reply_keys, sort_keys, split_keys
+from record_values import JSON_TOO_MUCH, is_empty, kind_of, nearest, optional_text, quoted, text_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,8 +56,9 @@ class Dialogue:
     """One usable dialogue: perhaps a system turn, then user, tool and assistant turns, a reply the last.
 
     A message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}`; an assistant's may add
-    `"tool_calls": [{"name": str, "arguments": dict}]`. Contents are stripped: a space between the assistant
-    header and the reply gives other tokens in training than in generation. Line ends are `\\n`.
+    `"tool_calls": [{"name": str, "arguments": dict}]`, and `"weight": 0` where it is there to be read and not learned.
+    Contents are stripped: a space between the assistant header and the reply gives other tokens in training than in
+    generation. Line ends are `\\n`.
     """
 
     messages: list[dict]
@@ -83,6 +86,7 @@ class Pair:
     rejected: str
     margin: float | None
     source: str
+    tools: list[dict] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class Report:
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # what was met in them, a line each
 
     @property
     def kept(self) -> int:
@@ -128,20 +133,11 @@ class Report:
 
     def as_dict(self) -> dict:
         """The report as JSON values, for the cache; `from_dict` reads it back."""
-        return {"read": self.read, "dropped": dict(self.dropped), "examples": self.examples}
+        return {"read": self.read, "dropped": dict(self.dropped), "examples": self.examples, "notes": self.notes}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Report":
-        return cls(values["read"], Counter(values["dropped"]), values["examples"])
-
-
-class Unusable(Exception):  # noqa: N818 - it ends one record, not the run
-    """Raised where one record cannot be used, in reading or in tokenizing it; becomes its `BadRecord`."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
+        return cls(values["read"], Counter(values["dropped"]), values["examples"], values["notes"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,7 +264,7 @@ def _read_json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, obj
             record = _utf8_fault(line, first_line=number) or json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             record = Unusable("broken JSON", f"{error.msg} (column {error.colno}); write one whole record a line")
-        except _JSON_TOO_MUCH as error:
+        except JSON_TOO_MUCH as error:
             record = Unusable("broken JSON", f"{error}; no record is like that")
         yield f"{name}:{number}", record
 
@@ -303,12 +299,10 @@ def _read_json_list(chunks: Iterator[str], name: str) -> Iterator[tuple[str, obj
         ) from None
     except UnicodeDecodeError:
         raise
-    except _JSON_TOO_MUCH as error:
+    except JSON_TOO_MUCH as error:
         raise UserError(f"{name}: broken JSON behind line {line}: {error}; no record is like that") from None
 
 
-# Too many brackets in each other, and an integer of thousands of digits.
-_JSON_TOO_MUCH = (RecursionError, ValueError)
 _JSON_BLANKS = re.compile(r"[ \t\r\n]*")
 
 
@@ -487,380 +481,122 @@ def _utf8_fault(
 
 
 # --------------------------------------------------------------------------------------------------
-# Dialects: each turns a record into turns; the keys of the record decide which
-# --------------------------------------------------------------------------------------------------
-
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
-
-
-def _turns_of_list(key: str, record: dict) -> list[dict]:
-    """Read ShareGPT's `conversations` and OpenAI's `messages`; either list may hold either form of turn."""
-    turns = _parsed(record[key], f"'{key}'")
-    if not isinstance(turns, list):
-        raise Unusable("not a list", f"'{key}' is {_kind(turns)}; it must be a list of turns")
-    return [_turn(turn, f"turn {number}") for number, turn in enumerate(turns, 1)]
-
-
-def _turn(turn: object, where: str) -> dict:
-    """Read `{"from", "value"}` or `{"role", "content", "tool_calls"}`."""
-    if not isinstance(turn, dict):
-        raise Unusable("not an object", f"{where} is {_kind(turn)}; it must be an object with role and content")
-    if "from" in turn and "value" in turn:
-        name, content = turn["from"], turn["value"]
-    elif "role" in turn and ("content" in turn or turn.get("tool_calls")):
-        name, content = turn["role"], turn.get("content")
-    else:
-        raise Unusable(
-            "unknown keys",
-            f"{where} has {_quoted(turn)}; known are 'from' and 'value', or 'role' and 'content'"
-            + _nearest(turn, ("from", "value", "role", "content", "tool_calls")),
-        )
-    role = _ROLES.get(name) if isinstance(name, str) else None
-    if role is None:
-        raise Unusable("unknown role", f"{where} is from {name!r}; known are {', '.join(_ROLES)}")
-    where = f"{where} ({name})"
-
-    if name == "function_call":
-        return {"role": role, "content": "", "tool_calls": _tool_calls(content, where)}
-    calls = turn.get("tool_calls")
-    if not calls:
-        return {"role": role, "content": _text(content, where)}
-    if role != "assistant":
-        raise Unusable("broken tool call", f"{where} has tool_calls; only the assistant calls tools")
-    content = "" if content is None else _text(content, where)
-    return {"role": role, "content": content, "tool_calls": _tool_calls(calls, where)}
-
-
-def _tool_calls(calls: object, where: str) -> list[dict]:
-    """Read OpenAI's `{"function": {"name", "arguments"}}` or plain `{"name", "arguments"}`, one or a list."""
-    calls = _parsed(calls, f"the tool call of {where}")
-    read = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = (call.get("function") or call) if isinstance(call, dict) else {}
-        name = function.get("name") if isinstance(function, dict) else None
-        arguments = function.get("arguments") if isinstance(function, dict) else None
-        arguments = _parsed(arguments or {}, f"the arguments of the tool call of {where}")
-        if not (name and isinstance(name, str) and isinstance(arguments, dict)):
-            raise Unusable("broken tool call", f"{where} needs a name and an object of arguments, found {call!r:.80}")
-        read.append({"name": name, "arguments": arguments})
-    return read
-
-
-def _turns_of_alpaca(record: dict) -> list[dict]:
-    """Read an instruction, the input it is about on the next line, and the output."""
-    instruction, about = _text(record["instruction"], "'instruction'"), _optional_text(record, "input")
-    question = f"{instruction}\n{about}" if instruction and about else instruction or about
-    return [*_history(record), *_exchange(question, _text(record["output"], "'output'"))]
-
-
-def _turns_of_question(record: dict) -> list[dict]:
-    question, answer = _text(record["question"], "'question'"), _text(record["answer"], "'answer'")
-    return [*_history(record), *_exchange(question, answer)]
-
-
-def _history(record: dict) -> list[dict]:
-    """Read the earlier [question, answer] exchanges of a record."""
-    history = _parsed(record.get("history") or [], "'history'")
-    turns = []
-    for number, exchange in enumerate(history if isinstance(history, list) else [history], 1):
-        where = f"exchange {number} of 'history'"
-        if not (isinstance(exchange, list) and len(exchange) == 2):
-            raise Unusable("broken history", f"{where} is {exchange!r:.80}; it must be [question, answer]")
-        turns += _exchange(*(_text(text, where) for text in exchange))
-    return turns
-
-
-def _exchange(question: str, answer: str) -> list[dict]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-@dataclass(frozen=True)
-class _Dialect:
-    """A form of records: the keys it needs and may have, and what reads one of its records."""
-
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-    read: Callable[[dict], object]
-
-
-# The one rule of detection: the first dialect whose required keys the record has, whatever the file's name.
-# An optional key that is null or empty (an empty csv cell) counts as absent. Other keys are metadata.
-_DIALECTS = (
-    _Dialect(("conversations",), ("system", "tools"), functools.partial(_turns_of_list, "conversations")),
-    _Dialect(("messages",), ("system", "tools"), functools.partial(_turns_of_list, "messages")),
-    _Dialect(("instruction", "output"), ("input", "history", "system", "tools"), _turns_of_alpaca),
-    _Dialect(("question", "answer"), ("history", "system", "tools"), _turns_of_question),
-)
-_PREFERENCE_KEYS = ("response_chosen", "response_rejected", "chosen", "rejected", "good_answer", "bad_answer")
-
-
-@functools.lru_cache(maxsize=1000)
-def _dialogue_dialect(keys: tuple[str, ...]) -> _Dialect:
-    if any(key in keys for key in _PREFERENCE_KEYS):
-        raise Unusable(
-            "preference pair",
-            f"has {_quoted(keys)}; reward_modeling.py and dpo_training.py read such pairs",
-        )
-    if "text" in keys and not any(all(key in keys for key in dialect.required) for dialect in _DIALECTS):
-        raise Unusable("plain text", f"has {_quoted(keys)}; pretraining.py reads text without dialogue")
-    return _find_dialect(keys, _DIALECTS)
-
-
-@functools.lru_cache(maxsize=1000)
-def _pair_dialect(keys: tuple[str, ...]) -> _Dialect:
-    if not any(key in keys for key in _PREFERENCE_KEYS):
-        raise Unusable(
-            "no pair",
-            f"has {_quoted(keys)}; a pair has a question with 'response_chosen' and 'response_rejected' "
-            "(scripts/generate_preference_data.py makes pairs of dialogues)",
-        )
-    return _find_dialect(keys, _PAIR_DIALECTS)
-
-
-def _find_dialect(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> _Dialect:
-    for dialect in dialects:
-        if all(key in keys for key in dialect.required):
-            # A misspelt 'history' taken for metadata would train on answers without their questions.
-            if suspect := _nearest(keys, dialect.optional, cutoff=0.85):
-                raise Unusable("unknown keys", f"has {_quoted(keys)}{suspect}")
-            return dialect
-    known = ", or ".join(" with ".join(map(repr, dialect.required)) for dialect in dialects)
-    every_key = tuple({key: None for dialect in dialects for key in dialect.required + dialect.optional})
-    raise Unusable("unknown keys", f"has {_quoted(keys)}; known are {known}{_nearest(keys, every_key)}")
-
-
-def _pair_of_replies(chosen_key: str, rejected_key: str, prompt: Callable[[dict], list[dict]], record: dict) -> tuple:
-    """The prompt's turns, and two replies that are texts, turns or lists of one turn."""
-    return prompt(record), *(_reply(record[key], f"'{key}'") for key in (chosen_key, rejected_key))
-
-
-# A turn or a list of them as JSON, as csv and parquet hold it; a reply may itself be JSON of another kind.
-_TURN_IN_A_CELL = re.compile(r'\[?\{"(from|role|value|content)":')
-
-
-def _reply(value: object, where: str) -> str:
-    value = _parsed(value, where) if isinstance(value, str) and _TURN_IN_A_CELL.match(value) else value
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, dict):
-        turn = _turn(value, where)
-        if turn["role"] != "assistant" or turn.get("tool_calls"):
-            raise Unusable("not a reply", f"{where} is from the {turn['role']}; it must be the assistant's words")
-        return turn["content"]
-    return _text(value, where)
-
-
-def _prompt_of_question(record: dict) -> list[dict]:
-    return [*_history(record), {"role": "user", "content": _text(record["question"], "'question'")}]
-
-
-def _prompt_of_alpaca(record: dict) -> list[dict]:
-    return _turns_of_alpaca(record | {"output": "-"})[:-1]
-
-
-def _prompt_of_trl(record: dict) -> list[dict]:
-    """`prompt` as a text or as messages."""
-    prompt = record["prompt"]
-    if isinstance(prompt, str) and not prompt.startswith('[{"'):
-        return [*_history(record), {"role": "user", "content": _text(prompt, "'prompt'")}]
-    return _turns_of_list("prompt", record)
-
-
-def _pair_of_conversations(record: dict) -> tuple:
-    """TRL's pair without a prompt: two conversations that differ in the last reply."""
-    chosen, rejected = (_turns_of_list(key, record) for key in ("chosen", "rejected"))
-    if not chosen or not rejected:
-        raise Unusable("empty conversation", "'chosen' or 'rejected' has no turns; delete the record")
-    if chosen[:-1] != rejected[:-1]:
-        raise Unusable(
-            "two prompts", "'chosen' and 'rejected' differ before their last turn; they must share the prompt"
-        )
-    for key, turns in (("chosen", chosen), ("rejected", rejected)):
-        if turns[-1]["role"] != "assistant" or turns[-1].get("tool_calls"):
-            raise Unusable("no reply", f"'{key}' ends with the {turns[-1]['role']}; it must end with a reply")
-    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
-
-
-_PAIR_OPTIONAL = ("system", "history", "margin")
-_PAIR_DIALECTS = (
-    _Dialect(
-        ("question", "response_chosen", "response_rejected"),
-        _PAIR_OPTIONAL,
-        functools.partial(_pair_of_replies, "response_chosen", "response_rejected", _prompt_of_question),
-    ),
-    _Dialect(
-        ("question", "good_answer", "bad_answer"),
-        _PAIR_OPTIONAL,
-        functools.partial(_pair_of_replies, "good_answer", "bad_answer", _prompt_of_question),
-    ),
-    _Dialect(
-        ("conversations", "chosen", "rejected"),
-        ("system", "margin"),
-        functools.partial(_pair_of_replies, "chosen", "rejected", functools.partial(_turns_of_list, "conversations")),
-    ),
-    _Dialect(
-        ("prompt", "chosen", "rejected"),
-        _PAIR_OPTIONAL,
-        functools.partial(_pair_of_replies, "chosen", "rejected", _prompt_of_trl),
-    ),
-    _Dialect(
-        ("instruction", "chosen", "rejected"),
-        ("input", *_PAIR_OPTIONAL),
-        functools.partial(_pair_of_replies, "chosen", "rejected", _prompt_of_alpaca),
-    ),
-    _Dialect(
-        ("question", "chosen", "rejected"),
-        _PAIR_OPTIONAL,
-        functools.partial(_pair_of_replies, "chosen", "rejected", _prompt_of_question),
-    ),
-    _Dialect(("chosen", "rejected"), ("system", "margin"), _pair_of_conversations),
-)
-
-
-def _nearest(keys: Collection[str], known: tuple[str, ...], cutoff: float = 0.6) -> str:
-    """`; is 'histroy' meant as 'history'?` for each key of a record that is close to a known absent one."""
-    absent = tuple(key for key in known if key not in keys)
-    pairs = ((key, _closest(key, absent, cutoff)) for key in keys if key not in known)
-    return "".join(f"; is {key!r} meant as {near!r}?" for key, near in pairs if near)
-
-
-@functools.lru_cache(maxsize=1000)
-def _closest(key: str, known: tuple[str, ...], cutoff: float) -> str | None:
-    return next(iter(difflib.get_close_matches(key.lower(), known, 1, cutoff)), None)
-
-
-# --------------------------------------------------------------------------------------------------
-# Values
-# --------------------------------------------------------------------------------------------------
-
-
-def _text(value: object, where: str) -> str:
-    """The content of a turn: a string, or OpenAI's list of text parts, stripped."""
-    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        kinds = sorted({str(part.get("type")) for part in value} - {"text"})
-        if kinds:
-            raise Unusable("not text", f"{where} has parts of type {', '.join(kinds)}; only text is trained on")
-        value = "".join(_text_part(part, where) for part in value)
-    if value is None:
-        raise Unusable("null value", f"{where} is null; write the text or delete the record")
-    if not isinstance(value, str):
-        raise Unusable("not text", f"{where} is {_kind(value)}; it must be a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        character = f"\\u{ord(value[error.start]):04x}"
-        raise Unusable("broken character", f"{where} has half a character, {character}; write it anew") from None
-    return value.replace("\r\n", "\n").strip()
-
-
-def _text_part(part: dict, where: str) -> str:
-    if not isinstance(part.get("text"), str):
-        raise Unusable("not text", f"{where} has a text part without text")
-    return part["text"]
-
-
-def _optional_text(record: dict, key: str) -> str:
-    return _text(record[key], f"'{key}'") if record.get(key) else ""
-
-
-def _parsed(value: object, where: str) -> object:
-    """A nested value, which csv and parquet often hold as a JSON string."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        detail = f"{where} is not JSON: {error.msg} (character {error.pos + 1}); write it with json.dumps"
-        raise Unusable("broken JSON", detail) from None
-    except _JSON_TOO_MUCH as error:
-        raise Unusable("broken JSON", f"{where}: {error}") from None
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
-
-
-def _quoted(keys: Collection[str]) -> str:
-    return f"the keys {', '.join(map(repr, keys))}" if keys else "no keys"
-
-
-# --------------------------------------------------------------------------------------------------
 # From records to dialogues
 # --------------------------------------------------------------------------------------------------
 
 
-def read_dialogues(files: Sequence[Path]) -> Iterator[Dialogue | BadRecord]:
+def read_dialogues(files: Sequence[Path], reading: Reading | None = None) -> Iterator[Dialogue | BadRecord]:
     """Read files of any dialect in order, one result a record."""
-    return _read(files, to_dialogue)
+    return _read(files, to_dialogue, reading)
 
 
-def read_documents(files: Sequence[Path]) -> Iterator[Document | BadRecord]:
+def read_prompts(files: Sequence[Path], reading: Reading | None = None) -> Iterator[Dialogue | BadRecord]:
+    """The same, where a dialogue may end with the question that is to be answered."""
+    return _read(files, to_prompt, reading)
+
+
+def read_documents(files: Sequence[Path], reading: Reading | None = None) -> Iterator[Document | BadRecord]:
     """Read the lines of .txt files and the records with `text` of the others, in order."""
-    return _read(files, _document)
+    return _read(files, to_document, reading)
 
 
-def read_pairs(files: Sequence[Path]) -> Iterator[Pair | BadRecord]:
+def read_pairs(files: Sequence[Path], reading: Reading | None = None) -> Iterator[Pair | BadRecord]:
     """Read preference pairs of any dialect in order, one result a record."""
-    return _read(files, to_pair)
+    return _read(files, to_pair, reading)
 
 
-def _read(files: Sequence[Path], make: Callable[[object, str], T]) -> Iterator[T | BadRecord]:
+def _read(
+    files: Sequence[Path], make: Callable[[object, str, Reading], T], reading: Reading | None
+) -> Iterator[T | BadRecord]:
+    reading = reading or Reading()
     for path in files:
         for source, record in read_raw(path):
             try:
                 if isinstance(record, Unusable):
                     raise record
-                yield make(record, source)
+                yield make(record, source, reading)
             except Unusable as error:
                 yield BadRecord(source, error.reason, error.detail)
 
 
-def _document(record: object, source: str) -> Document:
-    if not isinstance(record, dict):
-        raise Unusable("not an object", f"the record is {_kind(record)}; it must be an object with 'text'")
+def to_document(record: object, source: str, reading: Reading | None = None) -> Document:
+    """Raises Unusable, as the three below."""
+    reading = reading or Reading()
+    record = reading.without_ignored(_object(record, " with 'text'"))
+    text, plan = record.get("text"), sort_keys(tuple(record), ("text",))
+    if is_empty(text) and (reply := lone_reply(record, reading)):
+        return Document(reply, source)
     if "text" not in record:
         raise Unusable(
             "no text",
-            f"has {_quoted(record)}; pretraining reads 'text'{_nearest(record, ('text',))} (dialogues are for "
+            f"has {quoted(record)}; pretraining reads 'text'{nearest(record, ('text',))} (dialogues are for "
             "supervised_finetuning.py; scripts/convert_to_pretrain_format.py makes documents of them)",
         )
-    text = _text(record["text"], "'text'")
+    reading.note_keys(plan.unknown)
+    check_media(record, plan, reading, "the record")
+    text = text_of(text, "'text'")
     if not text:
         raise Unusable("empty text", "'text' is empty; write it or delete the record")
+    _note_placeholders([text], source, reading)
     return Document(text, source)
 
 
-def to_dialogue(record: object, source: str) -> Dialogue:
-    record = _object(record)
-    turns = _with_system(record, _dialogue_dialect(tuple(record)).read(record))
-    _check_turns(turns)
-    tools = _parsed(record.get("tools") or [], "'tools'")
-    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise Unusable("broken tools", f"'tools' is {tools!r:.80}; it must be a list of objects")
-    return Dialogue(turns, tools or None, source)
+def lone_reply(record: dict, reading: Reading) -> str:
+    """The text of other tools' records for pretraining, which are dialogues of one reply to nothing."""
+    try:
+        present, plan = planned(record, dialogue_plan, reading)
+    except Unusable:
+        return ""
+    turns = [turn for turn in plan.dialect.read(present, reading) if turn["role"] == "assistant" or turn["content"]]
+    return turns[0]["content"] if [turn["role"] for turn in turns] == ["assistant"] else ""
 
 
-def to_pair(record: object, source: str) -> Pair:
-    record = _object(record)
-    turns, chosen, rejected = _pair_dialect(tuple(record)).read(record)
+def to_dialogue(record: object, source: str, reading: Reading | None = None) -> Dialogue:
+    reading = reading or Reading()
+    record, plan = planned(_object(record), dialogue_plan, reading)
+    turns = _with_system(record, plan.dialect.read(record, reading))
+    if not plan.is_plain:
+        turns = _whole_prompt(turns, record, plan, reading)
+        if key := check_reply_keys(record, plan.keys, reading, "the record"):
+            raise _not_learned(record, key, reading)
+    check_turns(turns)
+    if all(turn.get("weight") == 0 for turn in turns if turn["role"] == "assistant"):
+        raise Unusable("not to be learned", "every reply has the weight 0; delete the record")
+    _note_placeholders((turn["content"] for turn in turns), source, reading)
+    return Dialogue(turns, tools_of(record), source)
+
+
+def to_prompt(record: object, source: str, reading: Reading | None = None) -> Dialogue:
+    """What is to be answered: a dialogue that may lack its last reply. What judges that reply does not matter."""
+    reading = reading or Reading()
+    record, plan = planned(_object(record), functools.partial(dialogue_plan, needs_reply=False), reading)
+    turns = _with_system(record, plan.dialect.read(record, reading))
+    turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
+    if not plan.is_plain:
+        turns = _whole_prompt(turns, record, plan, reading)
+    if turns and turns[-1] == {"role": "assistant", "content": ""}:
+        turns = turns[:-1]
+    check_turns(turns, needs_reply=False)
+    return Dialogue(turns, tools_of(record), source)
+
+
+def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair:
+    reading = reading or Reading()
+    record, plan = planned(_object(record), pair_plan, reading)
+    turns, chosen, rejected = plan.dialect.read(record, reading)
     turns = _with_system(record, turns)
-    _check_turns([*turns, {"role": "assistant", "content": chosen}])
+    if not plan.is_plain:
+        turns = _whole_prompt(turns, record, plan, reading, (chosen, rejected))
+        if key := check_reply_keys(record, plan.keys, reading, "the record"):
+            raise _not_learned(record, key, reading)
+    turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
+    check_turns([*turns, {"role": "assistant", "content": chosen}])
     if not rejected:
         raise Unusable("empty reply", "the rejected reply is empty; write it or delete the record")
     if chosen == rejected:
         raise Unusable("same replies", "chosen and rejected are the same, so nothing is preferred; delete the record")
-    return Pair(turns, chosen, rejected, _margin(record), source)
+    _note_placeholders((turn["content"] for turn in turns), source, reading)
+    return Pair(turns, chosen, rejected, _margin(record), source, tools_of(record))
 
 
 def _margin(record: dict) -> float | None:
@@ -877,15 +613,41 @@ def _margin(record: dict) -> float | None:
     return margin
 
 
-def _object(record: object) -> dict:
+def _object(record: object, needs: str = "") -> dict:
     if not isinstance(record, dict):
-        raise Unusable("not an object", f"the record is {_kind(record)}; it must be an object")
+        raise Unusable("not an object", f"the record is {kind_of(record)}; it must be an object{needs}")
     return record
+
+
+def _whole_prompt(
+    turns: list[dict], record: dict, plan: RecordPlan, reading: Reading, replies: Sequence[str] = ()
+) -> list[dict]:
+    """The turns with all that the record says of the question; Unusable where something of it cannot be kept."""
+    check_other_forms(record, plan, [*(turn["content"] for turn in turns), *replies], reading)
+    check_media(record, plan.keys, reading, "the record")
+    return with_options(turns, record, plan, reading) if plan.keys.options else turns
+
+
+def _not_learned(record: dict, key: str, reading: Reading) -> Unusable:
+    return Unusable("not to be learned", f"{key!r} is {record[key]!r}; delete the record, or {reading.ignoring(key)}")
+
+
+# What stands in a text for a picture, a film or a sound.
+_PLACEHOLDER = re.compile(r"<\|?(?:image|img|video|audio|vision)(?:[_ ][^<>]{0,40})?\|?>", re.IGNORECASE)
+_ONLY_URLS = re.compile(r"(?:<?(?:https?://|www\.)[!-~]+\s*)+", re.IGNORECASE)
+
+
+def _note_placeholders(texts: Iterable[str], source: str, reading: Reading) -> None:
+    """Count what stands for more than text; it may also be what a text is about."""
+    for text in texts:
+        if "<" in text and (mark := _PLACEHOLDER.search(text)):
+            reading.note(f"records hold {mark[0]}, which is learned as a word: a model of text sees no more", source)
+            return
 
 
 def _with_system(record: dict, turns: list[dict]) -> list[dict]:
     """The turns, after the record's system prompt if it has one, given in `system` or as the first turn."""
-    system = _optional_text(record, "system")
+    system = optional_text(record, "system")
     if turns and turns[0]["role"] == "system":
         first, *turns = turns
         if system and first["content"]:
@@ -905,7 +667,7 @@ _MAY_FOLLOW = {
 }
 
 
-def _check_turns(turns: list[dict]) -> None:
+def check_turns(turns: list[dict], needs_reply: bool = True) -> None:
     """Refuse what no model should learn: turns out of order, empty turns, a last turn without reply."""
     if not turns:
         raise Unusable("empty conversation", "it has no turns; delete the record")
@@ -919,7 +681,9 @@ def _check_turns(turns: list[dict]) -> None:
             raise Unusable("empty user turn", f"turn {number} (user) is empty; write it or delete the record")
         if before == "assistant" and not turn["content"]:
             raise Unusable("empty reply", f"turn {number} (assistant) is empty; write it or delete the record")
-    if before not in ("assistant", "tool call"):
+        if before == "assistant" and _ONLY_URLS.fullmatch(turn["content"]):
+            raise Unusable("only a URL", f"turn {number} (assistant) is {turn['content']:.60}; write the reply itself")
+    if needs_reply and before not in ("assistant", "tool call"):
         # Also after earlier replies: cutting the turn off would change the user's data silently.
         raise Unusable("no reply", f"turn {len(turns)} ({before}) is the last; add the reply or delete the turn")
 
@@ -940,29 +704,49 @@ def _out_of_order(number: int, role: str, before: str) -> Unusable:
 OnBadData = Literal["error", "drop"]
 
 
-def load_dialogues(files: Sequence[Path], on_bad_data: OnBadData = "error") -> tuple[list[Dialogue], Report]:
+def load_dialogues(
+    files: Sequence[Path], on_bad_data: OnBadData | None = "error", reading: Reading | None = None
+) -> tuple[list[Dialogue], Report]:
     """Read all dialogues of the files, and refuse bad records ("error") or drop and count them ("drop").
 
-    Raises UserError, showing the first ten, on bad records under "error" and whenever nothing is left to use.
+    None refuses them too, for a caller that has no such flag. Raises UserError, showing the first ten, on bad records
+    unless they are dropped, and whenever nothing is left to use.
     """
-    return _load(read_dialogues(files), files, on_bad_data)
+    return _load(read_dialogues, files, on_bad_data, reading)
 
 
-def load_pairs(files: Sequence[Path], on_bad_data: OnBadData = "error") -> tuple[list[Pair], Report]:
+def load_prompts(
+    files: Sequence[Path], on_bad_data: OnBadData | None = "error", reading: Reading | None = None
+) -> tuple[list[Dialogue], Report]:
+    """The same for dialogues that may lack their last reply."""
+    return _load(read_prompts, files, on_bad_data, reading)
+
+
+def load_pairs(
+    files: Sequence[Path], on_bad_data: OnBadData | None = "error", reading: Reading | None = None
+) -> tuple[list[Pair], Report]:
     """The same for the preference pairs of the files."""
-    return _load(read_pairs(files), files, on_bad_data)
+    return _load(read_pairs, files, on_bad_data, reading)
 
 
-def load_documents(files: Sequence[Path], on_bad_data: OnBadData = "error") -> tuple[list[Document], Report]:
+def load_documents(
+    files: Sequence[Path], on_bad_data: OnBadData | None = "error", reading: Reading | None = None
+) -> tuple[list[Document], Report]:
     """The same for the documents of the files."""
-    return _load(read_documents(files), files, on_bad_data)
+    return _load(read_documents, files, on_bad_data, reading)
 
 
-def _load(results: Iterable[T | BadRecord], files: Sequence[Path], on_bad_data: OnBadData) -> tuple[list[T], Report]:
+def _load(
+    read: Callable[[Sequence[Path], Reading], Iterable[T | BadRecord]],
+    files: Sequence[Path],
+    on_bad_data: OnBadData | None,
+    reading: Reading | None,
+) -> tuple[list[T], Report]:
+    reading = reading or Reading()
     records: list[T] = []
     report = Report()
     first_bad: list[str] = []
-    for result in results:
+    for result in read(files, reading):
         report.read += 1
         if not isinstance(result, BadRecord):
             records.append(result)
@@ -970,13 +754,16 @@ def _load(results: Iterable[T | BadRecord], files: Sequence[Path], on_bad_data: 
             report.drop(result)
             if len(first_bad) < 10:
                 first_bad.append(f"  {result}")
+    report.notes = reading.lines()
 
     n_bad = report.dropped.total()
     if not report.read:
         raise UserError(f"no records in {_some(files)}")
-    if not records or (n_bad and on_bad_data == "error"):
+    if not records or (n_bad and on_bad_data != "drop"):
         listed = "" if n_bad <= 10 else "; the first ten"
-        hint = "mend them, or go on without them: --on_bad_data drop" if records else "no record can be used"
+        hint = "no record can be used"
+        if records:
+            hint = "mend them" + (", or go on without them: --on_bad_data drop" if on_bad_data else "")
         raise UserError("\n".join([f"{n_bad} of {report.read} records are bad{listed}:", *first_bad, hint]))
     return records, report
 
@@ -1056,11 +843,14 @@ def load_part(
         max_eval_samples=data_args.max_eval_samples,
         num_workers=data_args.preprocessing_num_workers,
         on_bad_data=data_args.on_bad_data,
+        ignore_keys=split_keys(data_args.ignore_keys),
         overwrite=data_args.overwrite_cache,
     )
     if len(dataset) == 0:
         examples = "; ".join(line for lines in report.examples.values() for line in lines)
         raise UserError(f"{flag} {path}: {report.summary()}, so nothing is left: {examples}")
+    for note in [*read_report.notes, *report.notes]:
+        logger.info(f"{part}: {note}")
     for reason, lines in report.examples.items():
         logger.info(f"{part}: left out as {reason}: {'; '.join(lines)}{' ...' if len(lines) == 3 else ''}")
     return dataset, {
@@ -1130,7 +920,7 @@ def _question_key(record: Dialogue | Document | Pair) -> str:
 def cached_part(
     part: Literal["train", "eval"],
     files: Sequence[Path],
-    load: Callable[[Sequence[Path], OnBadData], tuple[list[T], Report]],
+    load: Callable[[Sequence[Path], OnBadData, Reading], tuple[list[T], Report]],
     tokenize: Callable[..., tuple["Dataset", Report]],
     settings: dict,
     cache_dir: str | Path,
@@ -1141,6 +931,7 @@ def cached_part(
     seed: int,
     num_workers: int = 1,
     on_bad_data: OnBadData = "error",
+    ignore_keys: Sequence[str] = (),
     overwrite: bool = False,
 ) -> tuple["Dataset", Report, Report, bool]:
     """The tokenized records of one part of the files, from the cache where nothing has changed.
@@ -1159,7 +950,7 @@ def cached_part(
         choice |= {"seed": None} if not any(choice[name] for name in ("max_train_samples", "max_eval_samples")) else {}
 
     def build() -> tuple["Dataset", dict]:
-        records, read_report = load(files, on_bad_data)
+        records, read_report = load(files, on_bad_data, Reading(tuple(ignore_keys)))
         chosen = choose_part(records, part, held_out, **choice)
         dataset, report = tokenize(chosen, num_workers=num_workers, on_bad_data=on_bad_data)
         return dataset, {"read": read_report.as_dict(), "tokenized": report.as_dict()}
@@ -1169,6 +960,7 @@ def cached_part(
         "files": content_fingerprint(files),
         "held_out": held_out,
         "on_bad_data": on_bad_data,
+        "ignore_keys": list(ignore_keys),
     }  # fmt: skip
     dataset, reports, was_cached = cached_dataset(cache_dir, key, build, overwrite)
     return dataset, Report.from_dict(reports["read"]), Report.from_dict(reports["tokenized"]), was_cached

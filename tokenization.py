@@ -13,7 +13,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -23,20 +23,23 @@ from datasets import Dataset, Features, Value
 from datasets import List as ListFeature
 from transformers import PreTrainedTokenizerBase
 
+import dialects
+import record_keys
 import records
 import template
-from errors import UserError
+from errors import Unusable, UserError
+from record_keys import Reading
 from records import (
     BadRecord,
     Dialogue,
     Document,
     Pair,
     Report,
-    Unusable,
     cached_part,
     load_dialogues,
     load_documents,
     load_pairs,
+    load_prompts,
 )
 from template import ChatTemplate, Message
 
@@ -46,7 +49,9 @@ IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 OVER_LIMIT = ("too long", "prompt too long", "reply too long", "same within the limit", "same prompt")
 
 _IDS, _LENGTH, _TEXT = ListFeature(Value("int32")), Value("int32"), Value("string")
-DIALOGUE_FEATURES = Features(input_ids=_IDS, labels=_IDS, length=_LENGTH, source=_TEXT, fault=_TEXT)
+DIALOGUE_FEATURES = Features(
+    input_ids=_IDS, labels=_IDS, length=_LENGTH, n_thoughts_left_out=_LENGTH, source=_TEXT, fault=_TEXT
+)
 DOCUMENT_FEATURES = Features(input_ids=_IDS, length=_LENGTH, source=_TEXT, fault=_TEXT)
 # `length` is that of the longer of prompt + reply; `margin` is NaN where the data has none.
 PAIR_FEATURES = Features(
@@ -63,6 +68,9 @@ PROMPT_FEATURES = Features(prompt_ids=_IDS, messages=_TEXT, reply=_TEXT, length=
 BLOCK_FEATURES = Features(input_ids=_IDS, labels=_IDS, seq_lengths=_IDS, length=_LENGTH, source=ListFeature(_TEXT))
 
 Truncation = Literal["drop", "cut_prompt_start", "cut_reply"]
+
+# Counted of replies before the last, whose thoughts many templates leave out.
+LEFT_OUT_THOUGHTS = "thoughts of earlier replies are left out by the template, and those replies learned without them"
 
 # In these turns a control token is words, as somebody may write it in a question; in all others it is a fault.
 ASKING = ("user", "tool")
@@ -211,7 +219,24 @@ def encode_dialogue(
                 "reply too long", f"with its system prompt it is over --model_max_length {max_length}; raise the limit"
             )
         ids, labels = _ids_and_labels(tokenizer, chat_template, messages, tools, train_on_inputs)
+    if all(label == IGNORED_LABEL for label in labels):
+        raise Unusable("prompt too long", "of the replies that fit the limit, all have the weight 0")
     return ids, labels
+
+
+def n_thoughts_left_out(chat_template: ChatTemplate, messages: list[Message], tools: list[dict] | None) -> int:
+    """How many replies begin with `<think>...</think>` of which the template writes none."""
+    thoughts = [thought_of(message["content"]) for message in messages if message["role"] == "assistant"]
+    if not any(thoughts):
+        return 0
+    replies = [segment.text for segment in chat_template.segments(messages, tools) if segment.learned]
+    return sum(thought not in reply for thought, reply in zip(thoughts, replies, strict=True))
+
+
+def thought_of(reply: str) -> str:
+    """What a reply says between <think> and </think>, "" without."""
+    before, end, _ = reply.partition("</think>")
+    return before.rpartition("<think>")[2].strip() if end else ""
 
 
 def refuse_control_tokens(chat_template: ChatTemplate, messages: list[Message], tools: list[dict] | None) -> None:
@@ -255,12 +280,14 @@ def _ids_and_labels(
     train_on_inputs: bool,
 ) -> tuple[list[int], list[int]]:
     segments = chat_template.segments(_with_seams(chat_template, messages), tools)
+    are_learned = [message.get("weight") != 0 for message in messages if message["role"] == "assistant"]
     text = "".join(segment.text for segment in segments)
     ids, offsets = _ids_and_offsets(tokenizer, text)
-    if train_on_inputs:
+    if train_on_inputs and all(are_learned):
         labels = list(ids)
     else:
         labels = [IGNORED_LABEL] * len(ids)
+        replies = iter(are_learned)
         # The first token that starts at or behind a character; the tokens of one emoji all start at it.
         token, end = 0, 0
         for segment in segments:
@@ -274,7 +301,8 @@ def _ids_and_labels(
                     f"the tokenizer joins {text[end - 5 : end]!r} and {text[end : end + 5]!r}, so a reply has no "
                     "exact border; change its first or last characters",
                 )
-            if segment.learned:
+            is_learned = next(replies) if segment.learned else train_on_inputs
+            if is_learned:
                 labels[first:token] = ids[first:token]
     labels[0] = IGNORED_LABEL  # nothing predicts the first token
     return ids, labels
@@ -339,18 +367,27 @@ def tokenize_dialogues(
         truncation=truncation,
         train_on_inputs=train_on_inputs,
     )
-    rows = _map_batches(rows, partial(_encode_batch, encode), num_workers, "dialogue", DIALOGUE_FEATURES)
-    return _without_faults(rows, "dialogues", on_bad_data)
+    count = partial(n_thoughts_left_out, chat_template)
+    rows = _map_batches(rows, partial(_encode_batch, encode, count), num_workers, "dialogue", DIALOGUE_FEATURES)
+    rows, report = _without_faults(rows, "dialogues", on_bad_data)
+    notes = Reading()
+    for n_left_out, source in zip(rows["n_thoughts_left_out"], rows["source"], strict=True):
+        for _ in range(n_left_out):
+            notes.note(LEFT_OUT_THOUGHTS, source)
+    report.notes = notes.lines()
+    return rows.remove_columns("n_thoughts_left_out"), report
 
 
-def _encode_batch(encode, batch: dict[str, list]) -> dict[str, list]:
+def _encode_batch(encode: Callable, count_left_out: Callable, batch: dict[str, list]) -> dict[str, list]:
     """`datasets` maps this over batches: every row stays, one that gives no example says why in `fault`."""
-    columns = {"input_ids": [], "labels": [], "length": [], "source": batch["source"], "fault": []}
+    names = ("input_ids", "labels", "length", "n_thoughts_left_out", "fault")
+    columns = {name: [] for name in names} | {"source": batch["source"]}
     for text in batch["dialogue"]:
         messages, tools = json.loads(text)
-        ids, labels, fault = [], [], ""
+        ids, labels, n_left_out, fault = [], [], 0, ""
         try:
             ids, labels = encode(messages, tools)
+            n_left_out = count_left_out(messages, tools)
         except Unusable as unusable:
             fault = f"{unusable.reason}\t{unusable.detail}"
         except UserError as error:
@@ -358,6 +395,7 @@ def _encode_batch(encode, batch: dict[str, list]) -> dict[str, list]:
         columns["input_ids"].append(ids)
         columns["labels"].append(labels)
         columns["length"].append(len(ids))
+        columns["n_thoughts_left_out"].append(n_left_out)
         columns["fault"].append(fault)
     return columns
 
@@ -558,15 +596,15 @@ def tokenize_prompts(
 ) -> tuple[Dataset, Report]:
     """The prompt before each answer to a user's turn, with its history, each prompt once; what was left out and why.
 
-    Rows of `prompt_ids`, `messages` (JSON of the messages that these ids stand for, and the tools), `reply` (the
-    dialogue's own answer), `length` and `source`. "cut_prompt_start" leaves out the oldest exchanges of a prompt over
-    the limit, then the start of its question.
+    A dialogue that ends with the user asks too. Rows of `prompt_ids`, `messages` (JSON of the messages that these ids
+    stand for, and the tools), `reply` (the dialogue's own answer, "" without), `length` and `source`.
+    "cut_prompt_start" leaves out the oldest exchanges of a prompt over the limit, then the start of its question.
     """
     prompts = [
-        ([dialogue.messages[:index], dialogue.tools, message["content"]], dialogue.source)
+        ([dialogue.messages[: index + 1], dialogue.tools, reply["content"]], dialogue.source)
         for dialogue in dialogues
-        for index, message in enumerate(dialogue.messages)
-        if message["role"] == "assistant" and dialogue.messages[index - 1]["role"] == "user"
+        for index, (message, reply) in enumerate(pairwise([*dialogue.messages, {"role": "", "content": ""}]))
+        if message["role"] == "user"
     ]
     rows = Dataset.from_dict(
         {
@@ -637,7 +675,7 @@ def cached_prompts(
     limits = {"max_prompt_length": max_prompt_length, "truncation": truncation}
     settings = limits | {"rows": "prompts", "tokenizer": tokenizer_fingerprint(tokenizer)}
     tokenize = partial(tokenize_prompts, tokenizer=tokenizer, chat_template=chat_template, **limits)
-    return cached_part(part, files, load_dialogues, tokenize, settings, cache_dir, **options)
+    return cached_part(part, files, load_prompts, tokenize, settings, cache_dir, **options)
 
 
 # ---------------------------------------------------------------- documents of continued pretraining
@@ -806,6 +844,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over what decides ids: vocabulary, merges, special tokens, chat template, and the code that uses them."""
     whole = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     whole.update(f"{tokenizer.chat_template}\0{tokenizer.eos_token}\0{tokenizer.bos_token}".encode())
-    for module_file in (__file__, records.__file__, template.__file__):
+    for module_file in (
+        module.__file__ for module in (sys.modules[__name__], records, dialects, record_keys, template)
+    ):
         whole.update(Path(module_file).read_bytes())
     return whole.hexdigest()

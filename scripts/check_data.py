@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_forms import (
     READERS,
     Kind,
+    add_ignore_keys,
     add_token_flags,
     find_kind,
     guide_line,
@@ -41,9 +42,10 @@ from data_forms import (
     unread_lines,
     words_of,
 )
-from errors import UserError, run_script
+from errors import Unusable, UserError, run_script
 from near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Known, bare_text
-from records import BadRecord, Dialogue, Document, Pair, Report, Unusable
+from record_keys import Reading
+from records import BadRecord, Dialogue, Document, Pair, Report
 
 Record = Dialogue | Pair | Document
 
@@ -96,14 +98,14 @@ class Measured(NamedTuple):
     over: str = ""
 
 
-def measure_by(args: argparse.Namespace, kind: Kind) -> Callable[[Record], Measured]:
+def measure_by(args: argparse.Namespace, kind: Kind, reading: Reading) -> Callable[[Record], Measured]:
     """Measures in tokens, or without a tokenizer in characters. What it returns raises Unusable for a fault."""
     if not args.tokenizer:
         return lambda record: Measured(len(words_of(record)))
     import transformers
 
     from model_loading import load_tokenizer
-    from tokenization import load_chat_template, pair_lengths, token_length
+    from tokenization import LEFT_OUT_THOUGHTS, load_chat_template, n_thoughts_left_out, pair_lengths, token_length
 
     transformers.logging.set_verbosity_error()  # it would warn of each record that is over the tokenizer's own limit
     hub_options = {"cache_dir": args.cache_dir, "trust_remote_code": args.trust_remote_code}
@@ -117,6 +119,9 @@ def measure_by(args: argparse.Namespace, kind: Kind) -> Callable[[Record], Measu
             over += [f"reply {reply:,}"] if reply > args.max_target_length else []
             return Measured(prompt + reply, ", ".join(over))
         length = token_length(record, tokenizer, chat_template)
+        if isinstance(record, Dialogue):
+            for _ in range(n_thoughts_left_out(chat_template, record.messages, record.tools)):
+                reading.note(LEFT_OUT_THOUGHTS, record.source)
         is_over = isinstance(record, Dialogue) and length > args.model_max_length  # documents are cut into blocks
         return Measured(length, f"{length:,}" if is_over else "")
 
@@ -126,11 +131,11 @@ def measure_by(args: argparse.Namespace, kind: Kind) -> Callable[[Record], Measu
 # ---------------------------------------------------------------- reading on after faults
 
 
-def read_all(kind: Kind, files: Sequence[Path]) -> Iterator[Record | BadRecord]:
+def read_all(kind: Kind, files: Sequence[Path], reading: Reading) -> Iterator[Record | BadRecord]:
     """Every result of every file; one whose rest cannot be read is a fault and not the end."""
     for path in files:
         try:
-            yield from READERS[kind]([path])
+            yield from READERS[kind]([path], reading)
         except UserError as error:
             source, _, fault = str(error).partition(": ")
             yield BadRecord(source, UNREADABLE, fault)
@@ -217,11 +222,11 @@ class Survey:
 
 
 def usable_batches(
-    kind: Kind, files: Sequence[Path], measure: Callable[[Record], Measured], report: Report
+    kind: Kind, files: Sequence[Path], reading: Reading, measure: Callable[[Record], Measured], report: Report
 ) -> Iterator[list[tuple[Record, Measured]]]:
     """The usable records with their lengths, some at a time; each fault is printed and counted."""
     batch = []
-    for result in tqdm(read_all(kind, files), unit=" records", disable=None):
+    for result in tqdm(read_all(kind, files, reading), unit=" records", disable=None):
         report.read += 1
         if not isinstance(result, BadRecord):
             try:
@@ -241,6 +246,7 @@ def usable_batches(
 def survey(
     kind: Kind,
     files: Sequence[Path],
+    reading: Reading,
     measure: Callable[[Record], Measured],
     limits: str,
     near_duplicate_threshold: float,
@@ -250,7 +256,7 @@ def survey(
     found = Survey(kind, limits)
     distinct, sources = Distinct(near_duplicate_threshold if near_duplicate_threshold < 1 else None), Sources()
     questions = Distinct(None)
-    for batch in usable_batches(kind, files, measure, found.report):
+    for batch in usable_batches(kind, files, reading, measure, found.report):
         records = [record for record, _ in batch]
         for record, measured in batch:
             found.add(record, measured)
@@ -283,8 +289,8 @@ class Evaluation:
         self.report = Report()
         self.sources: list[str] = []
 
-    def read(self, kind: Kind, files: Sequence[Path], measure: Callable[[Record], Measured]) -> None:
-        for batch in usable_batches(kind, files, measure, self.report):
+    def read(self, kind: Kind, files: Sequence[Path], reading: Reading, measure: Callable[[Record], Measured]) -> None:
+        for batch in usable_batches(kind, files, reading, measure, self.report):
             self._known.add([question_of(record) for record, _ in batch])
             self.sources += [record.source for record, _ in batch]
 
@@ -368,6 +374,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--dir", required=True, help="a file, or a folder and all below it, as a stage would get it")
     add("--eval_dir", help="the evaluation's records: are their questions trained on?")
+    add_ignore_keys(parser)
     add_token_flags(parser)
     add("--near_duplicate_threshold", type=float, default=0.9, help="near copies share this part of their text")
     add("--split_threshold", type=float, default=0.7, help="questions that share this part are nearly the same")
@@ -386,7 +393,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     kind, files, unread = find_kind(args.dir, "--dir")
     notes = settle_token_flags(args, kind)
-    measure = measure_by(args, kind)
+    reading = Reading(args.ignore_keys)
+    measure = measure_by(args, kind, reading)
     evaluation = None
     if args.eval_dir:
         eval_kind, eval_files, _ = find_kind(args.eval_dir, "--eval_dir")
@@ -398,15 +406,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "them with scripts/preprocess_data.py"
             )
         evaluation = Evaluation(kind, args.split_threshold)
-        evaluation.read(eval_kind, eval_files, measure)
-    found = survey(kind, files, measure, limits_of(args), args.near_duplicate_threshold, evaluation)
+        evaluation.read(eval_kind, eval_files, Reading(args.ignore_keys), measure)
+    found = survey(kind, files, reading, measure, limits_of(args), args.near_duplicate_threshold, evaluation)
 
     print(f"{args.dir}: {kind} in {len(files)} file{'s' if len(files) > 1 else ''}")
     for name, value in describe(found, "tokens" if args.tokenizer else "characters", evaluation):
         print(f"  {name:<18}{value}")
     wrong = verdict(found, evaluation)
     said = [f"wrong: {line}" for line in wrong] or ["verdict: a stage can train on this"]
-    print("\n".join([*unread_lines(unread), *notes, *advice(found), *said]))
+    print("\n".join([*unread_lines(unread), *reading.lines(), *notes, *advice(found), *said]))
     if wrong:
         sys.exit(1)
 

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parts, in_bytes = {}, {}
     for part, flag in (("train", "train_file_dir"), ("eval", "validation_file_dir")):
         path = args.train_file_dir if held_out else getattr(args, flag)
-        documents, _ = load_documents(find_files(path, f"--{flag}", TEXT_ENDINGS)[0])
+        documents, _ = load_documents(find_files(path, f"--{flag}", TEXT_ENDINGS)[0], None)
         chosen = choose_part(documents, part, held_out, None, args.max_eval_samples, args.seed)
         parts[part] = tokenized(chosen, tokenizer)
         in_bytes[part] = [list(document.text.encode()) for document in chosen]

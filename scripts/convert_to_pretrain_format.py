@@ -22,17 +22,18 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_forms import ForeignReader, add_reading_flags, dropped_lines, reader_of, unread_lines, without_html
-from errors import UserError, run_script
+from errors import Unusable, UserError, run_script
 from output_files import new_text_file, refuse_same
+from record_keys import check_media, sort_keys
 from records import (
     RECORD_ENDINGS,
     BadRecord,
     Dialogue,
     Pair,
     Report,
-    Unusable,
     ending_of,
     find_files,
+    lone_reply,
     open_text,
     shown,
 )
@@ -130,9 +131,14 @@ class DocumentReader:
             raise Unusable("not an object", f"the record is {record!r:.60}; it must be an object or a text")
         if self.text_column and self.text_column not in record:
             raise Unusable("no such column", f"it has {', '.join(map(repr, record))}, not {self.text_column!r}")
+        reading = self.dialogues.reading
+        record = reading.without_ignored(record)
+        check_media(record, sort_keys(tuple(record), ()), reading, "the record")
         columns = {key.strip().lower(): value for key, value in record.items()}
         if self.text_column or "text" in columns:
             return titled(record[self.text_column] if self.text_column else columns["text"], columns)
+        if reply := lone_reply(record, reading):
+            return reply
         keys = tuple(record)
         if keys in self.keys_of_pairs:
             return said(self.pairs.convert(record, source))
@@ -220,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.output_file.name.lower().endswith((".txt", ".txt.gz")):
         raise UserError(f"--output_file {args.output_file}: plain text is written; let it end in .txt or .txt.gz")
     dialogues = reader_of(args, "dialogues")
-    pairs = ForeignReader("pairs", encoding=args.encoding)
+    pairs = ForeignReader("pairs", encoding=args.encoding, reading=dialogues.reading)
     files, unread = find_files(args.input_file, "--input_file", ENDINGS)
     refuse_same(files, args.output_file, "--output_file")
     reader = DocumentReader(dialogues, pairs, args.text_column, args.split, args.min_length)

@@ -78,7 +78,7 @@ def read_dialogues_to_compare(
     files, _ = find_files(export_args.eval_file, "--eval_file")
     limit = min(context, MAX_EVAL_TOKENS)
     rows = []
-    for dialogue in load_dialogues(files)[0][: export_args.num_samples]:
+    for dialogue in load_dialogues(files, None)[0][: export_args.num_samples]:
         try:
             ids_and_labels = encode_dialogue(
                 tokenizer, chat_template, dialogue.messages, dialogue.tools, max_length=limit, truncation="cut_reply"

@@ -30,10 +30,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_forms import dropped_lines, guide_line, unread_lines
-from errors import UserError, run_script
+from data_forms import add_ignore_keys, dropped_lines, guide_line, unread_lines
+from errors import Unusable, UserError, run_script
 from output_files import new_text_file, refuse_same
-from records import BadRecord, Dialogue, Pair, Report, Unusable, find_files, read_dialogues
+from record_keys import Reading
+from records import BadRecord, Dialogue, Pair, Report, find_files, read_dialogues
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ ENDINGS = (".jsonl", ".jsonl.gz")
 # ---------------------------------------------------------------- which replies
 
 
-def draw_prompts(files: Sequence[Path], num_samples: int, seed: int) -> tuple[list[Pair], Report]:
+def draw_prompts(files: Sequence[Path], reading: Reading, num_samples: int, seed: int) -> tuple[list[Pair], Report]:
     """`num_samples` of the dialogues, each equally likely, as pairs that still lack a rejected reply, in their order.
 
     No more than these are held at a time (reservoir sampling, Vitter 1985).
@@ -54,7 +55,7 @@ def draw_prompts(files: Sequence[Path], num_samples: int, seed: int) -> tuple[li
     report, rng = Report(), random.Random(seed)
     drawn: list[tuple[int, Pair]] = []
     n_usable = 0
-    for result in tqdm(read_dialogues(files), unit=" records", disable=None):
+    for result in tqdm(read_dialogues(files, reading), unit=" records", disable=None):
         report.read += 1
         try:
             prompt = prompt_of(result)
@@ -75,7 +76,7 @@ def prompt_of(result: Dialogue | BadRecord) -> Pair:
     messages = result.messages
     if result.tools or any(message.get("tool_calls") for message in messages):
         raise Unusable("uses tools", "a pair has no place for tools")
-    replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    replies = [n for n, message in enumerate(messages) if message["role"] == "assistant" and "weight" not in message]
     # The last turn is often a mere "you are welcome".
     longest = max(replies, key=lambda index: len(messages[index]["content"]))
     return Pair(messages[:longest], messages[longest]["content"], "", None, result.source)
@@ -471,6 +472,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_file", required=True, type=Path, help="the new .jsonl file, or .jsonl.gz")
     parser.add_argument("--num_samples", type=int, default=5000, help="pairs, drawn from all dialogues")
     parser.add_argument("--seed", type=int, default=42, help="of all that is drawn")
+    add_ignore_keys(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     group = parser.add_argument_group("replies of a model")
     group.add_argument("--model", help="hub name or folder of a model, or folder of a LoRA adapter")
@@ -490,10 +492,16 @@ def main(argv: list[str] | None = None) -> None:
 
     files, unread = find_files(args.sft_data, "--sft_data")
     refuse_same(files, args.output_file, "--output_file")
-    prompts, report = draw_prompts(files, args.num_samples, args.seed)
+    reading = Reading(args.ignore_keys)
+    prompts, report = draw_prompts(files, reading, args.num_samples, args.seed)
     if not prompts:
         raise UserError("\n".join([f"--sft_data {args.sft_data}: no usable dialogue in it", *dropped_lines(report)]))
-    for line in [f"{args.sft_data}: {report.summary()}", *dropped_lines(report), *unread_lines(unread)]:
+    for line in [
+        f"{args.sft_data}: {report.summary()}",
+        *dropped_lines(report),
+        *reading.lines(),
+        *unread_lines(unread),
+    ]:
         print(line)
     if len(prompts) < args.num_samples:
         print(f"--num_samples {args.num_samples:,}: there are only {len(prompts):,} to draw from")

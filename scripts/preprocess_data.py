@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_forms import (
     READERS,
     Kind,
+    add_ignore_keys,
     add_token_flags,
     dropped_lines,
     find_kind,
@@ -50,10 +51,11 @@ from data_forms import (
     without_html,
     words_of,
 )
-from errors import UserError, run_script
+from errors import Unusable, UserError, run_script
 from near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Groups, bare_text
 from output_files import new_folder, new_text_file, refuse_same
-from records import BadRecord, Dialogue, Document, Pair, Report, Unusable
+from record_keys import Reading
+from records import BadRecord, Dialogue, Document, Pair, Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -501,6 +503,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--input_dir", required=True, help="a file, or a folder and all below it, of one kind of records")
     add("--output_dir", required=True, type=Path, help="the new folder; the report is written beside it")
+    add_ignore_keys(parser)
     add("--overwrite", action="store_true", help="replace what this tool wrote there before")
     add("--mask_personal_data", action="store_true", help="mask Chinese mobile and ID numbers, and e-mail addresses")
     add(
@@ -586,6 +589,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     kind, files, unread = find_kind(args.input_dir, "--input_dir")
     notes = settle_token_flags(args, kind)
+    reading = Reading(args.ignore_keys)
     check_places(args, files)
     encoder = load_encoder(args, kind) if args.tokenizer else None
     unit = "tokens" if encoder else "characters"
@@ -605,13 +609,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         new_folder(args.output_dir, "--output_dir", args.overwrite) as folder,
     ):
         with KeptRecords(folder, Path(name).suffix) as kept:
-            records = clean_and_measure(progress(READERS[kind](files), "cleaning"), cleaner, measure, report)
+            records = clean_and_measure(progress(READERS[kind](files, reading), "cleaning"), cleaner, measure, report)
             threshold = args.near_duplicate_threshold if args.near_duplicate_threshold < 1 else None
             lengths = keep_distinct(records, threshold, is_text, kept, report)
             if not kept:
                 raise UserError(nothing_kept(args, report))
             sizes = write_parts(kept, hold_out(args, kind, kept), folder, name)
         save_histogram(folder / "lengths.png", lengths, unit, encoder and encoder.limits.get("max_length"))
+        report.notes = reading.lines()
         told = {
             "kind": kind,
             "files": len(files),
@@ -634,7 +639,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part, size in sizes.items():
         print(f"{part}: {size:,} records in {parts[part]}")
     print(f"report: {report_file}; histogram of the lengths: {args.output_dir / 'lengths.png'}")
-    for line in unread_lines(unread):
+    for line in [*report.notes, *unread_lines(unread)]:
         print(line)
     if encoder and kind == "dialogues":
         print("\n".join(fill_cache(args, encoder, parts)))

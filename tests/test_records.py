@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
+from dialects import ROLES
 from errors import UserError
 from records import (
     BadRecord,
@@ -562,7 +563,7 @@ FAULTS = {
         "'conversations' is null; it must be a list of turns",
     ),
     "conversation as broken text": (
-        {"conversations": "[{'from': 'human'}]"},
+        {"conversations": "[{'from': human}]"},
         "broken JSON",
         "'conversations' is not JSON: Expecting property name enclosed in double quotes (character 3); "
         "write it with json.dumps",
@@ -578,10 +579,10 @@ FAULTS = {
         "turn 1 is a string; it must be an object with role and content",
     ),
     "unknown role": (
-        {"conversations": [human("a"), {"from": "doctor", "value": "b"}]},
+        {"conversations": [human("a"), {"from": "药师", "value": "b"}]},
         "unknown role",
-        "turn 2 is from 'doctor'; known are system, developer, user, human, assistant, gpt, function_call, tool, "
-        "observation",
+        f"turn 2 is from '药师'; known are {', '.join(ROLES)}; scripts/convert_data_format.py --role_map 药师=user says "
+        "who it is",
     ),
     "null value": (
         {"conversations": [human("a"), gpt(None)]},

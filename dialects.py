@@ -1,0 +1,593 @@
+"""The dialects of records: which form one has, by its keys alone, and how it becomes turns.
+
+    present, plan = planned(record, dialogue_plan, Reading())
+    turns = plan.dialect.read(present, Reading())
+
+A turn is a message as records.Dialogue holds it. Whoever cannot be read raises Unusable.
+"""
+
+import functools
+import itertools
+import re
+import string
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+from errors import Unusable
+from record_keys import KeyPlan, Reading, check_prompt_keys, check_reply_keys, sort_keys
+from record_values import (
+    NESTED,
+    NO_TEXT,
+    PANDAS_WORDS,
+    is_empty,
+    is_parts,
+    kind_of,
+    nearest,
+    optional_text,
+    parsed,
+    quoted,
+    stripped,
+    suspects,
+    text_of,
+)
+
+# --------------------------------------------------------------------------------------------------
+# Turns: who says what
+# --------------------------------------------------------------------------------------------------
+
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "patient", "prompter", "client", "用户", "患者", "病人", "提问者", "问"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai", "doctor", "助手", "医生", "机器人", "答"),
+        "assistant",
+    ),
+    **dict.fromkeys(("tool", "observation", "function", "tool_response", "tool_result", "ipython"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "tool call"),
+}
+# Who speaks, at the start of a text or of a line in it.
+_SPEAKERS = {name: role for name, role in ROLES.items() if role in ("user", "assistant")}
+SPEAKER = re.compile(rf"[ \t]*({'|'.join(_SPEAKERS)})[ \t]*[:：][ \t]*", re.IGNORECASE)
+_SPEAKER_LINE = re.compile(rf"^{SPEAKER.pattern}", re.IGNORECASE | re.MULTILINE)
+
+
+def role_of(name: object, where: str, reading: Reading) -> str:
+    """The role that a name stands for, capitals and blanks around it aside: also "tool call"."""
+    role = None
+    if isinstance(name, str):
+        role = (reading.role_map or {}).get(name.strip()) or ROLES.get(name.strip().lower())
+    if role is None:
+        script = "" if reading.role_map is not None else "scripts/convert_data_format.py "
+        raise Unusable(
+            "unknown role",
+            f"{where} is from {name!r}; known are {', '.join(ROLES)}; {script}--role_map {name}=user says who it is",
+        )
+    return role
+
+
+def _turns_of_list(key: str, record: dict, reading: Reading) -> list[dict]:
+    """Read ShareGPT's `conversations` and OpenAI's `messages`; either list may hold either form of turn."""
+    value = record[key]
+    if isinstance(value, str) and (turns := turns_of_transcript(value)):
+        return turns
+    turns = parsed(value, f"'{key}'")
+    if isinstance(turns, dict) and _turn_form(tuple(turns)).sides:
+        turns = [turns]
+    if not isinstance(turns, list):
+        raise Unusable("not a list", f"'{key}' is {kind_of(turns)}; it must be a list of turns")
+    return [message for number, turn in enumerate(turns, 1) for message in _messages(turn, f"turn {number}", reading)]
+
+
+# Where the words of a turn may stand, beside who says them; and the two sides of an exchange in one object.
+_CONTENT_KEYS = ("value", "content", "parts", "text")
+_SIDES = (
+    ("human", "assistant"), ("human", "gpt"), ("human", "bot"), ("user", "assistant"), ("user", "bot"),
+    ("input", "output"), ("question", "answer"), ("prompt", "response"), ("query", "response"), ("患者", "医生"),
+    ("patient", "doctor"), ("问", "答"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _TurnForm:
+    """The keys of a turn: who speaks, the words, or both sides of an exchange; and what the other keys mean."""
+
+    name: str
+    content: str
+    sides: tuple[str, str] | None
+    plan: KeyPlan
+
+
+@functools.lru_cache(maxsize=4000)
+def _turn_form(keys: tuple[str, ...]) -> _TurnForm:
+    name = next((key for key in ("from", "role") if key in keys), "")
+    if name:
+        content = next((key for key in _CONTENT_KEYS if key in keys), "")
+        read = (
+            name,
+            content,
+            "tool_calls",
+            "function_call",
+            *(("from", "role", "value", "content") if content else ()),
+        )
+        return _TurnForm(name, content, None, sort_keys(keys, read))
+    for sides in _SIDES:
+        if all(side in keys for side in sides):
+            return _TurnForm("", "", sides, sort_keys(keys, ("system", *sides)))
+    return _TurnForm("", "", None, sort_keys(keys, keys))
+
+
+def _messages(turn: object, where: str, reading: Reading) -> list[dict]:
+    """Read a turn: `{"from", "value"}`, `{"role", "content", "tool_calls"}`, or an exchange in one object."""
+    if not isinstance(turn, dict):
+        raise Unusable("not an object", f"{where} is {kind_of(turn)}; it must be an object with role and content")
+    given = turn
+    if reading.ignore_keys or None in turn.values():  # parquet gives every struct the keys of all
+        ignored = reading.ignore_keys or ()
+        turn = {key: value for key, value in turn.items() if value is not None and key not in ignored}
+    form = _turn_form(tuple(turn))
+    reading.note_keys(form.plan.unknown, "of turns")
+    if form.sides:
+        return _exchange_of_turn(turn, form, where, reading)
+    calls = turn.get("tool_calls") or turn.get("function_call")
+    if not form.name or not (form.content or calls):
+        if form.name and any(key in given for key in _CONTENT_KEYS):
+            raise Unusable("null value", f"{where} ({turn[form.name]}) is null; write the text or delete the record")
+        raise Unusable(
+            "unknown keys",
+            f"{where} has {quoted(given)}; known are 'from' and 'value', or 'role' and 'content'"
+            + nearest(given, ("from", "value", "role", "content", "tool_calls")),
+        )
+    role = role_of(turn[form.name], where, reading)
+    where = f"{where} ({turn[form.name]})"
+    content = turn.get(form.content)
+    if form.content == "value" and not is_empty(turn.get("content")) and turn["content"] != content:
+        raise Unusable("two forms", f"{where} has one text in 'value' and another in 'content'; keep one of them")
+
+    if role == "tool call":
+        message = {"role": "assistant", "content": "", "tool_calls": _tool_calls(content or calls, where)}
+    elif not calls:
+        message = {"role": role, "content": text_of(content, where, PANDAS_WORDS if role == "user" else NO_TEXT[role])}
+    elif role != "assistant":
+        raise Unusable("broken tool call", f"{where} has tool_calls; only the assistant calls tools")
+    else:
+        text = "" if content is None else text_of(content, where)
+        message = {"role": role, "content": text, "tool_calls": _tool_calls(calls, where)}
+    if form.plan.that_matter:
+        _honour_keys(message, turn, form.plan, reading, where)
+    return [message]
+
+
+def _honour_keys(message: dict, turn: dict, plan: KeyPlan, reading: Reading, where: str) -> None:
+    """Mark a reply that is not to be learned by OpenAI's `"weight": 0`."""
+    if message["role"] != "assistant":
+        check_prompt_keys(turn, plan, reading, where)
+    elif check_reply_keys(turn, plan, reading, where, of_turn=True):
+        message["weight"] = 0
+
+
+def _exchange_of_turn(turn: dict, form: _TurnForm, where: str, reading: Reading) -> list[dict]:
+    """Both sides of an exchange, perhaps after a system prompt; without a question the reply alone."""
+    asked, answered = (text_of(turn[side], f"{where} ('{side}')") for side in form.sides)
+    reply = {"role": "assistant", "content": answered}
+    if form.plan.that_matter:
+        _honour_keys(reply, turn, form.plan, reading, where)
+    system = optional_text(turn, "system")
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, *asking_turns(asked, where), reply]
+
+
+def turns_of_transcript(text: str) -> list[dict] | None:
+    """The turns of a text in which each line that starts one says who speaks; None for any other text.
+
+    HH-RLHF's `\\n\\nHuman: ...\\n\\nAssistant: ...`; an empty last reply asks for one. The person speaks first: a text
+    that only quotes a speaker somewhere is no transcript. Raises Unusable where one speaks twice in a row.
+    """
+    text = text.strip()
+    first = SPEAKER.match(text)
+    if first is None or _SPEAKERS[first[1].lower()] != "user":
+        return None
+    starts = list(_SPEAKER_LINE.finditer(text))
+    roles = [_SPEAKERS[start[1].lower()] for start in starts]
+    if "assistant" not in roles:
+        return None
+    if any(role == after for role, after in itertools.pairwise(roles)):
+        raise Unusable(
+            "broken transcript",
+            f"{text[:30]!r}... has turns by name, of which two in a row are from the same; join them",
+        )
+    ends = [*(start.start() for start in starts[1:]), len(text)]
+    contents = [stripped(text[start.end() : end]) for start, end in zip(starts, ends, strict=True)]
+    turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def asking_turns(text: str, where: str) -> list[dict]:
+    """What is asked, as the user's turn, or as the turns that it is a transcript of."""
+    turns = turns_of_transcript(text) or [{"role": "user", "content": text}]
+    if turns[-1]["role"] != "user":
+        raise Unusable("broken transcript", f"{where} ends with the assistant's words, which nobody asks about")
+    return turns
+
+
+def _tool_calls(calls: object, where: str) -> list[dict]:
+    """Read OpenAI's `{"function": {"name", "arguments"}}` or plain `{"name", "arguments"}`, one or a list."""
+    calls = parsed(calls, f"the tool call of {where}")
+    read = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = (call.get("function") or call) if isinstance(call, dict) else {}
+        name = function.get("name") if isinstance(function, dict) else None
+        arguments = _without_nulls(function.get("arguments")) if isinstance(function, dict) else None
+        arguments = parsed(arguments or {}, f"the arguments of the tool call of {where}")
+        if not (name and isinstance(name, str) and isinstance(arguments, dict)):
+            raise Unusable("broken tool call", f"{where} needs a name and an object of arguments, found {call!r:.80}")
+        read.append({"name": name, "arguments": arguments})
+    return read
+
+
+def tools_of(record: dict) -> list[dict] | None:
+    tools = record.get("tools")
+    if is_empty(tools):
+        return None
+    tools = _without_nulls(parsed(tools, "'tools'"))
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise Unusable("broken tools", f"'tools' is {tools!r:.80}; it must be a list of objects")
+    return tools or None
+
+
+def _without_nulls(value: object) -> object:
+    """Objects without the keys that are null: columns of structs, as in parquet, give each the keys of all."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+# --------------------------------------------------------------------------------------------------
+# Dialects: each turns a record into turns; the keys of the record decide which
+# --------------------------------------------------------------------------------------------------
+
+
+def _turns_of_alpaca(record: dict, reading: Reading) -> list[dict]:
+    """Read an instruction, the input it is about on the next line, and the output."""
+    return [*_prompt_of_alpaca(record, reading), _reply_turn(record, "output")]
+
+
+def _prompt_of_alpaca(record: dict, reading: Reading) -> list[dict]:
+    instruction, about = text_of(record["instruction"], "'instruction'"), optional_text(record, "input")
+    question = f"{instruction}\n{about}" if instruction and about else instruction or about
+    return [*_history(record), *asking_turns(question, "'instruction'")]
+
+
+def _turns_of_question(record: dict, reading: Reading) -> list[dict]:
+    return [*_prompt_of_text("question", record, reading), _reply_turn(record, "answer")]
+
+
+def _prompt_of_text(key: str, record: dict, reading: Reading) -> list[dict]:
+    return [*_history(record), *asking_turns(text_of(record[key], f"'{key}'"), f"'{key}'")]
+
+
+def _reply_turn(record: dict, key: str) -> dict:
+    return {"role": "assistant", "content": text_of(record[key], f"'{key}'")}
+
+
+def _history(record: dict) -> list[dict]:
+    """Read the earlier [question, answer] exchanges of a record."""
+    history = record.get("history")
+    history = [] if is_empty(history) else parsed(history, "'history'")
+    turns = []
+    for number, exchange in enumerate(history if isinstance(history, list) else [history], 1):
+        where = f"exchange {number} of 'history'"
+        if not (isinstance(exchange, list) and len(exchange) == 2):
+            raise Unusable("broken history", f"{where} is {exchange!r:.80}; it must be [question, answer]")
+        question, answer = (text_of(text, where) for text in exchange)
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return turns
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """A form of records: the keys it needs and may have, and what reads one of its records."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    read: Callable[[dict, Reading], object]
+
+    @property
+    def has_turns(self) -> bool:
+        """Its turns stand in a list, which says all of them."""
+        return self.required[0] in _LISTS
+
+
+_LISTS = ("conversations", "messages", "conversation")
+# The one rule of detection: the first dialect whose required keys the record has, whatever the file's name.
+# A key that is null or empty (an empty csv cell) counts as absent. What other keys mean, record_keys.py says.
+_DIALECTS = (
+    *(_Dialect((key,), ("system", "tools"), functools.partial(_turns_of_list, key)) for key in _LISTS),
+    _Dialect(("instruction", "output"), ("input", "history", "system", "tools"), _turns_of_alpaca),
+    _Dialect(("question", "answer"), ("history", "system", "tools"), _turns_of_question),
+)
+# What is to be answered may also come without a reply.
+_PROMPT_DIALECTS = (
+    *_DIALECTS,
+    _Dialect(("instruction",), ("input", "history", "system", "tools"), _prompt_of_alpaca),
+    _Dialect(("question",), ("history", "system", "tools"), functools.partial(_prompt_of_text, "question")),
+)
+_PREFERENCE_KEYS = (
+    "response_chosen", "response_rejected", "chosen", "rejected", "good_answer", "bad_answer", "rejected_response",
+    "rejected_messages",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RecordPlan:
+    """How records with these keys are read: the dialect, the keys of other forms beside it, and what the rest means."""
+
+    dialect: _Dialect
+    other_forms: tuple[str, ...]
+    keys: KeyPlan
+
+    @property
+    def is_plain(self) -> bool:
+        return not self.other_forms and not self.keys.that_matter
+
+
+@functools.lru_cache(maxsize=4000)
+def dialogue_plan(keys: tuple[str, ...], needs_reply: bool = True) -> RecordPlan:
+    dialects = _DIALECTS if needs_reply else _PROMPT_DIALECTS
+    if any(key in keys for key in _PREFERENCE_KEYS):
+        raise Unusable(
+            "preference pair",
+            f"has {quoted(keys)}; reward_modeling.py and dpo_training.py read such pairs",
+        )
+    if "text" in keys and not any(all(key in keys for key in dialect.required) for dialect in dialects):
+        raise Unusable("plain text", f"has {quoted(keys)}; pretraining.py reads text without dialogue")
+    return _find_plan(keys, dialects)
+
+
+@functools.lru_cache(maxsize=4000)
+def pair_plan(keys: tuple[str, ...]) -> RecordPlan:
+    if not any(key in keys for key in _PREFERENCE_KEYS):
+        raise Unusable(
+            "no pair",
+            f"has {quoted(keys)}; a pair has a question with 'response_chosen' and 'response_rejected' "
+            "(scripts/generate_preference_data.py makes pairs of dialogues)",
+        )
+    return _find_plan(keys, _PAIR_DIALECTS)
+
+
+def has_dialect(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"]) -> bool:
+    """Whether records with these keys are read here, if only to be refused as records of another kind."""
+    try:
+        (dialogue_plan if kind == "dialogues" else pair_plan)(keys)
+    except Unusable as error:
+        return error.reason not in ("unknown keys", "no pair")
+    return True
+
+
+def _find_plan(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> RecordPlan:
+    every_key = tuple({key: None for dialect in dialects for key in dialect.required + dialect.optional})
+    for dialect in dialects:
+        if all(key in keys for key in dialect.required):
+            read = dialect.required + dialect.optional
+            other_forms = tuple(key for key in keys if key not in read and key.strip().lower() in every_key)
+            return RecordPlan(dialect, other_forms, sort_keys(keys, (*read, *other_forms)))
+    known = ", or ".join(" with ".join(map(repr, d.required)) for d in dialects if d.required[0] != "conversation")
+    advice = nearest(keys, every_key) or ("; scripts/convert_data_format.py reads more forms" if keys else "")
+    raise Unusable("unknown keys", f"has {quoted(keys)}; known are {known}{advice}")
+
+
+def planned(record: dict, plan_of: Callable[[tuple[str, ...]], RecordPlan], reading: Reading) -> tuple:
+    """The record without the keys that count as absent, and its plan."""
+    record = reading.without_ignored(record)
+    present = {key: value for key, value in record.items() if not is_empty(value)}
+    try:
+        plan = plan_of(tuple(present))
+    except Unusable:
+        if len(present) == len(record):
+            raise
+        present = record  # it then says which text is null or empty
+        plan = plan_of(tuple(record))
+    # A misspelt 'history' taken for metadata would train on answers without their questions.
+    if suspect := suspects(tuple(record), plan.dialect.optional):
+        raise Unusable("unknown keys", f"has {quoted(record)}{suspect}")
+    reading.note_keys(plan.keys.unknown)
+    return present, plan
+
+
+def check_other_forms(record: dict, plan: RecordPlan, texts: Sequence[str], reading: Reading) -> None:
+    """Raise Unusable where a key of another form says what is not in the turns; a copy of them does no harm."""
+    read = "\n".join(texts)
+    others = [key for key in plan.other_forms if any(text not in read for text in _words_in(record[key]))]
+    if others:
+        needed = " with ".join(map(repr, plan.dialect.required))
+        raise Unusable(
+            "two forms",
+            f"has {needed}, and {', '.join(map(repr, others))} with other words; {reading.ignoring(*others)}, or with "
+            "the keys of the other form named, that one",
+        )
+
+
+def _words_in(value: object) -> Iterator[str]:
+    """The texts of a value: cells, exchanges, and what turns say."""
+    if isinstance(value, str):
+        with suppress(Unusable):  # words in brackets
+            value = parsed(value, "") if NESTED.match(value) else value
+    if isinstance(value, str):
+        yield stripped(value.replace("\r\n", "\n"))
+    if isinstance(value, dict):
+        value = [item for key, item in value.items() if key in _CONTENT_KEYS or key not in ("from", "role", "type")]
+    if isinstance(value, list):
+        for item in value:
+            yield from _words_in(item)
+
+
+def with_options(turns: list[dict], record: dict, plan: RecordPlan, reading: Reading) -> list[dict]:
+    """The turns with the options in the question, where they do not stand there already."""
+    options = _options_of(record, plan.keys.options)
+    read = "\n".join(turn["content"] for turn in turns)
+    if all(text in read for text in options.values()):
+        return turns
+    if plan.dialect.has_turns:
+        keys = ", ".join(map(repr, plan.keys.options))
+        raise Unusable(
+            "options apart",
+            f"has {keys}, which no turn says; write them into the question, or {reading.ignoring(*plan.keys.options)}",
+        )
+    asked = max(index for index, turn in enumerate(turns) if turn["role"] == "user")
+    lines = [turns[asked]["content"], *(f"{letter}. {text}" for letter, text in options.items())]
+    return [*turns[:asked], {"role": "user", "content": "\n".join(lines)}, *turns[asked + 1 :]]
+
+
+def _options_of(record: dict, keys: Sequence[str]) -> dict[str, str]:
+    """Letter and text of each option, from any of the forms that exams are published in."""
+    values = [record[key] for key in keys if not is_empty(record[key])]
+    value = values if len(values) > 1 else values[0] if values else []
+    if isinstance(value, str):
+        value = parsed(value, "'options'") if NESTED.match(value) else list(filter(None, value.splitlines()))
+    if isinstance(value, list) and all(isinstance(line, str) and _OPTION_LINE.match(line) for line in value):
+        matches = [_OPTION_LINE.match(line) for line in value]
+        value = {match[1] or match[2]: match.string[match.end() :] for match in matches}
+    if isinstance(value, dict) and all(isinstance(item, list) for item in value.values()):
+        value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
+    if isinstance(value, list):
+        rows = [item if isinstance(item, dict) else {"text": item} for item in value]
+        value = {
+            str(first_of(row, ("key", "label", "id", "letter")) or letter): first_of(row, ("value", "text", "content"))
+            for letter, row in zip(string.ascii_uppercase, rows, strict=False)
+        }
+    options = (
+        {letter: text for letter, text in value.items() if not is_empty(text)} if isinstance(value, dict) else None
+    )
+    if options is None or not all(isinstance(text, str | int | float) for text in options.values()):
+        raise Unusable("broken options", f"the options are {value!r:.80}; they must be letters and texts")
+    return {letter: stripped(str(text)) for letter, text in options.items()}
+
+
+def first_of(row: dict, keys: Sequence[str]) -> object:
+    return next((row[key] for key in keys if not is_empty(row.get(key))), None)
+
+
+_OPTION_LINE = re.compile(r"\s*(?:[(（]([A-Z])[)）]|([A-Z])\s*[.:：、)）．])\s*")
+
+
+# ------------------------------------------------------------------------------ pairs
+
+
+def _pair_of_replies(
+    chosen_key: str,
+    rejected_key: str,
+    prompt: Callable[[dict, Reading], list[dict]],
+    record: dict,
+    reading: Reading,
+) -> tuple:
+    """The prompt's turns, and two replies that are texts, turns, or conversations which hold the prompt too."""
+    turns = prompt(record, reading)
+    chosen, rejected = (_reply(record[key], f"'{key}'", reading) for key in (chosen_key, rejected_key))
+    if turns and turns[-1] == chosen[-1]:  # the dialogue with its reply
+        turns = turns[:-1]
+    if len(chosen) == len(rejected) == 1:
+        return turns, chosen[0]["content"], rejected[0]["content"]
+    whole, *replies = _split_conversations(chosen, rejected)
+    asked = [turn["content"] for turn in whole if turn["role"] == "user"]
+    if not turns or turns[-1]["content"] not in asked:
+        raise Unusable(
+            "two prompts", f"the prompt is not in '{chosen_key}', which holds turns before its reply; keep one of them"
+        )
+    return whole, *replies
+
+
+# Turns as JSON, as csv and parquet hold them; a reply may itself be JSON of another kind.
+_TURNS_IN_A_CELL = re.compile(r"""\s*\[?\s*\{["'](from|role|value|content)["']:""")
+
+
+def _reply(value: object, where: str, reading: Reading) -> list[dict]:
+    """One assistant's turn, or a conversation that ends with one."""
+    if isinstance(value, str):
+        if turns := turns_of_transcript(value):
+            return turns
+        value = parsed(value, where) if _TURNS_IN_A_CELL.match(value) else value
+    if isinstance(value, list | dict) and value and not is_parts(value):
+        turns = value if isinstance(value, list) else [value]
+        turns = [message for turn in turns for message in _messages(turn, where, reading)]
+        last = turns[-1]
+        if last["role"] != "assistant" or last.get("tool_calls"):
+            raise Unusable("not a reply", f"{where} is from the {last['role']}; it must be the assistant's words")
+        return turns
+    return [{"role": "assistant", "content": text_of(value, where)}]
+
+
+def _split_conversations(chosen: list[dict], rejected: list[dict]) -> tuple:
+    """The turns that two conversations share, and the replies in which they differ."""
+    if not chosen or not rejected:
+        raise Unusable("empty conversation", "'chosen' or 'rejected' has no turns; delete the record")
+    if chosen[:-1] != rejected[:-1]:
+        raise Unusable(
+            "two prompts", "'chosen' and 'rejected' differ before their last turn; they must share the prompt"
+        )
+    for key, turns in (("chosen", chosen), ("rejected", rejected)):
+        if turns[-1]["role"] != "assistant" or turns[-1].get("tool_calls"):
+            raise Unusable("no reply", f"'{key}' ends with the {turns[-1]['role']}; it must end with a reply")
+    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+
+
+def _pair_of_conversations(chosen_key: str, rejected_key: str, record: dict, reading: Reading) -> tuple:
+    """TRL's pair without a prompt: two conversations that differ in the last reply."""
+    for key in (chosen_key, rejected_key):
+        value = record[key]
+        if isinstance(value, str) and not NESTED.match(value) and not turns_of_transcript(value):
+            raise Unusable(
+                "no prompt",
+                f"'{key}' is a reply without its question; add it as 'question', or write whole conversations",
+            )
+    return _split_conversations(*(_turns_of_list(key, record, reading) for key in (chosen_key, rejected_key)))
+
+
+def _pair_beside_dialogue(key: str, rejected_key: str, record: dict, reading: Reading) -> tuple:
+    """A dialogue, whose last reply is the chosen one, and the rejected reply or the dialogue that ends in it."""
+    turns = _turns_of_list(key, record, reading)
+    rejected = _reply(record[rejected_key], f"'{rejected_key}'", reading)
+    return _split_conversations(turns, rejected if len(rejected) > 1 else [*turns[:-1], *rejected])
+
+
+def _prompt_of_trl(record: dict, reading: Reading) -> list[dict]:
+    """`prompt` as a text or as messages."""
+    prompt = record["prompt"]
+    if isinstance(prompt, str) and not _TURNS_IN_A_CELL.match(prompt):
+        return _prompt_of_text("prompt", record, reading)
+    return _turns_of_list("prompt", record, reading)
+
+
+_PROMPT_DIALECTS = (
+    *_PROMPT_DIALECTS,
+    _Dialect(("prompt",), ("history", "system", "tools"), _prompt_of_trl),
+)
+_PAIR_OPTIONAL = ("system", "history", "tools", "margin", "score_chosen", "score_rejected")
+
+
+def _replies_to(prompt_key: str, chosen_key: str, rejected_key: str, prompt: Callable, *optional: str) -> _Dialect:
+    read = functools.partial(_pair_of_replies, chosen_key, rejected_key, prompt)
+    return _Dialect((prompt_key, chosen_key, rejected_key), (*optional, *_PAIR_OPTIONAL), read)
+
+
+_PROMPT_OF_QUESTION = functools.partial(_prompt_of_text, "question")
+_PAIR_DIALECTS = (
+    _replies_to("question", "response_chosen", "response_rejected", _PROMPT_OF_QUESTION),
+    _replies_to("question", "good_answer", "bad_answer", _PROMPT_OF_QUESTION),
+    _replies_to("prompt", "chosen", "rejected", _prompt_of_trl),
+    *(_replies_to(key, "chosen", "rejected", functools.partial(_turns_of_list, key)) for key in _LISTS),
+    _replies_to("instruction", "chosen", "rejected", _prompt_of_alpaca, "input"),
+    _replies_to("question", "chosen", "rejected", _PROMPT_OF_QUESTION),
+    *(
+        _Dialect(
+            (key, rejected), ("system", "tools", "margin"), functools.partial(_pair_beside_dialogue, key, rejected)
+        )
+        for key in _LISTS
+        for rejected in ("rejected_response", "rejected_messages")
+    ),
+    _Dialect(
+        ("chosen", "rejected"),
+        ("system", "tools", "margin", "score_chosen", "score_rejected"),
+        functools.partial(_pair_of_conversations, "chosen", "rejected"),
+    ),
+)

@@ -1,0 +1,230 @@
+"""What the keys of a record and of its turns mean: read as text, harmless, or known to change what is to be learned.
+
+    plan = sort_keys(tuple(record), read=("question", "answer"))
+    check_reply_keys(record, plan, Reading(), "the record")  # raises Unusable, or names the key that rules it out
+
+A key that is known to matter is honoured; where it cannot be, the record is bad data. A key that nobody knows is
+counted by its name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from errors import Unusable
+from record_values import is_empty
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the user said of the data, and what was met in it that is worth a line.
+
+    A flag is None where the caller has no such flag, which advice then does not name.
+    """
+
+    ignore_keys: tuple[str, ...] | None = None  # keys of records and turns that are read as if they were absent
+    role_map: Mapping[str, str] | None = None  # a name, and the role that it stands for
+    _notes: dict[str, list] = field(default_factory=dict)  # what: [how often, where first]
+
+    def ignoring(self, *keys: str) -> str:
+        """Advice: how to read on without these keys."""
+        if self.ignore_keys is None:
+            return f"take {', '.join(map(repr, keys))} out of the record"
+        return f"--ignore_keys {','.join([*sorted(self.ignore_keys), *keys])} reads it without"
+
+    def without_ignored(self, record: dict) -> dict:
+        if not self.ignore_keys:
+            return record
+        return {key: value for key, value in record.items() if key not in self.ignore_keys}
+
+    def note(self, what: str, source: str = "") -> None:
+        self._notes.setdefault(what, [0, source])[0] += 1
+
+    def note_keys(self, keys: tuple[str, ...], of: str = "of records") -> None:
+        """Count keys that nobody knows."""
+        for key in keys:
+            self.note(f"{of}\0{key}")
+
+    def lines(self) -> list[str]:
+        """What was noted, in a line each; all unknown keys of records in one, and those of turns."""
+        lines = []
+        for of in ("of records", "of turns"):
+            counts = [(key[len(of) + 1 :], n) for key, (n, _) in self._notes.items() if key.startswith(f"{of}\0")]
+            counts.sort(key=lambda counted: -counted[1])
+            if counts:
+                listed = ", ".join(f"{key!r} ({n:,})" for key, n in counts[:20])
+                more = f" and {len(counts) - 20} more" if len(counts) > 20 else ""
+                lines.append(f"keys {of} that are not read: {listed}{more}")
+        others = [(what, n, source) for what, (n, source) in self._notes.items() if "\0" not in what]
+        return lines + [f"{n:,} {what}; the first is {source}" for what, n, source in others]
+
+
+def split_keys(listed: str | None) -> tuple[str, ...]:
+    """The keys of `--ignore_keys`."""
+    return tuple(sorted({key.strip() for key in (listed or "").split(",") if key.strip()}))
+
+
+# Whether a reply is a good one, by true or false; 0 and 1 say so too, but only under the names in IN_NUMBERS.
+VERDICTS = (
+    "label", "kto_tag", "is_correct", "correct", "is_good", "accepted", "is_accepted", "approved", "is_chosen",
+    "desirable", "is_desirable", "thumbs_up",
+)  # fmt: skip
+IN_NUMBERS = ("kto_tag", "is_correct")
+# Whether a turn, or the reply of a record, is learned, by true or false, or 1 or 0.
+WEIGHTS = (
+    "weight", "loss_weight", "loss_scale", "sample_weight", "loss", "train", "training", "trainable", "train_on_turn",
+)  # fmt: skip
+THOUGHTS = (
+    "reasoning_content", "reasoning", "reasoning_text", "reasoning_details", "thinking", "thinking_content", "thought",
+    "thoughts", "think", "cot", "complex_cot", "chain_of_thought",
+)  # fmt: skip
+MODES = ("on", "off", "yes", "no", "auto", "low", "medium", "high", "true", "false")
+MEDIA = (
+    "image", "images", "image_url", "image_urls", "image_path", "image_paths", "img", "imgs", "picture", "pictures",
+    "video", "videos", "video_path", "audio", "audios", "audio_path", "pixel_values",
+)  # fmt: skip
+OPTIONS = ("options", "option", "choices", "opa", "opb", "opc", "opd", "ope")
+
+# Said about a record and not in it: where it is from, what it is about, how it was judged or made.
+HARMLESS = frozenset(
+    """
+    id _id idx index uid uuid guid no num row_id item_id doc_id docid sample_id record_id case_id data_id dialog_id
+    dialogue_id conversation_id conv_id session_id chat_id prompt_id question_id answer_id qid pid turn_id message_id
+    parent_id tool_call_id call_id example_id original_id source_id
+    source sources src dataset data_source source_dataset dataset_name origin original_source subset config split
+    url urls link href ref refs reference references citation citations license file filename file_name path doi pmid
+    domain domains category categories sub_category subcategory type types kind tag tags topic topics topic_name
+    subject subjects subject_name subject_id department departments cate1 cate2 class class_name classification
+    disease diseases related_diseases specialty specialities keyword keywords label_name task task_name task_type
+    tasks meta_info exam_type exam_class exam_subject question_type difficulty level answer_idx answer_index cop
+    choice_type medical_task
+    lang language languages locale country
+    date time datetime timestamp created created_at create_time updated updated_at year published version
+    title titles name names author authors user_name user user_id username annotator annotator_id creator model
+    model_name models generator teacher
+    score scores rating ratings rank ranking quality quality_score perplexity ppl reward rewards score_chosen
+    score_rejected margin upvotes likes votes confidence
+    length lengths len n_tokens num_tokens token_count tokens n_turns num_turns turns_count text_length
+    meta metadata info extra extras additional_info notes note comment comments remark hash md5 sha256
+    refusal annotations function_call audio_url finish_reason stop_reason logprobs markdown
+    age gender sex height
+    """.split()  # noqa: SIM905 - to be read
+)
+
+
+@dataclass(frozen=True)
+class KeyPlan:
+    """The keys of one record or turn by what they mean; as many records share one, it is made once."""
+
+    verdicts: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    thoughts: tuple[str, ...] = ()
+    media: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def that_matter(self) -> tuple[str, ...]:
+        return self.verdicts + self.weights + self.thoughts + self.media + self.options
+
+
+@lru_cache(maxsize=4000)
+def sort_keys(keys: tuple[str, ...], read: tuple[str, ...]) -> KeyPlan:
+    """The keys that are not read, by what they mean; upper case and blanks around a name do not matter."""
+    rest = [(key, key.strip().lower()) for key in keys if key not in read]
+    kinds = {"verdicts": VERDICTS, "weights": WEIGHTS, "thoughts": THOUGHTS, "media": MEDIA, "options": OPTIONS}
+    sorted_keys = {kind: tuple(key for key, name in rest if name in names) for kind, names in kinds.items()}
+    known = {key for found in sorted_keys.values() for key in found}
+    unknown = tuple(key for key, name in rest if key not in known and name not in HARMLESS)
+    return KeyPlan(**sorted_keys, unknown=unknown)
+
+
+def check_media(record: dict, plan: KeyPlan, reading: Reading, where: str) -> None:
+    """Raise Unusable where a record or turn comes with a picture, a film or a sound."""
+    for key in plan.media:
+        if not is_empty(record[key]) and record[key] is not False:
+            raise Unusable("not text", f"{where} has {key!r}, and only text is trained on; {reading.ignoring(key)}")
+
+
+def check_prompt_keys(turn: dict, plan: KeyPlan, reading: Reading, where: str) -> None:
+    """Raise Unusable where a turn that is not the assistant's has media, or is to be learned."""
+    check_media(turn, plan, reading, where)
+    for key in plan.weights:
+        if _truth(turn[key]):
+            raise Unusable(
+                "weight of a prompt",
+                f"{where} has {key!r}: {turn[key]!r}, and of turns only replies are learned; {reading.ignoring(key)}",
+            )
+
+
+def check_reply_keys(record: dict, plan: KeyPlan, reading: Reading, where: str, of_turn: bool = False) -> str:
+    """The key by which the reply of a record or turn is not to be learned, "" where it is.
+
+    Raises Unusable where a key cannot be honoured.
+    """
+    if of_turn:
+        check_media(record, plan, reading, where)
+    for key in plan.thoughts:
+        if _is_thought(record[key]):
+            raise Unusable(
+                "thought apart",
+                f"{where} has what was thought before the reply in {key!r}, which is not learned from there; write it "
+                f"into the reply as <think>...</think>, or {reading.ignoring(key)}",
+            )
+    for key in plan.verdicts:
+        if not _is_approved(record[key], key, reading, where):
+            return key
+    for key in plan.weights:
+        if not _is_weighed(record[key], key, reading, where, of_turn):
+            return key
+    return ""
+
+
+def _is_approved(value: object, key: str, reading: Reading, where: str) -> bool:
+    """False where the key says that the reply is a bad one; any other value than a verdict is a topic."""
+    if is_empty(value):
+        return True
+    truth = _truth(value)
+    if truth is None and key.strip().lower() in IN_NUMBERS:
+        return _zero_or_one(value) is not False
+    if truth is None and _zero_or_one(value) is not None:
+        raise Unusable(
+            "unclear verdict",
+            f"{where} has {key!r}: {value!r}; if 0 marks bad replies, take those records out, and then, or if it is a "
+            f"topic, {reading.ignoring(key)}",
+        )
+    return truth is not False
+
+
+def _is_weighed(value: object, key: str, reading: Reading, where: str, of_turn: bool) -> bool:
+    """False where the weight is 0 or false; raises Unusable where it is between."""
+    if is_empty(value):
+        return True
+    truth, name = _truth(value), key.strip().lower()
+    if truth is None and not of_turn and (isinstance(value, str) or name == "loss"):
+        return True  # beside a whole record: a word, or a measurement
+    truth = _zero_or_one(value) if truth is None else truth
+    if truth is None and not of_turn and name == "weight" and isinstance(value, int | float) and value > 1:
+        return True  # a person's
+    if truth is None:
+        raise Unusable(
+            "partial weight",
+            f"{where} has {key!r}: {value!r}; a reply is learned (1) or not (0); {reading.ignoring(key)}",
+        )
+    return truth
+
+
+def _is_thought(value: object) -> bool:
+    """Words or parts, and not the mode that a model was asked in."""
+    return not is_empty(value) and not isinstance(value, bool | int | float) and str(value).strip().lower() not in MODES
+
+
+def _truth(value: object) -> bool | None:
+    """True and false, also as a cell of a csv file has them."""
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+def _zero_or_one(value: object) -> bool | None:
+    return {"0": False, "1": True, "0.0": False, "1.0": True}.get(str(value).strip())

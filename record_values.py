@@ -1,0 +1,138 @@
+"""The values of a record: what is a text, what is none though it looks like one, and nested values in a cell."""
+
+import ast
+import difflib
+import functools
+import json
+import re
+import warnings
+from collections.abc import Collection
+
+from errors import Unusable
+
+# Too many brackets in each other, and an integer of thousands of digits.
+JSON_TOO_MUCH = (RecursionError, ValueError)
+# What pandas and databases write for a missing value; "None" may be what a person says, and a tool gives back.
+PANDAS_WORDS = frozenset(("nan", "NaN", "<NA>", "NaT"))
+_ANY_NULL_WORD = PANDAS_WORDS | {"None", "NULL", "null"}
+NO_TEXT = {"system": _ANY_NULL_WORD, "user": PANDAS_WORDS, "assistant": _ANY_NULL_WORD, "tool": frozenset()}
+# Characters that show nothing, but are no white space for str.strip: zero-width, direction marks, fillers.
+_BLANKS = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180e\u200b\u200c\u200d\u200e\u200f\u202a\u202b"
+    "\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064\u2066\u2067\u2068\u2069\u206a\u206b\u206c\u206d\u206e\u206f"
+    "\u2800\u3164\ufeff\uffa0\ufff9\ufffa\ufffb\x00"
+)
+_LEADING_BLANKS = re.compile(rf"[\s{_BLANKS}]+")
+# A joiner or a variation mark may end an emoji.
+_TRAILING_BLANKS = re.compile(rf"[\s{_BLANKS}\ufe0e\ufe0f]+\Z")
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
+NESTED = re.compile(r"\s*[\[{]")
+
+
+def stripped(text: str) -> str:
+    """The text without white space and characters that show nothing at its ends."""
+    text = text.strip()
+    if text[:1] in _BLANKS and text:
+        text = text[_LEADING_BLANKS.match(text).end() :]
+    if text and (text[-1] in _BLANKS or text[-1] in "\ufe0e\ufe0f"):
+        kept = _TRAILING_BLANKS.sub("", text)
+        # What ends an emoji stays with it.
+        text = text if kept and set(text[len(kept) :]) <= set("\u200d\ufe0e\ufe0f") else kept
+    return text
+
+
+def is_parts(value: object) -> bool:
+    """OpenAI's list of the parts of a content, and not a list of turns."""
+    return (
+        isinstance(value, list)
+        and all(isinstance(part, dict) and "role" not in part for part in value)
+        and any("type" in part for part in value)
+    )
+
+
+def is_empty(value: object) -> bool:
+    """Null, NaN (as pandas writes it), or an empty text or list: as good as no key."""
+    return value is None or value != value or (not value and value is not False and value != 0)
+
+
+def text_of(value: object, where: str, no_text: Collection[str] = _ANY_NULL_WORD) -> str:
+    """The content of a turn: a string, or a list of text parts, stripped; `no_text`: words that stand for null."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        value = "".join(_text_part(part, where) for part in value)
+    if value is None or value != value:
+        raise Unusable("null value", f"{where} is null; write the text or delete the record")
+    if not isinstance(value, str):
+        raise Unusable("not text", f"{where} is {kind_of(value)}; it must be a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        character = f"\\u{ord(value[error.start]):04x}"
+        raise Unusable("broken character", f"{where} has half a character, {character}; write it anew") from None
+    text = stripped(value.replace("\r\n", "\n"))
+    if len(text) <= 4 and text in no_text:
+        raise Unusable(
+            "null value",
+            f"{where} is the word {text!r}, as programs write a missing value; empty it, delete the record, or if the "
+            f"word is meant, write '{text}.'",
+        )
+    return text
+
+
+def _text_part(part: dict, where: str) -> str:
+    kind = part.get("type")
+    if kind not in _TEXT_PARTS:
+        raise Unusable("not text", f"{where} has parts of type {kind}; only text is trained on")
+    text = next((part[key] for key in ("text", "value", "content") if isinstance(part.get(key), str)), None)
+    if text is None:
+        raise Unusable("not text", f"{where} has a text part without text")
+    return text
+
+
+def optional_text(record: dict, key: str) -> str:
+    return "" if is_empty(record.get(key)) else text_of(record[key], f"'{key}'")
+
+
+def parsed(value: object, where: str) -> object:
+    """A nested value, which csv and parquet often hold as a JSON string, and pandas as Python writes it."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        detail = f"{where} is not JSON: {error.msg} (character {error.pos + 1}); write it with json.dumps"
+    except JSON_TOO_MUCH as error:
+        raise Unusable("broken JSON", f"{where}: {error}") from None
+    if NESTED.match(value):
+        try:
+            with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
+                # numpy writes no commas between the objects of an array
+                return ast.literal_eval(re.sub(r"\}\n \{", "}, {", value.strip()))
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            pass
+    raise Unusable("broken JSON", detail)
+
+
+def kind_of(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+
+
+def quoted(keys: Collection[str]) -> str:
+    return f"the keys {', '.join(map(repr, keys))}" if keys else "no keys"
+
+
+def nearest(keys: Collection[str], known: tuple[str, ...], cutoff: float = 0.75) -> str:
+    """`; is 'histroy' meant as 'history'?` for each key of a record that is close to a known absent one."""
+    absent = tuple(key for key in known if key not in keys)
+    pairs = ((key, _closest(key, absent, cutoff)) for key in keys if key not in known)
+    return "".join(f"; is {key!r} meant as {near!r}?" for key, near in pairs if near)
+
+
+@functools.lru_cache(maxsize=4000)
+def suspects(keys: tuple[str, ...], optional: tuple[str, ...]) -> str:
+    return nearest(keys, optional, cutoff=0.85)
+
+
+@functools.lru_cache(maxsize=1000)
+def _closest(key: str, known: tuple[str, ...], cutoff: float) -> str | None:
+    return next(iter(difflib.get_close_matches(key.lower(), known, 1, cutoff)), None)
