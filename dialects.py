@@ -20,7 +20,6 @@ from record_keys import KeyPlan, Reading, check_prompt_keys, check_reply_keys, s
 from record_values import (
     NESTED,
     NO_TEXT,
-    PANDAS_WORDS,
     is_empty,
     is_parts,
     kind_of,
@@ -97,6 +96,7 @@ class _TurnForm:
     content: str
     sides: tuple[str, str] | None
     plan: KeyPlan
+    is_plain: bool = False  # a name and its words, and nothing that matters
 
 
 @functools.lru_cache(maxsize=4000)
@@ -111,7 +111,9 @@ def _turn_form(keys: tuple[str, ...]) -> _TurnForm:
             "function_call",
             *(("from", "role", "value", "content") if content else ()),
         )
-        return _TurnForm(name, content, None, sort_keys(keys, read))
+        plan = sort_keys(keys, read)
+        is_plain = bool(content) and not set(keys) & set(read) - {name, content} and not plan.that_matter + plan.unknown
+        return _TurnForm(name, content, None, plan, is_plain)
     for sides in _SIDES:
         if all(side in keys for side in sides):
             return _TurnForm("", "", sides, sort_keys(keys, ("system", *sides)))
@@ -122,10 +124,15 @@ def _messages(turn: object, where: str, reading: Reading) -> list[dict]:
     """Read a turn: `{"from", "value"}`, `{"role", "content", "tool_calls"}`, or an exchange in one object."""
     if not isinstance(turn, dict):
         raise Unusable("not an object", f"{where} is {kind_of(turn)}; it must be an object with role and content")
-    given = turn
-    if reading.ignore_keys or None in turn.values():  # parquet gives every struct the keys of all
-        ignored = reading.ignore_keys or ()
-        turn = {key: value for key, value in turn.items() if value is not None and key not in ignored}
+    given, form = turn, _turn_form(tuple(turn))
+    if form.is_plain and type(turn[form.name]) is str and not (reading.role_map or reading.ignore_keys):
+        role = ROLES.get(turn[form.name])
+        if role in NO_TEXT:
+            where = f"{where} ({turn[form.name]})"
+            return [{"role": role, "content": text_of(turn[form.content], where, NO_TEXT[role])}]
+    # Parquet gives every struct the keys of all.
+    present = {key: value for key, value in turn.items() if value is not None}
+    turn = reading.without_ignored(present)
     form = _turn_form(tuple(turn))
     reading.note_keys(form.plan.unknown, "of turns")
     if form.sides:
@@ -148,7 +155,7 @@ def _messages(turn: object, where: str, reading: Reading) -> list[dict]:
     if role == "tool call":
         message = {"role": "assistant", "content": "", "tool_calls": _tool_calls(content or calls, where)}
     elif not calls:
-        message = {"role": role, "content": text_of(content, where, PANDAS_WORDS if role == "user" else NO_TEXT[role])}
+        message = {"role": role, "content": text_of(content, where, NO_TEXT[role])}
     elif role != "assistant":
         raise Unusable("broken tool call", f"{where} has tool_calls; only the assistant calls tools")
     else:
@@ -327,7 +334,7 @@ class RecordPlan:
     other_forms: tuple[str, ...]
     keys: KeyPlan
 
-    @property
+    @functools.cached_property
     def is_plain(self) -> bool:
         return not self.other_forms and not self.keys.that_matter
 
@@ -389,9 +396,8 @@ def planned(record: dict, plan_of: Callable[[tuple[str, ...]], RecordPlan], read
         present = record  # it then says which text is null or empty
         plan = plan_of(tuple(record))
     # A misspelt 'history' taken for metadata would train on answers without their questions.
-    if suspect := suspects(tuple(record), plan.dialect.optional):
+    if suspect := len(record) > len(plan.dialect.required) and suspects(tuple(record), plan.dialect.optional):
         raise Unusable("unknown keys", f"has {quoted(record)}{suspect}")
-    reading.note_keys(plan.keys.unknown)
     return present, plan
 
 
@@ -403,8 +409,8 @@ def check_other_forms(record: dict, plan: RecordPlan, texts: Sequence[str], read
         needed = " with ".join(map(repr, plan.dialect.required))
         raise Unusable(
             "two forms",
-            f"has {needed}, and {', '.join(map(repr, others))} with other words; {reading.ignoring(*others)}, or with "
-            "the keys of the other form named, that one",
+            f"has {needed}, and {', '.join(map(repr, others))} with other words; {reading.ignoring(*others)}; "
+            f"{reading.ignoring(*plan.dialect.required, *plan.keys.options)}",
         )
 
 

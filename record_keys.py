@@ -9,7 +9,7 @@ counted by its name.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from errors import Unusable
 from record_values import is_empty
@@ -30,7 +30,8 @@ class Reading:
         """Advice: how to read on without these keys."""
         if self.ignore_keys is None:
             return f"take {', '.join(map(repr, keys))} out of the record"
-        return f"--ignore_keys {','.join([*sorted(self.ignore_keys), *keys])} reads it without"
+        listed = ",".join([*self.ignore_keys, *keys])
+        return f"--ignore_keys {listed} reads on without {'them' if keys[1:] else 'it'}"
 
     def without_ignored(self, record: dict) -> dict:
         if not self.ignore_keys:
@@ -56,7 +57,7 @@ class Reading:
                 more = f" and {len(counts) - 20} more" if len(counts) > 20 else ""
                 lines.append(f"keys {of} that are not read: {listed}{more}")
         others = [(what, n, source) for what, (n, source) in self._notes.items() if "\0" not in what]
-        return lines + [f"{n:,} {what}; the first is {source}" for what, n, source in others]
+        return lines + [f"{what}: {n:,}, the first in {source}" for what, n, source in others]
 
 
 def split_keys(listed: str | None) -> tuple[str, ...]:
@@ -123,7 +124,7 @@ class KeyPlan:
     options: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def that_matter(self) -> tuple[str, ...]:
         return self.verdicts + self.weights + self.thoughts + self.media + self.options
 

@@ -24,7 +24,8 @@ _BLANKS = (
 )
 _LEADING_BLANKS = re.compile(rf"[\s{_BLANKS}]+")
 # A joiner or a variation mark may end an emoji.
-_TRAILING_BLANKS = re.compile(rf"[\s{_BLANKS}\ufe0e\ufe0f]+\Z")
+_TRAILING = _BLANKS + "\ufe0e\ufe0f"
+_TRAILING_BLANKS = re.compile(rf"[\s{_TRAILING}]+\Z")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 NESTED = re.compile(r"\s*[\[{]")
 
@@ -32,9 +33,11 @@ NESTED = re.compile(r"\s*[\[{]")
 def stripped(text: str) -> str:
     """The text without white space and characters that show nothing at its ends."""
     text = text.strip()
-    if text[:1] in _BLANKS and text:
+    if not text or (text[0] not in _BLANKS and text[-1] not in _TRAILING):
+        return text
+    if text[0] in _BLANKS:
         text = text[_LEADING_BLANKS.match(text).end() :]
-    if text and (text[-1] in _BLANKS or text[-1] in "\ufe0e\ufe0f"):
+    if text and text[-1] in _TRAILING:
         kept = _TRAILING_BLANKS.sub("", text)
         # What ends an emoji stays with it.
         text = text if kept and set(text[len(kept) :]) <= set("\u200d\ufe0e\ufe0f") else kept
@@ -59,9 +62,9 @@ def text_of(value: object, where: str, no_text: Collection[str] = _ANY_NULL_WORD
     """The content of a turn: a string, or a list of text parts, stripped; `no_text`: words that stand for null."""
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         value = "".join(_text_part(part, where) for part in value)
-    if value is None or value != value:
-        raise Unusable("null value", f"{where} is null; write the text or delete the record")
     if not isinstance(value, str):
+        if value is None or value != value:
+            raise Unusable("null value", f"{where} is null; write the text or delete the record")
         raise Unusable("not text", f"{where} is {kind_of(value)}; it must be a string")
     try:
         value.encode()

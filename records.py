@@ -537,7 +537,7 @@ def to_document(record: object, source: str, reading: Reading | None = None) -> 
     text = text_of(text, "'text'")
     if not text:
         raise Unusable("empty text", "'text' is empty; write it or delete the record")
-    _note_placeholders([text], source, reading)
+    _note_placeholder(text, source, reading)
     return Document(text, source)
 
 
@@ -560,10 +560,7 @@ def to_dialogue(record: object, source: str, reading: Reading | None = None) -> 
         if key := check_reply_keys(record, plan.keys, reading, "the record"):
             raise _not_learned(record, key, reading)
     check_turns(turns)
-    if all(turn.get("weight") == 0 for turn in turns if turn["role"] == "assistant"):
-        raise Unusable("not to be learned", "every reply has the weight 0; delete the record")
-    _note_placeholders((turn["content"] for turn in turns), source, reading)
-    return Dialogue(turns, tools_of(record), source)
+    return Dialogue(turns, tools_of(record), _with_notes(source, turns, plan, reading))
 
 
 def to_prompt(record: object, source: str, reading: Reading | None = None) -> Dialogue:
@@ -577,7 +574,7 @@ def to_prompt(record: object, source: str, reading: Reading | None = None) -> Di
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
         turns = turns[:-1]
     check_turns(turns, needs_reply=False)
-    return Dialogue(turns, tools_of(record), source)
+    return Dialogue(turns, tools_of(record), _with_notes(source, turns, plan, reading))
 
 
 def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair:
@@ -595,7 +592,7 @@ def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair
         raise Unusable("empty reply", "the rejected reply is empty; write it or delete the record")
     if chosen == rejected:
         raise Unusable("same replies", "chosen and rejected are the same, so nothing is preferred; delete the record")
-    _note_placeholders((turn["content"] for turn in turns), source, reading)
+    source = _with_notes(source, turns, plan, reading)
     return Pair(turns, chosen, rejected, _margin(record), source, tools_of(record))
 
 
@@ -637,12 +634,20 @@ _PLACEHOLDER = re.compile(r"<\|?(?:image|img|video|audio|vision)(?:[_ ][^<>]{0,4
 _ONLY_URLS = re.compile(r"(?:<?(?:https?://|www\.)[!-~]+\s*)+", re.IGNORECASE)
 
 
-def _note_placeholders(texts: Iterable[str], source: str, reading: Reading) -> None:
+def _with_notes(source: str, turns: list[dict], plan: RecordPlan, reading: Reading) -> str:
+    """The source of a usable record, of which what is worth a line has been noted."""
+    if plan.keys.unknown:
+        reading.note_keys(plan.keys.unknown)
+    for turn in turns:
+        if "<" in turn["content"]:
+            _note_placeholder(turn["content"], source, reading)
+    return source
+
+
+def _note_placeholder(text: str, source: str, reading: Reading) -> None:
     """Count what stands for more than text; it may also be what a text is about."""
-    for text in texts:
-        if "<" in text and (mark := _PLACEHOLDER.search(text)):
-            reading.note(f"records hold {mark[0]}, which is learned as a word: a model of text sees no more", source)
-            return
+    if mark := _PLACEHOLDER.search(text):
+        reading.note(f"texts with {mark[0]}, of which only this word is learned", source)
 
 
 def _with_system(record: dict, turns: list[dict]) -> list[dict]:
@@ -683,6 +688,8 @@ def check_turns(turns: list[dict], needs_reply: bool = True) -> None:
             raise Unusable("empty reply", f"turn {number} (assistant) is empty; write it or delete the record")
         if before == "assistant" and _ONLY_URLS.fullmatch(turn["content"]):
             raise Unusable("only a URL", f"turn {number} (assistant) is {turn['content']:.60}; write the reply itself")
+    if "weight" in turns[-1] and all("weight" in turn for turn in turns if turn["role"] == "assistant"):
+        raise Unusable("not to be learned", "every reply has the weight 0; delete the record")
     if needs_reply and before not in ("assistant", "tool call"):
         # Also after earlier replies: cutting the turn off would change the user's data silently.
         raise Unusable("no reply", f"turn {len(turns)} ({before}) is the last; add the reply or delete the turn")

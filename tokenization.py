@@ -70,7 +70,7 @@ BLOCK_FEATURES = Features(input_ids=_IDS, labels=_IDS, seq_lengths=_IDS, length=
 Truncation = Literal["drop", "cut_prompt_start", "cut_reply"]
 
 # Counted of replies before the last, whose thoughts many templates leave out.
-LEFT_OUT_THOUGHTS = "thoughts of earlier replies are left out by the template, and those replies learned without them"
+LEFT_OUT_THOUGHTS = "thoughts of earlier replies, left out by the template while the replies are learned"
 
 # In these turns a control token is words, as somebody may write it in a question; in all others it is a fault.
 ASKING = ("user", "tool")

@@ -581,8 +581,8 @@ FAULTS = {
     "unknown role": (
         {"conversations": [human("a"), {"from": "药师", "value": "b"}]},
         "unknown role",
-        f"turn 2 is from '药师'; known are {', '.join(ROLES)}; scripts/convert_data_format.py --role_map 药师=user says "
-        "who it is",
+        f"turn 2 is from '药师'; known are {', '.join(ROLES)}; "
+        "scripts/convert_data_format.py --role_map 药师=user says who it is",
     ),
     "null value": (
         {"conversations": [human("a"), gpt(None)]},
