@@ -386,7 +386,6 @@ def _find_plan(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> RecordPla
 
 def planned(record: dict, plan_of: Callable[[tuple[str, ...]], RecordPlan], reading: Reading) -> tuple:
     """The record without the keys that count as absent, and its plan."""
-    record = reading.without_ignored(record)
     present = {key: value for key, value in record.items() if not is_empty(value)}
     try:
         plan = plan_of(tuple(present))

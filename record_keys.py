@@ -33,8 +33,9 @@ class Reading:
         listed = ",".join([*self.ignore_keys, *keys])
         return f"--ignore_keys {listed} reads on without {'them' if keys[1:] else 'it'}"
 
-    def without_ignored(self, record: dict) -> dict:
-        if not self.ignore_keys:
+    def without_ignored(self, record: object) -> object:
+        """A record or turn, if it is an object, without the keys to ignore."""
+        if not self.ignore_keys or not isinstance(record, dict):
             return record
         return {key: value for key, value in record.items() if key not in self.ignore_keys}
 

@@ -514,7 +514,7 @@ def _read(
             try:
                 if isinstance(record, Unusable):
                     raise record
-                yield make(record, source, reading)
+                yield make(reading.without_ignored(record), source, reading)
             except Unusable as error:
                 yield BadRecord(source, error.reason, error.detail)
 
@@ -522,7 +522,7 @@ def _read(
 def to_document(record: object, source: str, reading: Reading | None = None) -> Document:
     """Raises Unusable, as the three below."""
     reading = reading or Reading()
-    record = reading.without_ignored(_object(record, " with 'text'"))
+    record = _object(record, " with 'text'")
     text, plan = record.get("text"), sort_keys(tuple(record), ("text",))
     if is_empty(text) and (reply := lone_reply(record, reading)):
         return Document(reply, source)

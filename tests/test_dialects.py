@@ -1,0 +1,375 @@
+"""Forms of records and turns: names of roles, both sides in one object, transcripts, pairs, prompts, documents."""
+
+import json
+
+import pytest
+from convert_data_format import main as convert_main
+from convert_to_pretrain_format import main as convert_to_text
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_forms import ForeignReader, known_roles, rows_of
+from dialects import ROLES, turns_of_transcript
+from errors import Unusable, UserError
+from record_keys import Reading
+from records import load_prompts, read_documents, to_dialogue, to_pair, to_prompt
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+TURNS = [user("失眠怎么办？"), assistant("规律作息。")]
+
+
+def converted(tmp_path, records: object, kind: str = "sft", *flags: str) -> list[dict]:
+    """What scripts/convert_data_format.py writes for a file of these records; a string is the file's text."""
+    path, output = tmp_path / "raw.json", tmp_path / "out.jsonl"
+    path.write_text(records if isinstance(records, str) else json.dumps(records), encoding="utf-8")
+    convert_main(["--input", str(path), "--output", str(output), "--format", kind, "--overwrite", *flags])
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def reason(make, record: dict) -> str:
+    with pytest.raises(Unusable) as refused:
+        make(record, "d.jsonl:1", Reading(()))
+    return f"{refused.value.reason}: {refused.value.detail}"
+
+
+# ---------------------------------------------------------------- roles
+
+ASKS, ANSWERS = ([name for name, role in ROLES.items() if role == wanted] for wanted in ("user", "assistant"))
+
+
+@pytest.mark.parametrize("asks", [*ASKS, "Human", "USER ", " 患者"])
+@pytest.mark.parametrize("answers", [*ANSWERS, "ChatGPT", "Bot "])
+def test_roles_have_many_names(asks, answers):
+    record = {"conversations": [{"from": asks, "value": "失眠怎么办？"}, {"from": answers, "value": "规律作息。"}]}
+    assert to_dialogue(record, "d.jsonl:1").messages == TURNS
+
+
+def test_other_names_are_given_by_a_flag(tmp_path, capsys):
+    record = {"conversations": [{"from": "家属", "value": "失眠怎么办？"}, {"from": "药师", "value": "规律作息。"}]}
+    assert "scripts/convert_data_format.py --role_map 家属=user says who it is" in reason(to_dialogue, record)
+    (written,) = converted(tmp_path, [record], "sft", "--role_map", "家属=user, 药师=assistant")
+    assert to_dialogue(written, "d.jsonl:1").messages == TURNS
+    with pytest.raises(UserError, match="; --role_map 药师=user says who it is"):
+        converted(tmp_path, [record], "sft", "--role_map", "家属=user")
+    with pytest.raises(SystemExit):
+        converted(tmp_path, [record], "sft", "--role_map", "家属=person")
+    assert "'person' is no role" in capsys.readouterr().err
+    assert known_roles("a=user,b = tool") == {"a": "user", "b": "tool"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"role": "tool_call", "content": '{"name": "look", "arguments": {"a": "布洛芬"}}'},
+        {"role": "function_call", "content": '{"name": "look", "arguments": {"a": "布洛芬"}}'},
+        {"from": "function_call", "value": '{"name": "look", "arguments": "{\\"a\\": \\"布洛芬\\"}"}'},
+        {"role": "assistant", "content": None, "function_call": {"name": "look", "arguments": '{"a": "布洛芬"}'}},
+        {
+            "role": "assistant",
+            "tool_calls": [{"function": {"name": "look", "arguments": {"a": "布洛芬"}}, "name": None}],
+        },
+    ],
+)
+@pytest.mark.parametrize("tool", ["tool", "tool_response", "observation", "function"])
+def test_calls_of_tools_in_all_forms(call, tool):
+    turns = [user("能同服吗？"), call, {"role": tool, "content": "风险增加"}, assistant("不建议。")]
+    read = to_dialogue({"messages": turns}, "d.jsonl:1").messages
+    assert [message["role"] for message in read] == ["user", "assistant", "tool", "assistant"]
+    assert read[1]["tool_calls"] == [{"name": "look", "arguments": {"a": "布洛芬"}}]
+
+
+# ---------------------------------------------------------------- turns
+
+
+@pytest.mark.parametrize(
+    ("asks", "answers"), [("human", "assistant"), ("user", "bot"), ("input", "output"), ("患者", "医生")]
+)
+@pytest.mark.parametrize("key", ["conversation", "conversations", "messages"])
+def test_both_sides_of_an_exchange_in_one_object(key, asks, answers):
+    exchanges = [{asks: "失眠怎么办？", answers: "规律作息。"}, {asks: "要吃药吗？", answers: "先不用。"}]
+    read = to_dialogue({key: [{"system": "你是医生。"} | exchanges[0], exchanges[1]]}, "d.jsonl:1").messages
+    assert read == [
+        {"role": "system", "content": "你是医生。"}, *TURNS, user("要吃药吗？"), assistant("先不用。"),
+    ]  # fmt: skip
+    assert to_dialogue({key: exchanges[0], "system": ""}, "d.jsonl:1").messages == TURNS
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "text", "text": "失眠怎么办？"}],
+        [{"type": "text", "value": "失眠"}, {"type": "text", "value": "怎么办？"}],
+        [{"text": "失眠怎么办？"}],
+        [{"type": "input_text", "text": "失眠怎么办？", "image_url": None}],
+    ],
+)
+def test_parts_of_text(content):
+    assert to_dialogue({"messages": [{"role": "user", "content": content}, TURNS[1]]}, "d.jsonl:1").messages == TURNS
+    in_parts = [{"role": "user", "parts": content}, {"role": "model", "parts": [{"text": "规律作息。"}]}]
+    assert to_dialogue({"messages": in_parts}, "d.jsonl:1").messages == TURNS
+
+
+@pytest.mark.parametrize("kind", ["image_url", "image", "input_audio", "video", "thinking"])
+def test_parts_of_another_kind_are_refused(kind):
+    content = [{"type": "text", "text": "看图"}, {"type": kind, kind: "a"}]
+    assert reason(to_dialogue, {"messages": [{"role": "user", "content": content}, TURNS[1]]}) == (
+        f"not text: turn 1 (user) has parts of type {kind}; only text is trained on"
+    )
+
+
+def test_two_texts_in_one_turn_are_refused():
+    turn = {"from": "human", "value": "甲", "role": "user", "content": "乙"}
+    assert reason(to_dialogue, {"messages": [turn, TURNS[1]]}).startswith("two forms")
+    assert to_dialogue({"messages": [turn | {"content": "甲"}, TURNS[1]]}, "d.jsonl:1").messages[0] == user("甲")
+
+
+# ---------------------------------------------------------------- transcripts
+
+ASKED = [user("牙疼怎么办？"), assistant("疼多久了？"), user("三天。")]
+
+
+def transcript(turns: list[dict], asks: str = "Human", answers: str = "Assistant", colon: str = ": ") -> str:
+    names = {"user": asks, "assistant": answers}
+    return "".join(f"\n\n{names[turn['role']]}{colon}{turn['content']}" for turn in turns)
+
+
+@pytest.mark.parametrize(
+    ("asks", "answers", "colon"),
+    [("Human", "Assistant", ": "), ("USER", "ASSISTANT", ":"), ("患者", "医生", "："), ("问", "答", "：")],
+)
+def test_a_transcript_in_one_text_becomes_turns(asks, answers, colon):
+    names = {"asks": asks, "answers": answers, "colon": colon}
+    asked = transcript([*ASKED, assistant("")], **names)
+    replies = {"chosen": " 请看口腔科。", "rejected": " 忍着。"}
+    expected = to_pair({"prompt": ASKED} | replies, "d.jsonl:1")
+    assert to_pair({"prompt": asked} | replies, "d.jsonl:1") == expected
+    assert to_pair({"question": asked} | replies, "d.jsonl:1") == expected
+    assert to_pair({"instruction": asked, "input": ""} | replies, "d.jsonl:1") == expected
+    whole = {key: transcript([*ASKED, assistant(reply.strip())], **names) for key, reply in replies.items()}
+    assert to_pair(whole, "d.jsonl:1") == expected
+    assert to_pair({"prompt": asked} | whole, "d.jsonl:1") == expected
+    assert to_pair({"prompt": ASKED} | whole, "d.jsonl:1") == expected
+    dialogue = [*ASKED, assistant("请看口腔科。")]
+    assert to_dialogue({"question": asked, "answer": "请看口腔科。"}, "d.jsonl:1").messages == dialogue
+    assert to_dialogue({"messages": whole["chosen"]}, "d.jsonl:1").messages == dialogue
+    assert to_prompt({"prompt": asked}, "d.jsonl:1").messages == ASKED
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Assistant: 这个词是什么意思？",
+        "Human: 这个词是什么意思？",
+        "患者：男，45岁，咳嗽两周。",
+        "下面是对话，请总结。\nHuman: 牙疼\nAssistant: 多久了？",
+        "问题：牙疼怎么办？\n答案：看医生。",
+        "What does 'Human: hi' mean? Assistant: asked.",
+    ],
+)
+def test_what_only_names_a_speaker_is_one_turn(text):
+    assert turns_of_transcript(text) is None
+    assert to_pair({"prompt": text, "chosen": "甲", "rejected": "乙"}, "d.jsonl:1").messages == [user(text)]
+
+
+def test_a_broken_transcript_is_refused():
+    twice = "Human: 牙疼\n\nHuman: 三天\n\nAssistant: 看医生"
+    answered = transcript([*ASKED, assistant("请看口腔科。")])
+    assert reason(to_pair, {"prompt": twice, "chosen": "甲", "rejected": "乙"}).startswith("broken transcript")
+    assert reason(to_dialogue, {"question": answered, "answer": "好。"}).startswith("broken transcript")
+    assert "is a reply without its question" in reason(to_pair, {"chosen": "看医生。", "rejected": "忍着。"})
+
+
+# Neither blanks at the ends, nor a line that starts with a speaker's name.
+WORDS = st.text("牙疼 a1。\n", min_size=1).filter(lambda text: text == text.strip() and text)
+
+
+@given(st.lists(WORDS, min_size=2, max_size=6))
+def test_whatever_is_said_a_transcript_gives_it_back(texts):
+    turns = [(user, assistant)[number % 2](text) for number, text in enumerate(texts)]
+    assert turns_of_transcript(transcript(turns)) == turns
+
+
+# ---------------------------------------------------------------- pairs
+
+REPLIES = {"chosen": "先拉伸小腿。", "rejected": "截肢。"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "腿抽筋？", "chosen": [user("腿抽筋？"), assistant("先拉伸小腿。")],
+         "rejected": [user("腿抽筋？"), assistant("截肢。")], "messages": [user("腿抽筋？"), assistant("先拉伸小腿。")]},
+        {"messages": [user("腿抽筋？")], **REPLIES},
+        {"messages": [user("腿抽筋？")], "chosen": assistant("先拉伸小腿。"), "rejected": assistant("截肢。")},
+        {"messages": [user("腿抽筋？"), assistant("先拉伸小腿。")], **REPLIES},
+        {"messages": [user("腿抽筋？"), assistant("先拉伸小腿。")], "rejected_response": "截肢。"},
+        {"messages": [user("腿抽筋？"), assistant("先拉伸小腿。")],
+         "rejected_messages": [user("腿抽筋？"), assistant("截肢。")]},
+        {"conversations": [{"from": "human", "value": "腿抽筋？"}, {"from": "gpt", "value": "先拉伸小腿。"}],
+         "rejected_response": "截肢。"},
+        {"conversations": [{"from": "human", "value": "腿抽筋？"}], "chosen": {"from": "gpt", "value": "先拉伸小腿。"},
+         "rejected": {"from": "gpt", "value": "截肢。"}},
+    ],
+)  # fmt: skip
+def test_usual_forms_of_pairs(tmp_path, record):
+    scored = record | {"score_chosen": 8.5, "score_rejected": 2.0}
+    for written in (record, *converted(tmp_path, [record], "dpo")):
+        pair = to_pair(written, "d.jsonl:1")
+        assert (pair.messages, pair.chosen, pair.rejected) == ([user("腿抽筋？")], "先拉伸小腿。", "截肢。")
+    assert to_pair(scored, "d.jsonl:1").margin == 6.5
+    assert reason(to_dialogue, record).startswith("preference pair")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"query": "腿抽筋？", "response": "先拉伸小腿。", "rejected_response": "截肢。"},
+        {"instruction": "腿抽筋？", "output": "先拉伸小腿。", "rejected": "截肢。"},
+        {"Prompt": "腿抽筋？", "Chosen": "先拉伸小腿。", "Rejected": "截肢。"},
+    ],
+)
+def test_forms_of_pairs_that_the_converter_reads(tmp_path, record):
+    (pair,) = converted(tmp_path, [record], "dpo")
+    assert (pair["question"], pair["response_chosen"], pair["response_rejected"]) == ("腿抽筋？", *REPLIES.values())
+
+
+def test_conversations_that_do_not_hold_the_prompt_are_refused():
+    record = {
+        "prompt": "头疼？",
+        "chosen": [user("腿抽筋？"), assistant("a")],
+        "rejected": [user("腿抽筋？"), assistant("b")],
+    }
+    assert reason(to_pair, record).startswith("two prompts")
+
+
+# ---------------------------------------------------------------- columns and lists of wordings
+
+
+def test_one_of_the_wordings_of_a_question_is_taken(tmp_path):
+    records = [
+        {"questions": [["荨麻疹有哪些症状？", "得了荨麻疹会怎样？"]], "answers": ["皮肤出现风团。"]},
+        {"questions": [["甲亢要忌口吗？"], ["甲亢饮食注意什么？"]], "answers": ["减少高碘食物。", "遵医嘱。"]},
+    ]
+    written = [[turn["value"] for turn in record["conversations"]] for record in converted(tmp_path, records)]
+    assert written == [
+        ["荨麻疹有哪些症状？", "皮肤出现风团。"],
+        ["甲亢要忌口吗？", "减少高碘食物。"],
+        ["甲亢饮食注意什么？", "遵医嘱。"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"question": ["一？", "二？"], "answer": ["甲。", "乙。"]},
+        {"question": {"0": "一？", "1": "二？"}, "answer": {"0": "甲。", "1": "乙。"}, "id": {"0": 7, "1": 8}},
+        {"instruction": ["一？", "二？"], "input": ["", ""], "output": ["甲。", "乙。"], "source": "book"},
+    ],
+)
+def test_columns_of_lists_are_records(tmp_path, columns):
+    written = [[turn["value"] for turn in record["conversations"]] for record in converted(tmp_path, [columns])]
+    assert written == [["一？", "甲。"], ["二？", "乙。"]]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": TURNS},
+        {"prompt": [user("一")], "chosen": [assistant("二")], "rejected": [assistant("三")]},
+        {"question": "一", "answer": "二", "history": [["三", "四"]]},
+        {"question": ["一", "二"], "answer": ["三"]},
+        "一",
+    ],
+)
+def test_what_is_one_record_stays_one(record):
+    assert rows_of(record) is None
+
+
+def test_a_row_of_columns_is_named(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps([{"question": ["一？", "二？"], "answer": ["甲。", ""]}]), encoding="utf-8")
+    *_, bad = ForeignReader("dialogues").read([path])
+    assert str(bad).startswith(f"{path}:1 (row 2): empty reply")
+
+
+# ---------------------------------------------------------------- prompts without a reply
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "头晕怎么办？"},
+        {"prompt": [user("头晕怎么办？")]},
+        {"question": "头晕怎么办？"},
+        {"question": "头晕怎么办？", "answer": ""},
+        {"instruction": "头晕怎么办？", "input": "", "output": ""},
+        {"instruction": "头晕怎么办？", "output": None},
+        {"messages": [user("头晕怎么办？")]},
+        {"messages": [user("头晕怎么办？"), assistant("")]},
+        {"conversations": [{"from": "human", "value": "头晕怎么办？"}]},
+        {"conversation": [{"input": "头晕怎么办？", "output": ""}]},
+    ],
+)
+def test_a_prompt_needs_no_reply(record):
+    assert to_prompt(record, "d.jsonl:1").messages == [user("头晕怎么办？")]
+    with pytest.raises(Unusable):
+        to_dialogue(record, "d.jsonl:1")
+
+
+def test_what_judges_a_reply_does_not_matter_for_a_prompt():
+    record = {"messages": [user("一"), assistant("二") | {"weight": 0}, user("三"), assistant("四")], "label": False}
+    assert to_prompt(record, "d.jsonl:1").messages == [user("一"), assistant("二"), user("三"), assistant("四")]
+
+
+def test_prompts_out_of_order_are_refused(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"messages": [user("一"), user("二")]}) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="two turns in a row") as refused:
+        load_prompts([path], None)
+    assert "--on_bad_data" not in str(refused.value)
+
+
+# ---------------------------------------------------------------- texts for pretraining
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversation": [{"input": "", "output": "高血压应限盐。"}]},
+        {"conversation": [{"system": "", "input": "", "output": "高血压应限盐。"}]},
+        {"messages": [assistant("高血压应限盐。")]},
+        {"conversations": [{"from": "gpt", "value": "高血压应限盐。"}]},
+        {"instruction": "", "input": "", "output": "高血压应限盐。"},
+        {"text": "高血压应限盐。"},
+    ],
+)
+def test_a_reply_to_nothing_is_a_document(tmp_path, record):
+    path, output = tmp_path / "d.jsonl", tmp_path / "out.txt"
+    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    assert [document.text for document in read_documents([path])] == ["高血压应限盐。"]
+    convert_to_text(["--input_file", str(path), "--output_file", str(output)])
+    assert output.read_text(encoding="utf-8") == "高血压应限盐。\n"
+
+
+def test_a_dialogue_is_no_document(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"messages": TURNS}) + "\n", encoding="utf-8")
+    (bad,) = read_documents([path])
+    assert bad.reason == "no text"
+
+
+# ---------------------------------------------------------------- advice
+
+
+def test_advice_guesses_no_key_that_is_far():
+    assert "meant as" not in reason(to_dialogue, {"version": "1.0", "data": [1]})
+    assert "is 'anwser' meant as 'answer'?" in reason(to_dialogue, {"question": "一", "anwser": "二"})
+    assert reason(to_dialogue, {"prompt": "一", "completion": "二"}).endswith("convert_data_format.py reads more forms")
