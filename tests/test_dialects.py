@@ -205,8 +205,8 @@ REPLIES = {"chosen": "先拉伸小腿。", "rejected": "截肢。"}
 @pytest.mark.parametrize(
     "record",
     [
-        {"prompt": "腿抽筋？", "chosen": [user("腿抽筋？"), assistant("先拉伸小腿。")],
-         "rejected": [user("腿抽筋？"), assistant("截肢。")], "messages": [user("腿抽筋？"), assistant("先拉伸小腿。")]},
+        {"prompt": "腿抽筋？", "messages": [user("腿抽筋？"), assistant("先拉伸小腿。")],
+         "chosen": [user("腿抽筋？"), assistant("先拉伸小腿。")], "rejected": [user("腿抽筋？"), assistant("截肢。")]},
         {"messages": [user("腿抽筋？")], **REPLIES},
         {"messages": [user("腿抽筋？")], "chosen": assistant("先拉伸小腿。"), "rejected": assistant("截肢。")},
         {"messages": [user("腿抽筋？"), assistant("先拉伸小腿。")], **REPLIES},
