@@ -202,12 +202,13 @@ def _dialogue_form(keys: Sequence[str], reasoning: str) -> _Form | None:
         return _Form(tuple(key for key in ("title", "ask", "answer") if key in keys), _from_title_and_ask)
     if {"question", "complex_cot", "response"} <= set(keys):
         return _Form(("question", "complex_cot", "response"), functools.partial(_with_reasoning, reasoning))
-    if form := _renaming_form(keys, {"question": _QUESTIONS, "answer": _ANSWERS}):
-        return form
+    for wanted in ({"question": _QUESTIONS}, {"instruction": ("instruction",), "input": ("input",)}):
+        if form := _renaming_form(keys, wanted | {"answer" if "question" in wanted else "output": _ANSWERS}):
+            return form
     for key in ("data", "utterances"):
         if key in keys:
             return _Form((key,), functools.partial(_from_spoken_list, key))
-    return _renaming_form(keys, {"conversations": ("dialogue", "dialog")})
+    return _renaming_form(keys, {"conversations": ("dialogue", "dialog", "dialogs", "turns", "items", "chat")})
 
 
 def _pair_form(keys: Sequence[str], reasoning: str) -> _Form | None:

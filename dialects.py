@@ -72,15 +72,21 @@ def _turns_of_list(key: str, record: dict, reading: Reading) -> list[dict]:
     if isinstance(value, str) and (turns := turns_of_transcript(value)):
         return turns
     turns = parsed(value, f"'{key}'")
-    if isinstance(turns, dict) and _turn_form(tuple(turns)).sides:
-        turns = [turns]
+    if isinstance(turns, dict):  # one exchange, or columns of a struct, as `datasets` holds a list of objects
+        form = _turn_form(tuple(turns))
+        columns = [column for column in turns.values() if isinstance(column, list)]
+        if form.name and len(columns) == len(turns):
+            turns = [dict(zip(turns, row, strict=False)) for row in zip(*columns, strict=False)]
+        elif form.sides:
+            turns = [turns]
     if not isinstance(turns, list):
         raise Unusable("not a list", f"'{key}' is {kind_of(turns)}; it must be a list of turns")
     return [message for number, turn in enumerate(turns, 1) for message in _messages(turn, f"turn {number}", reading)]
 
 
-# Where the words of a turn may stand, beside who says them; and the two sides of an exchange in one object.
-_CONTENT_KEYS = ("value", "content", "parts", "text")
+# Who says the words of a turn, and where they stand; and the two sides of an exchange in one object.
+_NAME_KEYS = ("from", "role", "speaker")
+_CONTENT_KEYS = ("value", "content", "parts", "text", "utterance", "sentence")
 _SIDES = (
     ("human", "assistant"), ("human", "gpt"), ("human", "bot"), ("user", "assistant"), ("user", "bot"),
     ("input", "output"), ("question", "answer"), ("prompt", "response"), ("query", "response"), ("患者", "医生"),
@@ -101,7 +107,7 @@ class _TurnForm:
 
 @functools.lru_cache(maxsize=4000)
 def _turn_form(keys: tuple[str, ...]) -> _TurnForm:
-    name = next((key for key in ("from", "role") if key in keys), "")
+    name = next((key for key in _NAME_KEYS if key in keys), "")
     if name:
         content = next((key for key in _CONTENT_KEYS if key in keys), "")
         read = (
@@ -234,7 +240,7 @@ def _tool_calls(calls: object, where: str) -> list[dict]:
 
 
 def tools_of(record: dict) -> list[dict] | None:
-    tools = record.get("tools")
+    tools = record.get("tools") or record.get("functions")
     if is_empty(tools):
         return None
     tools = _without_nulls(parsed(tools, "'tools'"))
@@ -263,7 +269,7 @@ def _turns_of_alpaca(record: dict, reading: Reading) -> list[dict]:
 def _prompt_of_alpaca(record: dict, reading: Reading) -> list[dict]:
     instruction, about = text_of(record["instruction"], "'instruction'"), optional_text(record, "input")
     question = f"{instruction}\n{about}" if instruction and about else instruction or about
-    return [*_history(record), *asking_turns(question, "'instruction'")]
+    return [*_history(record, reading), *asking_turns(question, "'instruction'")]
 
 
 def _turns_of_question(record: dict, reading: Reading) -> list[dict]:
@@ -271,24 +277,27 @@ def _turns_of_question(record: dict, reading: Reading) -> list[dict]:
 
 
 def _prompt_of_text(key: str, record: dict, reading: Reading) -> list[dict]:
-    return [*_history(record), *asking_turns(text_of(record[key], f"'{key}'"), f"'{key}'")]
+    return [*_history(record, reading), *asking_turns(text_of(record[key], f"'{key}'"), f"'{key}'")]
 
 
 def _reply_turn(record: dict, key: str) -> dict:
     return {"role": "assistant", "content": text_of(record[key], f"'{key}'")}
 
 
-def _history(record: dict) -> list[dict]:
-    """Read the earlier [question, answer] exchanges of a record."""
+def _history(record: dict, reading: Reading) -> list[dict]:
+    """Read the earlier exchanges of a record, as [question, answer] or as turns."""
     history = record.get("history")
     history = [] if is_empty(history) else parsed(history, "'history'")
     turns = []
     for number, exchange in enumerate(history if isinstance(history, list) else [history], 1):
         where = f"exchange {number} of 'history'"
-        if not (isinstance(exchange, list) and len(exchange) == 2):
+        if isinstance(exchange, dict):
+            turns += _messages(exchange, where, reading)
+        elif isinstance(exchange, list) and len(exchange) == 2:
+            question, answer = (text_of(text, where) for text in exchange)
+            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        else:
             raise Unusable("broken history", f"{where} is {exchange!r:.80}; it must be [question, answer]")
-        question, answer = (text_of(text, where) for text in exchange)
-        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return turns
 
 
@@ -307,18 +316,19 @@ class _Dialect:
 
 
 _LISTS = ("conversations", "messages", "conversation")
+_ASIDE = ("system", "system_prompt", "tools", "functions")
 # The one rule of detection: the first dialect whose required keys the record has, whatever the file's name.
 # A key that is null or empty (an empty csv cell) counts as absent. What other keys mean, record_keys.py says.
 _DIALECTS = (
-    *(_Dialect((key,), ("system", "tools"), functools.partial(_turns_of_list, key)) for key in _LISTS),
-    _Dialect(("instruction", "output"), ("input", "history", "system", "tools"), _turns_of_alpaca),
-    _Dialect(("question", "answer"), ("history", "system", "tools"), _turns_of_question),
+    *(_Dialect((key,), _ASIDE, functools.partial(_turns_of_list, key)) for key in _LISTS),
+    _Dialect(("instruction", "output"), ("input", "history", *_ASIDE), _turns_of_alpaca),
+    _Dialect(("question", "answer"), ("history", *_ASIDE), _turns_of_question),
 )
 # What is to be answered may also come without a reply.
 _PROMPT_DIALECTS = (
     *_DIALECTS,
-    _Dialect(("instruction",), ("input", "history", "system", "tools"), _prompt_of_alpaca),
-    _Dialect(("question",), ("history", "system", "tools"), functools.partial(_prompt_of_text, "question")),
+    _Dialect(("instruction",), ("input", "history", *_ASIDE), _prompt_of_alpaca),
+    _Dialect(("question",), ("history", *_ASIDE), functools.partial(_prompt_of_text, "question")),
 )
 _PREFERENCE_KEYS = (
     "response_chosen", "response_rejected", "chosen", "rejected", "good_answer", "bad_answer", "rejected_response",
@@ -421,7 +431,7 @@ def _words_in(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield stripped(value.replace("\r\n", "\n"))
     if isinstance(value, dict):
-        value = [item for key, item in value.items() if key in _CONTENT_KEYS or key not in ("from", "role", "type")]
+        value = [item for key, item in value.items() if key not in (*_NAME_KEYS, "type")]
     if isinstance(value, list):
         for item in value:
             yield from _words_in(item)
@@ -565,9 +575,10 @@ def _prompt_of_trl(record: dict, reading: Reading) -> list[dict]:
 
 _PROMPT_DIALECTS = (
     *_PROMPT_DIALECTS,
-    _Dialect(("prompt",), ("history", "system", "tools"), _prompt_of_trl),
+    _Dialect(("prompt",), ("history", *_ASIDE), _prompt_of_trl),
 )
-_PAIR_OPTIONAL = ("system", "history", "tools", "margin", "score_chosen", "score_rejected")
+_SCORES = ("margin", "score_chosen", "score_rejected")
+_PAIR_OPTIONAL = ("history", *_ASIDE, *_SCORES)
 
 
 def _replies_to(prompt_key: str, chosen_key: str, rejected_key: str, prompt: Callable, *optional: str) -> _Dialect:
@@ -584,15 +595,13 @@ _PAIR_DIALECTS = (
     _replies_to("instruction", "chosen", "rejected", _prompt_of_alpaca, "input"),
     _replies_to("question", "chosen", "rejected", _PROMPT_OF_QUESTION),
     *(
-        _Dialect(
-            (key, rejected), ("system", "tools", "margin"), functools.partial(_pair_beside_dialogue, key, rejected)
-        )
+        _Dialect((key, rejected), (*_ASIDE, *_SCORES), functools.partial(_pair_beside_dialogue, key, rejected))
         for key in _LISTS
         for rejected in ("rejected_response", "rejected_messages")
     ),
     _Dialect(
         ("chosen", "rejected"),
-        ("system", "tools", "margin", "score_chosen", "score_rejected"),
+        (*_ASIDE, *_SCORES),
         functools.partial(_pair_of_conversations, "chosen", "rejected"),
     ),
 )

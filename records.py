@@ -652,7 +652,7 @@ def _note_placeholder(text: str, source: str, reading: Reading) -> None:
 
 def _with_system(record: dict, turns: list[dict]) -> list[dict]:
     """The turns, after the record's system prompt if it has one, given in `system` or as the first turn."""
-    system = optional_text(record, "system")
+    system = optional_text(record, "system") or optional_text(record, "system_prompt")
     if turns and turns[0]["role"] == "system":
         first, *turns = turns
         if system and first["content"]:

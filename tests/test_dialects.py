@@ -125,6 +125,49 @@ def test_parts_of_another_kind_are_refused(kind):
     )
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": {"role": ["user", "assistant"], "content": ["失眠怎么办？", "规律作息。"]}},
+        {"conversations": {"from": ["human", "gpt"], "value": ["失眠怎么办？", "规律作息。"]}},
+        {"messages": [{"speaker": "患者", "sentence": "失眠怎么办？"}, {"speaker": "医生", "sentence": "规律作息。"}]},
+    ],
+)
+def test_turns_in_other_shapes(record):
+    assert to_dialogue(record, "d.jsonl:1").messages == TURNS
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [["失眠怎么办？", "规律作息。"]],
+        TURNS,
+        [{"human": "失眠怎么办？", "assistant": "规律作息。"}],
+        json.dumps(TURNS),
+    ],
+)
+def test_history_in_all_forms(history):
+    record = {"question": "还有呢？", "answer": "少喝咖啡。", "history": history, "system_prompt": "你是医生。"}
+    assert to_dialogue(record, "d.jsonl:1").messages == [
+        {"role": "system", "content": "你是医生。"}, *TURNS, user("还有呢？"), assistant("少喝咖啡。"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"turns": TURNS},
+        {"dialogue": "患者：失眠怎么办？\n医生：规律作息。"},
+        {"instruction": "失眠", "input": "怎么办？", "response": "规律作息。"},
+        {"prompt": "失眠怎么办？", "completion": "规律作息。", "label": True},
+    ],
+)
+def test_forms_of_dialogues_that_the_converter_reads(tmp_path, record):
+    (written,) = converted(tmp_path, [record])
+    messages = to_dialogue(written, "d.jsonl:1").messages
+    assert [messages[0] | {"content": messages[0]["content"].replace("\n", "")}, *messages[1:]] == TURNS
+
+
 def test_two_texts_in_one_turn_are_refused():
     turn = {"from": "human", "value": "甲", "role": "user", "content": "乙"}
     assert reason(to_dialogue, {"messages": [turn, TURNS[1]]}).startswith("two forms")
