@@ -386,8 +386,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         kind = export_args.gguf_type if as_gguf else export_args.format
         if not abs(change) <= LARGEST_CHANGE[kind]:  # nan is no number that passes
             raise UserError(
-                f"--output_dir {export_args.output_dir}: perplexity moves by {change:+.2%}, which a sound {kind} export "
-                f"moves by {LARGEST_CHANGE[kind]:.0%} at most: the export says something else; nothing is written. "
+                f"--output_dir {export_args.output_dir}: perplexity moves by {change:+.2%}, in a sound {kind} export "
+                f"by {LARGEST_CHANGE[kind]:.0%} at most: the export says something else; nothing is written. "
                 "These weights do not bear that type: take a finer --gguf_type or --format"
             )
     logger.info(f"done: {export_args.output_dir}")
