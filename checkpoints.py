@@ -249,25 +249,26 @@ def recorded_attributes(stateful_callbacks: dict) -> dict:
     return stateful_callbacks.get("CheckpointKeeper", {}).get("attributes", {})
 
 
-def follow_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler, step: int, output_dir: Path) -> None:
-    """Give the next step of a resumed run the rate that this command's schedule has there, and say where it jumps.
+def follow_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler, step: int, output_dir: Path) -> str | None:
+    """Give the next step of a resumed run the rate that this command's schedule has there; what to say if it jumps.
 
     The checkpoint brings the rate of the old schedule, 0 at its end, which one step would still be made with.
     """
     if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-        return
+        return None
     factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
     rates = [factor * rate for factor, rate in zip(factors, scheduler.base_lrs, strict=True)]
     old = scheduler.get_last_lr()[0]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates
-    if not math.isclose(old, rates[0], rel_tol=1e-6):
-        logger.warning(
-            f"another learning rate schedule than the run in {output_dir} was started with, by other steps, epochs or "
-            f"warmup: its next rate was {old:.2e}, and step {step + 1} is made with {rates[0]:.2e}; a new run that "
-            f"starts from {output_dir / BEST} has a whole schedule"
-        )
+    if math.isclose(old, rates[0], rel_tol=1e-6):
+        return None
+    return (
+        f"another learning rate schedule than the run in {output_dir} was started with, by other steps, epochs or "
+        f"warmup: its next rate was {old:.2e}, and step {step + 1} is made with {rates[0]:.2e}; a new run that "
+        f"starts from {output_dir / BEST} has a whole schedule"
+    )
 
 
 # ---------------------------------------------------------------- room on the disk
