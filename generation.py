@@ -35,7 +35,9 @@ class Decoding:
     top_k: int = field(default=0, metadata={"help": "Draw from so many of the likeliest tokens; 0: all."})
     repetition_penalty: float = field(
         default=1.0,
-        metadata={"help": "Above 1 makes tokens of the prompt and the reply less likely, but the end token; 1 is off."},
+        metadata={
+            "help": "Above 1 makes tokens of the prompt and the reply, but the end token, less likely; 1 is off."
+        },
     )
     stop: list[str] | None = field(
         default=None, metadata={"help": "Texts that end a reply, which does not hold them; the end token does anyway."}
