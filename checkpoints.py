@@ -208,7 +208,7 @@ def run_settings(training_args: TrainingArguments) -> dict[str, float | str]:
     return {f"--{name}": getattr(training_args, name) for name in names} | {
         "--optim": str(training_args.optim.value),
         ROWS_A_STEP: math.prod(_batch(training_args)),
-        "seed of the order of the data": seed,
+        "--seed or --data_seed": seed,
         "--train_sampling_strategy": str(training_args.train_sampling_strategy),
         # Each has a part of the optimizer, and without DeepSpeed those parts would be left unread.
         "processes under DeepSpeed": training_args.world_size if training_args.deepspeed else 0,

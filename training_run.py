@@ -373,7 +373,8 @@ class CheckpointKeeper(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         recorded = recorded_attributes(state.stateful_callbacks)
-        if state.global_step and (jump := follow_schedule(lr_scheduler, state.global_step, Path(args.output_dir))):
+        goes_on = 0 < state.global_step < state.max_steps
+        if goes_on and (jump := follow_schedule(lr_scheduler, state.global_step, Path(args.output_dir))):
             logger.warning(jump)
         if Path(args.output_dir, BEST).is_dir():
             self.best_loss, self.best_step = recorded.get("best_loss"), recorded.get("best_step")

@@ -151,8 +151,8 @@ def test_another_number_of_rows_a_step_is_refused(flags, tmp_path, stopped, stag
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"seed": 7}, "seed of the order of the data 7: the run in .* was started with 42"),
-        ({"data_seed": 7}, "seed of the order of the data 7: the run in .* was started with 42"),
+        ({"seed": 7}, "--seed or --data_seed 7: the run in .* was started with 42"),
+        ({"data_seed": 7}, "--seed or --data_seed 7: the run in .* was started with 42"),
         ({"group_by_length": True}, "--train_sampling_strategy group_by_length: .* was started with random"),
     ],
 )
