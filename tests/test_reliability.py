@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from stage_runs import STAGES, logged, stage_flags, start_stage, write_data
+from stage_runs import STAGES, end_well, logged, stage_flags, start_stage, start_two_processes, write_data
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import supervised_finetuning
@@ -162,12 +162,18 @@ def test_another_order_of_the_data_is_refused(flags, stopped, changes, named):
         supervised_finetuning.main(flags(resume_from_checkpoint=True, **changes))
 
 
-def test_the_same_rows_in_other_batches_are_the_same_run(flags, tmp_path, stopped):
-    """In the order of the run's beginning, where the longest rows of a batch come first."""
+@pytest.fixture
+def of_all_lengths(tmp_path) -> dict:
+    """Flags for 24 records none of which is as long as another, so that their order shows in the losses."""
     data = tmp_path / "records.jsonl"
     records = [{"question": "头疼怎么办？", "answer": "请就诊。" * n_times} for n_times in range(1, 25)]
     data.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    options = {"max_steps": 8, "lora_dropout": 0.0, "resume_from_checkpoint": True, "train_file_dir": data}
+    return {"max_steps": 8, "lora_dropout": 0.0, "resume_from_checkpoint": True, "train_file_dir": data}
+
+
+def test_the_same_rows_in_other_batches_are_the_same_run(flags, tmp_path, stopped, of_all_lengths):
+    """In the order of the run's beginning, where the longest rows of a batch come first."""
+    options = of_all_lengths
     stopped(**options)
     one_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     supervised_finetuning.main(flags(**options, **one_row))
@@ -176,6 +182,16 @@ def test_the_same_rows_in_other_batches_are_the_same_run(flags, tmp_path, stoppe
     supervised_finetuning.main(flags(**options, **four_rows, output_dir=tmp_path / "again"))
     for run in ("out", "again"):
         assert logged(tmp_path / run) == pytest.approx(logged(tmp_path / "whole"), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_half_the_processes_and_twice_the_accumulation_are_the_same_run(flags, tmp_path, of_all_lengths):
+    log = tmp_path / "log"
+    two = flags(**of_all_lengths, gradient_accumulation_steps=1, output_dir=tmp_path / "whole")
+    end_well(start_two_processes("sft", two, log), log)
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "out/checkpoint-2")
+    supervised_finetuning.main(flags(**of_all_lengths))
+    assert logged(tmp_path / "out") == pytest.approx(logged(tmp_path / "whole"), abs=1e-4)
 
 
 @pytest.mark.parametrize(
