@@ -159,7 +159,8 @@ class LongestFirstSampler(Sampler[int]):
         else:
             order = torch.randperm(len(self.lengths), generator=generator).tolist()
         if epoch == 0:
-            longest = sorted(order, key=self.lengths.__getitem__, reverse=True)[:step_size]
+            n_longest = getattr(self.trainer, "n_longest_first", None) or step_size  # of a resumed run as it began
+            longest = sorted(order, key=self.lengths.__getitem__, reverse=True)[:n_longest]
             order = longest + [index for index in order if index not in set(longest)]
         return iter(order)
 

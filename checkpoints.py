@@ -6,6 +6,7 @@ A folder is written under `UNFINISHED` and moved to its place in one step; a man
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from transformers import TrainingArguments
 from errors import UserError
 
 BEST = "checkpoint-best"
+ROWS_A_STEP = "rows a step"
 # In a checkpoint: the SHA-256 of its files, as `sha256sum --check` reads it.
 MANIFEST = "manifest.sha256"
 # In the output folder: checkpoints are written in it, and moved out of it once they are whole.
@@ -57,7 +59,7 @@ def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool
         if found:
             if not Path(found).is_dir():
                 raise UserError(f"{found}: not there on every node; --output_dir must be a folder that they share")
-            refuse_other_settings(Path(found), optimizer_settings(training_args))
+            refuse_other_settings(Path(found), run_settings(training_args), _rows_of_a_step(training_args))
             logger.info(f"resuming from {found}")
             return found
         logger.info(f"--resume_from_checkpoint True: no checkpoint in {output_dir} yet, so the run starts anew")
@@ -195,31 +197,78 @@ def checkpoint_faults(checkpoint: Path) -> str:
     return f"damaged: {', '.join(damaged)}" if damaged else ""
 
 
-def optimizer_settings(training_args: TrainingArguments) -> dict[str, float | str]:
-    """The flags whose values a resumed optimizer brings with it, so that new ones would have no effect."""
+def run_settings(training_args: TrainingArguments) -> dict[str, float | str]:
+    """What a resumed run must have as it was.
+
+    A resumed optimizer brings its own values with it, so that new ones would have no effect. And the rows that are
+    done are told by the number of steps alone: with other rows in a step some would be trained twice, some never.
+    """
     names = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-    return {f"--{name}": getattr(training_args, name) for name in names} | {"--optim": str(training_args.optim.value)}
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    return {f"--{name}": getattr(training_args, name) for name in names} | {
+        "--optim": str(training_args.optim.value),
+        ROWS_A_STEP: math.prod(_batch(training_args)),
+        "--seed or --data_seed": seed,
+        "--train_sampling_strategy": str(training_args.train_sampling_strategy),
+        # Each has a part of the optimizer, and without DeepSpeed those parts would be left unread.
+        "processes under DeepSpeed": training_args.world_size if training_args.deepspeed else 0,
+    }
+
+
+def _batch(training_args: TrainingArguments) -> tuple[int, int, int]:
+    args = training_args
+    return args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+
+
+def _rows_of_a_step(training_args: TrainingArguments) -> dict[str, str]:
+    one, accumulated, n_processes = _batch(training_args)
+    made_of = f"{one} a device x {accumulated} accumulated x {n_processes} process(es)"
+    return {ROWS_A_STEP: f"make their product what it was ({made_of} now: on half the GPUs accumulate twice as many)"}
 
 
 def read_state(checkpoint: str | Path) -> dict:
     return json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
 
 
-def refuse_other_settings(checkpoint: Path, wanted: dict[str, float | int | str]) -> None:
+def refuse_other_settings(
+    checkpoint: Path, wanted: dict[str, float | int | str], remedies: dict[str, str] | None = None
+) -> None:
     """Compare with what `CheckpointKeeper` recorded; a checkpoint without a record (another tool's) passes."""
     recorded = recorded_attributes(read_state(checkpoint).get("stateful_callbacks", {}))
     for name, value in wanted.items():
         if recorded.get(name, value) != value:
             raise UserError(
                 f"{name} {value}: the run in {checkpoint.parent} was started with {recorded[name]}, and a resumed run "
-                "goes on with that; leave it as it was, start again (--resume_from_checkpoint False "
-                "--overwrite_output_dir True), or name another --output_dir"
+                f"goes on with that; {(remedies or {}).get(name, 'leave it as it was')}, start again "
+                "(--resume_from_checkpoint False --overwrite_output_dir True), or name another --output_dir"
             )
 
 
 def recorded_attributes(stateful_callbacks: dict) -> dict:
     """What `CheckpointKeeper` wrote into a checkpoint."""
     return stateful_callbacks.get("CheckpointKeeper", {}).get("attributes", {})
+
+
+def follow_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler, step: int, output_dir: Path) -> str | None:
+    """Give the next step of a resumed run the rate that this command's schedule has there; what to say if it jumps.
+
+    The checkpoint brings the rate of the old schedule, 0 at its end, which one step would still be made with.
+    """
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        return None
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    rates = [factor * rate for factor, rate in zip(factors, scheduler.base_lrs, strict=True)]
+    old = scheduler.get_last_lr()[0]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+    if math.isclose(old, rates[0], rel_tol=1e-6):
+        return None
+    return (
+        f"another learning rate schedule than the run in {output_dir} was started with, by other steps, epochs or "
+        f"warmup: its next rate was {old:.2e}, and step {step + 1} is made with {rates[0]:.2e}; a new run that "
+        f"starts from {output_dir / BEST} has a whole schedule"
+    )
 
 
 # ---------------------------------------------------------------- room on the disk

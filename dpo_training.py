@@ -41,6 +41,7 @@ from model_loading import (
     load_for_training,
     load_tokenizer,
     read_lineage,
+    warn_of_dead_tokens,
     weights_fingerprint,
 )
 from preference_trainer import (
@@ -60,6 +61,7 @@ from tokenization import (
     load_chat_template,
     mark_learned,
     stop_token_ids,
+    turn_token_ids,
 )
 from training_run import finish_run, is_finished, log_facts, start_run, train
 
@@ -247,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     }
     model = load_for_training(model_args.model_name_or_path, **vars(lora_args), **base_options)
     check_vocabulary(tokenizer, model)
+    warn_of_dead_tokens(model, tokenizer, *turn_token_ids(tokenizer, chat_template))
     base_model = base_of(model_args.model_name_or_path)
     lineage = Lineage(
         base_model=base_model,

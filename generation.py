@@ -9,7 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from errors import UserError
@@ -29,7 +34,10 @@ class Decoding:
     )
     top_k: int = field(default=0, metadata={"help": "Draw from so many of the likeliest tokens; 0: all."})
     repetition_penalty: float = field(
-        default=1.0, metadata={"help": "Above 1 makes tokens of the prompt and the reply less likely; 1 is off."}
+        default=1.0,
+        metadata={
+            "help": "Above 1 makes tokens of the prompt and the reply, but the end token, less likely; 1 is off."
+        },
     )
     stop: list[str] | None = field(
         default=None, metadata={"help": "Texts that end a reply, which does not hold them; the end token does anyway."}
@@ -113,6 +121,18 @@ def stream_reply(
     return _reply(tokenizer, row, stop_ids, decoding)
 
 
+class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
+    """transformers' penalty, but on stop tokens: the turns of a prompt hold them, and replies would not end."""
+
+    def __init__(self, penalty: float, stop_ids: Sequence[int]):
+        super().__init__(penalty)
+        self.stop_ids = list(stop_ids)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        is_stop = torch.isin(input_ids, torch.tensor(self.stop_ids, device=input_ids.device))
+        return super().__call__(input_ids.masked_fill(is_stop, scores.shape[-1]), scores)  # an id that is ignored
+
+
 @contextmanager
 def _ready_to_generate(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The model (under its PEFT wrapper, if any) with dropout off and without its checkpoint's decoding settings."""
@@ -143,10 +163,12 @@ def _generate(
     padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
     mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
     device = core.get_input_embeddings().weight.device
+    penalty = decoding.repetition_penalty
     output = core.generate(
         input_ids=torch.tensor(padded, device=device),
         attention_mask=torch.tensor(mask, device=device),
         generation_config=_generation_config(decoding, stop_ids, tokenizer.pad_token_id),
+        logits_processor=[] if penalty == 1 else [_RepetitionPenalty(penalty, stop_ids)],
         streamer=streamer,
         **({"stop_strings": decoding.stop, "tokenizer": tokenizer} if decoding.stop else {}),
     )
@@ -171,7 +193,6 @@ def _generation_config(decoding: Decoding, stop_ids: Sequence[int], pad_token_id
     return GenerationConfig(
         do_sample=decoding.temperature > 0,
         max_new_tokens=decoding.max_new_tokens,
-        repetition_penalty=decoding.repetition_penalty,
         eos_token_id=list(stop_ids),
         pad_token_id=pad_token_id,
         use_cache=True,

@@ -20,6 +20,7 @@ from checkpoints import (
     BEST,
     UNFINISHED,
     delete_oldest,
+    follow_schedule,
     n_bytes,
     optimizer_bytes,
     put_in_place,
@@ -279,11 +280,12 @@ def read_state(checkpoint: str, settings: dict[str, object]) -> State:
     if recorded is None:
         raise UserError(f"--resume_from_checkpoint {checkpoint}: not a checkpoint of PPO; name another --output_dir")
     for flag, value in settings.items():
-        if recorded.get(flag) != value:
+        if recorded.get(flag, value) != value:
+            how = " (on half the GPUs accumulate twice as many)" if flag == "episodes an update" else ""
             raise UserError(
-                f"{flag} {value}: the run in {Path(checkpoint).parent} was started with {recorded.get(flag)}; leave it "
-                "as it was, start again (--resume_from_checkpoint False --overwrite_output_dir True), or name another "
-                "--output_dir"
+                f"{flag} {value}: the run in {Path(checkpoint).parent} was started with {recorded[flag]}; leave it as "
+                f"it was{how}, start again (--resume_from_checkpoint False --overwrite_output_dir True), or name "
+                "another --output_dir"
             )
     return State(**values)
 
@@ -384,6 +386,11 @@ class Run:
             else:
                 learner.optimizer.load_state_dict(optimizers[role])
             learner.scheduler.load_state_dict(schedulers[role])
+        jumps = {
+            follow_schedule(it.scheduler, self.state.global_step, self.output_dir) for it in self.learners.values()
+        }
+        for jump in jumps - {None}:
+            logger.warning(jump)
         torch.set_rng_state(torch.load(folder / "rng_state.pth", weights_only=True))
         self.saved_at = self.state.global_step
 

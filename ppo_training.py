@@ -611,6 +611,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             "--learning_rate": training_args.learning_rate,
             "--weight_decay": training_args.weight_decay,
             "--optim": str(training_args.optim.value),
+            "--kl_coef": ppo_args.kl_coef,
             "episodes an update": per_update,
             "training prompts": len(train_dataset),
             "processes under DeepSpeed": accelerator.num_processes if training_args.deepspeed else 0,

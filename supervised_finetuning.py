@@ -35,10 +35,11 @@ from model_loading import (
     describe_trainable,
     load_for_training,
     load_tokenizer,
+    warn_of_dead_tokens,
     weights_fingerprint,
 )
 from records import load_part
-from tokenization import cached_dialogues, load_chat_template, mark_learned
+from tokenization import cached_dialogues, load_chat_template, mark_learned, turn_token_ids
 from training_run import finish_run, is_finished, log_facts, start_run, train
 
 # ---------------------------------------------------------------- arguments
@@ -139,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         **hub_options,
     )
     check_vocabulary(tokenizer, model)
+    warn_of_dead_tokens(model, tokenizer, *turn_token_ids(tokenizer, chat_template))
     base_model = base_of(model_args.model_name_or_path)
     lineage = Lineage(
         base_model=base_model,

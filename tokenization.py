@@ -175,6 +175,14 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTempla
     return tokenizer.convert_tokens_to_ids(list(chat_template.stop_tokens))
 
 
+def turn_token_ids(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> tuple[list[int], list[int]]:
+    """The added tokens that the template writes around turns: all of them, and those that replies are made of."""
+    turns = [{"role": role, "content": role} for role in ("user", "assistant")]
+    ids, labels = _ids_and_labels(tokenizer, chat_template, turns, None, train_on_inputs=False)
+    all_ids, learned = ({token for token in tokens if _is_added(tokenizer, token)} for tokens in (ids, labels))
+    return sorted(all_ids), sorted(learned)
+
+
 # ---------------------------------------------------------------- one dialogue
 
 

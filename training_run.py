@@ -35,17 +35,18 @@ from checkpoints import (
     BEST,
     UNFINISHED,
     delete_oldest,
+    follow_schedule,
     mount_point,
     n_bytes,
     no_other_run,
     numbered_checkpoints,
     optimizer_bytes,
-    optimizer_settings,
     put_in_place,
     read_state,
     recorded_attributes,
     refuse_other_settings,
     refuse_small_disk,
+    run_settings,
     write_manifest,
 )
 from errors import UserError, end_at_next_signal
@@ -358,19 +359,23 @@ class CheckpointKeeper(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         """What transformers writes into trainer_state.json for this callback."""
-        settings = optimizer_settings(self.trainer.args) | _data_settings(self.trainer)
+        settings = run_settings(self.trainer.args) | _data_settings(self.trainer)
         progress = {
             "best_loss": self.best_loss,
             "best_step": self.best_step,
             "evaluation_is_due": self.stop.evaluation_is_due,
+            "n_longest_first": getattr(self.trainer, "n_longest_first", None) or _rows_of_a_batch(self.trainer.args),
             # The losses since the last line of the log, which the next line is the mean of: `on_save` has them of all.
             "loss_sum": 0.0,
             "logged_step": self.trainer._globalstep_last_logged,
         }
         return {"args": {}, "attributes": settings | progress}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         recorded = recorded_attributes(state.stateful_callbacks)
+        goes_on = 0 < state.global_step < state.max_steps
+        if goes_on and (jump := follow_schedule(lr_scheduler, state.global_step, Path(args.output_dir))):
+            logger.warning(jump)
         if Path(args.output_dir, BEST).is_dir():
             self.best_loss, self.best_step = recorded.get("best_loss"), recorded.get("best_step")
         self.trainer._tr_loss += recorded.get("loss_sum", 0.0)
@@ -606,6 +611,11 @@ def keep_rows_per_step(trainer: Trainer) -> None:
     trainer._update_auto_batch_size = update_both
 
 
+def _rows_of_a_batch(args: TrainingArguments) -> int:
+    """Of all devices together."""
+    return args.train_batch_size * args.world_size
+
+
 def _largest(value: int, args: TrainingArguments) -> int:
     """The largest of the values that the processes have."""
     if args.world_size == 1:
@@ -666,9 +676,11 @@ def train(
         trainer.add_callback(callback)
     if trainer.args.auto_find_batch_size:
         keep_rows_per_step(trainer)
-    if checkpoint and trainer.eval_dataset:
+    if checkpoint:
         recorded = recorded_attributes(read_state(checkpoint).get("stateful_callbacks", {}))
-        trainer.args.eval_on_start |= recorded.get("evaluation_is_due", False)
+        # LongestFirstSampler keeps the order that the run began with, whatever a step is now made of.
+        trainer.n_longest_first = recorded.get("n_longest_first")
+        trainer.args.eval_on_start |= bool(trainer.eval_dataset) and recorded.get("evaluation_is_due", False)
     alone = no_other_run(Path(trainer.args.output_dir)) if trainer.args.process_index == 0 else nullcontext()
     with _one_line_for_bad_days(trainer), alone:
         try:

@@ -50,7 +50,21 @@ def flags(model_dir: Path, output_dir: Path, eval_file: Path, *more: str) -> lis
 # ---------------------------------------------------------------- GGUF
 
 
-@pytest.mark.parametrize(("gguf_type", "largest"), [("f16", 0.005), ("q8_0", 0.05), ("q4_0", 1.0)])
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+def with_config(model_dir: Path, folder: Path, **changes) -> Path:
+    """A copy of the model with other fields in its config.json; weights are as they were."""
+    shutil.copytree(model_dir, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name, value in changes.items():
+        config[name] = config[name] | value if name == "rope_parameters" and value is not None else value
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(("gguf_type", "largest"), [("f16", 0.005), ("q8_0", 0.05), ("q4_0", 0.3)])
 def test_a_gguf_file_loads_back_and_says_the_same(model_dir, eval_file, tmp_path, capsys, gguf_type, largest):
     result = main(flags(model_dir, tmp_path / "out", eval_file, "--gguf_type", gguf_type))
     assert abs(result["after"] / result["before"] - 1) < largest
@@ -59,9 +73,11 @@ def test_a_gguf_file_loads_back_and_says_the_same(model_dir, eval_file, tmp_path
     assert f"{result['before']:.4f} before, {result['after']:.4f} after" in capsys.readouterr().err
 
 
-def test_llama_cpp_says_what_the_model_says(model_dir, eval_file, tmp_path):
+@pytest.mark.parametrize("rope", [{}, YARN, LINEAR])
+def test_llama_cpp_says_what_the_model_says(model_dir, eval_file, tmp_path, rope):
     """Through llama.cpp's own chat template, tokenizer and arithmetic."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="no llama.cpp: pip install xllamacpp")
+    model_dir = with_config(model_dir, tmp_path / "model", rope_parameters=rope)
     main(flags(model_dir, tmp_path / "out", eval_file, "--gguf_type", "f32"))
     params = xllamacpp.CommonParams()
     params.model.path = str(tmp_path / "out/model.gguf")
@@ -97,6 +113,59 @@ def test_what_the_file_holds(model_dir, eval_file, tmp_path, tiny_tokenizer):
     assert kinds["blk.0.attn_q.weight"] == kinds["token_embd.weight"] == "Q8_0"
     assert kinds["blk.0.attn_q.bias"] == kinds["output_norm.weight"] == "F32"
     assert len(kinds) == 2 + 2 * 12  # the head is the embedding
+
+
+@pytest.mark.parametrize("rope", [YARN, LINEAR])
+@pytest.mark.parametrize("gguf_type", ["f16", "q8_0"])
+def test_rope_scaling_is_written(model_dir, eval_file, tmp_path, monkeypatch, rope, gguf_type):
+    scaled = with_config(model_dir, tmp_path / "model", rope_parameters=rope)
+    result = main(flags(scaled, tmp_path / "out", eval_file, "--gguf_type", gguf_type))
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "out/model.gguf").fields.items()}
+    written = {"rope_type": "type", "factor": "factor", "original_max_position_embeddings": "original_context_length"}
+    assert {fields[f"qwen2.rope.scaling.{written[name]}"] for name in rope} == set(rope.values())
+    monkeypatch.setattr(export_model, "ROPE_SCALING_KEYS", {})  # as if the file did not say it
+    unscaled = export_model.load_gguf(tmp_path / "out/model.gguf")
+    tokenizer = load_tokenizer(str(model_dir))
+    export_args = export_model.ExportArguments("m", "o", eval_file=str(eval_file))
+    rows = export_model.read_dialogues_to_compare(export_args, tokenizer, load_chat_template(tokenizer, None), 512)
+    assert abs(perplexity(unscaled, rows) / result["after"] - 1) > 0.02
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type dynamic"),
+        ({"rope_parameters": YARN | {"attention_factor": 1.5}}, r"attention_factor 1\.5"),
+        ({"rope_parameters": YARN | {"beta_fast": 16}}, "beta_fast 16"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "truncate False"),
+        ({"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}, r"mscale 0\.7, mscale_all_dim 1\.0"),
+        ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "layer_types": None},
+         "sliding_window 4"),
+        ({"hidden_act": "gelu"}, "hidden_act gelu"),
+        ({"head_dim": 32}, "head_dim 32"),
+    ],
+)  # fmt: skip
+def test_a_field_that_the_file_would_leave_out_is_named(model_dir, eval_file, tmp_path, monkeypatch, changes, named):
+    changed = with_config(model_dir, tmp_path / "model", **changes)
+    monkeypatch.setattr(export_model, "load_base_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=rf"^--model .*model: {named} in its config.json: the GGUF file would leave it"):
+        main(flags(changed, tmp_path / "out", eval_file))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": YARN | {"beta_fast": 32, "beta_slow": 1, "attention_factor": None}},
+        {"sliding_window": 4, "use_sliding_window": False},
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2, "layer_types": None},
+        {"use_sliding_window": True, "sliding_window": 131072, "max_window_layers": 1, "layer_types": None},
+        {"attention_dropout": 0.1, "unsloth_version": "2026.1", "use_cache": False, "head_dim": 64},
+        {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+    ],
+)
+def test_a_field_that_changes_nothing_is_no_reason(model_dir, tmp_path, changes):
+    changed = with_config(model_dir, tmp_path / "model", **changes)
+    export_model.check_settings("m", AutoConfig.from_pretrained(changed))
 
 
 def test_every_row_of_the_embedding_has_a_token(tiny_tokenizer):
@@ -161,15 +230,19 @@ def test_perplexity_by_hand():
     assert perplexity(Even(), [([0, 1, 2], [IGNORED_LABEL, 1, 2]), ([3, 3], [IGNORED_LABEL, 3])]) == pytest.approx(4)
 
 
-def test_a_file_that_says_something_else_is_not_written(model_dir, eval_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "factor"),
+    [("gguf_type f16", 3), ("gguf_type q8_0", 3), ("gguf_type q4_0", -3)],
+)
+def test_a_file_that_says_something_else_is_not_written(model_dir, eval_file, tmp_path, monkeypatch, kind, factor):
     tensors_of = export_model.tensors_of
     monkeypatch.setattr(
         export_model,
         "tensors_of",
-        lambda model: ((name, tensor * (3 if "o_proj" in name else 1)) for name, tensor in tensors_of(model)),
+        lambda model: ((name, tensor * (factor if "o_proj" in name else 1)) for name, tensor in tensors_of(model)),
     )
-    with pytest.raises(UserError, match="the export says something else; nothing is written"):
-        main(flags(model_dir, tmp_path / "out", eval_file, "--gguf_type", "f16"))
+    with pytest.raises(UserError, match=r"perplexity moves by [+-][\d.]+%, .*says something else; nothing is written"):
+        main(flags(model_dir, tmp_path / "out", eval_file, *f"--{kind}".split()))
     assert list(tmp_path.iterdir()) == []
 
 

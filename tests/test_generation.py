@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
 
 from errors import UserError
-from generation import Decoding, _Pieces, generate_replies, stream_reply
+from generation import Decoding, _Pieces, _RepetitionPenalty, generate_replies, stream_reply
 
 TEXTS = ["感冒了应该怎么办？", "多喝水", "高血压患者在饮食上需要注意什么？少吃盐，多吃蔬菜和水果。", "See a doctor"]
 NEVER = [599]  # beyond the vocabulary, so that no reply holds it
@@ -115,6 +115,37 @@ def test_sampling_draws_by_the_seed(model, tiny_tokenizer, prompts):
     assert drawn(1, temperature=1.0, top_k=1) == greedy
     assert drawn(1, temperature=1.0, top_p=1e-6) == greedy
     assert drawn(1, repetition_penalty=3.0) != greedy
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 1}])
+def test_a_repetition_penalty_leaves_stop_tokens_alone(tiny_model_dir, tiny_tokenizer, options):
+    """The end token stands in every earlier turn of the prompt, and is the likeliest here by less than the penalty."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    stop = tiny_tokenizer.eos_token_id
+
+    def prefer_stop(head, inputs, logits):
+        logits[..., stop] = 0
+        logits[..., stop] = 1.1 * logits.max(dim=-1).values
+
+    model.lm_head.register_forward_hook(prefer_stop)
+    prompts = [[*tiny_tokenizer.encode(text), stop, *tiny_tokenizer.encode(text)] for text in TEXTS]
+    decoding = Decoding(max_new_tokens=4, repetition_penalty=1.3, **options)
+    for reply in generate_replies(model, tiny_tokenizer, prompts, [stop], decoding):
+        assert (reply.ended, reply.n_tokens, reply.text) == (True, 1, "")
+    pieces = []
+    assert stream_reply(model, tiny_tokenizer, prompts[0], [stop], decoding, pieces.append).ended
+
+
+def test_a_repetition_penalty_touches_all_other_tokens(model, tiny_tokenizer, prompts):
+    penalty = {"repetition_penalty": 1.3, "max_new_tokens": 8, "do_sample": False}
+    for prompt in prompts:
+        expected = model.generate(torch.tensor([prompt]), eos_token_id=NEVER, **penalty)[0, len(prompt) :]
+        decoding = Decoding(max_new_tokens=8, repetition_penalty=1.3)
+        (reply,) = generate_replies(model, tiny_tokenizer, [prompt], NEVER, decoding)
+        assert reply.text == tiny_tokenizer.decode(expected, skip_special_tokens=True).strip()
+    ids, scores = torch.tensor([[1, 2, 5]]), torch.tensor([[2.6, 2.6, -1.0, 4.0, 1.0, 2.6]])
+    penalized = _RepetitionPenalty(1.3, [5, 4])(ids, scores)
+    assert torch.equal(penalized, torch.tensor([[2.6, 2.6 / 1.3, -1.3, 4.0, 1.0, 2.6]]))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ SHARED = {
     "arguments": (set(), {"torch", "transformers"}),
     "model_loading": (
         set(),
-        {"torch", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "loguru"},
+        {"torch", "transformers", "peft", "bitsandbytes", "deepspeed", "safetensors", "huggingface_hub", "loguru"},
     ),
     "checkpoints": (set(), {"torch", "transformers", "loguru"}),
     "training_run": (

@@ -27,6 +27,7 @@ from model_loading import (
     check_model_path,
     check_same_family,
     check_vocabulary,
+    dead_rows,
     describe_trainable,
     is_adapter,
     load_base_model,
@@ -39,8 +40,10 @@ from model_loading import (
     quantization_config,
     read_adapter_config,
     read_lineage,
+    warn_of_dead_tokens,
     weights_fingerprint,
 )
+from tokenization import load_chat_template, turn_token_ids
 
 ALL_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 FLAG = "--model_name_or_path"
@@ -375,6 +378,90 @@ def test_a_larger_vocabulary_is_refused_and_the_embeddings_stay(base):
         check_vocabulary, tokenizer, model
     )
     assert model.get_input_embeddings().num_embeddings == n_rows
+
+
+# ---------------------------------------------------------------- tokens that were never trained
+
+
+def with_rows(rows: str) -> torch.Tensor:
+    """[600, 32] random rows around a common mean, as trained ones are, with rows 7 and 8 of a kind."""
+    weight = torch.randn(600, 32, generator=torch.Generator().manual_seed(0)) + 0.3
+    made = {
+        "zeros": torch.zeros(2, 32),
+        "all but zeros": torch.randn(2, 32) * 1e-5,
+        "the mean": weight.mean(dim=0) + torch.randn(2, 32) * 1e-4,
+        "the same": weight[7].repeat(2, 1),
+        "as the rows that fill up": weight[599].repeat(2, 1),
+        "random": weight[7:9],
+        "small": weight[7:9] * 0.2,
+        "one a copy of another token": torch.stack([weight[7], weight[3]]),
+    }
+    if rows == "as the rows that fill up":
+        weight[590:] = weight[599]
+    weight[7:9] = made[rows]
+    return weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "is_dead"),
+    [
+        *[(rows, True) for rows in ("zeros", "all but zeros", "the mean", "the same", "as the rows that fill up")],
+        *[(rows, False) for rows in ("random", "small", "one a copy of another token")],
+    ],
+)
+def test_only_rows_that_were_surely_never_trained_are_dead(rows, is_dead, dtype):
+    assert dead_rows(with_rows(rows).to(dtype), [7, 8]) == ({7, 8} if is_dead else set())
+    assert dead_rows(with_rows(rows).to(dtype), [100, 101]) == set()
+
+
+@pytest.fixture(scope="module")
+def untaught(base, tmp_path_factory) -> dict[str, str]:
+    """Copies of the model, its head tied or not, whose rows of the turn tokens are zeros; and a sound untied one."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    turns = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    folders = {}
+    for name, tied, rows in (("tied", True, "both"), ("untied", False, "both"), ("head", False, "head")):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        if not tied:
+            model.config.tie_word_embeddings = False
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        with torch.no_grad():
+            model.lm_head.weight[turns] = 0
+            if rows == "both":
+                model.model.embed_tokens.weight[turns] = 0
+        folders[name] = str(tmp_path_factory.mktemp("untaught") / name)
+        model.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders | {"sound": base}
+
+
+@pytest.mark.parametrize(
+    ("which", "options", "named"),
+    [
+        ("tied", {}, "<|im_start|>, <|im_end|>: --modules_to_save embed_tokens "),
+        ("untied", {}, "<|im_start|>, <|im_end|>: --modules_to_save embed_tokens,lm_head "),
+        ("untied", {"modules_to_save": "embed_tokens"}, "<|im_end|>: --modules_to_save lm_head "),
+        ("head", {}, "<|im_end|>: --modules_to_save embed_tokens,lm_head "),
+        ("tied", {"target_modules": "q_proj,embed_tokens"}, "<|im_end|>: --modules_to_save embed_tokens "),
+        ("tied", {"modules_to_save": "embed_tokens"}, None),
+        ("untied", {"modules_to_save": "embed_tokens,lm_head"}, None),
+        ("tied", {"use_peft": False}, None),
+        ("sound", {}, None),
+    ],
+)
+def test_turn_tokens_that_no_one_trained_are_warned_of_once(untaught, log, which, options, named):
+    tokenizer = load_tokenizer(untaught[which])
+    chat_template = load_chat_template(tokenizer, "qwen")
+    model = load_for_training(untaught[which], **{"use_peft": True} | options)
+    warn_of_dead_tokens(model, tokenizer, *turn_token_ids(tokenizer, chat_template))
+    lines = [line for line in log if "never learned" in line]
+    assert len(lines) == (named is not None)
+    for line in lines:
+        tokens, _, remedy = named.partition(": ")
+        assert line.startswith(f"{tokens}: the model has never learned these tokens of the template, and this adapter")
+        assert remedy in line
+        assert line.endswith("or --use_peft False")
 
 
 # ---------------------------------------------------------------- base model

@@ -503,8 +503,23 @@ def test_finished_run_is_left_as_it_is(flags, tmp_path, capfd):
     assert ppo_training.main(flags(max_steps=1, resume_from_checkpoint=True)) == {}
     assert "holds a finished run (1 updates): nothing is trained" in capfd.readouterr().err
     assert (tmp_path / "out/trainer_state.json").read_bytes() == before
-    with pytest.raises(UserError, match=r"--seed 7: the run in .* was started with 42"):
-        ppo_training.main(flags(max_steps=2, resume_from_checkpoint=True, seed=7))
+    for flag, value, was in (("seed", 7, "42; leave"), ("kl_coef", 0.5, "0.05; leave")):
+        with pytest.raises(UserError, match=rf"--{flag} {value}: the run in .* was started with {was} it as it was"):
+            ppo_training.main(flags(max_steps=2, resume_from_checkpoint=True, **{flag: value}))
+    was = r"episodes an update 4: the run in .* was started with 8; leave it as it was \(on half the GPUs accumulate"
+    with pytest.raises(UserError, match=was):
+        ppo_training.main(flags(max_steps=2, resume_from_checkpoint=True, gradient_accumulation_steps=1))
+
+
+def test_more_updates_than_the_run_was_started_with_are_said(flags, tmp_path, capfd):
+    ppo_training.main(flags(max_steps=1))
+    ppo_training.main(flags(max_steps=2, resume_from_checkpoint=True))
+    log = capfd.readouterr().err
+    assert updates(tmp_path / "out", "learning_rate")[1] == updates(tmp_path / "out", "learning_rate")[0] / 2 > 0
+    assert (
+        len(re.findall(r"another learning rate schedule .*: its next rate was 0\.00e\+00, and step 2 is made", log))
+        == 1
+    )
 
 
 # ---------------------------------------------------------------- other models

@@ -1,6 +1,7 @@
 """Bad days: runs that are killed, stopped, out of disk or memory, or go wrong, and what is left of them."""
 
 import errno
+import importlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from stage_runs import STAGES, logged, stage_flags, start_stage, write_data
+from stage_runs import STAGES, end_well, logged, stage_flags, start_stage, start_two_processes, write_data
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import supervised_finetuning
@@ -115,6 +116,124 @@ def test_a_run_killed_behind_its_last_step_trains_no_further(flags, tmp_path, un
     monkeypatch.undo()
     supervised_finetuning.main(flags(**EVALUATED, resume_from_checkpoint=True))
     assert_same_run(tmp_path / "out", uninterrupted)
+
+
+# ---------------------------------------------------------------- resumed by another command
+
+
+@pytest.fixture
+def stopped(flags, tmp_path):
+    """A function that leaves checkpoint-2 of a run of 2 x 2 rows a step in out/, and the whole run in whole/."""
+
+    def run(stage: str = "sft", **changes) -> None:
+        importlib.import_module(STAGES[stage]).main(flags(stage, output_dir=tmp_path / "whole", **changes))
+        shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "out/checkpoint-2")
+
+    return run
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_another_number_of_rows_a_step_is_refused(flags, tmp_path, stopped, stage):
+    stopped(stage, max_steps=2)
+    main = importlib.import_module(STAGES[stage]).main
+    for one, accumulated in ((2, 1), (3, 2)):
+        batch = {"per_device_train_batch_size": one, "gradient_accumulation_steps": accumulated}
+        with pytest.raises(UserError) as refused:
+            main(flags(stage, resume_from_checkpoint=True, **batch))
+        assert str(refused.value) == (
+            f"rows a step {one * accumulated}: the run in {tmp_path}/out was started with 4, and a resumed run goes on "
+            f"with that; make their product what it was ({one} a device x {accumulated} accumulated x 1 process(es) "
+            "now: on half the GPUs accumulate twice as many), start again (--resume_from_checkpoint False "
+            "--overwrite_output_dir True), or name another --output_dir"
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 7}, "--seed or --data_seed 7: the run in .* was started with 42"),
+        ({"data_seed": 7}, "--seed or --data_seed 7: the run in .* was started with 42"),
+        ({"group_by_length": True}, "--train_sampling_strategy group_by_length: .* was started with random"),
+    ],
+)
+def test_another_order_of_the_data_is_refused(flags, stopped, changes, named):
+    stopped(max_steps=2)
+    with pytest.raises(UserError, match=f"^{named}"):
+        supervised_finetuning.main(flags(resume_from_checkpoint=True, **changes))
+
+
+@pytest.fixture
+def of_all_lengths(tmp_path) -> dict:
+    """Flags for 24 records none of which is as long as another, so that their order shows in the losses."""
+    data = tmp_path / "records.jsonl"
+    records = [{"question": "头疼怎么办？", "answer": "请就诊。" * n_times} for n_times in range(1, 25)]
+    data.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return {"max_steps": 8, "lora_dropout": 0.0, "resume_from_checkpoint": True, "train_file_dir": data}
+
+
+def test_the_same_rows_in_other_batches_are_the_same_run(flags, tmp_path, stopped, of_all_lengths):
+    """In the order of the run's beginning, where the longest rows of a batch come first."""
+    options = of_all_lengths
+    stopped(**options)
+    one_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    supervised_finetuning.main(flags(**options, **one_row))
+    shutil.copytree(tmp_path / "out/checkpoint-4", tmp_path / "again/checkpoint-4")
+    four_rows = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    supervised_finetuning.main(flags(**options, **four_rows, output_dir=tmp_path / "again"))
+    for run in ("out", "again"):
+        assert logged(tmp_path / run) == pytest.approx(logged(tmp_path / "whole"), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_half_the_processes_and_twice_the_accumulation_are_the_same_run(flags, tmp_path, of_all_lengths):
+    log = tmp_path / "log"
+    two = flags(**of_all_lengths, gradient_accumulation_steps=1, output_dir=tmp_path / "whole")
+    end_well(start_two_processes("sft", two, log), log)
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "out/checkpoint-2")
+    supervised_finetuning.main(flags(**of_all_lengths))
+    assert logged(tmp_path / "out") == pytest.approx(logged(tmp_path / "whole"), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "jumps", "rates"),
+    [
+        ("max_steps 2", "max_steps 4", (0.0, 0.5), [0.5, 0.25]),
+        ("max_steps 4", "max_steps 3", (0.5, 1 / 3), [1 / 3]),
+        (
+            "num_train_epochs 0.25 lr_scheduler_type cosine",
+            "num_train_epochs 0.5 lr_scheduler_type cosine",
+            (0.0, 0.5),
+            [0.5, 0.14645],
+        ),
+        ("max_steps 4", "max_steps 4 warmup_steps 3", (0.5, 2 / 3), [2 / 3, 1.0]),
+        ("max_steps 2 lr_scheduler_type constant", "max_steps 4 lr_scheduler_type constant", None, [1.0, 1.0]),
+    ],
+)
+def test_another_schedule_is_said_and_no_step_has_its_old_rate(
+    flags, tmp_path, stopped, capfd, before, now, jumps, rates
+):
+    def options(text: str) -> dict:
+        words = text.split()
+        return {"max_steps": None} | dict(zip(words[::2], words[1::2], strict=True))
+
+    stopped(**options(before))
+    capfd.readouterr()
+    supervised_finetuning.main(flags(**options(now), resume_from_checkpoint=True))
+    log = capfd.readouterr().err
+    steps = logged(tmp_path / "out", "learning_rate")
+    assert [steps[step] for step in sorted(steps) if step > 2] == pytest.approx(
+        [1e-3 * rate for rate in rates], rel=1e-3
+    )
+    lines = [line.partition("WARNING | ")[2] for line in log.splitlines() if "learning rate schedule" in line]
+    if jumps is None:
+        assert lines == []
+    else:
+        old, new = (f"{1e-3 * rate:.2e}" for rate in jumps)
+        assert lines == [
+            f"another learning rate schedule than the run in {tmp_path}/out was started with, by other steps, epochs "
+            f"or warmup: its next rate was {old}, and step 3 is made with {new}; a new run that starts from "
+            f"{tmp_path}/out/checkpoint-best has a whole schedule"
+        ]
 
 
 # ---------------------------------------------------------------- killed

@@ -408,6 +408,18 @@ def test_output_folder_with_a_run_is_never_written_over(flags, tmp_path):
     assert (out / "checkpoint-best" / "adapter_model.safetensors").read_bytes() != before
 
 
+def test_a_base_that_never_learned_the_turn_tokens_is_said_once(flags, tiny_model_dir, tmp_path, capfd):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])] = 0
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "untaught")
+    for base, n_lines in ((tmp_path / "untaught", 1), (tiny_model_dir, 0)):
+        supervised_finetuning.main(flags(model_name_or_path=base, max_steps=1, output_dir=tmp_path / f"{n_lines}"))
+        assert capfd.readouterr().err.count("<|im_start|>, <|im_end|>: the model has never learned") == n_lines
+
+
 # ---------------------------------------------------------------- interruption
 
 
