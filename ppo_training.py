@@ -71,7 +71,7 @@ from ppo_math import (
     token_rewards,
     value_losses,
 )
-from ppo_roles import Learner, Roles, load_roles
+from ppo_roles import CHECKED_PROMPTS, Learner, Roles, load_roles
 from ppo_run import (
     PPOTrainingArguments,
     Run,
@@ -580,6 +580,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         **hub_options,
     )
     check_vocabulary(tokenizer, roles.model)
+    with accelerator.autocast():
+        checked = train_dataset.select(range(min(CHECKED_PROMPTS, len(train_dataset))))["prompt_ids"]
+        roles.check_logps(checked, ppo_args.temperature, f"--sft_model_path {model_args.sft_model_path}")
     if training_args.gradient_checkpointing:
         roles.model.get_base_model().gradient_checkpointing_enable(
             training_args.gradient_checkpointing_kwargs or {"use_reentrant": False}

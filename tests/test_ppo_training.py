@@ -15,9 +15,10 @@ import torch
 from build_tiny_model import write_tiny_model
 from conftest import TEXTS, TINY_HEADS, TINY_SHAPE
 from guide import GUIDE_PPO
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from stage_runs import end_well, start_stage, start_two_processes
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import merge_peft_adapter
 import ppo_math
@@ -198,6 +199,83 @@ def test_log_probs_are_those_of_each_reply_alone(roles, tiny_model_dir, sft_adap
         entropy = torch.distributions.Categorical(logits=expected).entropy()
         torch.testing.assert_close(entropies[row, :n_reply], entropy, atol=1e-5, rtol=1e-5)
     assert not logps[~MASK].any()
+
+
+# What each class does between its last states and its logits besides the head.
+OWN_WAYS = {
+    "qwen2": {},
+    "gemma2": {"final_logit_softcapping": 1.5, "head_dim": 16},
+    "granite": {"logits_scaling": 4.0},
+    "cohere2": {"logit_scale": 0.25, "layer_types": ["full_attention"] * 2},
+    "minicpm3": {"dim_model_base": 128, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8}
+    | {"qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4},
+}
+
+
+def roles_of_class(model_type: str, target_modules: list[str]) -> Roles:
+    """A policy of a class of transformers, alone, with random weights and a random adapter."""
+    shape = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **(shape | heads | ids | OWN_WAYS[model_type]))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=target_modules, init_lora_weights=False)
+    return Roles(get_peft_model(model, lora), None, None)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target_modules"),
+    [*((model_type, ["o_proj"]) for model_type in OWN_WAYS), ("qwen2", ["o_proj", "lm_head"])],
+)
+def test_log_probs_are_those_of_the_models_own_logits(model_type, target_modules, monkeypatch):
+    monkeypatch.setattr(ppo_math, "CHUNK", 3)
+    roles = roles_of_class(model_type, target_modules)
+    roles.act_as("policy", trained=True)
+    roles.model.eval()
+    rows_at_a_time = []
+    head = roles.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, args, out: rows_at_a_time.append(out.numel() // out.shape[-1]))
+    logps, *_ = roles.logps(IDS, ATTENTION, MASK, 0.7)
+    logps[MASK].sum().backward()
+    hook.remove()
+    assert max(rows_at_a_time) <= 3, "no more logits at a time than those of a chunk"
+    weights = [weights for weights in roles.model.parameters() if weights.requires_grad]
+    gradients = [weight.grad.clone() for weight in weights]
+    roles.model.zero_grad()
+
+    position_ids = ppo_math.position_ids(ATTENTION)
+    logits = roles.model(input_ids=IDS, attention_mask=ATTENTION.long(), position_ids=position_ids).logits[:, 3:-1]
+    own = (logits / 0.7).log_softmax(dim=-1).gather(2, IDS[:, 4:, None]).squeeze(2)
+    torch.testing.assert_close(logps[MASK], own[MASK], atol=1e-4, rtol=0)
+    own[MASK].sum().backward()
+    for weight, gradient in zip(weights, gradients, strict=True):
+        torch.testing.assert_close(gradient, weight.grad, atol=1e-3, rtol=1e-3)
+    roles.check_logps(IDS.tolist(), 0.7, "")
+
+
+def scale_by_position(roles: Roles) -> None:
+    """A head whose logits hang on the place in the row, which no single state shows."""
+    head = roles.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, out: out * torch.linspace(0.5, 2, out.shape[-2])[:, None])
+
+
+def test_log_probs_that_are_not_the_models_own_stop_the_run(flags, tmp_path, monkeypatch):
+    roles = roles_of_class("qwen2", ["o_proj"])
+    scale_by_position(roles)
+    with pytest.raises(UserError, match=r"^here: PPO's log-probs differ .* by [\d.]+ nats a token, where rounding"):
+        roles.check_logps([list(range(5, 50))] * 2 + [[7, 8, 9]], 0.7, "here")
+
+    def load(*args, **kwargs):
+        roles, facts = load_roles(*args, **kwargs)
+        scale_by_position(roles)
+        return roles, facts
+
+    monkeypatch.setattr(ppo_training, "load_roles", load)
+    with pytest.raises(UserError, match=r"^--sft_model_path .*: PPO's log-probs .*: Qwen2ForCausalLM makes") as raised:
+        ppo_training.main(flags())
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists(), "before the first update"
 
 
 def test_no_gradient_comes_from_prompt_or_padding(roles):
