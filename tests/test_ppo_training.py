@@ -18,6 +18,7 @@ from guide import GUIDE_PPO
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from stage_runs import end_well, start_stage, start_two_processes
+from test_template import EXPECTED, TOOL_TURNS, TOOLS
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import merge_peft_adapter
@@ -32,8 +33,17 @@ from model_loading import load_reward_model, load_with_adapter, read_lineage, we
 from ppo_math import InverseTransformSampler, draw_uniforms, episode_order
 from ppo_roles import Roles, ValueHead, load_roles
 from ppo_run import UPDATES_WITHOUT_END, PPOTrainingArguments, find_alarm, summarize
-from ppo_training import Rollout
-from tokenization import encode_exchange, load_chat_template
+from ppo_training import Codec, Rollout, load_codec
+from template import TEMPLATES, named_template
+from tokenization import (
+    IGNORED_LABEL,
+    encode_dialogue,
+    encode_exchange,
+    encode_pair,
+    encode_prompt,
+    load_chat_template,
+    stop_token_ids,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"]
@@ -315,6 +325,103 @@ def test_value_model_starts_as_the_reward_model(roles):
     torch.testing.assert_close(values[1], torch.cat([roles.scores([text[:n]]) for n in (4, 5, 6)]))
     torch.testing.assert_close(ValueHead(roles.reward_head.weight, 2.5)(torch.ones(1, 128)).item() + 2.5,
                                roles.reward_head(torch.ones(1, 128)).item())  # fmt: skip
+
+
+# ---------------------------------------------------------------- what the reward model reads
+
+QUESTION = [{"role": "user", "content": "发烧怎么办？"}]
+WITH_SYSTEM = [{"role": "system", "content": "你是医生。"}, *QUESTION]
+
+
+def reward_codec(tiny_model_dir: Path, name: str, own: bool) -> Codec:
+    """A ChatML policy, and a reward model with the tokens of another family, its template named or its own."""
+    tokenizer, reward_tokenizer = (AutoTokenizer.from_pretrained(tiny_model_dir) for _ in range(2))
+    tokens = EXPECTED[name][0]
+    reward_tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    reward_tokenizer.bos_token, reward_tokenizer.eos_token = tokens[0], tokens[-1]
+    reward_tokenizer.chat_template = named_template(name) if own else None
+    policy, template = (
+        load_chat_template(tokenizer, "chatml"),
+        load_chat_template(reward_tokenizer, None if own else name),
+    )
+    return Codec(tokenizer, policy, stop_token_ids(tokenizer, policy), reward_tokenizer, template)
+
+
+def read_of(codec: Codec, ids: list[int], messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+    return codec.reward_ids({"prompt_ids": [], "messages": json.dumps([messages, tools])}, ids)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["named", "own"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_reward_model_reads_what_it_was_trained_on(tiny_model_dir, name, own):
+    codec = reward_codec(tiny_model_dir, name, own)
+
+    def trained(reply: str, messages: list[dict] = QUESTION) -> list[int]:
+        limits = {"max_prompt_length": 999, "max_reply_length": 999}
+        prompt_ids, chosen_ids, *_ = encode_pair(
+            codec.reward_tokenizer, codec.reward_template, messages, reply, "别管。", **limits
+        )
+        return prompt_ids + chosen_ids
+
+    def generated(reply: str) -> list[int]:
+        return codec.tokenizer(reply, add_special_tokens=False)["input_ids"]
+
+    end, reply = codec.stop_ids[:1], "感冒了请多喝水，注意休息。"
+    letters = [token for letter in reply for token in generated(letter)]
+    assert letters != generated(reply), "tokens that the tokenizer would not make of the text"
+    for ids in (generated(reply), letters, generated(f" \n{reply}\n\n")):
+        assert read_of(codec, ids + end, QUESTION) == trained(reply)
+        assert read_of(codec, ids, QUESTION) == trained(reply)[:-1], "a reply that was cut has no end token"
+    assert read_of(codec, generated(reply) + end, WITH_SYSTEM) == trained(reply, WITH_SYSTEM)
+    later = [*QUESTION, {"role": "assistant", "content": "多少度？"}, {"role": "user", "content": "39"}]
+    assert read_of(codec, generated(reply) + end, later) == trained(reply, later)
+    thought = "<think>\n先看时间。\n</think>\n\n多喝水。"
+    if name == "qwen3_nothink":
+        with pytest.raises(UserError, match=r"^--reward_model_path: its prompt template does not write the reply '<th"):
+            read_of(codec, generated(thought) + end, QUESTION)
+    else:
+        assert read_of(codec, generated(thought) + end, QUESTION) == trained(thought)
+    row = {"messages": json.dumps([QUESTION, None])}
+    assert codec.reward_ids_of_text(row, reply) == trained(reply), "a dialogue's own reply"
+
+
+@pytest.mark.parametrize("name", ["qwen", "qwen3", "qwen3_nothink", "glm4_moe"])
+def test_the_reward_model_reads_the_turns_of_tools_before(tiny_model_dir, name):
+    codec = reward_codec(tiny_model_dir, name, own=False)
+    messages = TOOL_TURNS[:6]
+    ids = codec.tokenizer("多喝水。", add_special_tokens=False)["input_ids"]
+    dialogue = [*messages, {"role": "assistant", "content": "多喝水。"}]
+    learned, labels = encode_dialogue(codec.reward_tokenizer, codec.reward_template, dialogue, TOOLS, max_length=9999)
+    end = max(index for index, label in enumerate(labels) if label != IGNORED_LABEL)
+    assert read_of(codec, ids + codec.stop_ids[:1], messages, TOOLS) == learned[: end + 1]
+    assert read_of(codec, ids, messages, TOOLS) == learned[:end]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "chatml", "yi"])
+def test_templates_that_ask_alike_may_write_replies_differently(tiny_model_dir, tmp_path, name):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    reward_tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    reward_template = load_chat_template(reward_tokenizer, name)
+    reward_tokenizer.save_pretrained(tmp_path)
+    codec = load_codec(tokenizer, load_chat_template(tokenizer, "chatml"), None, str(tmp_path), {})
+    prompt_ids = encode_prompt(tokenizer, codec.chat_template, QUESTION)
+    assert prompt_ids == encode_prompt(reward_tokenizer, reward_template, QUESTION)
+    ids = tokenizer("多喝水。", add_special_tokens=False)["input_ids"] + codec.stop_ids[:1]
+    read = codec.reward_ids({"prompt_ids": prompt_ids, "messages": json.dumps([QUESTION, None])}, ids)
+    assert (codec.reward_tokenizer is None) == (name != "qwen3")
+    prompt_ids, reply_ids = encode_exchange(reward_tokenizer, reward_template, QUESTION, "多喝水。")
+    assert read == prompt_ids + reply_ids
+
+
+def test_a_reward_model_of_the_same_tokens_reads_the_policys_own(tiny_model_dir):
+    """Its ids as they are, so that nothing of a reply is lost, and the end token that was trained on."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    codec = Codec(tokenizer, load_chat_template(tokenizer, "qwen3"), [7, 9])
+    row = {"prompt_ids": [1, 2], "messages": json.dumps([QUESTION, None])}
+    assert codec.reward_ids(row, [3, 4, 7]) == codec.reward_ids(row, [3, 4, 9]) == [1, 2, 3, 4, 7]
+    assert codec.reward_ids(row, [3, 4]) == [1, 2, 3, 4]
+    whole = "<|im_start|>user\n发烧怎么办？<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n好。<|im_end|>"
+    assert tokenizer.decode(codec.reward_ids_of_text(row, "好。")) == whole
 
 
 # ---------------------------------------------------------------- sampling
