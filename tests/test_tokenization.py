@@ -695,7 +695,9 @@ def test_a_cut_reply_is_read_as_training_reads_one(family, name, own):
     assert (*encode_exchange(tokenizer, chat_template, question, reply),) == trained[:2]
     prompt, chosen = trained[:2]
     assert encode_exchange(tokenizer, chat_template, question, reply, ended=False) == (prompt, chosen[:-1])
-    if name == "qwen3_nothink":  # it refuses replies with a thought
+    if name == "qwen3_nothink":  # it refuses replies with a thought, and takes one that was cut for words
+        _, ids = encode_exchange(tokenizer, chat_template, question, "<think>\n先看", ended=False)
+        assert tokenizer.decode(ids) == "<think>\n先看"
         return
     prompt, chosen, *_ = encode_pair(
         tokenizer, chat_template, question, "<think>\n先看时间\n</think>\n\n多喝水。", "别管。", **WHOLE_PAIR
