@@ -298,15 +298,12 @@ class RewardModel:
         check_model_path(path, flag, model_args.allow_pickle_weights)
         self.tokenizer = load_tokenizer(path, flag=flag, **model_args.hub_options)
         self.chat_template = choose_template(self.tokenizer, None, read_lineage(path), trained=True)
-        self.stop_ids = stop_token_ids(self.tokenizer, self.chat_template)
         lora_model = path if is_adapter(path) else None
         self.model = _placed(load_reward_model(base_of(path), lora_model, flag=flag, **_load_options(model_args)))
 
     def encode(self, messages: list[Message], reply: str, ended: bool = True) -> list[int]:
         """What is scored: the prompt and the reply with its end token, which a reply that was cut has none of."""
-        prompt_ids, reply_ids = encode_exchange(self.tokenizer, self.chat_template, messages, reply)
-        while not ended and reply_ids and reply_ids[-1] in self.stop_ids:
-            reply_ids.pop()
+        prompt_ids, reply_ids = encode_exchange(self.tokenizer, self.chat_template, messages, reply, ended=ended)
         return prompt_ids + reply_ids
 
     @torch.no_grad()

@@ -121,8 +121,9 @@ def token_logps(
         logps = F.log_softmax(head(states).float() / temperature, dim=-1)
         fixed = logps.detach()
         probabilities = fixed.exp()
-        entropies = -torch.einsum("nv,nv->n", probabilities, fixed)
-        variances = torch.einsum("nv,nv,nv->n", probabilities, fixed, fixed) - entropies**2
+        with torch.autocast(fixed.device.type, enabled=False):  # under which einsum rounds to bfloat16
+            entropies = -torch.einsum("nv,nv->n", probabilities, fixed)
+            variances = torch.einsum("nv,nv,nv->n", probabilities, fixed, fixed) - entropies**2
         return logps.gather(1, tokens[:, None]).squeeze(1), entropies, variances.clamp(min=0)
 
     chunks = []

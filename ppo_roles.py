@@ -19,7 +19,9 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers.utils import ModelOutput
 
+from errors import UserError
 from model_loading import (
     ScoreHead,
     add_adapter,
@@ -31,6 +33,9 @@ from model_loading import (
     load_reward_model,
 )
 from ppo_math import position_ids, token_logps
+
+# The first tokens of the first prompts, on which log-probs are compared with the model's own.
+CHECKED_PROMPTS, CHECKED_TOKENS = 4, 32
 
 # ---------------------------------------------------------------- the roles
 
@@ -47,6 +52,24 @@ class ValueHead(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.score(hidden).squeeze(-1) + self.bias
+
+
+def own_logits(model: PreTrainedModel, output_class: type[ModelOutput], states: torch.Tensor) -> torch.Tensor:
+    """[N, V] logits of [N, hidden] last states by the model's own forward pass, which may scale or cap them, with the
+    states in place of what its backbone computes.
+
+    output_class: of the backbone's output.
+    """
+    backbone = model.base_model
+    own_forward = vars(backbone).get("forward")  # accelerate sets one where weights are quantized
+    backbone.forward = lambda *args, **kwargs: output_class(last_hidden_state=states[None])
+    try:
+        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+        return model(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        del backbone.forward
+        if own_forward is not None:
+            backbone.forward = own_forward
 
 
 @dataclass
@@ -72,18 +95,18 @@ class Roles:
         self.model.set_adapter({"policy": "default"}.get(role, role), inference_mode=not trained)
         self.model.train(trained)  # gradient checkpointing asks for it; there is no dropout
 
+    def outputs(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> ModelOutput:
+        """What the backbone gives in the role that acts."""
+        return self.model.get_base_model().base_model(
+            input_ids=ids,
+            attention_mask=attention_mask.long(),
+            position_ids=position_ids(attention_mask),  # detail: positions from the mask, whatever the padding
+            use_cache=False,
+        )
+
     def states(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """[B, L, hidden] last states of the role that acts."""
-        return (
-            self.model.get_base_model()
-            .base_model(
-                input_ids=ids,
-                attention_mask=attention_mask.long(),
-                position_ids=position_ids(attention_mask),  # detail: positions from the mask, whatever the padding
-                use_cache=False,
-            )
-            .last_hidden_state
-        )
+        return self.outputs(ids, attention_mask).last_hidden_state
 
     def logps(
         self, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, temperature: float
@@ -94,11 +117,33 @@ class Roles:
         Sampling has log-probs too, but of a cache: learning compares like with like (detail).
         """
         n_reply = mask.shape[1]
-        predicting = self.states(ids, attention_mask)[:, -n_reply - 1 : -1][mask]
-        head = self.model.get_base_model().get_output_embeddings()
+        outputs = self.outputs(ids, attention_mask)
+        predicting = outputs.last_hidden_state[:, -n_reply - 1 : -1][mask]
+        head = partial(own_logits, self.model.get_base_model(), type(outputs))
         # Detail: the temperature of sampling divides the logits here too.
         flat = token_logps(predicting, ids[:, -n_reply:][mask], head, temperature)
         return tuple(torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, values) for values in flat)
+
+    @torch.no_grad()
+    def check_logps(self, prompts: list[list[int]], temperature: float, where: str) -> None:
+        """Raise UserError, which begins with `where`, if `logps` are not those of the model's own forward pass."""
+        width = min(CHECKED_TOKENS, *map(len, prompts))
+        ids = torch.tensor([prompt[:width] for prompt in prompts[:CHECKED_PROMPTS]], device=self.model.device)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        self.act_as("policy")
+        logps, *_ = self.logps(ids, mask, mask[:, 1:], temperature)
+        logits = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
+        own_logps = (logits.float() / temperature).log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
+        difference = (logps - own_logps).abs().mean().item()
+        # The same operations in chunks of other sizes: a few logits round to a neighbour.
+        rounding = max(1e-4, 2 * torch.finfo(logits.dtype).eps)
+        if difference > rounding:
+            name = type(self.model.get_base_model()).__name__
+            raise UserError(
+                f"{where}: PPO's log-probs differ from those of the model's own forward pass by {difference:.2g} nats "
+                f"a token, where rounding explains {rounding:.2g}: {name} makes its logits in a way that PPO does not "
+                "follow, and would be trained on wrong probabilities; take another model"
+            )
 
     def values(self, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[B, T] value before each reply token, 0 outside the mask: the policy's mask (detail)."""

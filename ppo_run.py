@@ -219,8 +219,8 @@ def find_alarm(measures: list[list[float]], stop_at_kl: float, updates_without_e
     if abs(gap) > max(STANDARD_ERRORS * error, 0.1 * n_tokens):
         return (
             f"replies are not drawn from the policy: their tokens' surprisal differs from its entropy by "
-            f"{gap / n_tokens:.2f} nats a token on average; generation and training disagree, try "
-            "--flash_attn False, or --torch_dtype float32"
+            f"{gap / n_tokens:.2f} nats a token on average; the log-probs are the model's own, so generation, which "
+            "pads and keeps a cache, computes something else: try --flash_attn False, or --torch_dtype float32"
         )
     if n_replies > 1 and mean_kl < -1 and mean_kl < -STANDARD_ERRORS * kl.std().item() / math.sqrt(n_replies):
         return (

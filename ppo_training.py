@@ -71,7 +71,7 @@ from ppo_math import (
     token_rewards,
     value_losses,
 )
-from ppo_roles import Learner, Roles, load_roles
+from ppo_roles import CHECKED_PROMPTS, Learner, Roles, load_roles
 from ppo_run import (
     PPOTrainingArguments,
     Run,
@@ -86,9 +86,9 @@ from ppo_run import (
     start_accelerator,
     summarize,
 )
-from records import load_part
+from records import Unusable, load_part
 from template import ChatTemplate
-from tokenization import cached_prompts, encode_prompt, load_chat_template, stop_token_ids
+from tokenization import cached_prompts, encode_exchange, load_chat_template, stop_token_ids
 from training_run import leave_process_group, one_line_for_bad_days, peak_memory_gib, start_run
 
 # Held-out prompts without --max_eval_samples: a greedy reply to each is written at every evaluation.
@@ -183,7 +183,7 @@ class PPOArguments:
 class Codec:
     """Between ids and texts: what the policy writes, and what the reward model reads of it.
 
-    stop_ids: the tokens that end a reply; the first ends the dialogues' own replies where they are scored.
+    stop_ids: the tokens that end a reply; the reward model was trained on the first.
     reward_tokenizer, reward_template: of a reward model that reads other ids than the policy writes; None otherwise.
     """
 
@@ -195,14 +195,27 @@ class Codec:
 
     def reward_ids(self, row: dict, reply_ids: list[int]) -> list[int]:
         """What the reward model reads for a prompt and the reply to it."""
-        if self.reward_tokenizer is None:
-            return row["prompt_ids"] + reply_ids
-        messages, tools = json.loads(row["messages"])
         ended = bool(reply_ids) and reply_ids[-1] in self.stop_ids
-        text = self.tokenizer.decode(reply_ids[:-1] if ended else reply_ids, skip_special_tokens=True).strip()
-        ids = encode_prompt(self.reward_tokenizer, self.reward_template, messages, tools)
-        ids += self.reward_tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids + stop_token_ids(self.reward_tokenizer, self.reward_template)[:1] * ended
+        words = reply_ids[:-1] if ended else reply_ids
+        if self.reward_tokenizer is None:
+            return row["prompt_ids"] + words + self.stop_ids[:1] * ended
+        text = self.tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.reward_ids_of_text(row, text.strip(), ended)
+
+    def reward_ids_of_text(self, row: dict, reply: str, ended: bool = True) -> list[int]:
+        """What the reward model reads for a prompt and a reply that is words, such as the dialogue's own."""
+        messages, tools = json.loads(row["messages"])
+        tokenizer, chat_template = self.reward_tokenizer, self.reward_template
+        if tokenizer is None:
+            tokenizer, chat_template = self.tokenizer, self.chat_template
+        try:
+            prompt_ids, ids = encode_exchange(tokenizer, chat_template, messages, reply, tools, ended=ended)
+        except (Unusable, UserError) as error:
+            raise UserError(
+                f"--reward_model_path: its prompt template does not write the reply {reply!r:.60} "
+                f"({error.args[-1]}), so it was never trained on one like it; take another reward model"
+            ) from error
+        return prompt_ids + ids
 
 
 def load_codec(
@@ -223,14 +236,25 @@ def load_codec(
     lineage = read_lineage(reward_model_path)
     own_name = lineage.template or None if lineage and own_tokenizer.chat_template is None else None
     own_template = load_chat_template(own_tokenizer, own_name)
-    probe = [{"role": "user", "content": "发烧38.5℃ fever?"}, {"role": "assistant", "content": "请就诊。"}]
-    probe += [{"role": "user", "content": "谢谢 thank you"}]
     reads_the_same = (
         tokenizer.get_vocab() == own_tokenizer.get_vocab()
-        and encode_prompt(tokenizer, chat_template, probe) == encode_prompt(own_tokenizer, own_template, probe)
+        and _probe(tokenizer, chat_template) == _probe(own_tokenizer, own_template)
         and stop_ids[:1] == stop_token_ids(own_tokenizer, own_template)[:1]
     )
     return codec if reads_the_same else replace(codec, reward_tokenizer=own_tokenizer, reward_template=own_template)
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> list:
+    """The ids of a conversation and the reply to it, without and with a system prompt; None where that is refused."""
+    messages = [{"role": "user", "content": "发烧38.5℃ fever?"}, {"role": "assistant", "content": "请就诊。"}]
+    messages += [{"role": "user", "content": "谢谢 thank you"}]
+    found = []
+    for system in ([], [{"role": "system", "content": "你是医生。"}]):
+        try:
+            found.append(encode_exchange(tokenizer, chat_template, [*system, *messages], "不客气 you're welcome"))
+        except (Unusable, UserError):
+            found.append(None)
+    return found
 
 
 # ---------------------------------------------------------------- rollout
@@ -358,12 +382,7 @@ def center_scores(roles: Roles, rows: Sequence[dict], codec: Codec, batch_size: 
 
     Prompts alone have none: then scores stay as they are.
     """
-    texts = []
-    for row in rows:
-        if not row["reply"]:
-            continue
-        reply_ids = codec.tokenizer(row["reply"], add_special_tokens=False)["input_ids"] + codec.stop_ids[:1]
-        texts.append(codec.reward_ids(row, reply_ids))
+    texts = [codec.reward_ids_of_text(row, row["reply"]) for row in rows if row["reply"]]
     if not texts:
         return 0.0
     batches = [texts[begin : begin + batch_size] for begin in range(0, len(texts), batch_size)]
@@ -587,6 +606,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         **hub_options,
     )
     check_vocabulary(tokenizer, roles.model)
+    with accelerator.autocast():
+        checked = train_dataset.select(range(min(CHECKED_PROMPTS, len(train_dataset))))["prompt_ids"]
+        roles.check_logps(checked, ppo_args.temperature, f"--sft_model_path {model_args.sft_model_path}")
     if training_args.gradient_checkpointing:
         roles.model.get_base_model().gradient_checkpointing_enable(
             training_args.gradient_checkpointing_kwargs or {"use_reentrant": False}

@@ -533,17 +533,52 @@ def encode_pair(
 
 
 def encode_exchange(
-    tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate, messages: list[Message], reply: str
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    messages: list[Message],
+    reply: str,
+    tools: list[dict] | None = None,
+    *,
+    ended: bool = True,
 ) -> tuple[list[int], list[int]]:
-    """Ids before the reply, and of the reply with its end token: what SFT learns and a reward model scores."""
+    """Ids before the reply, and of the reply with its end token: what SFT learns and a reward model scores.
+
+    ended: False for a reply that was cut, which has no end token, as where training cuts one.
+    """
+    if not ended:
+        return _encode_cut_exchange(tokenizer, chat_template, messages, reply, tools)
     ids, labels = _ids_and_labels(
-        tokenizer, chat_template, [*messages, {"role": "assistant", "content": reply}], None, train_on_inputs=False
+        tokenizer, chat_template, [*messages, {"role": "assistant", "content": reply}], tools, train_on_inputs=False
     )
     end = max(index for index, label in enumerate(labels) if label != IGNORED_LABEL) + 1
     start = end
     while labels[start - 1] != IGNORED_LABEL:
         start -= 1
     return ids[:start], ids[start:end]
+
+
+def _encode_cut_exchange(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    messages: list[Message],
+    reply: str,
+    tools: list[dict] | None,
+) -> tuple[list[int], list[int]]:
+    """`encode_exchange` of a reply that was cut, in its words or in a thought."""
+    is_open = "<think>" in reply and "</think>" not in reply.rpartition("<think>")[2]
+    if is_open and not chat_template.prompt(messages, tools).rstrip().endswith("</think>"):
+        # A template takes an open thought for words, and puts an empty one before it; so it is closed, and cut again.
+        reply += "\n</think>\n\n"
+    prompt_ids, _ = encode_exchange(tokenizer, chat_template, messages, reply, tools)
+    said = _with_seams(chat_template, [*messages, {"role": "assistant", "content": reply}])
+    segments = chat_template.segments(said, tools)
+    last = max(index for index, segment in enumerate(segments) if segment.learned)
+    text = segments[last].text
+    end_token = next(token for token in chat_template.stop_tokens if text.endswith(token))
+    thought, closing, _ = text.rpartition("</think>")
+    text = thought.rstrip() if is_open and closing else text.removesuffix(end_token)
+    ids, _ = _ids_and_offsets(tokenizer, "".join(segment.text for segment in segments[:last]) + text)
+    return prompt_ids, ids[len(prompt_ids) :]
 
 
 def _encode_pairs(encode: Callable, batch: dict[str, list]) -> dict[str, list]:

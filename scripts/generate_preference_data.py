@@ -328,28 +328,35 @@ class Judge:
 
     def pair(self, prompt: Pair, replies: Sequence["Reply"]) -> Pair:
         """The best over the worst reply, with the difference of their scores as margin."""
-        ended = {reply.text: reply.ended for reply in replies if reply.text}
-        scores = dict(zip(ended, self.scores(prompt, list(ended)), strict=True))
-        whole = [text for text in ended if ended[text]]  # a reply that was cut is no model to follow
+        said = list({(reply.text, reply.ended): reply for reply in replies if reply.text}.values())
+        scores = dict(zip(said, self.scores(prompt, said), strict=True))
+        whole = [reply for reply in said if reply.ended]  # a reply that was cut is no model to follow
         if not whole:
             raise Unusable("no whole reply", "every reply was cut; raise --max_new_tokens")
-        best, worst = max(whole, key=scores.get), min(ended, key=scores.get)
+        best = max(whole, key=scores.get)
+        worst = min((reply for reply in said if reply.text != best.text), key=scores.get, default=best)
         if scores[best] <= scores[worst]:
             raise Unusable("nothing to reject", "the replies are the same or score the same")
-        return replace(prompt, chosen=best, rejected=worst, margin=round(scores[best] - scores[worst], 4))
+        margin = round(scores[best] - scores[worst], 4)
+        return replace(prompt, chosen=best.text, rejected=worst.text, margin=margin)
 
-    def scores(self, prompt: Pair, replies: Sequence[str]) -> list[float]:
-        """The score of each reply, read at the token that ends it."""
+    def scores(self, prompt: Pair, replies: Sequence["Reply"]) -> list[float]:
+        """The score of each reply, read at its last token: the one that ends it, where it was not cut."""
         import torch
 
-        from tokenization import IGNORED_LABEL, encode_dialogue
+        from tokenization import encode_exchange, refuse_control_tokens
 
         rows = []
         for reply in replies:
-            messages = [*prompt.messages, {"role": "assistant", "content": reply}]
-            ids, labels = encode_dialogue(self.tokenizer, self.chat_template, messages, max_length=self.context)
-            end = max(index for index, label in enumerate(labels) if label != IGNORED_LABEL)
-            rows.append({"input_ids": ids[: end + 1]})
+            messages = [*prompt.messages, {"role": "assistant", "content": reply.text}]
+            refuse_control_tokens(self.chat_template, messages, None)
+            prompt_ids, reply_ids = encode_exchange(
+                self.tokenizer, self.chat_template, prompt.messages, reply.text, ended=reply.ended
+            )
+            ids = prompt_ids + reply_ids
+            if len(ids) > self.context:
+                raise Unusable("too long", f"{len(ids)} tokens, over the reward model's context of {self.context}")
+            rows.append({"input_ids": ids})
         scores: list[float] = []
         for start in range(0, len(rows), self.batch_size):
             batch = self.tokenizer.pad(rows[start : start + self.batch_size], return_tensors="pt")
@@ -387,7 +394,10 @@ def load_speaker(args: argparse.Namespace) -> tuple["PreTrainedModel", "PreTrain
 
 
 def load_words(path: str, flag: str, args: argparse.Namespace) -> tuple["PreTrainedTokenizerBase", "ChatTemplate"]:
-    """A model's tokenizer and the template it was trained with, or the one that --template_name names."""
+    """A model's tokenizer and the template it was trained with, or the one that --template_name names.
+
+    A reward model that has a template is asked in no other, whatever the model that replies is asked in.
+    """
     from model_loading import check_model_path, load_tokenizer, read_lineage
     from tokenization import load_chat_template
 
@@ -395,7 +405,9 @@ def load_words(path: str, flag: str, args: argparse.Namespace) -> tuple["PreTrai
     tokenizer = load_tokenizer(path, flag=flag, cache_dir=args.cache_dir)
     lineage = read_lineage(path)
     recorded = lineage.template if lineage and tokenizer.chat_template is None else ""
-    return tokenizer, load_chat_template(tokenizer, args.template_name or recorded or None)
+    has_template = tokenizer.chat_template is not None or bool(recorded)
+    named = None if flag == "--reward_model" and has_template else args.template_name
+    return tokenizer, load_chat_template(tokenizer, named or recorded or None)
 
 
 def loading_options(args: argparse.Namespace) -> dict:

@@ -1,5 +1,6 @@
 """Rejected replies have the failure they are named by, lengths tell nothing, and the stages read the pairs."""
 
+import argparse
 import json
 import random
 import statistics
@@ -13,6 +14,7 @@ import pytest
 from generate_preference_data import VAGUE, Answers, draw_prompts, likeness, main
 
 from errors import UserError
+from model_loading import load_tokenizer
 from records import Pair, load_pairs
 
 
@@ -309,10 +311,45 @@ def test_a_reward_model_chooses_the_best_over_the_worst(tiny_model_dir, reward_m
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     messages = [{"role": "user", "content": "头晕怎么办？"}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    score = {text: model(**tokenizer(f"{prompt}{text}<|im_end|>", return_tensors="pt")).logits.item() for text in texts}
+    read = {text: f"{prompt}{text}<|im_end|>" for text in texts} | {"不知道": f"{prompt}不知道"}  # which was cut
+    score = {text: model(**tokenizer(read[text], return_tensors="pt")).logits.item() for text in texts}
     assert pair.chosen == max((text for text in texts if text != "不知道"), key=score.get)
     assert pair.rejected == min(texts, key=score.get)
     assert pair.margin == pytest.approx(score[pair.chosen] - score[pair.rejected], abs=2e-4)
+
+
+def test_a_cut_reply_is_judged_as_cut(tiny_model_dir, reward_models, monkeypatch):
+    """By a judge that likes an end token: a reply without one loses, though its words are as good."""
+    import torch
+
+    import generation
+    import model_loading
+
+    class LikesEnds(torch.nn.Module):
+        config = device = None
+
+        def forward(self, input_ids, attention_mask):
+            last = attention_mask.cumsum(dim=1).argmax(dim=1)
+            ends = input_ids[torch.arange(len(input_ids)), last] == end_id
+            return type("Output", (), {"logits": ends.float()[:, None]})
+
+    end_id = load_tokenizer(str(tiny_model_dir)).convert_tokens_to_ids("<|im_end|>")
+    monkeypatch.setattr(model_loading, "load_reward_model", lambda *args, **options: LikesEnds())
+    given = [("好", True), ("坏", False), ("好", False)]
+    monkeypatch.setattr(generation, "generate_replies", lambda *args, **_: [generation.Reply(*r, 1) for r in given])
+    flags = ["--model", str(tiny_model_dir), "--reward_model", reward_models["whole"], "--num_replies", "3"]
+    (pair,) = generate(dialogues(1), *flags)
+    assert (pair.chosen, pair.rejected, pair.margin) == ("好", "坏", 1.0)
+
+
+def test_a_reward_model_keeps_its_template(reward_models):
+    args = argparse.Namespace(cache_dir=None, template_name="plain")
+    prompts = [
+        tool.load_words(reward_models["whole"], flag, args)[1].prompt([{"role": "user", "content": "疼"}])
+        for flag in ("--model", "--reward_model")
+    ]
+    assert prompts[0] == "疼\n"
+    assert prompts[1].endswith("<|im_start|>user\n疼<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_replies_that_cannot_be_ranked_are_counted(tiny_model_dir, reward_models, monkeypatch, capsys):

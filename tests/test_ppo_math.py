@@ -140,6 +140,17 @@ def test_token_logps_in_chunks(monkeypatch):
     torch.testing.assert_close(gradient, expected)
 
 
+def test_token_logps_are_float32_under_autocast():
+    states, head, ids = torch.randn(5, 8), torch.nn.Linear(8, 50), torch.arange(5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = head(states)
+        found = token_logps(states, ids, head, temperature=1.0)
+    assert logits.dtype == torch.bfloat16
+    assert {values.dtype for values in found} == {torch.float32}
+    entropies = torch.distributions.Categorical(logits=logits.float()).entropy()
+    torch.testing.assert_close(found[1], entropies, atol=1e-5, rtol=1e-5)
+
+
 def test_kl_estimates():
     same = torch.tensor([[-1.0, -2.0]])
     assert not k3(same, same).any()

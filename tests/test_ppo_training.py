@@ -15,9 +15,11 @@ import torch
 from build_tiny_model import write_tiny_model
 from conftest import TEXTS, TINY_HEADS, TINY_SHAPE
 from guide import GUIDE_PPO
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from stage_runs import end_well, start_stage, start_two_processes
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from test_template import EXPECTED, TOOL_TURNS, TOOLS
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import merge_peft_adapter
 import ppo_math
@@ -31,8 +33,17 @@ from model_loading import load_reward_model, load_with_adapter, read_lineage, we
 from ppo_math import InverseTransformSampler, draw_uniforms, episode_order
 from ppo_roles import Roles, ValueHead, load_roles
 from ppo_run import UPDATES_WITHOUT_END, PPOTrainingArguments, find_alarm, summarize
-from ppo_training import Rollout
-from tokenization import encode_exchange, load_chat_template
+from ppo_training import Codec, Rollout, load_codec
+from template import TEMPLATES, named_template
+from tokenization import (
+    IGNORED_LABEL,
+    encode_dialogue,
+    encode_exchange,
+    encode_pair,
+    encode_prompt,
+    load_chat_template,
+    stop_token_ids,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"]
@@ -200,6 +211,83 @@ def test_log_probs_are_those_of_each_reply_alone(roles, tiny_model_dir, sft_adap
     assert not logps[~MASK].any()
 
 
+# What each class does between its last states and its logits besides the head.
+OWN_WAYS = {
+    "qwen2": {},
+    "gemma2": {"final_logit_softcapping": 1.5, "head_dim": 16},
+    "granite": {"logits_scaling": 4.0},
+    "cohere2": {"logit_scale": 0.25, "layer_types": ["full_attention"] * 2},
+    "minicpm3": {"dim_model_base": 128, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8}
+    | {"qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4},
+}
+
+
+def roles_of_class(model_type: str, target_modules: list[str]) -> Roles:
+    """A policy of a class of transformers, alone, with random weights and a random adapter."""
+    shape = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **(shape | heads | ids | OWN_WAYS[model_type]))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=target_modules, init_lora_weights=False)
+    return Roles(get_peft_model(model, lora), None, None)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target_modules"),
+    [*((model_type, ["o_proj"]) for model_type in OWN_WAYS), ("qwen2", ["o_proj", "lm_head"])],
+)
+def test_log_probs_are_those_of_the_models_own_logits(model_type, target_modules, monkeypatch):
+    monkeypatch.setattr(ppo_math, "CHUNK", 3)
+    roles = roles_of_class(model_type, target_modules)
+    roles.act_as("policy", trained=True)
+    roles.model.eval()
+    rows_at_a_time = []
+    head = roles.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, args, out: rows_at_a_time.append(out.numel() // out.shape[-1]))
+    logps, *_ = roles.logps(IDS, ATTENTION, MASK, 0.7)
+    logps[MASK].sum().backward()
+    hook.remove()
+    assert max(rows_at_a_time) <= 3, "no more logits at a time than those of a chunk"
+    weights = [weights for weights in roles.model.parameters() if weights.requires_grad]
+    gradients = [weight.grad.clone() for weight in weights]
+    roles.model.zero_grad()
+
+    position_ids = ppo_math.position_ids(ATTENTION)
+    logits = roles.model(input_ids=IDS, attention_mask=ATTENTION.long(), position_ids=position_ids).logits[:, 3:-1]
+    own = (logits / 0.7).log_softmax(dim=-1).gather(2, IDS[:, 4:, None]).squeeze(2)
+    torch.testing.assert_close(logps[MASK], own[MASK], atol=1e-4, rtol=0)
+    own[MASK].sum().backward()
+    for weight, gradient in zip(weights, gradients, strict=True):
+        torch.testing.assert_close(gradient, weight.grad, atol=1e-3, rtol=1e-3)
+    roles.check_logps(IDS.tolist(), 0.7, "")
+
+
+def scale_by_position(roles: Roles) -> None:
+    """A head whose logits hang on the place in the row, which no single state shows."""
+    head = roles.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, out: out * torch.linspace(0.5, 2, out.shape[-2])[:, None])
+
+
+def test_log_probs_that_are_not_the_models_own_stop_the_run(flags, tmp_path, monkeypatch):
+    roles = roles_of_class("qwen2", ["o_proj"])
+    scale_by_position(roles)
+    with pytest.raises(UserError, match=r"^here: PPO's log-probs differ .* by [\d.]+ nats a token, where rounding"):
+        roles.check_logps([list(range(5, 50))] * 2 + [[7, 8, 9]], 0.7, "here")
+
+    def load(*args, **kwargs):
+        roles, facts = load_roles(*args, **kwargs)
+        scale_by_position(roles)
+        return roles, facts
+
+    monkeypatch.setattr(ppo_training, "load_roles", load)
+    with pytest.raises(UserError, match=r"^--sft_model_path .*: PPO's log-probs .*: Qwen2ForCausalLM makes") as raised:
+        ppo_training.main(flags())
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists(), "before the first update"
+
+
 def test_no_gradient_comes_from_prompt_or_padding(roles):
     roles.act_as("policy", trained=True)
     logps, *_ = roles.logps(IDS, ATTENTION, MASK, 1.0)
@@ -237,6 +325,103 @@ def test_value_model_starts_as_the_reward_model(roles):
     torch.testing.assert_close(values[1], torch.cat([roles.scores([text[:n]]) for n in (4, 5, 6)]))
     torch.testing.assert_close(ValueHead(roles.reward_head.weight, 2.5)(torch.ones(1, 128)).item() + 2.5,
                                roles.reward_head(torch.ones(1, 128)).item())  # fmt: skip
+
+
+# ---------------------------------------------------------------- what the reward model reads
+
+QUESTION = [{"role": "user", "content": "发烧怎么办？"}]
+WITH_SYSTEM = [{"role": "system", "content": "你是医生。"}, *QUESTION]
+
+
+def reward_codec(tiny_model_dir: Path, name: str, own: bool) -> Codec:
+    """A ChatML policy, and a reward model with the tokens of another family, its template named or its own."""
+    tokenizer, reward_tokenizer = (AutoTokenizer.from_pretrained(tiny_model_dir) for _ in range(2))
+    tokens = EXPECTED[name][0]
+    reward_tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    reward_tokenizer.bos_token, reward_tokenizer.eos_token = tokens[0], tokens[-1]
+    reward_tokenizer.chat_template = named_template(name) if own else None
+    policy, template = (
+        load_chat_template(tokenizer, "chatml"),
+        load_chat_template(reward_tokenizer, None if own else name),
+    )
+    return Codec(tokenizer, policy, stop_token_ids(tokenizer, policy), reward_tokenizer, template)
+
+
+def read_of(codec: Codec, ids: list[int], messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+    return codec.reward_ids({"prompt_ids": [], "messages": json.dumps([messages, tools])}, ids)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["named", "own"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_reward_model_reads_what_it_was_trained_on(tiny_model_dir, name, own):
+    codec = reward_codec(tiny_model_dir, name, own)
+
+    def trained(reply: str, messages: list[dict] = QUESTION) -> list[int]:
+        limits = {"max_prompt_length": 999, "max_reply_length": 999}
+        prompt_ids, chosen_ids, *_ = encode_pair(
+            codec.reward_tokenizer, codec.reward_template, messages, reply, "别管。", **limits
+        )
+        return prompt_ids + chosen_ids
+
+    def generated(reply: str) -> list[int]:
+        return codec.tokenizer(reply, add_special_tokens=False)["input_ids"]
+
+    end, reply = codec.stop_ids[:1], "感冒了请多喝水，注意休息。"
+    letters = [token for letter in reply for token in generated(letter)]
+    assert letters != generated(reply), "tokens that the tokenizer would not make of the text"
+    for ids in (generated(reply), letters, generated(f" \n{reply}\n\n")):
+        assert read_of(codec, ids + end, QUESTION) == trained(reply)
+        assert read_of(codec, ids, QUESTION) == trained(reply)[:-1], "a reply that was cut has no end token"
+    assert read_of(codec, generated(reply) + end, WITH_SYSTEM) == trained(reply, WITH_SYSTEM)
+    later = [*QUESTION, {"role": "assistant", "content": "多少度？"}, {"role": "user", "content": "39"}]
+    assert read_of(codec, generated(reply) + end, later) == trained(reply, later)
+    thought = "<think>\n先看时间。\n</think>\n\n多喝水。"
+    if name == "qwen3_nothink":
+        with pytest.raises(UserError, match=r"^--reward_model_path: its prompt template does not write the reply '<th"):
+            read_of(codec, generated(thought) + end, QUESTION)
+    else:
+        assert read_of(codec, generated(thought) + end, QUESTION) == trained(thought)
+    row = {"messages": json.dumps([QUESTION, None])}
+    assert codec.reward_ids_of_text(row, reply) == trained(reply), "a dialogue's own reply"
+
+
+@pytest.mark.parametrize("name", ["qwen", "qwen3", "qwen3_nothink", "glm4_moe"])
+def test_the_reward_model_reads_the_turns_of_tools_before(tiny_model_dir, name):
+    codec = reward_codec(tiny_model_dir, name, own=False)
+    messages = TOOL_TURNS[:6]
+    ids = codec.tokenizer("多喝水。", add_special_tokens=False)["input_ids"]
+    dialogue = [*messages, {"role": "assistant", "content": "多喝水。"}]
+    learned, labels = encode_dialogue(codec.reward_tokenizer, codec.reward_template, dialogue, TOOLS, max_length=9999)
+    end = max(index for index, label in enumerate(labels) if label != IGNORED_LABEL)
+    assert read_of(codec, ids + codec.stop_ids[:1], messages, TOOLS) == learned[: end + 1]
+    assert read_of(codec, ids, messages, TOOLS) == learned[:end]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "chatml", "yi"])
+def test_templates_that_ask_alike_may_write_replies_differently(tiny_model_dir, tmp_path, name):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    reward_tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    reward_template = load_chat_template(reward_tokenizer, name)
+    reward_tokenizer.save_pretrained(tmp_path)
+    codec = load_codec(tokenizer, load_chat_template(tokenizer, "chatml"), None, str(tmp_path), {})
+    prompt_ids = encode_prompt(tokenizer, codec.chat_template, QUESTION)
+    assert prompt_ids == encode_prompt(reward_tokenizer, reward_template, QUESTION)
+    ids = tokenizer("多喝水。", add_special_tokens=False)["input_ids"] + codec.stop_ids[:1]
+    read = codec.reward_ids({"prompt_ids": prompt_ids, "messages": json.dumps([QUESTION, None])}, ids)
+    assert (codec.reward_tokenizer is None) == (name != "qwen3")
+    prompt_ids, reply_ids = encode_exchange(reward_tokenizer, reward_template, QUESTION, "多喝水。")
+    assert read == prompt_ids + reply_ids
+
+
+def test_a_reward_model_of_the_same_tokens_reads_the_policys_own(tiny_model_dir):
+    """Its ids as they are, so that nothing of a reply is lost, and the end token that was trained on."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    codec = Codec(tokenizer, load_chat_template(tokenizer, "qwen3"), [7, 9])
+    row = {"prompt_ids": [1, 2], "messages": json.dumps([QUESTION, None])}
+    assert codec.reward_ids(row, [3, 4, 7]) == codec.reward_ids(row, [3, 4, 9]) == [1, 2, 3, 4, 7]
+    assert codec.reward_ids(row, [3, 4]) == [1, 2, 3, 4]
+    whole = "<|im_start|>user\n发烧怎么办？<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n好。<|im_end|>"
+    assert tokenizer.decode(codec.reward_ids_of_text(row, "好。")) == whole
 
 
 # ---------------------------------------------------------------- sampling

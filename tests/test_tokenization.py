@@ -22,6 +22,7 @@ from tokenization import (
     Unusable,
     cached_dialogues,
     encode_dialogue,
+    encode_exchange,
     encode_pair,
     encode_prompt,
     load_chat_template,
@@ -35,6 +36,7 @@ from tokenization import (
 )
 
 NO_LIMIT = 100_000
+WHOLE_PAIR = {"max_prompt_length": NO_LIMIT, "max_reply_length": NO_LIMIT}
 
 
 def user(text: str) -> dict:
@@ -682,6 +684,27 @@ def test_prompt_and_reply_of_a_pair_are_what_sft_learns(qwen):
         assert [label for label in labels[len(prompt_ids) :] if label != IGNORED_LABEL] == reply_ids
         assert tokenizer.decode(reply_ids) == f"{reply}<|im_end|>"
     assert n_cut == 0
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["named", "own"])
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_cut_reply_is_read_as_training_reads_one(family, name, own):
+    tokenizer, chat_template = family(name, own)
+    question, reply = [user("发烧怎么办？")], "多喝水，休息。"
+    trained = encode_pair(tokenizer, chat_template, question, reply, "别管。", **WHOLE_PAIR)
+    assert (*encode_exchange(tokenizer, chat_template, question, reply),) == trained[:2]
+    prompt, chosen = trained[:2]
+    assert encode_exchange(tokenizer, chat_template, question, reply, ended=False) == (prompt, chosen[:-1])
+    if name == "qwen3_nothink":  # it refuses replies with a thought, and takes one that was cut for words
+        _, ids = encode_exchange(tokenizer, chat_template, question, "<think>\n先看", ended=False)
+        assert tokenizer.decode(ids) == "<think>\n先看"
+        return
+    prompt, chosen, *_ = encode_pair(
+        tokenizer, chat_template, question, "<think>\n先看时间\n</think>\n\n多喝水。", "别管。", **WHOLE_PAIR
+    )
+    for cut, last in (("<think>\n先看", "先看"), ("<think>", "<think>")):
+        n_read = next(n for n in range(len(chosen)) if tokenizer.decode(chosen[:n]).endswith(last))
+        assert encode_exchange(tokenizer, chat_template, question, cut, ended=False) == (prompt, chosen[:n_read])
 
 
 def test_limits_of_a_pair_cut_the_prompt_at_its_start_and_replies_at_their_end(qwen):
