@@ -24,7 +24,7 @@ from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
-from causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator
+from causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
 from checkpoints import BEST, find_checkpoint
 from errors import UserError, run_script
 from model_loading import (
@@ -239,17 +239,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
 
     # ------------------------------------------------------------ train
+    # FlashAttention in transformers 5.24 keeps texts apart in a batch of one row only.
+    is_one_row = "flash" in model.config._attn_implementation
+    alone = TextsOfRow(
+        "document", "--packing_across_documents True goes on, and lets a document see the ones before it in its block"
+    )
     trainer = CausalLMTrainer(
         model=model,
         args=training_args,
-        data_collator=Collator(tokenizer.pad_token_id, rows_of_texts=True),
+        data_collator=Collator(tokenizer.pad_token_id, padding_free=is_one_row, rows_of_texts=not is_one_row),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         bytes_per_token=learned_bytes_per_token(tokenizer, eval_dataset["labels"]) if eval_dataset else None,
+        texts_of_row=None if pt_args.packing_across_documents else alone,
         processing_class=tokenizer,
     )
     facts = {"model": f"{model_args.model_name_or_path}: {describe_trainable(model)}"} | train_facts | eval_facts
-    facts["a document sees"] = "the ones before it in its block" if pt_args.packing_across_documents else "itself alone"
+    if pt_args.packing_across_documents:
+        facts["a document sees"] = "the ones before it in its block"
     log_facts(trainer, facts)
     logger.info(f"the first block begins, learned tokens between « and »:\n{example}")
     if training_args.do_train and is_finished(trainer, checkpoint):
