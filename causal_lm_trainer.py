@@ -31,9 +31,10 @@ LOSS_CHUNK = 1024
 # Tokens of the three texts in a row that show whether texts see each other.
 PROBE_LENGTHS = (32, 16, 16)
 # By how much of their spread states may move when a text changes that they must not see: so much, or ten times what
-# rounding does. Sound models measure 0, the smallest leak of an untrained one 7e-4, most leaks 0.1 to 1.
+# rounding does, which is not more than a tenth. Sound models measure 0, leaks of untrained ones 7e-4 to 1.
 LARGEST_MOVE = 5e-4
 ROUNDING_MARGIN = 10
+LARGEST_ROUNDING = 0.1
 
 
 # ---------------------------------------------------------------- arguments
@@ -285,8 +286,9 @@ class CausalLMTrainer(SFTTrainer):
             moved, rounding = self.accelerator.gather(torch.tensor([[moved, rounding]], device=self.args.device)).amax(
                 0
             )
-            found = f"when one changes, the states of the later ones move by {moved:.2g} of their spread"
-            is_apart = not moved > max(LARGEST_MOVE, ROUNDING_MARGIN * rounding)
+            found = f"when one changes, the states of the others move by {max(moved, rounding):.2g} of their spread"
+            largest = max(LARGEST_MOVE, ROUNDING_MARGIN * rounding)
+            is_apart = not (moved > largest or max(moved, rounding) > LARGEST_ROUNDING)
         if not is_apart:
             raise UserError(
                 f"the {texts.name}s of a row see each other in this model "

@@ -19,6 +19,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import torch
 from datasets import IterableDataset
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
@@ -168,6 +169,11 @@ def last_tokens(documents: dict[str, list], n_tokens: int) -> dict[str, list]:
     return {"input_ids": ids, "source": documents["source"][first:]}
 
 
+def needs_one_row(model: torch.nn.Module) -> bool:
+    """Whether a batch's blocks must be one row: FlashAttention (transformers 5.24) keeps documents apart only there."""
+    return "flash" in model.config._attn_implementation
+
+
 # ---------------------------------------------------------------- main
 
 
@@ -239,8 +245,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
 
     # ------------------------------------------------------------ train
-    # FlashAttention in transformers 5.24 keeps texts apart in a batch of one row only.
-    is_one_row = "flash" in model.config._attn_implementation
+    is_one_row = needs_one_row(model)
     alone = TextsOfRow(
         "document", "--packing_across_documents True goes on, and lets a document see the ones before it in its block"
     )
