@@ -78,7 +78,9 @@ class PTArguments:
     block_size: int = field(default=1024, metadata={"help": "Tokens a block: what the model sees at a time."})
     packing_across_documents: bool = field(
         default=False,
-        metadata={"help": "Let a document see the ones before it in its block; by default it does not."},
+        metadata={
+            "help": "Let a document see the ones before it in its block; by default it does not, or the run is refused."
+        },
     )
     streaming: bool = field(
         default=False,
