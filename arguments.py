@@ -66,7 +66,7 @@ class LoraArguments:
     target_modules: str | None = field(
         default=None,
         metadata={
-            "help": "Modules that get an adapter: all (every linear layer but the head; the log names what is left out) "
+            "help": "Modules that get an adapter: all (every linear layer but the head; the log names those left out) "
             "or names with commas."
         },
     )
