@@ -65,7 +65,10 @@ class LoraArguments:
     use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter; False trains all weights."})
     target_modules: str | None = field(
         default=None,
-        metadata={"help": "Modules that get an adapter: all (every linear layer but the head) or names with commas."},
+        metadata={
+            "help": "Modules that get an adapter: all (every linear layer but the head; the log names those left out) "
+            "or names with commas."
+        },
     )
     lora_rank: int | None = field(default=None, metadata={"help": "Rank; 16 for a new adapter."})
     lora_alpha: float | None = field(

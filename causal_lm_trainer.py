@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from loguru import logger
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Sampler
 from transformers import EvalPrediction, Trainer
@@ -27,6 +28,13 @@ from errors import UserError
 IGNORED_LABEL = torch.nn.CrossEntropyLoss().ignore_index
 # Positions whose float32 log-probabilities exist at a time: 1024 x 152k x 4 bytes = 0.6 GB.
 LOSS_CHUNK = 1024
+# Tokens of the three texts in a row that show whether texts see each other.
+PROBE_LENGTHS = (32, 16, 16)
+# By how much of their spread states may move when a text changes that they must not see: so much, or ten times what
+# rounding does, which is not more than a tenth. Sound models measure 0, leaks of untrained ones 7e-4 to 1.
+LARGEST_MOVE = 5e-4
+ROUNDING_MARGIN = 10
+LARGEST_ROUNDING = 0.1
 
 
 # ---------------------------------------------------------------- arguments
@@ -53,7 +61,7 @@ class CausalLMConfig(SFTConfig):
     assistant_only_loss: bool = field(default=False, init=False)
     loss_type: str = field(default="nll", init=False)
     pad_to_multiple_of: int | str | None = field(default=None, init=False)
-    router_aux_loss_coef: float | None = field(default=None, init=False)
+    router_aux_loss_coef: float | None = field(default=0.0, init=False)
     use_liger_kernel: bool = field(default=False, init=False)
 
     def __post_init__(self):
@@ -165,6 +173,36 @@ class LongestFirstSampler(Sampler[int]):
         return iter(order)
 
 
+# ---------------------------------------------------------------- texts of one row
+
+
+@dataclass(frozen=True)
+class TextsOfRow:
+    """What the rows of a run hold several of, such as "document"; and the remedy where these see each other."""
+
+    name: str
+    remedy: str
+
+
+def moved_states(plain: torch.Tensor, first_changed: torch.Tensor, last_changed: torch.Tensor) -> tuple[float, float]:
+    """How far later texts move when the first one changes, and earlier ones when the last one does.
+
+    Both are root mean squares in units of the spread of all states. The second is rounding, since nothing sees what
+    comes after it: experts, for example, then get other tokens to multiply together.
+
+    Args:
+        plain, first_changed, last_changed: [rows, sum(PROBE_LENGTHS), hidden], any float type.
+    """
+
+    def root_mean_square(states: torch.Tensor) -> float:
+        return states.double().square().sum(dim=-1).mean().sqrt().item()
+
+    spread = root_mean_square(plain - plain.mean(dim=(0, 1), dtype=torch.float32)) or 1.0
+    later = (first_changed - plain)[:, PROBE_LENGTHS[0] :]
+    earlier = (last_changed - plain)[:, : -PROBE_LENGTHS[-1]]
+    return root_mean_square(later) / spread, root_mean_square(earlier) / spread
+
+
 # ---------------------------------------------------------------- trainer
 
 
@@ -184,15 +222,28 @@ def trained_weights_kept(model: torch.nn.Module) -> Iterator[None]:
 class CausalLMTrainer(SFTTrainer):
     """SFTTrainer on rows of `input_ids`, `labels`, `length` and `source`; needs `Collator` as its collator.
 
-    `bytes_per_token` is of the evaluation data's learned tokens, for its bits a byte.
+    Args:
+        bytes_per_token: of the evaluation data's learned tokens, for its bits a byte.
+        texts_of_row: rows hold several texts that must not see each other, which is checked before the first step.
     """
 
-    def __init__(self, model: torch.nn.Module, bytes_per_token: float | None = None, **kwargs):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        bytes_per_token: float | None = None,
+        texts_of_row: TextsOfRow | None = None,
+        **kwargs,
+    ):
         statistics = partial(loss_statistics, bytes_per_token=bytes_per_token)
+        text_config = model.config.get_text_config()
+        router_aux_loss_coef = getattr(text_config, "router_aux_loss_coef", None)
         with trained_weights_kept(model):
             super().__init__(model=model, compute_metrics=statistics, **kwargs)
+        if router_aux_loss_coef is not None:
+            text_config.router_aux_loss_coef = router_aux_loss_coef  # TRL writes ours into what is saved
         # Our loss is divided by the tokens of the whole step, so Trainer must not divide by accumulation again.
         self.model_accepts_loss_kwargs = True
+        self._texts_to_check = texts_of_row
         self._learned_positions: torch.Tensor | None = None
         self.model.get_output_embeddings().register_forward_pre_hook(self._keep_learned_positions)
         self._window = {"n_tokens": 0, "n_hits": 0, "n_learned": 0, "start": time.monotonic()}
@@ -214,8 +265,67 @@ class CausalLMTrainer(SFTTrainer):
         grouped = self.args.train_sampling_strategy == "group_by_length"
         return LongestFirstSampler(self, self.train_dataset["length"], seed, grouped)
 
+    @torch.no_grad()
+    def _check_texts_of_row(self, model: torch.nn.Module, texts: TextsOfRow) -> None:
+        """Raise UserError, in every process, where a text changes the states of another one in its row."""
+        tokenizer = self.processing_class
+        ordinary = [token_id for token_id in range(len(tokenizer)) if token_id not in tokenizer.added_tokens_decoder]
+        generator = torch.Generator().manual_seed(0)
+        *plain, other_first, other_last = (
+            [ordinary[index] for index in torch.randint(len(ordinary), (length,), generator=generator)]
+            for length in (*PROBE_LENGTHS, PROBE_LENGTHS[0], PROBE_LENGTHS[-1])
+        )
+        rows = plain, [other_first, *plain[1:]], [*plain[:-1], other_last]
+        try:
+            moved, rounding = moved_states(*(self._states_of(model, row) for row in rows))
+        except ValueError as error:
+            # transformers 5.24 itself refuses what some layers cannot keep apart.
+            if "packed sequences apart" not in str(error):
+                raise
+            found, is_apart = str(error).partition(". ")[0], False
+        else:
+            moved, rounding = self.accelerator.gather(torch.tensor([[moved, rounding]], device=self.args.device)).amax(
+                0
+            )
+            found = f"when one changes, the states of the others move by {max(moved, rounding):.2g} of their spread"
+            largest = max(LARGEST_MOVE, ROUNDING_MARGIN * rounding)
+            is_apart = not (moved > largest or max(moved, rounding) > LARGEST_ROUNDING)
+        if not is_apart:
+            raise UserError(
+                f"the {texts.name}s of a row see each other in this model "
+                f"({self.model.config.model_type}: {found}); {texts.remedy}"
+            )
+        logger.info(f"checked with three texts in a row: a {texts.name} sees itself alone ({found})")
+
+    def _states_of(self, model: torch.nn.Module, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """[rows, length, hidden] states that the head gets for a row of texts, as this run lays out its batches.
+
+        Twice the row where batches have several: some attention kernels keep the texts of a single one apart.
+        """
+        ids = [token_id for text in texts for token_id in text]
+        row = {"input_ids": ids, "labels": ids, "seq_lengths": [len(text) for text in texts], "source": ""}
+        n_rows = 1 if self.data_collator.collate.padding_free else 2
+        if max(self.args.train_batch_size, self.args.eval_batch_size) == 1:
+            n_rows = 1
+        inputs = self._prepare_inputs(self.data_collator([row] * n_rows))
+        for name in ("sources", "n_tokens", "labels"):
+            del inputs[name]
+        states: list[torch.Tensor] = []
+        head = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+        # Dropout is as in training, but the same each time, and training goes on with its own random numbers.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            # Not what torch.compile has made of the model: it would compile once more for this length.
+            (model if self.is_deepspeed_enabled else self.model)(**inputs, use_cache=False)
+        handle.remove()
+        return states[0]
+
     def _forward_learned(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """losses [learned], hits [learned], learned [batch, length - 1]: which position predicts a learned token."""
+        if self._texts_to_check:
+            self._check_texts_of_row(model, self._texts_to_check)
+            self._texts_to_check = None
         labels = inputs.pop("labels")
         learned = labels[:, 1:] != IGNORED_LABEL
         self._learned_positions = F.pad(learned, (0, 1), value=False)

@@ -8,7 +8,9 @@ came before. `lineage.json` in the adapter's folder records base, parent, stage,
 import copy
 import hashlib
 import json
+import math
 import os
+import re
 import socket
 import warnings
 from collections import Counter
@@ -34,9 +36,11 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch.nn.modules.conv import _ConvNd
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -453,15 +457,16 @@ def load_for_training(
             },
         )
         base = load_base(config.base_model_name_or_path, **base_options)
-        linear = linear_module_names(base)
+        _say_what_is_left_out(base, config.base_model_name_or_path, **base_options)
         config.task_type = task_type.value if has_other_head else config.task_type
         config.lora_dropout = lora_dropout
         config.inference_mode = False
-        model = _put_adapter_on(
-            base, path, "--model_name_or_path", has_other_head=has_other_head, config=config, is_trainable=True
-        )
-        bare = linear - lora_layers(model).keys()
-        if target_modules in ALL_LINEAR and bare:
+        with _peft_faults_explained(base, path, target_modules, config):
+            model = _put_adapter_on(
+                base, path, "--model_name_or_path", has_other_head=has_other_head, config=config, is_trainable=True
+            )
+            bare = _bare_layers(model) if target_modules in ALL_LINEAR else set()
+        if bare:
             raise UserError(
                 f"--target_modules {target_modules}: the adapter in {path} leaves out {', '.join(sorted(bare))}, and "
                 f"training continues it; {_LEAVE_OR_MERGE}"
@@ -472,6 +477,7 @@ def load_for_training(
     if quantized and not use_peft:
         raise UserError("--use_peft False with a quantized base: its weights cannot be trained; use --use_peft True")
     base = load_base(path, **base_options)
+    _say_what_is_left_out(base, path, **base_options)
     if not use_peft:
         if base.dtype != torch.float32:
             logger.warning(
@@ -486,21 +492,67 @@ def load_for_training(
         lora_alpha=lora_alpha or DEFAULT_LORA_ALPHA,
         lora_dropout=lora_dropout,
         target_modules=_module_names(target_modules),
+        exclude_modules=_beside_language_model(base) if target_modules in (None, *ALL_LINEAR) else None,
         modules_to_save=trained_whole,
         # Otherwise PEFT 0.21 trains a copy of the embeddings, and the head that shared them stays as it was.
         ensure_weight_tying=_has_tied_head(base) and bool(set(trained_whole or []) & set(EMBEDDING_LAYER_NAMES)),
         use_dora=use_dora,
         use_rslora=use_rslora,
     )
-    try:
+    with _peft_faults_explained(base, path, target_modules, config):
         return get_peft_model(base, config)
+
+
+@contextmanager
+def _peft_faults_explained(
+    base: PreTrainedModel, path: str, target_modules: str | None, config: LoraConfig
+) -> Iterator[None]:
+    """Turn what PEFT 0.21 refuses in an adapter on this base into one line that says what to do."""
+    flag, linear = f"--target_modules {target_modules or 'all'}", linear_module_names(base)
+    try:
+        yield
+    except UserError:
+        raise
     except ValueError as error:
-        if "not found in the base model" not in str(error):
+        if "not found in the base model" in str(error):
+            reason = f"{flag}: no such module in {path}; it has {', '.join(sorted(linear))}, or say all"
+        elif "ParamWrapper does not work with" in str(error):
+            given = f"--lora_dropout {config.lora_dropout:g}" if config.lora_dropout else "--use_dora True"
+            instead = "--lora_dropout 0" if config.lora_dropout else "--use_dora False"
+            reason = f"{given}: an adapter on the experts of {path} cannot have that; give {instead}"
+        elif refused := re.search(r"Module '(\w+)' is incompatible with Mamba", str(error)):
+            possible = ",".join(sorted(linear - {refused[1]}))
+            reason = f"{flag}: no adapter can be on {refused[1]} of {path}; give --target_modules {possible}"
+        else:
             raise
-        known = ", ".join(sorted(linear_module_names(base)))
-        raise UserError(
-            f"--target_modules {target_modules}: no such module in {path}; it has {known}, or say all"
-        ) from error
+        raise UserError(reason) from error
+
+
+def _bare_layers(model: PeftModel) -> set[str]:
+    """The layers without an adapter that a new adapter on all would cover; PEFT cannot reach some experts."""
+    base = model.get_base_model()
+    if not linear_module_names(base) - lora_layers(model).keys():
+        return set()
+    config = LoraConfig(target_modules="all-linear", exclude_modules=_beside_language_model(base))
+    with torch.device("meta"):
+        skeleton = get_peft_model(type(base)(copy.deepcopy(base.config)), config)
+    return lora_layers(skeleton).keys() - lora_layers(model).keys() - set(HEADS)
+
+
+def _say_what_is_left_out(
+    base: PreTrainedModel, path: str, *, cache_dir: str | None = None, trust_remote_code: bool = False, **_
+) -> None:
+    """Log the parts of a multimodal model that are not loaded, and of experts the loss that no stage adds."""
+    config = load_config(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    if isinstance(base.config, type(config.get_text_config())) and not isinstance(base.config, type(config)):
+        parts = [name.removesuffix("_config") for name in config.sub_configs if getattr(config, name) is not None]
+        others = ", ".join(name for name in parts if name != "text")
+        logger.info(f"{path}: its language model alone is loaded, trained and saved; left out: {others}")
+    text_config = base.config.get_text_config()
+    if hasattr(text_config, "output_router_logits"):
+        text_config.output_router_logits = False  # of which a trainer would make that loss
+    if any("experts" in module.split(".") for module, _, _ in _matrices(base)):
+        logger.info(f"{path}: a mixture of experts; no stage adds its routers' load-balancing loss")
 
 
 def _check_continuable(
@@ -560,8 +612,68 @@ def _module_names(target_modules: str | None) -> str | list[str]:
 
 
 def lora_layers(model: torch.nn.Module) -> Counter[str]:
-    """How many layers of each module name have a LoRA adapter."""
-    return Counter(name.split(".lora_A.")[0].rpartition(".")[2] for name in model.state_dict() if ".lora_A." in name)
+    """How many layers of each module name have a LoRA adapter; fused experts by module and tensor."""
+    return Counter(
+        path.rpartition(".")[2] if parameter == "weight" else f"{path.rpartition('.')[2]}.{parameter}"
+        for path, parameter in _adapted_tensors(model)
+    )
+
+
+def _adapted_tensors(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
+    """The module and its tensor under each LoRA adapter; several on fused experts are wrapped into each other."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and module.lora_A:
+            yield path.replace(".base_layer", ""), getattr(module, "parameter_name", "weight")
+
+
+def _matrices(model: PreTrainedModel) -> Iterator[tuple[str, str, int]]:
+    """Module, tensor and number of weights of each matrix of a base, and of each 3D tensor of fused experts.
+
+    Left out are embeddings, convolutions, the head and what is trained whole beside an adapter.
+    """
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        names = set(path.split("."))
+        if module is head or isinstance(module, torch.nn.Embedding | _ConvNd):
+            continue
+        if names & {*HEADS, "modules_to_save", "original_module"} or any(name.startswith("lora_") for name in names):
+            continue
+        for tensor, weights in module.named_parameters(recurse=False):
+            shape = getattr(weights, "ds_shape", weights.shape)  # ZeRO-3 leaves empty parameters
+            is_matrix = len(shape) == 2 and tensor.endswith("weight")
+            if is_matrix or (len(shape) == 3 and min(shape) > 1):
+                # Quantized weights hold several values an element.
+                is_linear = isinstance(module, torch.nn.Linear)
+                size = module.in_features * module.out_features if is_linear else math.prod(shape)
+                yield path.replace(".base_layer", ""), tensor, size
+
+
+def _bare_matrices(model: PeftModel) -> tuple[Counter[str], float]:
+    """How many matrices of each kind have no adapter, and the share that they have of all matrices' weights.
+
+    A part beside the language model, such as a vision tower, is one kind.
+    """
+    base = model.get_base_model()
+    beside = _beside_language_model(base)
+    adapted = set(_adapted_tensors(base))
+    kinds: Counter[str] = Counter()
+    sizes = {True: 0, False: 0}
+    for path, tensor, size in _matrices(base):
+        is_adapted = (path, tensor) in adapted
+        sizes[is_adapted] += size
+        if not is_adapted:
+            part = beside and re.match(beside, path)
+            names = [name for name in path.split(".") if not name.isdigit()] + [tensor] * (tensor != "weight")
+            kinds[part[1] if part else ".".join(names[-2:])] += 1
+    return kinds, sizes[False] / max(sum(sizes.values()), 1)
+
+
+def _beside_language_model(base: PreTrainedModel) -> str | None:
+    """A pattern of the modules of a multimodal model's other parts, whose group is the part's name; None without."""
+    decoder = next((path for path, module in base.named_modules() if module is base.get_decoder()), "")
+    parent, _, name = decoder.rpartition(".")
+    parts = [part for part, _ in base.get_submodule(parent).named_children() if parent and part != name]
+    return rf"{re.escape(parent)}\.({'|'.join(map(re.escape, parts))})(?:\..*)?" if parts else None
 
 
 def linear_module_names(model: PreTrainedModel) -> set[str]:
@@ -641,7 +753,7 @@ def _is_head(tensor_name: str) -> bool:
 
 
 def describe_trainable(model: PreTrainedModel | PeftModel) -> str:
-    """One line: trainable parameters of all, and for an adapter the number of LoRA layers by module type."""
+    """One line: trainable parameters of all; for an adapter the layers with one by module type, and those without."""
     # Quantized weights hold several values an element; PEFT's count knows that.
     if isinstance(model, PeftModel):
         trainable, total = model.get_nb_trainable_parameters()
@@ -653,6 +765,10 @@ def describe_trainable(model: PreTrainedModel | PeftModel) -> str:
     line = f"{trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
     if layers := lora_layers(model):
         line += "; LoRA on " + ", ".join(f"{count} {name}" for name, count in layers.items())
+        bare, share = _bare_matrices(model)
+        if bare:
+            line += f"; no adapter on {share:.1%} of the matrices' weights: "
+            line += ", ".join(f"{count} {name}" for name, count in bare.items())
     return line
 
 

@@ -96,7 +96,7 @@ class PreferenceConfig(DPOConfig):
     padding_free: bool = field(default=False, init=False)
     # The reference passes through the same model: with dropout it would differ from the policy by chance.
     disable_dropout: bool = field(default=True, init=False)
-    router_aux_loss_coef: float | None = field(default=None, init=False)
+    router_aux_loss_coef: float | None = field(default=0.0, init=False)
     use_liger_kernel: bool = field(default=False, init=False)
     activation_offloading: bool = field(default=False, init=False)
     sync_ref_model: bool = field(default=False, init=False)

@@ -19,12 +19,13 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import torch
 from datasets import IterableDataset
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
-from causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator
+from causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
 from checkpoints import BEST, find_checkpoint
 from errors import UserError, run_script
 from model_loading import (
@@ -77,7 +78,9 @@ class PTArguments:
     block_size: int = field(default=1024, metadata={"help": "Tokens a block: what the model sees at a time."})
     packing_across_documents: bool = field(
         default=False,
-        metadata={"help": "Let a document see the ones before it in its block; by default it does not."},
+        metadata={
+            "help": "Let a document see the ones before it in its block; by default it does not, or the run is refused."
+        },
     )
     streaming: bool = field(
         default=False,
@@ -168,6 +171,11 @@ def last_tokens(documents: dict[str, list], n_tokens: int) -> dict[str, list]:
     return {"input_ids": ids, "source": documents["source"][first:]}
 
 
+def needs_one_row(model: torch.nn.Module) -> bool:
+    """Whether a batch's blocks must be one row: FlashAttention (transformers 5.24) keeps documents apart only there."""
+    return "flash" in model.config._attn_implementation
+
+
 # ---------------------------------------------------------------- main
 
 
@@ -239,17 +247,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
 
     # ------------------------------------------------------------ train
+    is_one_row = needs_one_row(model)
+    alone = TextsOfRow(
+        "document", "--packing_across_documents True goes on, and lets a document see the ones before it in its block"
+    )
     trainer = CausalLMTrainer(
         model=model,
         args=training_args,
-        data_collator=Collator(tokenizer.pad_token_id, rows_of_texts=True),
+        data_collator=Collator(tokenizer.pad_token_id, padding_free=is_one_row, rows_of_texts=not is_one_row),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         bytes_per_token=learned_bytes_per_token(tokenizer, eval_dataset["labels"]) if eval_dataset else None,
+        texts_of_row=None if pt_args.packing_across_documents else alone,
         processing_class=tokenizer,
     )
     facts = {"model": f"{model_args.model_name_or_path}: {describe_trainable(model)}"} | train_facts | eval_facts
-    facts["a document sees"] = "the ones before it in its block" if pt_args.packing_across_documents else "itself alone"
+    if pt_args.packing_across_documents:
+        facts["a document sees"] = "the ones before it in its block"
     log_facts(trainer, facts)
     logger.info(f"the first block begins, learned tokens between « and »:\n{example}")
     if training_args.do_train and is_finished(trainer, checkpoint):

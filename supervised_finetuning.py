@@ -24,7 +24,7 @@ from loguru import logger
 from trl import pack_dataset
 
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
-from causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator
+from causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
 from checkpoints import BEST, find_checkpoint
 from errors import UserError, run_script
 from model_loading import (
@@ -156,14 +156,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------ train
     # Both are done here: TRL's own would drop the column that names the sources of a row.
-    padding_free = training_args.packing or training_args.padding_free
+    flag = "--packing" if training_args.packing else "--padding_free" if training_args.padding_free else None
     training_args.packing = training_args.padding_free = False
     trainer = CausalLMTrainer(
         model=model,
         args=training_args,
-        data_collator=Collator(tokenizer.pad_token_id, padding_free),
+        data_collator=Collator(tokenizer.pad_token_id, padding_free=flag is not None),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        texts_of_row=TextsOfRow("dialogue", f"{flag} False gives each a row of its own") if flag else None,
         processing_class=tokenizer,
     )
     facts = {"model": f"{model_args.model_name_or_path}: {describe_trainable(model)}"}

@@ -10,15 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, EvalPrediction, TrainerState
-from trl import SFTConfig
+from peft import LoraConfig, get_peft_model
+from tiny_families import tiny_model
+from transformers import AutoModelForCausalLM, EvalPrediction, TrainerState, masking_utils
 
 from causal_lm_trainer import (
     LOSS_CHUNK,
+    PROBE_LENGTHS,
+    CausalLMConfig,
     CausalLMTrainer,
     Collator,
     LongestFirstSampler,
+    TextsOfRow,
     loss_statistics,
+    moved_states,
     token_losses,
 )
 from errors import UserError
@@ -40,12 +45,15 @@ def make_rows(n_rows: int, seed: int = 0) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def make_trainer(model_dir, tokenizer, tmp_path, rows, *, padding_free=False, **arguments) -> CausalLMTrainer:
+def make_trainer(
+    model, tokenizer, tmp_path, rows, *, padding_free=False, rows_of_texts=False, texts_of_row=None, **arguments
+) -> CausalLMTrainer:
+    """Of a model's folder or a model."""
     defaults = {
         "output_dir": str(tmp_path),
         "use_cpu": True,
         "bf16": False,
-        "max_length": None,
+        "do_train": True,
         "gradient_checkpointing": False,
         "learning_rate": 1e-3,
         "max_grad_norm": 0.0,
@@ -57,11 +65,12 @@ def make_trainer(model_dir, tokenizer, tmp_path, rows, *, padding_free=False, **
         "disable_tqdm": True,
     }
     return CausalLMTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model_dir),
-        args=SFTConfig(**defaults | arguments),
-        data_collator=Collator(tokenizer.pad_token_id, padding_free),
+        model=AutoModelForCausalLM.from_pretrained(model) if isinstance(model, Path | str) else model,
+        args=CausalLMConfig(**defaults | arguments),
+        data_collator=Collator(tokenizer.pad_token_id, padding_free, rows_of_texts),
         train_dataset=rows,
         eval_dataset=rows,
+        texts_of_row=texts_of_row,
         processing_class=tokenizer,
     )
 
@@ -258,3 +267,144 @@ def test_neftune_is_on_in_training_and_off_in_evaluation(tiny_model_dir, tiny_to
     plain = make_trainer(tiny_model_dir, tiny_tokenizer, tmp_path, rows)
     assert noisy.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
     assert noisy.train().training_loss != plain.train().training_loss
+
+
+# ---------------------------------------------------------------- texts of one row
+
+LAYOUTS = {"rows": {"rows_of_texts": True}, "flattened": {"padding_free": True}}
+REFUSAL = r"^the texts of a row see each other in this model \({}: {}.*\); do this$"
+MOVES = r"when one changes, the states of the others move by [\d.e-]+ of their spread"
+GUARD = "`causal_conv1d_fn` can't keep packed sequences apart without `causal_conv1d`"
+
+
+def check_rows(model, tokenizer, tmp_path, layout: str, **arguments) -> None:
+    """An evaluation, whose first batch has the check before it."""
+    rows = make_rows(4)
+    rows = rows.add_column("seq_lengths", [[length] for length in rows["length"]])
+    alone = TextsOfRow("text", "do this")
+    make_trainer(model, tokenizer, tmp_path, rows, texts_of_row=alone, **LAYOUTS[layout], **arguments).evaluate()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    [
+        ("qwen3", torch.bfloat16),
+        ("gpt2", torch.float32),
+        ("gemma3_text", torch.float32),
+        ("qwen3_moe", torch.bfloat16),
+        ("glm4_moe", torch.float32),
+    ],
+)
+def test_attention_and_experts_keep_the_texts_of_a_row_apart(tiny_tokenizer, tmp_path, model_type, dtype, layout):
+    check_rows(tiny_model(model_type).to(dtype), tiny_tokenizer, tmp_path, layout)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layout", "found", "dtype"),
+    [
+        ("qwen3_5_text", "rows", MOVES, torch.bfloat16),
+        ("qwen3_5_text", "flattened", GUARD, torch.float32),
+        ("qwen3_next", "rows", MOVES, torch.float32),
+        ("lfm2", "rows", MOVES, torch.float32),
+        ("lfm2", "rows", MOVES, torch.bfloat16),
+        ("lfm2", "flattened", GUARD, torch.float32),
+        ("granitemoehybrid", "rows", MOVES, torch.float32),
+        ("falcon_h1", "rows", MOVES, torch.float32),
+        ("jamba", "rows", MOVES, torch.bfloat16),
+        ("jamba", "flattened", MOVES, torch.float32),
+        ("mamba2", "flattened", MOVES, torch.float32),
+        ("opt", "rows", MOVES, torch.float32),
+        ("opt", "flattened", MOVES, torch.bfloat16),
+        ("afmoe", "flattened", MOVES, torch.float32),
+        ("gpt_oss", "rows", MOVES, torch.float32),
+        ("gpt_oss", "flattened", MOVES, torch.bfloat16),
+    ],
+)
+def test_texts_of_a_row_that_see_each_other_stop_the_run(tiny_tokenizer, tmp_path, model_type, layout, found, dtype):
+    """Untrained models, whose layers do little to what passes through them."""
+    attention = "eager" if model_type in ("gpt_oss", "mamba2") else "sdpa"
+    model = tiny_model(model_type, attention).to(dtype)
+    with pytest.raises(UserError, match=REFUSAL.format(model_type, found)):
+        check_rows(model, tiny_tokenizer, tmp_path, layout)
+
+
+@pytest.mark.parametrize("all_see_all", [False, True])
+def test_rows_are_checked_as_many_as_a_batch_has(tiny_tokenizer, tmp_path, monkeypatch, all_see_all):
+    """FlashAttention keeps the texts of a batch of one row apart, and not those of a batch of several."""
+    of_one_row = masking_utils.find_packed_sequence_indices
+
+    def as_flash_attention(position_ids: torch.Tensor) -> torch.Tensor | None:
+        if len(position_ids) == 1:
+            return of_one_row(position_ids)
+        return torch.zeros_like(position_ids) if all_see_all else None
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", as_flash_attention)
+    sizes = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    check_rows(tiny_model("qwen3"), tiny_tokenizer, tmp_path, "rows", **sizes)
+    for changed in sizes:
+        several = sizes | {changed: 2}
+        check_rows(tiny_model("qwen3"), tiny_tokenizer, tmp_path, "flattened", **several)
+        with pytest.raises(UserError, match=REFUSAL.format("qwen3", MOVES)):
+            check_rows(tiny_model("qwen3"), tiny_tokenizer, tmp_path, "rows", **several)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_the_check_leaves_training_as_it_is(tiny_tokenizer, tmp_path, use_lora, checkpointing):
+    """With dropout, and with noise on the embeddings: training goes on with its own random numbers."""
+
+    def losses(texts_of_row: TextsOfRow | None) -> list[float]:
+        model = tiny_model("qwen3", attention_dropout=0.1)
+        if use_lora:
+            model = get_peft_model(model, LoraConfig(target_modules="all-linear", lora_dropout=0.3))
+        trainer = make_trainer(
+            model,
+            tiny_tokenizer,
+            tmp_path,
+            make_rows(8),
+            padding_free=True,
+            texts_of_row=texts_of_row,
+            max_steps=3,
+            neftune_noise_alpha=5.0,
+            gradient_checkpointing=checkpointing,
+        )
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    assert losses(TextsOfRow("text", "do this")) == losses(None)
+
+
+def test_rounding_of_other_tokens_is_no_leak():
+    """Experts multiply other tokens together where a text changes, which rounds otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(1, sum(PROBE_LENGTHS), 32, generator=generator)
+
+    def moved(by: float) -> torch.Tensor:
+        return plain + by * torch.randn(plain.shape, generator=generator)
+
+    leak, rounding = moved_states(plain, moved(1e-2), moved(1e-2))
+    assert leak == pytest.approx(1e-2, rel=0.2)
+    assert rounding == pytest.approx(1e-2, rel=0.2)
+    assert moved_states(plain, plain, plain) == (0, 0)
+    # States that all grow or shift alike have the same leak.
+    assert moved_states(9 * plain + 5, 9 * moved(0.5) + 5, 9 * plain + 5)[0] == pytest.approx(0.5, rel=0.2)
+
+
+# ---------------------------------------------------------------- experts
+
+
+def test_the_router_loss_is_off_and_the_saved_model_keeps_its_weight(tiny_tokenizer, tmp_path):
+    model = tiny_model("qwen3_moe", output_router_logits=True)
+    returned = []
+    model.register_forward_hook(lambda module, args, outputs: returned.append(outputs.aux_loss))
+    make_trainer(model, tiny_tokenizer, tmp_path, make_rows(4)).train()
+    assert returned
+    assert not any(aux_loss is not None for aux_loss in returned)
+    assert model.config.router_aux_loss_coef == 0.001
+
+
+def test_a_hybrid_without_experts_trains(tiny_tokenizer, tmp_path):
+    """Its class has a router loss, and nothing to compute it from."""
+    trainer = make_trainer(tiny_model("granitemoehybrid"), tiny_tokenizer, tmp_path, make_rows(4))
+    assert trainer.train().training_loss > 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stage_runs import ROOT, STAGES, end_well, logged, stage_flags, start_stage, start_two_processes
+from tiny_families import save_tiny_model
 
 from checkpoints import BEST
 from model_loading import load_base_model, load_reward_model, load_with_adapter
@@ -94,6 +95,22 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(
     models = [loaded(stage, tiny_model_dir, folder / BEST, use_peft).eval() for folder in (two, one / "out")]
     with torch.no_grad():
         torch.testing.assert_close(*(model(ids).logits for model in models), atol=1e-3, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["plain", "zero3"])
+def test_documents_that_see_each_other_stop_every_process(tiny_model_dir, tmp_path, config):
+    options, log = {}, tmp_path / "log"
+    if config != "plain":
+        options["deepspeed"] = without_compiling(ROOT / f"ds_configs/{config}.json", tmp_path)
+    model = save_tiny_model("lfm2", tmp_path / "lfm2", tiny_model_dir)
+    processes = start_two_processes("pt", stage_flags("pt", model, tmp_path, **options), log)
+    for process in processes:
+        process.join(500)
+    assert [process.exitcode for process in processes] == [2, 2], log.read_text()[-4000:]
+    lines = [line for line in log.read_text().splitlines() if line.startswith("error:")]
+    assert len(set(lines)) == 1
+    assert lines[0].startswith("error: the documents of a row see each other in this model (lfm2: ")
 
 
 @pytest.mark.slow

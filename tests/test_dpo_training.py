@@ -16,6 +16,7 @@ from datasets import Dataset
 from guide import GUIDE_DPO
 from safetensors.torch import load_file
 from stage_runs import logged
+from tiny_families import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_training
@@ -259,6 +260,16 @@ def test_loss_that_is_not_finite_names_the_records(flags, monkeypatch):
 
 
 # ---------------------------------------------------------------- the reference
+
+
+def test_experts_add_no_router_loss(flags, tmp_path, tiny_model_dir):
+    """The policy is the reference, so the loss of the first step is ln 2 and nothing more."""
+    model = save_tiny_model("qwen3_moe", tmp_path / "moe", tiny_model_dir)
+    adapter = run_sft(tmp_path, model, "--lora_dropout", "0", "--target_modules", "all")
+    dpo_training.main(
+        flags(model_name_or_path=adapter, target_modules="all", lora_dropout=0, max_steps=1, save_strategy="no")
+    )
+    assert logged(tmp_path / "out")[1] == pytest.approx(math.log(2), abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ SHARED = {
         {"checkpoints"},
         {"torch", "transformers", "accelerate", "datasets", "deepspeed", "loguru", "matplotlib", "safetensors"},
     ),
-    "causal_lm_trainer": (set(), {"torch", "transformers", "trl"}),
+    "causal_lm_trainer": (set(), {"torch", "transformers", "trl", "loguru"}),
     "preference_trainer": (
         {"causal_lm_trainer"},
         {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "loguru"},

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -16,6 +17,7 @@ import torch
 from loguru import logger
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_families import save_multimodal_model, save_multimodal_model_of_text_class, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import model_loading
@@ -618,6 +620,110 @@ def test_describe_trainable_counts_quantized_weights_whole(base):
     plain = describe_trainable(load_for_training(base, use_peft=True, torch_dtype="float32"))
     four_bit = describe_trainable(load_for_training(base, use_peft=True, torch_dtype="float32", load_in_4bit=True))
     assert four_bit == plain
+
+
+# ---------------------------------------------------------------- what an adapter on all leaves out
+
+ROUTER_LOSS = "a mixture of experts; no stage adds its routers' load-balancing loss"
+COVERED = {
+    "qwen3": {"q_proj": 4, "k_proj": 4, "v_proj": 4, "o_proj": 4, "gate_proj": 4, "up_proj": 4, "down_proj": 4},
+    "qwen3_moe": dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 4)
+    | {"gate": 4, "experts.gate_up_proj": 4, "experts.down_proj": 4},
+    "glm4_moe": dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 4)
+    | {"gate": 3, "experts.gate_up_proj": 3, "experts.down_proj": 3},
+}
+LEFT_OUT = {
+    "qwen3": "",
+    "qwen3_moe": "",
+    "glm4_moe": "1 mlp.gate_proj, 1 mlp.up_proj, 1 mlp.down_proj, 3 shared_experts.gate_proj, "
+    "3 shared_experts.up_proj, 3 shared_experts.down_proj",
+    "lfm2_moe": "3 experts.gate_up_proj, 3 experts.down_proj, 3 feed_forward.gate",
+}
+
+
+@pytest.mark.parametrize("model_type", LEFT_OUT)
+def test_what_all_leaves_out_is_said_and_continued(base, tmp_path, model_type, log):
+    folder = str(save_tiny_model(model_type, tmp_path / model_type, Path(base)))
+    model = load_for_training(folder, use_peft=True, target_modules="all", lora_dropout=0)
+    if COVERED.get(model_type):
+        assert lora_modules(model) == COVERED[model_type]
+    line, left_out = describe_trainable(model), LEFT_OUT[model_type]
+    assert line.endswith(f"% of the matrices' weights: {left_out}") if left_out else "no adapter" not in line
+    has_experts = "moe" in model_type
+    assert [line for line in log if "experts" in line] == [f"{folder}: {ROUTER_LOSS}"] * has_experts
+    # A later stage asks for all again, and the adapter has all that it can have.
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_for_training(str(tmp_path / "adapter"), use_peft=True, target_modules="all", lora_dropout=0)
+    assert lora_modules(again) == lora_modules(model)
+
+
+def test_the_share_without_an_adapter(base):
+    """Of matrices of 128 x 128 and 128 x 256; the tiny model has heads of 64, two for queries, one for keys."""
+    model = load_for_training(base, use_peft=True, target_modules="q_proj,k_proj,v_proj,o_proj", load_in_4bit=True)
+    attention, mlp = 2 * 128 * 128 + 2 * 64 * 128, 3 * 128 * 256
+    share = f"; no adapter on {mlp / (attention + mlp):.1%} of the matrices' weights: "
+    assert describe_trainable(model).endswith(share + "2 mlp.gate_proj, 2 mlp.up_proj, 2 mlp.down_proj")
+
+
+def test_an_adapter_that_leaves_out_what_all_covers_is_refused_still(base, tmp_path):
+    folder = str(save_tiny_model("glm4_moe", tmp_path / "base", Path(base)))
+    model = load_for_training(folder, use_peft=True, target_modules="q_proj,v_proj", lora_dropout=0)
+    model.save_pretrained(tmp_path / "adapter")
+    line = refused(load_for_training, str(tmp_path / "adapter"), use_peft=True, target_modules="all", lora_dropout=0)
+    assert "leaves out experts.down_proj, experts.gate_up_proj, gate, k_proj, o_proj, and training continues" in line
+
+
+def test_all_leaves_out_the_vision_tower(base, tmp_path):
+    """Which text gives no gradient."""
+    folder = str(save_multimodal_model(tmp_path / "gemma3", Path(base)))
+    model = load_for_training(folder, use_peft=True)
+    assert lora_modules(model) == dict.fromkeys(ALL_LINEAR, 4)
+    assert describe_trainable(model).endswith(": 16 vision_tower, 1 multi_modal_projector")
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_for_training(str(tmp_path / "adapter"), use_peft=True, target_modules="all")
+    assert lora_modules(again) == lora_modules(model)
+
+
+def test_a_multimodal_model_that_is_loaded_as_its_language_model(base, tmp_path, log):
+    folder = str(save_multimodal_model_of_text_class(tmp_path / "qwen3_5", Path(base)))
+    model = load_for_training(folder, use_peft=True)
+    assert "no adapter" not in describe_trainable(model)
+    assert log == [f"{folder}: its language model alone is loaded, trained and saved; left out: vision"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "line"),
+    [
+        (
+            "qwen3_moe",
+            {},
+            "--lora_dropout 0.05: an adapter on the experts of {} cannot have that; give --lora_dropout 0",
+        ),
+        (
+            "qwen3_moe",
+            {"use_dora": True, "lora_dropout": 0},
+            "--use_dora True: an adapter on the experts of {} cannot have that; give --use_dora False",
+        ),
+        (
+            "falcon_h1",
+            {},
+            "--target_modules all: no adapter can be on out_proj of {}; give --target_modules "
+            "down_proj,gate_proj,in_proj,k_proj,o_proj,q_proj,up_proj,v_proj",
+        ),
+    ],
+)
+def test_what_an_adapter_on_a_family_cannot_have(base, tmp_path, model_type, options, line):
+    folder = str(save_tiny_model(model_type, tmp_path / model_type, Path(base)))
+    assert refused(load_for_training, folder, use_peft=True, **options) == line.format(folder)
+    if names := re.search("give --target_modules (.*)", line):
+        load_for_training(folder, use_peft=True, target_modules=names[1])
+
+
+def test_a_continued_adapter_on_experts_has_no_dropout_either(base, tmp_path):
+    folder = str(save_tiny_model("qwen3_moe", tmp_path / "base", Path(base)))
+    load_for_training(folder, use_peft=True, lora_dropout=0).save_pretrained(tmp_path / "adapter")
+    line = refused(load_for_training, str(tmp_path / "adapter"), use_peft=True)
+    assert line.endswith("cannot have that; give --lora_dropout 0")
 
 
 # ---------------------------------------------------------------- quantized bases on the CPU

@@ -16,6 +16,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from guide import GUIDE_PT
 from peft import TaskType
+from tiny_families import save_tiny_model
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterable
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -293,6 +294,55 @@ def test_a_run_leaves_a_model_and_says_bits_per_byte(flags, tmp_path, data_dir, 
     assert "a document sees itself alone" in log
     assert "bits_per_byte" in log
     assert "supervised_finetuning.py --model_name_or_path" in log.splitlines()[-1]
+
+
+ACROSS = "--packing_across_documents True goes on, and lets a document see the ones before it in its block"
+
+
+@pytest.mark.parametrize("options", [{}, {"load_in_4bit": True, "gradient_checkpointing": True}, {"streaming": True}])
+def test_documents_that_see_each_other_stop_the_run(flags, tmp_path, tiny_model_dir, options, capfd):
+    model = save_tiny_model("lfm2", tmp_path / "lfm2", tiny_model_dir)
+    if "streaming" in options:
+        options = options | {"do_eval": None, "validation_file_dir": None}
+    with pytest.raises(UserError, match=rf"^the documents of a row see each other in this model .*; {ACROSS}$"):
+        pretraining.main(flags(model_name_or_path=model, **options))
+    assert "itself alone" not in capfd.readouterr().err
+    assert not list((tmp_path / "out").glob("checkpoint*"))
+
+
+def test_documents_see_each_other_where_the_user_says_so(flags, tmp_path, tiny_model_dir, capfd):
+    model = save_tiny_model("lfm2", tmp_path / "lfm2", tiny_model_dir)
+    pretraining.main(flags(model_name_or_path=model, packing_across_documents=True, max_steps=1))
+    log = re.sub(" +", " ", capfd.readouterr().err)
+    assert "a document sees the ones before it in its block" in log
+    assert "itself alone" not in log
+
+
+@pytest.mark.parametrize(("attention", "expected"), [("sdpa", False), ("eager", False), ("flash_attention_2", True)])
+def test_flash_attention_needs_one_row(attention, expected):
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention))
+    assert pretraining.needs_one_row(model) is expected
+
+
+def test_blocks_in_one_row_have_the_same_losses(flags, tmp_path, monkeypatch):
+    """In an evaluation too."""
+    short = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "lora_dropout": 0}
+    apart = pretraining.main(flags(**short))
+    shapes = set()
+
+    class Recorded(Collator):
+        def __call__(self, examples):
+            batch = super().__call__(examples)
+            shapes.add((len(examples), len(batch["input_ids"])))
+            return batch
+
+    monkeypatch.setattr(pretraining, "Collator", Recorded)
+    monkeypatch.setattr(pretraining, "needs_one_row", lambda model: True)
+    one_row = pretraining.main(flags(**short, output_dir=tmp_path / "flat"))
+    assert losses(tmp_path / "flat") == pytest.approx(losses(tmp_path / "out"), abs=1e-4)
+    assert (2, 1) in shapes
+    assert {n_rows for _, n_rows in shapes} == {1}
+    assert one_row["eval_loss"] == pytest.approx(apart["eval_loss"], abs=1e-4)
 
 
 def test_full_weights_learn_the_text(flags, tmp_path):

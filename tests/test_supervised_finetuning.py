@@ -13,6 +13,7 @@ import pytest
 import torch
 from guide import GUIDE_SFT
 from safetensors.torch import load_file
+from tiny_families import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import causal_lm_trainer
@@ -248,6 +249,24 @@ def test_option_trains(flags, tmp_path, options):
     supervised_finetuning.main(flags(**options, max_steps=2, do_eval=None))
     assert all(loss > 0 for loss in losses(tmp_path / "out").values())
     assert (tmp_path / "out" / "checkpoint-best" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "flag", "found"),
+    [
+        ("qwen3_5_text", "packing", "`causal_conv1d_fn` can't keep packed sequences apart without `causal_conv1d`"),
+        ("opt", "padding_free", r"when one changes, the states of the others move by 0\.\d+ of their spread"),
+    ],
+)
+def test_dialogues_of_a_row_that_see_each_other_stop_the_run(
+    flags, tmp_path, tiny_model_dir, model_type, flag, found, capfd
+):
+    model = save_tiny_model(model_type, tmp_path / model_type, tiny_model_dir)
+    line = rf"^the dialogues of a row see each other in this model \({model_type}: {found}\); --{flag} False gives each"
+    with pytest.raises(UserError, match=line):
+        supervised_finetuning.main(flags(model_name_or_path=model, **{flag: True}))
+    supervised_finetuning.main(flags(model_name_or_path=model, max_steps=1, do_eval=None, **{flag: False}))
+    assert "sees itself alone" not in capfd.readouterr().err
 
 
 @pytest.mark.slow

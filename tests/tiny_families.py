@@ -1,0 +1,98 @@
+"""Tiny untrained models of other families than the tests' Qwen2, with its tokenizer."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
+
+SHAPE = {
+    "vocab_size": 640,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+HEADS = {"head_dim": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
+GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+# What each model type needs besides SHAPE.
+FAMILIES = {
+    "qwen3": HEADS,
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "gemma3_text": HEADS | SLIDING,
+    "qwen3_moe": HEADS | EXPERTS,
+    "glm4_moe": HEADS | EXPERTS | GROUPS,
+    "qwen3_next": HEADS | EXPERTS | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 32},
+    "qwen3_5_text": HEADS | LINEAR_ATTENTION,
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": EXPERTS
+    | {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_dense_layers": 1, "conv_L_cache": 3},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
+    "granitemoehybrid": MAMBA
+    | {"layer_types": ["mamba", "attention"] * 2, "num_local_experts": 0, "shared_intermediate_size": 64},
+    "falcon_h1": HEADS | MAMBA | {"mamba_d_ssm": 128},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "afmoe": HEADS | EXPERTS,
+    "gpt_oss": HEADS | EXPERTS | {"num_local_experts": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+}
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def save_multimodal_model(folder: Path, tokenizer_from: Path) -> Path:
+    """Gemma 3 with its vision tower."""
+    torch.manual_seed(0)
+    text, vision = SHAPE | FAMILIES["gemma3_text"], VISION | {"image_size": 32, "patch_size": 8}
+    tokens = {"image_token_index": 639, "boi_token_index": 638, "eoi_token_index": 637, "mm_tokens_per_image": 4}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, **tokens))
+    return _save(model, folder, tokenizer_from)
+
+
+def save_multimodal_model_of_text_class(folder: Path, tokenizer_from: Path) -> Path:
+    """Qwen3.5 with its vision tower, which AutoModelForCausalLM leaves out."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    text = SHAPE | FAMILIES["qwen3_5_text"] | {"rope_parameters": rope}
+    vision = VISION | {"depth": 2, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 64}
+    model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision))
+    return _save(model, folder, tokenizer_from)
+
+
+def tiny_model(model_type: str, attention: str = "sdpa", **changes) -> torch.nn.Module:
+    """An untrained model as its class draws it."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](**SHAPE | FAMILIES[model_type] | changes)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+
+def save_tiny_model(model_type: str, folder: Path, tokenizer_from: Path, **changes) -> Path:
+    """The model and the tokenizer of another folder, as a stage loads them."""
+    return _save(tiny_model(model_type, **changes), folder, tokenizer_from)
+
+
+def _save(model: torch.nn.Module, folder: Path, tokenizer_from: Path) -> Path:
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (tokenizer_from / name).is_file():
+            shutil.copy(tokenizer_from / name, folder)
+    return folder
