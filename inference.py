@@ -396,7 +396,8 @@ def answer(asker: Asker, system: str | None, turns: list[Message]) -> list[Messa
     for score in asker.scores([question], [reply]):
         if score is not None:
             say(f"[score {score:.3f}]")
-    return [*turns, {"role": "assistant", "content": reply.text}]
+    # An empty reply is not remembered: training never shows one.
+    return [*turns, {"role": "assistant", "content": reply.text}] if reply.text else turns[:-1]
 
 
 # ---------------------------------------------------------------- main

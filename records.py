@@ -924,6 +924,23 @@ def _check_turns(turns: list[dict]) -> None:
         raise Unusable("no reply", f"turn {len(turns)} ({before}) is the last; add the reply or delete the turn")
 
 
+def to_prompt(messages: Sequence[dict]) -> list[dict]:
+    """The messages that ask for a reply, as training reads them.
+
+    Raises Unusable for content that is no text and for an order of turns that training never shows.
+    """
+    turns = [
+        message | {"content": _text(message["content"], f"turn {number} ({message['role']})")}
+        for number, message in enumerate(messages, 1)
+    ]
+    if turns and turns[-1]["role"] not in ("user", "tool"):
+        where = f"turn {len(turns)} ({turns[-1]['role']})"
+        raise Unusable("no question", f"{where} is the last; end with the user's question")
+    turns = _with_system({}, turns)
+    _check_turns([*turns, {"role": "assistant", "content": "the reply"}])
+    return turns
+
+
 def _out_of_order(number: int, role: str, before: str) -> Unusable:
     where = f"turn {number} ({role})"
     if role == "system":
