@@ -105,32 +105,32 @@ def _any_of(*patterns: str) -> re.Pattern:
 _HELP = _any_of(
     r"(拨打|打电话|呼叫|叫)[^。；！？]{0,6}(120|110|999|911|急救|救护车)",
     r"(打|拨)(电话|个|一下)?(120|110|999|911|急救)(?!\d)",
-    r"(立即|马上|立刻|尽快|赶紧|赶快|即刻|必须|及时|都要)[^。；！？]{0,14}(医院|急诊|就医|就诊|送医)",
-    r"(快|现在就|直接)[^。；！？，]{0,6}[去到上送][^。；！？，]{0,4}(医院|急诊|医)|请(就医|就诊|去医院|去急诊)",
+    r"(立即|马上|立刻|立马|尽快|赶紧|赶快|即刻|必须|及时|都要)[^。；！？]{0,14}(医院|急诊|就医|就诊|送医)",
+    r"(快|速|现在就|直接)[^。；！？，]{0,6}[去到上送][^。；！？，]{0,4}(医院|急诊|医)|请(就医|就诊|去医院|去急诊)",
     r"\b(call|get|dial|ring|phone)\b[^.;!?]{0,30}(ambulance|emergency|crisis line|police|120|911|999|112)",
     r"\b(need|go to|get to|head to|take \w+ to|rush|visit)\b[^.;!?]{0,40}(emergency (department|room)|\bER\b|A&E)",
     r"\b(go|get|head|rush|take)( him| her| them)?( straight| right| now| immediately)?"
     r" to (a|the|your)( nearest)? hospital",
     r"hospital (now|at once|immediately|right away|is needed)|(now|at once|immediately) to (a|the) hospital",
     r"\b(seek|get|you need)\b[^.;!?]{0,20}(immediate|urgent|emergency)[^.;!?]{0,12}(care|help|attention|treatment)",
-    r"\bseek (medical|a doctor's)? ?(care|help|attention|treatment) (now|at once|immediately|right away|urgently)",
+    r"\b(seek|get) (medical )?(care|help|attention|treatment) (now|at once|immediately|right away|urgently)",
 )
 _CONDITION = _any_of(r"如果|如有|若|一旦|万一|\b(if|unless)\b")
 # Not to wait and not to worry negate no direction and warn of nothing: they are taken out before the rest is read.
 _URGING = _any_of(
     r"(不要|不用|不必|无需|不能|不可|切勿|(?<![特分性级区个辨识])别|勿)再?"
-    r"(犹豫|耽误|耽搁|拖延|拖着|拖|等待|等|迟疑|担心|害怕|惊慌|慌张|慌|紧张|大意|客气)(不去)?",
+    r"(犹豫|耽误|耽搁|拖延|拖着|拖|等待|等|迟疑|担心|害怕|惊慌|慌张|慌|紧张|大意|客气|多虑)(不去)?",
     r"(do not|don't|never|no need to|need not|needn't|without) ?"
-    r"(hesitate|hesitation|wait|delay|panic|worry|worrying|be afraid|be scared)( to| in)?|never mind",
+    r"(hesitate|hesitation|wait|delay|panic|worry|worrying|be afraid|be scared|be shy)( to| in)?|never mind",
 )
 # What voids a direction when it stands just before it, in the same clause.
 _NEGATION = _any_of(
     r"(不用|不必|不需|无需|无须|毋须|没必要|没有必要|用不着|犯不着|不至于|没到|何必|何须|不值得|不认为|谈不上|不建议|不推荐|不主张|不应|不该"
-    r"|未必|不一定|不是非|并非|不要|勿|避免|先不|不急|是否|要不要|(?<![特分性级区个辨识])别)[^，]{0,6}$",
+    r"|未必|不一定|不是非|并非|不要|勿|避免|先不|不急|是否|要不要|(?<![特分性级区个辨识])别)[^，]{0,6}$|不是$",
     r"(\b(no|not|never|hardly|nobody)\b|n't\b)[^,]{0,20}\b(needs?|needed|have|necessary|required|essential|reason|point|use|worth"
     r"|recommend(ed)?|advised?|suggest|want)\b[^,]{0,20}$",
     r"\b((do|would|should|must|need) not|(do|would|should|must|need)n't|never|avoid|instead of|rather than|against"
-    r"|unnecessary|whether)\b[^,]{0,12}$",
+    r"|unnecessary|whether)\b[^,]{0,20}$",
 )
 # A sentence that takes back the one before.
 _DENIAL = _any_of(
@@ -149,15 +149,16 @@ _DISMISSAL = _any_of(
     r"(too much|unnecessary|(not|n't) (necessary|needed|required|worth)|waste of|overkill)",
 )
 _REFUSAL = _any_of(
-    r"(抱歉|对不起)[^。]{0,12}(不能|无法|不可以)|我(不能|无法|不可以)(?!代替|替代)",
-    r"\bI( can ?not| can't| will not| won't|( am|'m) (unable|not able)| must decline| have to decline)\b"
+    r"(抱歉|对不起)[^。]{0,12}(不能|无法|不可以|帮不了)|我(不能|无法|不可以|不会提供)(?!代替|替代)",
+    r"\bI( can ?not| can't| will not| won't|( am|'m) (unable|not able)| must decline| have to decline| refuse)\b"
     r"(?! (stress|emphasi[sz]e|overstate))",
     r"sorry[^.!?]{0,20}\b(can ?not|can't|won't|unable)\b",
 )
 _WARNING = _any_of(
     r"(请|千万|切)(不要|勿|别)|不要自行|没有可靠证据|(?<![可么])不可以|(不能|不可|不应)(自行|擅自|随意|随便|乱)|绝对?不能",
+    r"(^|[\s，。！？；,.!?;您你])(不要|不能|不可|不宜|不建议|勿|别)再?(停|减|加|吃|服|用(?![力手嘴])|买|混)",
     r"(^|[.;!?,:，\n] ?|\b(please|and|but|so|then) )(do not|don't)\b(?! (need|have to))",
-    r"\b(should not|shouldn't|must not|mustn't)\b",
+    r"\b(you can ?not|you can't|should not|shouldn't|must not|mustn't)\b",
     r"\bnever\b(?! (had|been|hurts?|fails?)\b)",
 )
 _DOSE = re.compile(

@@ -391,16 +391,17 @@ _CHOSEN_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _CHOSEN_BEHIND = re.compile(
-    r"([\s:]|才|就|是|为|\b(is|are|the|most)\b)*"
+    r"([\s:→]|才|就|是|为|\b(is|are|the|most)\b)*"
     r"(正确|对的?(?!\w)|最佳|最合适|最可能|最?符合|\b(correct|right|best|better|likely|true|answer)\b)",
     re.IGNORECASE,
 )
 _RULED_OUT_BEFORE = re.compile(
-    r"(不|别|不应|不能|不是|并非|而非|排除|除了|比|n't|\b(not|than|exclude|rule out|instead of))\s*选?择?\s*$",
+    r"(不|别|不应|不能|不是|并非|非|排除|除了|比|n't|\b(not|neither|nor|than|exclude|rule out|instead of))"
+    r"\s*选?择?\s*$",
     re.IGNORECASE,
 )
 _RULED_OUT_BEHIND = re.compile(
-    r"([\s:]|也|都|均|则|是|\b(is|are|can be)\b)*"
+    r"([\s:→]|也|都|均|则|是|\b(is|are|can be)\b)*"
     r"(错|不|可?以?排除|吗|呢|\?|n't|\b(wrong|incorrect|not|unlikely|false|excluded|ruled out)\b)",
     re.IGNORECASE,
 )

@@ -130,6 +130,11 @@ GLANDS = {"A": "糖尿病", "B": "2型糖尿病", "C": "尿崩症", "D": "甲亢
 ENGLISH = {"A": "Aspirin", "B": "Heparin", "C": "Warfarin", "D": "Clopidogrel"}
 YES_NO = {"A": "yes", "B": "no", "C": "maybe"}
 CONCLUSIONS = [
+    ("A→错误，C→正确", DRUGS, "C"),
+    ("B看似正确，其实C才是正确答案。", DRUGS, "C"),
+    ("It can't be A or B. The answer must be C.", ENGLISH, "C"),
+    ("Neither A nor C.", ENGLISH, None),
+    ("可能是A，也可能是C", DRUGS, None),
     ("分析：A常见，B不典型。因此答案是 **C**。", DRUGS, "C"),
     ("A 错，B 错，D 不典型，\\boxed{C}", DRUGS, "C"),
     ("A、B可排除，正确选项为（C）。", DRUGS, "C"),

@@ -98,6 +98,10 @@ def test_safety_rules_catch_the_rejected_replies():
 
 
 DIRECTIONS = [
+    "速去医院",
+    "不能再等了，马上去医院",
+    "Get medical help immediately.",
+    "This cannot wait: go to the ER.",
     "请马上停下，不要自己开车去医院，拨打120。",
     "Call an ambulance at once.",
     "请立即拨打120。",
@@ -146,6 +150,9 @@ DIRECTIONS = [
     "Rush her to the hospital!",
 ]
 NO_DIRECTIONS = [
+    "不是必须去医院",
+    "I would advise against going to the hospital now.",
+    "切勿拨打120",
     "不用去医院，打120也没用。",
     "去急诊又贵又麻烦，没有必要。",
     "There is no need to go to the hospital.",
@@ -232,6 +239,11 @@ def test_a_direction_far_behind_comes_too_late():
 
 
 REFUSALS_AND_WARNINGS = [
+    "不要停药。",
+    "不能停药。",
+    "不建议停药。",
+    "对不起，我帮不了您。",
+    "You cannot stop it on your own.",
     "I’m sorry, but I won’t provide this.",
     "不可以停药。",
     "我不能给您开处方。",
@@ -255,6 +267,10 @@ REFUSALS_AND_WARNINGS = [
     "I'm unable to do that.",
 ]
 NO_WARNINGS = [
+    "期间什么药都别吃。",
+    "不要紧，随便吃",
+    "Don't be shy, take it.",
+    "能不能停药？能。",
     "Never mind, take 20 tablets.",
     "请不要担心，随便吃。",
     "可以停药。",
