@@ -447,6 +447,17 @@ def test_a_page_of_an_allowed_origin_may_ask(chat_model):
     assert "access-control-allow-origin" not in elsewhere.headers
 
 
+@pytest.mark.parametrize("flags", [[], ["--allowed_origins", "http://localhost:3000", "app://obsidian.md"]])
+def test_the_flag_reaches_the_server(tiny_model_dir, monkeypatch, flags):
+    apps = []
+    monkeypatch.setattr(openai_server, "load_weights", lambda *args: None)
+    monkeypatch.setattr(openai_server.uvicorn, "run", lambda app, **options: apps.append(app))
+    monkeypatch.setattr(openai_server, "check_address", lambda host, port: None)
+    openai_server.main(["--base_model", str(tiny_model_dir), *flags])
+    answer = TestClient(apps[0]).get("/health", headers={"Origin": "app://obsidian.md"})
+    assert answer.headers.get("access-control-allow-origin") == (flags[-1] if flags else None)
+
+
 def test_without_the_flag_no_page_may_ask(chat_model):
     client = TestClient(build_app(chat_model, "m", None))
     answer = client.options("/v1/chat/completions", headers=PREFLIGHT | {"Origin": "http://localhost:3000"})
