@@ -42,7 +42,7 @@ from chat_models import (
 )
 from errors import UserError, run_script
 from generation import Decoding, Reply, generate_replies, stream_reply
-from records import Unusable, find_files, load_dialogues
+from records import Unusable, find_files, load_dialogues, turns_to_answer
 from template import Message
 from tokenization import encode_recent
 from training_run import start_log
@@ -378,7 +378,8 @@ def answer(asker: Asker, system: str | None, turns: list[Message]) -> list[Messa
     tokenizer, chat_template, decoding = chat_model.tokenizer, chat_model.chat_template, asker.decoding
     try:
         room = chat_model.context - decoding.max_new_tokens
-        prompt, n_left_out = encode_recent(tokenizer, chat_template, with_system(system, turns), room)
+        messages = turns_to_answer(with_system(system, turns))
+        prompt, n_left_out = encode_recent(tokenizer, chat_template, messages, room)
     except Unusable as unusable:
         say(f"[{unusable.detail}]")
         return turns[:-1]

@@ -38,7 +38,7 @@ from arguments import StageArgumentParser
 from chat_models import LOOPBACK, NOTICE, ChatModel, ChatModelArguments, check_address, describe_model, load_weights
 from errors import UserError, run_script
 from generation import Decoding, Reply, stream_reply
-from records import Unusable, to_prompt
+from records import Unusable, turns_to_answer
 from tokenization import encode_prompt, refuse_control_tokens
 from training_run import start_log
 
@@ -202,7 +202,7 @@ def _quote(value: object) -> str:
 def encode_request(chat_model: ChatModel, request: ChatRequest) -> tuple[list[int], Decoding]:
     """The prompt's ids, those of training, and how to decode; HTTPException 400 for what cannot be answered."""
     try:
-        messages = to_prompt([turn.as_message() for turn in request.messages])
+        messages = turns_to_answer([turn.as_message() for turn in request.messages])
         refuse_control_tokens(chat_model.chat_template, messages, None)
         prompt = encode_prompt(chat_model.tokenizer, chat_model.chat_template, messages)
         decoding = request.decoding(chat_model.context - len(prompt))

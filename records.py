@@ -863,6 +863,18 @@ def to_pair(record: object, source: str) -> Pair:
     return Pair(turns, chosen, rejected, _margin(record), source)
 
 
+def turns_to_answer(messages: Sequence[dict]) -> list[dict]:
+    """The messages of a conversation that ends with a question, as training reads them.
+
+    Raises Unusable for content that is no text and for an order of turns that training never shows.
+    """
+    if messages and messages[-1]["role"] != "user":
+        where = f"turn {len(messages)} ({messages[-1]['role']})"
+        raise Unusable("no question", f"{where} is the last; end with the user's question")
+    reply = {"role": "assistant", "content": "the reply"}
+    return to_dialogue({"messages": [*messages, reply]}, "").messages[:-1]
+
+
 def _margin(record: dict) -> float | None:
     """By how much the chosen reply is better: `margin`, or the difference of the two scores."""
     values = [record.get(key) for key in ("margin", "score_chosen", "score_rejected")]
@@ -922,23 +934,6 @@ def _check_turns(turns: list[dict]) -> None:
     if before not in ("assistant", "tool call"):
         # Also after earlier replies: cutting the turn off would change the user's data silently.
         raise Unusable("no reply", f"turn {len(turns)} ({before}) is the last; add the reply or delete the turn")
-
-
-def to_prompt(messages: Sequence[dict]) -> list[dict]:
-    """The messages that ask for a reply, as training reads them.
-
-    Raises Unusable for content that is no text and for an order of turns that training never shows.
-    """
-    turns = [
-        message | {"content": _text(message["content"], f"turn {number} ({message['role']})")}
-        for number, message in enumerate(messages, 1)
-    ]
-    if turns and turns[-1]["role"] not in ("user", "tool"):
-        where = f"turn {len(turns)} ({turns[-1]['role']})"
-        raise Unusable("no question", f"{where} is the last; end with the user's question")
-    turns = _with_system({}, turns)
-    _check_turns([*turns, {"role": "assistant", "content": "the reply"}])
-    return turns
 
 
 def _out_of_order(number: int, role: str, before: str) -> Unusable:

@@ -37,7 +37,6 @@ from records import (
     load_dialogues,
     load_documents,
     load_pairs,
-    to_prompt,
 )
 from template import ChatTemplate, Message
 
@@ -150,10 +149,9 @@ def encode_recent(
 ) -> tuple[list[int], int]:
     """The prompt's ids with the system turn and the latest exchanges that fit, and the number of turns left out.
 
-    Raises Unusable where the last question alone exceeds `max_length` tokens, the system prompt or a reply holds a
-    control token, or the turns are in an order that training never shows.
+    Raises Unusable where the last question alone exceeds `max_length` tokens, or the system prompt or a reply holds a
+    control token.
     """
-    messages = to_prompt(messages)
     refuse_control_tokens(chat_template, messages, tools)
     n_system = int(messages[0]["role"] == "system")
     users = [index for index, message in enumerate(messages) if message["role"] == "user"]

@@ -35,7 +35,7 @@ from chat_models import (
 )
 from errors import UserError, run_script
 from generation import Decoding, Reply, stream_reply
-from records import Unusable
+from records import Unusable, turns_to_answer
 from template import Message
 from tokenization import encode_recent
 from training_run import start_log
@@ -152,9 +152,8 @@ def converse(
     with_system: list[Message] = [{"role": "system", "content": system}] if system else []
     try:
         room = chat_model.context - decoding.max_new_tokens
-        prompt, n_left_out = encode_recent(
-            chat_model.tokenizer, chat_model.chat_template, [*with_system, *panel.turns], room
-        )
+        messages = turns_to_answer([*with_system, *panel.turns])
+        prompt, n_left_out = encode_recent(chat_model.tokenizer, chat_model.chat_template, messages, room)
     except (Unusable, UserError) as error:
         panel.note = f"不能回答 cannot be asked: {error.detail if isinstance(error, Unusable) else error}"
         panel.turns = panel.turns[:-1]
