@@ -135,7 +135,8 @@ def _messages(turn: object, where: str, reading: Reading) -> list[dict]:
         role = ROLES.get(turn[form.name])
         if role in NO_TEXT:
             where = f"{where} ({turn[form.name]})"
-            return [{"role": role, "content": text_of(turn[form.content], where, NO_TEXT[role])}]
+            no_text = NO_TEXT[role] if reading.null_words else ()
+            return [{"role": role, "content": text_of(turn[form.content], where, no_text)}]
     # Parquet gives every struct the keys of all.
     present = {key: value for key, value in turn.items() if value is not None}
     turn = reading.without_ignored(present)

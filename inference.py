@@ -43,7 +43,7 @@ from chat_models import (
 from errors import Unusable, UserError, run_script
 from generation import Decoding, Reply, generate_replies, stream_reply
 from record_keys import Reading, split_keys
-from records import find_files, load_prompts
+from records import find_files, load_prompts, turns_to_answer
 from template import Message
 from tokenization import encode_recent
 from training_run import start_log
@@ -388,7 +388,8 @@ def answer(asker: Asker, system: str | None, turns: list[Message]) -> list[Messa
     tokenizer, chat_template, decoding = chat_model.tokenizer, chat_model.chat_template, asker.decoding
     try:
         room = chat_model.context - decoding.max_new_tokens
-        prompt, n_left_out = encode_recent(tokenizer, chat_template, with_system(system, turns), room)
+        messages = turns_to_answer(with_system(system, turns))
+        prompt, n_left_out = encode_recent(tokenizer, chat_template, messages, room)
     except Unusable as unusable:
         say(f"[{unusable.detail}]")
         return turns[:-1]
@@ -406,7 +407,8 @@ def answer(asker: Asker, system: str | None, turns: list[Message]) -> list[Messa
     for score in asker.scores([question], [reply]):
         if score is not None:
             say(f"[score {score:.3f}]")
-    return [*turns, {"role": "assistant", "content": reply.text}]
+    # An empty reply is not remembered: training never shows one.
+    return [*turns, {"role": "assistant", "content": reply.text}] if reply.text else turns[:-1]
 
 
 # ---------------------------------------------------------------- main

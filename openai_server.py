@@ -12,6 +12,7 @@ Launcher: run_serve.sh, which takes vLLM where it can.
 
 import asyncio
 import json
+import re
 import secrets
 import threading
 import time
@@ -20,7 +21,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import uvicorn
@@ -30,14 +31,14 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from loguru import logger
 from pydantic import BaseModel, Field, model_validator
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 from transformers import set_seed
 
 from arguments import StageArgumentParser
 from chat_models import LOOPBACK, NOTICE, ChatModel, ChatModelArguments, check_address, describe_model, load_weights
 from errors import UserError, run_script
 from generation import Decoding, Reply, stream_reply
-from records import Unusable
-from template import Message
+from records import Unusable, turns_to_answer
 from tokenization import encode_prompt, refuse_control_tokens
 from training_run import start_log
 
@@ -59,8 +60,17 @@ class ServerArguments:
     max_model_len: int | None = field(
         default=None, metadata={"help": "Longest prompt and reply in tokens; otherwise what the model can."}
     )
+    allowed_origins: list[str] | None = field(
+        default=None,
+        metadata={"help": "Pages whose browser clients may ask, such as http://localhost:3000; `*` for any (CORS)."},
+    )
 
     def __post_init__(self):
+        for origin in self.allowed_origins or ():
+            if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise UserError(
+                    f"--allowed_origins {origin}: no origin; give http://HOST:PORT without a path, as browsers send it"
+                )
         if self.max_model_len is not None and self.max_model_len < 16:
             raise UserError(f"--max_model_len {self.max_model_len}: too little for a question; give a number of tokens")
 
@@ -68,24 +78,67 @@ class ServerArguments:
 # ---------------------------------------------------------------- what a request may say
 
 
-class TextPart(BaseModel, extra="forbid"):
-    type: Literal["text"]
-    text: str
+# Fields of OpenAI's and vLLM's interface that this server lacks, each with the values that change no reply.
+NEUTRAL: dict[str, tuple] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "enable_search": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "ignore_eos": (False,),
+    "include_reasoning": (True,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "mirostat": (0,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "priority": (0,),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+}
+# Fields that change no reply whatever they say.
+UNREAD = ("cache_salt", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options")
+UNREAD += ("prompt_cache_retention", "request_id", "safety_identifier", "service_tier", "session_id", "store", "user")
 
 
 class Turn(BaseModel, extra="allow"):
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Any = None
 
     @model_validator(mode="after")
     def _only_text(self):
-        if said := [name for name, value in (self.model_extra or {}).items() if value is not None]:
-            raise ValueError(f"{', '.join(said)}: a turn here has a role and a text")
+        for name, value in (self.model_extra or {}).items():
+            # Null, `false` and an empty list of tool calls say nothing; no template of training writes names, nor the
+            # thoughts of earlier replies.
+            if value and name not in ("name", "id", "reasoning", "reasoning_content"):
+                raise ValueError(f"{name}: {_quote(value)} is not supported; a turn here has a role and a text")
         return self
 
-    def as_message(self) -> Message:
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": content}
+    def as_message(self) -> dict:
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
 class ChatRequest(BaseModel, extra="forbid"):
@@ -99,25 +152,30 @@ class ChatRequest(BaseModel, extra="forbid"):
     max_completion_tokens: int | None = Field(None, ge=1)
     stop: str | list[str] | None = None
     stream: bool | None = None
-    seed: int | None = Field(None, ge=0, lt=2**32)
+    stream_options: dict | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     # vLLM's names for what OpenAI's interface lacks.
     top_k: int | None = Field(None, ge=-1)
     repetition_penalty: float | None = Field(None, gt=0)
-    # These change no reply, or are accepted with the value that changes nothing.
-    user: str | None = None
-    metadata: dict | None = None
-    store: bool | None = None
-    stream_options: dict | None = None
-    n: int | None = Field(None, ge=1, le=1)
-    logprobs: Literal[False] | None = None
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
 
     @model_validator(mode="before")
     @classmethod
-    def _only_unicode(cls, body):
+    def _only_what_is_honoured(cls, body):
         json.dumps(body, ensure_ascii=False).encode()  # a ValueError for half of a surrogate pair, which JSON can hold
-        return body
+        if not isinstance(body, dict):
+            return body
+        read, faults = {}, []
+        for name, value in body.items():
+            if name in cls.model_fields:
+                read[name] = value
+            elif name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
+                choices = " or ".join(map(_quote, NEUTRAL[name]))
+                faults.append(f"{name}: {_quote(value)} is not supported; leave it out or give {choices}")
+            elif name not in NEUTRAL and name not in UNREAD and value is not None:
+                faults.append(f"{name}: {_quote(value)} is not supported; leave it out")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return read
 
     def decoding(self, room: int) -> Decoding:
         """Greedy unless a temperature asks for more."""
@@ -132,15 +190,20 @@ class ChatRequest(BaseModel, extra="forbid"):
             stop=[self.stop] if isinstance(self.stop, str) else self.stop,
         )
 
+    def seed_of_draws(self) -> int | None:
+        """The seed within the 32 bits that numpy takes; None without one, which -1 says in vLLM's interface."""
+        return None if self.seed in (None, -1) else self.seed % 2**32
+
+
+def _quote(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
 
 def encode_request(chat_model: ChatModel, request: ChatRequest) -> tuple[list[int], Decoding]:
     """The prompt's ids, those of training, and how to decode; HTTPException 400 for what cannot be answered."""
-    messages = [turn.as_message() for turn in request.messages]
     try:
-        if messages[-1]["role"] != "user":
-            raise UserError("the last message has to be the user's")
-        if any(message["role"] == "system" for message in messages[1:]):
-            raise UserError("a system message has to be the first")
+        messages = turns_to_answer([turn.as_message() for turn in request.messages])
         refuse_control_tokens(chat_model.chat_template, messages, None)
         prompt = encode_prompt(chat_model.tokenizer, chat_model.chat_template, messages)
         decoding = request.decoding(chat_model.context - len(prompt))
@@ -212,7 +275,7 @@ class Replier:
 # ---------------------------------------------------------------- the interface
 
 
-def build_app(chat_model: ChatModel, name: str, api_key: str | None) -> FastAPI:
+def build_app(chat_model: ChatModel, name: str, api_key: str | None, allowed_origins: Sequence[str] = ()) -> FastAPI:
     """The routes, with errors in OpenAI's form."""
     replier = Replier(chat_model)
     started = int(time.time())
@@ -223,6 +286,14 @@ def build_app(chat_model: ChatModel, name: str, api_key: str | None) -> FastAPI:
             raise HTTPException(HTTPStatus.UNAUTHORIZED, "send the API key as Authorization: Bearer KEY")
 
     app = FastAPI(title=name, docs_url=None, redoc_url=None, openapi_url=None)
+    if allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            allow_private_network=True,  # a page of the internet may ask a server at home
+        )
 
     @app.exception_handler(StarletteHTTPException)
     async def say_refusal(request: Request, error: StarletteHTTPException) -> JSONResponse:
@@ -230,8 +301,7 @@ def build_app(chat_model: ChatModel, name: str, api_key: str | None) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def say_faults(request: Request, error: RequestValidationError) -> JSONResponse:
-        faults = [f"{'.'.join(map(str, fault['loc'][1:]))}: {fault['msg']}" for fault in error.errors()]
-        return _error(HTTPStatus.BAD_REQUEST, "; ".join(faults))
+        return _error(HTTPStatus.BAD_REQUEST, "; ".join(map(_say_fault, error.errors())))
 
     @app.exception_handler(torch.cuda.OutOfMemoryError)
     async def say_out_of_memory(request: Request, error: torch.cuda.OutOfMemoryError) -> JSONResponse:
@@ -251,7 +321,7 @@ def build_app(chat_model: ChatModel, name: str, api_key: str | None) -> FastAPI:
         if request.model not in (None, name):
             raise HTTPException(HTTPStatus.NOT_FOUND, f"no model {request.model} here; this server has {name}")
         prompt, decoding = encode_request(chat_model, request)
-        pieces = replier.pieces(prompt, decoding, request.seed)
+        pieces = replier.pieces(prompt, decoding, request.seed_of_draws())
         said = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if request.stream:
             with_usage = bool((request.stream_options or {}).get("include_usage"))
@@ -276,6 +346,16 @@ def build_app(chat_model: ChatModel, name: str, api_key: str | None) -> FastAPI:
 def _error(status: int, message: str) -> JSONResponse:
     kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
+
+
+def _say_fault(fault: dict) -> str:
+    """A fault that pydantic found: field, value, what is supported."""
+    where = "".join(f"{part}: " for part in [".".join(map(str, fault["loc"][1:]))] if part)
+    if fault["type"] == "value_error":  # raised here, and whole
+        return where + str(fault["ctx"]["error"])
+    if fault["type"] in ("missing", "json_invalid"):
+        return where + fault["msg"]
+    return f"{where}{_quote(fault['input'])} is not supported; {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
 def _finish_reason(reply: Reply) -> str:
@@ -342,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     load_weights([chat_model], model_args)
 
     # ------------------------------------------------------------ serve
-    app = build_app(chat_model, name, server_args.api_key)
+    app = build_app(chat_model, name, server_args.api_key, server_args.allowed_origins or ())
     address = f"http://{server_args.host}:{server_args.port}"
     logger.info(NOTICE)
     logger.info(f"{name} at {address}/v1, context {chat_model.context} tokens, one reply at a time")

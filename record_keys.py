@@ -24,6 +24,7 @@ class Reading:
 
     ignore_keys: tuple[str, ...] | None = None  # keys of records and turns that are read as if they were absent
     role_map: Mapping[str, str] | None = None  # a name, and the role that it stands for
+    null_words: bool = True  # whether "None" in a turn is a missing value, and not what somebody said
     _notes: dict[str, list] = field(default_factory=dict)  # what: [how often, where first]
 
     def ignoring(self, *keys: str) -> str:

@@ -596,6 +596,17 @@ def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair
     return Pair(turns, chosen, rejected, _margin(record), source, tools_of(record))
 
 
+def turns_to_answer(messages: Sequence[dict]) -> list[dict]:
+    """The messages of a conversation that ends with a question, as training reads them.
+
+    Raises Unusable for content that is no text and for an order of turns that training never shows.
+    """
+    if messages and messages[-1]["role"] != "user":
+        where = f"turn {len(messages)} ({messages[-1]['role']})"
+        raise Unusable("no question", f"{where} is the last; end with the user's question")
+    return to_prompt({"messages": list(messages)}, "", Reading(null_words=False)).messages
+
+
 def _margin(record: dict) -> float | None:
     """By how much the chosen reply is better: `margin`, or the difference of the two scores."""
     values = [record.get(key) for key in ("margin", "score_chosen", "score_rejected")]
@@ -686,7 +697,7 @@ def check_turns(turns: list[dict], needs_reply: bool = True) -> None:
             raise Unusable("empty user turn", f"turn {number} (user) is empty; write it or delete the record")
         if before == "assistant" and not turn["content"]:
             raise Unusable("empty reply", f"turn {number} (assistant) is empty; write it or delete the record")
-        if before == "assistant" and _ONLY_URLS.fullmatch(turn["content"]):
+        if needs_reply and before == "assistant" and _ONLY_URLS.fullmatch(turn["content"]):
             raise Unusable("only a URL", f"turn {number} (assistant) is {turn['content']:.60}; write the reply itself")
     if "weight" in turns[-1] and all("weight" in turn for turn in turns if turn["role"] == "assistant"):
         raise Unusable("not to be learned", "every reply has the weight 0; delete the record")

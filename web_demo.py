@@ -10,6 +10,7 @@ Output: a page on http://127.0.0.1:7860. It keeps no conversation; prompts are t
 Needs requirements-web.txt. On a rented server, reach it from home by `ssh -L 7860:127.0.0.1:7860 SERVER`.
 """
 
+import html
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ from chat_models import (
 )
 from errors import UserError, run_script
 from generation import Decoding, Reply, stream_reply
-from records import Unusable
+from records import Unusable, turns_to_answer
 from template import Message
 from tokenization import encode_recent
 from training_run import start_log
@@ -50,7 +51,22 @@ NO_SECOND = "不比较 none"
 CSS = """
 #notice {position: sticky; top: 0; z-index: 100; background: var(--block-background-fill);
          border-left: 4px solid #c0392b; padding: 8px 12px}
+#left-chat .md, #right-chat .md {white-space: pre-wrap; line-height: 1.6}
 """
+# Markdown would take the stars out of `0.5g*24` and strike through what stands between two `~`.
+CHAT = {"render_markdown": False, "latex_delimiters": [], "buttons": ["copy"], "height": 420}
+# The button copies what the chat was given, which is escaped (`as_text`); without https through a text area.
+JS = """() => {
+    const unescape = text => text.replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
+    if (navigator.clipboard) {
+        const write = navigator.clipboard.writeText.bind(navigator.clipboard);
+        navigator.clipboard.writeText = text => write(unescape(text));
+    } else document.addEventListener("copy", event => {
+        if (event.target.parentNode !== document.body) return;
+        event.clipboardData.setData("text/plain", unescape(event.target.value));
+        event.preventDefault();
+    });
+}"""
 THEME = gr.themes.Default(
     font=["system-ui", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 )
@@ -107,7 +123,9 @@ def pieces_of(chat_model: ChatModel, prompt: list[int], decoding: Decoding, seed
 
 
 def answered(turns: list[Message]) -> list[Message]:
-    """The turns without a last question whose reply was stopped."""
+    """The turns without a last question whose reply was stopped or came out empty: training never shows that."""
+    if turns and not turns[-1]["content"]:
+        turns = turns[:-1]
     return turns[:-1] if turns and turns[-1]["role"] == "user" else turns
 
 
@@ -134,9 +152,8 @@ def converse(
     with_system: list[Message] = [{"role": "system", "content": system}] if system else []
     try:
         room = chat_model.context - decoding.max_new_tokens
-        prompt, n_left_out = encode_recent(
-            chat_model.tokenizer, chat_model.chat_template, [*with_system, *panel.turns], room
-        )
+        messages = turns_to_answer([*with_system, *panel.turns])
+        prompt, n_left_out = encode_recent(chat_model.tokenizer, chat_model.chat_template, messages, room)
     except (Unusable, UserError) as error:
         panel.note = f"不能回答 cannot be asked: {error.detail if isinstance(error, Unusable) else error}"
         panel.turns = panel.turns[:-1]
@@ -160,6 +177,14 @@ def converse(
 
 
 # ---------------------------------------------------------------- page
+
+
+def as_text(messages: list[Message]) -> list[dict]:
+    """The messages for a chat, which takes strings for HTML, without Markdown too, and cuts their indentation."""
+    return [
+        {"role": message["role"], "content": [{"type": "text", "text": html.escape(message["content"], quote=False)}]}
+        for message in messages
+    ]
 
 
 def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) -> gr.Blocks:
@@ -188,7 +213,7 @@ def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) ->
         for index, (panel, name) in enumerate(asked):
             for messages in converse(by_name[name], reward_model, system, panel, decoding, seed):
                 shown[index] = messages
-                yield "", *shown, *(panel.turns for panel in panels), *(panel.note for panel in panels)
+                yield "", *map(as_text, shown), *(panel.turns for panel in panels), *(panel.note for panel in panels)
 
     def forget():
         return [], [], [], [], "", ""
@@ -210,14 +235,10 @@ def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) ->
             )
         with gr.Row():
             with gr.Column():
-                left_chat = gr.Chatbot(
-                    label="模型 Model", elem_id="left-chat", latex_delimiters=[], buttons=["copy"], height=420
-                )
+                left_chat = gr.Chatbot(label="模型 Model", elem_id="left-chat", **CHAT)
                 left_note = gr.Markdown(elem_id="left-note")
             with gr.Column(visible=False) as right_column:
-                right_chat = gr.Chatbot(
-                    label="比较 Compared", elem_id="right-chat", latex_delimiters=[], buttons=["copy"], height=420
-                )
+                right_chat = gr.Chatbot(label="比较 Compared", elem_id="right-chat", **CHAT)
                 right_note = gr.Markdown(elem_id="right-note")
         question = gr.Textbox(
             label="问题 Question", placeholder="请输入问题 Ask a question", lines=2, max_length=8000, elem_id="question"
@@ -282,6 +303,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         server_port=web_args.port,
         theme=THEME,
         css=CSS,
+        js=JS,
         share=False,
         ssr_mode=False,
         show_error=True,

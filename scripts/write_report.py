@@ -458,7 +458,8 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", "<br>")
+    """The text as it is: `0.5g*24` keeps its star."""
+    return re.sub(r"[\\*~`$|]", r"\\\g<0>", html.escape(text, quote=False)).replace("\n", "<br>")
 
 
 # ---------------------------------------------------------------- main

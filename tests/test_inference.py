@@ -453,6 +453,12 @@ def test_a_full_context_drops_the_oldest_turns_and_says_so(chat_with, monkeypatc
     assert held == [["甲"], ["乙"], ["丙"], ["丙", "丁"]]
 
 
+def test_an_empty_reply_is_not_remembered(chat_with, monkeypatch):
+    monkeypatch.setattr(inference, "stream_reply", lambda *args, **options: Reply("", True, 1))
+    _, prompts = chat_with("甲\n乙\n")
+    assert [prompt.count("<|im_start|>user") for prompt in prompts] == [1, 1]
+
+
 def test_ctrl_c_leaves_a_chat_cleanly(chat_with, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt

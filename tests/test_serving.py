@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastapi import HTTPException
+from fastapi.testclient import TestClient
 from openai import APIStatusError, AuthenticationError, BadRequestError, NotFoundError, OpenAI
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
@@ -31,7 +32,7 @@ from chat_models import ChatModelArguments, describe_model, load_weights
 from errors import UserError
 from generation import Decoding, generate_replies
 from model_loading import Lineage, load_tokenizer
-from openai_server import ChatRequest, encode_request
+from openai_server import ChatRequest, build_app, encode_request
 from tokenization import IGNORED_LABEL, encode_dialogue, encode_prompt, load_chat_template
 
 ROOT = Path(openai_server.__file__).parent
@@ -247,9 +248,9 @@ def test_what_cannot_be_answered_is_refused_in_openais_form(client, adapter):
     for wrong in ({"temperature": -1}, {"max_tokens": 0}, {"n": 2}, {"frequency_penalty": 1}, {"top_p": 0}):
         with pytest.raises(BadRequestError, match=next(iter(wrong))):
             ask(client, adapter, "头痛", **wrong)
-    with pytest.raises(BadRequestError, match=r"tools: Extra inputs are not permitted"):
+    with pytest.raises(BadRequestError, match=r"tools: \[.* is not supported; leave it out or give \[\]"):
         ask(client, adapter, "头痛", tools=[{"type": "function", "function": {"name": "f"}}])
-    with pytest.raises(APIStatusError, match="the last message has to be the user's"):
+    with pytest.raises(APIStatusError, match="end with the user's question"):
         client.chat.completions.create(model=str(adapter), messages=[{"role": "assistant", "content": "好"}])
 
 
@@ -294,6 +295,176 @@ def test_a_signal_lets_a_running_stream_finish(tiny_model_dir, tmp_path):
         post(port, b"{}")
 
 
+# ---------------------------------------------------------------- what today's clients send
+
+USER = {"role": "user", "content": "感冒了怎么办？"}
+ASSISTANT = {"role": "assistant", "content": "多休息。"}
+FROM_VLLM = {"tool_calls": [], "function_call": None, "refusal": None, "annotations": None, "audio": None}
+FROM_VLLM |= {"reasoning_content": None, "reasoning": None}
+
+
+@pytest.fixture(scope="module")
+def in_process(chat_model):
+    """A function that posts a body to the server and returns the status and what it said."""
+    client = TestClient(build_app(chat_model, "m", None))
+
+    def send(body: dict) -> tuple[int, dict]:
+        answer = client.post("/v1/chat/completions", json={"messages": [USER], "max_tokens": 4} | body)
+        return answer.status_code, answer.json()
+
+    return send
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [USER | {"name": "user1", "id": 7}]},
+        {"messages": [USER, ASSISTANT | FROM_VLLM, USER]},
+        {"messages": [USER, ASSISTANT | {"prefix": False, "tool_call_id": ""}, USER]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": USER["content"], "cache_control": {}}]}]},
+        {"messages": [{"role": "system", "content": ""}, USER]},
+        {name: None for name in ("tools", "tool_choice", "response_format", "logit_bias", "reasoning_effort", "seed")},
+        {name: None for name in ("temperature", "stop", "stream_options", "n", "a_field_of_tomorrow")},
+        {"tool_choice": "none", "response_format": {"type": "text"}, "logit_bias": {}, "min_p": 0, "logprobs": False},
+        {"tool_choice": "auto", "tools": [], "functions": [], "function_call": "auto", "parallel_tool_calls": True},
+        {"n": 1, "best_of": 1, "use_beam_search": False, "top_k": -1, "repetition_penalty": 1.0, "min_tokens": 0},
+        {"presence_penalty": 0.0, "frequency_penalty": 0, "top_logprobs": 0, "length_penalty": 1, "ignore_eos": False},
+        {"chat_template_kwargs": {}, "modalities": ["text"], "stop": [], "stop_token_ids": [], "verbosity": "medium"},
+        {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "prompt_cache_key": "k"},
+        {"stream_options": {"include_usage": False}, "max_completion_tokens": 4, "seed": -1, "top_p": 0.9},
+    ],
+    ids=lambda body: ",".join(body)[:40],
+)
+def test_what_changes_nothing_is_taken(in_process, body):
+    status, answer = in_process(body)
+    assert status == 200, answer
+    expected = in_process({"messages": body["messages"]} if len(body.get("messages", ())) > 2 else {})[1]
+    assert answer["choices"] == expected["choices"]
+
+
+def test_a_developer_is_the_system(in_process):
+    said = [
+        in_process({"messages": [{"role": role, "content": "回答简短。"}, USER]})[1] for role in ("developer", "system")
+    ]
+    assert said[0]["choices"] == said[1]["choices"]
+    assert said[0]["usage"]["prompt_tokens"] != in_process({})[1]["usage"]["prompt_tokens"]
+
+
+def test_the_seed_minus_one_is_none_and_any_other_repeats(in_process):
+    def draws(seed: int) -> list[str]:
+        body = {"seed": seed, "temperature": 2, "max_tokens": 12}
+        return [in_process(body)[1]["choices"][0]["message"]["content"] for _ in range(3)]
+
+    assert len(set(draws(-1))) > 1
+    for seed in (-2, 2**40, 0):
+        assert len(set(draws(seed))) == 1
+
+
+TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"min_p": 0.1}, "min_p: 0.1 is not supported; leave it out or give 0"),
+        ({"n": 2}, "n: 2 is not supported; leave it out or give 1"),
+        ({"logprobs": True}, "logprobs: true is not supported; leave it out or give false"),
+        (
+            {"tool_choice": "required"},
+            'tool_choice: "required" is not supported; leave it out or give "none" or "auto"',
+        ),
+        (
+            {"response_format": {"type": "json_object"}},
+            'response_format: {"type": "json_object"} is not supported; leave it out or give {"type": "text"}',
+        ),
+        ({"logit_bias": {"5": -100}}, 'logit_bias: {"5": -100} is not supported; leave it out or give {}'),
+        ({"web_search_options": {}}, "web_search_options: {} is not supported; leave it out"),
+        ({"a_field": 1, "best_of": 3}, "a_field: 1 is not supported; leave it out; best_of: 3 is not supported; "),
+        ({"temperature": 3}, "temperature: 3 is not supported; input should be less than or equal to 2"),
+        ({"seed": "x"}, 'seed: "x" is not supported; input should be a valid integer'),
+        ({"messages": [{"role": "function", "name": "f", "content": "1"}]}, 'role: "function" is not supported; '),
+        ({"messages": [USER, ASSISTANT | {"tool_calls": [TOOL_CALL]}, USER]}, "messages.1: tool_calls: [{"),
+        (
+            {"messages": [USER, ASSISTANT | {"reasoning_content": "嗯"}, USER]},
+            'reasoning_content: "嗯" is not supported',
+        ),
+    ],
+    ids=lambda value: ",".join(value)[:40] if isinstance(value, dict) else "",
+)
+def test_what_would_change_the_reply_is_refused_in_one_line(in_process, body, message):
+    status, answer = in_process(body)
+    assert status == 400
+    assert message in answer["error"]["message"]
+    assert "\n" not in answer["error"]["message"]
+
+
+SYSTEM = {"role": "system", "content": "简短。"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([USER, USER], "turns 1 and 2 are both from the user; join them"),
+        ([USER, ASSISTANT, ASSISTANT, USER], "turns 2 and 3 are both from the assistant; join them"),
+        ([ASSISTANT, USER], "turn 1 (assistant) comes before any question; start with the user"),
+        ([SYSTEM, ASSISTANT, USER], "turn 2 (assistant) comes before any question; start with the user"),
+        ([USER | {"content": ""}], "turn 1 (user) is empty; write it or delete the record"),
+        ([USER | {"content": " \n"}], "turn 1 (user) is empty; write it or delete the record"),
+        ([USER, ASSISTANT | {"content": ""}, USER], "turn 2 (assistant) is empty; write it or delete the record"),
+        ([USER, ASSISTANT | FROM_VLLM | {"content": None}, USER], "turn 2 (assistant) is null; write the text"),
+        ([USER, ASSISTANT, SYSTEM, USER], "turn 3 (system) must be turn 1"),
+        ([USER, ASSISTANT], "turn 2 (assistant) is the last; end with the user's question"),
+        ([SYSTEM], "turn 1 (system) is the last; end with the user's question"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "turn 1 (user) has parts of type image_url"),
+        ([{"role": "user", "content": 5}], "turn 1 (user) is a number; it must be a string"),
+    ],
+)
+def test_turns_that_training_never_shows_are_refused_in_its_words(in_process, messages, message):
+    status, answer = in_process({"messages": messages})
+    assert status == 400
+    assert answer["error"]["message"].startswith(message)
+
+
+PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+
+
+def test_a_page_of_an_allowed_origin_may_ask(chat_model):
+    page = {"Origin": "http://localhost:3000"}
+    client = TestClient(build_app(chat_model, "m", KEY, [page["Origin"]]))
+    preflight = client.options("/v1/chat/completions", headers=page | PREFLIGHT)
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == page["Origin"]
+    assert "POST" in preflight.headers["access-control-allow-methods"]
+    assert {"authorization", "content-type"} <= set(
+        re.split(r",\s*", preflight.headers["access-control-allow-headers"].lower())
+    )
+    for headers, status in ((page, 401), (page | {"Authorization": f"Bearer {KEY}"}, 200)):
+        answer = client.post("/v1/chat/completions", json={"messages": [USER], "max_tokens": 1}, headers=headers)
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == page["Origin"]
+    elsewhere = client.options("/v1/chat/completions", headers=PREFLIGHT | {"Origin": "http://elsewhere"})
+    assert elsewhere.status_code == 400
+    assert "access-control-allow-origin" not in elsewhere.headers
+
+
+@pytest.mark.parametrize("flags", [[], ["--allowed_origins", "http://localhost:3000", "app://obsidian.md"]])
+def test_the_flag_reaches_the_server(tiny_model_dir, monkeypatch, flags):
+    apps = []
+    monkeypatch.setattr(openai_server, "load_weights", lambda *args: None)
+    monkeypatch.setattr(openai_server.uvicorn, "run", lambda app, **options: apps.append(app))
+    monkeypatch.setattr(openai_server, "check_address", lambda host, port: None)
+    openai_server.main(["--base_model", str(tiny_model_dir), *flags])
+    answer = TestClient(apps[0]).get("/health", headers={"Origin": "app://obsidian.md"})
+    assert answer.headers.get("access-control-allow-origin") == (flags[-1] if flags else None)
+
+
+def test_without_the_flag_no_page_may_ask(chat_model):
+    client = TestClient(build_app(chat_model, "m", None))
+    answer = client.options("/v1/chat/completions", headers=PREFLIGHT | {"Origin": "http://localhost:3000"})
+    assert answer.status_code == 405
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
 # ---------------------------------------------------------------- prompts
 
 
@@ -333,6 +504,10 @@ def test_a_request_without_limits_fits_the_context(chat_model):
         (["--port", "0"], "--port 0: give a number"),
         (["--max_model_len", "3"], "--max_model_len 3: too little"),
         (["--reward_model", "x"], "--reward_model: a server writes replies"),
+        (
+            ["--allowed_origins", "http://a:3000", "http://b/"],
+            "--allowed_origins http://b/: no origin; give http://HOST",
+        ),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(tiny_model_dir, flags, message):

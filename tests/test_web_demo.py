@@ -1,5 +1,6 @@
 """`web_demo.py` in a real browser: ask, stream, switch the model, compare two; and what it does without one."""
 
+import html
 import re
 import shutil
 import socket
@@ -22,7 +23,7 @@ from errors import UserError
 from generation import Decoding, Reply, generate_replies
 from model_loading import load_tokenizer
 from tokenization import encode_prompt
-from web_demo import EMERGENCY, Panel, converse, pieces_of
+from web_demo import EMERGENCY, Panel, answered, as_text, build_page, converse, pieces_of
 
 SCRIPT = Path(web_demo.__file__)
 SHORT = Decoding(max_new_tokens=24)
@@ -102,6 +103,19 @@ def test_left_out_turns_are_said(models):
     assert len(panel.turns) == 6
 
 
+def test_an_empty_reply_is_not_remembered(models, monkeypatch):
+    monkeypatch.setattr(web_demo, "pieces_of", lambda *args: iter([Reply("", True, 1)]))
+    panel = Panel([{"role": "user", "content": "头痛"}])
+    list(converse(models[0], None, "", panel, SHORT, 42))
+    assert answered(panel.turns) == []
+
+
+def test_turns_that_training_never_shows_are_not_asked(models):
+    panel = Panel([{"role": "user", "content": "头痛"}, {"role": "user", "content": "还有呢"}])
+    list(converse(models[0], None, "", panel, SHORT, 42))
+    assert panel.note == "不能回答 cannot be asked: turns 1 and 2 are both from the user; join them"
+
+
 def test_closing_a_reply_ends_its_generation(models):
     pieces = pieces_of(models[0], [1, 2, 3], Decoding(max_new_tokens=2000), 42)
     next(pieces)
@@ -119,6 +133,15 @@ def test_any_failure_of_a_generation_reaches_the_page(models, monkeypatch):
     monkeypatch.setattr(web_demo, "stream_reply", fail)
     with pytest.raises(KeyError, match="lost"):
         list(pieces_of(models[0], [1, 2, 3], SHORT, 42))
+
+
+def test_a_chat_is_given_text_and_no_markup(models):
+    said = [{"role": "user", "content": "1~2片*3次\n  <b>&lt;"}]
+    text = "1~2片*3次\n  &lt;b&gt;&amp;lt;"
+    assert as_text(said) == [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    chats = [block for block in build_page(models[:1], None).blocks.values() if block.get_block_name() == "chatbot"]
+    assert [chat.render_markdown for chat in chats] == [False, False]
+    assert [chat.latex_delimiters for chat in chats] == [[], []]
 
 
 def test_an_address_that_cannot_be_listened_on_is_refused_before_weights_load(tiny_model_dir, monkeypatch):
@@ -162,50 +185,105 @@ def address(tiny_model_dir, adapter, reward_adapter, tmp_path_factory):
     server.wait(60)
 
 
-@pytest.mark.slow
-def test_ask_stream_switch_and_compare_in_a_browser(address, adapter, models, tmp_path):
+@pytest.fixture
+def chromium():
+    """A real browser."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
         pytest.skip("no Chromium: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.set_default_timeout(120_000)
-        elsewhere = []
-        page.on("request", lambda request: request.url.startswith(address) or elsewhere.append(request.url))
-        page.goto(address)
-        notice = page.locator("#notice")
-        sync_api.expect.set_options(timeout=60_000)
-        sync_api.expect(notice).to_contain_text(NOTICE)
-        sync_api.expect(notice).to_contain_text(EMERGENCY.split("。")[0])
-
-        # The adapter is chosen first; greedy, 512 tokens.
-        page.locator("#question textarea").fill("头痛")
-        page.locator("#send").click()
-        bot = page.locator("#left-chat .bot.message")
-        sync_api.expect(bot).to_have_count(1)
-        sync_api.expect(page.locator("#left-note")).to_contain_text("tokens")
-        sync_api.expect(page.locator("#left-note")).to_contain_text("score")
-        sync_api.expect(page.locator("#question textarea")).to_have_value("")
-
-        # Two side by side.
-        page.locator("#right-model input").click()
-        page.get_by_role("option", name="base").click()
-        page.locator("#question textarea").fill("感冒了")
-        page.locator("#send").click()
-        sync_api.expect(page.locator("#right-note")).to_contain_text("score")
-        sync_api.expect(page.locator("#left-chat .bot.message")).to_have_count(2)
-        sync_api.expect(page.locator("#right-chat .bot.message")).to_have_count(1)
-
-        # Another model starts another conversation; the line is still in view.
-        page.locator("#left-model input").click()
-        page.get_by_role("option", name="base").click()
-        sync_api.expect(page.locator("#left-chat .bot.message")).to_have_count(0)
-        sync_api.expect(notice).to_be_in_viewport()
-        page.locator("#clear").click()
-        sync_api.expect(page.locator("#right-chat .bot.message")).to_have_count(0)
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
         browser.close()
+
+
+SAID = [
+    "阿莫西林0.5g*24粒，每次2粒*3次/日*7天",
+    "每次1~2片，每日2~3次，能吃*3*天吗？<b>谢谢</b>",
+    "*a* ~~b~~ __c__ _d_ `e` #1 > 2 < 3 & &lt; &amp;nbsp; $x$ $$y$$ \\( z \\) \\* \\n | a | b |",
+    "1. 一\n2) 二\n- 三\n\n---\n# 四\n> 五\n    六  七\n|a|b|\n|-|-|\n```\nx*y*z\n```",
+    "https://example.com/a_b_c?x=1&y=2 [l](http://x) ![i](http://x/i.png) <img src=x onerror=alert(1)><!-- x -->O2<9%",
+]
+
+
+@pytest.mark.slow
+def test_text_is_shown_and_copied_as_it_was_said(chromium, models, monkeypatch):
+    """Of both sides; the model repeats the question in two pieces."""
+
+    def repeat(chat_model, chat_template, messages, room):
+        question[:] = [messages[-1]["content"]]
+        return [1], 0
+
+    def pieces(*args):
+        (text,) = question
+        yield from (text[: len(text) // 2], text[len(text) // 2 :], Reply(text, True, 1))
+
+    question: list[str] = []
+    monkeypatch.setattr(web_demo, "encode_recent", repeat)
+    monkeypatch.setattr(web_demo, "pieces_of", pieces)
+    demo = build_page(models[:1], None)
+    looks = {"css": web_demo.CSS, "js": web_demo.JS}
+    _, address, _ = demo.launch(prevent_thread_lock=True, ssr_mode=False, quiet=True, **looks)
+    try:
+        page = chromium.new_page()
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.goto(address)
+        for n_before, text in enumerate(SAID):
+            page.locator("#question textarea").fill(text)
+            page.locator("#send").click()
+            page.locator("#left-chat .bot.message").nth(n_before).wait_for()
+            page.wait_for_function(
+                f"document.querySelectorAll('#left-chat button[aria-label^=Copy]').length > {n_before}"
+            )
+            for side in ("user", "bot"):
+                bubble = page.locator(f"#left-chat .{side}.message").nth(n_before)
+                page.wait_for_function("([e, text]) => e.innerText == text", arg=[bubble.element_handle(), text])
+            page.locator("#left-chat button[aria-label^=Copy]").last.click()
+            assert page.evaluate("navigator.clipboard.readText()") == text
+    finally:
+        demo.close()
+
+
+@pytest.mark.slow
+def test_ask_stream_switch_and_compare_in_a_browser(chromium, address):
+    from playwright.sync_api import expect
+
+    page = chromium.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(120_000)
+    elsewhere = []
+    page.on("request", lambda request: request.url.startswith(address) or elsewhere.append(request.url))
+    page.goto(address)
+    notice = page.locator("#notice")
+    expect.set_options(timeout=60_000)
+    expect(notice).to_contain_text(NOTICE)
+    expect(notice).to_contain_text(EMERGENCY.split("。")[0])
+
+    # The adapter is chosen first; greedy, 512 tokens.
+    page.locator("#question textarea").fill("头痛")
+    page.locator("#send").click()
+    bot = page.locator("#left-chat .bot.message")
+    expect(bot).to_have_count(1)
+    expect(page.locator("#left-note")).to_contain_text("tokens")
+    expect(page.locator("#left-note")).to_contain_text("score")
+    expect(page.locator("#question textarea")).to_have_value("")
+
+    # Two side by side.
+    page.locator("#right-model input").click()
+    page.get_by_role("option", name="base").click()
+    page.locator("#question textarea").fill("感冒了")
+    page.locator("#send").click()
+    expect(page.locator("#right-note")).to_contain_text("score")
+    expect(page.locator("#left-chat .bot.message")).to_have_count(2)
+    expect(page.locator("#right-chat .bot.message")).to_have_count(1)
+
+    # Another model starts another conversation; the line is still in view.
+    page.locator("#left-model input").click()
+    page.get_by_role("option", name="base").click()
+    expect(page.locator("#left-chat .bot.message")).to_have_count(0)
+    expect(notice).to_be_in_viewport()
+    page.locator("#clear").click()
+    expect(page.locator("#right-chat .bot.message")).to_have_count(0)
     assert elsewhere == []
 
 
@@ -219,5 +297,5 @@ def test_the_page_answers_its_own_client(address, models, adapter):
     assert right == []
     assert "score" in note
     (part,) = left[1]["content"]
-    assert part["text"] == reply_of(models[1], [{"role": "user", "content": "头痛"}])
+    assert html.unescape(part["text"]) == reply_of(models[1], [{"role": "user", "content": "头痛"}])
     assert len(job.outputs()) > 1

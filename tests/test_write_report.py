@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from write_report import curves, main
+from write_report import curves, main, markdown_cell
 
 from errors import UserError
 
@@ -169,3 +169,7 @@ def test_user_errors(tmp_path):
     with pytest.raises(UserError, match=r"trainer_state\.json: not JSON"):
         main(["--runs", str(run), *out])
     assert not (tmp_path / "report").exists()
+
+
+def test_a_cell_of_markdown_shows_a_dose_as_it_is():
+    assert markdown_cell("0.5g*24粒\n1~2片*7天|`$\\") == r"0.5g\*24粒<br>1\~2片\*7天\|\`\$\\"
