@@ -37,8 +37,10 @@ if [ -n "$LORA" ] && [ ! -f "$LORA/adapter_config.json" ]; then
     exit 2
 fi
 
-n_gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
-if [ "$n_gpus" -gt 0 ] && "$VLLM_PYTHON" -c 'import vllm' 2> /dev/null; then
+gpus=0
+# It ends here, with a line, where vLLM's torch cannot use the GPUs.
+if "$VLLM_PYTHON" -c 'import vllm' 2> /dev/null; then gpus=$("$VLLM_PYTHON" devices.py "$@"); fi
+if [ "$gpus" != 0 ] && [ "$gpus" != cpu ]; then
     args=(
         --model "$MODEL"
         --host "$HOST"

@@ -23,7 +23,8 @@ SHARED = {
     "data_forms": ({"records"}, set()),
     "near_duplicates": (set(), {"numpy", "datasketch"}),
     "tokenization": ({"template", "records"}, {"datasets", "jinja2", "numpy", "transformers"}),
-    "arguments": (set(), {"torch", "transformers"}),
+    "devices": (set(), {"torch"}),
+    "arguments": ({"devices"}, {"torch", "transformers"}),
     "model_loading": (
         set(),
         {"torch", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "loguru"},
@@ -41,7 +42,7 @@ SHARED = {
     "generation": (set(), {"torch", "transformers"}),
     "chat_models": (
         {"model_loading", "template", "tokenization"},
-        {"torch", "transformers", "peft", "loguru"},
+        {"torch", "transformers", "peft"},
     ),
     "text_metrics": (set(), {"rouge_score", "sacrebleu"}),
     "intervals": (set(), {"numpy"}),

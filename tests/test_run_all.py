@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # file that is called go.
 STAND_IN = """#!/usr/bin/env bash
 [ "$1" != -c ] || exec python3 "$@"
+[ "$1" != devices.py ] || { [[ "$*" != *--use_cpu* ]] || echo cpu; exit; }
+[ "$1" != -m ] || shift 2
 script=$1
 shift
 echo "$script $*" >> calls
