@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -17,6 +18,12 @@ SECONDS_FOR_THE_FIRST = 15
 # Training names its own remedies.
 WHERE_NOTHING_TRAINS = (
     "the weights alone do not fit: --load_in_4bit True, or a smaller model; nvidia-smi says what else holds memory"
+)
+
+# On CPUs with avx512_bf16 bitsandbytes 0.50.2, which peft imports, advises to install `kernels`, for an operation that
+# model_loading keeps switched off.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 )
 
 

@@ -37,10 +37,8 @@ if [ -n "$LORA" ] && [ ! -f "$LORA/adapter_config.json" ]; then
     exit 2
 fi
 
-gpus=0
-# It ends here, with a line, where vLLM's torch cannot use the GPUs.
-if "$VLLM_PYTHON" -c 'import vllm' 2> /dev/null; then gpus=$("$VLLM_PYTHON" devices.py "$@"); fi
-if [ "$gpus" != 0 ] && [ "$gpus" != cpu ]; then
+gpus=$("$VLLM_PYTHON" devices.py "$@") # it ends here, with a line, where torch cannot use the GPUs
+if [[ $gpus =~ ^[1-9] ]] && "$VLLM_PYTHON" -c 'import vllm' 2> /dev/null; then
     args=(
         --model "$MODEL"
         --host "$HOST"

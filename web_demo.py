@@ -16,6 +16,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+# Before the libraries: it keeps one of them from a misleading line.
+from errors import UserError, run_script
+
+# isort: split
 import gradio as gr
 from loguru import logger
 from transformers import set_seed
@@ -32,7 +36,6 @@ from chat_models import (
     describe_models,
     load_weights,
 )
-from errors import UserError, run_script
 from generation import Decoding, Reply, stream_reply
 from records import Unusable
 from template import Message

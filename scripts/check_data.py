@@ -100,12 +100,9 @@ def measure_by(args: argparse.Namespace, kind: Kind) -> Callable[[Record], Measu
     """Measures in tokens, or without a tokenizer in characters. What it returns raises Unusable for a fault."""
     if not args.tokenizer:
         return lambda record: Measured(len(words_of(record)))
-    import transformers
-
     from model_loading import load_tokenizer
     from tokenization import load_chat_template, pair_lengths, token_length
 
-    transformers.logging.set_verbosity_error()  # it would warn of each record that is over the tokenizer's own limit
     hub_options = {"cache_dir": args.cache_dir, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.tokenizer, flag="--model_name_or_path", **hub_options)
     chat_template = load_chat_template(tokenizer, args.template_name) if kind != "documents" else None

@@ -1,5 +1,7 @@
 """How a script ends: with one line for a mistake, at the second signal, with its launcher."""
 
+import inspect
+import logging
 import os
 import signal
 import subprocess
@@ -13,6 +15,18 @@ import errors
 from errors import UserError, end_at_next_signal, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_bitsandbytes_says_all_but_one_line(caplog):
+    from bitsandbytes.backends.cpu import ops
+
+    misleading = "Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure you already "
+    assert misleading in inspect.getsource(ops)
+    logger = logging.getLogger(ops.__name__)
+    assert ops.logger is logger
+    logger.warning(misleading, "No module named 'kernels'")
+    logger.warning("another line")
+    assert caplog.messages == ["another line"]
 
 
 def test_a_mistake_is_one_line_and_2(capsys):

@@ -211,6 +211,16 @@ def test_stages_and_tools_have_the_same_frame(name):
     assert "os.environ" not in ast.unparse(module)
 
 
+@pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
+def test_a_script_imports_errors_before_the_libraries(path):
+    """They import bitsandbytes, a line of which `errors` silences."""
+    if "if __name__ ==" in path.read_text(encoding="utf-8"):
+        at_the_top = [node for node in tree(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        order = [name for node in at_the_top for name in imported_names(node)]
+        before = order[: order.index("errors")] if "errors" in order else order
+        assert not {"transformers", "accelerate", "peft", "trl"} & set(before)
+
+
 # ---------------------------------------------------------------- all text
 
 

@@ -112,6 +112,8 @@ def start(launcher: Path, work: Path, *flags: str, **variables: str) -> tuple[su
     for record in calls.read_bytes().decode().split("\x1e")[:-1]:
         folder, devices, offline, *words = record.split("\0")[:-1]
         at = next(index for index, word in enumerate(words) if word.endswith(".py"))
+        if words[at] == "devices.py":  # asked by the launcher itself
+            continue
         recorded.append(Call(folder, devices, offline, words[:at], words[at], words[at + 1 :]))
     return finished, recorded
 
