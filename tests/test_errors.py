@@ -1,11 +1,11 @@
 """How a script ends: with one line for a mistake, at the second signal, with its launcher."""
 
 import inspect
-import logging
 import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,14 +17,16 @@ from errors import UserError, end_at_next_signal, run_script
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_bitsandbytes_says_all_but_one_line(caplog):
-    from bitsandbytes.backends.cpu import ops
-
-    misleading = "Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure you already "
-    assert misleading in inspect.getsource(ops)
-    logger = logging.getLogger(ops.__name__)
-    assert ops.logger is logger
-    logger.warning(misleading, "No module named 'kernels'")
+@pytest.mark.parametrize(
+    ("module", "logger"),
+    [("bitsandbytes.backends.cpu.ops", "logger"), ("deepspeed.accelerator.real_accelerator", "accel_logger")],
+)
+def test_a_library_says_all_but_its_misleading_line(monkeypatch, caplog, module, logger):
+    logger = getattr(import_module(module), logger)
+    misleading = errors.MISLEADING[logger.name]
+    assert misleading in inspect.getsource(sys.modules[module])
+    monkeypatch.setattr(logger, "propagate", True)
+    logger.warning(misleading)
     logger.warning("another line")
     assert caplog.messages == ["another line"]
 
