@@ -280,12 +280,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if web_args.host not in LOOPBACK:
         logger.warning(f"--host {web_args.host}: whoever reaches port {web_args.port} can ask")
     page = build_page(models, reward_model)
+    logger.info(f"the chat page: http://{web_args.host}:{web_args.port}")
     page.launch(
         server_name=web_args.host,
         server_port=web_args.port,
         theme=THEME,
         css=CSS,
         share=False,
+        quiet=True,  # it would advise a public link
         ssr_mode=False,
         show_error=True,
         footer_links=[],

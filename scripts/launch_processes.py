@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.help or (n_processes == 1 and not is_one_of_several_nodes(os.environ) and not flags.deepspeed):
         os.execv(sys.executable, [sys.executable, *script_and_flags])
     cpu_reason(on_cpu)  # once, before as many processes meet it
+    if n_processes > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with four lines of warning
     torchrun([*rendezvous(os.environ), "--nproc_per_node", str(n_processes), *script_and_flags])
 
 
