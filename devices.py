@@ -97,7 +97,8 @@ def _unusable(listing: str) -> str:
     import torch
 
     names, table = Counter(_names(listing)), _nvidia_smi()
-    driver = re.search(r"Driver Version: *([\d.]+)", table)
+    asked = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    driver = re.match(r"(\d+\.[\d.]+)\s", f"{asked}\n") or re.search(r"Driver Version: *([\d.]+)", table)
     cuda = re.search(r"CUDA(?: UMD)? Version: *([\d.]+)", table)
     found = ", ".join(f"{count} x {name}" for name, count in names.items())
     found += f"; driver {driver[1] if driver else 'unknown'}" + (f", which has CUDA {cuda[1]}" if cuda else "")
