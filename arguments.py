@@ -2,7 +2,7 @@
 
 The guide's commands were written for older libraries. Flags that transformers 5 or TRL renamed or dropped are
 translated to what they meant, each with one line in the log; a flag nobody knows is refused with the nearest known
-one. On a machine without CUDA the run goes on in float32 on the CPU and says so.
+one. On a machine without GPU the run goes on in float32 on the CPU and says so.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from devices import cpu_reason
 from errors import UserError
 
 
@@ -201,7 +202,10 @@ class StageArgumentParser(HfArgumentParser):
         values = vars(namespace)
         by_flag = _values_by_flag(argv)
         self.given = {flag: value for flag, value in by_flag.items() if flag not in SECRETS}
-        self._settle_training_arguments(values, {flag.removeprefix("--") for flag in by_flag})
+        given = {flag.removeprefix("--") for flag in by_flag}
+        self._settle_training_arguments(values, given)
+        if "use_cpu" in values and values.get("base_model", "") is not None:  # an evaluation may need no model
+            self._settle_device(values, given)
         instances = []
         for dataclass_type in self.dataclass_types:
             names = {name for name, spec in dataclass_type.__dataclass_fields__.items() if spec.init}
@@ -318,7 +322,6 @@ class StageArgumentParser(HfArgumentParser):
         # Without the flag transformers keeps the running mean in the log where the loss was nan, which hides it.
         values["logging_nan_inf_filter"] = False
         self._check_trackers(values)
-        self._settle_device(values, given)
 
     def _settle_deepspeed(self, values: dict) -> None:
         _check_deepspeed(values["deepspeed"])
@@ -345,7 +348,8 @@ class StageArgumentParser(HfArgumentParser):
                 raise UserError(f"--report_to {tracker}: the package is not installed; run `pip install {tracker}`")
 
     def _settle_device(self, values: dict, given: set[str]) -> None:
-        if torch.cuda.is_available() and not values["use_cpu"]:
+        reason = cpu_reason(values["use_cpu"])
+        if not reason and "bf16" in values:
             # Without the argument, torch 2.13 also says yes where bfloat16 is emulated, which is slow.
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             if values["bf16"] and not has_bf16:
@@ -355,10 +359,11 @@ class StageArgumentParser(HfArgumentParser):
                 if not has_bf16:
                     name = torch.cuda.get_device_name()
                     self.notes.append(f"{name} has no bfloat16: training in float32; --fp16 True is faster")
+        if not reason:
             return
         # Without use_cpu, two torchrun processes on such a machine are two trainings in one folder, each alone.
         values["use_cpu"] = True
-        replaced = [f"--{name}" for name in ("bf16", "fp16") if values[name]]
+        replaced = [f"--{name}" for name in ("bf16", "fp16") if values.get(name)]
         if values.get("torch_dtype") in ("bfloat16", "float16"):
             replaced.append(f"--torch_dtype {values['torch_dtype']}")
         if values.get("device_map"):
@@ -369,8 +374,7 @@ class StageArgumentParser(HfArgumentParser):
         if "torch_dtype" in values:
             values.update(torch_dtype="float32", device_map=None)
         instead = f" instead of {', '.join(replaced)}" if replaced else ""
-        reason = "--use_cpu" if torch.cuda.is_available() else "no CUDA device"
-        self.notes.append(f"{reason}: training on the CPU in float32{instead}")
+        self.notes.append(f"{reason}: float32 on the CPU{instead}")
 
 
 def _one_bool(flag: str, values: list[str]) -> bool:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from loguru import logger
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -59,6 +58,7 @@ class ChatModelArguments:
     load_in_8bit: bool = field(default=False, metadata={"help": "Base weights in 8 bit (bitsandbytes)."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Base weights in 4-bit NF4 (bitsandbytes)."})
     device_map: str | None = field(default=None, metadata={"help": "auto splits the model over several GPUs."})
+    use_cpu: bool = field(default=False, metadata={"help": "The CPU, though there are GPUs."})
     flash_attn: bool = field(
         default=False, metadata={"help": "FlashAttention 2 if it is installed, otherwise PyTorch's SDPA."}
     )
@@ -77,6 +77,11 @@ class ChatModelArguments:
     @property
     def hub_options(self) -> dict:
         return {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code}
+
+    @property
+    def load_options(self) -> dict:
+        names = ("torch_dtype", "load_in_4bit", "load_in_8bit", "device_map", "flash_attn", "allow_pickle_weights")
+        return {name: getattr(self, name) for name in names} | self.hub_options
 
 
 def check_address(host: str, port: int) -> None:
@@ -245,7 +250,7 @@ def _rendered_probes(chat_template: ChatTemplate) -> list[str | None]:
 
 def load_weights(models: Sequence[ChatModel], model_args: ChatModelArguments) -> None:
     """Load each base once, with the adapters of all the models on it, on the GPU if there is one."""
-    options = _load_options(model_args)
+    options = model_args.load_options
     for base_model in dict.fromkeys(chat_model.base_model for chat_model in models):
         sharing = [chat_model for chat_model in models if chat_model.base_model == base_model]
         adapters = {}
@@ -258,30 +263,12 @@ def load_weights(models: Sequence[ChatModel], model_args: ChatModelArguments) ->
         else:
             model = load_base_model(base_model, flag="--base_model", **options)
         for chat_model in sharing:
-            chat_model.model = _placed(model)
+            chat_model.model = _placed(model, model_args)
             check_vocabulary(chat_model.tokenizer, model)
 
 
-def _load_options(model_args: ChatModelArguments) -> dict:
-    torch_dtype, device_map = model_args.torch_dtype, model_args.device_map
-    if not torch.cuda.is_available():
-        given = [f"--torch_dtype {torch_dtype}"] if torch_dtype in ("bfloat16", "float16") else []
-        given += [f"--device_map {device_map}"] if device_map else []
-        logger.info("no CUDA device: float32 on the CPU" + (f" instead of {', '.join(given)}" if given else ""))
-        torch_dtype, device_map = "float32", None
-    return {
-        "torch_dtype": torch_dtype,
-        "load_in_4bit": model_args.load_in_4bit,
-        "load_in_8bit": model_args.load_in_8bit,
-        "device_map": device_map,
-        "flash_attn": model_args.flash_attn,
-        "allow_pickle_weights": model_args.allow_pickle_weights,
-        **model_args.hub_options,
-    }
-
-
-def _placed(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-    if torch.cuda.is_available() and not hasattr(model, "hf_device_map"):
+def _placed(model: PreTrainedModel | PeftModel, model_args: ChatModelArguments) -> PreTrainedModel | PeftModel:
+    if torch.cuda.is_available() and not (model_args.use_cpu or hasattr(model, "hf_device_map")):
         model.to("cuda")
     return model.eval()
 
@@ -299,7 +286,8 @@ class RewardModel:
         self.tokenizer = load_tokenizer(path, flag=flag, **model_args.hub_options)
         self.chat_template = choose_template(self.tokenizer, None, read_lineage(path), trained=True)
         lora_model = path if is_adapter(path) else None
-        self.model = _placed(load_reward_model(base_of(path), lora_model, flag=flag, **_load_options(model_args)))
+        model = load_reward_model(base_of(path), lora_model, flag=flag, **model_args.load_options)
+        self.model = _placed(model, model_args)
 
     def encode(self, messages: list[Message], reply: str, ended: bool = True) -> list[int]:
         """What is scored: the prompt and the reply with its end token, which a reply that was cut has none of."""

@@ -21,6 +21,10 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+# Before the libraries: it keeps one of them from a misleading line.
+from errors import UserError, run_script
+
+# isort: split
 import torch
 from datasets import Dataset
 from loguru import logger
@@ -28,7 +32,6 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from checkpoints import BEST, find_checkpoint
-from errors import UserError, run_script
 from generation import Decoding, generate_replies
 from model_loading import (
     Lineage,

@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -18,6 +19,15 @@ SECONDS_FOR_THE_FIRST = 15
 WHERE_NOTHING_TRAINS = (
     "the weights alone do not fit: --load_in_4bit True, or a smaller model; nvidia-smi says what else holds memory"
 )
+
+# By logger, lines that mislead when libraries are imported: bitsandbytes 0.50.2 advises to install `kernels` for what
+# model_loading keeps switched off, and whether a GPU is missing or was not wanted is for `devices` to say.
+MISLEADING = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community: ",
+    "DeepSpeed": "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.",
+}
+for name, line in MISLEADING.items():
+    logging.getLogger(name).addFilter(lambda record, line=line: not record.getMessage().startswith(line))
 
 
 class UserError(ValueError):

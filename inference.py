@@ -25,6 +25,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+# Before the libraries: it keeps one of them from a misleading line.
+from errors import Unusable, UserError, run_script
+
+# isort: split
 import torch
 from loguru import logger
 from tqdm import tqdm
@@ -40,7 +44,6 @@ from chat_models import (
     describe_models,
     load_weights,
 )
-from errors import Unusable, UserError, run_script
 from generation import Decoding, Reply, generate_replies, stream_reply
 from record_keys import Reading, split_keys
 from records import find_files, load_prompts, turns_to_answer

@@ -22,6 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+# Before the libraries: it keeps one of them from a misleading line.
+from errors import UserError, run_script
+
+# isort: split
 import torch
 from loguru import logger
 from peft import PeftModel
@@ -35,7 +39,6 @@ from transformers import (
 )
 
 from arguments import StageArgumentParser
-from errors import UserError, run_script
 from model_loading import (
     Lineage,
     check_model_path,

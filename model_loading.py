@@ -269,6 +269,8 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         # Padding is masked by position, never by id, so the end token stays a token to learn.
         tokenizer.pad_token = tokenizer.eos_token
+    # Longer texts are left out or cut, and counted; transformers 5.24 would warn that they end in indexing errors.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 

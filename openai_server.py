@@ -23,6 +23,10 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Literal
 
+# Before the libraries: it keeps one of them from a misleading line.
+from errors import UserError, run_script
+
+# isort: split
 import torch
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -36,7 +40,6 @@ from transformers import set_seed
 
 from arguments import StageArgumentParser
 from chat_models import LOOPBACK, NOTICE, ChatModel, ChatModelArguments, check_address, describe_model, load_weights
-from errors import UserError, run_script
 from generation import Decoding, Reply, stream_reply
 from records import Unusable, turns_to_answer
 from tokenization import encode_prompt, refuse_control_tokens

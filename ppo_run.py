@@ -101,7 +101,7 @@ def start_accelerator(training_args: PPOTrainingArguments, logging_dir: str | No
     )
     if trackers:
         accelerator.init_trackers(training_args.run_name or "ppo")
-    if torch.cuda.device_count() > accelerator.num_processes:
+    if not training_args.use_cpu and torch.cuda.device_count() > accelerator.num_processes:
         logger.info(
             f"{torch.cuda.device_count()} GPUs are visible and {accelerator.num_processes} used: torchrun "
             f"--nproc_per_node {torch.cuda.device_count()} ppo_training.py uses them all"

@@ -39,6 +39,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+# Before the libraries: it keeps one of them from a misleading line.
+from errors import UserError, run_script
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -48,7 +52,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from checkpoints import BEST, find_checkpoint, no_other_run
-from errors import UserError, run_script
 from model_loading import (
     Lineage,
     base_of,

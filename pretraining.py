@@ -19,6 +19,10 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+# Before the libraries: it keeps one of them from a misleading line.
+from errors import UserError, run_script
+
+# isort: split
 import torch
 from datasets import IterableDataset
 from loguru import logger
@@ -27,7 +31,6 @@ from transformers import PreTrainedTokenizerBase
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
 from checkpoints import BEST, find_checkpoint
-from errors import UserError, run_script
 from model_loading import (
     Lineage,
     base_of,

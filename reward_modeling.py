@@ -29,6 +29,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+# Before the libraries: it keeps one of them from a misleading line.
+from errors import UserError, run_script
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -43,7 +47,6 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from causal_lm_trainer import LongestFirstSampler, trained_weights_kept
 from checkpoints import BEST, find_checkpoint
-from errors import UserError, run_script
 from intervals import wilson_interval
 from model_loading import (
     Lineage,

@@ -10,7 +10,7 @@ cd "$(dirname "$0")"
 
 bash setup.sh
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
-export PYTHON HF_HUB_OFFLINE=1
+export PYTHON HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= # also where there are GPUs
 export MODEL=models/tiny-qwen2 NAME=demo DO_PT=1 ALIGN=both
 export FOLLOW=1 # the stages write here too
 export TEMPLATE=chatml # without the system prompt that Qwen's template adds to each dialogue

@@ -23,6 +23,17 @@ BATCH=${BATCH:-8}
 OUTPUT=${OUTPUT:-outputs-benchmarks}       # a folder in it for each model, a file for each run
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+# Where torch cannot use the GPUs lm-eval would take the CPU without a word; its own flag for --use_cpu is --device.
+flags=()
+previous=
+for word in "$@"; do
+    [[ $word == --use_cpu* || ($previous == --use_cpu && $word != --*) ]] || flags+=("$word")
+    previous=$word
+done
+if [[ " $* " != *" --device "* ]]; then
+    gpus=$("$PYTHON" devices.py "$@")
+    [ "$gpus" != cpu ] || flags+=(--device cpu)
+fi
 if ! "$PYTHON" -c "import lm_eval" 2> /dev/null; then
     echo "error: lm-evaluation-harness is not installed: $PYTHON -m pip install -r requirements-eval.txt" >&2
     exit 2
@@ -46,4 +57,4 @@ exec "$PYTHON" -m lm_eval run \
     --batch_size "$BATCH" \
     --output_path "$OUTPUT" \
     --log_samples \
-    "$@"
+    "${flags[@]}"

@@ -37,8 +37,8 @@ if [ -n "$LORA" ] && [ ! -f "$LORA/adapter_config.json" ]; then
     exit 2
 fi
 
-n_gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
-if [ "$n_gpus" -gt 0 ] && "$VLLM_PYTHON" -c 'import vllm' 2> /dev/null; then
+gpus=$("$VLLM_PYTHON" devices.py "$@") # it ends here, with a line, where torch cannot use the GPUs
+if [[ $gpus =~ ^[1-9] ]] && "$VLLM_PYTHON" -c 'import vllm' 2> /dev/null; then
     args=(
         --model "$MODEL"
         --host "$HOST"

@@ -24,17 +24,9 @@ BATCH=${BATCH:-2}
 ACCUMULATION=${ACCUMULATION:-16}
 MAX_LENGTH=${MAX_LENGTH:-2048}
 DEEPSPEED=${DEEPSPEED:-}                    # ds_configs/zero2.json shards the optimizer over the GPUs
-export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1}
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1} # one process for each that is there; "" is the CPU
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
-# One process a GPU that is both listed and there; without any, one process on the CPU.
-n_gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
-n_listed=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c . || true)
-N_PROCESSES=${N_PROCESSES:-$((n_gpus < n_listed ? n_gpus : n_listed))}
-launch=("$PYTHON")
-if [ "$N_PROCESSES" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ] || [ -n "$DEEPSPEED" ]; then
-    launch+=(-m scripts.launch_processes --nproc_per_node "$((N_PROCESSES > 1 ? N_PROCESSES : 1))")
-fi
 
 args=(
     --model_name_or_path "$MODEL"
@@ -81,4 +73,4 @@ args=(
 [ -z "$DEEPSPEED" ] || args+=(--deepspeed "$DEEPSPEED")
 
 # exec: a signal to this script's process id reaches the training, which then saves a checkpoint.
-exec "${launch[@]}" supervised_finetuning.py "${args[@]}" "$@"
+exec "$PYTHON" -m scripts.launch_processes supervised_finetuning.py "${args[@]}" "$@"

@@ -19,6 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+# Before the libraries: it keeps one of them from a misleading line.
+from errors import UserError, run_script
+
+# isort: split
 from datasets import Dataset
 from loguru import logger
 from trl import pack_dataset
@@ -26,7 +30,6 @@ from trl import pack_dataset
 from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
 from checkpoints import BEST, find_checkpoint
-from errors import UserError, run_script
 from model_loading import (
     Lineage,
     base_of,

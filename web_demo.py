@@ -17,6 +17,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+# Before the libraries: it keeps one of them from a misleading line.
+from errors import UserError, run_script
+
+# isort: split
 import gradio as gr
 from loguru import logger
 from transformers import set_seed
@@ -33,7 +37,6 @@ from chat_models import (
     describe_models,
     load_weights,
 )
-from errors import UserError, run_script
 from generation import Decoding, Reply, stream_reply
 from records import Unusable, turns_to_answer
 from template import Message
@@ -298,6 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if web_args.host not in LOOPBACK:
         logger.warning(f"--host {web_args.host}: whoever reaches port {web_args.port} can ask")
     page = build_page(models, reward_model)
+    logger.info(f"the chat page: http://{web_args.host}:{web_args.port}")
     page.launch(
         server_name=web_args.host,
         server_port=web_args.port,
@@ -305,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         css=CSS,
         js=JS,
         share=False,
+        quiet=True,  # it would advise a public link
         ssr_mode=False,
         show_error=True,
         footer_links=[],

@@ -102,12 +102,9 @@ def measure_by(args: argparse.Namespace, kind: Kind, reading: Reading) -> Callab
     """Measures in tokens, or without a tokenizer in characters. What it returns raises Unusable for a fault."""
     if not args.tokenizer:
         return lambda record: Measured(len(words_of(record)))
-    import transformers
-
     from model_loading import load_tokenizer
     from tokenization import LEFT_OUT_THOUGHTS, load_chat_template, n_thoughts_left_out, pair_lengths, token_length
 
-    transformers.logging.set_verbosity_error()  # it would warn of each record that is over the tokenizer's own limit
     hub_options = {"cache_dir": args.cache_dir, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.tokenizer, flag="--model_name_or_path", **hub_options)
     chat_template = load_chat_template(tokenizer, args.template_name) if kind != "documents" else None

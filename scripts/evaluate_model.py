@@ -28,6 +28,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# Before the libraries: it keeps one of them from a misleading line.
+from errors import UserError, run_script
+
+# isort: split
 import torch
 from loguru import logger
 from tqdm import tqdm
@@ -35,7 +39,6 @@ from transformers import set_seed
 
 from arguments import StageArgumentParser
 from chat_models import ChatModel, ChatModelArguments, RewardModel, describe_model, describe_models, load_weights
-from errors import UserError, run_script
 from generation import Decoding, generate_replies
 from intervals import bootstrap_interval, paired_bootstrap, wilson_interval
 from model_loading import read_lineage

@@ -19,6 +19,10 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# Before the libraries: it keeps one of them from a misleading line.
+from errors import UserError, run_script
+
+# isort: split
 import gguf
 import torch
 from loguru import logger
@@ -32,7 +36,6 @@ from transformers import (
 )
 
 from arguments import StageArgumentParser
-from errors import UserError, run_script
 from model_loading import check_model_path, check_vocabulary, is_adapter, load_base_model, load_config, load_tokenizer
 from output_files import new_folder
 from records import Unusable, find_files, load_dialogues

@@ -31,6 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_forms import add_ignore_keys, dropped_lines, guide_line, unread_lines
+from devices import add_use_cpu, cpu_reason
 from errors import Unusable, UserError, run_script
 from output_files import new_text_file, refuse_same
 from record_keys import Reading
@@ -322,7 +323,7 @@ class Judge:
         self.tokenizer, self.chat_template = load_words(path, "--reward_model", args)
         adapter = path if is_adapter(path) else None
         model = load_reward_model(base_of(path), adapter, flag="--reward_model", **loading_options(args))
-        self.model = on_device(model)
+        self.model = on_device(model, args)
         self.batch_size = args.batch_size
         self.context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
@@ -388,7 +389,7 @@ def load_speaker(args: argparse.Namespace) -> tuple["PreTrainedModel", "PreTrain
         model = load_with_adapter(base_of(args.model), args.model, **options)
     else:
         model = load_base_model(args.model, flag="--model", **options)
-    model = on_device(model)
+    model = on_device(model, args)
     check_vocabulary(tokenizer, model)
     return model, tokenizer, chat_template
 
@@ -411,22 +412,18 @@ def load_words(path: str, flag: str, args: argparse.Namespace) -> tuple["PreTrai
 
 
 def loading_options(args: argparse.Namespace) -> dict:
-    """How weights are loaded for use: on the GPU as the flags say, without one in float32."""
-    import torch
-
+    """How weights are loaded for use: on the GPU as the flags say, on the CPU in float32."""
     return {
-        "torch_dtype": args.torch_dtype if torch.cuda.is_available() else "float32",
+        "torch_dtype": "float32" if args.use_cpu else args.torch_dtype,
         "load_in_4bit": args.load_in_4bit,
         "load_in_8bit": args.load_in_8bit,
         "cache_dir": args.cache_dir,
     }
 
 
-def on_device(model: "PreTrainedModel") -> "PreTrainedModel":
-    """The model on the GPU, if there is one and loading has not put it there."""
-    import torch
-
-    if torch.cuda.is_available() and not hasattr(model, "hf_device_map"):
+def on_device(model: "PreTrainedModel", args: argparse.Namespace) -> "PreTrainedModel":
+    """The model where it is used, unless loading has put it there."""
+    if not (args.use_cpu or hasattr(model, "hf_device_map")):
         model.to("cuda")
     return model.eval()
 
@@ -499,8 +496,12 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--load_in_4bit", action="store_true", help="base weights in 4-bit NF4 (bitsandbytes)")
     group.add_argument("--load_in_8bit", action="store_true", help="base weights in 8 bit (bitsandbytes)")
     group.add_argument("--cache_dir", help="folder for downloaded models")
+    add_use_cpu(group)
     args = parser.parse_args(argv)
     check_flags(args)
+    if args.model and (reason := cpu_reason(args.use_cpu)):
+        args.use_cpu = True
+        print(f"{reason}: float32 on the CPU")
 
     files, unread = find_files(args.sft_data, "--sft_data")
     refuse_same(files, args.output_file, "--output_file")

@@ -254,12 +254,9 @@ class Encoder:
 
 def load_encoder(args: argparse.Namespace, kind: Kind) -> Encoder:
     """Load the tokenizer and, but for documents, its chat template."""
-    import transformers
-
     from model_loading import load_tokenizer
     from tokenization import load_chat_template
 
-    transformers.logging.set_verbosity_error()  # it would warn of each record that is over the tokenizer's own limit
     hub_options = {"cache_dir": args.cache_dir, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.tokenizer, flag="--model_name_or_path", **hub_options)
     chat_template = load_chat_template(tokenizer, args.template_name) if kind != "documents" else None

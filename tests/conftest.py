@@ -12,6 +12,7 @@ import pytest
 # Before transformers and torch read them; child processes inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU also where there are GPUs, whether torch can use them or not
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed prints a warning when it finds no GPU by itself
 

@@ -125,7 +125,7 @@ def test_guide_sft_command_means_what_it_says():
     assert given <= expected.keys()
     assert notes == [
         "--warmup_ratio is now --warmup_steps 0.05",
-        "no CUDA device: training on the CPU in float32 instead of --bf16, --torch_dtype bfloat16, --device_map auto",
+        "no CUDA device: float32 on the CPU instead of --bf16, --torch_dtype bfloat16, --device_map auto",
     ]
 
 
@@ -317,7 +317,7 @@ def test_gpu_keeps_dtype_and_device_map(gpu):
 def test_cpu_on_a_gpu_machine_is_not_called_a_lack_of_cuda(gpu):
     values, notes = gpu("--use_cpu --bf16", has_bf16=True)
     assert (values["use_cpu"], values["bf16"], values["torch_dtype"]) == (True, False, "float32")
-    assert notes == ["--use_cpu: training on the CPU in float32 instead of --bf16"]
+    assert notes == ["--use_cpu: float32 on the CPU instead of --bf16"]
 
 
 def test_without_cuda_everything_is_float32_on_the_cpu_and_said(monkeypatch):
@@ -332,7 +332,7 @@ def test_without_cuda_everything_is_float32_on_the_cpu_and_said(monkeypatch):
         "device_map": None,
     }
     assert notes == [
-        "no CUDA device: training on the CPU in float32 instead of --fp16, --torch_dtype float16, --device_map auto, "
+        "no CUDA device: float32 on the CPU instead of --fp16, --torch_dtype float16, --device_map auto, "
         "CUDA_VISIBLE_DEVICES=0,1"
     ]
 

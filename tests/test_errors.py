@@ -1,9 +1,11 @@
 """How a script ends: with one line for a mistake, at the second signal, with its launcher."""
 
+import inspect
 import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,20 @@ import errors
 from errors import UserError, end_at_next_signal, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("module", "logger"),
+    [("bitsandbytes.backends.cpu.ops", "logger"), ("deepspeed.accelerator.real_accelerator", "accel_logger")],
+)
+def test_a_library_says_all_but_its_misleading_line(monkeypatch, caplog, module, logger):
+    logger = getattr(import_module(module), logger)
+    misleading = errors.MISLEADING[logger.name]
+    assert misleading in inspect.getsource(sys.modules[module])
+    monkeypatch.setattr(logger, "propagate", True)
+    logger.warning(misleading)
+    logger.warning("another line")
+    assert caplog.messages == ["another line"]
 
 
 def test_a_mistake_is_one_line_and_2(capsys):

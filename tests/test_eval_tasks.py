@@ -40,7 +40,8 @@ def write_csv(path: Path, rows: list[list[str]]) -> None:
 @pytest.fixture
 def project(tmp_path):
     """A folder with the launcher, the task files and the sample data, to write into."""
-    shutil.copy(ROOT / "run_eval.sh", tmp_path)
+    for name in ("run_eval.sh", "devices.py", "errors.py"):
+        shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "eval_tasks", tmp_path / "eval_tasks")
     shutil.copytree(ROOT / "data/eval", tmp_path / "data/eval")
     return tmp_path
@@ -68,11 +69,32 @@ def test_a_benchmark_that_is_not_there_is_one_line(project):
 
 def test_without_the_harness_the_launcher_says_how_to_get_it(project):
     python = project / "python"
-    python.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    python.write_text('#!/bin/sh\n[ "$1" != -c ]\n', encoding="utf-8")
     python.chmod(0o755)
     finished = run_eval(project, PYTHON=str(python))
     assert finished.returncode == 2
     assert finished.stderr.endswith("python -m pip install -r requirements-eval.txt\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "passed"),
+    [
+        ("", ""),
+        ("--limit 5", "--limit 5"),
+        ("--use_cpu True --limit 5", "--limit 5 --device cpu"),
+        ("--limit 5 --use_cpu", "--limit 5 --device cpu"),
+        ("--use_cpu=True", "--device cpu"),
+        ("--device cuda:1", "--device cuda:1"),
+    ],
+)
+def test_the_choice_of_the_cpu_is_said_in_the_harness_s_words(project, flags, passed):
+    python = project / "python"
+    reads_flags = f'[ "$1" != devices.py ] || exec {sys.executable} "$@"'
+    python.write_text(f'#!/bin/sh\n{reads_flags}\necho "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    finished = run_eval(project, *flags.split(), PYTHON=str(python), PATH="/usr/bin:/bin", CUDA_VISIBLE_DEVICES="0")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.partition(" --log_samples")[2].split() == passed.split()
 
 
 @needs_harness

@@ -29,7 +29,8 @@ SHARED = {
         {"template", "records", "dialects", "record_keys"},
         {"datasets", "jinja2", "numpy", "transformers"},
     ),
-    "arguments": (set(), {"torch", "transformers"}),
+    "devices": (set(), {"torch"}),
+    "arguments": ({"devices"}, {"torch", "transformers"}),
     "model_loading": (
         set(),
         {"torch", "transformers", "peft", "bitsandbytes", "deepspeed", "safetensors", "huggingface_hub", "loguru"},
@@ -47,7 +48,7 @@ SHARED = {
     "generation": (set(), {"torch", "transformers"}),
     "chat_models": (
         {"model_loading", "template", "tokenization"},
-        {"torch", "transformers", "peft", "loguru"},
+        {"torch", "transformers", "peft"},
     ),
     "text_metrics": (set(), {"rouge_score", "sacrebleu"}),
     "intervals": (set(), {"numpy"}),
@@ -215,6 +216,16 @@ def test_stages_and_tools_have_the_same_frame(name):
     assert [ast.unparse(default) for default in main.args.defaults] == ["None"]
     assert ast.unparse(module.body[-1]).startswith("if __name__ == '__main__':")
     assert "os.environ" not in ast.unparse(module)
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
+def test_a_script_imports_errors_before_the_libraries(path):
+    """They import bitsandbytes, a line of which `errors` silences."""
+    if "if __name__ ==" in path.read_text(encoding="utf-8"):
+        at_the_top = [node for node in tree(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        order = [name for node in at_the_top for name in imported_names(node)]
+        before = order[: order.index("errors")] if "errors" in order else order
+        assert not {"transformers", "accelerate", "peft", "trl"} & set(before)
 
 
 # ---------------------------------------------------------------- all text

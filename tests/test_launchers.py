@@ -112,6 +112,8 @@ def start(launcher: Path, work: Path, *flags: str, **variables: str) -> tuple[su
     for record in calls.read_bytes().decode().split("\x1e")[:-1]:
         folder, devices, offline, *words = record.split("\0")[:-1]
         at = next(index for index, word in enumerate(words) if word.endswith(".py"))
+        if words[at] == "devices.py":  # asked by the launcher itself
+            continue
         recorded.append(Call(folder, devices, offline, words[:at], words[at], words[at + 1 :]))
     return finished, recorded
 
@@ -182,39 +184,14 @@ def test_flags_after_the_name_win_over_both(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_one_process_is_plain_python_and_two_are_launched(name, tmp_path):
-    assert launch(name, tmp_path, N_PROCESSES="1").before == []
-    before = launch(name, tmp_path, N_PROCESSES="2").before
-    assert before[:2] == ["-m", "scripts.launch_processes"]
-    assert before[before.index("--nproc_per_node") + 1] == "2"
+def test_how_many_processes_is_decided_in_one_place(name, tmp_path):
+    assert launch(name, tmp_path, N_PROCESSES="2").before == ["-m", "scripts.launch_processes"]
 
 
 @pytest.mark.parametrize("name", [name for name in STAGES if "DEEPSPEED" in edit_block(name)])
-def test_deepspeed_is_handed_on_and_starts_processes(name, tmp_path):
-    call = launch(name, tmp_path, N_PROCESSES="1", DEEPSPEED="ds_configs/zero2.json")
-    assert call.last("--deepspeed") == "ds_configs/zero2.json"
-    assert call.before == ["-m", "scripts.launch_processes", "--nproc_per_node", "1"]
+def test_deepspeed_is_handed_on(name, tmp_path):
+    assert launch(name, tmp_path, DEEPSPEED="ds_configs/zero2.json").last("--deepspeed") == "ds_configs/zero2.json"
     assert launch(name, tmp_path).last("--deepspeed") is None
-
-
-@pytest.mark.parametrize("name", sorted(GUIDE.keys() & set(STAGES)))
-def test_a_node_of_several_starts_processes(name, tmp_path):
-    before = launch(name, tmp_path, N_PROCESSES="1", NNODES="2").before
-    assert before == ["-m", "scripts.launch_processes", "--nproc_per_node", "1"]
-
-
-@pytest.mark.parametrize(("there", "listed", "processes"), [(0, "0,1", 1), (1, "0,1", 1), (2, "0,1", 2), (8, "3", 1)])
-@pytest.mark.parametrize("name", STAGES)
-def test_one_process_runs_for_each_gpu_that_is_listed_and_there(name, tmp_path, there, listed, processes):
-    tool = tmp_path / "bin" / "nvidia-smi"
-    tool.parent.mkdir()
-    lines = "".join(f"echo 'GPU {index}: a card'\n" for index in range(there)) or "exit 9\n"
-    tool.write_text(f"#!/bin/sh\n{lines}", encoding="utf-8")
-    tool.chmod(0o755)
-    path = f"{tool.parent}:/usr/bin:/bin"
-    before = launch(name, tmp_path, PATH=path, CUDA_VISIBLE_DEVICES=listed).before
-    started = int(before[before.index("--nproc_per_node") + 1]) if before else 1
-    assert started == processes
 
 
 @pytest.mark.parametrize("name", STAGES)

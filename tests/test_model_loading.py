@@ -348,6 +348,18 @@ def test_pad_token(copied, base):
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|im_end|>", "<|im_end|>")
 
 
+def test_a_text_over_the_tokenizer_s_own_limit_is_no_indexing_error(copied, base, caplog):
+    folder = copied(base)
+    edit_json(folder / "tokenizer_config.json", model_max_length=4)
+    for load, warned in ((AutoTokenizer.from_pretrained, True), (load_tokenizer, False)):
+        tokenizer = load(str(folder))
+        assert len(tokenizer("头痛发热怎么办？" * 4)["input_ids"]) > 4
+        assert ("indexing errors" in caplog.text) is warned
+        caplog.clear()
+    tokenizer.save_pretrained(folder)
+    assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == 4
+
+
 def test_no_end_token(copied, base):
     folder = copied(base)
     edit_json(folder / "tokenizer_config.json", eos_token=None)

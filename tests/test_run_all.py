@@ -23,9 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # file that is called go.
 STAND_IN = """#!/usr/bin/env bash
 [ "$1" != -c ] || exec python3 "$@"
+[ "$1" != devices.py ] || { [[ "$*" != *--use_cpu* ]] || echo cpu; exit "${GPU_FAULT:-0}"; }
+[ "$1" != -m ] || shift 2
 script=$1
 shift
 echo "$script $*" >> calls
+echo "$CUDA_VISIBLE_DEVICES" >> devices
 output=
 for ((n = 1; n <= $#; n++)); do
     next=$((n + 1))
@@ -123,6 +126,19 @@ def test_the_long_way(project):
     assert flag(ppo, "--sft_model_path") == "outputs-sft-tiny/checkpoint-best"
     assert flag(ppo, "--reward_model_path") == flag(evaluation, "--reward_model") == "outputs-rm-tiny/checkpoint-best"
     assert flag(merge, "--lora_model") == "outputs-ppo-tiny/checkpoint-best"
+
+
+def test_the_choice_of_the_cpu_holds_for_what_follows_training(project):
+    for flags, devices in ((["--use_cpu", "True"], {""}), ([], {"0,1"})):
+        finished, _ = run(project, *flags, ALIGN="none", CUDA_VISIBLE_DEVICES="0,1", NAME=f"with{len(flags)}")
+        assert finished.returncode == 0, finished.stderr
+        assert set((project / "devices").read_text(encoding="utf-8").split("\n")[:-1]) == devices
+        (project / "devices").unlink()
+
+
+def test_gpus_that_torch_cannot_use_end_it_before_the_first_stage(project):
+    finished, calls = run(project, GPU_FAULT="2")
+    assert (finished.returncode, calls, finished.stdout) == (2, [], "")
 
 
 def test_pretraining_starts_from_the_model_that_does_not_chat_yet(project):

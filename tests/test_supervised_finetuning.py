@@ -189,7 +189,7 @@ def test_evaluation_alone_trains_nothing(flags, tmp_path):
 def test_log_says_what_happens(flags, capfd):
     supervised_finetuning.main(flags(max_steps=13))
     log = capfd.readouterr().err
-    assert "no CUDA device: training on the CPU in float32" in log
+    assert "no CUDA device: float32 on the CPU" in log
     assert re.search(r"train records +kept 24 of 24", log)
     assert re.search(r"eval dialogues +kept 2 of 2, held out of the training files by the seed", log)
     assert re.search(r"batch +2 a device x 2 accumulated x 1 process\(es\) = 4 rows a step", log)
