@@ -241,8 +241,8 @@ def read_raw(path: Path, encoding: str = "utf-8-sig") -> Iterator[tuple[str, obj
 def open_text(path: Path, encoding: str = "utf-8-sig") -> Iterator[TextIO]:
     """Open a file so that a byte that is not UTF-8 spoils only its own record, and only `\\n` ends a line.
 
-    Where the first megabyte has `\\r` and no `\\n`, `\\r` ends a line too, and is read as `\\n`. Raises UserError
-    where the file is not what its name says, and in the block where it is damaged or the encoding is another.
+    Where most lines of the first megabyte end with `\\r` alone, that ends a line too, and is read as `\\n`. Raises
+    UserError where the file is not what its name says, and in the block where it is damaged or not in the encoding.
     """
     name, ending = shown(path), ending_of(path)
     start = read_start(path, name)
@@ -260,8 +260,7 @@ def open_text(path: Path, encoding: str = "utf-8-sig") -> Iterator[TextIO]:
             fault = f"{unmarked} without its mark; convert it: `iconv -f {unmarked} -t UTF-8 OLD > NEW`"
         if fault:
             raise UserError(f"{name}: {fault}")
-        newline = None if _OLD_MAC_TABLE.match(text) and ending in (".csv", ".tsv") else "\n"
-        newline = None if "\r" in text and "\n" not in text else newline
+        newline = None if _has_old_line_ends(text, ending) else "\n"
         with opened(path, "rt", encoding=encoding, errors="surrogateescape", newline=newline) as file:
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -281,10 +280,15 @@ _TABLES = [
     {"question", "answer"}, {"instruction", "output"}, {"prompt", "completion"}, {"query", "response"},
     {"chosen", "rejected"}, {"response_chosen", "response_rejected"},
 ]  # fmt: skip
-# Its cells may hold line feeds.
-_OLD_MAC_TABLE = re.compile(r"[^\r\n]+\r(?![\r\n])")
 _SEPARATORS = (",", ";", "\t", "|", "，", "；")
 _JSON_OBJECT = re.compile(r'[\s\ufeff]*\[?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
+
+
+def _has_old_line_ends(text: str, ending: str) -> bool:
+    """Whether `\\r` alone ends the lines, as on old Macs; the cells of such a table may hold any number of `\\n`."""
+    if ending in (".csv", ".tsv") and re.match(r"[^\r\n]+\r(?![\r\n])", text):
+        return True
+    return text.count("\r") - text.count("\r\n") > text.count("\n")
 
 
 def _other_text(text: str, ending: str) -> str:
@@ -347,7 +351,8 @@ def _read_json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, obj
         if end == len(text):
             yield source, record
         else:
-            for position, record in enumerate(_records_of_line(line.rstrip()), 1):
+            fault = _line_fault(line, number)
+            for position, record in enumerate([fault] if fault else _records_of_line(line.rstrip()), 1):
                 yield source if position == 1 else f"{source} (record {position} on the line)", record
 
 
@@ -533,7 +538,8 @@ def _read_csv(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
             raise UserError(f"{name}:1: {fault.reason}: {fault.detail}")
         if twice := next((column for column in header if column and header.count(column) > 1), None):
             raise UserError(f"{name}:1: two columns are called {twice!r}; rename one or take it out")
-        names = _COLUMN_NAMES.union(header)
+        columns = _lowered(header)
+        names = _COLUMN_NAMES.union(columns)
         start += rows.line_num
         taken.clear()
         for cells in rows:
@@ -541,11 +547,11 @@ def _read_csv(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
             source, fault = f"{name}:{start + 1}", _line_fault(text, start + 1)
             start = n_before + rows.line_num
             taken.clear()
-            if cells == header:
+            if cells and cells[0][:40].strip().lower() in names and _is_header(_lowered(cells), columns):
+                if _lowered(cells) != columns:
+                    raise UserError(f"{source}: other column names, as in files that were joined; make two files of it")
                 detail = "the column names stand here again, as in files that were joined; delete the line"
                 yield source, Unusable("second header", detail)
-            elif cells and cells[0] in names and _is_other_header(cells, header):
-                raise UserError(f"{source}: other column names, as in files that were joined; make two files of it")
             elif len(cells) == len(header):
                 yield source, fault or dict(zip(header, cells, strict=True))
             elif cells:  # a blank line has none
@@ -559,10 +565,15 @@ def _read_csv(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
         ) from None
 
 
-def _is_other_header(cells: list[str], header: list[str]) -> bool:
-    return sorted(cells) == sorted(header) or (
-        _COLUMN_NAMES.issuperset(cells) and any(names <= set(cells) for names in _TABLES)
-    )
+def _lowered(cells: list[str]) -> list[str]:
+    return [cell.strip().lower() for cell in cells]
+
+
+def _is_header(cells: list[str], columns: list[str]) -> bool:
+    """Whether these cells are the columns' names, in any order, or names of columns that another table has."""
+    if sorted(cells) == sorted(columns):
+        return True
+    return _COLUMN_NAMES.issuperset(cells) and any(names <= set(cells) for names in _TABLES)
 
 
 def _noted(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
@@ -607,6 +618,8 @@ def _twice_in(fields: Iterable["pyarrow.Field"]) -> str | None:
 def _read_text(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
     """A document a line, as a record with `text`; blank lines are none."""
     for number, line in enumerate(file, 1):
+        if line.startswith("version https://git-lfs.github.com/spec/v"):
+            raise UserError(f"{name}:{number}: {misnamed(line.encode())}")
         if line.strip() not in ("", "\ufeff"):
             yield f"{name}:{number}", _line_fault(line, number) or {"text": line.lstrip("\ufeff")}
 

@@ -136,6 +136,7 @@ def test_a_file_that_is_none_of_data_is_refused_by_its_name(name, content, fault
         ("book.txt", f"{BOM}{HEADER}\n{ROW_1}\n", "a table with column names"),
         ("d.jsonl", ONE.encode("utf-16-le"), "UTF-16LE without its mark; convert it: `iconv -f UTF-16LE -t UTF-8"),
         ("d.csv", HEADER.encode("utf-16-be"), "UTF-16BE without its mark"),
+        ("book.txt", f"第一行\n{POINTER}", f"book.txt:2: {POINTER_FAULT.replace(' of 734 MB', '')}"),
         ("d.csv", f"{HEADER}\n{ROW_1}\nanswer,question\n休息,头痛\n", "d.csv:3: other column names"),
         ("d.csv", f"{HEADER}\n{ROW_1}\ninstruction,output\na,b\n", "d.csv:3: other column names"),
     ],
@@ -162,7 +163,12 @@ def test_an_empty_file_is_a_fault_that_drop_counts():
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("book.txt", "甲\n乙\0\0\n丙\n"), ("book.csv", "text\n甲\n乙\0\0\n丙\n")]
+    ("name", "content"),
+    [
+        ("book.txt", "甲\n乙\0\0\n丙\n"),
+        ("book.csv", "text\n甲\n乙\0\0\n丙\n"),
+        ("book.jsonl", '{"text": "甲"}\n\0\0\n{"text": "丙"}\n'),
+    ],
 )
 def test_nul_bytes_spoil_their_own_record_only(name, content):
     first, bad, last = read_documents([write(name, content)])
@@ -254,6 +260,9 @@ def test_a_book_with_old_line_ends_is_a_document_a_line():
     for name, content in (("book.txt", "甲\r\r乙\r"), ("book.txt.gz", gzip.compress("甲\r\r乙\r".encode()))):
         documents, _ = load_documents([write(name, content)])
         assert [(d.text, d.source) for d in documents] == [("甲", f"{name}:1"), ("乙", f"{name}:3")]
+    # So it is in front of other lines, where most are such.
+    documents, _ = load_documents([write("book.txt", "甲\r乙\r丙\r丁\n")])
+    assert [(d.text, d.source) for d in documents] == [(c, f"book.txt:{n}") for n, c in enumerate("甲乙丙丁", 1)]
     # Where a line feed ends a line, a lone \r is a character of it.
     documents, _ = load_documents([write("book.txt", "甲\r乙\n丙\r\n")])
     assert [d.text for d in documents] == ["甲\r乙", "丙"]
@@ -269,9 +278,9 @@ def test_a_second_mark_is_no_part_of_a_document():
     assert [document.text for document in documents] == ["甲", "乙"]
 
 
-@pytest.mark.parametrize("mark", ["", BOM])
-def test_a_second_header_is_a_fault_by_its_line(mark):
-    content = f"{HEADER}\n{ROW_1}\n{mark}{HEADER}\n{ROW_2}\n"
+@pytest.mark.parametrize("again", [HEADER, BOM + HEADER, "Question, Answer"])
+def test_a_second_header_is_a_fault_by_its_line(again):
+    content = f"{HEADER}\n{ROW_1}\n{again}\n{ROW_2}\n"
     first, bad, last = read_dialogues([write("d.csv", content)])
     assert isinstance(first, Dialogue) and isinstance(last, Dialogue)
     assert str(bad) == (
