@@ -76,11 +76,10 @@ def misnamed(start: bytes, is_markup: bool = False) -> str:
         return ""
     if _WEB_PAGE.match(head):
         return "a web page, such as of a login or an error, not the file itself; download it again"
-    if _HUB_ANSWER.fullmatch(start.strip()):
-        return (
-            f"a server's answer ({start.strip()[:60].decode(errors='replace')}), not the file itself; download it again"
-        )
-    if _LINK.fullmatch(start.strip()):
+    whole = start.strip() if len(start) < 1024 else b""
+    if _HUB_ANSWER.fullmatch(whole):
+        return f"a server's answer ({whole[:60].decode(errors='replace')}), not the file itself; download it again"
+    if _LINK.fullmatch(whole):
         return "the path of a link, not the file that it leads to; copy with links followed (cp -L), or download it"
     return ""
 

@@ -254,13 +254,13 @@ def open_text(path: Path, encoding: str = "utf-8-sig") -> Iterator[TextIO]:
         if opened is gzip.open:
             with gzip.open(path) as file:
                 start = file.read(BLOCK)
-        text = start.decode(encoding, errors="replace")
-        fault = misnamed(start, ending not in TEXT_ENDINGS) or _other_text(text, ending)
+        head = start[: 1 << 16].decode(encoding, errors="replace")
+        fault = misnamed(start, ending not in TEXT_ENDINGS) or _other_text(head, ending)
         if not fault and encoding == "utf-8-sig" and (unmarked := utf16_without_mark(start)):
             fault = f"{unmarked} without its mark; convert it: `iconv -f {unmarked} -t UTF-8 OLD > NEW`"
         if fault:
             raise UserError(f"{name}: {fault}")
-        newline = None if _has_old_line_ends(text, ending) else "\n"
+        newline = None if _has_old_line_ends(start, encoding, ending) else "\n"
         with opened(path, "rt", encoding=encoding, errors="surrogateescape", newline=newline) as file:
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -284,8 +284,11 @@ _SEPARATORS = (",", ";", "\t", "|", "，", "；")
 _JSON_OBJECT = re.compile(r'[\s\ufeff]*\[?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
 
 
-def _has_old_line_ends(text: str, ending: str) -> bool:
+def _has_old_line_ends(start: bytes, encoding: str, ending: str) -> bool:
     """Whether `\\r` alone ends the lines, as on old Macs; the cells of such a table may hold any number of `\\n`."""
+    if b"\r" not in start:
+        return False
+    text = start.decode(encoding, errors="replace")
     if ending in (".csv", ".tsv") and re.match(r"[^\r\n]+\r(?![\r\n])", text):
         return True
     return text.count("\r") - text.count("\r\n") > text.count("\n")
@@ -293,7 +296,7 @@ def _has_old_line_ends(text: str, ending: str) -> bool:
 
 def _other_text(text: str, ending: str) -> str:
     """What a text is that the file's ending does not say, and what to do; "" where its start does not tell."""
-    lines = [line for raw in re.split(r"[\r\n]+", text[: 1 << 16]) if (line := raw.strip().lstrip("\ufeff"))]
+    lines = [line for raw in re.split(r"[\r\n]+", text) if (line := raw.strip().lstrip("\ufeff"))]
     is_json = _JSON_OBJECT.match(text)
     if ending in (".csv", ".tsv") and is_json:
         return "JSON, not a table; end its name in .jsonl"
@@ -341,12 +344,11 @@ def _read_json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, obj
         if not text:
             continue
         source = f"{name}:{number}"
-        if fault := _utf8_fault(line, first_line=number):
-            yield source, fault
-            continue
         try:
+            line.encode()
             record, end = _DECODE_JSON(text)
-        except (*_JSON_TOO_MUCH, Unusable):
+            record = _key_twice(text, record, 0, end) or record
+        except _JSON_TOO_MUCH:  # and what is not UTF-8, or no JSON
             end = 0
         if end == len(text):
             yield source, record
@@ -363,8 +365,8 @@ def _records_of_line(line: str) -> list[object]:
         while (start := _JSON_BLANKS.match(line, end).end()) < len(line):
             if records and line[start] != "{":
                 raise json.JSONDecodeError("Extra data", line, start)
-            record, end = _decode_json(line, start)
-            records.append(record)
+            record, end = _DECODE_JSON(line, start)
+            records.append(_key_twice(line, record, start, end) or record)
         return records
     except json.JSONDecodeError as error:
         return [Unusable("broken JSON", f"{error.msg} (column {error.colno}); write one whole record a line")]
@@ -387,9 +389,10 @@ def _read_json_list(chunks: Iterator[str], name: str, needs_commas: bool = True)
                 if number_on_line > 1:  # as in a list without line breaks
                     source += f" (record {number_on_line} on the line)"
                 yield source, fault or record
-                if text.peek() == ",":
-                    text.skip(",")
-                elif text.peek() != "]" and (needs_commas or text.peek() != "{"):
+                after = text.peek()
+                if after == ",":
+                    text.step()
+                elif after != "]" and (needs_commas or after != "{"):
                     raise text.error("Expecting ',' or ']'")
             text.skip("]")
             if not text.peek():
@@ -409,25 +412,39 @@ def _read_json_list(chunks: Iterator[str], name: str, needs_commas: bool = True)
         raise UserError(f"{name}: broken JSON behind line {line}: {error}; no record is like that") from None
 
 
+_DECODE_JSON = json.JSONDecoder().raw_decode
+_SPACED_COLON = re.compile(r'"\s+:')
+
+
+def _key_twice(text: str, value: object, start: int = 0, end: int | None = None) -> Unusable | None:
+    """What is wrong where an object of this JSON has a key twice, of which json takes the last without a word.
+
+    There are then more colons than keys. json's own hook for objects would take as long as all of the decoding.
+    """
+    n_keys, values = 0, [value]
+    for item in values:  # which grows
+        if type(item) is dict:
+            n_keys += len(item)
+            values += item.values()
+        elif type(item) is list:
+            values += item
+    end = len(text) if end is None else end
+    if text.count(":", start, end) == n_keys:
+        return None
+    if text.count('":', start, end) == n_keys and not _SPACED_COLON.search(text, start, end):
+        return None  # the other colons stand in strings
+    try:
+        json.JSONDecoder(object_pairs_hook=_object_of).raw_decode(text, start)
+    except Unusable as fault:
+        return fault
+    return None
+
+
 def _object_of(pairs: list[tuple[str, object]]) -> dict:
-    """For json, which by itself takes the last of several values without a word."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
+    if len(record := dict(pairs)) < len(pairs):
         key, n = Counter(key for key, _ in pairs).most_common(1)[0]
         raise Unusable("key twice", f"{key!r} stands {n} times in one object; keep one of them")
     return record
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_object_of)
-_DECODE_JSON = _JSON.raw_decode
-
-
-def _decode_json(text: str, start: int) -> tuple[object, int]:
-    """The value that starts there, or what is wrong with it though it is JSON; and its end."""
-    try:
-        return _DECODE_JSON(text, start)
-    except Unusable as fault:
-        return fault, json.JSONDecoder().raw_decode(text, start)[1]
 
 
 # Too many brackets in each other, and an integer of thousands of digits.
@@ -458,14 +475,17 @@ class _JsonText:
     def skip(self, character: str) -> None:
         if self.peek() != character:
             raise self.error(f"Expecting {character!r}")
+        self.step()
+
+    def step(self) -> None:
+        """Go past the character that `peek` gave."""
         self._next += 1
 
     def decode(self) -> tuple[object, int, Unusable | None]:
-        """The next value, the line it starts on, and the first byte in it that is not UTF-8."""
-        self.peek()
+        """The value of which `peek` gave the first character, its line, and the first byte in it that is not UTF-8."""
         while True:
             try:
-                value, end = _decode_json(self._held, self._next)
+                value, end = _DECODE_JSON(self._held, self._next)
                 if end < len(self._held) or self._is_all:  # otherwise a number might go on
                     break
             except json.JSONDecodeError as error:
@@ -476,7 +496,11 @@ class _JsonText:
             self._read_on()
         self._newlines += self._held.count("\n", self._counted_to, self._next)
         self._counted_to = self._next
-        fault = self.utf8_fault(end)
+        fault = _key_twice(self._held, value, self._next, end)
+        try:
+            self._held[self._next : end].encode()
+        except UnicodeEncodeError:
+            fault = self.utf8_fault(end)
         self._next = end
         return value, self._line + self._newlines, fault
 
@@ -539,7 +563,7 @@ def _read_csv(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
         if twice := next((column for column in header if column and header.count(column) > 1), None):
             raise UserError(f"{name}:1: two columns are called {twice!r}; rename one or take it out")
         columns = _lowered(header)
-        names = _COLUMN_NAMES.union(columns)
+        names = {form for name in _COLUMN_NAMES.union(columns) for form in (name, name.capitalize(), name.upper())}
         start += rows.line_num
         taken.clear()
         for cells in rows:
@@ -547,7 +571,7 @@ def _read_csv(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
             source, fault = f"{name}:{start + 1}", _line_fault(text, start + 1)
             start = n_before + rows.line_num
             taken.clear()
-            if cells and cells[0][:40].strip().lower() in names and _is_header(_lowered(cells), columns):
+            if cells and cells[0] in names and _is_header(_lowered(cells), columns):
                 if _lowered(cells) != columns:
                     raise UserError(f"{source}: other column names, as in files that were joined; make two files of it")
                 detail = "the column names stand here again, as in files that were joined; delete the line"
@@ -618,10 +642,12 @@ def _twice_in(fields: Iterable["pyarrow.Field"]) -> str | None:
 def _read_text(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
     """A document a line, as a record with `text`; blank lines are none."""
     for number, line in enumerate(file, 1):
-        if line.startswith("version https://git-lfs.github.com/spec/v"):
-            raise UserError(f"{name}:{number}: {misnamed(line.encode())}")
-        if line.strip() not in ("", "\ufeff"):
-            yield f"{name}:{number}", _line_fault(line, number) or {"text": line.lstrip("\ufeff")}
+        if line[0] in "\ufeffv":  # the mark or the pointer of a file that was joined to another
+            line = line.lstrip("\ufeff")
+            if line.startswith("version https://git-lfs.github.com/spec/v"):
+                raise UserError(f"{name}:{number}: {misnamed(line.encode())}")
+        if line.strip():
+            yield f"{name}:{number}", _line_fault(line, number) or {"text": line}
 
 
 _TEXT_READERS = {
@@ -634,13 +660,14 @@ _TEXT_READERS = {
 
 
 def _line_fault(text: str, first_line: int) -> Unusable | None:
-    """What is wrong with the bytes of a text that has no other form to fall out of."""
-    if "\0" in text:
-        line = first_line + text.count("\n", 0, text.index("\0"))
-        return Unusable(
-            "NUL bytes", f"in line {line}, as a full disk or a crash leaves; copy or download the file again"
-        )
-    return _utf8_fault(text, first_line=first_line)
+    """What is wrong with the bytes of a text that has no form by which it would show."""
+    try:
+        if 0 not in text.encode():  # the fastest search of all
+            return None
+    except UnicodeEncodeError:
+        return _utf8_fault(text, first_line=first_line)
+    line = first_line + text.count("\n", 0, text.index("\0"))
+    return Unusable("NUL bytes", f"in line {line}, as a full disk or a crash leaves; copy or download the file again")
 
 
 # The first bytes of a UTF-8 character, as `surrogateescape` reads them.
@@ -967,12 +994,15 @@ def _parsed(value: object, where: str) -> object:
     if not isinstance(value, str):
         return value
     try:
-        return _JSON.decode(value)
+        parsed = json.loads(value)
     except json.JSONDecodeError as error:
         detail = f"{where} is not JSON: {error.msg} (character {error.pos + 1}); write it with json.dumps"
         raise Unusable("broken JSON", detail) from None
     except _JSON_TOO_MUCH as error:
         raise Unusable("broken JSON", f"{where}: {error}") from None
+    if fault := _key_twice(value, parsed):
+        raise fault
+    return parsed
 
 
 def _kind(value: object) -> str:
