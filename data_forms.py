@@ -28,6 +28,7 @@ from typing import Literal
 
 from dialects import SPEAKER, has_dialect
 from errors import Unusable, UserError
+from raw_files import UTF16_MARKS, utf16_without_mark
 from record_keys import Reading, sort_keys, split_keys
 from record_values import is_empty
 from records import (
@@ -37,6 +38,7 @@ from records import (
     Document,
     Pair,
     Report,
+    csv_separator,
     ending_of,
     find_files,
     read_dialogues,
@@ -53,16 +55,20 @@ UTF8 = "utf-8-sig"  # with or without a byte order mark
 
 
 def detect_encoding(path: Path) -> str:
-    """UTF-8, UTF-16 by its mark, or GB18030 (with GBK and GB2312), judged by the first megabyte that is not ASCII."""
+    """UTF-8, UTF-16 or -32, or GB18030 (with GBK and GB2312), judged by the first megabyte that is not ASCII."""
     open_bytes = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with open_bytes(path, "rb") as file:
             block = file.read(1 << 20)
-            if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            if block.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+                return "utf-32"
+            if block.startswith(UTF16_MARKS):
                 return "utf-16"
+            if encoding := utf16_without_mark(block):
+                return encoding.lower()
             while block and block.isascii():
                 block = file.read(1 << 20)
-    except (EOFError, gzip.BadGzipFile, zlib.error):
+    except (EOFError, OSError, zlib.error):
         return UTF8  # the reader names the fault
     # Stray bytes in UTF-8 are few. Other 8-bit encodings may pass for GB18030, but not for its core, GB2312.
     is_chinese = _undecodable_share(block, "utf-8") > 0.1 and _undecodable_share(block, "gb2312") < 0.1
@@ -335,6 +341,7 @@ class ForeignReader:
         self._forms: dict[tuple, _Form | None] = {}  # by the keys of a record
         self._n_by_columns: Counter[tuple[str, ...]] = Counter()
         self._encodings: dict[Path, str] = {}
+        self._separators: dict[Path, str] = {}
 
     def read(self, files: Sequence[Path]) -> Iterator[Dialogue | Pair | BadRecord]:
         """One result a record, in order."""
@@ -348,6 +355,8 @@ class ForeignReader:
     def read_raw(self, path: Path) -> Iterator[tuple[str, object]]:
         """The records of a file as they are, in the encoding that was given or found; of whole columns the rows."""
         encoding = self.encoding_of(path)
+        if ending_of(path) in (".csv", ".tsv") and (separator := csv_separator(path, encoding)) != ",":
+            self._separators[path] = separator
         for source, record in read_raw(path, encoding):
             if isinstance(record, Unusable) and record.reason == "not UTF-8":
                 reason = record.reason if encoding == UTF8 else f"not {encoding}"
@@ -434,7 +443,9 @@ class ForeignReader:
         ]
         if self._reasoning == "leave_out" and any("complex_cot" in columns for columns in self._n_by_columns):
             lines.append("'complex_cot' is left out; --reasoning think_tags keeps it")
-        return [*lines, *self.reading.lines(), *(f"{path} is {encoding}" for path, encoding in self._encodings.items())]
+        lines += self.reading.lines()
+        lines += [f"{path} is {encoding}" for path, encoding in self._encodings.items()]
+        return lines + [f"{path} has its cells separated by {mark!r}" for path, mark in self._separators.items()]
 
     @property
     def column_flags(self) -> str:

@@ -46,7 +46,7 @@ from chat_models import (
 )
 from generation import Decoding, Reply, generate_replies, stream_reply
 from record_keys import Reading, split_keys
-from records import find_files, load_prompts, turns_to_answer
+from records import find_files, load_prompts, read_raw, turns_to_answer
 from template import Message
 from tokenization import encode_recent
 from training_run import start_log
@@ -133,14 +133,12 @@ def read_question_lines(path: Path, system: str | None) -> Iterator[Question]:
     if not path.is_file():
         raise UserError(f"--data_file {path}: no such file")
     n_questions = 0
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            text = line.decode().strip()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}:{number}: not UTF-8 (byte {error.start + 1}); convert the file") from None
-        if text:
-            n_questions += 1
-            yield Question(ask(text, system), None, {"question": text}, None, f"{path}:{number}")
+    for source, record in read_raw(path):
+        if isinstance(record, Unusable):
+            raise UserError(f"{source}: {record.reason}: {record.detail}")
+        n_questions += 1
+        text = record["text"].strip()
+        yield Question(ask(text, system), None, {"question": text}, None, source)
     if not n_questions:
         raise UserError(f"--data_file {path}: no question in it; write one a line")
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -25,7 +25,12 @@ from urllib.request import getproxies
 import huggingface_hub.constants as hub
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from loguru import logger
 from peft import (
     LoraConfig,
@@ -55,10 +60,23 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from errors import UserError
+from raw_files import misnamed, read_start
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LINEAGE = "lineage.json"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+# What loaders read of a folder besides weights. A folder may hold more, such as pointers to weights in other forms.
+JSON_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "chat_template.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", WEIGHTS_INDEX, ADAPTER_CONFIG, LINEAGE,
+)  # fmt: skip
+TEXT_FILES = (
+    "chat_template.jinja", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+# Of the JSON files, the keys without which they are none of the kind.
+NEEDED_KEYS = {"tokenizer.json": ("added_tokens", "model"), WEIGHTS_INDEX: ("weight_map",)}
 DEFAULT_LORA_RANK = 16
 DEFAULT_LORA_ALPHA = 32.0
 ALL_LINEAR = ("all", "all-linear")
@@ -128,6 +146,7 @@ def read_adapter_config(path: str | Path) -> LoraConfig:
         raise UserError(f"{path}: no such folder")
     if not is_adapter(path):
         raise UserError(f"{path}: no {ADAPTER_CONFIG} in it, so it is no LoRA adapter")
+    check_model_files(path, with_weights=True)
     try:
         config = PeftConfig.from_pretrained(str(path))
     except (ValueError, KeyError, TypeError) as error:
@@ -159,6 +178,7 @@ def check_model_path(path: str, flag: str, allow_pickle_weights: bool = False) -
         raise UserError(f"{flag} {path}: a file; give the folder that holds the model")
     if not folder.is_dir():
         return
+    check_model_files(path, flag, with_weights=True, allow_pickle_weights=allow_pickle_weights)
     if is_adapter(folder):
         base = read_adapter_config(folder).base_model_name_or_path
         check_model_path(base, f"{flag} {path}: its base model", allow_pickle_weights)
@@ -171,25 +191,121 @@ def check_model_path(path: str, flag: str, allow_pickle_weights: bool = False) -
             raise UserError(f"{flag} {path}: no weights (*.safetensors) in it")
         if not allow_pickle_weights:
             raise UserError(f"{flag} {path}: only {_PICKLE}")
-    index = folder / "model.safetensors.index.json"
+    index = folder / WEIGHTS_INDEX
     if index.is_file():
-        absent = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) - names)
+        absent = sorted(_indexed(index) - names)
         if absent:
             raise UserError(f"{flag} {path}: {', '.join(absent)} of its weights are missing; download it again")
+
+
+def check_model_files(
+    path: str | Path, flag: str = "", *, with_weights: bool = False, allow_pickle_weights: bool = False
+) -> None:
+    """Refuse in one line a local folder in which a file that loaders read is not what its name says.
+
+    Such as a Git LFS pointer, a web page, JSON that does not parse, weights that are cut off.
+    """
+    folder = Path(path)
+    names = {file.name for file in folder.iterdir()}
+    faults = ((name, _fault_of(folder / name)) for name in (*JSON_FILES, *TEXT_FILES) if name in names)
+    name, fault = next((found for found in faults if found[1]), ("", ""))
+    if not fault and with_weights:
+        weights = _weight_files(folder, names, allow_pickle_weights)
+        name, fault = next(((name, fault) for name in weights if (fault := _weights_fault(folder / name))), ("", ""))
+    if fault:
+        raise UserError(f"{flag} {folder}: {name}: {fault}".lstrip())
+
+
+def _fault_of(file: Path) -> str:
+    start = read_start(file, str(file))  # which refuses a link that leads nowhere
+    if not start and file.name != "merges.txt":
+        return "empty; copy or download it again"
+    if file.suffix != ".json":
+        return misnamed(start)
+    return misnamed(start) or _json_fault(file, file.stat().st_mtime_ns)
+
+
+@cache
+def _json_fault(file: Path, changed_at: int) -> str:
+    """Why a file holds no JSON object with what it needs; `changed_at` so that one that was mended is read again."""
+    again = "copy or download it again"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        return f"broken JSON: {error.msg} (line {error.lineno}, column {error.colno}); {again}"
+    except (UnicodeDecodeError, RecursionError) as error:
+        return f"no JSON ({error}); {again}"
+    if not isinstance(values, dict):
+        return f"holds a JSON {type(values).__name__}, not an object; {again}"
+    lacking = [key for key in NEEDED_KEYS.get(file.name, ()) if not isinstance(values.get(key), dict | list)]
+    return f"without {' and '.join(map(repr, lacking))}; {again}" if lacking else ""
+
+
+def _indexed(index: Path) -> set[str]:
+    return set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def _weight_files(folder: Path, names: set[str], allow_pickle_weights: bool) -> list[str]:
+    """The files of weights that would be loaded; others may lie beside them."""
+    tensors = sorted(name for name in names if name.endswith(".safetensors"))
+    if ADAPTER_CONFIG in names:
+        return [name for name in tensors if name == ADAPTER_WEIGHTS]
+    if WEIGHTS_INDEX in names and "model.safetensors" not in names:
+        return sorted(_indexed(folder / WEIGHTS_INDEX) & names)
+    if not tensors and allow_pickle_weights:
+        return sorted(name for name in names if name.endswith(".bin"))
+    return ["model.safetensors"] if "model.safetensors" in tensors else tensors
+
+
+def _weights_fault(file: Path) -> str:
+    start = read_start(file, str(file))
+    if file.suffix == ".bin":
+        return "" if start.startswith((b"PK", b"\x80")) else misnamed(start)
+    try:
+        with safe_open(file, framework="pt"):
+            return ""
+    except SafetensorError as error:
+        return misnamed(start) or f"damaged weights ({error}); copy or download them again"
 
 
 @contextmanager
 def _explained(path: str, flag: str) -> Iterator[None]:
     """Turn what the hub and the loaders raise into one line that says what to do."""
-    if not Path(path).exists():
+    if Path(path).is_dir():
+        check_model_files(path, flag)
+    elif not Path(path).exists():
         _go_offline_without_hub()
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
         reason = _reason(error)
         if reason is None:
             raise
         raise UserError(f"{flag} {path}: {reason}") from error
+
+
+class _NamingFile:
+    """Turns what a loader raises over the values in a local folder's file into one line with the file's name.
+
+    As a class, because `tokenizers` raises bare Exception, which is caught by no narrower name.
+    """
+
+    def __init__(self, path: str, flag: str, names: str):
+        self.folder = Path(path)
+        self.flag = flag
+        self.names = names
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        of_values = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+        is_value = kind is Exception or (kind and issubclass(kind, of_values) and not issubclass(kind, UserError))
+        # What code of the folder's own raises keeps its traceback.
+        if is_value and self.folder.is_dir() and not any(self.folder.glob("*.py")):
+            names = "tokenizer.json" if kind is Exception else self.names
+            text = " ".join(f"{kind.__name__}: {error}".split())
+            raise UserError(f"{self.flag} {self.folder}: {names}: {text}; copy or download it again") from error
 
 
 def _go_offline_without_hub() -> None:
@@ -239,6 +355,8 @@ def _reason(error: BaseException) -> str | None:
         return "a kind of model that these versions of the libraries give no such head"
     if "Unrecognized model" in text or "does not recognize this architecture" in text:
         return f"not a model that these versions of the libraries know ({text[:100]})"
+    if caused_by(StrictDataclassError):
+        return f"config.json: {text}; copy or download it again"
     if caused_by(SafetensorError):
         return f"damaged weights ({text}); copy or download them again"
     return None
@@ -259,7 +377,7 @@ def load_tokenizer(
     An adapter's own tokenizer, which has the template it was trained with, goes before its base's.
     """
     source = path if not is_adapter(path) or Path(path, "tokenizer_config.json").is_file() else base_of(path)
-    with _explained(source, flag):
+    with _NamingFile(source, flag, "tokenizer.json, tokenizer_config.json or config.json"), _explained(source, flag):
         tokenizer = AutoTokenizer.from_pretrained(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     if tokenizer.decode(tokenizer.encode("a", add_special_tokens=False)).strip() != "a":
         # transformers 5.24 makes an empty tokenizer from the config.json of a folder that has no other file.
@@ -276,7 +394,7 @@ def load_tokenizer(
 
 def load_config(path: str, *, flag: str = "--model_name_or_path", **hub_options) -> PretrainedConfig:
     """The configuration of a model (not an adapter), without its weights."""
-    with _explained(path, flag):
+    with _NamingFile(path, flag, "config.json"), _explained(path, flag):
         return AutoConfig.from_pretrained(path, **hub_options)
 
 
@@ -293,8 +411,8 @@ def weights_fingerprint(
     lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     find = partial(cached_file, path, cache_dir=cache_dir, **lenient)
     names = {"model.safetensors"}
-    if index := find("model.safetensors.index.json"):
-        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    if index := find(WEIGHTS_INDEX):
+        names = _indexed(Path(index))
     first_values = {}
     for name in names:
         if not (file := find(name)):
@@ -385,6 +503,8 @@ def load_base_model(
     # Only where it is asked for: None would hide how the weights in the folder are quantized.
     if quantized:
         config_overrides["quantization_config"] = quantization_config(load_in_4bit, load_in_8bit, compute_dtype)
+    if Path(path).is_dir():
+        check_model_files(path, flag, with_weights=True, allow_pickle_weights=allow_pickle_weights)
     with _explained(path, flag):
         return model_class.from_pretrained(
             path,
@@ -713,8 +833,6 @@ def _put_adapter_on(
                 model = PeftModel.from_pretrained(base, path, adapter_name, **options)
         with safe_open(Path(path, ADAPTER_WEIGHTS), framework="pt") as file:
             in_file = set(file.keys())
-    except SafetensorError as error:
-        raise UserError(f"{flag} {path}: {ADAPTER_WEIGHTS} is damaged ({error}); take another checkpoint") from error
     except (RuntimeError, ValueError) as error:
         if "size mismatch" not in str(error) and "not found in the base model" not in str(error):
             raise

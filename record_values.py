@@ -6,12 +6,14 @@ import functools
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Collection
 
 from errors import Unusable
 
 # Too many brackets in each other, and an integer of thousands of digits.
 JSON_TOO_MUCH = (RecursionError, ValueError)
+_SPACED_COLON = re.compile(r'"\s+:')
 # What pandas and databases write for a missing value; "None" may be what a person says, and a tool gives back.
 PANDAS_WORDS = frozenset(("nan", "NaN", "<NA>", "NaT"))
 _ANY_NULL_WORD = PANDAS_WORDS | {"None", "NULL", "null"}
@@ -95,12 +97,46 @@ def optional_text(record: dict, key: str) -> str:
     return "" if is_empty(record.get(key)) else text_of(record[key], f"'{key}'")
 
 
+def key_twice(text: str, value: object, start: int = 0, end: int | None = None) -> Unusable | None:
+    """What is wrong where an object of this JSON has a key twice, of which json takes the last without a word.
+
+    There are then more colons than keys. json's own hook for objects would take as long as all of the decoding.
+    """
+    n_keys, values = 0, [value]
+    for item in values:  # which grows
+        if type(item) is dict:
+            n_keys += len(item)
+            values += item.values()
+        elif type(item) is list:
+            values += item
+    end = len(text) if end is None else end
+    if text.count(":", start, end) == n_keys:
+        return None
+    if text.count('":', start, end) == n_keys and not _SPACED_COLON.search(text, start, end):
+        return None  # the other colons stand in strings
+    try:
+        json.JSONDecoder(object_pairs_hook=_object_of).raw_decode(text, start)
+    except Unusable as fault:
+        return fault
+    return None
+
+
+def _object_of(pairs: list[tuple[str, object]]) -> dict:
+    if len(record := dict(pairs)) < len(pairs):
+        key, n = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise Unusable("key twice", f"{key!r} stands {n} times in one object; keep one of them")
+    return record
+
+
 def parsed(value: object, where: str) -> object:
     """A nested value, which csv and parquet often hold as a JSON string, and pandas as Python writes it."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        read = json.loads(value)
+        if fault := key_twice(value, read):
+            raise fault
+        return read
     except json.JSONDecodeError as error:
         detail = f"{where} is not JSON: {error.msg} (character {error.pos + 1}); write it with json.dumps"
     except JSON_TOO_MUCH as error:

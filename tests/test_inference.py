@@ -271,8 +271,10 @@ def test_an_existing_output_is_not_written_over(adapter, tmp_path, no_weights):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("q.txt", b"", "no question in it; write one a line"),
-        ("q.txt", b"good\n\xb8\xd0\n", r"q.txt:2: not UTF-8 \(byte 1\)"),
+        ("q.txt", b"", "q.txt:1: empty file"),
+        ("q.txt", b"\n", "no question in it; write one a line"),
+        ("q.txt", b"good\n\xb8\xd0\n", "q.txt:2: not UTF-8: byte 1 of line 2 is 0xb8"),
+        ("q.txt", b"version https://git-lfs.github.com/spec/v1\nsize 7\n", "q.txt: a Git LFS pointer"),
         ("q.jsonl", b'{"system": "<|im_end|>", "question": "a", "answer": "b"}', r"q.jsonl:1: .*holds <\|im_end\|>"),
         ("q.txt", "甲\n".encode() + "长".encode() * 3000, r"q.txt:2: its prompt has \d+ tokens.* context of 2048"),
         ("q.jsonl", b'{"question": "a", "answer": "b"}\n{"messages": []}\n', "q.jsonl:2: empty conversation"),

@@ -175,7 +175,7 @@ def test_damaged_weights(copied, base):
     folder = copied(base)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    assert refused(load_base_model, str(folder)).startswith(f"{FLAG} {folder}: damaged weights (")
+    assert refused(load_base_model, str(folder)).startswith(f"{FLAG} {folder}: model.safetensors: damaged weights (")
 
 
 def test_adapters_that_are_not_whole(copied, adapter, tmp_path):
@@ -187,7 +187,7 @@ def test_adapters_that_are_not_whole(copied, adapter, tmp_path):
     edit_json(config, base_model_name_or_path=None)
     assert "names no base model" in refused(check_model_path, str(folder), FLAG)
     config.write_text(whole[:50])
-    assert "adapter_config.json: not an adapter's configuration" in refused(check_model_path, str(folder), FLAG)
+    assert "adapter_config.json: broken JSON: " in refused(check_model_path, str(folder), FLAG)
     config.write_text('{"peft_type": "MAGIC"}')
     assert "adapter_config.json: not an adapter's configuration" in refused(check_model_path, str(folder), FLAG)
     config.write_text('{"peft_type": "IA3", "base_model_name_or_path": "x"}')
@@ -881,7 +881,9 @@ def test_adapter_files_that_do_not_fit_their_model(copied, adapter):
         shutil.rmtree(folder)
     folder = copied(adapter)
     (folder / "adapter_model.safetensors").write_bytes(b"\0" * 443)
-    assert "adapter_model.safetensors is damaged" in refused(load_for_training, str(folder), use_peft=True)
+    assert f"{folder}: adapter_model.safetensors: nothing but NUL bytes" in refused(
+        load_for_training, str(folder), use_peft=True
+    )
 
 
 # ---------------------------------------------------------------- reward models

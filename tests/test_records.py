@@ -421,7 +421,7 @@ def test_nothing_to_read_is_an_error_that_names_the_flag():
     Path("empty").mkdir()
     for number in range(7):
         write(f"other/{number}.xlsx", "")
-    endings = "files that end in .jsonl, .json, .csv, .parquet are read"
+    endings = "files that end in .jsonl, .json, .csv, .tsv, .parquet are read"
     for path, message in {
         "nowhere": "--train_file_dir nowhere: no such file or folder",
         "empty": f"--train_file_dir empty: the folder is empty; {endings}",
@@ -448,7 +448,7 @@ def test_nothing_to_read_is_an_error_that_names_the_flag():
         ),
         (
             "d.jsonl",
-            f"[{GOOD}]\n[{GOOD}]",
+            f"[{GOOD}]\n{GOOD}",
             "d.jsonl:2: broken JSON: Text after the list's end (column 1); mend it, "
             "the rest of the file cannot be read",
         ),
@@ -1057,7 +1057,7 @@ def test_compressed_text_files_are_read_like_the_others(name):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda c: c[:-20], lambda c: c[:30] + b"xxxx" + c[34:], lambda c: b"not gzip at all"]
+    "damage", [lambda c: c[:-20], lambda c: c[:30] + b"xxxx" + c[34:], lambda c: b"\xff\xfe not gzip at all"]
 )
 def test_a_damaged_gzip_file_is_named(damage):
     content = gzip.compress("".join(dumps(qa(f"q{n}", f"a{n * n}")) + "\n" for n in range(200)).encode())
