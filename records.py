@@ -321,12 +321,13 @@ def _separator(header: str, row: str = "") -> str:
 
 
 def _read_json(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
-    """Read by content, not ending: `[` opens a list, a lone `{` one long record, else one record a line."""
+    """Read by content, not ending: a list, perhaps in an object; from a lone `{` one long record; else lines."""
     # Or its start: a list may be one line.
-    first_line = file.read(1 << 16).lstrip("\ufeff \t\r\n").split("\n", 1)[0].strip()
+    start = file.read(1 << 16)
+    first_line = start.lstrip("\ufeff \t\r\n").split("\n", 1)[0].strip()
     file.seek(0)
     chunks = iter(functools.partial(file.read, 1 << 20), "")
-    if first_line.startswith("["):
+    if first_line.startswith("[") or _LIST_IN_OBJECT.match(start):
         yield from _read_json_list(chunks, name)
     elif first_line == "{":
         yield from _read_json_list(itertools.chain("[", chunks, "]"), name, needs_commas=False)
@@ -373,27 +374,13 @@ def _records_of_line(line: str) -> list[object]:
 def _read_json_list(chunks: Iterator[str], name: str, needs_commas: bool = True) -> Iterator[tuple[str, object]]:
     """Decode a list, or several that were joined, record by record, so that each knows the line on which it starts."""
     text = _JsonText(chunks)
-    line = number_on_line = 0
+    opening = text.peek()
     try:
         while True:
-            text.skip("[")
-            while text.peek() != "]":
-                record, start_line, fault = text.decode()
-                number_on_line = number_on_line + 1 if start_line == line else 1
-                line = start_line
-                source = f"{name}:{line}"
-                if number_on_line > 1:  # as in a list without line breaks
-                    source += f" (record {number_on_line} on the line)"
-                yield source, fault or record
-                after = text.peek()
-                if after == ",":
-                    text.step()
-                elif after != "]" and (needs_commas or after != "{"):
-                    raise text.error("Expecting ',' or ']'")
-            text.skip("]")
+            yield from _list_in_object(text, name) if opening == "{" else _list_items(text, name, needs_commas)
             if not text.peek():
                 break
-            if text.peek() != "[":
+            if text.peek() != opening:
                 raise text.error("Text after the list's end")
     except json.JSONDecodeError as error:
         if fault := text.utf8_fault():  # a GBK character may hold the byte of a backslash
@@ -405,7 +392,55 @@ def _read_json_list(chunks: Iterator[str], name: str, needs_commas: bool = True)
     except UnicodeDecodeError:
         raise
     except JSON_TOO_MUCH as error:
-        raise UserError(f"{name}: broken JSON behind line {line}: {error}; no record is like that") from None
+        raise UserError(f"{name}: broken JSON behind line {text.last_line}: {error}; no record is like that") from None
+
+
+def _list_items(text: "_JsonText", name: str, needs_commas: bool = True) -> Iterator[tuple[str, object]]:
+    line = number_on_line = 0
+    text.skip("[")
+    while text.peek() != "]":
+        record, start_line, fault = text.decode()
+        number_on_line = number_on_line + 1 if start_line == line else 1
+        line = start_line
+        source = f"{name}:{line}"
+        if number_on_line > 1:  # as in a list without line breaks
+            source += f" (record {number_on_line} on the line)"
+        yield source, fault or record
+        after = text.peek()
+        if after == ",":
+            text.step()
+        elif after != "]" and (needs_commas or after != "{"):
+            raise text.error("Expecting ',' or ']'")
+    text.skip("]")
+
+
+# What the list of all records is called where it lies in an object, and what may stand before it there.
+_LIST_NAMES = ("data", "train", "records", "examples", "samples", "instances", "rows", "items", "dataset")
+_ABOUT = (
+    "version|name|title|description|license|info|meta|metadata|features|total|count|size|num_rows|date|source|language|"
+    "lang|split|url|author|citation|homepage|status|code|msg|message|success"
+)
+_LIST_IN_OBJECT = re.compile(
+    rf"""[\ufeff\s]*\{{\s*(?:"(?:{_ABOUT})"\s*:\s*"""
+    r"""(?:"(?:[^"\\]|\\.)*"|[\w.+-]+|\{[^{}]*\}|\[[^\[\]{}]*\])\s*,\s*)*"""
+    # A list of objects that are no turns.
+    rf""""(?:{"|".join(_LIST_NAMES)})"\s*:\s*\[\s*\{{\s*"(?!(?:from|role|speaker|value|content|human)")"""
+)
+
+
+def _list_in_object(text: "_JsonText", name: str) -> Iterator[tuple[str, object]]:
+    """The records of `{"version": "1.0", "data": [...]}`."""
+    text.skip("{")
+    while text.peek() != "}":
+        key, *_ = text.decode()
+        text.skip(":")
+        if text.peek() == "[" and key in _LIST_NAMES:
+            yield from _list_items(text, name)
+        else:
+            text.decode()
+        if text.peek() != "}":
+            text.skip(",")
+    text.skip("}")
 
 
 _DECODE_JSON = json.JSONDecoder().raw_decode
@@ -422,6 +457,7 @@ class _JsonText:
         self._is_all = False  # nothing follows `_held`
         # Where `_held` starts in the file: line, and what that line has before it.
         self._line, self._characters_before, self._bytes_before = 1, 0, 0
+        self.last_line = 0  # on which the last value started
         self._newlines, self._counted_to = 0, 0  # newlines in `_held` up to an index
 
     def peek(self) -> str:
@@ -462,7 +498,8 @@ class _JsonText:
         except UnicodeEncodeError:
             fault = self.utf8_fault(end)
         self._next = end
-        return value, self._line + self._newlines, fault
+        self.last_line = self._line + self._newlines
+        return value, self.last_line, fault
 
     def error(self, message: str) -> json.JSONDecodeError:
         return json.JSONDecodeError(message, self._held, self._next)

@@ -454,7 +454,7 @@ def pair_lengths(pair: Pair, tokenizer: PreTrainedTokenizerBase, chat_template: 
     whole = {"max_prompt_length": sys.maxsize, "max_reply_length": sys.maxsize}
     try:
         prompt_ids, *replies, _ = encode_pair(
-            tokenizer, chat_template, pair.messages, pair.chosen, pair.rejected, **whole
+            tokenizer, chat_template, pair.messages, pair.chosen, pair.rejected, pair.tools, **whole
         )
     except UserError as error:
         raise Unusable("not renderable", str(error)) from None
@@ -481,7 +481,7 @@ def tokenize_pairs(
     """
     rows = Dataset.from_dict(
         {
-            "pair": [json.dumps([p.messages, p.chosen, p.rejected], ensure_ascii=False) for p in pairs],
+            "pair": [json.dumps([p.messages, p.chosen, p.rejected, p.tools], ensure_ascii=False) for p in pairs],
             "margin": [float("nan") if p.margin is None else p.margin for p in pairs],
             "source": [p.source for p in pairs],
         }
@@ -498,6 +498,7 @@ def encode_pair(
     messages: list[Message],
     chosen: str,
     rejected: str,
+    tools: list[dict] | None = None,
     *,
     max_prompt_length: int,
     max_reply_length: int,
@@ -511,9 +512,9 @@ def encode_pair(
             them or the system prompt holds a control token.
     """
     for reply in (chosen, rejected):
-        refuse_control_tokens(chat_template, [*messages, {"role": "assistant", "content": reply}], None)
+        refuse_control_tokens(chat_template, [*messages, {"role": "assistant", "content": reply}], tools)
     while True:
-        prompt_ids, chosen_ids = encode_exchange(tokenizer, chat_template, messages, chosen)
+        prompt_ids, chosen_ids = encode_exchange(tokenizer, chat_template, messages, chosen, tools)
         n_excess = len(prompt_ids) - max_prompt_length
         if n_excess <= 0:
             break
@@ -521,7 +522,7 @@ def encode_pair(
         if shorter is None:
             raise Unusable("prompt too long", f"{len(prompt_ids)} tokens, over --max_source_length {max_prompt_length}")
         messages = shorter
-    rejected_prompt_ids, rejected_ids = encode_exchange(tokenizer, chat_template, messages, rejected)
+    rejected_prompt_ids, rejected_ids = encode_exchange(tokenizer, chat_template, messages, rejected, tools)
     assert rejected_prompt_ids == prompt_ids, "a reply changed the ids of its prompt"
     n_cut = (len(chosen_ids) > max_reply_length) + (len(rejected_ids) > max_reply_length)
     chosen_ids, rejected_ids = chosen_ids[:max_reply_length], rejected_ids[:max_reply_length]

@@ -76,7 +76,7 @@ def prompt_of(result: Dialogue | BadRecord) -> Pair:
         raise Unusable(result.reason, result.detail)
     messages = result.messages
     if result.tools or any(message.get("tool_calls") for message in messages):
-        raise Unusable("uses tools", "a pair has no place for tools")
+        raise Unusable("uses tools", "pairs are made of dialogues without tools")
     replies = [n for n, message in enumerate(messages) if message["role"] == "assistant" and "weight" not in message]
     # The last turn is often a mere "you are welcome".
     longest = max(replies, key=lambda index: len(messages[index]["content"]))

@@ -1069,3 +1069,45 @@ def test_parquet_has_its_own_compression():
     assert find_files(write("d.jsonl", "{}"), "--in")[0]
     with pytest.raises(UserError, match=r"found only d.parquet.gz"):
         find_files(write("d.parquet.gz", ""), "--in")
+
+
+# --- a list in an object --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"data": [\n' + GOOD + ",\n" + GOOD + "]}",
+        '{"version": "1.0", "meta": {"n": 2}, "data": [\n' + GOOD + ",\n" + GOOD + '], "total": 2}\n',
+        '\ufeff{"train":[\n' + GOOD + "\n,\n" + GOOD + "\n]}",
+        '{\n"records": [' + GOOD + ",\n" + GOOD + "]\n}\n",
+        '{"data": [\n' + GOOD + ']}\n{"data": [' + GOOD + "]}",
+    ],
+)
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
+def test_a_list_in_an_object_is_read_record_by_record(name, content):
+    results = list(read_dialogues([write(name, content)]))
+    assert [result.messages[0]["content"] for result in results] == ["感冒了怎么办？"] * 2
+    assert results[0].source == f"{name}:2"
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"data": [human("甲"), gpt("乙")]}, "unknown keys"),
+        ({"question": "甲", "answer": "乙", "examples": [{"q": "丙"}]}, None),
+        ({"id": 7, "messages": [user("甲"), assistant("乙")], "items": [{"q": "丙"}]}, None),
+    ],
+)
+def test_what_only_looks_like_a_list_in_an_object_is_a_record(record, reason):
+    result = read_one(record)
+    assert (result.reason if isinstance(result, BadRecord) else None) == reason
+
+
+def test_a_fault_in_a_list_in_an_object_is_named_with_its_line():
+    path = write("d.json", '{"data": [\n' + GOOD + ',\n{"question": "a"},\n' + GOOD + "]}")
+    assert [getattr(result, "reason", "") for result in read_dialogues([path])] == ["", "unknown keys", ""]
+    with pytest.raises(UserError, match=r"^d.json:3: broken JSON"):
+        list(read_dialogues([write("d.json", '{"data": [\n' + GOOD + ",\n{broken")]))
+    with pytest.raises(UserError, match=r"^d.json:3: broken JSON: Text after the list's end"):
+        list(read_dialogues([write("d.json", '{"data": [\n' + GOOD + "]}\n[1]")]))
