@@ -97,11 +97,11 @@ def _unusable(listing: str) -> str:
     import torch
 
     names, table = Counter(_names(listing)), _nvidia_smi()
-    asked = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
-    driver = re.match(r"(\d+\.[\d.]+)\s", f"{asked}\n") or re.search(r"Driver Version: *([\d.]+)", table)
+    version = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    driver = re.match(r"(\d+\.[\d.]+)\s", f"{version}\n") or re.search(r"Driver Version: *([\d.]+)", table)
     cuda = re.search(r"CUDA(?: UMD)? Version: *([\d.]+)", table)
-    found = ", ".join(f"{count} x {name}" for name, count in names.items())
-    found += f"; driver {driver[1] if driver else 'unknown'}" + (f", which has CUDA {cuda[1]}" if cuda else "")
+    gpus = ", ".join(f"{count} x {name}" for name, count in names.items())
+    gpus += f"; driver {driver[1] if driver else 'unknown'}" + (f", which has CUDA {cuda[1]}" if cuda else "")
     build = f"built with CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
     if torch.version.cuda is None:
@@ -113,7 +113,7 @@ def _unusable(listing: str) -> str:
         todo = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}: {first} is none of them; they count from 0"
     else:
         todo = f"{_torch_refusal()}; update the driver, or install torch built with a CUDA that the driver has"
-    return f"nvidia-smi lists GPUs ({found}), torch {torch.__version__} ({build}) can use none: {todo}; {WITHOUT}"
+    return f"nvidia-smi lists GPUs ({gpus}), torch {torch.__version__} ({build}) can use none: {todo}; {WITHOUT}"
 
 
 def _torch_refusal() -> str:

@@ -842,7 +842,8 @@ def plot_curves(log_history: list[dict], file: Path) -> None:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     axes.set(xlabel="step", ylabel="loss (nats)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:  # a run shorter than --logging_steps has none
+        axes.legend()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
