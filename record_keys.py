@@ -7,12 +7,13 @@ A key that is known to matter is honoured; where it cannot be, the record is bad
 counted by its name.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 from errors import Unusable
-from record_values import is_empty
+from record_values import holds_nothing, is_empty
 
 
 @dataclass(frozen=True)
@@ -67,26 +68,41 @@ def split_keys(listed: str | None) -> tuple[str, ...]:
     return tuple(sorted({key.strip() for key in (listed or "").split(",") if key.strip()}))
 
 
-# Whether a reply is a good one, by true or false; 0 and 1 say so too, but only under the names in IN_NUMBERS.
+# Whether a reply is a good one, by true or false.
 VERDICTS = (
     "label", "kto_tag", "is_correct", "correct", "is_good", "accepted", "is_accepted", "approved", "is_chosen",
-    "desirable", "is_desirable", "thumbs_up",
+    "desirable", "is_desirable", "thumbs_up", "valid", "is_valid", "is_right", "kto_label", "标签", "是否正确",
+    "是否采纳", "是否合格",
 )  # fmt: skip
-IN_NUMBERS = ("kto_tag", "is_correct")
+# Under these names numbers and words say so too.
+CLEAR_VERDICTS = ("kto_tag", "is_correct", "是否正确", "是否采纳", "是否合格")
 # Whether a turn, or the reply of a record, is learned, by true or false, or 1 or 0.
 WEIGHTS = (
     "weight", "loss_weight", "loss_scale", "sample_weight", "loss", "train", "training", "trainable", "train_on_turn",
+    "train_on", "train_detail", "training_detail", "output_with_loss", "with_loss", "compute_loss", "calculate_loss",
+    "loss_mask", "learn", "learnable",
 )  # fmt: skip
 THOUGHTS = (
     "reasoning_content", "reasoning", "reasoning_text", "reasoning_details", "thinking", "thinking_content", "thought",
-    "thoughts", "think", "cot", "complex_cot", "chain_of_thought",
+    "thoughts", "think", "cot", "complex_cot", "long_cot", "cot_content", "chain_of_thought", "reasoning_trace",
+    "reasoning_traces", "reasoning_process", "reasoning_steps", "reasoning_chain", "think_content", "thinking_process",
+    "thought_process", "thinking_trajectory", "thinking_trajectories", "deepseek_reasoning", "model_reasoning",
+    "deepseek_thinking_trajectory", "gemini_thinking_trajectory", "inner_thoughts", "scratchpad", "思考", "思考过程",
+    "思维链", "推理", "推理过程",
 )  # fmt: skip
-MODES = ("on", "off", "yes", "no", "auto", "low", "medium", "high", "true", "false")
+MODES = (
+    "on", "off", "yes", "no", "auto", "none", "minimal", "low", "medium", "high", "enabled", "disabled", "true",
+    "false",
+)  # fmt: skip
 MEDIA = (
     "image", "images", "image_url", "image_urls", "image_path", "image_paths", "img", "imgs", "picture", "pictures",
-    "video", "videos", "video_path", "audio", "audios", "audio_path", "pixel_values",
+    "image_file", "image_files", "image_name", "image_id", "image_base64", "img_path", "img_name", "img_id", "photo",
+    "photos", "pic", "pics", "figure_path", "图片", "图像", "video", "videos", "video_path", "audio", "audios",
+    "audio_path", "pixel_values",
 )  # fmt: skip
-OPTIONS = ("options", "option", "choices", "opa", "opb", "opc", "opd", "ope")
+OPTIONS = ("options", "option", "choices", "option_list", "options_list", "选项", "备选答案")
+# One option a key: A, opa, option_a, Choice A.
+_LETTERED = re.compile("(?:op|opt|option|choice|选项)?([a-h])")
 
 # Said about a record and not in it: where it is from, what it is about, how it was judged or made.
 HARMLESS = frozenset(
@@ -133,19 +149,43 @@ class KeyPlan:
 
 @lru_cache(maxsize=4000)
 def sort_keys(keys: tuple[str, ...], read: tuple[str, ...]) -> KeyPlan:
-    """The keys that are not read, by what they mean; upper case and blanks around a name do not matter."""
-    rest = [(key, key.strip().lower()) for key in keys if key not in read]
-    kinds = {"verdicts": VERDICTS, "weights": WEIGHTS, "thoughts": THOUGHTS, "media": MEDIA, "options": OPTIONS}
-    sorted_keys = {kind: tuple(key for key, name in rest if name in names) for kind, names in kinds.items()}
-    known = {key for found in sorted_keys.values() for key in found}
-    unknown = tuple(key for key, name in rest if key not in known and name not in HARMLESS)
-    return KeyPlan(**sorted_keys, unknown=unknown)
+    """The keys that are not read, by what they mean; upper case, blanks and other marks in a name do not matter."""
+    rest = [key for key in keys if key not in read]
+    letters = {letter_of(key) for key in rest}
+    sorted_keys: dict[str, list[str]] = {}
+    for key in rest:
+        kind = "options" if letter_of(key) and {"A", "B"} <= letters else _KINDS.get(_bare(key), "unknown")
+        sorted_keys.setdefault(kind, []).append(key)
+    sorted_keys.pop("harmless", None)
+    return KeyPlan(**{kind: tuple(found) for kind, found in sorted_keys.items()})
+
+
+def _bare(key: str) -> str:
+    """`reasoning-content` and `reasoningContent` are `reasoning_content`."""
+    return re.sub(r"[\W_]+", "", key).lower()
+
+
+_TABLES = {
+    "verdicts": VERDICTS, "weights": WEIGHTS, "thoughts": THOUGHTS, "media": MEDIA, "options": OPTIONS,
+    "harmless": HARMLESS,
+}  # fmt: skip
+_KINDS = {_bare(name): kind for kind, names in _TABLES.items() for name in names}
+
+
+def is_harmless(key: str) -> bool:
+    return _KINDS.get(_bare(key)) == "harmless"
+
+
+def letter_of(key: str) -> str:
+    """The letter of the option that a key holds, "" of any other key."""
+    lettered = _LETTERED.fullmatch(_bare(key))
+    return lettered[1].upper() if lettered else ""
 
 
 def check_media(record: dict, plan: KeyPlan, reading: Reading, where: str) -> None:
     """Raise Unusable where a record or turn comes with a picture, a film or a sound."""
     for key in plan.media:
-        if not is_empty(record[key]) and record[key] is not False:
+        if not holds_nothing(record[key]) and record[key] is not False:
             raise Unusable("not text", f"{where} has {key!r}, and only text is trained on; {reading.ignoring(key)}")
 
 
@@ -188,8 +228,8 @@ def _is_approved(value: object, key: str, reading: Reading, where: str) -> bool:
     if is_empty(value):
         return True
     truth = _truth(value)
-    if truth is None and key.strip().lower() in IN_NUMBERS:
-        return _zero_or_one(value) is not False
+    if truth is None and key.strip().lower() in CLEAR_VERDICTS:
+        return value not in ("否", "错") and _zero_or_one(value) is not False
     if truth is None and _zero_or_one(value) is not None:
         raise Unusable(
             "unclear verdict",
@@ -219,7 +259,11 @@ def _is_weighed(value: object, key: str, reading: Reading, where: str, of_turn: 
 
 def _is_thought(value: object) -> bool:
     """Words or parts, and not the mode that a model was asked in."""
-    return not is_empty(value) and not isinstance(value, bool | int | float) and str(value).strip().lower() not in MODES
+    return (
+        not holds_nothing(value)
+        and not isinstance(value, bool | int | float)
+        and str(value).strip().lower() not in MODES
+    )
 
 
 def _truth(value: object) -> bool | None:

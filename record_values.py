@@ -29,6 +29,7 @@ _LEADING_BLANKS = re.compile(rf"[\s{_BLANKS}]+")
 _TRAILING = _BLANKS + "\ufe0e\ufe0f"
 _TRAILING_BLANKS = re.compile(rf"[\s{_TRAILING}]+\Z")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
+NAME_KEYS = ("from", "role", "speaker")  # who says the words of a turn
 NESTED = re.compile(r"\s*[\[{]")
 
 
@@ -55,13 +56,31 @@ def is_parts(value: object) -> bool:
     )
 
 
+def is_turns(value: object) -> bool:
+    """A list of objects of which one says who speaks."""
+    return (
+        isinstance(value, list)
+        and all(isinstance(turn, dict) for turn in value)
+        and any(key in turn for turn in value for key in NAME_KEYS)
+    )
+
+
 def is_empty(value: object) -> bool:
     """Null, NaN (as pandas writes it), or an empty text or list: as good as no key."""
     return value is None or value != value or (not value and value is not False and value != 0)
 
 
+def holds_nothing(value: object) -> bool:
+    """Empty, or a list or object of nothing but that, as parquet gives a struct the keys of all."""
+    if isinstance(value, dict | list):
+        return all(map(holds_nothing, value.values() if isinstance(value, dict) else value))
+    return is_empty(value)
+
+
 def text_of(value: object, where: str, no_text: Collection[str] = _ANY_NULL_WORD) -> str:
     """The content of a turn: a string, or a list of text parts, stripped; `no_text`: words that stand for null."""
+    if is_turns(value):
+        raise Unusable("not text", f"{where} is a list of turns; it must be a string")
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         value = "".join(_text_part(part, where) for part in value)
     if not isinstance(value, str):
@@ -132,6 +151,10 @@ def parsed(value: object, where: str) -> object:
     """A nested value, which csv and parquet often hold as a JSON string, and pandas as Python writes it."""
     if not isinstance(value, str):
         return value
+    if value.strip() in _ANY_NULL_WORD:
+        raise Unusable(
+            "null value", f"{where} is the word {value!r}, as programs write a missing value; empty it or take it out"
+        )
     try:
         read = json.loads(value)
         if fault := key_twice(value, read):

@@ -204,7 +204,14 @@ WITH_OPTIONS = "哪种药要查INR？\nA. 阿司匹林\nB. 华法林"
         {"options": "{'A': '阿司匹林', 'B': '华法林'}"},
         {"options": '{"A": "阿司匹林", "B": "华法林"}'},
         {"options": "A. 阿司匹林\nB. 华法林"},
+        {"options": "A 阿司匹林\nB 华法林"},
+        {"options": ["a. 阿司匹林", "b. 华法林"]},
+        {"options": [{"A": "阿司匹林"}, {"B": "华法林"}]},
+        {"选项": ["阿司匹林", "华法林"]},
         {"opa": "阿司匹林", "opb": "华法林"},
+        {"A": "阿司匹林", "B": "华法林", "C": ""},
+        {"Choice A": "阿司匹林", "Choice B": "华法林"},
+        {"option_b": "华法林", "option_a": "阿司匹林"},
     ],
     ids=lambda options: json.dumps(options, ensure_ascii=False)[:30],
 )
@@ -216,6 +223,17 @@ def test_the_options_of_a_question_are_learned_with_it(options):
     assert to_prompt({"question": "哪种药要查INR？"} | options, "d.jsonl:1").messages[0]["content"] == WITH_OPTIONS
     asked = to_dialogue(exam | {"question": WITH_OPTIONS}, "d.jsonl:1")
     assert asked.messages[0]["content"] == WITH_OPTIONS, "options that stand in the question stay once"
+
+
+def test_names_of_germs_are_no_letters_of_options():
+    germs = ["E. coli", "S. aureus"]
+    asked = to_dialogue({"question": "哪种？", "answer": "E. coli", "options": germs}, "d.jsonl:1").messages[0]
+    assert asked["content"] == "哪种？\nA. E. coli\nB. S. aureus"
+
+
+@pytest.mark.parametrize("options", [[["A", "甲"], ["B", "乙"]], [{"name": "甲"}], 5, {"A": {"text": "甲"}}])
+def test_options_in_an_unknown_form_are_refused(options):
+    assert fault(to_dialogue, QUESTION | {"options": options}).reason == "broken options"
 
 
 def test_options_that_no_turn_says_are_refused_beside_a_list_of_turns():
@@ -239,14 +257,27 @@ def test_options_that_no_turn_says_are_refused_beside_a_list_of_turns():
         ),
         (QUESTION | {"instruction": "请翻译。"}, "instruction"),
         (QUESTION | {"input": "病历：男，45岁。"}, "input"),
-        (QUESTION | {"Question": "Which nerve?", "Complex_CoT": "Let me think.", "Response": "The ulnar."}, "Question"),
+        (QUESTION | {"Question": "Which nerve?", "Response": "The ulnar."}, "Question,Response"),
+        (
+            QUESTION | {"Question": "Which nerve?", "Complex_CoT": "Let me think.", "Response": "The ulnar."},
+            "Question,Response,Complex_CoT",
+        ),
+        (QUESTION | {"prompt": "Which nerve?", "completion": "The ulnar."}, "prompt,completion"),
     ],
 )
 def test_words_of_another_form_are_not_lost(record, other):
     refused = fault(to_dialogue, record)
     assert refused.reason == "two forms"
-    assert repr(other) in refused.detail
-    assert f"--ignore_keys {other} reads on without it" in refused.detail
+    assert f"--ignore_keys {other} reads on without" in refused.detail
+    assert read_without(to_dialogue, record, *other.split(","))
+
+
+def test_advice_to_read_another_form_is_given_where_there_is_a_whole_one():
+    half = MESSAGES | {"history": [["早先的问题", "早先的回答"]]}
+    assert "--ignore_keys messages" not in fault(to_dialogue, half).detail
+    whole = MESSAGES | {"instruction": "问", "output": "答"}
+    assert "--ignore_keys messages reads on without it" in fault(to_dialogue, whole).detail
+    assert read_without(to_dialogue, whole, "messages")
 
 
 @pytest.mark.parametrize(
@@ -256,6 +287,7 @@ def test_words_of_another_form_are_not_lost(record, other):
         {"question": "头晕怎么办？", "answer": "先坐下。"},
         {"conversations": [{"from": "human", "value": "头晕怎么办？"}, {"from": "gpt", "value": "先坐下。"}]},
         {"conversations": None, "instruction": "", "output": float("nan"), "history": []},
+        {"answer": "(B)", "prompt": "头晕怎么办？"},
     ],
 )
 def test_a_copy_in_another_form_and_an_empty_one_do_no_harm(copy):
@@ -294,6 +326,20 @@ def test_a_key_has_one_meaning():
     tables = [VERDICTS, WEIGHTS, THOUGHTS, MEDIA, OPTIONS, HARMLESS]
     names = [name for table in tables for name in table]
     assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("isCorrect", False), ("is-correct", "0"), ("reasoningContent", "先问痰。"), ("Image Path", "a.png")],
+)
+def test_marks_and_capitals_in_a_name_do_not_matter(key, value):
+    assert fault(to_dialogue, QUESTION | {key: value})
+
+
+@pytest.mark.parametrize(("value", "is_learned"), [("是", True), ("否", False), (0, False), (1, True)])
+def test_a_verdict_in_chinese(value, is_learned):
+    record = QUESTION | {"是否正确": value}
+    assert to_dialogue(record, "d.jsonl:1") if is_learned else fault(to_dialogue, record)
 
 
 def test_unknown_keys_are_counted_by_name_and_harmless_ones_are_not(tmp_path):

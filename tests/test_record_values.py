@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errors import Unusable
-from record_values import is_empty, parsed, stripped
+from record_values import holds_nothing, is_empty, parsed, stripped
 from records import BadRecord, Document, read_dialogues, read_documents, to_dialogue, to_pair
 
 ZERO_WIDTH = ["\u200b", "\ufeff", "\u2060", "\u00ad", "\u3164", "\u2800", "\u200e\u200f", "\u3000\u200b ", "\x00"]
@@ -54,6 +54,18 @@ def test_a_word_that_programs_write_for_null_is_named(word):
 @pytest.mark.parametrize("word", ["NA", "N/A", "无", "none", "None.", "Nan", "nano", "没有"])
 def test_a_word_that_may_be_an_answer_stays(word):
     assert to_dialogue(question(answer=word), "d.jsonl:1").messages[1]["content"] == word
+
+
+@pytest.mark.parametrize("key", ["history", "tools", "conversations"])
+def test_a_word_for_null_in_place_of_a_list_is_named(key):
+    record = {"conversations": "nan"} if key == "conversations" else question(**{key: "nan"})
+    assert f"{key}' is the word 'nan'" in reason(record)
+
+
+def test_a_word_for_null_is_no_score():
+    pair = {"question": "a", "response_chosen": "b", "response_rejected": "c"}
+    scored = pair | {"margin": "nan", "score_chosen": "nan", "score_rejected": "1"}
+    assert to_pair(scored, "d.jsonl:1").margin is None
 
 
 def test_a_person_may_answer_none_and_a_tool_null():
@@ -182,6 +194,16 @@ def test_a_cell_is_never_run():
 @pytest.mark.parametrize("value", [None, float("nan"), "", [], {}])
 def test_empty(value):
     assert is_empty(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "nothing"),
+    [({"bytes": None, "path": ""}, True), ([None, {}], True), (None, True), ({"path": "a"}, False), ([0], False)],
+)
+def test_a_struct_of_nulls_holds_nothing(value, nothing):
+    assert holds_nothing(value) is nothing
+    if nothing:
+        assert to_dialogue(question(images=value, reasoning=value), "d.jsonl:1")
 
 
 @pytest.mark.parametrize("value", [0, False, 0.0, " ", [0], "nan"])
