@@ -26,7 +26,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Literal
 
-from dialects import SPEAKER, has_dialect
+from dialects import ANSWERS, QUESTIONS, SPEAKER, has_dialect, lacks_prompt
 from errors import Unusable, UserError
 from raw_files import UTF16_MARKS, utf16_without_mark
 from record_keys import Reading, sort_keys, split_keys
@@ -186,8 +186,6 @@ def _from_spoken_list(key: str, record: dict) -> dict:
     return {**record, "messages": [{"role": match[1], "content": match.string[match.end() :]} for match in spoken]}
 
 
-_QUESTIONS = ("question", "questions", "query", "prompt", "instruction", "input", "problem", "问题", "提问")
-_ANSWERS = ("answer", "answers", "response", "output", "completion", "reply", "回答", "答案", "回复")
 _CHOSEN = ("response_chosen", "chosen", "good_answer", "chosen_response", "preferred", "better")
 _REJECTED = ("response_rejected", "rejected", "bad_answer", "rejected_response", "dispreferred", "worse")
 
@@ -208,8 +206,8 @@ def _dialogue_form(keys: Sequence[str], reasoning: str) -> _Form | None:
         return _Form(tuple(key for key in ("title", "ask", "answer") if key in keys), _from_title_and_ask)
     if {"question", "complex_cot", "response"} <= set(keys):
         return _Form(("question", "complex_cot", "response"), functools.partial(_with_reasoning, reasoning))
-    for wanted in ({"question": _QUESTIONS}, {"instruction": ("instruction",), "input": ("input",)}):
-        if form := _renaming_form(keys, wanted | {"answer" if "question" in wanted else "output": _ANSWERS}):
+    for wanted in ({"question": QUESTIONS}, {"instruction": ("instruction",), "input": ("input",)}):
+        if form := _renaming_form(keys, wanted | {"answer" if "question" in wanted else "output": ANSWERS}):
             return form
     for key in ("data", "utterances"):
         if key in keys:
@@ -218,9 +216,9 @@ def _dialogue_form(keys: Sequence[str], reasoning: str) -> _Form | None:
 
 
 def _pair_form(keys: Sequence[str], reasoning: str) -> _Form | None:
-    wanted = {"question": _QUESTIONS, "response_chosen": _CHOSEN, "response_rejected": _REJECTED}
+    wanted = {"question": QUESTIONS, "response_chosen": _CHOSEN, "response_rejected": _REJECTED}
     # A question and its answer may have only the rejected one beside them.
-    return _renaming_form(keys, wanted) or _renaming_form(keys, wanted | {"response_chosen": _ANSWERS})
+    return _renaming_form(keys, wanted) or _renaming_form(keys, wanted | {"response_chosen": ANSWERS})
 
 
 def _renaming_form(keys: Sequence[str], wanted: dict[str, Sequence[str]]) -> _Form | None:
@@ -232,7 +230,7 @@ def _renaming_form(keys: Sequence[str], wanted: dict[str, Sequence[str]]) -> _Fo
     return _Form(tuple(names), functools.partial(_renamed, names))
 
 
-_COLUMNS = {*_QUESTIONS, *_ANSWERS, *_CHOSEN, *_REJECTED}
+_COLUMNS = {*QUESTIONS, *ANSWERS, *_CHOSEN, *_REJECTED}
 
 
 def rows_of(record: object) -> list[dict] | None:
@@ -400,7 +398,7 @@ class ForeignReader:
     def _find_form(self, keys: tuple[str, ...]) -> _Form | None:
         """How records with these keys are converted; None where records.py knows them, or nobody does."""
         if has_dialect(keys, self._kind):
-            return None
+            return self._form_of(keys, self._reasoning) if self._kind == "pairs" and lacks_prompt(keys) else None
         lower = tuple(dict.fromkeys(key.strip().lower() for key in keys))
         if lower != keys and has_dialect(lower, self._kind):
             return _Form(keys, lambda lowered: lowered)

@@ -10,18 +10,28 @@ import functools
 import itertools
 import re
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from errors import Unusable
-from record_keys import KeyPlan, Reading, check_prompt_keys, check_reply_keys, sort_keys
+from record_keys import (
+    KeyPlan,
+    Reading,
+    check_prompt_keys,
+    check_reply_keys,
+    is_harmless,
+    letter_of,
+    sort_keys,
+)
 from record_values import (
+    NAME_KEYS,
     NESTED,
     NO_TEXT,
     is_empty,
     is_parts,
+    is_turns,
     kind_of,
     nearest,
     optional_text,
@@ -84,14 +94,17 @@ def _turns_of_list(key: str, record: dict, reading: Reading) -> list[dict]:
     return [message for number, turn in enumerate(turns, 1) for message in _messages(turn, f"turn {number}", reading)]
 
 
-# Who says the words of a turn, and where they stand; and the two sides of an exchange in one object.
-_NAME_KEYS = ("from", "role", "speaker")
+# Where the words of a turn stand; and the two sides of an exchange in one object.
 _CONTENT_KEYS = ("value", "content", "parts", "text", "utterance", "sentence")
 _SIDES = (
     ("human", "assistant"), ("human", "gpt"), ("human", "bot"), ("user", "assistant"), ("user", "bot"),
     ("input", "output"), ("question", "answer"), ("prompt", "response"), ("query", "response"), ("患者", "医生"),
-    ("patient", "doctor"), ("问", "答"),
+    ("patient", "doctor"), ("问", "答"), ("用户", "助手"), ("Human", "Assistant"), ("User", "Assistant"),
+    ("instruction", "output"),
 )  # fmt: skip
+
+
+_SIDE_KEYS = frozenset(itertools.chain(*_SIDES))
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ class _TurnForm:
 
 @functools.lru_cache(maxsize=4000)
 def _turn_form(keys: tuple[str, ...]) -> _TurnForm:
-    name = next((key for key in _NAME_KEYS if key in keys), "")
+    name = next((key for key in NAME_KEYS if key in keys), "")
     if name:
         content = next((key for key in _CONTENT_KEYS if key in keys), "")
         read = (
@@ -146,8 +159,9 @@ def _messages(turn: object, where: str, reading: Reading) -> list[dict]:
         return _exchange_of_turn(turn, form, where, reading)
     calls = turn.get("tool_calls") or turn.get("function_call")
     if not form.name or not (form.content or calls):
-        if form.name and any(key in given for key in _CONTENT_KEYS):
-            raise Unusable("null value", f"{where} ({turn[form.name]}) is null; write the text or delete the record")
+        if (form.name and any(key in given for key in _CONTENT_KEYS)) or _turn_form(tuple(given)).sides:
+            speaker = f" ({turn[form.name]})" if form.name else ""
+            raise Unusable("null value", f"{where}{speaker} is null; write the text or delete the record")
         raise Unusable(
             "unknown keys",
             f"{where} has {quoted(given)}; known are 'from' and 'value', or 'role' and 'content'"
@@ -183,6 +197,8 @@ def _honour_keys(message: dict, turn: dict, plan: KeyPlan, reading: Reading, whe
 
 def _exchange_of_turn(turn: dict, form: _TurnForm, where: str, reading: Reading) -> list[dict]:
     """Both sides of an exchange, perhaps after a system prompt; without a question the reply alone."""
+    if others := [key for key in turn if key in _SIDE_KEYS and key not in form.sides and not is_empty(turn[key])]:
+        raise Unusable("two forms", f"{where} has {quoted([*form.sides, *others])}; {reading.ignoring(*others)}")
     asked, answered = (text_of(turn[side], f"{where} ('{side}')") for side in form.sides)
     reply = {"role": "assistant", "content": answered}
     if form.plan.that_matter:
@@ -209,7 +225,8 @@ def turns_of_transcript(text: str) -> list[dict] | None:
     if any(role == after for role, after in itertools.pairwise(roles)):
         raise Unusable(
             "broken transcript",
-            f"{text[:30]!r}... has turns by name, of which two in a row are from the same; join them",
+            f"{text[:30]!r}... has turns by name, of which two in a row are from the same; join them, or put a line in "
+            "front that names nobody and keeps it one text",
         )
     ends = [*(start.start() for start in starts[1:]), len(text)]
     contents = [stripped(text[start.end() : end]) for start, end in zip(starts, ends, strict=True)]
@@ -221,7 +238,11 @@ def asking_turns(text: str, where: str) -> list[dict]:
     """What is asked, as the user's turn, or as the turns that it is a transcript of."""
     turns = turns_of_transcript(text) or [{"role": "user", "content": text}]
     if turns[-1]["role"] != "user":
-        raise Unusable("broken transcript", f"{where} ends with the assistant's words, which nobody asks about")
+        raise Unusable(
+            "broken transcript",
+            f"{where} ends with the assistant's words, which nobody asks about; add the question, or put a line in "
+            "front that names nobody and keeps it one text",
+        )
     return turns
 
 
@@ -264,7 +285,7 @@ def _without_nulls(value: object) -> object:
 
 def _turns_of_alpaca(record: dict, reading: Reading) -> list[dict]:
     """Read an instruction, the input it is about on the next line, and the output."""
-    return [*_prompt_of_alpaca(record, reading), _reply_turn(record, "output")]
+    return [*_prompt_of_alpaca(record, reading), *_reply_turns("output", record, reading)]
 
 
 def _prompt_of_alpaca(record: dict, reading: Reading) -> list[dict]:
@@ -274,15 +295,33 @@ def _prompt_of_alpaca(record: dict, reading: Reading) -> list[dict]:
 
 
 def _turns_of_question(record: dict, reading: Reading) -> list[dict]:
-    return [*_prompt_of_text("question", record, reading), _reply_turn(record, "answer")]
+    return [*_prompt_of_text("question", record, reading), *_reply_turns("answer", record, reading)]
 
 
 def _prompt_of_text(key: str, record: dict, reading: Reading) -> list[dict]:
-    return [*_history(record, reading), *asking_turns(text_of(record[key], f"'{key}'"), f"'{key}'")]
+    """What is asked as a text or as turns, after the history."""
+    where = f"'{key}'"
+    turns = _turns_in(record[key], where, reading) or asking_turns(text_of(record[key], where), where)
+    return [*_history(record, reading), *turns]
 
 
-def _reply_turn(record: dict, key: str) -> dict:
-    return {"role": "assistant", "content": text_of(record[key], f"'{key}'")}
+def _reply_turns(key: str, record: dict, reading: Reading) -> list[dict]:
+    where = f"'{key}'"
+    turns = _turns_in(record[key], where, reading)
+    return turns or [{"role": "assistant", "content": text_of(record[key], where)}]
+
+
+# Turns as JSON, as csv and parquet hold them; a text may itself be JSON of another kind.
+_TURNS_IN_A_CELL = re.compile(r"""\s*\[?\s*\{\s*["'](from|role|value|content)["']\s*:""")
+
+
+def _turns_in(value: object, where: str, reading: Reading) -> list[dict] | None:
+    """The turns of a list of them, perhaps in a cell; None for any other value."""
+    value = parsed(value, where) if isinstance(value, str) and _TURNS_IN_A_CELL.match(value) else value
+    if not is_turns(value):
+        return None
+    numbered = enumerate(value, 1)
+    return [message for n, turn in numbered for message in _messages(turn, f"turn {n} of {where}", reading)]
 
 
 def _history(record: dict, reading: Reading) -> list[dict]:
@@ -318,6 +357,9 @@ class _Dialect:
 
 _LISTS = ("conversations", "messages", "conversation")
 _ASIDE = ("system", "system_prompt", "tools", "functions")
+# Columns of published data, in lower case.
+QUESTIONS = ("question", "questions", "query", "prompt", "instruction", "input", "problem", "问题", "提问")
+ANSWERS = ("answer", "answers", "response", "output", "completion", "reply", "回答", "答案", "回复")
 # The one rule of detection: the first dialect whose required keys the record has, whatever the file's name.
 # A key that is null or empty (an empty csv cell) counts as absent. What other keys mean, record_keys.py says.
 _DIALECTS = (
@@ -383,16 +425,37 @@ def has_dialect(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"]) -> b
     return True
 
 
+def lacks_prompt(keys: tuple[str, ...]) -> bool:
+    """Whether pairs with these keys are read as two whole conversations."""
+    try:
+        return pair_plan(keys).dialect is _PAIR_DIALECTS[-1]
+    except Unusable:
+        return False
+
+
 def _find_plan(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> RecordPlan:
     every_key = tuple({key: None for dialect in dialects for key in dialect.required + dialect.optional})
     for dialect in dialects:
         if all(key in keys for key in dialect.required):
             read = dialect.required + dialect.optional
-            other_forms = tuple(key for key in keys if key not in read and key.strip().lower() in every_key)
+            other_forms = _other_forms([key for key in keys if key not in read], dialect, every_key)
             return RecordPlan(dialect, other_forms, sort_keys(keys, (*read, *other_forms)))
     known = ", or ".join(" with ".join(map(repr, d.required)) for d in dialects if d.required[0] != "conversation")
-    advice = nearest(keys, every_key) or ("; scripts/convert_data_format.py reads more forms" if keys else "")
+    advice = nearest([key for key in keys if not is_harmless(key)], every_key) or (
+        "; scripts/convert_data_format.py reads more forms" if keys else ""
+    )
     raise Unusable("unknown keys", f"has {quoted(keys)}; known are {known}{advice}")
+
+
+def _other_forms(rest: Sequence[str], dialect: _Dialect, every_key: Sequence[str]) -> tuple[str, ...]:
+    """The keys by which other forms say what is asked and replied; a lone answer beside turns is to compare with."""
+    names = {key: key.strip().lower() for key in rest}
+    if dialect.has_turns:
+        is_whole = not {"question", "instruction"}.isdisjoint(names.values())
+        every_key = set(every_key) - (set() if is_whole else {"answer", "output"})
+    elif all(not set(side).isdisjoint(names.values()) for side in (QUESTIONS, ANSWERS)):
+        every_key = {*every_key, *QUESTIONS, *ANSWERS}
+    return tuple(key for key in rest if names[key] in every_key)
 
 
 def planned(record: dict, plan_of: Callable[[tuple[str, ...]], RecordPlan], reading: Reading) -> tuple:
@@ -416,12 +479,21 @@ def check_other_forms(record: dict, plan: RecordPlan, texts: Sequence[str], read
     read = "\n".join(texts)
     others = [key for key in plan.other_forms if any(text not in read for text in _words_in(record[key]))]
     if others:
-        needed = " with ".join(map(repr, plan.dialect.required))
+        required = plan.dialect.required
+        ways = [reading.ignoring(*others, *plan.keys.thoughts)]
+        left = {key.strip().lower() for key in record if key not in (*required, *plan.keys.options)}
+        if _is_form(left, _PAIR_DIALECTS if plan.dialect in _PAIR_DIALECTS else _DIALECTS):
+            ways.append(reading.ignoring(*required, *plan.keys.options))
+        needed = " with ".join(map(repr, required))
         raise Unusable(
-            "two forms",
-            f"has {needed}, and {', '.join(map(repr, others))} with other words; {reading.ignoring(*others)}; "
-            f"{reading.ignoring(*plan.dialect.required, *plan.keys.options)}",
+            "two forms", f"has {needed}, and {', '.join(map(repr, others))} with other words; {'; '.join(ways)}"
         )
+
+
+def _is_form(keys: Collection[str], dialects: Sequence[_Dialect]) -> bool:
+    """Whether keys in lower case are those of a form that is read or converted."""
+    whole = any(set(dialect.required) <= set(keys) for dialect in dialects)
+    return whole or (dialects is _DIALECTS and not {*QUESTIONS}.isdisjoint(keys) and not {*ANSWERS}.isdisjoint(keys))
 
 
 def _words_in(value: object) -> Iterator[str]:
@@ -432,7 +504,7 @@ def _words_in(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield stripped(value.replace("\r\n", "\n"))
     if isinstance(value, dict):
-        value = [item for key, item in value.items() if key not in (*_NAME_KEYS, "type")]
+        value = [item for key, item in value.items() if key not in (*NAME_KEYS, "type")]
     if isinstance(value, list):
         for item in value:
             yield from _words_in(item)
@@ -457,34 +529,42 @@ def with_options(turns: list[dict], record: dict, plan: RecordPlan, reading: Rea
 
 def _options_of(record: dict, keys: Sequence[str]) -> dict[str, str]:
     """Letter and text of each option, from any of the forms that exams are published in."""
-    values = [record[key] for key in keys if not is_empty(record[key])]
-    value = values if len(values) > 1 else values[0] if values else []
+    by_letter = {letter_of(key): record[key] for key in sorted(keys, key=letter_of) if letter_of(key)}
+    value = given = by_letter or first_of(record, keys) or []
     if isinstance(value, str):
         value = parsed(value, "'options'") if NESTED.match(value) else list(filter(None, value.splitlines()))
-    if isinstance(value, list) and all(isinstance(line, str) and _OPTION_LINE.match(line) for line in value):
-        matches = [_OPTION_LINE.match(line) for line in value]
-        value = {match[1] or match[2]: match.string[match.end() :] for match in matches}
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        matches = list(filter(None, map(_OPTION_LINE.match, value)))
+        letters = "".join(match[1] or match[2] for match in matches).upper()
+        if len(matches) == len(value) and string.ascii_uppercase.startswith(letters):  # not E. coli and S. aureus
+            value = {letter: line.string[line.end() :] for letter, line in zip(letters, matches, strict=True)}
     if isinstance(value, dict) and all(isinstance(item, list) for item in value.values()):
         value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
     if isinstance(value, list):
-        rows = [item if isinstance(item, dict) else {"text": item} for item in value]
-        value = {
-            str(first_of(row, ("key", "label", "id", "letter")) or letter): first_of(row, ("value", "text", "content"))
-            for letter, row in zip(string.ascii_uppercase, rows, strict=False)
-        }
+        value = dict(map(_letter_and_text, string.ascii_uppercase, value))
     options = (
         {letter: text for letter, text in value.items() if not is_empty(text)} if isinstance(value, dict) else None
     )
     if options is None or not all(isinstance(text, str | int | float) for text in options.values()):
-        raise Unusable("broken options", f"the options are {value!r:.80}; they must be letters and texts")
+        raise Unusable("broken options", f"the options are {given!r:.80}; they must be letters and texts")
     return {letter: stripped(str(text)) for letter, text in options.items()}
+
+
+def _letter_and_text(letter: str, option: object) -> tuple[str, object]:
+    """Of an item of a list of options: a text, or an object that says both; `letter` where it does not say one."""
+    if not isinstance(option, dict):
+        return letter, option
+    if len(option) == 1 and letter_of(next(iter(option))):
+        return next(iter(option.items()))
+    text = first_of(option, ("value", "text", "content"))
+    return str(first_of(option, ("key", "label", "id", "letter")) or letter), option if text is None else text
 
 
 def first_of(row: dict, keys: Sequence[str]) -> object:
     return next((row[key] for key in keys if not is_empty(row.get(key))), None)
 
 
-_OPTION_LINE = re.compile(r"\s*(?:[(（]([A-Z])[)）]|([A-Z])\s*[.:：、)）．])\s*")
+_OPTION_LINE = re.compile(r"\s*(?:[(（]([A-Za-z])[)）]|([A-Za-z])(?:\s*[.:：、)）．]|\s))\s*")
 
 
 # ------------------------------------------------------------------------------ pairs
@@ -503,18 +583,16 @@ def _pair_of_replies(
     if turns and turns[-1] == chosen[-1]:  # the dialogue with its reply
         turns = turns[:-1]
     if len(chosen) == len(rejected) == 1:
-        return turns, chosen[0]["content"], rejected[0]["content"]
+        return turns, *_split_conversations(chosen, rejected)[1:]
     whole, *replies = _split_conversations(chosen, rejected)
-    asked = [turn["content"] for turn in whole if turn["role"] == "user"]
-    if not turns or turns[-1]["content"] not in asked:
+    said = [(turn["role"], turn["content"]) for turn in whole]
+    absent = [turn for turn in turns if (turn["role"], turn["content"]) not in said]
+    system = [turn for turn in absent if turn["role"] == "system" != whole[0]["role"]]
+    if not turns or absent != system:
         raise Unusable(
             "two prompts", f"the prompt is not in '{chosen_key}', which holds turns before its reply; keep one of them"
         )
-    return whole, *replies
-
-
-# Turns as JSON, as csv and parquet hold them; a reply may itself be JSON of another kind.
-_TURNS_IN_A_CELL = re.compile(r"""\s*\[?\s*\{["'](from|role|value|content)["']:""")
+    return [*system, *whole], *replies
 
 
 def _reply(value: object, where: str, reading: Reading) -> list[dict]:
@@ -525,10 +603,13 @@ def _reply(value: object, where: str, reading: Reading) -> list[dict]:
         value = parsed(value, where) if _TURNS_IN_A_CELL.match(value) else value
     if isinstance(value, list | dict) and value and not is_parts(value):
         turns = value if isinstance(value, list) else [value]
-        turns = [message for turn in turns for message in _messages(turn, where, reading)]
+        numbered = enumerate(turns, 1)
+        turns = [message for n, turn in numbered for message in _messages(turn, f"turn {n} of {where}", reading)]
         last = turns[-1]
-        if last["role"] != "assistant" or last.get("tool_calls"):
+        if last["role"] != "assistant":
             raise Unusable("not a reply", f"{where} is from the {last['role']}; it must be the assistant's words")
+        if last.get("tool_calls"):
+            raise Unusable("not a reply", f"{where} calls a tool; it must be the assistant's words")
         return turns
     return [{"role": "assistant", "content": text_of(value, where)}]
 
@@ -544,6 +625,8 @@ def _split_conversations(chosen: list[dict], rejected: list[dict]) -> tuple:
     for key, turns in (("chosen", chosen), ("rejected", rejected)):
         if turns[-1]["role"] != "assistant" or turns[-1].get("tool_calls"):
             raise Unusable("no reply", f"'{key}' ends with the {turns[-1]['role']}; it must end with a reply")
+    if "weight" in chosen[-1]:
+        raise Unusable("not to be learned", "the chosen reply is marked as a bad one; delete the record or the mark")
     return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
 
 
@@ -566,20 +649,12 @@ def _pair_beside_dialogue(key: str, rejected_key: str, record: dict, reading: Re
     return _split_conversations(turns, rejected if len(rejected) > 1 else [*turns[:-1], *rejected])
 
 
-def _prompt_of_trl(record: dict, reading: Reading) -> list[dict]:
-    """`prompt` as a text or as messages."""
-    prompt = record["prompt"]
-    if isinstance(prompt, str) and not _TURNS_IN_A_CELL.match(prompt):
-        return _prompt_of_text("prompt", record, reading)
-    return _turns_of_list("prompt", record, reading)
-
-
+_PROMPT_OF_TRL = functools.partial(_prompt_of_text, "prompt")
 _PROMPT_DIALECTS = (
     *_PROMPT_DIALECTS,
-    _Dialect(("prompt",), ("history", *_ASIDE), _prompt_of_trl),
+    _Dialect(("prompt",), ("history", *_ASIDE), _PROMPT_OF_TRL),
 )
-_SCORES = ("margin", "score_chosen", "score_rejected")
-_PAIR_OPTIONAL = ("history", *_ASIDE, *_SCORES)
+_PAIR_OPTIONAL = (*_ASIDE, "margin", "score_chosen", "score_rejected")
 
 
 def _replies_to(prompt_key: str, chosen_key: str, rejected_key: str, prompt: Callable, *optional: str) -> _Dialect:
@@ -589,20 +664,20 @@ def _replies_to(prompt_key: str, chosen_key: str, rejected_key: str, prompt: Cal
 
 _PROMPT_OF_QUESTION = functools.partial(_prompt_of_text, "question")
 _PAIR_DIALECTS = (
-    _replies_to("question", "response_chosen", "response_rejected", _PROMPT_OF_QUESTION),
-    _replies_to("question", "good_answer", "bad_answer", _PROMPT_OF_QUESTION),
-    _replies_to("prompt", "chosen", "rejected", _prompt_of_trl),
+    _replies_to("question", "response_chosen", "response_rejected", _PROMPT_OF_QUESTION, "history"),
+    _replies_to("question", "good_answer", "bad_answer", _PROMPT_OF_QUESTION, "history"),
+    _replies_to("prompt", "chosen", "rejected", _PROMPT_OF_TRL, "history"),
     *(_replies_to(key, "chosen", "rejected", functools.partial(_turns_of_list, key)) for key in _LISTS),
-    _replies_to("instruction", "chosen", "rejected", _prompt_of_alpaca, "input"),
-    _replies_to("question", "chosen", "rejected", _PROMPT_OF_QUESTION),
+    _replies_to("instruction", "chosen", "rejected", _prompt_of_alpaca, "input", "history"),
+    _replies_to("question", "chosen", "rejected", _PROMPT_OF_QUESTION, "history"),
     *(
-        _Dialect((key, rejected), (*_ASIDE, *_SCORES), functools.partial(_pair_beside_dialogue, key, rejected))
+        _Dialect((key, rejected), _PAIR_OPTIONAL, functools.partial(_pair_beside_dialogue, key, rejected))
         for key in _LISTS
         for rejected in ("rejected_response", "rejected_messages")
     ),
     _Dialect(
         ("chosen", "rejected"),
-        (*_ASIDE, *_SCORES),
+        _PAIR_OPTIONAL,
         functools.partial(_pair_of_conversations, "chosen", "rejected"),
     ),
 )

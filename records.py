@@ -35,7 +35,17 @@ from dialects import RecordPlan, check_other_forms, dialogue_plan, pair_plan, pl
 from errors import Unusable, UserError
 from raw_files import BLOCK, is_text, misnamed, read_start, utf16_without_mark
 from record_keys import Reading, check_media, check_reply_keys, sort_keys, split_keys
-from record_values import JSON_TOO_MUCH, is_empty, key_twice, kind_of, nearest, optional_text, quoted, text_of
+from record_values import (
+    JSON_TOO_MUCH,
+    PANDAS_WORDS,
+    is_empty,
+    key_twice,
+    kind_of,
+    nearest,
+    optional_text,
+    quoted,
+    text_of,
+)
 
 if TYPE_CHECKING:
     import pyarrow
@@ -828,11 +838,12 @@ def turns_to_answer(messages: Sequence[dict]) -> list[dict]:
 
 def _margin(record: dict) -> float | None:
     """By how much the chosen reply is better: `margin`, or the difference of the two scores."""
+    absent = (None, "", *PANDAS_WORDS)
     values = [record.get(key) for key in ("margin", "score_chosen", "score_rejected")]
-    if values[0] in (None, "") and any(value in (None, "") for value in values[1:]):
+    if values[0] in absent and any(value in absent for value in values[1:]):
         return None
     try:
-        margin = float(values[0]) if values[0] not in (None, "") else float(values[1]) - float(values[2])
+        margin = float(values[0]) if values[0] not in absent else float(values[1]) - float(values[2])
     except (TypeError, ValueError, OverflowError):
         raise Unusable("broken margin", f"margin or scores are {values!r:.80}; they must be numbers") from None
     if not 0 <= margin < float("inf"):
@@ -882,13 +893,13 @@ def _note_placeholder(text: str, source: str, reading: Reading) -> None:
 
 def _with_system(record: dict, turns: list[dict]) -> list[dict]:
     """The turns, after the record's system prompt if it has one, given in `system` or as the first turn."""
-    system = optional_text(record, "system") or optional_text(record, "system_prompt")
+    given = {f"'{key}'": optional_text(record, key) for key in ("system", "system_prompt")}
     if turns and turns[0]["role"] == "system":
-        first, *turns = turns
-        if system and first["content"]:
-            raise Unusable("two system prompts", "one in 'system' and one in turn 1; keep one")
-        system = system or first["content"]
-    return [{"role": "system", "content": system}, *turns] if system else turns
+        given["turn 1"], *turns = turns[0]["content"], *turns[1:]
+    said = {text: where for where, text in given.items() if text}
+    if len(said) > 1:
+        raise Unusable("two system prompts", f"one in {' and one in '.join(said.values())}; keep one")
+    return [*({"role": "system", "content": text} for text in said), *turns]
 
 
 # A turn that calls tools is a kind of its own here: what it waits for is the tools' results.

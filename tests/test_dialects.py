@@ -102,6 +102,13 @@ def test_both_sides_of_an_exchange_in_one_object(key, asks, answers):
     assert to_dialogue({key: exchanges[0], "system": ""}, "d.jsonl:1").messages == TURNS
 
 
+def test_an_exchange_with_a_third_text_or_without_one_side_is_refused():
+    exchange = {"human": "失眠怎么办？", "assistant": "规律作息。"}
+    third = reason(to_dialogue, {"messages": [exchange | {"bot": "喝酒。"}]})
+    assert third.startswith("two forms") and third.endswith("--ignore_keys bot reads on without it")
+    assert reason(to_dialogue, {"messages": [exchange | {"assistant": None}]}).startswith("null value: turn 1 is null")
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -137,6 +144,28 @@ def test_turns_in_other_shapes(record):
     assert to_dialogue(record, "d.jsonl:1").messages == TURNS
 
 
+EARLIER = [{"role": "system", "content": "你是医生。"}, user("腿麻？"), assistant("多久了？")]
+
+
+@pytest.mark.parametrize("write", [lambda turns: turns, json.dumps, lambda turns: json.dumps(turns, indent=1), str])
+def test_turns_in_place_of_a_text_stay_turns(tmp_path, write):
+    asked = [*EARLIER, TURNS[0]]
+    record = {"question": write(asked), "answer": write([TURNS[1]])}
+    assert to_dialogue(record, "d.jsonl:1").messages == [*asked, TURNS[1]]
+    assert to_prompt({"prompt": write(asked)}, "d.jsonl:1").messages == asked
+    (written,) = converted(tmp_path, [{"prompt": write(asked), "completion": write([TURNS[1]])}])
+    assert to_dialogue(written, "d.jsonl:1").messages == [*asked, TURNS[1]]
+    pair = {"question": write(asked), "chosen": write([TURNS[1]]), "rejected": "喝酒。"}
+    assert to_pair(pair, "d.jsonl:1").messages == asked
+
+
+def test_turns_are_no_parts_of_a_text():
+    said = "is a list of turns; it must be a string"
+    assert said in reason(to_dialogue, {"instruction": TURNS, "output": "好。"})
+    assert said in reason(to_dialogue, {"messages": [user(TURNS), TURNS[1]]})
+    assert said in reason(to_dialogue, {"question": "一", "answer": "二", "system": EARLIER[:1]})
+
+
 @pytest.mark.parametrize(
     "history",
     [
@@ -160,6 +189,7 @@ def test_history_in_all_forms(history):
         {"dialogue": "患者：失眠怎么办？\n医生：规律作息。"},
         {"instruction": "失眠", "input": "怎么办？", "response": "规律作息。"},
         {"prompt": "失眠怎么办？", "completion": "规律作息。", "label": True},
+        {"turns": [{"用户": "失眠怎么办？", "助手": "规律作息。"}]},
     ],
 )
 def test_forms_of_dialogues_that_the_converter_reads(tmp_path, record):
@@ -172,6 +202,15 @@ def test_two_texts_in_one_turn_are_refused():
     turn = {"from": "human", "value": "甲", "role": "user", "content": "乙"}
     assert reason(to_dialogue, {"messages": [turn, TURNS[1]]}).startswith("two forms")
     assert to_dialogue({"messages": [turn | {"content": "甲"}, TURNS[1]]}, "d.jsonl:1").messages[0] == user("甲")
+
+
+def test_a_system_prompt_is_read_from_where_it_stands_and_two_are_refused():
+    system = {"role": "system", "content": "你是医生。"}
+    twice = {"messages": [system, *TURNS], "system": "你是医生。", "system_prompt": "你是医生。"}
+    assert to_dialogue(twice, "d.jsonl:1").messages == [system, *TURNS]
+    assert "one in 'system' and one in turn 1" in reason(to_dialogue, twice | {"system": "你是猫。"})
+    two = {"messages": TURNS, "system": "你是医生。", "system_prompt": "你是猫。"}
+    assert "one in 'system' and one in 'system_prompt'" in reason(to_dialogue, two)
 
 
 # ---------------------------------------------------------------- transcripts
@@ -227,6 +266,8 @@ def test_a_broken_transcript_is_refused():
     answered = transcript([*ASKED, assistant("请看口腔科。")])
     assert reason(to_pair, {"prompt": twice, "chosen": "甲", "rejected": "乙"}).startswith("broken transcript")
     assert reason(to_dialogue, {"question": answered, "answer": "好。"}).startswith("broken transcript")
+    kept = f"总结：\n{answered}"
+    assert to_dialogue({"question": kept, "answer": "好。"}, "d.jsonl:1").messages[0] == user(kept)
     assert "is a reply without its question" in reason(to_pair, {"chosen": "看医生。", "rejected": "忍着。"})
 
 
@@ -277,6 +318,7 @@ def test_usual_forms_of_pairs(tmp_path, record):
         {"query": "腿抽筋？", "response": "先拉伸小腿。", "rejected_response": "截肢。"},
         {"instruction": "腿抽筋？", "output": "先拉伸小腿。", "rejected": "截肢。"},
         {"Prompt": "腿抽筋？", "Chosen": "先拉伸小腿。", "Rejected": "截肢。"},
+        {"input": "腿抽筋？", "chosen": "先拉伸小腿。", "rejected": "截肢。"},
     ],
 )
 def test_forms_of_pairs_that_the_converter_reads(tmp_path, record):
@@ -291,6 +333,28 @@ def test_conversations_that_do_not_hold_the_prompt_are_refused():
         "rejected": [user("腿抽筋？"), assistant("b")],
     }
     assert reason(to_pair, record).startswith("two prompts")
+
+
+def test_what_stands_before_the_prompt_of_a_pair_is_not_lost():
+    asked, whole = user("腿抽筋？"), {key: [user("腿抽筋？"), assistant(text)] for key, text in REPLIES.items()}
+    assert to_pair({"prompt": [EARLIER[0], asked], **whole}, "d.jsonl:1").messages == [EARLIER[0], asked]
+    history = {"history": [["腿麻？", "多久了？"]]}
+    assert to_pair({"prompt": [asked], **REPLIES, **history}, "d.jsonl:1").messages == [*EARLIER[1:], asked]
+    assert reason(to_pair, {"prompt": "腿抽筋？", **whole, **history}).startswith("two prompts")
+    assert reason(to_pair, {"messages": [asked], **REPLIES, **history}).startswith("two forms")
+
+
+@pytest.mark.parametrize("mark", [{"label": False}, {"weight": 0}])
+def test_a_chosen_reply_that_is_marked_as_bad_is_refused(mark):
+    asked, (chosen, rejected) = user("腿抽筋？"), map(assistant, REPLIES.values())
+    for record in (
+        {"prompt": "腿抽筋？", "chosen": chosen | mark, "rejected": rejected},
+        {"chosen": [asked, chosen | mark], "rejected": [asked, rejected]},
+        {"messages": [asked, chosen | mark], "rejected_response": "截肢。"},
+    ):
+        assert reason(to_pair, record).startswith("not to be learned")
+    pair = {"prompt": "腿抽筋？", "chosen": chosen, "rejected": rejected | mark}
+    assert to_pair(pair, "d.jsonl:1").rejected == "截肢。"
 
 
 # ---------------------------------------------------------------- columns and lists of wordings
@@ -414,5 +478,6 @@ def test_a_dialogue_is_no_document(tmp_path):
 
 def test_advice_guesses_no_key_that_is_far():
     assert "meant as" not in reason(to_dialogue, {"version": "1.0", "data": [1]})
+    assert "meant as" not in reason(to_dialogue, {"conversation_id": "1", "question_id": 2, "chat": []})
     assert "is 'anwser' meant as 'answer'?" in reason(to_dialogue, {"question": "一", "anwser": "二"})
     assert reason(to_dialogue, {"prompt": "一", "completion": "二"}).endswith("convert_data_format.py reads more forms")
