@@ -167,13 +167,15 @@ _REASONING = {
 
 
 def _from_spoken_list(key: str, record: dict) -> dict:
-    """A list of strings that start with who speaks; where none does, the person and the model take turns."""
+    """A list of turns, or of strings that start with who speaks; where none does, the two take turns."""
     turns = record.pop(key)
     if isinstance(turns, str):
         try:
             turns = json.loads(turns)
         except json.JSONDecodeError:
             raise Unusable("broken JSON", f"{key!r} is {turns!r:.60}; it must be a list of turns") from None
+    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+        return {**record, "messages": turns}
     if not (isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)):
         raise Unusable("not a list", f"{key!r} is {turns!r:.60}; it must be a list of strings")
     spoken = [SPEAKER.match(turn.lstrip()) for turn in turns]

@@ -102,7 +102,7 @@ MEDIA = (
 )  # fmt: skip
 OPTIONS = ("options", "option", "choices", "option_list", "options_list", "选项", "备选答案")
 # One option a key: A, opa, option_a, Choice A.
-_LETTERED = re.compile("(?:op|opt|option|choice|选项)?([a-h])")
+_LETTERED = re.compile(r"\s*(?:[A-H]|(?i:(?:op|opt|option|choice|选项)[_\s]*[a-h]))\s*")
 
 # Said about a record and not in it: where it is from, what it is about, how it was judged or made.
 HARMLESS = frozenset(
@@ -178,8 +178,7 @@ def is_harmless(key: str) -> bool:
 
 def letter_of(key: str) -> str:
     """The letter of the option that a key holds, "" of any other key."""
-    lettered = _LETTERED.fullmatch(_bare(key))
-    return lettered[1].upper() if lettered else ""
+    return key.strip()[-1].upper() if _LETTERED.fullmatch(key) else ""
 
 
 def check_media(record: dict, plan: KeyPlan, reading: Reading, where: str) -> None:

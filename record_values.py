@@ -8,6 +8,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Collection
+from itertools import islice
 
 from errors import Unusable
 
@@ -180,7 +181,9 @@ def kind_of(value: object) -> str:
 
 
 def quoted(keys: Collection[str]) -> str:
-    return f"the keys {', '.join(map(repr, keys))}" if keys else "no keys"
+    listed = ", ".join(repr(key) for key in islice(keys, 30))
+    more = f" and {len(keys) - 30:,} more" if len(keys) > 30 else ""
+    return f"the keys {listed}{more}" if keys else "no keys"
 
 
 def nearest(keys: Collection[str], known: tuple[str, ...], cutoff: float = 0.75) -> str:

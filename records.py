@@ -428,11 +428,11 @@ def _list_items(text: "_JsonText", name: str, needs_commas: bool = True) -> Iter
 _LIST_NAMES = ("data", "train", "records", "examples", "samples", "instances", "rows", "items", "dataset")
 _ABOUT = (
     "version|name|title|description|license|info|meta|metadata|features|total|count|size|num_rows|date|source|language|"
-    "lang|split|url|author|citation|homepage|status|code|msg|message|success"
+    "lang|split|url|author|citation|homepage|status|code|msg|message|success|schema"
 )
 _LIST_IN_OBJECT = re.compile(
     rf"""[\ufeff\s]*\{{\s*(?:"(?:{_ABOUT})"\s*:\s*"""
-    r"""(?:"(?:[^"\\]|\\.)*"|[\w.+-]+|\{[^{}]*\}|\[[^\[\]{}]*\])\s*,\s*)*"""
+    r"""(?:"(?:[^"\\]|\\.)*"|[\w.+-]+|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}|\[[^\[\]{}]*\])\s*,\s*)*"""
     # A list of objects that are no turns.
     rf""""(?:{"|".join(_LIST_NAMES)})"\s*:\s*\[\s*\{{\s*"(?!(?:from|role|speaker|value|content|human)")"""
 )
@@ -447,7 +447,10 @@ def _list_in_object(text: "_JsonText", name: str) -> Iterator[tuple[str, object]
         if text.peek() == "[" and key in _LIST_NAMES:
             yield from _list_items(text, name)
         else:
-            text.decode()
+            value, line, _ = text.decode()
+            if isinstance(value, list) and key not in _ABOUT.split("|") and any(isinstance(row, dict) for row in value):
+                detail = f"{key!r} is a list too, of {len(value):,}; write it to a file of its own"
+                yield f"{name}:{line}", Unusable("second list", detail)
         if text.peek() != "}":
             text.skip(",")
     text.skip("}")
@@ -777,7 +780,14 @@ def lone_reply(record: dict, reading: Reading) -> str:
     except Unusable:
         return ""
     turns = [turn for turn in plan.dialect.read(present, reading) if turn["role"] == "assistant" or turn["content"]]
-    return turns[0]["content"] if [turn["role"] for turn in turns] == ["assistant"] else ""
+    if [turn["role"] for turn in turns] != ["assistant"]:
+        return ""
+    check_media(present, plan.keys, reading, "the record")
+    if key := check_reply_keys(present, plan.keys, reading, "the record"):
+        raise _not_learned(present, key, reading)
+    if "weight" in turns[0]:
+        raise Unusable("not to be learned", "the only reply is marked so; delete the record or the mark")
+    return turns[0]["content"]
 
 
 def to_dialogue(record: object, source: str, reading: Reading | None = None) -> Dialogue:

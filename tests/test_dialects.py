@@ -12,7 +12,7 @@ from data_forms import ForeignReader, known_roles, rows_of
 from dialects import ROLES, turns_of_transcript
 from errors import Unusable, UserError
 from record_keys import Reading
-from records import load_prompts, read_documents, to_dialogue, to_pair, to_prompt
+from records import load_prompts, read_documents, to_dialogue, to_document, to_pair, to_prompt
 
 
 def user(text: str) -> dict:
@@ -186,6 +186,7 @@ def test_history_in_all_forms(history):
     "record",
     [
         {"turns": TURNS},
+        {"data": TURNS},
         {"dialogue": "患者：失眠怎么办？\n医生：规律作息。"},
         {"instruction": "失眠", "input": "怎么办？", "response": "规律作息。"},
         {"prompt": "失眠怎么办？", "completion": "规律作息。", "label": True},
@@ -464,6 +465,19 @@ def test_a_reply_to_nothing_is_a_document(tmp_path, record):
     assert [document.text for document in read_documents([path])] == ["高血压应限盐。"]
     convert_to_text(["--input_file", str(path), "--output_file", str(output)])
     assert output.read_text(encoding="utf-8") == "高血压应限盐。\n"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [assistant("高血压应限盐。") | {"loss": False}]},
+        {"messages": [assistant("高血压应限盐。")], "images": ["a.png"]},
+        {"instruction": "", "output": "高血压应限盐。", "label": False},
+    ],
+)
+def test_a_reply_to_nothing_is_no_document_where_it_is_not_learned(record):
+    with pytest.raises(Unusable):
+        to_document(record, "d.jsonl:1", Reading(()))
 
 
 def test_a_dialogue_is_no_document(tmp_path):

@@ -328,6 +328,17 @@ def test_converters_read_utf16_without_its_mark():
         assert [item.source for item in ForeignReader("dialogues").read([path])] == ["d.jsonl:1", "d.jsonl:2"]
 
 
+def test_a_second_list_of_records_in_an_object_is_a_fault_by_its_line():
+    text = json.dumps({"schema": {"fields": [{"name": "a"}]}, "train": [json.loads(ONE)], "test": [json.loads(TWO)]})
+    train, test = read_dialogues([write("d.json", text.replace('"test"', '\n"test"'))])
+    assert (train.source, test.source, test.reason) == ("d.json:1", "d.json:2", "second list")
+
+
+def test_of_hundreds_of_keys_some_are_named():
+    (bad,) = read_dialogues([write("d.json", json.dumps({str(n): {} for n in range(1000)}))])
+    assert "'29' and 970 more; known are" in bad.detail
+
+
 # ---------------------------------------------------------------- a key twice
 
 TWICE = {
