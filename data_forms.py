@@ -20,17 +20,18 @@ import zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from html.entities import html5
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Literal
 
-from dialects import ANSWERS, QUESTIONS, SPEAKER, has_dialect, lacks_prompt
+from dialects import ANSWERS, KEYS_READ, QUESTIONS, SPEAKER, has_dialect, lacks_prompt
 from errors import Unusable, UserError
 from raw_files import UTF16_MARKS, utf16_without_mark
 from record_keys import Reading, sort_keys, split_keys
-from record_values import is_empty
+from record_values import is_empty, kind_of, parsed
 from records import (
     TEXT_ENDINGS,
     BadRecord,
@@ -154,6 +155,8 @@ def _from_title_and_ask(record: dict) -> dict:
 def _with_reasoning(how: str, record: dict) -> dict:
     """The reply, with what was thought before it if that is asked for."""
     answer, thought = record.pop("response"), record.pop("complex_cot")
+    if how != "leave_out" and not isinstance(thought, str | None):
+        raise Unusable("not text", f"'complex_cot' is {kind_of(thought)}; it must be a string")
     if how != "leave_out" and isinstance(answer, str) and isinstance(thought, str) and thought.strip():
         answer = _REASONING[how].format(thought.strip(), answer.strip())
     return {**record, "answer": answer}
@@ -208,13 +211,14 @@ def _dialogue_form(keys: Sequence[str], reasoning: str) -> _Form | None:
         return _Form(tuple(key for key in ("title", "ask", "answer") if key in keys), _from_title_and_ask)
     if {"question", "complex_cot", "response"} <= set(keys):
         return _Form(("question", "complex_cot", "response"), functools.partial(_with_reasoning, reasoning))
-    for wanted in ({"question": QUESTIONS}, {"instruction": ("instruction",), "input": ("input",)}):
+    alpaca = {"instruction": ("instruction", "指令"), "input": ("input", "输入")}
+    for wanted in ({"question": QUESTIONS}, alpaca):
         if form := _renaming_form(keys, wanted | {"answer" if "question" in wanted else "output": ANSWERS}):
             return form
     for key in ("data", "utterances"):
         if key in keys:
             return _Form((key,), functools.partial(_from_spoken_list, key))
-    return _renaming_form(keys, {"conversations": ("dialogue", "dialog", "dialogs", "turns", "items", "chat")})
+    return _renaming_form(keys, {"conversations": _TURNS})
 
 
 def _pair_form(keys: Sequence[str], reasoning: str) -> _Form | None:
@@ -233,6 +237,8 @@ def _renaming_form(keys: Sequence[str], wanted: dict[str, Sequence[str]]) -> _Fo
 
 
 _COLUMNS = {*QUESTIONS, *ANSWERS, *_CHOSEN, *_REJECTED}
+_TURNS = ("dialogue", "dialog", "dialogs", "turns", "items", "chat")
+_READ = {*_COLUMNS, *_TURNS, *KEYS_READ, "title", "ask", "complex_cot", "data", "utterances"}
 
 
 def rows_of(record: object) -> list[dict] | None:
@@ -243,6 +249,9 @@ def rows_of(record: object) -> list[dict] | None:
     for key, value in record.items():
         if isinstance(value, dict) and value and all(number.isdigit() for number in value):
             value = list(value.values())
+        if isinstance(value, str) and key.strip().lower() in ("questions", "answers") and value.lstrip()[:1] == "[":
+            with suppress(Unusable):  # words in brackets
+                value = parsed(value, "")
         if isinstance(value, list):
             columns[key] = value
     named = [column for key, column in columns.items() if key.strip().lower() in _COLUMNS]
@@ -407,9 +416,11 @@ class ForeignReader:
         return self._form_of(lower, self._reasoning)
 
     def _lowered(self, record: dict) -> dict:
+        """The record with the names that are read in lower case; advice names the others as they are."""
         lowered = {}
         for key, value in record.items():
             name = key.strip().lower()
+            name = name if name in _READ else key
             if is_empty(lowered.get(name)):
                 lowered[name] = value
             elif not is_empty(value) and value != lowered[name]:

@@ -17,6 +17,7 @@ from typing import Literal
 
 from errors import Unusable
 from record_keys import (
+    THOUGHTS,
     KeyPlan,
     Reading,
     check_prompt_keys,
@@ -65,14 +66,12 @@ _SPEAKER_LINE = re.compile(rf"^{SPEAKER.pattern}", re.IGNORECASE | re.MULTILINE)
 def role_of(name: object, where: str, reading: Reading) -> str:
     """The role that a name stands for, capitals and blanks around it aside: also "tool call"."""
     role = None
-    if isinstance(name, str):
-        role = (reading.role_map or {}).get(name.strip()) or ROLES.get(name.strip().lower())
+    if isinstance(name, str | int):
+        role = (reading.role_map or {}).get(str(name).strip()) or ROLES.get(str(name).strip().lower())
     if role is None:
         script = "" if reading.role_map is not None else "scripts/convert_data_format.py "
-        raise Unusable(
-            "unknown role",
-            f"{where} is from {name!r}; known are {', '.join(ROLES)}; {script}--role_map {name}=user says who it is",
-        )
+        advice = f"; {script}--role_map {name}=user says who it is" if isinstance(name, str | int) else ""
+        raise Unusable("unknown role", f"{where} is from {name!r}; known are {', '.join(ROLES)}{advice}")
     return role
 
 
@@ -265,7 +264,7 @@ def tools_of(record: dict) -> list[dict] | None:
     tools = record.get("tools") or record.get("functions")
     if is_empty(tools):
         return None
-    tools = _without_nulls(parsed(tools, "'tools'"))
+    tools = _without_nulls(parsed(tools, "'tools'")) or []
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise Unusable("broken tools", f"'tools' is {tools!r:.80}; it must be a list of objects")
     return tools or None
@@ -327,7 +326,8 @@ def _turns_in(value: object, where: str, reading: Reading) -> list[dict] | None:
 def _history(record: dict, reading: Reading) -> list[dict]:
     """Read the earlier exchanges of a record, as [question, answer] or as turns."""
     history = record.get("history")
-    history = [] if is_empty(history) else parsed(history, "'history'")
+    history = None if is_empty(history) else parsed(history, "'history'")
+    history = [] if history is None else history
     turns = []
     for number, exchange in enumerate(history if isinstance(history, list) else [history], 1):
         where = f"exchange {number} of 'history'"
@@ -358,8 +358,10 @@ class _Dialect:
 _LISTS = ("conversations", "messages", "conversation")
 _ASIDE = ("system", "system_prompt", "tools", "functions")
 # Columns of published data, in lower case.
-QUESTIONS = ("question", "questions", "query", "prompt", "instruction", "input", "problem", "问题", "提问")
-ANSWERS = ("answer", "answers", "response", "output", "completion", "reply", "回答", "答案", "回复")
+QUESTIONS = (
+    "question", "questions", "query", "prompt", "instruction", "input", "problem", "问题", "提问", "指令", "输入",
+)  # fmt: skip
+ANSWERS = ("answer", "answers", "response", "output", "completion", "reply", "回答", "答案", "回复", "输出")
 # The one rule of detection: the first dialect whose required keys the record has, whatever the file's name.
 # A key that is null or empty (an empty csv cell) counts as absent. What other keys mean, record_keys.py says.
 _DIALECTS = (
@@ -453,7 +455,7 @@ def _other_forms(rest: Sequence[str], dialect: _Dialect, every_key: Sequence[str
     if dialect.has_turns:
         is_whole = not {"question", "instruction"}.isdisjoint(names.values())
         every_key = set(every_key) - (set() if is_whole else {"answer", "output"})
-    elif all(not set(side).isdisjoint(names.values()) for side in (QUESTIONS, ANSWERS)):
+    elif all(not set(side).isdisjoint(names.values()) for side in ((*QUESTIONS, *THOUGHTS), ANSWERS)):
         every_key = {*every_key, *QUESTIONS, *ANSWERS}
     return tuple(key for key in rest if names[key] in every_key)
 
@@ -469,7 +471,9 @@ def planned(record: dict, plan_of: Callable[[tuple[str, ...]], RecordPlan], read
         present = record  # it then says which text is null or empty
         plan = plan_of(tuple(record))
     # A misspelt 'history' taken for metadata would train on answers without their questions.
-    if suspect := len(record) > len(plan.dialect.required) and suspects(tuple(record), plan.dialect.optional):
+    if suspect := len(record) > len(plan.dialect.required) and suspects(
+        tuple(record), tuple(present), plan.dialect.optional
+    ):
         raise Unusable("unknown keys", f"has {quoted(record)}{suspect}")
     return present, plan
 
@@ -481,9 +485,13 @@ def check_other_forms(record: dict, plan: RecordPlan, texts: Sequence[str], read
     if others:
         required = plan.dialect.required
         ways = [reading.ignoring(*others, *plan.keys.thoughts)]
-        left = {key.strip().lower() for key in record if key not in (*required, *plan.keys.options)}
-        if _is_form(left, _PAIR_DIALECTS if plan.dialect in _PAIR_DIALECTS else _DIALECTS):
-            ways.append(reading.ignoring(*required, *plan.keys.options))
+        dialects = _PAIR_DIALECTS if plan.dialect in _PAIR_DIALECTS else _DIALECTS
+        for ignored in ((*required, *plan.keys.options), required[-1:]):
+            left = [key for key in record if key not in ignored]
+            if len(ways) == 1 and _is_form([key.strip().lower() for key in left], dialects):
+                by_converter = reading.role_map is None and not any(set(d.required) <= set(left) for d in dialects)
+                tool = "scripts/convert_data_format.py " if by_converter else ""
+                ways.append(f"{tool}{reading.ignoring(*ignored)}")
         needed = " with ".join(map(repr, required))
         raise Unusable(
             "two forms", f"has {needed}, and {', '.join(map(repr, others))} with other words; {'; '.join(ways)}"
@@ -514,7 +522,8 @@ def with_options(turns: list[dict], record: dict, plan: RecordPlan, reading: Rea
     """The turns with the options in the question, where they do not stand there already."""
     options = _options_of(record, plan.keys.options)
     read = "\n".join(turn["content"] for turn in turns)
-    if all(text in read for text in options.values()):
+    asks = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
+    if not asks or all(text in read for text in options.values()):
         return turns
     if plan.dialect.has_turns:
         keys = ", ".join(map(repr, plan.keys.options))
@@ -522,7 +531,7 @@ def with_options(turns: list[dict], record: dict, plan: RecordPlan, reading: Rea
             "options apart",
             f"has {keys}, which no turn says; write them into the question, or {reading.ignoring(*plan.keys.options)}",
         )
-    asked = max(index for index, turn in enumerate(turns) if turn["role"] == "user")
+    asked = asks[-1]
     lines = [turns[asked]["content"], *(f"{letter}. {text}" for letter, text in options.items())]
     return [*turns[:asked], {"role": "user", "content": "\n".join(lines)}, *turns[asked + 1 :]]
 
@@ -680,4 +689,7 @@ _PAIR_DIALECTS = (
         _PAIR_OPTIONAL,
         functools.partial(_pair_of_conversations, "chosen", "rejected"),
     ),
+)
+KEYS_READ = frozenset(
+    key for dialect in (*_PROMPT_DIALECTS, *_PAIR_DIALECTS) for key in dialect.required + dialect.optional
 )

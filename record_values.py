@@ -152,7 +152,7 @@ def parsed(value: object, where: str) -> object:
     """A nested value, which csv and parquet often hold as a JSON string, and pandas as Python writes it."""
     if not isinstance(value, str):
         return value
-    if value.strip() in _ANY_NULL_WORD:
+    if value.strip() in _ANY_NULL_WORD - {"null"}:
         raise Unusable(
             "null value", f"{where} is the word {value!r}, as programs write a missing value; empty it or take it out"
         )
@@ -193,9 +193,21 @@ def nearest(keys: Collection[str], known: tuple[str, ...], cutoff: float = 0.75)
     return "".join(f"; is {key!r} meant as {near!r}?" for key, near in pairs if near)
 
 
+_ALSO_CALLED = {
+    **dict.fromkeys(
+        ("chat_history", "dialogue_history", "dialog_history", "conversation_history", "历史", "历史对话", "对话历史"),
+        "history",
+    ),
+    **dict.fromkeys(("system_message", "sys_prompt", "系统", "系统提示", "系统提示词"), "system"),
+}
+
+
 @functools.lru_cache(maxsize=4000)
-def suspects(keys: tuple[str, ...], optional: tuple[str, ...]) -> str:
-    return nearest(keys, optional, cutoff=0.85)
+def suspects(keys: tuple[str, ...], present: tuple[str, ...], optional: tuple[str, ...]) -> str:
+    """What may be meant by keys that are not read: misspelt ones, and those not empty that have another name."""
+    others = ((key, _ALSO_CALLED.get(key.strip().lower())) for key in present)
+    named = [f"; is {key!r} meant as {name!r}?" for key, name in others if name in optional and name not in keys]
+    return "".join(named) or nearest(keys, optional, cutoff=0.85)
 
 
 @functools.lru_cache(maxsize=1000)

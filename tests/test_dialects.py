@@ -187,6 +187,8 @@ def test_history_in_all_forms(history):
     [
         {"turns": TURNS},
         {"data": TURNS},
+        {"指令": "失眠", "输入": "怎么办？", "输出": "规律作息。"},
+        {"questions": "[['失眠怎么办？', '睡不着？']]", "answers": "['规律作息。']"},
         {"dialogue": "患者：失眠怎么办？\n医生：规律作息。"},
         {"instruction": "失眠", "input": "怎么办？", "response": "规律作息。"},
         {"prompt": "失眠怎么办？", "completion": "规律作息。", "label": True},
@@ -197,6 +199,13 @@ def test_forms_of_dialogues_that_the_converter_reads(tmp_path, record):
     (written,) = converted(tmp_path, [record])
     messages = to_dialogue(written, "d.jsonl:1").messages
     assert [messages[0] | {"content": messages[0]["content"].replace("\n", "")}, *messages[1:]] == TURNS
+
+
+@pytest.mark.parametrize(("key", "name"), [("chat_history", "history"), ("历史", "history"), ("系统", "system")])
+def test_earlier_turns_and_system_prompts_by_other_names_are_not_lost(key, name):
+    record = {"question": "失眠怎么办？", "answer": "规律作息。"}
+    assert reason(to_dialogue, record | {key: "你是医生。"}).endswith(f"is {key!r} meant as {name!r}?")
+    assert to_dialogue(record | {key: []}, "d.jsonl:1").messages == TURNS
 
 
 def test_two_texts_in_one_turn_are_refused():

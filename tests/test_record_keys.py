@@ -278,6 +278,10 @@ def test_advice_to_read_another_form_is_given_where_there_is_a_whole_one():
     whole = MESSAGES | {"instruction": "问", "output": "答"}
     assert "--ignore_keys messages reads on without it" in fault(to_dialogue, whole).detail
     assert read_without(to_dialogue, whole, "messages")
+    lower = {"question": "一", "answer": "B", "complex_cot": "想", "response": "二"}
+    assert "convert_data_format.py --ignore_keys answer reads on" in fault(to_dialogue, lower).detail
+    reader = ForeignReader("dialogues", reading=Reading(("answer",)))
+    assert reader.convert(lower, "d.jsonl:1").messages[1]["content"] == "二"
 
 
 @pytest.mark.parametrize(
@@ -354,6 +358,15 @@ def test_unknown_keys_are_counted_by_name_and_harmless_ones_are_not(tmp_path):
         "keys of records that are not read: '科室' (3), 'triage' (1)",
         "keys of turns that are not read: 'mood' (1)",
     ]
+
+
+def test_advice_names_keys_as_they_are_written(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"Question": "一", "Answer": "二", "LABEL": False}) + "\n", encoding="utf-8")
+    (refused,) = ForeignReader("dialogues", reading=Reading(())).read([path])
+    assert "--ignore_keys LABEL reads on without it" in refused.detail
+    (dialogue,) = ForeignReader("dialogues", reading=Reading(("LABEL",))).read([path])
+    assert dialogue.messages[1]["content"] == "二"
 
 
 def test_advice_names_no_flag_that_the_caller_does_not_have(tmp_path):
