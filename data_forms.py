@@ -19,19 +19,19 @@ import re
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html.entities import html5
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Literal
 
-from dialects import ANSWERS, KEYS_READ, QUESTIONS, SPEAKER, has_dialect, lacks_prompt
+from dialects import ANSWERS, ASIDE, KEYS_READ, QUESTIONS, SCORES, SPEAKER, has_dialect, lacks_prompt
 from errors import Unusable, UserError
 from raw_files import UTF16_MARKS, utf16_without_mark
 from record_keys import Reading, sort_keys, split_keys
-from record_values import is_empty, kind_of, parsed
+from record_values import is_empty, kind_of, parsed, text_of
 from records import (
     TEXT_ENDINGS,
     BadRecord,
@@ -144,6 +144,7 @@ class _Form:
 
     columns: tuple[str, ...]
     convert: Callable[[dict], dict]
+    names: Mapping[str, str] = field(default_factory=dict)  # for each name of ours the file's
 
 
 def _from_title_and_ask(record: dict) -> dict:
@@ -233,12 +234,14 @@ def _renaming_form(keys: Sequence[str], wanted: dict[str, Sequence[str]]) -> _Fo
     if any(len(meant) != 1 for meant in found.values()):
         return None
     names = {meant[0]: name for name, meant in found.items()}
-    return _Form(tuple(names), functools.partial(_renamed, names))
+    own_names = {name: key for key, name in names.items()}
+    return _Form(tuple(names), functools.partial(_renamed, names), own_names)
 
 
 _COLUMNS = {*QUESTIONS, *ANSWERS, *_CHOSEN, *_REJECTED}
 _TURNS = ("dialogue", "dialog", "dialogs", "turns", "items", "chat")
 _READ = {*_COLUMNS, *_TURNS, *KEYS_READ, "title", "ask", "complex_cot", "data", "utterances"}
+_READ_KEYS = tuple(sorted(_READ))
 
 
 def rows_of(record: object) -> list[dict] | None:
@@ -278,6 +281,13 @@ class Columns:
     rejected: str = ""
     system: str = ""
     history: str = ""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """For each name of ours the file's."""
+        names = {"question": " + ".join(self.question), "answer": self.answer, "system": self.system}
+        names |= {"response_chosen": self.chosen, "response_rejected": self.rejected, "history": self.history}
+        return {ours: theirs for ours, theirs in names.items() if theirs}
 
 
 def add_reading_flags(parser: argparse.ArgumentParser) -> None:
@@ -327,6 +337,12 @@ def known_roles(listed: str) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------- reading
+
+
+def _by_own_names(fault: Unusable, names: Mapping[str, str]) -> Unusable:
+    """The fault by the names of the file's columns, and not by what they are read as."""
+    detail = re.sub(r"'(\w+)'", lambda name: f"'{names.get(name[1], name[1])}'", fault.detail)
+    return Unusable(fault.reason, detail)
 
 
 class ForeignReader:
@@ -388,7 +404,10 @@ class ForeignReader:
         if isinstance(record, Unusable):
             raise record
         if self._columns != Columns():
-            return self._make(self._by_columns(record), source, self.reading)
+            try:
+                return self._make(self._by_columns(record), source, self.reading)
+            except Unusable as fault:
+                raise _by_own_names(fault, self._columns.names) from None
         if not isinstance(record, dict):
             return self._make(record, source, self.reading)
         record = self.reading.without_ignored(record)
@@ -397,7 +416,10 @@ class ForeignReader:
             form = self._form_by_keys(tuple(record))
         if form is None:
             return self._make(record, source, self.reading)
-        item = self._make(form.convert(self._lowered(record)), source, self.reading)
+        try:
+            item = self._make(form.convert(self._lowered(record)), source, self.reading)
+        except Unusable as fault:
+            raise _by_own_names(fault, form.names) from None
         self._n_by_columns[form.columns] += 1
         return item
 
@@ -438,14 +460,19 @@ class ForeignReader:
         absent = [name for name in (*columns.question, *filter(None, named.values())) if name not in record]
         if absent:
             raise Unusable("no such column", f"has {_listed(record)}; the flags name {_listed(absent)}")
-        question = [record[name] for name in columns.question]
-        texts = [text for text in question if text]
-        record = self.reading.without_ignored(record)
-        kept_keys = ("system", "history", "tools", "margin", *sort_keys(tuple(record), ()).that_matter)
-        used = {*columns.question, *named.values()}
-        kept = {key: record[key] for key in kept_keys if key not in used and not is_empty(record.get(key))}
+        used = {*columns.question, *named.values(), *(("system_prompt",) if columns.system else ())}
         values = {key: record[name] for key, name in named.items() if name}
-        return {**kept, "question": question[0] if len(question) == 1 else "\n".join(map(str, texts)), **values}
+        question = record[columns.question[0]]
+        if len(columns.question) > 1:
+            asked = {name: record[name] for name in columns.question if not is_empty(record[name])}
+            texts = (text if isinstance(text, int | float) else text_of(text, name) for name, text in asked.items())
+            question = "\n".join(map(str, texts))
+        record = self.reading.without_ignored(record)
+        beside = tuple(key for key in record if key not in used and not is_empty(record[key]))
+        plan = sort_keys(beside, _READ_KEYS)
+        kept_keys = [key for key in ("history", *ASIDE, *SCORES) if key in beside]
+        kept_keys += plan.that_matter + plan.unknown
+        return {key: record[key] for key in kept_keys} | {"question": question} | values
 
     def found(self) -> list[str]:
         """A line for each form and encoding that was not what records.py reads, and for what was met in the records."""

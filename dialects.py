@@ -356,7 +356,7 @@ class _Dialect:
 
 
 _LISTS = ("conversations", "messages", "conversation")
-_ASIDE = ("system", "system_prompt", "tools", "functions")
+ASIDE = ("system", "system_prompt", "tools", "functions")
 # Columns of published data, in lower case.
 QUESTIONS = (
     "question", "questions", "query", "prompt", "instruction", "input", "problem", "问题", "提问", "指令", "输入",
@@ -365,15 +365,15 @@ ANSWERS = ("answer", "answers", "response", "output", "completion", "reply", "�
 # The one rule of detection: the first dialect whose required keys the record has, whatever the file's name.
 # A key that is null or empty (an empty csv cell) counts as absent. What other keys mean, record_keys.py says.
 _DIALECTS = (
-    *(_Dialect((key,), _ASIDE, functools.partial(_turns_of_list, key)) for key in _LISTS),
-    _Dialect(("instruction", "output"), ("input", "history", *_ASIDE), _turns_of_alpaca),
-    _Dialect(("question", "answer"), ("history", *_ASIDE), _turns_of_question),
+    *(_Dialect((key,), ASIDE, functools.partial(_turns_of_list, key)) for key in _LISTS),
+    _Dialect(("instruction", "output"), ("input", "history", *ASIDE), _turns_of_alpaca),
+    _Dialect(("question", "answer"), ("history", *ASIDE), _turns_of_question),
 )
 # What is to be answered may also come without a reply.
 _PROMPT_DIALECTS = (
     *_DIALECTS,
-    _Dialect(("instruction",), ("input", "history", *_ASIDE), _prompt_of_alpaca),
-    _Dialect(("question",), ("history", *_ASIDE), functools.partial(_prompt_of_text, "question")),
+    _Dialect(("instruction",), ("input", "history", *ASIDE), _prompt_of_alpaca),
+    _Dialect(("question",), ("history", *ASIDE), functools.partial(_prompt_of_text, "question")),
 )
 _PREFERENCE_KEYS = (
     "response_chosen", "response_rejected", "chosen", "rejected", "good_answer", "bad_answer", "rejected_response",
@@ -661,9 +661,10 @@ def _pair_beside_dialogue(key: str, rejected_key: str, record: dict, reading: Re
 _PROMPT_OF_TRL = functools.partial(_prompt_of_text, "prompt")
 _PROMPT_DIALECTS = (
     *_PROMPT_DIALECTS,
-    _Dialect(("prompt",), ("history", *_ASIDE), _PROMPT_OF_TRL),
+    _Dialect(("prompt",), ("history", *ASIDE), _PROMPT_OF_TRL),
 )
-_PAIR_OPTIONAL = (*_ASIDE, "margin", "score_chosen", "score_rejected")
+SCORES = ("margin", "score_chosen", "score_rejected")
+_PAIR_OPTIONAL = (*ASIDE, *SCORES)
 
 
 def _replies_to(prompt_key: str, chosen_key: str, rejected_key: str, prompt: Callable, *optional: str) -> _Dialect:

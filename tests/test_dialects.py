@@ -8,7 +8,7 @@ from convert_to_pretrain_format import main as convert_to_text
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_forms import ForeignReader, known_roles, rows_of
+from data_forms import Columns, ForeignReader, known_roles, rows_of
 from dialects import ROLES, turns_of_transcript
 from errors import Unusable, UserError
 from record_keys import Reading
@@ -365,6 +365,36 @@ def test_a_chosen_reply_that_is_marked_as_bad_is_refused(mark):
         assert reason(to_pair, record).startswith("not to be learned")
     pair = {"prompt": "腿抽筋？", "chosen": chosen, "rejected": rejected | mark}
     assert to_pair(pair, "d.jsonl:1").rejected == "截肢。"
+
+
+# ---------------------------------------------------------------- columns that are named
+
+BY_COLUMNS = Columns(question=("主诉", "病史"), answer="医嘱")
+
+
+def test_beside_columns_that_are_named_nothing_is_lost():
+    def read(**others: object):
+        reader = ForeignReader("dialogues", BY_COLUMNS, reading=Reading(()))
+        return reader.convert(
+            {"主诉": "失眠", "病史": float("nan"), "医嘱": "规律作息。", **others}, "d:1"
+        ), reader.found()
+
+    noted, found = read(科室="内科", 答案="别的", functions=[{"name": "f"}], system_prompt="你是医生。")
+    assert noted.messages == [EARLIER[0], user("失眠"), TURNS[1]]
+    assert noted.tools == [{"name": "f"}]
+    assert found == ["keys of records that are not read: '科室' (1)"]
+    for lost in ({"历史": [["a", "b"]]}, {"图片": "a.png"}, {"思考": "先想。"}):
+        with pytest.raises(Unusable):
+            read(**lost)
+
+
+def test_faults_name_the_columns_of_the_file():
+    with pytest.raises(Unusable) as refused:
+        ForeignReader("dialogues", BY_COLUMNS).convert({"主诉": "失眠", "病史": "", "医嘱": None}, "d:1")
+    assert refused.value.detail.startswith("'医嘱' is null")
+    with pytest.raises(Unusable) as refused:
+        ForeignReader("dialogues").convert({"chat": {"turn_1": {}}}, "d:1")
+    assert refused.value.detail.startswith("'chat' is an object")
 
 
 # ---------------------------------------------------------------- columns and lists of wordings
