@@ -14,6 +14,8 @@ import preprocess_data
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import inference
 import merge_peft_adapter
@@ -28,7 +30,17 @@ from model_loading import (
     read_adapter_config,
 )
 from raw_files import misnamed
-from records import BadRecord, Dialogue, find_files, load_dialogues, load_documents, read_dialogues, read_documents
+from records import (
+    BadRecord,
+    Dialogue,
+    Unusable,
+    find_files,
+    load_dialogues,
+    load_documents,
+    read_dialogues,
+    read_documents,
+    read_raw,
+)
 
 POINTER = (
     "version https://git-lfs.github.com/spec/v1\n"
@@ -359,6 +371,34 @@ def test_a_key_twice_in_the_json_of_a_cell_is_bad_data():
     cell = '[{""from"": ""human"", ""value"": ""a"", ""value"": ""b""}, {""from"": ""gpt"", ""value"": ""c""}]'
     (bad,) = read_dialogues([write("d.csv", f'conversations\n"{cell}"\n')])
     assert (bad.source, bad.reason) == ("d.csv:2", "key twice")
+
+
+# JSON as text, so that a key may stand twice in an object; strings and blanks that look like the end of a key.
+_STRINGS = st.sampled_from(["a", "b", ":", '":', '\\":', " :", '{"a": 1, "a": 2}', "头痛", ""]).map(json.dumps)
+_BLANKS = st.sampled_from(["", "", " ", "\t", "  "])
+_JSON_TEXTS = st.recursive(
+    st.one_of(_STRINGS, st.sampled_from(["1", "null", "1.5e3", "true"])),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3).map(lambda items: f"[{','.join(items)}]"),
+        st.lists(st.tuples(_STRINGS, _BLANKS, _BLANKS, inner), max_size=3).map(
+            lambda pairs: f"{{{','.join(f'{key}{before}:{after}{value}' for key, before, after, value in pairs)}}}"
+        ),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(_JSON_TEXTS)
+def test_a_key_twice_is_found_in_any_json(text):
+    is_twice = []
+    json.loads(text, object_pairs_hook=lambda pairs: is_twice.append(len(dict(pairs)) < len(pairs)))
+    record = f'{{"question": {text}}}'
+    path = Path("any.jsonl")
+    path.write_text(record, encoding="utf-8")
+    ((_, read),) = read_raw(path)
+    assert (isinstance(read, Unusable) and read.reason == "key twice") == any(is_twice)
+    assert any(is_twice) or read == json.loads(record)
 
 
 def test_the_same_key_in_several_objects_is_none():
