@@ -477,6 +477,24 @@ def test_a_pointer_in_place_of_an_adapters_file_is_one_line_by_its_name(adapter,
     assert fault_of(load_for_training, folder, use_peft=True).endswith(f"{folder}: {name}: {POINTER_FAULT}")
 
 
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("[1]", "adapter_config.json: holds a JSON list, not an object"),
+        ("{}", "adapter_config.json: not an adapter's configuration (it has no 'peft_type')"),
+        ('{"r": 8}', "adapter_config.json: not an adapter's configuration ("),
+        ('{"peft_type": "LORA", "r": "x"}', "adapter_config.json: 'r' is 'x'"),
+        ('{"peft_type": "LORA", "lora_alpha": null}', "adapter_config.json: 'lora_alpha' is None"),
+        ('{"peft_type": "LORA", "target_modules": 5}', "adapter_config.json: 'target_modules' is 5"),
+        ('{"peft_type": "LORA", "base_model_name_or_path": 5}', "adapter_config.json: 'base_model_name_or_path' is 5"),
+    ],
+)
+def test_an_adapters_configuration_that_is_none_is_one_line_by_its_name(adapter, spoiled, content, fault):
+    folder = spoiled(adapter, "adapter_config.json", content)
+    for load in (check_path, read_adapter_config):
+        assert fault in fault_of(load, folder)
+
+
 def test_a_pointer_among_several_files_of_weights_is_named(model, spoiled):
     folder = spoiled(model, "model-00002-of-00002.safetensors", POINTER)
     Path(folder, "model.safetensors").rename(Path(folder, "model-00001-of-00002.safetensors"))
@@ -524,6 +542,7 @@ MODEL_FAULTS = [
     ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "tokenizer_config.json"),
     ("tokenizer_config.json", b'{"a": "\xff"}', "no JSON ('utf-8' codec can't decode"),
     ("model.safetensors.index.json", '{"metadata": {}}', "without 'weight_map'"),
+    ("model.safetensors.index.json", '{"weight_map": ["a"]}', "without 'weight_map'"),
     ("chat_template.jinja", "", "empty"),
     ("chat_template.jinja", b"\0" * 99, "nothing but NUL bytes"),
 ]
