@@ -104,10 +104,13 @@ def key_twice(text: str, value: object, start: int = 0, end: int | None = None) 
     """
     n_keys, values = 0, [value]
     for item in values:  # which grows
-        if type(item) is dict:
+        kind = type(item)
+        if kind is str:
+            continue
+        if kind is dict:
             n_keys += len(item)
             values += item.values()
-        elif type(item) is list:
+        elif kind is list:
             values += item
     end = len(text) if end is None else end
     if text.count(":", start, end) == n_keys:
