@@ -30,7 +30,7 @@ from dialects import SPEAKER, has_dialect
 from errors import Unusable, UserError
 from raw_files import UTF16_MARKS, utf16_without_mark
 from record_keys import Reading, sort_keys, split_keys
-from record_values import is_empty
+from record_values import is_empty, is_full, with_values
 from records import (
     TEXT_ENDINGS,
     BadRecord,
@@ -239,6 +239,9 @@ def rows_of(record: object) -> list[dict] | None:
     """The records of one that holds columns, as lists or as pandas' `{"0": ..., "1": ...}`; None for any other."""
     if not isinstance(record, dict):
         return None
+    kinds = list(map(type, record.values()))
+    if kinds.count(list) + kinds.count(dict) < 2:
+        return None
     columns = {}
     for key, value in record.items():
         if isinstance(value, dict) and value and all(number.isdigit() for number in value):
@@ -383,7 +386,7 @@ class ForeignReader:
         if not isinstance(record, dict):
             return self._make(record, source, self.reading)
         record = self.reading.without_ignored(record)
-        form = self._form_by_keys(tuple(key for key, value in record.items() if not is_empty(value)))
+        form = self._form_by_keys(tuple(record if is_full(record) else with_values(record)))
         if form is None:
             form = self._form_by_keys(tuple(record))
         if form is None:
@@ -510,6 +513,8 @@ def _sharegpt_turn(message: dict) -> dict:
         weight = {"weight": message["weight"]} if "weight" in message else {}
         return {"from": "function_call", "value": json.dumps(calls, ensure_ascii=False), **weight}
     turn = {"from": _SHAREGPT_NAMES[message["role"]], "value": message["content"]}
+    if len(message) == 2:
+        return turn
     return turn | {key: message[key] for key in ("tool_calls", "weight") if key in message}
 
 

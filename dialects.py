@@ -21,6 +21,7 @@ from record_values import (
     NESTED,
     NO_TEXT,
     is_empty,
+    is_full,
     is_parts,
     kind_of,
     nearest,
@@ -30,6 +31,7 @@ from record_values import (
     stripped,
     suspects,
     text_of,
+    with_values,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -199,6 +201,8 @@ def turns_of_transcript(text: str) -> list[dict] | None:
     that only quotes a speaker somewhere is no transcript. Raises Unusable where one speaks twice in a row.
     """
     text = text.strip()
+    if ":" not in text[:24] and "：" not in text[:24]:
+        return None
     first = SPEAKER.match(text)
     if first is None or _SPEAKERS[first[1].lower()] != "user":
         return None
@@ -241,6 +245,8 @@ def _tool_calls(calls: object, where: str) -> list[dict]:
 
 
 def tools_of(record: dict) -> list[dict] | None:
+    if "tools" not in record and "functions" not in record:
+        return None
     tools = record.get("tools") or record.get("functions")
     if is_empty(tools):
         return None
@@ -287,7 +293,9 @@ def _reply_turn(record: dict, key: str) -> dict:
 
 def _history(record: dict, reading: Reading) -> list[dict]:
     """Read the earlier exchanges of a record, as [question, answer] or as turns."""
-    history = record.get("history")
+    if "history" not in record:
+        return []
+    history = record["history"]
     history = [] if is_empty(history) else parsed(history, "'history'")
     turns = []
     for number, exchange in enumerate(history if isinstance(history, list) else [history], 1):
@@ -397,7 +405,7 @@ def _find_plan(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> RecordPla
 
 def planned(record: dict, plan_of: Callable[[tuple[str, ...]], RecordPlan], reading: Reading) -> tuple:
     """The record without the keys that count as absent, and its plan."""
-    present = {key: value for key, value in record.items() if not is_empty(value)}
+    present = record if is_full(record) else with_values(record)
     try:
         plan = plan_of(tuple(present))
     except Unusable:

@@ -60,14 +60,20 @@ def is_empty(value: object) -> bool:
     return value is None or value != value or (not value and value is not False and value != 0)
 
 
+def is_full(record: dict) -> bool:
+    """Whether none of the values is empty or zero, or a number that might be NaN: most records, told fast."""
+    return all(record.values()) and float not in map(type, record.values())
+
+
+def with_values(record: dict) -> dict:
+    """The record without the keys that are as good as absent."""
+    return {key: value for key, value in record.items() if not is_empty(value)}
+
+
 def text_of(value: object, where: str, no_text: Collection[str] = _ANY_NULL_WORD) -> str:
     """The content of a turn: a string, or a list of text parts, stripped; `no_text`: words that stand for null."""
-    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        value = "".join(_text_part(part, where) for part in value)
     if not isinstance(value, str):
-        if value is None or value != value:
-            raise Unusable("null value", f"{where} is null; write the text or delete the record")
-        raise Unusable("not text", f"{where} is {kind_of(value)}; it must be a string")
+        value = _joined(value, where)
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -81,6 +87,15 @@ def text_of(value: object, where: str, no_text: Collection[str] = _ANY_NULL_WORD
             f"word is meant, write '{text}.'",
         )
     return text
+
+
+def _joined(value: object, where: str) -> str:
+    """The text of a list of parts."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        return "".join(_text_part(part, where) for part in value)
+    if value is None or value != value:
+        raise Unusable("null value", f"{where} is null; write the text or delete the record")
+    raise Unusable("not text", f"{where} is {kind_of(value)}; it must be a string")
 
 
 def _text_part(part: dict, where: str) -> str:

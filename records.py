@@ -882,7 +882,9 @@ def _note_placeholder(text: str, source: str, reading: Reading) -> None:
 
 def _with_system(record: dict, turns: list[dict]) -> list[dict]:
     """The turns, after the record's system prompt if it has one, given in `system` or as the first turn."""
-    system = optional_text(record, "system") or optional_text(record, "system_prompt")
+    system = ""
+    if "system" in record or "system_prompt" in record:
+        system = optional_text(record, "system") or optional_text(record, "system_prompt")
     if turns and turns[0]["role"] == "system":
         first, *turns = turns
         if system and first["content"]:
@@ -916,7 +918,12 @@ def check_turns(turns: list[dict], needs_reply: bool = True) -> None:
             raise Unusable("empty user turn", f"turn {number} (user) is empty; write it or delete the record")
         if before == "assistant" and not turn["content"]:
             raise Unusable("empty reply", f"turn {number} (assistant) is empty; write it or delete the record")
-        if needs_reply and before == "assistant" and _ONLY_URLS.fullmatch(turn["content"]):
+        if (
+            before == "assistant"
+            and needs_reply
+            and turn["content"][0] in "hHwW<"
+            and _ONLY_URLS.fullmatch(turn["content"])
+        ):
             raise Unusable("only a URL", f"turn {number} (assistant) is {turn['content']:.60}; write the reply itself")
     if "weight" in turns[-1] and all("weight" in turn for turn in turns if turn["role"] == "assistant"):
         raise Unusable("not to be learned", "every reply has the weight 0; delete the record")
