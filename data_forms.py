@@ -26,11 +26,11 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Literal
 
-from dialects import SPEAKER, has_dialect
+from dialects import SPEAKER, has_dialect, is_read
 from errors import Unusable, UserError
 from raw_files import UTF16_MARKS, utf16_without_mark
 from record_keys import Reading, sort_keys, split_keys
-from record_values import is_empty, is_full, with_values
+from record_values import is_empty, with_values
 from records import (
     TEXT_ENDINGS,
     BadRecord,
@@ -386,9 +386,9 @@ class ForeignReader:
         if not isinstance(record, dict):
             return self._make(record, source, self.reading)
         record = self.reading.without_ignored(record)
-        form = self._form_by_keys(tuple(record if is_full(record) else with_values(record)))
-        if form is None:
-            form = self._form_by_keys(tuple(record))
+        if is_read(tuple(record), self._kind):
+            return self._make(record, source, self.reading)
+        form = self._form_by_keys(tuple(with_values(record))) or self._form_by_keys(tuple(record))
         if form is None:
             return self._make(record, source, self.reading)
         item = self._make(form.convert(self._lowered(record)), source, self.reading)

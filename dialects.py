@@ -382,6 +382,15 @@ def pair_plan(keys: tuple[str, ...]) -> RecordPlan:
     return _find_plan(keys, _PAIR_DIALECTS)
 
 
+@functools.lru_cache(maxsize=4000)
+def is_read(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"]) -> bool:
+    """Whether a dialect has these keys."""
+    try:
+        return bool((dialogue_plan if kind == "dialogues" else pair_plan)(keys))
+    except Unusable:
+        return False
+
+
 def has_dialect(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"]) -> bool:
     """Whether records with these keys are read here, if only to be refused as records of another kind."""
     try:

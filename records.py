@@ -787,7 +787,7 @@ def to_prompt(record: object, source: str, reading: Reading | None = None) -> Di
     reading = reading or Reading()
     record, plan = planned(_object(record), functools.partial(dialogue_plan, needs_reply=False), reading)
     turns = _with_system(record, plan.dialect.read(record, reading))
-    turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
+    turns = _without_weights(turns)
     if not plan.is_plain:
         turns = _whole_prompt(turns, record, plan, reading)
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
@@ -805,7 +805,7 @@ def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair
         turns = _whole_prompt(turns, record, plan, reading, (chosen, rejected))
         if key := check_reply_keys(record, plan.keys, reading, "the record"):
             raise _not_learned(record, key, reading)
-    turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
+    turns = _without_weights(turns)
     check_turns([*turns, {"role": "assistant", "content": chosen}])
     if not rejected:
         raise Unusable("empty reply", "the rejected reply is empty; write it or delete the record")
@@ -829,10 +829,10 @@ def turns_to_answer(messages: Sequence[dict]) -> list[dict]:
 def _margin(record: dict) -> float | None:
     """By how much the chosen reply is better: `margin`, or the difference of the two scores."""
     values = [record.get(key) for key in ("margin", "score_chosen", "score_rejected")]
-    if values[0] in (None, "") and any(value in (None, "") for value in values[1:]):
+    if is_empty(values[0]) and any(map(is_empty, values[1:])):
         return None
     try:
-        margin = float(values[0]) if values[0] not in (None, "") else float(values[1]) - float(values[2])
+        margin = float(values[0]) if not is_empty(values[0]) else float(values[1]) - float(values[2])
     except (TypeError, ValueError, OverflowError):
         raise Unusable("broken margin", f"margin or scores are {values!r:.80}; they must be numbers") from None
     if not 0 <= margin < float("inf"):
@@ -853,6 +853,13 @@ def _whole_prompt(
     check_other_forms(record, plan, [*(turn["content"] for turn in turns), *replies], reading)
     check_media(record, plan.keys, reading, "the record")
     return with_options(turns, record, plan, reading) if plan.keys.options else turns
+
+
+def _without_weights(turns: list[dict]) -> list[dict]:
+    """The turns of a prompt, of which nothing is learned."""
+    return [
+        {key: value for key, value in turn.items() if key != "weight"} if "weight" in turn else turn for turn in turns
+    ]
 
 
 def _not_learned(record: dict, key: str, reading: Reading) -> Unusable:
