@@ -536,10 +536,9 @@ _TURNS_IN_A_CELL = re.compile(r"""\s*\[?\s*\{["'](from|role|value|content)["']:"
 
 def _reply(value: object, where: str, reading: Reading) -> list[dict]:
     """One assistant's turn, or a conversation that ends with one."""
-    if isinstance(value, str):
-        if turns := turns_of_transcript(value):
-            return turns
-        value = parsed(value, where) if _TURNS_IN_A_CELL.match(value) else value
+    if isinstance(value, str) and not _TURNS_IN_A_CELL.match(value):
+        return turns_of_transcript(value) or [{"role": "assistant", "content": text_of(value, where)}]
+    value = parsed(value, where)
     if isinstance(value, list | dict) and value and not is_parts(value):
         turns = value if isinstance(value, list) else [value]
         turns = [message for turn in turns for message in _messages(turn, where, reading)]
