@@ -27,11 +27,22 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Literal
 
-from dialects import ANSWERS, ASIDE, KEYS_READ, QUESTIONS, SCORES, SPEAKER, has_dialect, lacks_prompt
+from dialects import (
+    ANSWERS,
+    ASIDE,
+    KEYS_READ,
+    QUESTIONS,
+    SCORES,
+    SPEAKER,
+    has_dialect,
+    is_read,
+    lacks_prompt,
+    reads_as_turns,
+)
 from errors import Unusable, UserError
 from raw_files import UTF16_MARKS, utf16_without_mark
 from record_keys import Reading, sort_keys, split_keys
-from record_values import is_empty, kind_of, parsed, text_of
+from record_values import is_empty, kind_of, parsed, text_of, with_values
 from records import (
     TEXT_ENDINGS,
     BadRecord,
@@ -244,17 +255,26 @@ _READ = {*_COLUMNS, *_TURNS, *KEYS_READ, "title", "ask", "complex_cot", "data", 
 _READ_KEYS = tuple(sorted(_READ))
 
 
+def _list_in_cell(value: object) -> object:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(Unusable):  # words in brackets
+            return parsed(value, "")
+    return value
+
+
 def rows_of(record: object) -> list[dict] | None:
     """The records of one that holds columns, as lists or as pandas' `{"0": ..., "1": ...}`; None for any other."""
     if not isinstance(record, dict):
+        return None
+    if "questions" in record and "answers" in record:
+        record = record | {key: _list_in_cell(record[key]) for key in ("questions", "answers")}
+    kinds = list(map(type, record.values()))
+    if kinds.count(list) + kinds.count(dict) < 2:
         return None
     columns = {}
     for key, value in record.items():
         if isinstance(value, dict) and value and all(number.isdigit() for number in value):
             value = list(value.values())
-        if isinstance(value, str) and key.strip().lower() in ("questions", "answers") and value.lstrip()[:1] == "[":
-            with suppress(Unusable):  # words in brackets
-                value = parsed(value, "")
         if isinstance(value, list):
             columns[key] = value
     named = [column for key, column in columns.items() if key.strip().lower() in _COLUMNS]
@@ -411,9 +431,10 @@ class ForeignReader:
         if not isinstance(record, dict):
             return self._make(record, source, self.reading)
         record = self.reading.without_ignored(record)
-        form = self._form_by_keys(tuple(key for key, value in record.items() if not is_empty(value)))
-        if form is None:
-            form = self._form_by_keys(tuple(record))
+        keys = tuple(record)
+        if is_read(keys, self._kind) and not lacks_prompt(keys):
+            return self._make(record, source, self.reading)
+        form = self._form_by_keys(tuple(with_values(record))) or self._form_by_keys(keys)
         if form is None:
             return self._make(record, source, self.reading)
         try:
@@ -431,7 +452,7 @@ class ForeignReader:
     def _find_form(self, keys: tuple[str, ...]) -> _Form | None:
         """How records with these keys are converted; None where records.py knows them, or nobody does."""
         if has_dialect(keys, self._kind):
-            return self._form_of(keys, self._reasoning) if self._kind == "pairs" and lacks_prompt(keys) else None
+            return self._form_of(keys, self._reasoning) if lacks_prompt(keys) else None
         lower = tuple(dict.fromkeys(key.strip().lower() for key in keys))
         if lower != keys and has_dialect(lower, self._kind):
             return _Form(keys, lambda lowered: lowered)
@@ -548,19 +569,24 @@ def _sharegpt_turn(message: dict) -> dict:
         weight = {"weight": message["weight"]} if "weight" in message else {}
         return {"from": "function_call", "value": json.dumps(calls, ensure_ascii=False), **weight}
     turn = {"from": _SHAREGPT_NAMES[message["role"]], "value": message["content"]}
+    if len(message) == 2:
+        return turn
     return turn | {key: message[key] for key in ("tool_calls", "weight") if key in message}
 
 
 def _pair_record(pair: Pair) -> dict:
-    """The guide's form, or where tools were used before, which its history cannot say, the turns as `conversations`."""
+    """The guide's form, or the turns as `conversations` where it cannot say them: tools, texts that are dialogues."""
     messages, system = pair.messages, ""
     if messages[0]["role"] == "system":
         system, messages = messages[0]["content"], messages[1:]
     others = {} if pair.margin is None else {"margin": pair.margin}
     others |= {"tools": pair.tools} if pair.tools else {}
-    if any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+    replies = {key: {"from": "gpt", "value": getattr(pair, key)} for key in ("chosen", "rejected")}
+    texts = (messages[-1]["content"], pair.chosen, pair.rejected)
+    used_tools = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+    if used_tools or any(map(reads_as_turns, texts)):
         turns = [_sharegpt_turn(message) for message in messages]
-        return {"system": system, "conversations": turns, "chosen": pair.chosen, "rejected": pair.rejected, **others}
+        return {"system": system, "conversations": turns, **replies, **others}
     said = [message["content"] for message in messages]
     return {
         "system": system,

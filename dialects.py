@@ -31,6 +31,7 @@ from record_values import (
     NESTED,
     NO_TEXT,
     is_empty,
+    is_full,
     is_parts,
     is_turns,
     kind_of,
@@ -41,6 +42,7 @@ from record_values import (
     stripped,
     suspects,
     text_of,
+    with_values,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -214,6 +216,8 @@ def turns_of_transcript(text: str) -> list[dict] | None:
     that only quotes a speaker somewhere is no transcript. Raises Unusable where one speaks twice in a row.
     """
     text = text.strip()
+    if ":" not in text[:24] and "：" not in text[:24]:
+        return None
     first = SPEAKER.match(text)
     if first is None or _SPEAKERS[first[1].lower()] != "user":
         return None
@@ -231,6 +235,14 @@ def turns_of_transcript(text: str) -> list[dict] | None:
     contents = [stripped(text[start.end() : end]) for start, end in zip(starts, ends, strict=True)]
     turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def reads_as_turns(text: str) -> bool:
+    """Whether a text in place of turns is read as turns, or refused as a broken form of them."""
+    try:
+        return bool(_TURNS_IN_A_CELL.match(text) or turns_of_transcript(text))
+    except Unusable:
+        return True
 
 
 def asking_turns(text: str, where: str) -> list[dict]:
@@ -261,6 +273,8 @@ def _tool_calls(calls: object, where: str) -> list[dict]:
 
 
 def tools_of(record: dict) -> list[dict] | None:
+    if "tools" not in record and "functions" not in record:
+        return None
     tools = record.get("tools") or record.get("functions")
     if is_empty(tools):
         return None
@@ -325,7 +339,9 @@ def _turns_in(value: object, where: str, reading: Reading) -> list[dict] | None:
 
 def _history(record: dict, reading: Reading) -> list[dict]:
     """Read the earlier exchanges of a record, as [question, answer] or as turns."""
-    history = record.get("history")
+    if "history" not in record:
+        return []
+    history = record["history"]
     history = None if is_empty(history) else parsed(history, "'history'")
     history = [] if history is None else history
     turns = []
@@ -418,6 +434,15 @@ def pair_plan(keys: tuple[str, ...]) -> RecordPlan:
     return _find_plan(keys, _PAIR_DIALECTS)
 
 
+@functools.lru_cache(maxsize=4000)
+def is_read(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"]) -> bool:
+    """Whether a dialect has these keys."""
+    try:
+        return bool((dialogue_plan if kind == "dialogues" else pair_plan)(keys))
+    except Unusable:
+        return False
+
+
 def has_dialect(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"]) -> bool:
     """Whether records with these keys are read here, if only to be refused as records of another kind."""
     try:
@@ -427,6 +452,7 @@ def has_dialect(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"]) -> b
     return True
 
 
+@functools.lru_cache(maxsize=4000)
 def lacks_prompt(keys: tuple[str, ...]) -> bool:
     """Whether pairs with these keys are read as two whole conversations."""
     try:
@@ -462,7 +488,7 @@ def _other_forms(rest: Sequence[str], dialect: _Dialect, every_key: Sequence[str
 
 def planned(record: dict, plan_of: Callable[[tuple[str, ...]], RecordPlan], reading: Reading) -> tuple:
     """The record without the keys that count as absent, and its plan."""
-    present = {key: value for key, value in record.items() if not is_empty(value)}
+    present = record if is_full(record) else with_values(record)
     try:
         plan = plan_of(tuple(present))
     except Unusable:
@@ -606,10 +632,9 @@ def _pair_of_replies(
 
 def _reply(value: object, where: str, reading: Reading) -> list[dict]:
     """One assistant's turn, or a conversation that ends with one."""
-    if isinstance(value, str):
-        if turns := turns_of_transcript(value):
-            return turns
-        value = parsed(value, where) if _TURNS_IN_A_CELL.match(value) else value
+    if isinstance(value, str) and not _TURNS_IN_A_CELL.match(value):
+        return turns_of_transcript(value) or [{"role": "assistant", "content": text_of(value, where)}]
+    value = parsed(value, where)
     if isinstance(value, list | dict) and value and not is_parts(value):
         turns = value if isinstance(value, list) else [value]
         numbered = enumerate(turns, 1)

@@ -78,16 +78,21 @@ def holds_nothing(value: object) -> bool:
     return is_empty(value)
 
 
+def is_full(record: dict) -> bool:
+    """Whether none of the values is empty or zero, or a number that might be NaN: most records, told fast."""
+    return all(record.values()) and float not in map(type, record.values())
+
+
+def with_values(record: dict) -> dict:
+    """The record without the keys that are as good as absent."""
+    # `not is_empty`, without a call for each
+    return {key: value for key, value in record.items() if (value and value == value) or value == 0}
+
+
 def text_of(value: object, where: str, no_text: Collection[str] = _ANY_NULL_WORD) -> str:
     """The content of a turn: a string, or a list of text parts, stripped; `no_text`: words that stand for null."""
-    if is_turns(value):
-        raise Unusable("not text", f"{where} is a list of turns; it must be a string")
-    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        value = "".join(_text_part(part, where) for part in value)
     if not isinstance(value, str):
-        if value is None or value != value:
-            raise Unusable("null value", f"{where} is null; write the text or delete the record")
-        raise Unusable("not text", f"{where} is {kind_of(value)}; it must be a string")
+        value = _joined(value, where)
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -101,6 +106,17 @@ def text_of(value: object, where: str, no_text: Collection[str] = _ANY_NULL_WORD
             f"word is meant, write '{text}.'",
         )
     return text
+
+
+def _joined(value: object, where: str) -> str:
+    """The text of a list of parts."""
+    if is_turns(value):
+        raise Unusable("not text", f"{where} is a list of turns; it must be a string")
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        return "".join(_text_part(part, where) for part in value)
+    if value is None or value != value:
+        raise Unusable("null value", f"{where} is null; write the text or delete the record")
+    raise Unusable("not text", f"{where} is {kind_of(value)}; it must be a string")
 
 
 def _text_part(part: dict, where: str) -> str:
@@ -124,10 +140,13 @@ def key_twice(text: str, value: object, start: int = 0, end: int | None = None) 
     """
     n_keys, values = 0, [value]
     for item in values:  # which grows
-        if type(item) is dict:
+        kind = type(item)
+        if kind is str:
+            continue
+        if kind is dict:
             n_keys += len(item)
             values += item.values()
-        elif type(item) is list:
+        elif kind is list:
             values += item
     end = len(text) if end is None else end
     if text.count(":", start, end) == n_keys:

@@ -807,7 +807,7 @@ def to_prompt(record: object, source: str, reading: Reading | None = None) -> Di
     reading = reading or Reading()
     record, plan = planned(_object(record), functools.partial(dialogue_plan, needs_reply=False), reading)
     turns = _with_system(record, plan.dialect.read(record, reading))
-    turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
+    turns = _without_weights(turns)
     if not plan.is_plain:
         turns = _whole_prompt(turns, record, plan, reading)
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
@@ -825,7 +825,7 @@ def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair
         turns = _whole_prompt(turns, record, plan, reading, (chosen, rejected))
         if key := check_reply_keys(record, plan.keys, reading, "the record"):
             raise _not_learned(record, key, reading)
-    turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
+    turns = _without_weights(turns)
     check_turns([*turns, {"role": "assistant", "content": chosen}])
     if not rejected:
         raise Unusable("empty reply", "the rejected reply is empty; write it or delete the record")
@@ -846,14 +846,17 @@ def turns_to_answer(messages: Sequence[dict]) -> list[dict]:
     return to_prompt({"messages": list(messages)}, "", Reading(null_words=False)).messages
 
 
+def _is_no_score(value: object) -> bool:
+    return is_empty(value) or (isinstance(value, str) and value in PANDAS_WORDS)
+
+
 def _margin(record: dict) -> float | None:
     """By how much the chosen reply is better: `margin`, or the difference of the two scores."""
-    absent = (None, "", *PANDAS_WORDS)
     values = [record.get(key) for key in ("margin", "score_chosen", "score_rejected")]
-    if values[0] in absent and any(value in absent for value in values[1:]):
+    if _is_no_score(values[0]) and any(map(_is_no_score, values[1:])):
         return None
     try:
-        margin = float(values[0]) if values[0] not in absent else float(values[1]) - float(values[2])
+        margin = float(values[0]) if not _is_no_score(values[0]) else float(values[1]) - float(values[2])
     except (TypeError, ValueError, OverflowError):
         raise Unusable("broken margin", f"margin or scores are {values!r:.80}; they must be numbers") from None
     if not 0 <= margin < float("inf"):
@@ -874,6 +877,13 @@ def _whole_prompt(
     check_other_forms(record, plan, [*(turn["content"] for turn in turns), *replies], reading)
     check_media(record, plan.keys, reading, "the record")
     return with_options(turns, record, plan, reading) if plan.keys.options else turns
+
+
+def _without_weights(turns: list[dict]) -> list[dict]:
+    """The turns of a prompt, of which nothing is learned."""
+    return [
+        {key: value for key, value in turn.items() if key != "weight"} if "weight" in turn else turn for turn in turns
+    ]
 
 
 def _not_learned(record: dict, key: str, reading: Reading) -> Unusable:
@@ -903,9 +913,13 @@ def _note_placeholder(text: str, source: str, reading: Reading) -> None:
 
 def _with_system(record: dict, turns: list[dict]) -> list[dict]:
     """The turns, after the record's system prompt if it has one, given in `system` or as the first turn."""
-    given = {f"'{key}'": optional_text(record, key) for key in ("system", "system_prompt")}
+    given = {}
+    if "system" in record or "system_prompt" in record:
+        given = {f"'{key}'": optional_text(record, key) for key in ("system", "system_prompt")}
     if turns and turns[0]["role"] == "system":
         given["turn 1"], *turns = turns[0]["content"], *turns[1:]
+    if not given:
+        return turns
     said = {text: where for where, text in given.items() if text}
     if len(said) > 1:
         raise Unusable("two system prompts", f"one in {' and one in '.join(said.values())}; keep one")
@@ -937,7 +951,12 @@ def check_turns(turns: list[dict], needs_reply: bool = True) -> None:
             raise Unusable("empty user turn", f"turn {number} (user) is empty; write it or delete the record")
         if before == "assistant" and not turn["content"]:
             raise Unusable("empty reply", f"turn {number} (assistant) is empty; write it or delete the record")
-        if needs_reply and before == "assistant" and _ONLY_URLS.fullmatch(turn["content"]):
+        if (
+            before == "assistant"
+            and needs_reply
+            and turn["content"][0] in "hHwW<"
+            and _ONLY_URLS.fullmatch(turn["content"])
+        ):
             raise Unusable("only a URL", f"turn {number} (assistant) is {turn['content']:.60}; write the reply itself")
     if "weight" in turns[-1] and all("weight" in turn for turn in turns if turn["role"] == "assistant"):
         raise Unusable("not to be learned", "every reply has the weight 0; delete the record")

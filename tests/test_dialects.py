@@ -8,7 +8,7 @@ from convert_to_pretrain_format import main as convert_to_text
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_forms import Columns, ForeignReader, known_roles, rows_of
+from data_forms import Columns, ForeignReader, guide_record, known_roles, rows_of
 from dialects import ROLES, turns_of_transcript
 from errors import Unusable, UserError
 from record_keys import Reading
@@ -334,6 +334,18 @@ def test_usual_forms_of_pairs(tmp_path, record):
 def test_forms_of_pairs_that_the_converter_reads(tmp_path, record):
     (pair,) = converted(tmp_path, [record], "dpo")
     assert (pair["question"], pair["response_chosen"], pair["response_rejected"]) == ("腿抽筋？", *REPLIES.values())
+
+
+@pytest.mark.parametrize("text", ["Human: 痛\n\nAssistant: 看", "User: 一\nUser: 二\nAI: 三", '[{"role": "user"'])
+def test_a_text_that_looks_like_turns_is_written_so_that_it_stays_one(text):
+    asked, replied = [user(text)], [assistant(text), assistant("别的")]
+    for pair in (
+        to_pair({"messages": asked, "chosen": assistant("好"), "rejected": assistant("别的")}, "d.jsonl:1"),
+        to_pair({"messages": [user("一")], **dict(zip(REPLIES, replied, strict=True))}, "d.jsonl:1"),
+        to_pair({"messages": [user("一")], **dict(zip(REPLIES, replied[::-1], strict=True))}, "d.jsonl:1"),
+    ):
+        assert text in (pair.messages[0]["content"], pair.chosen, pair.rejected)
+        assert to_pair(guide_record(pair), "d.jsonl:1") == pair
 
 
 def test_conversations_that_do_not_hold_the_prompt_are_refused():
