@@ -42,7 +42,7 @@ from dialects import (
 from errors import Unusable, UserError
 from raw_files import UTF16_MARKS, utf16_without_mark
 from record_keys import Reading, sort_keys, split_keys
-from record_values import is_empty, kind_of, parsed, text_of, with_values
+from record_values import is_empty, is_full, kind_of, parsed, text_of, with_values
 from records import (
     TEXT_ENDINGS,
     BadRecord,
@@ -431,10 +431,10 @@ class ForeignReader:
         if not isinstance(record, dict):
             return self._make(record, source, self.reading)
         record = self.reading.without_ignored(record)
-        keys = tuple(record)
+        keys = tuple(record if is_full(record) else with_values(record))
         if is_read(keys, self._kind) and not lacks_prompt(keys):
             return self._make(record, source, self.reading)
-        form = self._form_by_keys(tuple(with_values(record))) or self._form_by_keys(keys)
+        form = self._form_by_keys(keys) or self._form_by_keys(tuple(record))
         if form is None:
             return self._make(record, source, self.reading)
         try:

@@ -515,7 +515,8 @@ def check_other_forms(record: dict, plan: RecordPlan, texts: Sequence[str], read
         for ignored in ((*required, *plan.keys.options), required[-1:]):
             left = [key for key in record if key not in ignored]
             if len(ways) == 1 and _is_form([key.strip().lower() for key in left], dialects):
-                by_converter = reading.role_map is None and not any(set(d.required) <= set(left) for d in dialects)
+                is_flag = reading.ignore_keys is not None and reading.role_map is None
+                by_converter = is_flag and not any(set(dialect.required) <= set(left) for dialect in dialects)
                 tool = "scripts/convert_data_format.py " if by_converter else ""
                 ways.append(f"{tool}{reading.ignoring(*ignored)}")
         needed = " with ".join(map(repr, required))

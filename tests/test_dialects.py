@@ -187,6 +187,7 @@ def test_history_in_all_forms(history):
     [
         {"turns": TURNS},
         {"data": TURNS},
+        {"question": None, "answer": "", "query": "失眠怎么办？", "response": "规律作息。"},
         {"指令": "失眠", "输入": "怎么办？", "输出": "规律作息。"},
         {"questions": "[['失眠怎么办？', '睡不着？']]", "answers": "['规律作息。']"},
         {"dialogue": "患者：失眠怎么办？\n医生：规律作息。"},
