@@ -61,7 +61,8 @@ ROLES = {
 }
 # Who speaks, at the start of a text or of a line in it.
 _SPEAKERS = {name: role for name, role in ROLES.items() if role in ("user", "assistant")}
-SPEAKER = re.compile(rf"[ \t]*({'|'.join(_SPEAKERS)})[ \t]*[:：][ \t]*", re.IGNORECASE)
+_NAMES = rf"(?:#+[ \t]*|\*\*)?({'|'.join(_SPEAKERS)})(?:\*\*)?"
+SPEAKER = re.compile(rf"[ \t]*{_NAMES}[ \t]*[:：](?:\*\*)?[ \t]*", re.IGNORECASE)
 _SPEAKER_LINE = re.compile(rf"^{SPEAKER.pattern}", re.IGNORECASE | re.MULTILINE)
 
 

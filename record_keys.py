@@ -9,6 +9,7 @@ counted by its name.
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -240,6 +241,8 @@ def _is_approved(value: object, key: str, reading: Reading, where: str) -> bool:
 
 def _is_weighed(value: object, key: str, reading: Reading, where: str, of_turn: bool) -> bool:
     """False where the weight is 0 or false; raises Unusable where it is between."""
+    with suppress(ValueError):  # a cell of a csv file
+        value = float(value) if isinstance(value, str) else value
     if is_empty(value):
         return True
     truth, name = _truth(value), key.strip().lower()

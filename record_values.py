@@ -72,10 +72,10 @@ def is_empty(value: object) -> bool:
 
 
 def holds_nothing(value: object) -> bool:
-    """Empty, or a list or object of nothing but that, as parquet gives a struct the keys of all."""
+    """Empty, pandas' word for it, or nothing but that in a list or object: parquet gives a struct the keys of all."""
     if isinstance(value, dict | list):
         return all(map(holds_nothing, value.values() if isinstance(value, dict) else value))
-    return is_empty(value)
+    return is_empty(value) or (isinstance(value, str) and value in PANDAS_WORDS)
 
 
 def is_full(record: dict) -> bool:

@@ -37,7 +37,7 @@ from raw_files import BLOCK, is_text, misnamed, read_start, utf16_without_mark
 from record_keys import Reading, check_media, check_reply_keys, sort_keys, split_keys
 from record_values import (
     JSON_TOO_MUCH,
-    PANDAS_WORDS,
+    holds_nothing,
     is_empty,
     key_twice,
     kind_of,
@@ -846,17 +846,13 @@ def turns_to_answer(messages: Sequence[dict]) -> list[dict]:
     return to_prompt({"messages": list(messages)}, "", Reading(null_words=False)).messages
 
 
-def _is_no_score(value: object) -> bool:
-    return is_empty(value) or (isinstance(value, str) and value in PANDAS_WORDS)
-
-
 def _margin(record: dict) -> float | None:
     """By how much the chosen reply is better: `margin`, or the difference of the two scores."""
     values = [record.get(key) for key in ("margin", "score_chosen", "score_rejected")]
-    if _is_no_score(values[0]) and any(map(_is_no_score, values[1:])):
+    if holds_nothing(values[0]) and any(map(holds_nothing, values[1:])):
         return None
     try:
-        margin = float(values[0]) if not _is_no_score(values[0]) else float(values[1]) - float(values[2])
+        margin = float(values[0]) if not holds_nothing(values[0]) else float(values[1]) - float(values[2])
     except (TypeError, ValueError, OverflowError):
         raise Unusable("broken margin", f"margin or scores are {values!r:.80}; they must be numbers") from None
     if not 0 <= margin < float("inf"):

@@ -236,7 +236,14 @@ def transcript(turns: list[dict], asks: str = "Human", answers: str = "Assistant
 
 @pytest.mark.parametrize(
     ("asks", "answers", "colon"),
-    [("Human", "Assistant", ": "), ("USER", "ASSISTANT", ":"), ("患者", "医生", "："), ("问", "答", "：")],
+    [
+        ("Human", "Assistant", ": "),
+        ("USER", "ASSISTANT", ":"),
+        ("患者", "医生", "："),
+        ("问", "答", "："),
+        ("### Human", "### Assistant", ": "),
+        ("**User", "**Bot", ":** "),
+    ],
 )
 def test_a_transcript_in_one_text_becomes_turns(asks, answers, colon):
     names = {"asks": asks, "answers": answers, "colon": colon}

@@ -107,6 +107,11 @@ def test_a_weight_in_between_is_refused(value):
     assert fault(to_dialogue, with_reply(weight=value)).reason == "partial weight"
 
 
+@pytest.mark.parametrize("value", [0, "0", "0.0", False, "False"])
+def test_a_record_of_weight_0_is_refused(value):
+    assert fault(to_dialogue, QUESTION | {"weight": value}).reason == "not to be learned"
+
+
 def test_a_dialogue_of_which_nothing_is_learned_is_refused():
     record = {"messages": [TURNS[0], TURNS[1] | {"weight": 0}]}
     assert fault(to_dialogue, record).reason == "not to be learned"
@@ -126,7 +131,10 @@ def test_a_verdict_on_one_reply_keeps_it_from_being_learned():
     assert [message.get("weight") for message in dialogue.messages] == [None, 0, None, None]
 
 
-@pytest.mark.parametrize("measured", [{"loss": 0.7}, {"loss": 0}, {"weight": 65}, {"training": "3 months"}])
+@pytest.mark.parametrize(
+    "measured",
+    [{"loss": 0.7}, {"loss": 0}, {"weight": 65}, {"weight": "65.5"}, {"weight": "nan"}, {"training": "3 months"}],
+)
 def test_a_measurement_beside_a_record_is_no_weight(measured):
     assert to_dialogue(QUESTION | measured, "d.jsonl:1") == to_dialogue(QUESTION, "d.jsonl:1")
 

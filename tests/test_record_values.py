@@ -198,7 +198,14 @@ def test_empty(value):
 
 @pytest.mark.parametrize(
     ("value", "nothing"),
-    [({"bytes": None, "path": ""}, True), ([None, {}], True), (None, True), ({"path": "a"}, False), ([0], False)],
+    [
+        ({"bytes": None, "path": ""}, True),
+        ([None, {}], True),
+        (None, True),
+        ("nan", True),
+        ({"path": "a"}, False),
+        ([0], False),
+    ],
 )
 def test_a_struct_of_nulls_holds_nothing(value, nothing):
     assert holds_nothing(value) is nothing
