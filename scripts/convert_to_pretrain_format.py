@@ -25,6 +25,7 @@ from data_forms import ForeignReader, add_reading_flags, dropped_lines, reader_o
 from errors import Unusable, UserError, run_script
 from output_files import new_text_file, refuse_same
 from record_keys import check_media, sort_keys
+from record_values import holds_nothing, text_of
 from records import (
     RECORD_ENDINGS,
     BadRecord,
@@ -177,12 +178,16 @@ def titled(text: object, columns: dict) -> str:
     """The text after its title, without which it often does not say what it is about."""
     if not isinstance(text, str):
         raise Unusable("not text", f"its text is {text!r:.60}; it must be a string")
-    title = next((columns[name] for name in TITLE_COLUMNS if isinstance(columns.get(name), str)), "").strip()
+    text_of(text, "its text")
+    titles = (columns[name] for name in TITLE_COLUMNS if isinstance(columns.get(name), str))
+    title = next((title for title in titles if not holds_nothing(title)), "").strip()
     return text if text.lstrip().startswith(title) else f"{title}\n{text}"
 
 
 def said(item: Dialogue | Pair) -> str:
     """What person and model say; of a pair with the better reply. System prompts and tools are left out."""
+    if any("weight" in message for message in item.messages):
+        raise Unusable("not to be learned", "a reply in it is marked as a bad one; delete the record or the mark")
     words = [message["content"] for message in item.messages if message["role"] in ("user", "assistant")]
     return "\n".join([*words, item.chosen] if isinstance(item, Pair) else words)
 

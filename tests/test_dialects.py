@@ -539,6 +539,15 @@ def test_a_reply_to_nothing_is_no_document_where_it_is_not_learned(record):
         to_document(record, "d.jsonl:1", Reading(()))
 
 
+def test_what_is_not_learned_and_words_for_null_do_not_get_into_a_text(tmp_path):
+    bad_reply = {"messages": [TURNS[0], TURNS[1] | {"weight": 0}, *TURNS]}
+    path, output = tmp_path / "d.jsonl", tmp_path / "out.txt"
+    records = [bad_reply, {"text": "nan"}, {"content": "NaN"}, {"title": "nan", "content": "高血压应限盐。"}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    convert_to_text(["--input_file", str(path), "--output_file", str(output)])
+    assert output.read_text(encoding="utf-8") == "高血压应限盐。\n"
+
+
 def test_a_dialogue_is_no_document(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"messages": TURNS}) + "\n", encoding="utf-8")
