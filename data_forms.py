@@ -183,16 +183,10 @@ _REASONING = {
 
 def _from_spoken_list(key: str, record: dict) -> dict:
     """A list of turns, or of strings that start with who speaks; where none does, the two take turns."""
-    turns = record.pop(key)
-    if isinstance(turns, str):
-        try:
-            turns = json.loads(turns)
-        except json.JSONDecodeError:
-            raise Unusable("broken JSON", f"{key!r} is {turns!r:.60}; it must be a list of turns") from None
-    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-        return {**record, "messages": turns}
-    if not (isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)):
-        raise Unusable("not a list", f"{key!r} is {turns!r:.60}; it must be a list of strings")
+    value = record.pop(key)
+    turns = _list_in_cell(value)
+    if not (turns and isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)):
+        return {**record, "conversations": value}
     spoken = [SPEAKER.match(turn.lstrip()) for turn in turns]
     if not any(spoken):
         roles = ("user", "assistant")
@@ -227,10 +221,10 @@ def _dialogue_form(keys: Sequence[str], reasoning: str) -> _Form | None:
     for wanted in ({"question": QUESTIONS}, alpaca):
         if form := _renaming_form(keys, wanted | {"answer" if "question" in wanted else "output": ANSWERS}):
             return form
-    for key in ("data", "utterances"):
-        if key in keys:
-            return _Form((key,), functools.partial(_from_spoken_list, key))
-    return _renaming_form(keys, {"conversations": _TURNS})
+    lists = [key for key in keys if key in _TURNS]
+    if len(lists) != 1:
+        return None
+    return _Form((lists[0],), functools.partial(_from_spoken_list, lists[0]), {"conversations": lists[0]})
 
 
 def _pair_form(keys: Sequence[str], reasoning: str) -> _Form | None:
@@ -250,8 +244,8 @@ def _renaming_form(keys: Sequence[str], wanted: dict[str, Sequence[str]]) -> _Fo
 
 
 _COLUMNS = {*QUESTIONS, *ANSWERS, *_CHOSEN, *_REJECTED}
-_TURNS = ("dialogue", "dialog", "dialogs", "turns", "items", "chat")
-_READ = {*_COLUMNS, *_TURNS, *KEYS_READ, "title", "ask", "complex_cot", "data", "utterances"}
+_TURNS = ("data", "utterances", "dialogue", "dialog", "dialogs", "turns", "items", "chat")
+_READ = {*_COLUMNS, *_TURNS, *KEYS_READ, "title", "ask", "complex_cot"}
 _READ_KEYS = tuple(sorted(_READ))
 
 

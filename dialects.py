@@ -193,7 +193,7 @@ def _honour_keys(message: dict, turn: dict, plan: KeyPlan, reading: Reading, whe
     """Mark a reply that is not to be learned by OpenAI's `"weight": 0`."""
     if message["role"] != "assistant":
         check_prompt_keys(turn, plan, reading, where)
-    elif check_reply_keys(turn, plan, reading, where, of_turn=True):
+    elif check_reply_keys(turn, plan, reading, where, message["content"], of_turn=True):
         message["weight"] = 0
 
 
@@ -376,9 +376,13 @@ _LISTS = ("conversations", "messages", "conversation")
 ASIDE = ("system", "system_prompt", "tools", "functions")
 # Columns of published data, in lower case.
 QUESTIONS = (
-    "question", "questions", "query", "prompt", "instruction", "input", "problem", "问题", "提问", "指令", "输入",
+    "question", "questions", "query", "prompt", "instruction", "input", "inputs", "problem", "问题", "提问", "指令",
+    "输入",
 )  # fmt: skip
-ANSWERS = ("answer", "answers", "response", "output", "completion", "reply", "回答", "答案", "回复", "输出")
+ANSWERS = (
+    "answer", "answers", "response", "output", "completion", "reply", "target", "targets", "回答", "答案", "回复",
+    "输出",
+)  # fmt: skip
 # The one rule of detection: the first dialect whose required keys the record has, whatever the file's name.
 # A key that is null or empty (an empty csv cell) counts as absent. What other keys mean, record_keys.py says.
 _DIALECTS = (

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 from errors import Unusable
-from record_values import holds_nothing, is_empty
+from record_values import holds_nothing, is_empty, stripped
 
 
 @dataclass(frozen=True)
@@ -200,15 +200,17 @@ def check_prompt_keys(turn: dict, plan: KeyPlan, reading: Reading, where: str) -
             )
 
 
-def check_reply_keys(record: dict, plan: KeyPlan, reading: Reading, where: str, of_turn: bool = False) -> str:
-    """The key by which the reply of a record or turn is not to be learned, "" where it is.
+def check_reply_keys(
+    record: dict, plan: KeyPlan, reading: Reading, where: str, said: str = "", of_turn: bool = False
+) -> str:
+    """The key by which the reply of a record or turn is not to be learned, "" where it is; a thought may be `said`.
 
     Raises Unusable where a key cannot be honoured.
     """
     if of_turn:
         check_media(record, plan, reading, where)
     for key in plan.thoughts:
-        if _is_thought(record[key]):
+        if _is_thought(record[key]) and not (isinstance(record[key], str) and stripped(record[key]) in said):
             raise Unusable(
                 "thought apart",
                 f"{where} has what was thought before the reply in {key!r}, which is not learned from there; write it "

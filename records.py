@@ -796,7 +796,8 @@ def to_dialogue(record: object, source: str, reading: Reading | None = None) -> 
     turns = _with_system(record, plan.dialect.read(record, reading))
     if not plan.is_plain:
         turns = _whole_prompt(turns, record, plan, reading)
-        if key := check_reply_keys(record, plan.keys, reading, "the record"):
+        said = "\n".join(turn["content"] for turn in turns if turn["role"] == "assistant")
+        if key := check_reply_keys(record, plan.keys, reading, "the record", said):
             raise _not_learned(record, key, reading)
     check_turns(turns)
     return Dialogue(turns, tools_of(record), _with_notes(source, turns, plan, reading))

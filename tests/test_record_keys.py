@@ -334,6 +334,13 @@ def test_tools_of_a_pair_are_kept():
 # ---------------------------------------------------------------- all keys
 
 
+def test_a_thought_that_the_reply_says_too_does_no_harm():
+    said = QUESTION | {"answer": "<think>\n先问痰。\n</think>\n\n有痰吗？"}
+    assert to_dialogue(said | {"reasoning_content": "先问痰。\n"}, "d.jsonl:1").messages[1]["content"] == said["answer"]
+    assert to_dialogue({"messages": [TURNS[0], TURNS[1] | {"thinking": "先坐下。"}]}, "d.jsonl:1").messages == TURNS
+    assert fault(to_dialogue, said | {"reasoning_content": "再问热。"}).reason == "thought apart"
+
+
 def test_a_key_has_one_meaning():
     tables = [VERDICTS, WEIGHTS, THOUGHTS, MEDIA, OPTIONS, HARMLESS]
     names = [name for table in tables for name in table]
