@@ -214,7 +214,9 @@ def _dialogue_form(keys: Sequence[str], reasoning: str) -> _Form | None:
     for key in ("data", "utterances"):
         if key in keys:
             return _Form((key,), functools.partial(_from_spoken_list, key))
-    return _renaming_form(keys, {"conversations": ("dialogue", "dialog", "dialogs", "turns", "items", "chat")})
+    return _renaming_form(
+        keys, {"conversations": ("conversation", "dialogue", "dialog", "dialogs", "turns", "items", "chat")}
+    )
 
 
 def _pair_form(keys: Sequence[str], reasoning: str) -> _Form | None:

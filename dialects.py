@@ -321,10 +321,10 @@ class _Dialect:
     @property
     def has_turns(self) -> bool:
         """Its turns stand in a list, which says all of them."""
-        return self.required[0] in _LISTS
+        return self.required[0] in (*_LISTS, "conversation")
 
 
-_LISTS = ("conversations", "messages", "conversation")
+_LISTS = ("conversations", "messages")
 _ASIDE = ("system", "system_prompt", "tools", "functions")
 # The one rule of detection: the first dialect whose required keys the record has, whatever the file's name.
 # A key that is null or empty (an empty csv cell) counts as absent. What other keys mean, record_keys.py says.
@@ -333,9 +333,10 @@ _DIALECTS = (
     _Dialect(("instruction", "output"), ("input", "history", *_ASIDE), _turns_of_alpaca),
     _Dialect(("question", "answer"), ("history", *_ASIDE), _turns_of_question),
 )
-# What is to be answered may also come without a reply.
+# What is to be answered may also come without a reply, and a text for pretraining without a question.
 _PROMPT_DIALECTS = (
     *_DIALECTS,
+    _Dialect(("conversation",), _ASIDE, functools.partial(_turns_of_list, "conversation")),
     _Dialect(("instruction",), ("input", "history", *_ASIDE), _prompt_of_alpaca),
     _Dialect(("question",), ("history", *_ASIDE), functools.partial(_prompt_of_text, "question")),
 )
@@ -359,8 +360,16 @@ class RecordPlan:
 
 
 @functools.lru_cache(maxsize=4000)
-def dialogue_plan(keys: tuple[str, ...], needs_reply: bool = True) -> RecordPlan:
-    dialects = _DIALECTS if needs_reply else _PROMPT_DIALECTS
+def dialogue_plan(keys: tuple[str, ...]) -> RecordPlan:
+    return _plan_of_dialogue(keys, _DIALECTS)
+
+
+@functools.lru_cache(maxsize=4000)
+def prompt_plan(keys: tuple[str, ...]) -> RecordPlan:
+    return _plan_of_dialogue(keys, _PROMPT_DIALECTS)
+
+
+def _plan_of_dialogue(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> RecordPlan:
     if any(key in keys for key in _PREFERENCE_KEYS):
         raise Unusable(
             "preference pair",
@@ -407,7 +416,7 @@ def _find_plan(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> RecordPla
             read = dialect.required + dialect.optional
             other_forms = tuple(key for key in keys if key not in read and key.strip().lower() in every_key)
             return RecordPlan(dialect, other_forms, sort_keys(keys, (*read, *other_forms)))
-    known = ", or ".join(" with ".join(map(repr, d.required)) for d in dialects if d.required[0] != "conversation")
+    known = ", or ".join(" with ".join(map(repr, d.required)) for d in dialects)
     advice = nearest(keys, every_key) or ("; scripts/convert_data_format.py reads more forms" if keys else "")
     raise Unusable("unknown keys", f"has {quoted(keys)}; known are {known}{advice}")
 
