@@ -244,7 +244,7 @@ def _renaming_form(keys: Sequence[str], wanted: dict[str, Sequence[str]]) -> _Fo
 
 
 _COLUMNS = {*QUESTIONS, *ANSWERS, *_CHOSEN, *_REJECTED}
-_TURNS = ("data", "utterances", "dialogue", "dialog", "dialogs", "turns", "items", "chat")
+_TURNS = ("data", "utterances", "conversation", "dialogue", "dialog", "dialogs", "turns", "items", "chat")
 _READ = {*_COLUMNS, *_TURNS, *KEYS_READ, "title", "ask", "complex_cot"}
 _READ_KEYS = tuple(sorted(_READ))
 

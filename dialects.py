@@ -369,10 +369,10 @@ class _Dialect:
     @property
     def has_turns(self) -> bool:
         """Its turns stand in a list, which says all of them."""
-        return self.required[0] in _LISTS
+        return self.required[0] in (*_LISTS, "conversation")
 
 
-_LISTS = ("conversations", "messages", "conversation")
+_LISTS = ("conversations", "messages")
 ASIDE = ("system", "system_prompt", "tools", "functions")
 # Columns of published data, in lower case.
 QUESTIONS = (
@@ -390,9 +390,10 @@ _DIALECTS = (
     _Dialect(("instruction", "output"), ("input", "history", *ASIDE), _turns_of_alpaca),
     _Dialect(("question", "answer"), ("history", *ASIDE), _turns_of_question),
 )
-# What is to be answered may also come without a reply.
+# What is to be answered may also come without a reply, and a text for pretraining without a question.
 _PROMPT_DIALECTS = (
     *_DIALECTS,
+    _Dialect(("conversation",), ASIDE, functools.partial(_turns_of_list, "conversation")),
     _Dialect(("instruction",), ("input", "history", *ASIDE), _prompt_of_alpaca),
     _Dialect(("question",), ("history", *ASIDE), functools.partial(_prompt_of_text, "question")),
 )
@@ -416,8 +417,16 @@ class RecordPlan:
 
 
 @functools.lru_cache(maxsize=4000)
-def dialogue_plan(keys: tuple[str, ...], needs_reply: bool = True) -> RecordPlan:
-    dialects = _DIALECTS if needs_reply else _PROMPT_DIALECTS
+def dialogue_plan(keys: tuple[str, ...]) -> RecordPlan:
+    return _plan_of_dialogue(keys, _DIALECTS)
+
+
+@functools.lru_cache(maxsize=4000)
+def prompt_plan(keys: tuple[str, ...]) -> RecordPlan:
+    return _plan_of_dialogue(keys, _PROMPT_DIALECTS)
+
+
+def _plan_of_dialogue(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> RecordPlan:
     if any(key in keys for key in _PREFERENCE_KEYS):
         raise Unusable(
             "preference pair",
@@ -473,7 +482,7 @@ def _find_plan(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> RecordPla
             read = dialect.required + dialect.optional
             other_forms = _other_forms([key for key in keys if key not in read], dialect, every_key)
             return RecordPlan(dialect, other_forms, sort_keys(keys, (*read, *other_forms)))
-    known = ", or ".join(" with ".join(map(repr, d.required)) for d in dialects if d.required[0] != "conversation")
+    known = ", or ".join(" with ".join(map(repr, d.required)) for d in dialects)
     advice = nearest([key for key in keys if not is_harmless(key)], every_key) or (
         "; scripts/convert_data_format.py reads more forms" if keys else ""
     )

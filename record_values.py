@@ -17,13 +17,13 @@ JSON_TOO_MUCH = (RecursionError, ValueError)
 _SPACED_COLON = re.compile(r'"\s+:')
 # What pandas and databases write for a missing value; "None" may be what a person says, and a tool gives back.
 PANDAS_WORDS = frozenset(("nan", "NaN", "<NA>", "NaT"))
-_ANY_NULL_WORD = PANDAS_WORDS | {"None", "NULL", "null"}
-NO_TEXT = {"system": _ANY_NULL_WORD, "user": PANDAS_WORDS, "assistant": _ANY_NULL_WORD, "tool": frozenset()}
+ANY_NULL_WORD = PANDAS_WORDS | {"None", "NULL", "null"}
+NO_TEXT = {"system": ANY_NULL_WORD, "user": PANDAS_WORDS, "assistant": ANY_NULL_WORD, "tool": frozenset()}
 # Characters that show nothing, but are no white space for str.strip: zero-width, direction marks, fillers.
 _BLANKS = (
     "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180e\u200b\u200c\u200d\u200e\u200f\u202a\u202b"
     "\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064\u2066\u2067\u2068\u2069\u206a\u206b\u206c\u206d\u206e\u206f"
-    "\u2800\u3164\ufeff\uffa0\ufff9\ufffa\ufffb\x00"
+    "\u2800\u3164\ufeff\uffa0\ufff9\ufffa\ufffb"
 )
 _LEADING_BLANKS = re.compile(rf"[\s{_BLANKS}]+")
 # A joiner or a variation mark may end an emoji.
@@ -89,7 +89,7 @@ def with_values(record: dict) -> dict:
     return {key: value for key, value in record.items() if (value and value == value) or value == 0}
 
 
-def text_of(value: object, where: str, no_text: Collection[str] = _ANY_NULL_WORD) -> str:
+def text_of(value: object, where: str, no_text: Collection[str] = ANY_NULL_WORD) -> str:
     """The content of a turn: a string, or a list of text parts, stripped; `no_text`: words that stand for null."""
     if not isinstance(value, str):
         value = _joined(value, where)
@@ -171,7 +171,7 @@ def parsed(value: object, where: str) -> object:
     """A nested value, which csv and parquet often hold as a JSON string, and pandas as Python writes it."""
     if not isinstance(value, str):
         return value
-    if value.strip() in _ANY_NULL_WORD - {"null"}:
+    if value.strip() in ANY_NULL_WORD - {"null"}:
         raise Unusable(
             "null value", f"{where} is the word {value!r}, as programs write a missing value; empty it or take it out"
         )

@@ -31,7 +31,16 @@ from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
 from filelock import FileLock
 from loguru import logger
 
-from dialects import RecordPlan, check_other_forms, dialogue_plan, pair_plan, planned, tools_of, with_options
+from dialects import (
+    RecordPlan,
+    check_other_forms,
+    dialogue_plan,
+    pair_plan,
+    planned,
+    prompt_plan,
+    tools_of,
+    with_options,
+)
 from errors import Unusable, UserError
 from raw_files import BLOCK, is_text, misnamed, read_start, utf16_without_mark
 from record_keys import Reading, check_media, check_reply_keys, sort_keys, split_keys
@@ -756,6 +765,7 @@ def to_document(record: object, source: str, reading: Reading | None = None) -> 
     reading = reading or Reading()
     record = _object(record, " with 'text'")
     text, plan = record.get("text"), sort_keys(tuple(record), ("text",))
+    check_media(record, plan, reading, "the record")
     if is_empty(text) and (reply := lone_reply(record, reading)):
         return Document(reply, source)
     if "text" not in record:
@@ -765,7 +775,6 @@ def to_document(record: object, source: str, reading: Reading | None = None) -> 
             "supervised_finetuning.py; scripts/convert_to_pretrain_format.py makes documents of them)",
         )
     reading.note_keys(plan.unknown)
-    check_media(record, plan, reading, "the record")
     text = text_of(text, "'text'")
     if not text:
         raise Unusable("empty text", "'text' is empty; write it or delete the record")
@@ -776,10 +785,11 @@ def to_document(record: object, source: str, reading: Reading | None = None) -> 
 def lone_reply(record: dict, reading: Reading) -> str:
     """The text of other tools' records for pretraining, which are dialogues of one reply to nothing."""
     try:
-        present, plan = planned(record, dialogue_plan, reading)
+        present, plan = planned(record, prompt_plan, reading)
+        turns = plan.dialect.read(present, reading)
     except Unusable:
         return ""
-    turns = [turn for turn in plan.dialect.read(present, reading) if turn["role"] == "assistant" or turn["content"]]
+    turns = [turn for turn in turns if turn["role"] == "assistant" or turn["content"]]
     if [turn["role"] for turn in turns] != ["assistant"]:
         return ""
     check_media(present, plan.keys, reading, "the record")
@@ -806,7 +816,7 @@ def to_dialogue(record: object, source: str, reading: Reading | None = None) -> 
 def to_prompt(record: object, source: str, reading: Reading | None = None) -> Dialogue:
     """What is to be answered: a dialogue that may lack its last reply. What judges that reply does not matter."""
     reading = reading or Reading()
-    record, plan = planned(_object(record), functools.partial(dialogue_plan, needs_reply=False), reading)
+    record, plan = planned(_object(record), prompt_plan, reading)
     turns = _with_system(record, plan.dialect.read(record, reading))
     turns = _without_weights(turns)
     if not plan.is_plain:

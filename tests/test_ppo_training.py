@@ -707,6 +707,15 @@ def test_more_updates_than_the_run_was_started_with_are_said(flags, tmp_path, ca
     )
 
 
+def test_prompts_without_replies(flags, tmp_path, capfd):
+    prompts = [{"prompt": f"{part}疼怎么办？"} for part in PARTS]
+    prompts += [{"messages": [{"role": "user", "content": f"{part}肿怎么办？"}]} for part in PARTS]
+    data = write_lines(tmp_path / "prompts/prompts.jsonl", prompts).parent
+    ppo_training.main(flags(train_file_dir=data, max_steps=1))
+    assert len(updates(tmp_path / "out", "objective/kl")) == 1
+    assert "the prompts have no replies to centre them by" in capfd.readouterr().err
+
+
 # ---------------------------------------------------------------- other models
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -366,6 +367,20 @@ BAD_DATA = {
         r"d\.jsonl:1: .*dpo_training\.py",
     ),
 }
+
+
+def test_keys_that_matter_are_refused_dropped_or_ignored(flags, write_jsonl, capfd):
+    records = [record | {"label": n % 2 == 0} for n, record in enumerate(make_dialogues(8))]
+    run_flags = partial(flags, train_file_dir=write_jsonl("d/d.jsonl", records), do_eval=None, max_steps=1)
+    with pytest.raises(UserError, match=r"(?s)4 of 8 records are bad.*--ignore_keys label reads on without it"):
+        supervised_finetuning.main(run_flags())
+    capfd.readouterr()
+    for changes, kept in (
+        ({"on_bad_data": "drop"}, "kept 4 of 8 (4 not to be learned)"),
+        ({"ignore_keys": "label"}, "kept 8 of 8"),
+    ):
+        supervised_finetuning.main(run_flags(overwrite_output_dir=True, **changes))
+        assert f"train records         {kept}" in re.sub(" +(?=kept)", "         ", capfd.readouterr().err)
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
