@@ -492,11 +492,12 @@ def _find_plan(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> RecordPla
 def _other_forms(rest: Sequence[str], dialect: _Dialect, every_key: Sequence[str]) -> tuple[str, ...]:
     """The keys by which other forms say what is asked and replied; a lone answer beside turns is to compare with."""
     names = {key: key.strip().lower() for key in rest}
+    every_key = {*every_key, "conversation"}
     if dialect.has_turns:
         is_whole = not {"question", "instruction"}.isdisjoint(names.values())
-        every_key = set(every_key) - (set() if is_whole else {"answer", "output"})
+        every_key -= set() if is_whole else {"answer", "output"}
     elif all(not set(side).isdisjoint(names.values()) for side in ((*QUESTIONS, *THOUGHTS), ANSWERS)):
-        every_key = {*every_key, *QUESTIONS, *ANSWERS}
+        every_key |= {*QUESTIONS, *ANSWERS}
     return tuple(key for key in rest if names[key] in every_key)
 
 

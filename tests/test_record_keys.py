@@ -264,6 +264,7 @@ def test_options_that_no_turn_says_are_refused_beside_a_list_of_turns():
             "messages",
         ),
         (QUESTION | {"instruction": "请翻译。"}, "instruction"),
+        (QUESTION | {"conversation": [{"human": "别的", "assistant": "话"}]}, "conversation"),
         (QUESTION | {"input": "病历：男，45岁。"}, "input"),
         (QUESTION | {"Question": "Which nerve?", "Response": "The ulnar."}, "Question,Response"),
         (
