@@ -375,6 +375,7 @@ class ForeignReader:
         self._make = to_dialogue if kind == "dialogues" else to_pair
         self._form_of = _dialogue_form if kind == "dialogues" else _pair_form
         self._columns = columns
+        self._has_columns = columns != Columns()
         self._encoding = encoding
         self._reasoning = reasoning
         self._forms: dict[tuple, _Form | None] = {}  # by the keys of a record
@@ -417,7 +418,7 @@ class ForeignReader:
         """Raises Unusable."""
         if isinstance(record, Unusable):
             raise record
-        if self._columns != Columns():
+        if self._has_columns:
             try:
                 return self._make(self._by_columns(record), source, self.reading)
             except Unusable as fault:
@@ -575,11 +576,11 @@ def _pair_record(pair: Pair) -> dict:
         system, messages = messages[0]["content"], messages[1:]
     others = {} if pair.margin is None else {"margin": pair.margin}
     others |= {"tools": pair.tools} if pair.tools else {}
-    replies = {key: {"from": "gpt", "value": getattr(pair, key)} for key in ("chosen", "rejected")}
     texts = (messages[-1]["content"], pair.chosen, pair.rejected)
     used_tools = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
     if used_tools or any(map(reads_as_turns, texts)):
         turns = [_sharegpt_turn(message) for message in messages]
+        replies = {key: {"from": "gpt", "value": getattr(pair, key)} for key in ("chosen", "rejected")}
         return {"system": system, "conversations": turns, **replies, **others}
     said = [message["content"] for message in messages]
     return {
