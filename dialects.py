@@ -216,9 +216,9 @@ def turns_of_transcript(text: str) -> list[dict] | None:
     HH-RLHF's `\\n\\nHuman: ...\\n\\nAssistant: ...`; an empty last reply asks for one. The person speaks first: a text
     that only quotes a speaker somewhere is no transcript. Raises Unusable where one speaks twice in a row.
     """
-    text = text.strip()
-    if ":" not in text[:24] and "：" not in text[:24]:
+    if ":" not in text and "：" not in text:
         return None
+    text = text.strip()
     first = SPEAKER.match(text)
     if first is None or _SPEAKERS[first[1].lower()] != "user":
         return None

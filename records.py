@@ -859,6 +859,8 @@ def turns_to_answer(messages: Sequence[dict]) -> list[dict]:
 
 def _margin(record: dict) -> float | None:
     """By how much the chosen reply is better: `margin`, or the difference of the two scores."""
+    if "margin" not in record and "score_chosen" not in record:
+        return None
     values = [record.get(key) for key in ("margin", "score_chosen", "score_rejected")]
     if holds_nothing(values[0]) and any(map(holds_nothing, values[1:])):
         return None
