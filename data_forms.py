@@ -26,11 +26,11 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Literal
 
-from dialects import SPEAKER, has_dialect
+from dialects import SPEAKER, has_dialect, is_read
 from errors import Unusable, UserError
 from raw_files import UTF16_MARKS, utf16_without_mark
 from record_keys import Reading, sort_keys, split_keys
-from record_values import is_empty
+from record_values import is_empty, with_values
 from records import (
     TEXT_ENDINGS,
     BadRecord,
@@ -214,7 +214,9 @@ def _dialogue_form(keys: Sequence[str], reasoning: str) -> _Form | None:
     for key in ("data", "utterances"):
         if key in keys:
             return _Form((key,), functools.partial(_from_spoken_list, key))
-    return _renaming_form(keys, {"conversations": ("dialogue", "dialog", "dialogs", "turns", "items", "chat")})
+    return _renaming_form(
+        keys, {"conversations": ("conversation", "dialogue", "dialog", "dialogs", "turns", "items", "chat")}
+    )
 
 
 def _pair_form(keys: Sequence[str], reasoning: str) -> _Form | None:
@@ -238,6 +240,9 @@ _COLUMNS = {*_QUESTIONS, *_ANSWERS, *_CHOSEN, *_REJECTED}
 def rows_of(record: object) -> list[dict] | None:
     """The records of one that holds columns, as lists or as pandas' `{"0": ..., "1": ...}`; None for any other."""
     if not isinstance(record, dict):
+        return None
+    kinds = list(map(type, record.values()))
+    if kinds.count(list) + kinds.count(dict) < 2:
         return None
     columns = {}
     for key, value in record.items():
@@ -383,9 +388,9 @@ class ForeignReader:
         if not isinstance(record, dict):
             return self._make(record, source, self.reading)
         record = self.reading.without_ignored(record)
-        form = self._form_by_keys(tuple(key for key, value in record.items() if not is_empty(value)))
-        if form is None:
-            form = self._form_by_keys(tuple(record))
+        if is_read(tuple(record), self._kind):
+            return self._make(record, source, self.reading)
+        form = self._form_by_keys(tuple(with_values(record))) or self._form_by_keys(tuple(record))
         if form is None:
             return self._make(record, source, self.reading)
         item = self._make(form.convert(self._lowered(record)), source, self.reading)
@@ -510,6 +515,8 @@ def _sharegpt_turn(message: dict) -> dict:
         weight = {"weight": message["weight"]} if "weight" in message else {}
         return {"from": "function_call", "value": json.dumps(calls, ensure_ascii=False), **weight}
     turn = {"from": _SHAREGPT_NAMES[message["role"]], "value": message["content"]}
+    if len(message) == 2:
+        return turn
     return turn | {key: message[key] for key in ("tool_calls", "weight") if key in message}
 
 

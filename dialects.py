@@ -21,6 +21,7 @@ from record_values import (
     NESTED,
     NO_TEXT,
     is_empty,
+    is_full,
     is_parts,
     kind_of,
     nearest,
@@ -30,6 +31,7 @@ from record_values import (
     stripped,
     suspects,
     text_of,
+    with_values,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -199,6 +201,8 @@ def turns_of_transcript(text: str) -> list[dict] | None:
     that only quotes a speaker somewhere is no transcript. Raises Unusable where one speaks twice in a row.
     """
     text = text.strip()
+    if ":" not in text[:24] and "：" not in text[:24]:
+        return None
     first = SPEAKER.match(text)
     if first is None or _SPEAKERS[first[1].lower()] != "user":
         return None
@@ -241,6 +245,8 @@ def _tool_calls(calls: object, where: str) -> list[dict]:
 
 
 def tools_of(record: dict) -> list[dict] | None:
+    if "tools" not in record and "functions" not in record:
+        return None
     tools = record.get("tools") or record.get("functions")
     if is_empty(tools):
         return None
@@ -287,7 +293,9 @@ def _reply_turn(record: dict, key: str) -> dict:
 
 def _history(record: dict, reading: Reading) -> list[dict]:
     """Read the earlier exchanges of a record, as [question, answer] or as turns."""
-    history = record.get("history")
+    if "history" not in record:
+        return []
+    history = record["history"]
     history = [] if is_empty(history) else parsed(history, "'history'")
     turns = []
     for number, exchange in enumerate(history if isinstance(history, list) else [history], 1):
@@ -313,10 +321,10 @@ class _Dialect:
     @property
     def has_turns(self) -> bool:
         """Its turns stand in a list, which says all of them."""
-        return self.required[0] in _LISTS
+        return self.required[0] in (*_LISTS, "conversation")
 
 
-_LISTS = ("conversations", "messages", "conversation")
+_LISTS = ("conversations", "messages")
 _ASIDE = ("system", "system_prompt", "tools", "functions")
 # The one rule of detection: the first dialect whose required keys the record has, whatever the file's name.
 # A key that is null or empty (an empty csv cell) counts as absent. What other keys mean, record_keys.py says.
@@ -325,9 +333,10 @@ _DIALECTS = (
     _Dialect(("instruction", "output"), ("input", "history", *_ASIDE), _turns_of_alpaca),
     _Dialect(("question", "answer"), ("history", *_ASIDE), _turns_of_question),
 )
-# What is to be answered may also come without a reply.
+# What is to be answered may also come without a reply, and a text for pretraining without a question.
 _PROMPT_DIALECTS = (
     *_DIALECTS,
+    _Dialect(("conversation",), _ASIDE, functools.partial(_turns_of_list, "conversation")),
     _Dialect(("instruction",), ("input", "history", *_ASIDE), _prompt_of_alpaca),
     _Dialect(("question",), ("history", *_ASIDE), functools.partial(_prompt_of_text, "question")),
 )
@@ -351,8 +360,16 @@ class RecordPlan:
 
 
 @functools.lru_cache(maxsize=4000)
-def dialogue_plan(keys: tuple[str, ...], needs_reply: bool = True) -> RecordPlan:
-    dialects = _DIALECTS if needs_reply else _PROMPT_DIALECTS
+def dialogue_plan(keys: tuple[str, ...]) -> RecordPlan:
+    return _plan_of_dialogue(keys, _DIALECTS)
+
+
+@functools.lru_cache(maxsize=4000)
+def prompt_plan(keys: tuple[str, ...]) -> RecordPlan:
+    return _plan_of_dialogue(keys, _PROMPT_DIALECTS)
+
+
+def _plan_of_dialogue(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> RecordPlan:
     if any(key in keys for key in _PREFERENCE_KEYS):
         raise Unusable(
             "preference pair",
@@ -374,6 +391,15 @@ def pair_plan(keys: tuple[str, ...]) -> RecordPlan:
     return _find_plan(keys, _PAIR_DIALECTS)
 
 
+@functools.lru_cache(maxsize=4000)
+def is_read(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"]) -> bool:
+    """Whether a dialect has these keys."""
+    try:
+        return bool((dialogue_plan if kind == "dialogues" else pair_plan)(keys))
+    except Unusable:
+        return False
+
+
 def has_dialect(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"]) -> bool:
     """Whether records with these keys are read here, if only to be refused as records of another kind."""
     try:
@@ -390,14 +416,14 @@ def _find_plan(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> RecordPla
             read = dialect.required + dialect.optional
             other_forms = tuple(key for key in keys if key not in read and key.strip().lower() in every_key)
             return RecordPlan(dialect, other_forms, sort_keys(keys, (*read, *other_forms)))
-    known = ", or ".join(" with ".join(map(repr, d.required)) for d in dialects if d.required[0] != "conversation")
+    known = ", or ".join(" with ".join(map(repr, d.required)) for d in dialects)
     advice = nearest(keys, every_key) or ("; scripts/convert_data_format.py reads more forms" if keys else "")
     raise Unusable("unknown keys", f"has {quoted(keys)}; known are {known}{advice}")
 
 
 def planned(record: dict, plan_of: Callable[[tuple[str, ...]], RecordPlan], reading: Reading) -> tuple:
     """The record without the keys that count as absent, and its plan."""
-    present = {key: value for key, value in record.items() if not is_empty(value)}
+    present = record if is_full(record) else with_values(record)
     try:
         plan = plan_of(tuple(present))
     except Unusable:
@@ -519,10 +545,9 @@ _TURNS_IN_A_CELL = re.compile(r"""\s*\[?\s*\{["'](from|role|value|content)["']:"
 
 def _reply(value: object, where: str, reading: Reading) -> list[dict]:
     """One assistant's turn, or a conversation that ends with one."""
-    if isinstance(value, str):
-        if turns := turns_of_transcript(value):
-            return turns
-        value = parsed(value, where) if _TURNS_IN_A_CELL.match(value) else value
+    if isinstance(value, str) and not _TURNS_IN_A_CELL.match(value):
+        return turns_of_transcript(value) or [{"role": "assistant", "content": text_of(value, where)}]
+    value = parsed(value, where)
     if isinstance(value, list | dict) and value and not is_parts(value):
         turns = value if isinstance(value, list) else [value]
         turns = [message for turn in turns for message in _messages(turn, where, reading)]

@@ -77,6 +77,14 @@ TEXT_FILES = (
 )  # fmt: skip
 # Of the JSON files, the keys without which they are none of the kind, and what these hold.
 NEEDED_KEYS = {"tokenizer.json": {"added_tokens": list, "model": dict}, WEIGHTS_INDEX: {"weight_map": dict}}
+# What PEFT takes as it stands and stumbles over later.
+ADAPTER_VALUES = {
+    "r": int,
+    "lora_alpha": int | float,
+    "target_modules": str | list | set | None,
+    "modules_to_save": list | None,
+    "base_model_name_or_path": str | None,
+}
 DEFAULT_LORA_RANK = 16
 DEFAULT_LORA_ALPHA = 32.0
 ALL_LINEAR = ("all", "all-linear")
@@ -151,8 +159,13 @@ def read_adapter_config(path: str | Path) -> LoraConfig:
         config = PeftConfig.from_pretrained(str(path))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{Path(path, ADAPTER_CONFIG)}: not an adapter's configuration ({error})") from error
+    if config.peft_type is None:
+        raise UserError(f"{Path(path, ADAPTER_CONFIG)}: not an adapter's configuration (it has no 'peft_type')")
     if not isinstance(config, LoraConfig):
         raise UserError(f"{path}: a {config.peft_type} adapter; only LoRA adapters are read here")
+    for name, kind in ADAPTER_VALUES.items():
+        if not isinstance(value := getattr(config, name), kind):
+            raise UserError(f"{Path(path, ADAPTER_CONFIG)}: {name!r} is {value!r:.60}; copy or download it again")
     if not Path(path, ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{path}: {ADAPTER_WEIGHTS} is missing; take another checkpoint of that run")
     if not config.base_model_name_or_path:

@@ -86,11 +86,9 @@ def misnamed(start: bytes, is_markup: bool = False) -> str:
 
 def utf16_without_mark(start: bytes) -> str:
     """The encoding of a text whose first characters are ASCII in two bytes each, and "" of any other."""
-    return (
-        "UTF-16LE"
-        if re.match(rb"(?:[\x01-\x7f]\0){2}", start)
-        else ("UTF-16BE" if re.match(rb"(?:\0[\x01-\x7f]){2}", start) else "")
-    )
+    if re.match(rb"(?:[\x01-\x7f]\0){2}", start):
+        return "UTF-16LE"
+    return "UTF-16BE" if re.match(rb"(?:\0[\x01-\x7f]){2}", start) else ""
 
 
 def is_text(start: bytes) -> bool:

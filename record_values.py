@@ -16,13 +16,13 @@ JSON_TOO_MUCH = (RecursionError, ValueError)
 _SPACED_COLON = re.compile(r'"\s+:')
 # What pandas and databases write for a missing value; "None" may be what a person says, and a tool gives back.
 PANDAS_WORDS = frozenset(("nan", "NaN", "<NA>", "NaT"))
-_ANY_NULL_WORD = PANDAS_WORDS | {"None", "NULL", "null"}
-NO_TEXT = {"system": _ANY_NULL_WORD, "user": PANDAS_WORDS, "assistant": _ANY_NULL_WORD, "tool": frozenset()}
+ANY_NULL_WORD = PANDAS_WORDS | {"None", "NULL", "null"}
+NO_TEXT = {"system": ANY_NULL_WORD, "user": PANDAS_WORDS, "assistant": ANY_NULL_WORD, "tool": frozenset()}
 # Characters that show nothing, but are no white space for str.strip: zero-width, direction marks, fillers.
 _BLANKS = (
     "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180e\u200b\u200c\u200d\u200e\u200f\u202a\u202b"
     "\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064\u2066\u2067\u2068\u2069\u206a\u206b\u206c\u206d\u206e\u206f"
-    "\u2800\u3164\ufeff\uffa0\ufff9\ufffa\ufffb\x00"
+    "\u2800\u3164\ufeff\uffa0\ufff9\ufffa\ufffb"
 )
 _LEADING_BLANKS = re.compile(rf"[\s{_BLANKS}]+")
 # A joiner or a variation mark may end an emoji.
@@ -60,14 +60,21 @@ def is_empty(value: object) -> bool:
     return value is None or value != value or (not value and value is not False and value != 0)
 
 
-def text_of(value: object, where: str, no_text: Collection[str] = _ANY_NULL_WORD) -> str:
+def is_full(record: dict) -> bool:
+    """Whether none of the values is empty or zero, or a number that might be NaN: most records, told fast."""
+    return all(record.values()) and float not in map(type, record.values())
+
+
+def with_values(record: dict) -> dict:
+    """The record without the keys that are as good as absent."""
+    # `not is_empty`, without a call for each
+    return {key: value for key, value in record.items() if (value and value == value) or value == 0}
+
+
+def text_of(value: object, where: str, no_text: Collection[str] = ANY_NULL_WORD) -> str:
     """The content of a turn: a string, or a list of text parts, stripped; `no_text`: words that stand for null."""
-    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        value = "".join(_text_part(part, where) for part in value)
     if not isinstance(value, str):
-        if value is None or value != value:
-            raise Unusable("null value", f"{where} is null; write the text or delete the record")
-        raise Unusable("not text", f"{where} is {kind_of(value)}; it must be a string")
+        value = _joined(value, where)
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -81,6 +88,15 @@ def text_of(value: object, where: str, no_text: Collection[str] = _ANY_NULL_WORD
             f"word is meant, write '{text}.'",
         )
     return text
+
+
+def _joined(value: object, where: str) -> str:
+    """The text of a list of parts."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        return "".join(_text_part(part, where) for part in value)
+    if value is None or value != value:
+        raise Unusable("null value", f"{where} is null; write the text or delete the record")
+    raise Unusable("not text", f"{where} is {kind_of(value)}; it must be a string")
 
 
 def _text_part(part: dict, where: str) -> str:
@@ -104,10 +120,13 @@ def key_twice(text: str, value: object, start: int = 0, end: int | None = None) 
     """
     n_keys, values = 0, [value]
     for item in values:  # which grows
-        if type(item) is dict:
+        kind = type(item)
+        if kind is str:
+            continue
+        if kind is dict:
             n_keys += len(item)
             values += item.values()
-        elif type(item) is list:
+        elif kind is list:
             values += item
     end = len(text) if end is None else end
     if text.count(":", start, end) == n_keys:

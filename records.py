@@ -31,7 +31,16 @@ from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
 from filelock import FileLock
 from loguru import logger
 
-from dialects import RecordPlan, check_other_forms, dialogue_plan, pair_plan, planned, tools_of, with_options
+from dialects import (
+    RecordPlan,
+    check_other_forms,
+    dialogue_plan,
+    pair_plan,
+    planned,
+    prompt_plan,
+    tools_of,
+    with_options,
+)
 from errors import Unusable, UserError
 from raw_files import BLOCK, is_text, misnamed, read_start, utf16_without_mark
 from record_keys import Reading, check_media, check_reply_keys, sort_keys, split_keys
@@ -743,6 +752,7 @@ def to_document(record: object, source: str, reading: Reading | None = None) -> 
     reading = reading or Reading()
     record = _object(record, " with 'text'")
     text, plan = record.get("text"), sort_keys(tuple(record), ("text",))
+    check_media(record, plan, reading, "the record")
     if is_empty(text) and (reply := lone_reply(record, reading)):
         return Document(reply, source)
     if "text" not in record:
@@ -752,7 +762,6 @@ def to_document(record: object, source: str, reading: Reading | None = None) -> 
             "supervised_finetuning.py; scripts/convert_to_pretrain_format.py makes documents of them)",
         )
     reading.note_keys(plan.unknown)
-    check_media(record, plan, reading, "the record")
     text = text_of(text, "'text'")
     if not text:
         raise Unusable("empty text", "'text' is empty; write it or delete the record")
@@ -763,10 +772,11 @@ def to_document(record: object, source: str, reading: Reading | None = None) -> 
 def lone_reply(record: dict, reading: Reading) -> str:
     """The text of other tools' records for pretraining, which are dialogues of one reply to nothing."""
     try:
-        present, plan = planned(record, dialogue_plan, reading)
+        present, plan = planned(record, prompt_plan, reading)
+        turns = plan.dialect.read(present, reading)
     except Unusable:
         return ""
-    turns = [turn for turn in plan.dialect.read(present, reading) if turn["role"] == "assistant" or turn["content"]]
+    turns = [turn for turn in turns if turn["role"] == "assistant" or turn["content"]]
     return turns[0]["content"] if [turn["role"] for turn in turns] == ["assistant"] else ""
 
 
@@ -785,9 +795,9 @@ def to_dialogue(record: object, source: str, reading: Reading | None = None) -> 
 def to_prompt(record: object, source: str, reading: Reading | None = None) -> Dialogue:
     """What is to be answered: a dialogue that may lack its last reply. What judges that reply does not matter."""
     reading = reading or Reading()
-    record, plan = planned(_object(record), functools.partial(dialogue_plan, needs_reply=False), reading)
+    record, plan = planned(_object(record), prompt_plan, reading)
     turns = _with_system(record, plan.dialect.read(record, reading))
-    turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
+    turns = _without_weights(turns)
     if not plan.is_plain:
         turns = _whole_prompt(turns, record, plan, reading)
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
@@ -805,7 +815,7 @@ def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair
         turns = _whole_prompt(turns, record, plan, reading, (chosen, rejected))
         if key := check_reply_keys(record, plan.keys, reading, "the record"):
             raise _not_learned(record, key, reading)
-    turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
+    turns = _without_weights(turns)
     check_turns([*turns, {"role": "assistant", "content": chosen}])
     if not rejected:
         raise Unusable("empty reply", "the rejected reply is empty; write it or delete the record")
@@ -829,10 +839,10 @@ def turns_to_answer(messages: Sequence[dict]) -> list[dict]:
 def _margin(record: dict) -> float | None:
     """By how much the chosen reply is better: `margin`, or the difference of the two scores."""
     values = [record.get(key) for key in ("margin", "score_chosen", "score_rejected")]
-    if values[0] in (None, "") and any(value in (None, "") for value in values[1:]):
+    if is_empty(values[0]) and any(map(is_empty, values[1:])):
         return None
     try:
-        margin = float(values[0]) if values[0] not in (None, "") else float(values[1]) - float(values[2])
+        margin = float(values[0]) if not is_empty(values[0]) else float(values[1]) - float(values[2])
     except (TypeError, ValueError, OverflowError):
         raise Unusable("broken margin", f"margin or scores are {values!r:.80}; they must be numbers") from None
     if not 0 <= margin < float("inf"):
@@ -853,6 +863,13 @@ def _whole_prompt(
     check_other_forms(record, plan, [*(turn["content"] for turn in turns), *replies], reading)
     check_media(record, plan.keys, reading, "the record")
     return with_options(turns, record, plan, reading) if plan.keys.options else turns
+
+
+def _without_weights(turns: list[dict]) -> list[dict]:
+    """The turns of a prompt, of which nothing is learned."""
+    return [
+        {key: value for key, value in turn.items() if key != "weight"} if "weight" in turn else turn for turn in turns
+    ]
 
 
 def _not_learned(record: dict, key: str, reading: Reading) -> Unusable:
@@ -882,7 +899,9 @@ def _note_placeholder(text: str, source: str, reading: Reading) -> None:
 
 def _with_system(record: dict, turns: list[dict]) -> list[dict]:
     """The turns, after the record's system prompt if it has one, given in `system` or as the first turn."""
-    system = optional_text(record, "system") or optional_text(record, "system_prompt")
+    system = ""
+    if "system" in record or "system_prompt" in record:
+        system = optional_text(record, "system") or optional_text(record, "system_prompt")
     if turns and turns[0]["role"] == "system":
         first, *turns = turns
         if system and first["content"]:
@@ -916,7 +935,12 @@ def check_turns(turns: list[dict], needs_reply: bool = True) -> None:
             raise Unusable("empty user turn", f"turn {number} (user) is empty; write it or delete the record")
         if before == "assistant" and not turn["content"]:
             raise Unusable("empty reply", f"turn {number} (assistant) is empty; write it or delete the record")
-        if needs_reply and before == "assistant" and _ONLY_URLS.fullmatch(turn["content"]):
+        if (
+            before == "assistant"
+            and needs_reply
+            and turn["content"][0] in "hHwW<"
+            and _ONLY_URLS.fullmatch(turn["content"])
+        ):
             raise Unusable("only a URL", f"turn {number} (assistant) is {turn['content']:.60}; write the reply itself")
     if "weight" in turns[-1] and all("weight" in turn for turn in turns if turn["role"] == "assistant"):
         raise Unusable("not to be learned", "every reply has the weight 0; delete the record")

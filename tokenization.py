@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 import dialects
 import record_keys
+import record_values
 import records
 import template
 from errors import Unusable, UserError
@@ -888,8 +889,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over what decides ids: vocabulary, merges, special tokens, chat template, and the code that uses them."""
     whole = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     whole.update(f"{tokenizer.chat_template}\0{tokenizer.eos_token}\0{tokenizer.bos_token}".encode())
-    for module_file in (
-        module.__file__ for module in (sys.modules[__name__], records, dialects, record_keys, template)
-    ):
-        whole.update(Path(module_file).read_bytes())
+    for module in (sys.modules[__name__], records, dialects, record_keys, record_values, template):
+        whole.update(Path(module.__file__).read_bytes())
     return whole.hexdigest()

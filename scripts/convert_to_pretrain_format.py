@@ -137,14 +137,14 @@ class DocumentReader:
         columns = {key.strip().lower(): value for key, value in record.items()}
         if self.text_column or "text" in columns:
             return titled(record[self.text_column] if self.text_column else columns["text"], columns)
-        if reply := lone_reply(record, reading):
-            return reply
         keys = tuple(record)
         if keys in self.keys_of_pairs:
             return said(self.pairs.convert(record, source))
         try:
             return said(self.dialogues.convert(record, source))
         except Unusable as error:
+            if reply := lone_reply(record, reading):
+                return reply
             if error.reason == "preference pair":
                 self.keys_of_pairs.add(keys)
                 return said(self.pairs.convert(record, source))

@@ -48,7 +48,9 @@ ENDINGS = (".jsonl", ".jsonl.gz")
 # ---------------------------------------------------------------- which replies
 
 
-def draw_prompts(files: Sequence[Path], reading: Reading, num_samples: int, seed: int) -> tuple[list[Pair], Report]:
+def draw_prompts(
+    files: Sequence[Path], num_samples: int, seed: int, reading: Reading | None = None
+) -> tuple[list[Pair], Report]:
     """`num_samples` of the dialogues, each equally likely, as pairs that still lack a rejected reply, in their order.
 
     No more than these are held at a time (reservoir sampling, Vitter 1985).
@@ -506,7 +508,7 @@ def main(argv: list[str] | None = None) -> None:
     files, unread = find_files(args.sft_data, "--sft_data")
     refuse_same(files, args.output_file, "--output_file")
     reading = Reading(args.ignore_keys)
-    prompts, report = draw_prompts(files, reading, args.num_samples, args.seed)
+    prompts, report = draw_prompts(files, args.num_samples, args.seed, reading)
     if not prompts:
         raise UserError("\n".join([f"--sft_data {args.sft_data}: no usable dialogue in it", *dropped_lines(report)]))
     for line in [

@@ -92,7 +92,7 @@ def test_calls_of_tools_in_all_forms(call, tool):
 @pytest.mark.parametrize(
     ("asks", "answers"), [("human", "assistant"), ("user", "bot"), ("input", "output"), ("患者", "医生")]
 )
-@pytest.mark.parametrize("key", ["conversation", "conversations", "messages"])
+@pytest.mark.parametrize("key", ["conversations", "messages"])
 def test_both_sides_of_an_exchange_in_one_object(key, asks, answers):
     exchanges = [{asks: "失眠怎么办？", answers: "规律作息。"}, {asks: "要吃药吗？", answers: "先不用。"}]
     read = to_dialogue({key: [{"system": "你是医生。"} | exchanges[0], exchanges[1]]}, "d.jsonl:1").messages

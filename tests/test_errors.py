@@ -28,7 +28,7 @@ def test_a_library_says_all_but_its_misleading_line(monkeypatch, caplog, module,
     monkeypatch.setattr(logger, "propagate", True)
     logger.warning(misleading)
     logger.warning("another line")
-    assert caplog.messages == ["another line"]
+    assert set(caplog.messages) == {"another line"}  # once for each handler
 
 
 def test_a_mistake_is_one_line_and_2(capsys):

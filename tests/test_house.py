@@ -30,7 +30,7 @@ SHARED = {
     "data_forms": ({"raw_files", "records", "dialects", "record_keys", "record_values"}, set()),
     "near_duplicates": (set(), {"numpy", "datasketch"}),
     "tokenization": (
-        {"template", "records", "dialects", "record_keys"},
+        {"template", "records", "dialects", "record_keys", "record_values"},
         {"datasets", "jinja2", "numpy", "transformers"},
     ),
     "devices": (set(), {"torch"}),

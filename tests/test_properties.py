@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
+from record_values import ANY_NULL_WORD, stripped
 from records import BadRecord, Dialogue, Pair, Unusable, find_files, read_dialogues, read_pairs, to_dialogue, to_pair
 from template import TEMPLATES
 from tokenization import IGNORED_LABEL, encode_dialogue, encode_prompt, load_chat_template
@@ -43,7 +44,7 @@ TEXT = st.lists(WORDS, min_size=1, max_size=5).map("".join)
 @st.composite
 def conversations(draw) -> list[dict]:
     """Messages as `records.py` gives them: an optional system turn, then user and assistant in turn, all with words."""
-    words = TEXT.map(str.strip).filter(bool)
+    words = TEXT.map(stripped).filter(lambda text: text and text not in ANY_NULL_WORD)
     system = [{"role": "system", "content": draw(words)}] if draw(st.booleans()) else []
     exchanges = draw(st.lists(st.tuples(words, words), min_size=1, max_size=3))
     turns = [(role, text) for pair in exchanges for role, text in zip(("user", "assistant"), pair, strict=True)]
@@ -107,7 +108,7 @@ def test_a_conversation_is_read_as_it_was_written(form, messages):
     if form == "conversations":
         turns = [{"from": names[message["role"]], "value": message["content"]} for message in messages]
     record = json.loads(json.dumps({form: turns}))
-    written = [message | {"content": message["content"].replace("\r\n", "\n").strip()} for message in messages]
+    written = [message | {"content": message["content"].replace("\r\n", "\n")} for message in messages]
     assume(all(message["content"] for message in written))
     assert to_dialogue(record, "d.jsonl:1").messages == written
 

@@ -14,6 +14,8 @@ import preprocess_data
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import inference
 import merge_peft_adapter
@@ -28,7 +30,17 @@ from model_loading import (
     read_adapter_config,
 )
 from raw_files import misnamed
-from records import BadRecord, Dialogue, find_files, load_dialogues, load_documents, read_dialogues, read_documents
+from records import (
+    BadRecord,
+    Dialogue,
+    Unusable,
+    find_files,
+    load_dialogues,
+    load_documents,
+    read_dialogues,
+    read_documents,
+    read_raw,
+)
 
 POINTER = (
     "version https://git-lfs.github.com/spec/v1\n"
@@ -361,6 +373,34 @@ def test_a_key_twice_in_the_json_of_a_cell_is_bad_data():
     assert (bad.source, bad.reason) == ("d.csv:2", "key twice")
 
 
+# JSON as text, so that a key may stand twice in an object; strings and blanks that look like the end of a key.
+_STRINGS = st.sampled_from(["a", "b", ":", '":', '\\":', " :", '{"a": 1, "a": 2}', "头痛", ""]).map(json.dumps)
+_BLANKS = st.sampled_from(["", "", " ", "\t", "  "])
+_JSON_TEXTS = st.recursive(
+    st.one_of(_STRINGS, st.sampled_from(["1", "null", "1.5e3", "true"])),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3).map(lambda items: f"[{','.join(items)}]"),
+        st.lists(st.tuples(_STRINGS, _BLANKS, _BLANKS, inner), max_size=3).map(
+            lambda pairs: f"{{{','.join(f'{key}{before}:{after}{value}' for key, before, after, value in pairs)}}}"
+        ),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(_JSON_TEXTS)
+def test_a_key_twice_is_found_in_any_json(text):
+    is_twice = []
+    json.loads(text, object_pairs_hook=lambda pairs: is_twice.append(len(dict(pairs)) < len(pairs)))
+    record = f'{{"question": {text}}}'
+    path = Path("any.jsonl")
+    path.write_text(record, encoding="utf-8")
+    ((_, read),) = read_raw(path)
+    assert (isinstance(read, Unusable) and read.reason == "key twice") == any(is_twice)
+    assert any(is_twice) or read == json.loads(record)
+
+
 def test_the_same_key_in_several_objects_is_none():
     record = '{"question": "\\"answer\\": \\"answer\\":", "answer": "b", "a": {"answer": 1}, "b": [{"answer": 2}]}'
     (dialogue,) = read_dialogues([write("d.jsonl", record)])
@@ -437,6 +477,24 @@ def test_a_pointer_in_place_of_an_adapters_file_is_one_line_by_its_name(adapter,
     assert fault_of(load_for_training, folder, use_peft=True).endswith(f"{folder}: {name}: {POINTER_FAULT}")
 
 
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("[1]", "adapter_config.json: holds a JSON list, not an object"),
+        ("{}", "adapter_config.json: not an adapter's configuration (it has no 'peft_type')"),
+        ('{"r": 8}', "adapter_config.json: not an adapter's configuration ("),
+        ('{"peft_type": "LORA", "r": "x"}', "adapter_config.json: 'r' is 'x'"),
+        ('{"peft_type": "LORA", "lora_alpha": null}', "adapter_config.json: 'lora_alpha' is None"),
+        ('{"peft_type": "LORA", "target_modules": 5}', "adapter_config.json: 'target_modules' is 5"),
+        ('{"peft_type": "LORA", "base_model_name_or_path": 5}', "adapter_config.json: 'base_model_name_or_path' is 5"),
+    ],
+)
+def test_an_adapters_configuration_that_is_none_is_one_line_by_its_name(adapter, spoiled, content, fault):
+    folder = spoiled(adapter, "adapter_config.json", content)
+    for load in (check_path, read_adapter_config):
+        assert fault in fault_of(load, folder)
+
+
 def test_a_pointer_among_several_files_of_weights_is_named(model, spoiled):
     folder = spoiled(model, "model-00002-of-00002.safetensors", POINTER)
     Path(folder, "model.safetensors").rename(Path(folder, "model-00001-of-00002.safetensors"))
@@ -484,7 +542,7 @@ MODEL_FAULTS = [
     ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "tokenizer_config.json"),
     ("tokenizer_config.json", b'{"a": "\xff"}', "no JSON ('utf-8' codec can't decode"),
     ("model.safetensors.index.json", '{"metadata": {}}', "without 'weight_map'"),
-    ("model.safetensors.index.json", '{"weight_map": []}', "without 'weight_map'"),
+    ("model.safetensors.index.json", '{"weight_map": ["a"]}', "without 'weight_map'"),
     ("chat_template.jinja", "", "empty"),
     ("chat_template.jinja", b"\0" * 99, "nothing but NUL bytes"),
     ("chat_template.jinja", "{{ '中文' }}".encode("gbk"), "no text in UTF-8"),

@@ -13,7 +13,7 @@ from errors import Unusable
 from record_values import is_empty, parsed, stripped
 from records import BadRecord, Document, read_dialogues, read_documents, to_dialogue, to_pair
 
-ZERO_WIDTH = ["\u200b", "\ufeff", "\u2060", "\u00ad", "\u3164", "\u2800", "\u200e\u200f", "\u3000\u200b ", "\x00"]
+ZERO_WIDTH = ["\u200b", "\ufeff", "\u2060", "\u00ad", "\u3164", "\u2800", "\u200e\u200f", "\u3000\u200b "]
 
 
 def question(question: object = "胃胀怎么办？", answer: object = "少食多餐。", **others: object) -> dict:
