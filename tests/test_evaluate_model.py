@@ -171,6 +171,8 @@ CONCLUSIONS = [
     ("答案是华法林，不是阿司匹林。", DRUGS, "C"),
     ("The answer is (C).", ENGLISH, "C"),
     ("Answer: c", ENGLISH, "C"),
+    ("c", ENGLISH, "C"),
+    ("(c) Warfarin", ENGLISH, "C"),
     ("The correct option is C.", ENGLISH, "C"),
     ("The best answer is C because A causes bleeding.", ENGLISH, "C"),
     ("I would choose C over B.", ENGLISH, "C"),
