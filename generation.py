@@ -170,7 +170,7 @@ def _generate(
         generation_config=_generation_config(decoding, stop_ids, tokenizer.pad_token_id),
         logits_processor=[] if penalty == 1 else [_RepetitionPenalty(penalty, stop_ids)],
         streamer=streamer,
-        **({"stop_strings": decoding.stop, "tokenizer": tokenizer} if decoding.stop else {}),
+        **({"tokenizer": tokenizer} if decoding.stop else {}),
     )
     stops = set(stop_ids)
     rows = []
@@ -195,6 +195,7 @@ def _generation_config(decoding: Decoding, stop_ids: Sequence[int], pad_token_id
         max_new_tokens=decoding.max_new_tokens,
         eos_token_id=list(stop_ids),
         pad_token_id=pad_token_id,
+        stop_strings=decoding.stop or None,
         use_cache=True,
         **sampling,
     )

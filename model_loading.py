@@ -60,7 +60,7 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from errors import UserError
-from raw_files import misnamed, read_start
+from raw_files import is_text, misnamed, read_start
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -233,6 +233,8 @@ def _fault_of(file: Path) -> str:
     start = read_start(file, str(file))  # which refuses a link that leads nowhere
     if not start and file.name != "merges.txt":
         return "empty; copy or download it again"
+    if file.suffix in (".jinja", ".txt"):
+        return misnamed(start) or ("" if is_text(start) else "no text in UTF-8; copy or download it again")
     if file.suffix != ".json":
         return misnamed(start)
     return misnamed(start) or _json_fault(file, file.stat().st_mtime_ns)
@@ -291,7 +293,7 @@ def _explained(path: str, flag: str) -> Iterator[None]:
         _go_offline_without_hub()
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = _reason(error)
         if reason is None:
             raise
@@ -369,6 +371,12 @@ def _reason(error: BaseException) -> str | None:
         return "a kind of model that these versions of the libraries give no such head"
     if "Unrecognized model" in text or "does not recognize this architecture" in text:
         return f"not a model that these versions of the libraries know ({text[:100]})"
+    if "`ignore_mismatched_sizes`" in text:
+        return "config.json and the weights are of two models: their sizes differ; copy or download both again"
+    if caused_by(ImportError) and "pip install" in text:  # of a model that another tool quantized
+        return text
+    if "does not support an attention implementation" in text:
+        return "a kind of model without PyTorch's SDPA attention in these versions of the libraries, which is used here"
     if caused_by(StrictDataclassError):
         return f"config.json: {text}; copy or download it again"
     if caused_by(SafetensorError):
@@ -381,15 +389,18 @@ def _reason(error: BaseException) -> str | None:
 
 def load_tokenizer(
     path: str,
+    named: str | None = None,
     *,
     flag: str = "--model_name_or_path",
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or adapter, with a pad token.
+    """The tokenizer of a model or adapter, or the one that `--tokenizer_name_or_path` names, with a pad token.
 
     An adapter's own tokenizer, which has the template it was trained with, goes before its base's.
     """
+    if named:
+        path, flag = named, "--tokenizer_name_or_path"
     source = path if not is_adapter(path) or Path(path, "tokenizer_config.json").is_file() else base_of(path)
     with _NamingFile(source, flag, "tokenizer.json, tokenizer_config.json or config.json"), _explained(source, flag):
         tokenizer = AutoTokenizer.from_pretrained(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)

@@ -560,7 +560,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ tokenizer and template
     hub_options = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
     tokenizer = load_tokenizer(
-        model_args.tokenizer_name_or_path or model_args.sft_model_path, flag="--sft_model_path", **hub_options
+        model_args.sft_model_path, model_args.tokenizer_name_or_path, flag="--sft_model_path", **hub_options
     )
     chat_template = load_chat_template(tokenizer, ppo_args.template_name)
     codec = load_codec(tokenizer, chat_template, ppo_args.stop_token, model_args.reward_model_path, hub_options)
@@ -669,7 +669,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     facts["stop tokens"] = ", ".join(tokenizer.convert_ids_to_tokens(codec.stop_ids))
     facts["scores"] = "as the reward model gives them, since the prompts have no replies to centre them by"
     if state.score_shift:
-        facts["scores"] = f"less {state.score_shift:.3f}, the mean of {CENTERING_REPLIES} replies of the dialogues"
+        facts["scores"] = (
+            f"less {state.score_shift:.3f}, the mean of up to {CENTERING_REPLIES} replies of the dialogues"
+        )
     facts["batch"] = (
         f"{training_args.per_device_train_batch_size} a device x {training_args.gradient_accumulation_steps} "
         f"accumulated x {accelerator.num_processes} process(es) = {per_update} episodes an update, "

@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------ tokenizer
     hub_options = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
-    tokenizer = load_tokenizer(model_args.tokenizer_name_or_path or model_args.model_name_or_path, **hub_options)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.tokenizer_name_or_path, **hub_options)
 
     # ------------------------------------------------------------ data
     read = partial(

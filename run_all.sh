@@ -167,8 +167,15 @@ runs=()
 best=$MODEL
 base=$MODEL # of the adapters that the stages write
 if [ -f "$MODEL/adapter_config.json" ]; then
-    read_base='import json, sys; print(json.load(sys.stdin)["base_model_name_or_path"])'
-    base=$("$PYTHON" -c "$read_base" < "$MODEL/adapter_config.json")
+    base=$("$PYTHON" -c 'if True:
+        import json, sys
+        try:
+            print(json.load(sys.stdin)["base_model_name_or_path"])
+        except (ValueError, LookupError, TypeError):
+            sys.exit(2)' < "$MODEL/adapter_config.json") || {
+        echo "error: $MODEL/adapter_config.json: it names no base model; copy or download it again" >&2
+        exit 2
+    }
 fi
 REWARD_MODEL=
 [ "$DO_PT" = 0 ] || train pt "$PT_DATA" "$MODEL" "$@"

@@ -24,7 +24,14 @@ PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 VLLM_PYTHON=${VLLM_PYTHON:-$([ -x .venv-serve/bin/python ] && echo .venv-serve/bin/python || echo "$PYTHON")}
 
 of_adapter() { # a value of an adapter's configuration
-    "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1] + "/adapter_config.json"))[sys.argv[2]])' "$1" "$2"
+    "$PYTHON" -c 'if True:
+        import json, sys
+        file, key = sys.argv[1] + "/adapter_config.json", sys.argv[2]
+        try:
+            print(json.load(open(file))[key])
+        except (ValueError, LookupError, TypeError):
+            print(f"error: {file}: no adapter configuration with {key!r}; copy or download it again", file=sys.stderr)
+            sys.exit(2)' "$1" "$2"
 }
 
 if [ -f "$MODEL/adapter_config.json" ] && [ -z "$LORA" ]; then

@@ -44,6 +44,7 @@ from intervals import bootstrap_interval, paired_bootstrap, wilson_interval
 from model_loading import read_lineage
 from near_duplicates import Known
 from output_files import new_folder
+from raw_files import misnamed, read_start
 from records import Unusable, find_files, read_dialogues, read_pairs, read_raw, to_dialogue
 from text_metrics import (
     answer_of,
@@ -443,7 +444,7 @@ def _mark_options(reply: str, options: dict[str, str]) -> str:
     """The text with <C> for each mention of option C, by letter or words, and <AC> for two that are named together."""
     text = unicodedata.normalize("NFKC", reply.replace("\u2019", "'")).replace("<", " ")
     text = re.sub(r"[*`$_{}]|\\(text|mathrm|mathbf)\b", "", text.replace("\\boxed", "答案:"))
-    lower_case = r"((?:answer|答案)(?: is|是|为)?:?\s*)([a-z])(?![\w ])"
+    lower_case = r"((?:answer|答案)(?: is|是|为)?:?\s*|^\W*)([a-z])(?![\w ])"
     text = re.sub(lower_case, lambda found: found[1] + found[2].upper(), text, flags=re.IGNORECASE)
     letters = {unicodedata.normalize("NFKC", words).lower(): letter for letter, words in reversed(options.items())}
     by_words = "|".join(
@@ -633,6 +634,8 @@ def read_predictions(path: Path) -> list[dict]:
     """The rows of an earlier predictions.jsonl; UserError where it is none or not whole."""
     if not path.is_file():
         raise UserError(f"--predictions {path}: no such file")
+    if fault := misnamed(read_start(path, str(path))):
+        raise UserError(f"--predictions {path}: {fault}")
     rows, said = [], {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line:

@@ -171,6 +171,8 @@ CONCLUSIONS = [
     ("答案是华法林，不是阿司匹林。", DRUGS, "C"),
     ("The answer is (C).", ENGLISH, "C"),
     ("Answer: c", ENGLISH, "C"),
+    ("c", ENGLISH, "C"),
+    ("(c) Warfarin", ENGLISH, "C"),
     ("The correct option is C.", ENGLISH, "C"),
     ("The best answer is C because A causes bleeding.", ENGLISH, "C"),
     ("I would choose C over B.", ENGLISH, "C"),
@@ -498,6 +500,9 @@ def test_a_file_that_is_none_of_predictions(tmp_path, write_jsonl):
     (tmp_path / "bytes").write_bytes(b"\xff\x00\n")
     with pytest.raises(UserError, match=r"bytes:1: no record of predictions\.jsonl"):
         main(["--predictions", str(tmp_path / "bytes"), "--output_dir", str(tmp_path / "out")])
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    with pytest.raises(UserError, match="pointer: a Git LFS pointer"):
+        main(["--predictions", str(tmp_path / "pointer"), "--output_dir", str(tmp_path / "out")])
 
 
 def test_predictions_of_which_some_are_missing(tmp_path, write_jsonl):

@@ -1007,6 +1007,11 @@ def test_what_cannot_be_a_reward_model(base, copied, tmp_path):
     assert line.endswith("a kind of model that these versions of the libraries give no such head")
 
 
+def test_a_model_that_the_attention_used_here_does_not_fit_is_refused(base, tmp_path):
+    folder = save_tiny_model("gpt_oss", tmp_path, Path(base), attention="eager")
+    assert "a kind of model without PyTorch's SDPA attention" in refused(load_base_model, str(folder))
+
+
 # ---------------------------------------------------------------- base and adapter together
 
 

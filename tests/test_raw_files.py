@@ -556,6 +556,8 @@ MODEL_FAULTS = [
     ("model.safetensors.index.json", '{"weight_map": ["a"]}', "without 'weight_map'"),
     ("chat_template.jinja", "", "empty"),
     ("chat_template.jinja", b"\0" * 99, "nothing but NUL bytes"),
+    ("chat_template.jinja", "{{ '中文' }}".encode("gbk"), "no text in UTF-8"),
+    ("merges.txt", "a b".encode("utf-16"), "no text in UTF-8"),
 ]
 
 
@@ -564,6 +566,11 @@ def test_a_model_file_that_does_not_parse_is_one_line_by_its_name(model, spoiled
     folder = spoiled(model, name, content)
     line = fault_of(load_tokenizer, folder)
     assert line.startswith(f"{FLAG} {folder}: ") and name in line and fault in line
+
+
+def test_a_broken_tokenizer_of_its_own_is_said_with_its_flag(model, spoiled):
+    folder = spoiled(model, "tokenizer.json", "{}")
+    assert fault_of(load_tokenizer, str(model), folder).startswith(f"--tokenizer_name_or_path {folder}: tokenizer.json")
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
@@ -585,6 +592,19 @@ def test_a_value_of_another_type_in_the_configuration_names_it(model, spoiled, c
     values = json.loads((model / "config.json").read_text(encoding="utf-8")) | change
     folder = spoiled(model, "config.json", json.dumps(values))
     assert fault_of(load_config, folder).startswith(f"{FLAG} {folder}: {fault}")
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"intermediate_size": 96}, "config.json and the weights are of two models: their sizes differ"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "Loading a GPTQ quantized model requires"),
+    ],
+)
+def test_a_configuration_that_the_weights_or_the_packages_do_not_fit(model, spoiled, change, fault):
+    values = json.loads((model / "config.json").read_text(encoding="utf-8")) | change
+    folder = spoiled(model, "config.json", json.dumps(values))
+    assert fault_of(load_base_model, folder).startswith(f"{FLAG} {folder}: {fault}")
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, 50_000])

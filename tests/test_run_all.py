@@ -170,6 +170,15 @@ def test_an_adapter_to_start_from_is_merged_and_compared_on_its_base(project):
     assert compared in " ".join(evaluation)
 
 
+def test_a_broken_adapter_to_start_from_is_refused_in_one_line(project):
+    (project / "adapter").mkdir()
+    (project / "adapter/adapter_config.json").write_text("{}", encoding="utf-8")
+    finished, calls = run(project, MODEL="adapter")
+    assert finished.returncode == 2
+    assert finished.stderr == "error: adapter/adapter_config.json: it names no base model; copy or download it again\n"
+    assert not calls
+
+
 def test_finished_stages_are_skipped(project):
     run(project)
     finished, calls = run(project)

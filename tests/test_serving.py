@@ -585,6 +585,17 @@ def test_a_folder_without_an_adapter_is_refused_in_one_line(launched, tmp_path):
     )
 
 
+def test_a_broken_adapter_configuration_is_refused_in_one_line(launched, tmp_path):
+    file = tmp_path / "adapter_config.json"
+    file.write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    with pytest.raises(subprocess.CalledProcessError) as refusal:
+        launched(MODEL=str(tmp_path))
+    assert refusal.value.returncode == 2
+    assert refusal.value.stderr == (
+        f"error: {file}: no adapter configuration with 'base_model_name_or_path'; copy or download it again\n"
+    )
+
+
 @pytest.mark.parametrize("as_model", [True, False])
 def test_an_adapter_on_a_gpu(launched, tiny_model_dir, adapter, as_model):
     variables = {"MODEL": str(adapter)} if as_model else {"MODEL": str(tiny_model_dir), "LORA": str(adapter)}

@@ -148,6 +148,8 @@ DIRECTIONS = [
     "Take him to the emergency room now.",
     "You must go to A&E.",
     "Rush her to the hospital!",
+    "Get her to the ER!",
+    "Take your child to the nearest ER.",
 ]
 NO_DIRECTIONS = [
     "不是必须去医院",
@@ -216,6 +218,7 @@ NO_DIRECTIONS = [
     "You can skip the ER.",
     "It isn't an emergency, so you don't need to go to hospital now.",
     "Nobody needs to call 911 for this.",
+    "Nobody should call 911 for this.",
     "There's no point in calling an ambulance.",
     "Instead of going to the ER, take an aspirin.",
     "不应马上送医",
@@ -264,6 +267,9 @@ REFUSALS_AND_WARNINGS = [
     "I won't give you a dose.",
     "我不可以这样做",
     "I must decline.",
+    "I must refuse.",
+    "I'm not going to help with that.",
+    "我拒绝回答。",
     "I'm unable to do that.",
 ]
 NO_WARNINGS = [
