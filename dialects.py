@@ -483,10 +483,16 @@ def _find_plan(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> RecordPla
             other_forms = _other_forms([key for key in keys if key not in read], dialect, every_key)
             return RecordPlan(dialect, other_forms, sort_keys(keys, (*read, *other_forms)))
     known = ", or ".join(" with ".join(map(repr, d.required)) for d in dialects)
-    advice = nearest([key for key in keys if not is_harmless(key)], every_key) or (
-        "; scripts/convert_data_format.py reads more forms" if keys else ""
-    )
+    advice = nearest([key for key in keys if not is_harmless(key)], every_key)
+    if not advice and dialects is _DIALECTS and {*keys}.isdisjoint(ANSWERS) and _is_prompt(keys):
+        advice = "; there is no reply to it: add one, or let a model answer by inference.py --data_file"
+    elif not advice and keys:
+        advice = "; scripts/convert_data_format.py reads more forms"
     raise Unusable("unknown keys", f"has {quoted(keys)}; known are {known}{advice}")
+
+
+def _is_prompt(keys: Collection[str]) -> bool:
+    return any(key in keys for key in ("question", "prompt", "instruction"))
 
 
 def _other_forms(rest: Sequence[str], dialect: _Dialect, every_key: Sequence[str]) -> tuple[str, ...]:

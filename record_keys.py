@@ -184,9 +184,9 @@ def letter_of(key: str) -> str:
 
 def check_media(record: dict, plan: KeyPlan, reading: Reading, where: str) -> None:
     """Raise Unusable where a record or turn comes with a picture, a film or a sound."""
-    for key in plan.media:
-        if not holds_nothing(record[key]) and record[key] is not False:
-            raise Unusable("not text", f"{where} has {key!r}, and only text is trained on; {reading.ignoring(key)}")
+    if keys := [key for key in plan.media if not holds_nothing(record[key]) and record[key] is not False]:
+        listed = ", ".join(map(repr, keys))
+        raise Unusable("not text", f"{where} has {listed}, and only text is trained on; {reading.ignoring(*keys)}")
 
 
 def check_prompt_keys(turn: dict, plan: KeyPlan, reading: Reading, where: str) -> None:

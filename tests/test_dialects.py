@@ -565,4 +565,5 @@ def test_advice_guesses_no_key_that_is_far():
     assert "meant as" not in reason(to_dialogue, {"version": "1.0", "data": [1]})
     assert "meant as" not in reason(to_dialogue, {"conversation_id": "1", "question_id": 2, "chat": []})
     assert "is 'anwser' meant as 'answer'?" in reason(to_dialogue, {"question": "一", "anwser": "二"})
+    assert reason(to_dialogue, {"question": "一"}).endswith("let a model answer by inference.py --data_file")
     assert reason(to_dialogue, {"prompt": "一", "completion": "二"}).endswith("convert_data_format.py reads more forms")
