@@ -426,9 +426,10 @@ class ForeignReader:
         if not isinstance(record, dict):
             return self._make(record, source, self.reading)
         record = self.reading.without_ignored(record)
-        keys = tuple(record if is_full(record) else with_values(record))
+        present = record if is_full(record) else with_values(record)
+        keys = tuple(present)
         if is_read(keys, self._kind) and not lacks_prompt(keys):
-            return self._make(record, source, self.reading)
+            return self._make(present, source, self.reading)
         form = self._form_by_keys(keys) or self._form_by_keys(tuple(record))
         if form is None:
             return self._make(record, source, self.reading)
