@@ -854,10 +854,7 @@ def turns_to_answer(messages: Sequence[dict]) -> list[dict]:
     if messages and messages[-1]["role"] != "user":
         where = f"turn {len(messages)} ({messages[-1]['role']})"
         raise Unusable("no question", f"{where} is the last; end with the user's question")
-    try:
-        return to_prompt({"messages": list(messages)}, "", Reading(null_words=False)).messages
-    except Unusable as fault:  # in a conversation there are no records
-        raise Unusable(fault.reason, fault.detail.replace(" or delete the record", "")) from None
+    return to_prompt({"messages": list(messages)}, "", Reading(null_words=False)).messages
 
 
 def _margin(record: dict) -> float | None:
