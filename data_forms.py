@@ -27,6 +27,8 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Literal
 
+import orjson
+
 from dialects import (
     ANSWERS,
     ASIDE,
@@ -35,14 +37,14 @@ from dialects import (
     SCORES,
     SPEAKER,
     has_dialect,
-    is_read,
+    is_read_whole,
     lacks_prompt,
     reads_as_turns,
 )
 from errors import Unusable, UserError
 from raw_files import UTF16_MARKS, utf16_without_mark
 from record_keys import Reading, sort_keys, split_keys
-from record_values import is_empty, is_full, kind_of, parsed, text_of, with_values
+from record_values import is_empty, kind_of, parsed, text_of, with_values
 from records import (
     TEXT_ENDINGS,
     BadRecord,
@@ -258,12 +260,12 @@ def _list_in_cell(value: object) -> object:
 
 def rows_of(record: object) -> list[dict] | None:
     """The records of one that holds columns, as lists or as pandas' `{"0": ..., "1": ...}`; None for any other."""
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or len(record) < 2:
         return None
     if "questions" in record and "answers" in record:
         record = record | {key: _list_in_cell(record[key]) for key in ("questions", "answers")}
-    kinds = list(map(type, record.values()))
-    if kinds.count(list) + kinds.count(dict) < 2:
+    kinds = set(map(type, record.values()))
+    if list not in kinds and dict not in kinds:
         return None
     columns = {}
     for key, value in record.items():
@@ -426,9 +428,9 @@ class ForeignReader:
         if not isinstance(record, dict):
             return self._make(record, source, self.reading)
         record = self.reading.without_ignored(record)
-        present = record if is_full(record) else with_values(record)
+        present = with_values(record)
         keys = tuple(present)
-        if is_read(keys, self._kind) and not lacks_prompt(keys):
+        if is_read_whole(keys, self._kind):
             return self._make(present, source, self.reading)
         form = self._form_by_keys(keys) or self._form_by_keys(tuple(record))
         if form is None:
@@ -537,11 +539,11 @@ def guide_record(item: Dialogue | Pair) -> dict:
 
 def guide_line(item: Dialogue | Pair) -> str:
     """The guide's record as a line of a .jsonl file."""
-    return _ENCODE_JSON(guide_record(item)) + "\n"
-
-
-# json.dumps makes a new encoder on each call.
-_ENCODE_JSON = json.JSONEncoder(ensure_ascii=False).encode
+    record = guide_record(item)
+    try:
+        return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE).decode()
+    except TypeError:  # an integer of more than 64 bits, in tools
+        return json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def _dialogue_record(dialogue: Dialogue) -> dict:
@@ -578,7 +580,7 @@ def _pair_record(pair: Pair) -> dict:
     others = {} if pair.margin is None else {"margin": pair.margin}
     others |= {"tools": pair.tools} if pair.tools else {}
     texts = (messages[-1]["content"], pair.chosen, pair.rejected)
-    used_tools = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+    used_tools = any(message["role"] == "tool" or message.get("tool_calls") for message in messages[:-1])
     if used_tools or any(map(reads_as_turns, texts)):
         turns = [_sharegpt_turn(message) for message in messages]
         replies = {key: {"from": "gpt", "value": getattr(pair, key)} for key in ("chosen", "rejected")}
@@ -664,7 +666,7 @@ def words_of(record: Dialogue | Pair | Document) -> str:
     if isinstance(record, Document):
         return record.text
     said = [
-        message["content"] or _ENCODE_JSON(message.get("tool_calls"))
+        message["content"] or json.dumps(message.get("tool_calls"), ensure_ascii=False)
         for message in record.messages
         if message["role"] != "system"
     ]

@@ -31,7 +31,6 @@ from record_values import (
     NESTED,
     NO_TEXT,
     is_empty,
-    is_full,
     is_parts,
     is_turns,
     kind_of,
@@ -93,7 +92,17 @@ def _turns_of_list(key: str, record: dict, reading: Reading) -> list[dict]:
             turns = [turns]
     if not isinstance(turns, list):
         raise Unusable("not a list", f"'{key}' is {kind_of(turns)}; it must be a list of turns")
-    return [message for number, turn in enumerate(turns, 1) for message in _messages(turn, f"turn {number}", reading)]
+    return _read_turns(turns, reading)
+
+
+def _read_turns(turns: list, reading: Reading, of: str = "") -> list[dict]:
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        if message := _plain_message(turn, reading):
+            messages.append(message)
+        else:
+            messages += _messages(turn, f"turn {number}{of}", reading)
+    return messages
 
 
 # Where the words of a turn stand; and the two sides of an exchange in one object.
@@ -141,17 +150,24 @@ def _turn_form(keys: tuple[str, ...]) -> _TurnForm:
     return _TurnForm("", "", None, sort_keys(keys, keys))
 
 
+def _plain_message(turn: object, reading: Reading) -> dict | None:
+    """The message of a turn that is nothing but a name and its words, as nearly all are; None for any other."""
+    if not isinstance(turn, dict) or reading.role_map or reading.ignore_keys:
+        return None
+    form = _turn_form(tuple(turn))
+    if not form.is_plain or type(name := turn[form.name]) is not str or (role := ROLES.get(name)) not in NO_TEXT:
+        return None
+    try:
+        return {"role": role, "content": text_of(turn[form.content], "", NO_TEXT[role] if reading.null_words else ())}
+    except Unusable:
+        return None  # to be raised with its place
+
+
 def _messages(turn: object, where: str, reading: Reading) -> list[dict]:
     """Read a turn: `{"from", "value"}`, `{"role", "content", "tool_calls"}`, or an exchange in one object."""
     if not isinstance(turn, dict):
         raise Unusable("not an object", f"{where} is {kind_of(turn)}; it must be an object with role and content")
-    given, form = turn, _turn_form(tuple(turn))
-    if form.is_plain and type(turn[form.name]) is str and not (reading.role_map or reading.ignore_keys):
-        role = ROLES.get(turn[form.name])
-        if role in NO_TEXT:
-            where = f"{where} ({turn[form.name]})"
-            no_text = NO_TEXT[role] if reading.null_words else ()
-            return [{"role": role, "content": text_of(turn[form.content], where, no_text)}]
+    given = turn
     # Parquet gives every struct the keys of all.
     present = {key: value for key, value in turn.items() if value is not None}
     turn = reading.without_ignored(present)
@@ -178,7 +194,7 @@ def _messages(turn: object, where: str, reading: Reading) -> list[dict]:
     if role == "tool call":
         message = {"role": "assistant", "content": "", "tool_calls": _tool_calls(content or calls, where)}
     elif not calls:
-        message = {"role": role, "content": text_of(content, where, NO_TEXT[role])}
+        message = {"role": role, "content": text_of(content, where, NO_TEXT[role] if reading.null_words else ())}
     elif role != "assistant":
         raise Unusable("broken tool call", f"{where} has tool_calls; only the assistant calls tools")
     else:
@@ -240,6 +256,8 @@ def turns_of_transcript(text: str) -> list[dict] | None:
 
 def reads_as_turns(text: str) -> bool:
     """Whether a text in place of turns is read as turns, or refused as a broken form of them."""
+    if ":" not in text and "：" not in text:
+        return False
     try:
         return bool(_TURNS_IN_A_CELL.match(text) or turns_of_transcript(text))
     except Unusable:
@@ -331,11 +349,11 @@ _TURNS_IN_A_CELL = re.compile(r"""\s*\[?\s*\{\s*["'](from|role|value|content)["'
 
 def _turns_in(value: object, where: str, reading: Reading) -> list[dict] | None:
     """The turns of a list of them, perhaps in a cell; None for any other value."""
-    value = parsed(value, where) if isinstance(value, str) and _TURNS_IN_A_CELL.match(value) else value
-    if not is_turns(value):
-        return None
-    numbered = enumerate(value, 1)
-    return [message for n, turn in numbered for message in _messages(turn, f"turn {n} of {where}", reading)]
+    if isinstance(value, str):
+        if "{" not in value or not _TURNS_IN_A_CELL.match(value):
+            return None
+        value = parsed(value, where)
+    return _read_turns(value, reading, f" of {where}") if is_turns(value) else None
 
 
 def _history(record: dict, reading: Reading) -> list[dict]:
@@ -410,6 +428,7 @@ class RecordPlan:
     dialect: _Dialect
     other_forms: tuple[str, ...]
     keys: KeyPlan
+    suspect: str  # what keys that are not read may be meant as
 
     @functools.cached_property
     def is_plain(self) -> bool:
@@ -449,12 +468,13 @@ def pair_plan(keys: tuple[str, ...]) -> RecordPlan:
 
 
 @functools.lru_cache(maxsize=4000)
-def is_read(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"]) -> bool:
-    """Whether a dialect has these keys."""
+def is_read_whole(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"]) -> bool:
+    """Whether a dialect has these keys, prompt and all."""
     try:
-        return bool((dialogue_plan if kind == "dialogues" else pair_plan)(keys))
+        (dialogue_plan if kind == "dialogues" else pair_plan)(keys)
     except Unusable:
         return False
+    return kind == "dialogues" or not lacks_prompt(keys)
 
 
 def has_dialect(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"]) -> bool:
@@ -481,7 +501,8 @@ def _find_plan(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> RecordPla
         if all(key in keys for key in dialect.required):
             read = dialect.required + dialect.optional
             other_forms = _other_forms([key for key in keys if key not in read], dialect, every_key)
-            return RecordPlan(dialect, other_forms, sort_keys(keys, (*read, *other_forms)))
+            suspect = suspects(keys, keys, dialect.optional)
+            return RecordPlan(dialect, other_forms, sort_keys(keys, (*read, *other_forms)), suspect)
     known = ", or ".join(" with ".join(map(repr, d.required)) for d in dialects)
     advice = nearest([key for key in keys if not is_harmless(key)], every_key)
     if not advice and dialects is _DIALECTS and {*keys}.isdisjoint(ANSWERS) and _is_prompt(keys):
@@ -509,7 +530,7 @@ def _other_forms(rest: Sequence[str], dialect: _Dialect, every_key: Sequence[str
 
 def planned(record: dict, plan_of: Callable[[tuple[str, ...]], RecordPlan], reading: Reading) -> tuple:
     """The record without the keys that count as absent, and its plan."""
-    present = record if is_full(record) else with_values(record)
+    present = with_values(record)
     try:
         plan = plan_of(tuple(present))
     except Unusable:
@@ -518,9 +539,8 @@ def planned(record: dict, plan_of: Callable[[tuple[str, ...]], RecordPlan], read
         present = record  # it then says which text is null or empty
         plan = plan_of(tuple(record))
     # A misspelt 'history' taken for metadata would train on answers without their questions.
-    if suspect := len(record) > len(plan.dialect.required) and suspects(
-        tuple(record), tuple(present), plan.dialect.optional
-    ):
+    suspect = plan.suspect if present is record else suspects(tuple(record), tuple(present), plan.dialect.optional)
+    if suspect:
         raise Unusable("unknown keys", f"has {quoted(record)}{suspect}")
     return present, plan
 
@@ -636,11 +656,13 @@ def _pair_of_replies(
 ) -> tuple:
     """The prompt's turns, and two replies that are texts, turns, or conversations which hold the prompt too."""
     turns = prompt(record, reading)
-    chosen, rejected = (_reply(record[key], f"'{key}'", reading) for key in (chosen_key, rejected_key))
+    chosen = _reply(record[chosen_key], f"'{chosen_key}'", reading)
+    rejected = _reply(record[rejected_key], f"'{rejected_key}'", reading)
     if turns and turns[-1] == chosen[-1]:  # the dialogue with its reply
         turns = turns[:-1]
     if len(chosen) == len(rejected) == 1:
-        return turns, *_split_conversations(chosen, rejected)[1:]
+        _check_chosen(chosen[0])
+        return turns, chosen[0]["content"], rejected[0]["content"]
     whole, *replies = _split_conversations(chosen, rejected)
     said = [(turn["role"], turn["content"]) for turn in whole]
     absent = [turn for turn in turns if (turn["role"], turn["content"]) not in said]
@@ -654,13 +676,12 @@ def _pair_of_replies(
 
 def _reply(value: object, where: str, reading: Reading) -> list[dict]:
     """One assistant's turn, or a conversation that ends with one."""
-    if isinstance(value, str) and not _TURNS_IN_A_CELL.match(value):
+    if isinstance(value, str) and ("{" not in value or not _TURNS_IN_A_CELL.match(value)):
         return turns_of_transcript(value) or [{"role": "assistant", "content": text_of(value, where)}]
     value = parsed(value, where)
     if isinstance(value, list | dict) and value and not is_parts(value):
         turns = value if isinstance(value, list) else [value]
-        numbered = enumerate(turns, 1)
-        turns = [message for n, turn in numbered for message in _messages(turn, f"turn {n} of {where}", reading)]
+        turns = _read_turns(turns, reading, f" of {where}")
         last = turns[-1]
         if last["role"] != "assistant":
             raise Unusable("not a reply", f"{where} is from the {last['role']}; it must be the assistant's words")
@@ -681,9 +702,13 @@ def _split_conversations(chosen: list[dict], rejected: list[dict]) -> tuple:
     for key, turns in (("chosen", chosen), ("rejected", rejected)):
         if turns[-1]["role"] != "assistant" or turns[-1].get("tool_calls"):
             raise Unusable("no reply", f"'{key}' ends with the {turns[-1]['role']}; it must end with a reply")
-    if "weight" in chosen[-1]:
-        raise Unusable("not to be learned", "the chosen reply is marked as a bad one; delete the record or the mark")
+    _check_chosen(chosen[-1])
     return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+
+
+def _check_chosen(reply: dict) -> None:
+    if "weight" in reply:
+        raise Unusable("not to be learned", "the chosen reply is marked as a bad one; delete the record or the mark")
 
 
 def _pair_of_conversations(chosen_key: str, rejected_key: str, record: dict, reading: Reading) -> tuple:

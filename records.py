@@ -72,7 +72,7 @@ _IMPORTED_AT = time.time()
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen, a record would take as long to make as to check
 class Dialogue:
     """One usable dialogue: perhaps a system turn, then user, tool and assistant turns, a reply the last.
 
@@ -87,7 +87,7 @@ class Dialogue:
     source: str
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Document:
     """One text to continue pretraining on, stripped, in one piece."""
 
@@ -95,7 +95,7 @@ class Document:
     source: str
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Pair:
     """Two replies to one prompt: messages as in a dialogue, the person's turn the last.
 
@@ -956,17 +956,13 @@ def check_turns(turns: list[dict], needs_reply: bool = True) -> None:
         if role not in _MAY_FOLLOW[before]:
             raise _out_of_order(number, role, before)
         before = "tool call" if turn.get("tool_calls") else role
-        if before == "user" and not turn["content"]:
+        content = turn["content"]
+        if before == "user" and not content:
             raise Unusable("empty user turn", f"turn {number} (user) is empty; write it or delete the record")
-        if before == "assistant" and not turn["content"]:
+        if before == "assistant" and not content:
             raise Unusable("empty reply", f"turn {number} (assistant) is empty; write it or delete the record")
-        if (
-            before == "assistant"
-            and needs_reply
-            and turn["content"][0] in "hHwW<"
-            and _ONLY_URLS.fullmatch(turn["content"])
-        ):
-            raise Unusable("only a URL", f"turn {number} (assistant) is {turn['content']:.60}; write the reply itself")
+        if before == "assistant" and needs_reply and content[0] in "hHwW<" and _ONLY_URLS.fullmatch(content):
+            raise Unusable("only a URL", f"turn {number} (assistant) is {content:.60}; write the reply itself")
     if "weight" in turns[-1] and all("weight" in turn for turn in turns if turn["role"] == "assistant"):
         raise Unusable("not to be learned", "every reply has the weight 0; delete the record")
     if needs_reply and before not in ("assistant", "tool call"):

@@ -15,6 +15,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -115,15 +116,20 @@ class DocumentReader:
         """A record or a text as one line; raises Unusable where nothing is to be had."""
         if isinstance(piece, Unusable):
             raise piece
-        text = " ".join(without_html(piece if isinstance(piece, str) else self.text_of(piece, source)).split())
+        if isinstance(piece, str):
+            try:
+                piece.encode()
+            except UnicodeEncodeError:
+                raise Unusable(
+                    "not in its encoding", "it has bytes that are no characters; name the --encoding"
+                ) from None
+        else:
+            piece = self.text_of(piece, source)
+        text = " ".join(without_html(piece).split())
         if not text:
             raise Unusable("empty", "there is no text in it")
         if len(text) < self.min_length:
             raise Unusable("short", f"{len(text)} characters, under --min_length {self.min_length}")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise Unusable("not in its encoding", "it has bytes that are no characters; name the --encoding") from None
         return text
 
     def text_of(self, record: object, source: str) -> str:
@@ -134,11 +140,11 @@ class DocumentReader:
             raise Unusable("no such column", f"it has {', '.join(map(repr, record))}, not {self.text_column!r}")
         reading = self.dialogues.reading
         record = reading.without_ignored(record)
-        check_media(record, sort_keys(tuple(record), ()), reading, "the record")
-        columns = {key.strip().lower(): value for key, value in record.items()}
-        if self.text_column or "text" in columns:
-            return titled(record[self.text_column] if self.text_column else columns["text"], columns)
         keys = tuple(record)
+        check_media(record, sort_keys(keys, ()), reading, "the record")
+        if self.text_column or "text" in _lowered(keys):
+            columns = dict(zip(_lowered(keys), record.values(), strict=True))
+            return titled(record[self.text_column] if self.text_column else columns["text"], columns)
         if keys in self.keys_of_pairs:
             return said(self.pairs.convert(record, source))
         try:
@@ -149,10 +155,16 @@ class DocumentReader:
             if error.reason == "preference pair":
                 self.keys_of_pairs.add(keys)
                 return said(self.pairs.convert(record, source))
+            columns = dict(zip(_lowered(keys), record.values(), strict=True))
             text = next((columns[name] for name in TEXT_COLUMNS if name in columns), None)
             if text is not None and error.reason == "unknown keys":
                 return titled(text, columns)
             raise
+
+
+@lru_cache(maxsize=4000)
+def _lowered(keys: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(key.strip().lower() for key in keys)
 
 
 def split_text(lines: Iterable[str], split: str) -> Iterator[tuple[int, str]]:
@@ -180,15 +192,18 @@ def titled(text: object, columns: dict) -> str:
         raise Unusable("not text", f"its text is {text!r:.60}; it must be a string")
     text_of(text, "its text")
     titles = (columns[name] for name in TITLE_COLUMNS if isinstance(columns.get(name), str))
-    title = next((title for title in titles if not holds_nothing(title)), "").strip()
+    title = text_of(next((title for title in titles if not holds_nothing(title)), ""), "its title", ())
     return text if text.lstrip().startswith(title) else f"{title}\n{text}"
 
 
 def said(item: Dialogue | Pair) -> str:
     """What person and model say; of a pair with the better reply. System prompts and tools are left out."""
-    if any("weight" in message for message in item.messages):
-        raise Unusable("not to be learned", "a reply in it is marked as a bad one; delete the record or the mark")
-    words = [message["content"] for message in item.messages if message["role"] in ("user", "assistant")]
+    words = []
+    for message in item.messages:
+        if "weight" in message:
+            raise Unusable("not to be learned", "a reply in it is marked as a bad one; delete the record or the mark")
+        if message["role"] in ("user", "assistant"):
+            words.append(message["content"])
     return "\n".join([*words, item.chosen] if isinstance(item, Pair) else words)
 
 

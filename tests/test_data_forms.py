@@ -105,13 +105,13 @@ def test_what_is_written_reads_back_to_the_same(system, before):
 
 def test_the_written_lines_are_the_guides():
     dialogue = Dialogue([USER, REPLY], None, "")
-    assert guide_line(dialogue) == (
-        '{"conversations": [{"from": "human", "value": "q\\n2"}, {"from": "gpt", "value": "a"}]}\n'
-    )
+    assert guide_line(dialogue) == ('{"conversations":[{"from":"human","value":"q\\n2"},{"from":"gpt","value":"a"}]}\n')
     assert guide_line(Pair([USER, REPLY, USER], "好", "坏", 0.5, "")) == (
-        '{"system": "", "history": [["q\\n2", "a"]], "question": "q\\n2", "response_chosen": "好", '
-        '"response_rejected": "坏", "margin": 0.5}\n'
+        '{"system":"","history":[["q\\n2","a"]],"question":"q\\n2","response_chosen":"好",'
+        '"response_rejected":"坏","margin":0.5}\n'
     )
+    tools = [{"name": "f", "id": 2**70}]
+    assert json.loads(guide_line(Dialogue([USER, REPLY], tools, "")))["tools"] == tools
 
 
 def test_forms_may_change_from_record_to_record(tmp_path):

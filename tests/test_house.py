@@ -27,7 +27,7 @@ SHARED = {
         {"datasets", "filelock", "loguru", "pyarrow"},
     ),
     "output_files": (set(), set()),
-    "data_forms": ({"raw_files", "records", "dialects", "record_keys", "record_values"}, set()),
+    "data_forms": ({"raw_files", "records", "dialects", "record_keys", "record_values"}, {"orjson"}),
     "near_duplicates": (set(), {"numpy", "datasketch"}),
     "tokenization": (
         {"template", "records", "dialects", "record_keys", "record_values"},
