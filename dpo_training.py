@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 
 # Before the libraries: it keeps one of them from a misleading line.
-from errors import UserError, run_script
+from medtune.errors import UserError, run_script
 
 # isort: split
 import torch
@@ -30,43 +30,27 @@ from datasets import Dataset
 from loguru import logger
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
-from checkpoints import BEST, find_checkpoint
-from generation import Decoding, generate_replies
-from model_loading import (
-    Lineage,
-    base_of,
-    check_model_path,
-    check_vocabulary,
-    describe_trainable,
-    is_adapter,
-    load_base_model,
-    load_for_training,
-    load_tokenizer,
-    read_lineage,
-    warn_of_dead_tokens,
-    weights_fingerprint,
-)
-from preference_trainer import (
+from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from medtune.measuring.text_metrics import repetition_rate
+from medtune.models.adapters import load_for_training
+from medtune.models.generation import Decoding, generate_replies
+from medtune.models.lineage import Lineage, base_of, check_model_path, is_adapter, read_lineage
+from medtune.models.loading import load_base_model, load_tokenizer, weights_fingerprint
+from medtune.models.lora_layers import describe_trainable
+from medtune.models.vocabulary import check_vocabulary, warn_of_dead_tokens
+from medtune.reading.encoding import IGNORED_LABEL, load_chat_template, mark_learned, stop_token_ids, turn_token_ids
+from medtune.reading.rows import cached_pairs, describe_pairs, load_part
+from medtune.training.checkpoints import BEST, find_checkpoint
+from medtune.training.log import log_facts
+from medtune.training.preference_trainer import (
     DPOPairTrainer,
     ORPOPairTrainer,
     PreferenceCollator,
     PreferenceConfig,
     SimPOPairTrainer,
 )
-from records import load_part
+from medtune.training.run import finish_run, is_finished, start_run, train
 from template import ChatTemplate
-from text_metrics import repetition_rate
-from tokenization import (
-    IGNORED_LABEL,
-    cached_pairs,
-    describe_pairs,
-    load_chat_template,
-    mark_learned,
-    stop_token_ids,
-    turn_token_ids,
-)
-from training_run import finish_run, is_finished, log_facts, start_run, train
 
 N_SAMPLES = 8
 # A sample longer than this is cut: one that goes round in circles has shown it by then.

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before the libraries: it keeps one of them from a misleading line.
-from errors import Unusable, UserError, run_script
+from medtune.errors import Unusable, UserError, run_script
 
 # isort: split
 import torch
@@ -34,8 +34,8 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import set_seed
 
-from arguments import StageArgumentParser
-from chat_models import (
+from medtune.arguments import StageArgumentParser
+from medtune.models.chat_models import (
     NOTICE,
     ChatModel,
     ChatModelArguments,
@@ -44,12 +44,15 @@ from chat_models import (
     describe_models,
     load_weights,
 )
-from generation import Decoding, Reply, generate_replies, stream_reply
-from record_keys import Reading, split_keys
-from records import find_files, load_prompts, read_raw, turns_to_answer
+from medtune.models.generation import Decoding, Reply, generate_replies, stream_reply
+from medtune.reading.conversations import turns_to_answer
+from medtune.reading.encoding import encode_recent
+from medtune.reading.files import read_raw
+from medtune.reading.finding import find_files
+from medtune.reading.keys import Reading, split_keys
+from medtune.reading.record_sets import load_prompts
+from medtune.training.log import start_log
 from template import Message
-from tokenization import encode_recent
-from training_run import start_log
 
 # The guide's questions.
 QUESTIONS = (

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 # Before the libraries: it keeps one of them from a misleading line.
-from errors import UserError, run_script
+from medtune.errors import UserError, run_script
 
 # isort: split
 import torch
@@ -38,23 +38,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from arguments import StageArgumentParser
-from model_loading import (
-    Lineage,
-    check_model_path,
-    check_same_family,
-    check_vocabulary,
-    is_adapter,
-    load_base_model,
-    load_config,
-    load_tokenizer,
-    load_with_adapter,
-    read_adapter_config,
-    read_lineage,
-)
+from medtune.arguments import StageArgumentParser
+from medtune.models.adapters import load_with_adapter
+from medtune.models.families import check_same_family
+from medtune.models.lineage import Lineage, check_model_path, is_adapter, read_adapter_config, read_lineage
+from medtune.models.loading import load_base_model, load_config, load_tokenizer
+from medtune.models.vocabulary import check_vocabulary
+from medtune.reading.encoding import encode_prompt, load_chat_template, stop_token_ids
+from medtune.training.log import start_log
 from template import ChatTemplate
-from tokenization import encode_prompt, load_chat_template, stop_token_ids
-from training_run import start_log
 
 LEAST_AGREEMENT = 0.99
 NEAR_TIE = 2  # units of rounding at the size of the largest logit

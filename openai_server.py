@@ -24,7 +24,7 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 # Before the libraries: it keeps one of them from a misleading line.
-from errors import UserError, run_script
+from medtune.errors import UserError, run_script
 
 # isort: split
 import torch
@@ -38,12 +38,21 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 from transformers import set_seed
 
-from arguments import StageArgumentParser
-from chat_models import LOOPBACK, NOTICE, ChatModel, ChatModelArguments, check_address, describe_model, load_weights
-from generation import Decoding, Reply, stream_reply
-from records import Unusable, turns_to_answer
-from tokenization import encode_prompt, refuse_control_tokens
-from training_run import start_log
+from medtune.arguments import StageArgumentParser
+from medtune.errors import Unusable
+from medtune.models.chat_models import (
+    LOOPBACK,
+    NOTICE,
+    ChatModel,
+    ChatModelArguments,
+    check_address,
+    describe_model,
+    load_weights,
+)
+from medtune.models.generation import Decoding, Reply, stream_reply
+from medtune.reading.conversations import turns_to_answer
+from medtune.reading.encoding import encode_prompt, refuse_control_tokens
+from medtune.training.log import start_log
 
 # Tokens of a reply whose request names no limit.
 DEFAULT_MAX_TOKENS = 1024

@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Literal
 
 # Before the libraries: it keeps one of them from a misleading line.
-from errors import UserError, run_script
+from medtune.errors import UserError, run_script
 
 # isort: split
 import torch
@@ -50,18 +50,15 @@ from accelerate.utils import gather_object
 from loguru import logger
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
-from checkpoints import BEST, find_checkpoint, no_other_run
-from model_loading import (
-    Lineage,
-    base_of,
-    check_model_path,
-    check_vocabulary,
-    load_tokenizer,
-    read_lineage,
-    weights_fingerprint,
-)
-from ppo_math import (
+from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from medtune.errors import Unusable
+from medtune.models.lineage import Lineage, base_of, check_model_path, read_lineage
+from medtune.models.loading import load_tokenizer, weights_fingerprint
+from medtune.models.vocabulary import check_vocabulary
+from medtune.reading.encoding import encode_exchange, load_chat_template, stop_token_ids
+from medtune.reading.rows import cached_prompts, load_part
+from medtune.rl.alarms import find_alarm, find_update_alarm, summarize
+from medtune.rl.ppo_math import (
     InverseTransformSampler,
     adapted_kl_coef,
     advantages_and_returns,
@@ -74,25 +71,24 @@ from ppo_math import (
     token_rewards,
     value_losses,
 )
-from ppo_roles import CHECKED_PROMPTS, Learner, Roles, load_roles
-from ppo_run import (
+from medtune.rl.roles import CHECKED_PROMPTS, Learner, Roles, load_roles
+from medtune.rl.run import (
     PPOTrainingArguments,
     Run,
     State,
     Stopped,
     StopSignal,
     count_updates,
-    find_alarm,
-    find_update_alarm,
     out_of_memory_advice,
     read_state,
     start_accelerator,
-    summarize,
 )
-from records import Unusable, load_part
+from medtune.training.checkpoints import BEST, find_checkpoint, no_other_run
+from medtune.training.log import peak_memory_gib
+from medtune.training.out_of_memory import explain_full_memory_or_disk
+from medtune.training.processes import leave_process_group
+from medtune.training.run import start_run
 from template import ChatTemplate
-from tokenization import cached_prompts, encode_exchange, load_chat_template, stop_token_ids
-from training_run import leave_process_group, one_line_for_bad_days, peak_memory_gib, start_run
 
 # Held-out prompts without --max_eval_samples: a greedy reply to each is written at every evaluation.
 EVAL_PROMPTS = 100
@@ -692,7 +688,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     is_quantized = model_args.load_in_4bit or model_args.load_in_8bit
     advice = partial(out_of_memory_advice, training_args, ppo_args.rollout_batch_size, is_quantized)
     alone = no_other_run(output_dir) if accelerator.is_main_process else nullcontext()
-    with one_line_for_bad_days(output_dir, advice), alone:
+    with explain_full_memory_or_disk(output_dir, advice), alone:
         try:
             if eval_rows and run.evaluation_is_due():
                 run.record_evaluation(measure(shown=state.global_step in (0, n_updates)))

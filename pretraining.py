@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 
 # Before the libraries: it keeps one of them from a misleading line.
-from errors import UserError, run_script
+from medtune.errors import UserError, run_script
 
 # isort: split
 import torch
@@ -28,36 +28,22 @@ from datasets import IterableDataset
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
-from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
-from causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
-from checkpoints import BEST, find_checkpoint
-from model_loading import (
-    Lineage,
-    base_of,
-    check_model_path,
-    check_vocabulary,
-    describe_trainable,
-    load_for_training,
-    load_tokenizer,
-    weights_fingerprint,
-)
-from records import (
-    TEXT_ENDINGS,
-    Document,
-    are_same_files,
-    find_files,
-    load_part,
-    read_documents,
-)
-from tokenization import (
-    BLOCK_FEATURES,
-    cached_blocks,
-    cut_blocks,
-    encode_documents,
-    learned_bytes_per_token,
-    mark_learned,
-)
-from training_run import finish_run, is_finished, log_facts, start_run, train
+from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from medtune.models.adapters import load_for_training
+from medtune.models.lineage import Lineage, base_of, check_model_path
+from medtune.models.loading import load_tokenizer, weights_fingerprint
+from medtune.models.lora_layers import describe_trainable
+from medtune.models.vocabulary import check_vocabulary
+from medtune.reading.blocks import cut_blocks, encode_documents, learned_bytes_per_token
+from medtune.reading.encoding import mark_learned
+from medtune.reading.finding import TEXT_ENDINGS, are_same_files, find_files
+from medtune.reading.record_sets import read_documents
+from medtune.reading.records import Document
+from medtune.reading.rows import BLOCK_FEATURES, cached_blocks, load_part
+from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
+from medtune.training.checkpoints import BEST, find_checkpoint
+from medtune.training.log import log_facts
+from medtune.training.run import finish_run, is_finished, start_run, train
 
 # Documents that streaming tokenizes at a time; the buffer that it shuffles in blocks.
 STREAM_BATCH = 1000

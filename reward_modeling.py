@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 # Before the libraries: it keeps one of them from a misleading line.
-from errors import UserError, run_script
+from medtune.errors import UserError, run_script
 
 # isort: split
 import numpy as np
@@ -44,39 +44,28 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
-from causal_lm_trainer import LongestFirstSampler, trained_weights_kept
-from checkpoints import BEST, find_checkpoint
-from intervals import wilson_interval
-from model_loading import (
-    Lineage,
-    base_of,
-    check_model_path,
-    check_vocabulary,
-    describe_trainable,
-    has_untrained_head,
-    load_for_training,
-    load_tokenizer,
-    weights_fingerprint,
-)
-from records import load_part
+from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from medtune.measuring.intervals import wilson_interval
+from medtune.models.adapters import load_for_training
+from medtune.models.lineage import Lineage, base_of, check_model_path
+from medtune.models.loading import load_tokenizer, weights_fingerprint
+from medtune.models.lora_layers import describe_trainable
+from medtune.models.score_heads import has_untrained_head
+from medtune.models.vocabulary import check_vocabulary
+from medtune.reading.encoding import IGNORED_LABEL, load_chat_template, mark_learned, stop_token_ids
+from medtune.reading.rows import cached_pairs, describe_pairs, load_part
+from medtune.training.causal_lm_trainer import LongestFirstSampler, trained_weights_kept
+from medtune.training.checkpoints import BEST, find_checkpoint
+from medtune.training.log import log_facts
+from medtune.training.run import finish_run, is_finished, start_run, train
 from template import ChatTemplate
-from tokenization import (
-    IGNORED_LABEL,
-    cached_pairs,
-    describe_pairs,
-    load_chat_template,
-    mark_learned,
-    stop_token_ids,
-)
-from training_run import finish_run, is_finished, log_facts, start_run, train
 
 # ---------------------------------------------------------------- arguments
 
 
 @dataclass
 class RMTrainingArguments(RewardConfig):
-    """RewardConfig without the fields that ids made by tokenization.py leave without a meaning."""
+    """RewardConfig without the fields that ids made by reading/rows.py leave without a meaning."""
 
     disable_dropout: bool = field(
         default=False, metadata={"help": "Train without any dropout, --lora_dropout included."}

@@ -51,7 +51,7 @@ lower_name=$(basename "${MODEL%/checkpoint-*}" | tr '[:upper:]' '[:lower:]')
 NAME=${NAME:-$(sed 's/^outputs-[a-z]*-//; s/-instruct$//' <<< "$lower_name")}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 export PYTHON
-gpus=$("$PYTHON" devices.py "$@") # it ends here, with a line, where torch cannot use the GPUs
+gpus=$("$PYTHON" -m medtune.devices "$@") # it ends here, with a line, where torch cannot use the GPUs
 [ "$gpus" != cpu ] || export CUDA_VISIBLE_DEVICES= # --use_cpu for what follows the training stages too
 mkdir -p logs
 # The stages inherit the lock, so one that outlived this script is not joined by a second one. It is the folder's,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Standard benchmarks with lm-evaluation-harness: the exam of the sample data offline, and others by name.
 #
-# Needs: pip install -r requirements-eval.txt, 1 GPU of 16 GB or more for Qwen2.5-3B. No GPU: a small model on the CPU.
+# Needs: pip install -r requirements/eval.txt, 1 GPU of 16 GB or more for Qwen2.5-3B. No GPU: a small model on the CPU.
 #
 #   mkdir -p logs && nohup bash run_eval.sh > logs/eval.log 2>&1 &
 #   tail -f logs/eval.log
@@ -31,11 +31,11 @@ for word in "$@"; do
     previous=$word
 done
 if [[ " $* " != *" --device "* ]]; then
-    gpus=$("$PYTHON" devices.py "$@")
+    gpus=$("$PYTHON" -m medtune.devices "$@")
     [ "$gpus" != cpu ] || flags+=(--device cpu)
 fi
 if ! "$PYTHON" -c "import lm_eval" 2> /dev/null; then
-    echo "error: lm-evaluation-harness is not installed: $PYTHON -m pip install -r requirements-eval.txt" >&2
+    echo "error: lm-evaluation-harness is not installed: $PYTHON -m pip install -r requirements/eval.txt" >&2
     exit 2
 fi
 for task in ${TASKS//,/ }; do

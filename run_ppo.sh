@@ -58,4 +58,4 @@ args=(
 [ -z "$DEEPSPEED" ] || args+=(--deepspeed "$DEEPSPEED")
 
 # exec: a signal to this script's process id reaches the training, which then saves a checkpoint.
-exec "$PYTHON" -m scripts.launch_processes ppo_training.py "${args[@]}" "$@"
+exec "$PYTHON" -m medtune.launch ppo_training.py "${args[@]}" "$@"

@@ -74,4 +74,4 @@ args=(
 [ -z "$DEEPSPEED" ] || args+=(--deepspeed "$DEEPSPEED")
 
 # exec: a signal to this script's process id reaches the training, which then saves a checkpoint.
-exec "$PYTHON" -m scripts.launch_processes pretraining.py "${args[@]}" "$@"
+exec "$PYTHON" -m medtune.launch pretraining.py "${args[@]}" "$@"

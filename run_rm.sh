@@ -75,4 +75,4 @@ args=(
 [ -z "$DEEPSPEED" ] || args+=(--deepspeed "$DEEPSPEED")
 
 # exec: a signal to this script's process id reaches the training, which then saves a checkpoint.
-exec "$PYTHON" -m scripts.launch_processes reward_modeling.py "${args[@]}" "$@"
+exec "$PYTHON" -m medtune.launch reward_modeling.py "${args[@]}" "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Serve a trained model by OpenAI's chat completions: with vLLM on a GPU that has it, otherwise with openai_server.py.
 #
-# Needs: 1 GPU of 16 GB or more for Qwen2.5-3B with vLLM (see requirements-serve.txt). No GPU: a small model on the CPU.
+# Needs: 1 GPU of 16 GB or more for Qwen2.5-3B with vLLM (see requirements/serve.txt). No GPU: a small model on the CPU.
 #
 #   mkdir -p logs && nohup bash run_serve.sh > logs/serve.log 2>&1 &
 #   tail -f logs/serve.log
@@ -44,7 +44,7 @@ if [ -n "$LORA" ] && [ ! -f "$LORA/adapter_config.json" ]; then
     exit 2
 fi
 
-gpus=$("$VLLM_PYTHON" devices.py "$@") # it ends here, with a line, where torch cannot use the GPUs
+gpus=$("$VLLM_PYTHON" -m medtune.devices "$@") # it ends here, with a line, where torch cannot use the GPUs
 if [[ $gpus =~ ^[1-9] ]] && "$VLLM_PYTHON" -c 'import vllm' 2> /dev/null; then
     args=(
         --model "$MODEL"

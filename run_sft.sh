@@ -73,4 +73,4 @@ args=(
 [ -z "$DEEPSPEED" ] || args+=(--deepspeed "$DEEPSPEED")
 
 # exec: a signal to this script's process id reaches the training, which then saves a checkpoint.
-exec "$PYTHON" -m scripts.launch_processes supervised_finetuning.py "${args[@]}" "$@"
+exec "$PYTHON" -m medtune.launch supervised_finetuning.py "${args[@]}" "$@"

@@ -2,8 +2,8 @@
 # Make the Python environment of this repository; what is already installed is not installed again.
 #
 #   bash setup.sh             .venv with requirements.txt: training and inference
-#   bash setup.sh --dev       requirements-dev.txt too: the tests
-#   bash setup.sh --gpu       requirements-gpu.txt too: DeepSpeed (flash-attn: see that file)
+#   bash setup.sh --dev       requirements/dev.txt too: the tests
+#   bash setup.sh --gpu       requirements/gpu.txt too: DeepSpeed (flash-attn: see that file)
 #   bash setup.sh --active    into the active conda or virtual environment of a rented server, not .venv
 #                             (USE_ACTIVE_ENV=1 does the same)
 #
@@ -25,8 +25,8 @@ active=${USE_ACTIVE_ENV:-0}
 files=(requirements.txt)
 for flag in "$@"; do
     case $flag in
-        --dev) files+=(requirements-dev.txt) ;;
-        --gpu) files+=(requirements-gpu.txt) ;;
+        --dev) files+=(requirements/dev.txt) ;;
+        --gpu) files+=(requirements/gpu.txt) ;;
         --active) active=1 ;;
         *) fail "unknown flag $flag: bash setup.sh [--dev] [--gpu] [--active]" ;;
     esac
@@ -58,7 +58,7 @@ command -v "$interpreter" > /dev/null || fail "$interpreter was not found: set P
     || fail "$interpreter is $("$interpreter" --version 2>&1): Python 3.11 or newer is needed, set PYTHON to one"
 
 # Whatever stops the script from here on, the environment counts as not installed.
-still_true=$([ ! -f "$stamp" ] || sha256sum requirements*.txt | grep -xFf "$stamp" || true)
+still_true=$([ ! -f "$stamp" ] || sha256sum requirements.txt requirements/*.txt | grep -xFf "$stamp" || true)
 rm -f "$stamp"
 if [ "$active" != 1 ]; then
     [ -x .venv/bin/python ] || "$interpreter" -m venv --clear .venv

@@ -20,30 +20,25 @@ from pathlib import Path
 from typing import Literal
 
 # Before the libraries: it keeps one of them from a misleading line.
-from errors import UserError, run_script
+from medtune.errors import UserError, run_script
 
 # isort: split
 from datasets import Dataset
 from loguru import logger
 from trl import pack_dataset
 
-from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
-from causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
-from checkpoints import BEST, find_checkpoint
-from model_loading import (
-    Lineage,
-    base_of,
-    check_model_path,
-    check_vocabulary,
-    describe_trainable,
-    load_for_training,
-    load_tokenizer,
-    warn_of_dead_tokens,
-    weights_fingerprint,
-)
-from records import load_part
-from tokenization import cached_dialogues, load_chat_template, mark_learned, turn_token_ids
-from training_run import finish_run, is_finished, log_facts, start_run, train
+from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from medtune.models.adapters import load_for_training
+from medtune.models.lineage import Lineage, base_of, check_model_path
+from medtune.models.loading import load_tokenizer, weights_fingerprint
+from medtune.models.lora_layers import describe_trainable
+from medtune.models.vocabulary import check_vocabulary, warn_of_dead_tokens
+from medtune.reading.encoding import load_chat_template, mark_learned, turn_token_ids
+from medtune.reading.rows import cached_dialogues, load_part
+from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
+from medtune.training.checkpoints import BEST, find_checkpoint
+from medtune.training.log import log_facts
+from medtune.training.run import finish_run, is_finished, start_run, train
 
 # ---------------------------------------------------------------- arguments
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from string import Template
 from typing import Any, NamedTuple, TypedDict
 
-from errors import UserError
+from medtune.errors import UserError
 
 # ---------------------------------------------------------------- formats of plain turns
 

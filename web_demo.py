@@ -7,7 +7,7 @@ Output: a page on http://127.0.0.1:7860. It keeps no conversation; prompts are t
     python web_demo.py --base_model Qwen/Qwen2.5-3B-Instruct --models base outputs-sft-qwen2.5-3b/checkpoint-best \\
         outputs-dpo-qwen2.5-3b/checkpoint-best --reward_model outputs-rm-qwen2.5-3b/checkpoint-best
 
-Needs requirements-web.txt. On a rented server, reach it from home by `ssh -L 7860:127.0.0.1:7860 SERVER`.
+Needs requirements/web.txt. On a rented server, reach it from home by `ssh -L 7860:127.0.0.1:7860 SERVER`.
 """
 
 import html
@@ -18,15 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 # Before the libraries: it keeps one of them from a misleading line.
-from errors import UserError, run_script
+from medtune.errors import UserError, run_script
 
 # isort: split
 import gradio as gr
 from loguru import logger
 from transformers import set_seed
 
-from arguments import StageArgumentParser
-from chat_models import (
+from medtune.arguments import StageArgumentParser
+from medtune.errors import Unusable
+from medtune.models.chat_models import (
     LOOPBACK,
     NOTICE,
     ChatModel,
@@ -37,11 +38,11 @@ from chat_models import (
     describe_models,
     load_weights,
 )
-from generation import Decoding, Reply, stream_reply
-from records import Unusable, turns_to_answer
+from medtune.models.generation import Decoding, Reply, stream_reply
+from medtune.reading.conversations import turns_to_answer
+from medtune.reading.encoding import encode_recent
+from medtune.training.log import start_log
 from template import Message
-from tokenization import encode_recent
-from training_run import start_log
 
 EMERGENCY = (
     "紧急情况（胸痛、呼吸困难、意识不清、大出血、想自杀等）请立即拨打 120 或去急诊。 "

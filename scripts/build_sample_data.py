@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import UserError, run_script
+from medtune.errors import UserError, run_script
 
 SEED = 20240601
 SAMPLE_SIZE = 1000  # of medical_sft_1K_format.jsonl

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import UserError, run_script
+from medtune.errors import UserError, run_script
 from template import named_template
 
 if TYPE_CHECKING:

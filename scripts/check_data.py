@@ -28,24 +28,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_forms import (
-    READERS,
-    Kind,
-    add_ignore_keys,
-    add_token_flags,
-    find_kind,
-    guide_line,
-    lengths_at,
-    limits_of,
-    question_of,
-    settle_token_flags,
-    unread_lines,
-    words_of,
-)
-from errors import Unusable, UserError, run_script
-from near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Known, bare_text
-from record_keys import Reading
-from records import BadRecord, Dialogue, Document, Pair, Report
+from medtune.errors import Unusable, UserError, run_script
+from medtune.reading.foreign_forms import add_ignore_keys
+from medtune.reading.guide_form import guide_line
+from medtune.reading.keys import Reading
+from medtune.reading.kinds import READERS, Kind, find_kind
+from medtune.reading.near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Known, bare_text
+from medtune.reading.records import BadRecord, Dialogue, Document, Pair, Report
+from medtune.reading.token_flags import add_token_flags, lengths_at, limits_of, settle_token_flags
+from medtune.reading.words import question_of, unread_lines, words_of
 
 Record = Dialogue | Pair | Document
 
@@ -102,8 +93,9 @@ def measure_by(args: argparse.Namespace, kind: Kind, reading: Reading) -> Callab
     """Measures in tokens, or without a tokenizer in characters. What it returns raises Unusable for a fault."""
     if not args.tokenizer:
         return lambda record: Measured(len(words_of(record)))
-    from model_loading import load_tokenizer
-    from tokenization import LEFT_OUT_THOUGHTS, load_chat_template, n_thoughts_left_out, pair_lengths, token_length
+    from medtune.models.loading import load_tokenizer
+    from medtune.reading.encoding import load_chat_template, n_thoughts_left_out, pair_lengths
+    from medtune.reading.rows import LEFT_OUT_THOUGHTS, token_length
 
     hub_options = {"cache_dir": args.cache_dir, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.tokenizer, flag="--model_name_or_path", **hub_options)

@@ -16,8 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import UserError, run_script
-from records import TEXT_ENDINGS, Document, choose_part, find_files, load_documents
+from medtune.errors import UserError, run_script
+from medtune.reading.finding import TEXT_ENDINGS, find_files
+from medtune.reading.holdout import choose_part
+from medtune.reading.record_sets import load_documents
+from medtune.reading.records import Document
 
 # Gives the natural log-probability of each token of a document after its first.
 LogProbs = Callable[[list[int]], Sequence[float]]
@@ -47,7 +50,9 @@ def model_log_probs(path: str) -> LogProbs:
     """A causal language model, or an adapter on its base."""
     import torch
 
-    from model_loading import base_of, check_model_path, is_adapter, load_base_model, load_with_adapter
+    from medtune.models.adapters import load_with_adapter
+    from medtune.models.lineage import base_of, check_model_path, is_adapter
+    from medtune.models.loading import load_base_model
 
     check_model_path(path, "--models")
     model = (load_with_adapter(base_of(path), path) if is_adapter(path) else load_base_model(path)).eval()
@@ -85,8 +90,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.order < 1 or args.max_eval_samples < 1:
         raise UserError("--order and --max_eval_samples: give at least 1")
 
-    from model_loading import load_tokenizer
-    from tokenization import token_byte_lengths
+    from medtune.models.loading import load_tokenizer
+    from medtune.reading.blocks import token_byte_lengths
 
     tokenizer = load_tokenizer(args.models[0], flag="--models")
     for other in args.models[1:]:

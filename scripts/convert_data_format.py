@@ -19,10 +19,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_forms import ForeignReader, add_reading_flags, dropped_lines, guide_line, reader_of, unread_lines
-from errors import UserError, run_script
-from output_files import new_text_file, refuse_same
-from records import BadRecord, Report, find_files
+from medtune.errors import UserError, run_script
+from medtune.output_files import new_text_file, refuse_same
+from medtune.reading.finding import find_files
+from medtune.reading.foreign_forms import ForeignReader, add_reading_flags, reader_of
+from medtune.reading.guide_form import guide_line
+from medtune.reading.records import BadRecord, Report
+from medtune.reading.words import dropped_lines, unread_lines
 
 KINDS = {"sft": "dialogues", "dpo": "pairs"}
 ENDINGS = (".jsonl", ".jsonl.gz")

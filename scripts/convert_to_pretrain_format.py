@@ -22,23 +22,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_forms import ForeignReader, add_reading_flags, dropped_lines, reader_of, unread_lines, without_html
-from errors import Unusable, UserError, run_script
-from output_files import new_text_file, refuse_same
-from record_keys import check_media, sort_keys
-from record_values import holds_nothing, text_of
-from records import (
-    RECORD_ENDINGS,
-    BadRecord,
-    Dialogue,
-    Pair,
-    Report,
-    ending_of,
-    find_files,
-    lone_reply,
-    open_text,
-    shown,
-)
+from medtune.errors import Unusable, UserError, run_script
+from medtune.output_files import new_text_file, refuse_same
+from medtune.reading.conversations import lone_reply
+from medtune.reading.files import open_text
+from medtune.reading.finding import RECORD_ENDINGS, ending_of, find_files, shown
+from medtune.reading.foreign_forms import ForeignReader, add_reading_flags, reader_of
+from medtune.reading.html_text import without_html
+from medtune.reading.keys import check_media, sort_keys
+from medtune.reading.records import BadRecord, Dialogue, Pair, Report
+from medtune.reading.values import holds_nothing, text_of
+from medtune.reading.words import dropped_lines, unread_lines
 
 MARKDOWN = (".md", ".markdown")
 ENDINGS = (".txt", *MARKDOWN, ".html", ".htm", *RECORD_ENDINGS)

@@ -29,7 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # Before the libraries: it keeps one of them from a misleading line.
-from errors import UserError, run_script
+from medtune.errors import UserError, run_script
 
 # isort: split
 import torch
@@ -37,16 +37,10 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import set_seed
 
-from arguments import StageArgumentParser
-from chat_models import ChatModel, ChatModelArguments, RewardModel, describe_model, describe_models, load_weights
-from generation import Decoding, generate_replies
-from intervals import bootstrap_interval, paired_bootstrap, wilson_interval
-from model_loading import read_lineage
-from near_duplicates import Known
-from output_files import new_folder
-from raw_files import misnamed, read_start
-from records import Unusable, find_files, read_dialogues, read_pairs, read_raw, to_dialogue
-from text_metrics import (
+from medtune.arguments import StageArgumentParser
+from medtune.errors import Unusable
+from medtune.measuring.intervals import bootstrap_interval, paired_bootstrap, wilson_interval
+from medtune.measuring.text_metrics import (
     answer_of,
     bleu_4,
     chrf,
@@ -59,8 +53,25 @@ from text_metrics import (
     rouge,
     sends_to_hospital,
 )
-from tokenization import encode_exchange, encode_recent
-from training_run import start_log
+from medtune.models.chat_models import (
+    ChatModel,
+    ChatModelArguments,
+    RewardModel,
+    describe_model,
+    describe_models,
+    load_weights,
+)
+from medtune.models.generation import Decoding, generate_replies
+from medtune.models.lineage import read_lineage
+from medtune.output_files import new_folder
+from medtune.reading.conversations import to_dialogue
+from medtune.reading.encoding import encode_exchange, encode_recent
+from medtune.reading.files import read_raw
+from medtune.reading.finding import find_files
+from medtune.reading.near_duplicates import Known
+from medtune.reading.raw_files import misnamed, read_start
+from medtune.reading.record_sets import read_dialogues, read_pairs
+from medtune.training.log import start_log
 
 SAFETY = ("emergency", "refusal", "about")
 KEPT = ("id", "aspect", "category", "names", "exam_subject")

@@ -20,7 +20,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # Before the libraries: it keeps one of them from a misleading line.
-from errors import UserError, run_script
+from medtune.errors import UserError, run_script
 
 # isort: split
 import gguf
@@ -35,13 +35,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from arguments import StageArgumentParser
-from model_loading import check_model_path, check_vocabulary, is_adapter, load_base_model, load_config, load_tokenizer
-from output_files import new_folder
-from records import Unusable, find_files, load_dialogues
+from medtune.arguments import StageArgumentParser
+from medtune.errors import Unusable
+from medtune.models.lineage import check_model_path, is_adapter
+from medtune.models.loading import load_base_model, load_config, load_tokenizer
+from medtune.models.vocabulary import check_vocabulary
+from medtune.output_files import new_folder
+from medtune.reading.encoding import IGNORED_LABEL, encode_dialogue, load_chat_template, stop_token_ids
+from medtune.reading.finding import find_files
+from medtune.reading.record_sets import load_dialogues
+from medtune.training.log import start_log
 from template import ChatTemplate, Message
-from tokenization import IGNORED_LABEL, encode_dialogue, load_chat_template, stop_token_ids
-from training_run import start_log
 
 GGUF_FILE = "model.gguf"
 GGUF_TYPES = {

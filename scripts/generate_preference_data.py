@@ -30,17 +30,21 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_forms import add_ignore_keys, dropped_lines, guide_line, unread_lines
-from devices import add_use_cpu, cpu_reason
-from errors import Unusable, UserError, run_script
-from output_files import new_text_file, refuse_same
-from record_keys import Reading
-from records import BadRecord, Dialogue, Pair, Report, find_files, read_dialogues
+from medtune.devices import add_use_cpu, cpu_reason
+from medtune.errors import Unusable, UserError, run_script
+from medtune.output_files import new_text_file, refuse_same
+from medtune.reading.finding import find_files
+from medtune.reading.foreign_forms import add_ignore_keys
+from medtune.reading.guide_form import guide_line
+from medtune.reading.keys import Reading
+from medtune.reading.record_sets import read_dialogues
+from medtune.reading.records import BadRecord, Dialogue, Pair, Report
+from medtune.reading.words import dropped_lines, unread_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from generation import Reply
+    from medtune.models.generation import Reply
     from template import ChatTemplate
 
 ENDINGS = (".jsonl", ".jsonl.gz")
@@ -254,8 +258,8 @@ class Sampler:
     """A model that answers prompts several times, and the reward model that judges the answers if there is one."""
 
     def __init__(self, args: argparse.Namespace):
-        from generation import Decoding
-        from tokenization import stop_token_ids
+        from medtune.models.generation import Decoding
+        from medtune.reading.encoding import stop_token_ids
 
         self.decoding = Decoding(
             max_new_tokens=args.max_new_tokens,
@@ -271,7 +275,7 @@ class Sampler:
 
     def pairs(self, prompts: Sequence[Pair]) -> Iterator[tuple[Pair | BadRecord, str]]:
         """Each prompt with the model's reply that is to be rejected."""
-        from generation import generate_replies
+        from medtune.models.generation import generate_replies
 
         # Some batches at a time: sorted by length, and no more replies are held.
         step = max(1, 16 * self.batch_size // self.num_replies)
@@ -294,7 +298,7 @@ class Sampler:
                     yield BadRecord(prompt.source, error.reason, error.detail), ""
 
     def encode(self, prompt: Pair) -> list[int]:
-        from tokenization import encode_prompt, refuse_control_tokens
+        from medtune.reading.encoding import encode_prompt, refuse_control_tokens
 
         refuse_control_tokens(self.chat_template, prompt.messages, None)
         ids = encode_prompt(self.tokenizer, self.chat_template, prompt.messages)
@@ -319,7 +323,8 @@ class Judge:
     """A reward model: a sequence classifier with one output, or its LoRA adapter."""
 
     def __init__(self, args: argparse.Namespace):
-        from model_loading import base_of, is_adapter, load_reward_model
+        from medtune.models.lineage import base_of, is_adapter
+        from medtune.models.reward_models import load_reward_model
 
         path = args.reward_model
         self.tokenizer, self.chat_template = load_words(path, "--reward_model", args)
@@ -347,7 +352,7 @@ class Judge:
         """The score of each reply, read at its last token: the one that ends it, where it was not cut."""
         import torch
 
-        from tokenization import encode_exchange, refuse_control_tokens
+        from medtune.reading.encoding import encode_exchange, refuse_control_tokens
 
         rows = []
         for reply in replies:
@@ -371,15 +376,10 @@ class Judge:
 
 def load_speaker(args: argparse.Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", "ChatTemplate"]:
     """The model that answers, its tokenizer and template, checked to belong together."""
-    from model_loading import (
-        base_of,
-        check_vocabulary,
-        is_adapter,
-        load_base_model,
-        load_config,
-        load_with_adapter,
-        read_adapter_config,
-    )
+    from medtune.models.adapters import load_with_adapter
+    from medtune.models.lineage import base_of, is_adapter, read_adapter_config
+    from medtune.models.loading import load_base_model, load_config
+    from medtune.models.vocabulary import check_vocabulary
 
     tokenizer, chat_template = load_words(args.model, "--model", args)
     is_classifier = is_adapter(args.model) and read_adapter_config(args.model).task_type == "SEQ_CLS"
@@ -401,8 +401,9 @@ def load_words(path: str, flag: str, args: argparse.Namespace) -> tuple["PreTrai
 
     A reward model that has a template is asked in no other, whatever the model that replies is asked in.
     """
-    from model_loading import check_model_path, load_tokenizer, read_lineage
-    from tokenization import load_chat_template
+    from medtune.models.lineage import check_model_path, read_lineage
+    from medtune.models.loading import load_tokenizer
+    from medtune.reading.encoding import load_chat_template
 
     check_model_path(path, flag)
     tokenizer = load_tokenizer(path, flag=flag, cache_dir=args.cache_dir)

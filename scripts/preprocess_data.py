@@ -35,27 +35,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_forms import (
-    READERS,
-    Kind,
-    add_ignore_keys,
-    add_token_flags,
-    dropped_lines,
-    find_kind,
-    guide_line,
-    is_plain_text,
-    lengths_at,
-    question_of,
-    settle_token_flags,
-    unread_lines,
-    without_html,
-    words_of,
-)
-from errors import Unusable, UserError, run_script
-from near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Groups, bare_text
-from output_files import new_folder, new_text_file, refuse_same
-from record_keys import Reading
-from records import BadRecord, Dialogue, Document, Pair, Report
+from medtune.errors import Unusable, UserError, run_script
+from medtune.output_files import new_folder, new_text_file, refuse_same
+from medtune.reading.foreign_forms import add_ignore_keys
+from medtune.reading.guide_form import guide_line
+from medtune.reading.html_text import without_html
+from medtune.reading.keys import Reading
+from medtune.reading.kinds import READERS, Kind, find_kind, is_plain_text
+from medtune.reading.near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Groups, bare_text
+from medtune.reading.records import BadRecord, Dialogue, Document, Pair, Report
+from medtune.reading.token_flags import add_token_flags, lengths_at, settle_token_flags
+from medtune.reading.words import dropped_lines, question_of, unread_lines, words_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -234,7 +224,8 @@ class Encoder:
 
     def length(self, record: Record) -> int:
         """Tokens of a record. Raises Unusable where the stage would refuse it, leave it out or cut a reply."""
-        from tokenization import encode_dialogue, pair_lengths, token_length
+        from medtune.reading.encoding import encode_dialogue, pair_lengths
+        from medtune.reading.rows import token_length
 
         if isinstance(record, Pair):
             prompt, reply = pair_lengths(record, self.tokenizer, self.chat_template)
@@ -254,8 +245,8 @@ class Encoder:
 
 def load_encoder(args: argparse.Namespace, kind: Kind) -> Encoder:
     """Load the tokenizer and, but for documents, its chat template."""
-    from model_loading import load_tokenizer
-    from tokenization import load_chat_template
+    from medtune.models.loading import load_tokenizer
+    from medtune.reading.encoding import load_chat_template
 
     hub_options = {"cache_dir": args.cache_dir, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.tokenizer, flag="--model_name_or_path", **hub_options)
@@ -442,7 +433,7 @@ def fill_cache(args: argparse.Namespace, encoder: Encoder, parts: dict[str, Path
     """Tokenize each part as supervised_finetuning.py does; one line a part."""
     import datasets
 
-    from tokenization import cached_dialogues
+    from medtune.reading.rows import cached_dialogues
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib
 
-from errors import UserError, run_script
-from output_files import new_folder
+from medtune.errors import UserError, run_script
+from medtune.output_files import new_folder
 
 matplotlib.use("svg")
 from matplotlib import pyplot

@@ -8,7 +8,7 @@ import signal
 import socket
 from pathlib import Path
 
-from errors import run_script
+from medtune.errors import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"]
@@ -112,7 +112,7 @@ def _run(module: str, argv: list[str], log: Path, variables: dict[str, str]) -> 
 
 def _send_sigterm_within(step: int) -> None:
     """To this process, between the micro-batches of the step behind so many."""
-    from training_run import ProgressLines
+    from medtune.training.log import ProgressLines
 
     def send(self, args, state, control, **kwargs):
         if state.global_step == step:

@@ -12,10 +12,10 @@ import torch
 from guide import GUIDE_DPO, GUIDE_PPO, GUIDE_PT, GUIDE_RM, GUIDE_SFT
 from transformers import TrainingArguments
 
-import arguments
-from arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
-from causal_lm_trainer import CausalLMConfig
-from errors import UserError
+from medtune import arguments
+from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from medtune.errors import UserError
+from medtune.training.causal_lm_trainer import CausalLMConfig
 from supervised_finetuning import SFTArguments
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import devices
-from devices import cpu_reason
-from errors import UserError
+from medtune import devices
+from medtune.devices import cpu_reason
+from medtune.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS_TWO = "echo 'GPU 0: Fake (UUID: GPU-1a)'\necho 'GPU 1: Fake (UUID: GPU-2b)'"

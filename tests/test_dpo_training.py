@@ -21,15 +21,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_training
 import merge_peft_adapter
-import preference_trainer
 import pretraining
 import supervised_finetuning
-from checkpoints import MANIFEST
 from dpo_training import DegenerationAlarm, GreedySamples, fall
-from errors import UserError
-from generation import Reply
-from model_loading import load_for_training, load_with_adapter, read_lineage
-from preference_trainer import (
+from medtune.errors import UserError
+from medtune.models.adapters import load_for_training, load_with_adapter
+from medtune.models.generation import Reply
+from medtune.models.lineage import read_lineage
+from medtune.reading.encoding import load_chat_template
+from medtune.training import preference_trainer
+from medtune.training.checkpoints import MANIFEST
+from medtune.training.preference_trainer import (
     DPO_LOSSES,
     DPOPairTrainer,
     ORPOPairTrainer,
@@ -38,7 +40,6 @@ from preference_trainer import (
     SimPOPairTrainer,
     reply_logps,
 )
-from tokenization import load_chat_template
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS, SIGNS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"], ["疼", "痒", "肿", "麻"]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import errors
-from errors import UserError, end_at_next_signal, run_script
+from medtune import errors
+from medtune.errors import UserError, end_at_next_signal, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,7 +56,8 @@ def test_a_mistake_is_one_line_and_2(capsys):
     ],
 )
 def test_one_of_several_processes_ends_without_the_interpreters_shutdown(rank, line, code, said):
-    script = f"import atexit, sys\nimport errors\nfrom errors import UserError, run_script\ndef main():\n    {line}\n"
+    script = "import atexit, sys\nfrom medtune import errors\nfrom medtune.errors import UserError, run_script\n"
+    script += f"def main():\n    {line}\n"
     script += "class Abort:\n    __del__ = lambda self: sys.stderr.write('shut down')\n"
     script += "kept = Abort()\nrun_script(main)\n"
     command, environment = [sys.executable, "-c", script], os.environ | {"LOCAL_RANK": rank}
@@ -93,7 +94,7 @@ def test_a_second_signal_ends_the_process_and_an_echo_of_the_first_does_not(monk
 
 def test_a_script_whose_launcher_is_gone_already_does_not_start():
     environment = os.environ | {"LAUNCHER_PID": "1" if os.getpid() != 1 else "2"}
-    code = "from errors import run_script; run_script(lambda: print('started'))"
+    code = "from medtune.errors import run_script; run_script(lambda: print('started'))"
     finished = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )

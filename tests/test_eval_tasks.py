@@ -21,7 +21,7 @@ QUESTION = {
     "answer": "神经内科",
 }
 needs_harness = pytest.mark.skipif(
-    find_spec("lm_eval") is None, reason="lm_eval is not installed: pip install -r requirements-eval.txt"
+    find_spec("lm_eval") is None, reason="lm_eval is not installed: pip install -r requirements/eval.txt"
 )
 
 
@@ -40,8 +40,10 @@ def write_csv(path: Path, rows: list[list[str]]) -> None:
 @pytest.fixture
 def project(tmp_path):
     """A folder with the launcher, the task files and the sample data, to write into."""
-    for name in ("run_eval.sh", "devices.py", "errors.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ROOT / "run_eval.sh", tmp_path)
+    (tmp_path / "medtune").mkdir()
+    for name in ("devices.py", "errors.py"):
+        shutil.copy(ROOT / "medtune" / name, tmp_path / "medtune")
     shutil.copytree(ROOT / "eval_tasks", tmp_path / "eval_tasks")
     shutil.copytree(ROOT / "data/eval", tmp_path / "data/eval")
     return tmp_path
@@ -73,7 +75,7 @@ def test_without_the_harness_the_launcher_says_how_to_get_it(project):
     python.chmod(0o755)
     finished = run_eval(project, PYTHON=str(python))
     assert finished.returncode == 2
-    assert finished.stderr.endswith("python -m pip install -r requirements-eval.txt\n")
+    assert finished.stderr.endswith("python -m pip install -r requirements/eval.txt\n")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_without_the_harness_the_launcher_says_how_to_get_it(project):
 )
 def test_the_choice_of_the_cpu_is_said_in_the_harness_s_words(project, flags, passed):
     python = project / "python"
-    reads_flags = f'[ "$1" != devices.py ] || exec {sys.executable} "$@"'
+    reads_flags = f'[ "$2" != medtune.devices ] || exec {sys.executable} "$@"'
     python.write_text(f'#!/bin/sh\n{reads_flags}\necho "$@"\n', encoding="utf-8")
     python.chmod(0o755)
     finished = run_eval(project, *flags.split(), PYTHON=str(python), PATH="/usr/bin:/bin", CUDA_VISIBLE_DEVICES="0")

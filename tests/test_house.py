@@ -5,7 +5,6 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -14,60 +13,32 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Shared module: (local modules, third-party packages) it may import besides the standard library and `errors`.
-SHARED = {
-    "errors": (set(), set()),
-    "template": (set(), set()),
-    "raw_files": (set(), set()),
-    "record_values": (set(), set()),
-    "record_keys": ({"record_values"}, set()),
-    "dialects": ({"record_keys", "record_values"}, set()),
-    "records": (
-        {"raw_files", "dialects", "record_keys", "record_values"},
-        {"datasets", "filelock", "loguru", "pyarrow"},
+# Of each room: the rooms it may import besides itself and medtune/'s own files, and the packages.
+ROOMS = {
+    "medtune": (set(), {"torch", "transformers"}),
+    "medtune.reading": (
+        {"template"},
+        {"datasets", "datasketch", "filelock", "jinja2", "loguru", "numpy", "orjson", "pyarrow", "transformers"},
     ),
-    "output_files": (set(), set()),
-    "data_forms": ({"raw_files", "records", "dialects", "record_keys", "record_values"}, {"orjson"}),
-    "near_duplicates": (set(), {"numpy", "datasketch"}),
-    "tokenization": (
-        {"template", "records", "dialects", "record_keys", "record_values"},
-        {"datasets", "jinja2", "numpy", "transformers"},
-    ),
-    "devices": (set(), {"torch"}),
-    "arguments": ({"devices"}, {"torch", "transformers"}),
-    "model_loading": (
-        {"raw_files"},
+    "medtune.models": (
+        {"template", "medtune.reading"},
         {"torch", "transformers", "peft", "bitsandbytes", "deepspeed", "safetensors", "huggingface_hub", "loguru"},
     ),
-    "checkpoints": (set(), {"torch", "transformers", "loguru"}),
-    "training_run": (
-        {"checkpoints"},
-        {"torch", "transformers", "accelerate", "datasets", "deepspeed", "loguru", "matplotlib", "safetensors"},
+    "medtune.training": (
+        {"medtune.reading", "medtune.models"},
+        {
+            *("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "safetensors"),
+            *("loguru", "matplotlib", "numpy"),
+        },
     ),
-    "causal_lm_trainer": (set(), {"torch", "transformers", "trl", "loguru"}),
-    "preference_trainer": (
-        {"causal_lm_trainer"},
-        {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "loguru"},
+    "medtune.rl": (
+        {"medtune.reading", "medtune.models", "medtune.training"},
+        {"torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "loguru", "matplotlib"},
     ),
-    "generation": (set(), {"torch", "transformers"}),
-    "chat_models": (
-        {"model_loading", "template", "tokenization"},
-        {"torch", "transformers", "peft"},
-    ),
-    "text_metrics": (set(), {"rouge_score", "sacrebleu"}),
-    "intervals": (set(), {"numpy"}),
-    "ppo_math": (set(), {"torch"}),
-    "ppo_roles": ({"model_loading", "ppo_math"}, {"torch", "transformers", "peft", "accelerate", "deepspeed"}),
-    "ppo_run": (
-        {"model_loading", "checkpoints"},
-        {"torch", "transformers", "peft", "accelerate", "safetensors", "loguru", "matplotlib"},
-    ),
+    "medtune.measuring": (set(), {"numpy", "rouge_score", "sacrebleu"}),
 }
 STAGES = {"pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training"}
-TOOLS = {"merge_peft_adapter", "inference", "evaluate_model", "openai_server", "web_demo"}
-FOUNDATION = {"errors", "raw_files"}  # import nothing local, so they make nothing deeper
-READING = {"record_values", "record_keys", "dialects"}  # what records.py is made of, counted with it
-DEEPEST_LOCAL_IMPORT = 2  # one more for the tools, which share how a trained model is made ready to be asked
+TOOLS = {"merge_peft_adapter", "inference", "openai_server", "web_demo"}
 FORBIDDEN_NAMES = {"utils", "helpers", "tmp", "evaluate", "common", "misc"}
 LAUNCHERS = ["run_pt.sh", "run_sft.sh", "run_rm.sh", "run_dpo.sh", "run_ppo.sh"]
 
@@ -99,7 +70,8 @@ def python_files(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
 
 
-CODE = python_files(".", "scripts")
+MEDTUNE = sorted((ROOT / "medtune").rglob("*.py"))
+CODE = [*python_files(".", "scripts"), *(path for path in MEDTUNE if path.name != "__init__.py")]
 SHELL = [*sorted(ROOT.glob("*.sh")), *sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci/run"]
 
 
@@ -119,58 +91,72 @@ def lines_with(pattern: re.Pattern, paths: list[Path]) -> list[str]:
 
 
 def imports(path: Path) -> set[str]:
-    """The top-level names of all modules a file imports, inside functions too, but not for annotations only."""
-    return set(imported_names(tree(path)))
+    """The modules a file imports, inside functions and for annotations too."""
+    modules = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules |= (below & MODULES.keys()) or {node.module or "."}
+    return modules
 
 
-def imported_names(node: ast.AST) -> Iterator[str]:
-    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-        return
-    if isinstance(node, ast.Import):
-        yield from (alias.name.partition(".")[0] for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
-        yield (node.module or ".").partition(".")[0]
-    for child in ast.iter_child_nodes(node):
-        yield from imported_names(child)
+def packages(path: Path) -> set[str]:
+    """The third-party packages a file imports."""
+    names = {name.partition(".")[0] for name in imports(path)}
+    return names - sys.stdlib_module_names - {"medtune"} - {path.stem for path in python_files(".", "scripts")}
 
 
-LOCAL = {path.stem: path for path in CODE}
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def room_of(module: str) -> str:
+    return module.rpartition(".")[0] or module
+
+
+MODULES = {module_name(path): path for path in CODE if path.parent != ROOT / "scripts"}
 
 
 # ---------------------------------------------------------------- imports
 
 
-@pytest.mark.parametrize("module", [name for name in SHARED if name in LOCAL])
-def test_shared_modules_import_what_the_table_allows(module):
-    local, packages = SHARED[module]
-    allowed = local | packages | {"errors"} - {module}
-    found = imports(LOCAL[module]) - sys.stdlib_module_names
-    assert found <= allowed, f"{module}.py may not import {sorted(found - allowed)}"
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("medtune.")])
+def test_a_room_imports_what_lies_before_it(module):
+    rooms, allowed_packages = ROOMS[room_of(module)]
+    allowed_rooms = rooms | {"medtune", room_of(module)}
+    local = {name for name in imports(MODULES[module]) if name in MODULES}
+    assert {room_of(name) for name in local} <= allowed_rooms, local
+    assert packages(MODULES[module]) <= allowed_packages
 
 
-@pytest.mark.parametrize("module", sorted(LOCAL.keys() - SHARED.keys()))
-def test_stages_and_tools_import_shared_modules_only(module):
-    local = imports(LOCAL[module]) & LOCAL.keys()
-    assert local <= SHARED.keys(), f"{module}.py may not import {sorted(local - SHARED.keys())}"
+def test_no_module_imports_itself_by_way_of_others():
+    def check(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, path
+        if module not in sound:
+            for name in imports(MODULES[module]) & MODULES.keys():
+                check(name, (*path, module))
+            sound.add(module)
+
+    sound: set[str] = set()
+    for module in MODULES:
+        check(module, ())
 
 
-def test_local_imports_are_at_most_two_deep():
-    def depth(module: str) -> int:
-        below = imports(LOCAL[module]) & LOCAL.keys() - FOUNDATION - READING
-        return 1 + max(map(depth, below)) if below else 0
-
-    deep = {module: depth(module) for module in LOCAL if depth(module) > DEEPEST_LOCAL_IMPORT + (module in TOOLS)}
-    assert not deep
+@pytest.mark.parametrize("path", python_files(".", "scripts"), ids=lambda path: path.name)
+def test_no_script_imports_a_script(path):
+    at_the_root = {path.stem for path in python_files(".", "scripts")} - {"template"}
+    assert not imports(path) & at_the_root
 
 
 def test_every_root_module_has_its_place():
-    at_the_root = {path.stem for path in python_files(".")}
-    assert at_the_root <= SHARED.keys() | STAGES | TOOLS
+    assert {path.stem for path in python_files(".")} <= STAGES | TOOLS | {"template"}
 
 
 def test_root_names_shadow_no_package():
     folders = {path.name for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.py"))}
-    names = {path.stem for path in CODE} | folders - {"tests", "scripts"}
+    names = {path.stem for path in python_files(".", "scripts")} | folders - {"tests", "scripts"}
     taken = sys.stdlib_module_names | packages_distributions().keys() | FORBIDDEN_NAMES
     assert not names & taken
     assert not {path.name for path in ROOT.iterdir()} & {"deepspeed", "datasets", "transformers", "trl", "peft"}
@@ -178,13 +164,11 @@ def test_root_names_shadow_no_package():
 
 def test_every_imported_package_is_pinned():
     """A package that only another one brings in could change its version without notice."""
-    files = [ROOT / f"{name}.txt" for name in ("requirements", "requirements-web", "requirements-gpu")]
+    files = [ROOT / f"{name}.txt" for name in ("requirements", "requirements/web", "requirements/gpu")]
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     pinned = {re.split(r"==", line)[0].lower().replace("-", "_") for line in lines if "==" in line}
-    scripts = {path.stem for path in python_files("scripts")}
-    imported = set().union(*(imports(path) for path in [*python_files("."), *python_files("scripts")]))
-    packages = {name.lower() for name in imported - sys.stdlib_module_names - LOCAL.keys() - scripts}
-    assert packages <= pinned, f"not in a requirements file: {sorted(packages - pinned)}"
+    imported = {name.lower() for path in CODE for name in packages(path)}
+    assert imported <= pinned, f"not in a requirements file: {sorted(imported - pinned)}"
 
 
 # ---------------------------------------------------------------- Python files
@@ -201,21 +185,22 @@ def test_code(path):
             broad = re.search(r"\b(Exception|BaseException|everything)\b", caught)
             assert not broad, f"{where}: catches {caught}"
         if isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-100":
-            assert path.name == "tokenization.py", f"{where}: -100 is written in tokenization.py only"
-    guarded = [node for node in module.body if isinstance(node, ast.Try) and set(imported_names(node))]
-    assert not guarded, f"{path.name}:{guarded[0].lineno}: an import in a try"
+            assert path.name == "encoding.py", f"{where}: -100 is written in encoding.py only"
+        if isinstance(node, ast.Try):
+            guarded = [child for child in node.body if isinstance(child, ast.Import | ast.ImportFrom)]
+            assert not guarded, f"{where}: an import in a try"
 
 
 @pytest.mark.parametrize("path", python_files("scripts"), ids=lambda path: path.name)
 def test_scripts_find_the_root_by_the_same_line(path):
-    if imports(path) & LOCAL.keys():
+    if imports(path) & MODULES.keys():
         line = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
         assert line in path.read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.parametrize("name", sorted((STAGES | TOOLS) & LOCAL.keys()))
+@pytest.mark.parametrize("name", sorted((STAGES | TOOLS) & MODULES.keys()))
 def test_stages_and_tools_have_the_same_frame(name):
-    module = tree(LOCAL[name])
+    module = tree(MODULES[name])
     main = next(node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == "main")
     assert [argument.arg for argument in main.args.args] == ["argv"]
     assert [ast.unparse(default) for default in main.args.defaults] == ["None"]
@@ -227,10 +212,9 @@ def test_stages_and_tools_have_the_same_frame(name):
 def test_a_script_imports_errors_before_the_libraries(path):
     """They import bitsandbytes, a line of which `errors` silences."""
     if "if __name__ ==" in path.read_text(encoding="utf-8"):
-        at_the_top = [node for node in tree(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        order = [name for node in at_the_top for name in imported_names(node)]
-        before = order[: order.index("errors")] if "errors" in order else order
-        assert not {"transformers", "accelerate", "peft", "trl"} & set(before)
+        order = [node.module for node in tree(path).body if isinstance(node, ast.ImportFrom)]
+        before = order[: order.index("medtune.errors")] if "medtune.errors" in order else order
+        assert not {"transformers", "accelerate", "peft", "trl"} & {name.partition(".")[0] for name in before}
 
 
 # ---------------------------------------------------------------- all text
@@ -245,7 +229,7 @@ def test_no_path_of_some_machine():
 
 
 def test_no_emoji():
-    in_tests = set(python_files("tests"))  # which feed them to tokenizers
+    in_tests = set((ROOT / "tests").rglob("*.py"))  # which feed them to tokenizers
     assert not lines_with(EMOJI, [path for path in readable(".py", ".sh", ".md") if path not in in_tests])
 
 

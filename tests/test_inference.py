@@ -14,15 +14,22 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
-import chat_models
 import inference
-import model_loading
-from chat_models import NOTICE, ChatModel, ChatModelArguments, RewardModel, choose_template, describe_model
-from errors import UserError
-from generation import Reply
 from inference import QUESTIONS, encode_questions, main, read_questions
-from model_loading import Lineage, load_tokenizer, read_lineage
-from tokenization import IGNORED_LABEL, encode_dialogue, load_chat_template, stop_token_ids
+from medtune.errors import UserError
+from medtune.models import adapters, chat_models, loading, reward_models, score_heads
+from medtune.models.chat_models import (
+    NOTICE,
+    ChatModel,
+    ChatModelArguments,
+    RewardModel,
+    choose_template,
+    describe_model,
+)
+from medtune.models.generation import Reply
+from medtune.models.lineage import Lineage, read_lineage
+from medtune.models.loading import load_tokenizer
+from medtune.reading.encoding import IGNORED_LABEL, encode_dialogue, load_chat_template, stop_token_ids
 
 NO_LIMIT = 10**6
 SCRIPT = Path(inference.__file__)
@@ -61,8 +68,8 @@ def no_weights(monkeypatch):
     def refuse(*args, **options):
         pytest.fail("weights were loaded")
 
-    monkeypatch.setattr(chat_models, "load_base_model", refuse)
-    monkeypatch.setattr(model_loading, "load_base_model", refuse)
+    for module in (chat_models, adapters, score_heads):
+        monkeypatch.setattr(module, "load_base_model", refuse)
 
 
 def conversations(n: int) -> list[dict]:
@@ -317,9 +324,9 @@ def reward_adapter(tiny_model_dir, tmp_path_factory) -> Path:
 
 def test_compared_models_say_what_each_says_alone(tiny_model_dir, adapter, other_adapter, capsys, monkeypatch):
     bases = []
-    load_base_model = model_loading.load_base_model
+    load_base_model = loading.load_base_model
     monkeypatch.setattr(
-        model_loading,
+        adapters,
         "load_base_model",
         lambda *args, **options: bases.append(args) or load_base_model(*args, **options),
     )
@@ -348,7 +355,7 @@ def test_compared_replies_are_written_with_their_scores(
     assert [record["question"] for record in records] == ["感冒了", "头痛"]
     assert "6 replies" in capsys.readouterr().err
     tokenizer = load_tokenizer(str(tiny_model_dir))
-    model = model_loading.load_reward_model(str(tiny_model_dir), str(reward_adapter), torch_dtype="float32")
+    model = reward_models.load_reward_model(str(tiny_model_dir), str(reward_adapter), torch_dtype="float32")
     for record in records:
         assert [reply["model"] for reply in record["replies"]] == names
         for reply in record["replies"]:
@@ -379,7 +386,7 @@ def test_each_reply_of_one_model_is_scored(adapter, reward_adapter, capsys):
 
 
 def test_the_oldest_exchanges_are_left_out_of_a_long_dialogue_and_it_is_said(adapter, write_jsonl, capsys):
-    from training_run import start_log
+    from medtune.training.log import start_log
 
     start_log()
     turns = [{"role": "system", "content": "你是医生"}]
@@ -522,7 +529,8 @@ def test_another_base_is_refused_before_weights_load(tiny_model_dir, tmp_path, m
     other.mkdir()
     for file in tiny_model_dir.iterdir():
         (other / file.name).symlink_to(file)
-    monkeypatch.setattr(model_loading, "load_base_model", lambda *args, **options: pytest.fail("weights were loaded"))
+    for module in (adapters, score_heads):
+        monkeypatch.setattr(module, "load_base_model", lambda *args, **options: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match="is not the base of"):
         main(["--base_model", str(other), "--lora_model", str(adapter)])
 

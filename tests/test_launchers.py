@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from guide import GUIDE_DPO, GUIDE_PPO, GUIDE_PT, GUIDE_RM, GUIDE_SFT
 
-from arguments import RENAMED, SETTLED, StageArgumentParser
+from medtune.arguments import RENAMED, SETTLED, StageArgumentParser
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = sorted(path.name for path in ROOT.glob("run_*.sh") if '"${args[@]}" "$@"' in path.read_text())
@@ -111,9 +111,9 @@ def start(launcher: Path, work: Path, *flags: str, **variables: str) -> tuple[su
     recorded = []
     for record in calls.read_bytes().decode().split("\x1e")[:-1]:
         folder, devices, offline, *words = record.split("\0")[:-1]
-        at = next(index for index, word in enumerate(words) if word.endswith(".py"))
-        if words[at] == "devices.py":  # asked by the launcher itself
+        if words[1:3] == ["-m", "medtune.devices"]:  # asked by the launcher itself
             continue
+        at = next(index for index, word in enumerate(words) if word.endswith(".py"))
         recorded.append(Call(folder, devices, offline, words[:at], words[at], words[at + 1 :]))
     return finished, recorded
 
@@ -185,7 +185,7 @@ def test_flags_after_the_name_win_over_both(name, tmp_path):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_how_many_processes_is_decided_in_one_place(name, tmp_path):
-    assert launch(name, tmp_path, N_PROCESSES="2").before == ["-m", "scripts.launch_processes"]
+    assert launch(name, tmp_path, N_PROCESSES="2").before == ["-m", "medtune.launch"]
 
 
 @pytest.mark.parametrize("name", [name for name in STAGES if "DEEPSPEED" in edit_block(name)])

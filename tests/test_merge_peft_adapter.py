@@ -20,10 +20,12 @@ from transformers import (
 )
 
 import merge_peft_adapter
-from errors import UserError
+from medtune.errors import UserError
+from medtune.models.adapters import load_for_training
+from medtune.models.lineage import Lineage, read_lineage
+from medtune.models.loading import load_tokenizer
+from medtune.reading.encoding import load_chat_template
 from merge_peft_adapter import Difference, comparison_prompts, difference_from, judge, main, references_of
-from model_loading import Lineage, load_for_training, load_tokenizer, read_lineage
-from tokenization import load_chat_template
 
 SCRIPT = Path(merge_peft_adapter.__file__)
 FILES = [

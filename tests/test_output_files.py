@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from errors import UserError
-from output_files import MADE_BY_A_TOOL, new_folder, new_text_file, refuse_same
+from medtune.errors import UserError
+from medtune.output_files import MADE_BY_A_TOOL, new_folder, new_text_file, refuse_same
 
 
 def write(path: Path, text: str, overwrite: bool = False) -> None:

@@ -22,20 +22,15 @@ from test_template import EXPECTED, TOOL_TURNS, TOOLS
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import merge_peft_adapter
-import ppo_math
-import ppo_run
 import ppo_training
 import reward_modeling
 import supervised_finetuning
-from checkpoints import no_other_run
-from errors import UserError
-from model_loading import load_reward_model, load_with_adapter, read_lineage, weights_fingerprint
-from ppo_math import InverseTransformSampler, draw_uniforms, episode_order
-from ppo_roles import Roles, ValueHead, load_roles
-from ppo_run import UPDATES_WITHOUT_END, PPOTrainingArguments, find_alarm, summarize
-from ppo_training import Codec, Rollout, load_codec
-from template import TEMPLATES, named_template
-from tokenization import (
+from medtune.errors import UserError
+from medtune.models.adapters import load_with_adapter
+from medtune.models.lineage import read_lineage
+from medtune.models.loading import weights_fingerprint
+from medtune.models.reward_models import load_reward_model
+from medtune.reading.encoding import (
     IGNORED_LABEL,
     encode_dialogue,
     encode_exchange,
@@ -44,6 +39,14 @@ from tokenization import (
     load_chat_template,
     stop_token_ids,
 )
+from medtune.rl import alarms, ppo_math, run
+from medtune.rl.alarms import UPDATES_WITHOUT_END, find_alarm, summarize
+from medtune.rl.ppo_math import InverseTransformSampler, draw_uniforms, episode_order
+from medtune.rl.roles import Roles, ValueHead, load_roles
+from medtune.rl.run import PPOTrainingArguments
+from medtune.training.checkpoints import no_other_run
+from ppo_training import Codec, Rollout, load_codec
+from template import TEMPLATES, named_template
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"]
@@ -535,7 +538,7 @@ def test_bandit_is_solved(flags, tmp_path, monkeypatch, tiny_model_dir):
         return torch.tensor([sum(token < 60 for token in text[-3:]) / 3 for text in texts])
 
     monkeypatch.setattr(Roles, "scores", scores)
-    monkeypatch.setattr(ppo_run, "UPDATES_WITHOUT_END", 1000)  # all replies have three tokens
+    monkeypatch.setattr(alarms, "UPDATES_WITHOUT_END", 1000)  # all replies have three tokens
     size = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "rollout_batch_size": 32}
     learning = {"learning_rate": 5e-3, "kl_coef": 0, "temperature": 1.0, "lr_scheduler_type": "constant"}
     bandit = {"sft_model_path": tiny_model_dir, "response_length": 3, "stop_token": "<|endoftext|>", "max_steps": 45}
@@ -663,14 +666,14 @@ def test_resumed_run_is_the_uninterrupted_one(flags, tmp_path, monkeypatch):
     settings = {"max_steps": 4, "adaptive_kl": True}
     ppo_training.main(flags(output_dir=tmp_path / "whole", **settings))
     with monkeypatch.context() as patch:
-        log_update = ppo_run.log_update
+        log_update = run.log_update
 
         def stop(metrics, state, *rest):
             log_update(metrics, state, *rest)
             if state.global_step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        patch.setattr(ppo_run, "log_update", stop)
+        patch.setattr(run, "log_update", stop)
         with pytest.raises(SystemExit) as stopped:
             ppo_training.main(flags(output_dir=tmp_path / "parts", **settings))
     assert stopped.value.code == 128 + signal.SIGTERM
@@ -839,7 +842,7 @@ def test_out_of_memory_names_the_remedies_that_are_left(flags, monkeypatch):
 
 def test_too_small_a_disk_is_refused_before_the_first_reply(flags, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 40 * 2**20})
-    monkeypatch.setattr("checkpoints.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("medtune.training.checkpoints.shutil.disk_usage", lambda folder: usage)
     message = r"the run writes 2 checkpoints of about 0\.02 GiB and checkpoint-best, .* has 0\.04 GiB left; make room"
     with pytest.raises(UserError, match=message):
         ppo_training.main(flags(save_steps=1))
@@ -848,7 +851,7 @@ def test_too_small_a_disk_is_refused_before_the_first_reply(flags, tmp_path, mon
 
 def test_estimated_size_of_a_checkpoint(flags, tmp_path, monkeypatch):
     estimates = []
-    monkeypatch.setattr(ppo_run, "refuse_small_disk", lambda output_dir, *sizes: estimates.extend(sizes))
+    monkeypatch.setattr(run, "refuse_small_disk", lambda output_dir, *sizes: estimates.extend(sizes))
     ppo_training.main(flags(max_steps=3, save_steps=2, save_total_limit=5))
     weights = tmp_path / "out/checkpoint-best/adapter_model.safetensors"
     last = tmp_path / "out/checkpoint-3"

@@ -23,20 +23,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge_peft_adapter
 import pretraining
-from arguments import DataArguments
-from causal_lm_trainer import IGNORED_LABEL, Collator, loss_statistics, token_losses
-from errors import UserError
-from model_loading import load_for_training, load_with_adapter, read_lineage
+from medtune.arguments import DataArguments
+from medtune.errors import UserError
+from medtune.models.adapters import load_for_training, load_with_adapter
+from medtune.models.lineage import read_lineage
+from medtune.reading.blocks import cut_blocks, document_end_id, learned_bytes_per_token, token_byte_lengths
+from medtune.reading.finding import find_files
+from medtune.reading.record_sets import load_documents
+from medtune.reading.records import Document
+from medtune.reading.rows import cached_blocks, tokenize_documents
+from medtune.training.causal_lm_trainer import IGNORED_LABEL, Collator, loss_statistics, token_losses
 from pretraining import PTArguments, last_tokens, stream_blocks, stream_training_part
-from records import Document, find_files, load_documents
-from tokenization import (
-    cached_blocks,
-    cut_blocks,
-    document_end_id,
-    learned_bytes_per_token,
-    token_byte_lengths,
-    tokenize_documents,
-)
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"]

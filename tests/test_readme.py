@@ -12,12 +12,21 @@ from pathlib import Path
 import pytest
 from test_launchers import GUIDE, edit_block, known_flags, launch, pairs, parser_of
 
-from arguments import RENAMED, SETTLED, DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
-from causal_lm_trainer import CausalLMConfig
-from checkpoints import MANIFEST
-from errors import UserError
-from model_loading import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK
-from records import RECORD_ENDINGS, load_dialogues
+from medtune.arguments import (
+    RENAMED,
+    SETTLED,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    RunArguments,
+    StageArgumentParser,
+)
+from medtune.errors import UserError
+from medtune.models.adapters import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK
+from medtune.reading.finding import RECORD_ENDINGS
+from medtune.reading.record_sets import load_dialogues
+from medtune.training.causal_lm_trainer import CausalLMConfig
+from medtune.training.checkpoints import MANIFEST
 from supervised_finetuning import SFTArguments
 from template import TEMPLATES
 
@@ -119,7 +128,7 @@ def test_command(name, words, tmp_path):
     elif started.endswith(".sh"):
         call = launch(started, tmp_path, *flags, **variables)
         assert variables.keys() <= edit_block(started).keys(), "a variable that the launcher does not read"
-        # --deepspeed is understood in the processes that the launcher starts (tests/test_deepspeed.py).
+        # --deepspeed is understood in the processes that the launcher starts (tests/training/test_deepspeed.py).
         parse(call.script, [word for word in call.flags if word not in ("--deepspeed", variables.get("DEEPSPEED"))])
     else:
         parse(started, flags)
@@ -201,10 +210,10 @@ def test_flags_table(name, tmp_path):
 
 
 def test_defaults_that_the_parser_does_not_hold():
-    """None for rank, alpha and modules becomes what the table says, in model_loading.py."""
+    """None for rank, alpha and modules becomes what the table says, in medtune/models/adapters.py."""
     for flag in ("lora_rank", "lora_alpha", "target_modules"):
         assert parser_of("supervised_finetuning.py").get_default(flag) is None
-    assert "target_modules in (None, " in text_of("model_loading.py")
+    assert "target_modules in (None, " in text_of("medtune/models/adapters.py")
 
 
 @pytest.mark.parametrize("name", READMES)

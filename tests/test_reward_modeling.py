@@ -22,10 +22,11 @@ from trl import RewardTrainer
 import merge_peft_adapter
 import reward_modeling
 import supervised_finetuning
-from errors import UserError
-from model_loading import load_reward_model, read_lineage
+from medtune.errors import UserError
+from medtune.models.lineage import read_lineage
+from medtune.models.reward_models import load_reward_model
+from medtune.reading.encoding import load_chat_template
 from reward_modeling import PairCollator, compare_with_length, pair_losses, pair_statistics, set_pad_token
-from tokenization import load_chat_template
 
 ROOT = Path(__file__).resolve().parents[1]
 SIGNS = ["疼", "痒", "肿", "麻"]
@@ -187,7 +188,7 @@ def test_metrics_worked_by_hand():
     ],
 )
 def test_a_model_no_better_than_length_is_warned_of(accuracy, longer_wins, warning, capfd):
-    from training_run import start_log
+    from medtune.training.log import start_log
 
     start_log()
     compare_with_length({"eval_accuracy": accuracy, "eval_pairs": 100.0, "eval_longer_wins": longer_wins})

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # file that is called go.
 STAND_IN = """#!/usr/bin/env bash
 [ "$1" != -c ] || exec python3 "$@"
-[ "$1" != devices.py ] || { [[ "$*" != *--use_cpu* ]] || echo cpu; exit "${GPU_FAULT:-0}"; }
+[ "$2" != medtune.devices ] || { [[ "$*" != *--use_cpu* ]] || echo cpu; exit "${GPU_FAULT:-0}"; }
 [ "$1" != -m ] || shift 2
 script=$1
 shift

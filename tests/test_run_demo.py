@@ -20,7 +20,7 @@ from pathlib import Path
 words = sys.argv[1:]
 if os.environ["CUDA_VISIBLE_DEVICES"]:
     sys.exit("on the GPUs")
-if words[0] == "devices.py":
+if words[:2] == ["-m", "medtune.devices"]:
     sys.exit()
 with open("calls.jsonl", "a") as file:
     file.write(json.dumps(words) + "\\n")

@@ -28,12 +28,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, set_seed
 
 import openai_server
-from chat_models import ChatModelArguments, describe_model, load_weights
-from errors import UserError
-from generation import Decoding, generate_replies
-from model_loading import Lineage, load_tokenizer
+from medtune.errors import UserError
+from medtune.models.chat_models import ChatModelArguments, describe_model, load_weights
+from medtune.models.generation import Decoding, generate_replies
+from medtune.models.lineage import Lineage
+from medtune.models.loading import load_tokenizer
+from medtune.reading.encoding import IGNORED_LABEL, encode_dialogue, encode_prompt, load_chat_template
 from openai_server import ChatRequest, build_app, encode_request
-from tokenization import IGNORED_LABEL, encode_dialogue, encode_prompt, load_chat_template
 
 ROOT = Path(openai_server.__file__).parent
 KEY = "test-key"
@@ -528,7 +529,7 @@ def write_program(file: Path, text: str) -> None:
 
 
 # In a stand-in for vLLM's Python: how many GPUs its torch has.
-TELLS_GPUS = '[ "$1" != devices.py ] || { echo "${GPUS-1}" && exit "${REFUSAL-0}"; }'
+TELLS_GPUS = '[ "$2" != medtune.devices ] || { echo "${GPUS-1}" && exit "${REFUSAL-0}"; }'
 
 
 @pytest.fixture

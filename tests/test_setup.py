@@ -27,14 +27,15 @@ class Project:
         self.folder = folder
         shutil.copy(ROOT / "setup.sh", folder)
         self.write("requirements.txt", "# pinned\ntorch==1.0\ntransformers==2.0\n")
-        self.write("requirements-dev.txt", "-r requirements.txt\npytest==3.0\n")
-        self.write("requirements-gpu.txt", "deepspeed==4.0\n")
+        self.write("requirements/dev.txt", "-r ../requirements.txt\npytest==3.0\n")
+        self.write("requirements/gpu.txt", "deepspeed==4.0\n")
         self.python = folder / "fake-python"
         self.write(self.python.name, FAKE_PYTHON).chmod(0o755)
         self.stamp = folder / ".venv/requirements.sha256"
 
     def write(self, name: str, text: str) -> Path:
         path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         return path
 
@@ -68,9 +69,9 @@ def test_installs_torch_first_and_a_second_run_does_nothing(project):
 def test_installs_only_the_file_that_is_missing(project):
     project.setup()
     project.setup("--dev")
-    assert project.installs() == ["torch==1.0", "--requirement=requirements-dev.txt"]
+    assert project.installs() == ["torch==1.0", "--requirement=requirements/dev.txt"]
     project.setup("--gpu")
-    assert project.installs() == ["torch==1.0", "--requirement=requirements-gpu.txt"]
+    assert project.installs() == ["torch==1.0", "--requirement=requirements/gpu.txt"]
     project.setup("--dev", "--gpu")
     assert project.installs() == []
 
@@ -92,7 +93,7 @@ def test_a_failed_install_leaves_no_stamp(project):
     project.setup("--dev")
     assert project.installs() == [
         "torch==1.0",
-        "--requirement=requirements.txt --requirement=requirements-dev.txt",
+        "--requirement=requirements.txt --requirement=requirements/dev.txt",
     ]
 
 

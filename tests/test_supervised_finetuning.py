@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from tiny_families import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import causal_lm_trainer
 import supervised_finetuning
-import tokenization
-from checkpoints import MANIFEST
-from errors import UserError
-from model_loading import load_with_adapter, read_lineage
+from medtune.errors import UserError
+from medtune.models.adapters import load_with_adapter
+from medtune.models.lineage import read_lineage
+from medtune.reading import rows
+from medtune.training import causal_lm_trainer
+from medtune.training.checkpoints import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "supervised_finetuning.py"
@@ -287,9 +288,9 @@ def test_torch_compile_gives_the_same_loss(flags, tmp_path, monkeypatch):
 def test_second_start_tokenizes_nothing(flags, tmp_path, monkeypatch):
     supervised_finetuning.main(flags(max_steps=1))
     calls = []
-    tokenize = tokenization.tokenize_dialogues
+    tokenize = rows.tokenize_dialogues
     monkeypatch.setattr(
-        tokenization, "tokenize_dialogues", lambda *args, **kwargs: calls.append(1) or tokenize(*args, **kwargs)
+        rows, "tokenize_dialogues", lambda *args, **kwargs: calls.append(1) or tokenize(*args, **kwargs)
     )
     supervised_finetuning.main(flags(max_steps=1, output_dir=tmp_path / "again"))
     assert calls == []
@@ -301,13 +302,13 @@ def test_second_start_tokenizes_nothing(flags, tmp_path, monkeypatch):
 
 def test_held_out_dialogues_are_not_trained_on(flags, tmp_path, monkeypatch):
     parts = []
-    tokenize = tokenization.tokenize_dialogues
+    tokenize = rows.tokenize_dialogues
 
     def recorded(chosen, *args, **kwargs):
         parts.append({dialogue.source for dialogue in chosen})
         return tokenize(chosen, *args, **kwargs)
 
-    monkeypatch.setattr(tokenization, "tokenize_dialogues", recorded)
+    monkeypatch.setattr(rows, "tokenize_dialogues", recorded)
     supervised_finetuning.main(flags(max_steps=1))
     trained, held_out = parts
     assert (len(trained), len(held_out)) == (22, 2)

@@ -9,7 +9,7 @@ import jinja2
 import pytest
 from qwen_vocab import real_qwen_tokenizer
 
-from errors import UserError
+from medtune.errors import UserError
 from template import TEMPLATES, ChatTemplate, Segment, named_template
 
 TRL_TEMPLATES = Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates"

@@ -15,14 +15,14 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
-pytest.importorskip("gradio", reason="the chat page needs requirements-web.txt")
+pytest.importorskip("gradio", reason="the chat page needs requirements/web.txt")
 
 import web_demo
-from chat_models import NOTICE, ChatModelArguments, RewardModel, describe_models, load_weights
-from errors import UserError
-from generation import Decoding, Reply, generate_replies
-from model_loading import load_tokenizer
-from tokenization import encode_prompt
+from medtune.errors import UserError
+from medtune.models.chat_models import NOTICE, ChatModelArguments, RewardModel, describe_models, load_weights
+from medtune.models.generation import Decoding, Reply, generate_replies
+from medtune.models.loading import load_tokenizer
+from medtune.reading.encoding import encode_prompt
 from web_demo import EMERGENCY, Panel, answered, as_text, build_page, converse, pieces_of
 
 SCRIPT = Path(web_demo.__file__)

@@ -1,0 +1,459 @@
+"""Command-line flags: those that every stage honours, and a parser that never swallows one.
+
+The guide's commands were written for older libraries. Flags that transformers 5 or TRL renamed or dropped are
+translated to what they meant, each with one line in the log; a flag nobody knows is refused with the nearest known
+one. On a machine without GPU the run goes on in float32 on the CPU and says so.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from medtune.devices import cpu_reason
+from medtune.errors import UserError
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(
+        metadata={"help": "Hub name or folder of a model, or the folder of a LoRA adapter that training continues."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer, when it is not the model's own."}
+    )
+    torch_dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
+        default="auto", metadata={"help": "Type of the base model's weights; auto takes the checkpoint's."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Base weights in 8 bit (bitsandbytes)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Base weights in 4-bit NF4 (QLoRA, bitsandbytes)."})
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = field(
+        default=None,
+        metadata={"help": "auto splits the model over the GPUs of one process; under torchrun each process has one."},
+    )
+    flash_attn: bool = field(
+        default=False, metadata={"help": "FlashAttention 2 if it is installed, otherwise PyTorch's SDPA."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that the model's repository ships."}
+    )
+    allow_pickle_weights: bool = field(
+        default=False, metadata={"help": "Also load .bin weights, which can run code when they are opened."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for downloaded models and for tokenized data."}
+    )
+
+    def __post_init__(self):
+        if self.load_in_8bit and self.load_in_4bit:
+            raise UserError("--load_in_8bit and --load_in_4bit exclude each other: give one of them")
+
+
+@dataclass
+class LoraArguments:
+    use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter; False trains all weights."})
+    target_modules: str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules that get an adapter: all (every linear layer but the head; the log names those left out) "
+            "or names with commas."
+        },
+    )
+    lora_rank: int | None = field(default=None, metadata={"help": "Rank; 16 for a new adapter."})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "The adapter is scaled by alpha / rank; 32 for a new adapter."}
+    )
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: magnitude and direction apart."})
+    use_rslora: bool = field(default=False, metadata={"help": "rsLoRA: scale by alpha / sqrt(rank)."})
+    modules_to_save: str | None = field(
+        default=None,
+        metadata={"help": "Modules trained whole and saved with the adapter, names with commas."},
+    )
+
+    def __post_init__(self):
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise UserError(
+                f"--lora_rank {self.lora_rank}: give at least 1; --use_peft False trains without an adapter"
+            )
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise UserError(f"--lora_alpha {self.lora_alpha}: the adapter is scaled by it; give a number above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout {self.lora_dropout}: give a share from 0 to below 1")
+
+
+@dataclass
+class DataArguments:
+    train_file_dir: str | None = field(default=None, metadata={"help": "File or folder (nested) of training records."})
+    validation_file_dir: str | None = field(
+        default=None,
+        metadata={"help": "The same for evaluation; the training folder again: a seeded part is held out of it."},
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "At most so many training records, drawn with the seed."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "At most so many evaluation records, drawn with the seed."}
+    )
+    preprocessing_num_workers: int = field(default=1, metadata={"help": "Processes that tokenize."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize anew though the cache fits."})
+    on_bad_data: Literal["error", "drop"] = field(
+        default="error",
+        metadata={"help": "A record that cannot be read: stop with file:line, or go on without it and count it."},
+    )
+    ignore_keys: str | None = field(
+        default=None,
+        metadata={"help": "Keys of records and turns to read as if they were absent, with commas: label,images."},
+    )
+
+    def __post_init__(self):
+        for name in ("max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value}: give a number of records of at least 1")
+
+
+@dataclass
+class RunArguments:
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Start again in an --output_dir that holds a run; the earlier run is moved beside it."},
+    )
+    logging_dir: str | None = field(
+        default=None, metadata={"help": "Folder of TensorBoard's events; runs/ in --output_dir without it."}
+    )
+    max_bad_steps: int = field(
+        default=3,
+        metadata={"help": "Stop after so many steps in a row whose loss is not finite or explodes."},
+    )
+
+    def __post_init__(self):
+        if self.max_bad_steps < 1:
+            raise UserError(f"--max_bad_steps {self.max_bad_steps}: give at least 1, which stops at the first bad step")
+
+
+# Flags that the current libraries renamed: the new name takes the same value.
+RENAMED = {
+    "--evaluation_strategy": "--eval_strategy",
+    "--no_cuda": "--use_cpu",
+    "--per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "--per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+    "--warmup_ratio": "--warmup_steps",  # below 1 it is a share of the steps
+    "--dtype": "--torch_dtype",
+}
+# Flags whose values no record keeps.
+SECRETS = {"--hub_token"}
+# Flags whose effect is settled here; the value that means something else is refused.
+SETTLED = {
+    "--save_safetensors": (True, "weights are always written as safetensors"),
+    "--use_fast_tokenizer": (True, "the tokenizer is always the fast one"),
+    "--push_to_hub": (False, "nothing is uploaded"),
+}
+# Smaller values train nothing, or fail far from here.
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "seed": 0,
+}
+
+
+class StageArgumentParser(HfArgumentParser):
+    """HfArgumentParser that translates old flags, refuses unknown ones and explains itself in one line.
+
+    `notes` holds one line for each thing that was done otherwise than the command says, `given` the flags of the
+    command and their values as they were written, for the record; old names are translated, secrets left out.
+    """
+
+    def __init__(self, dataclass_types: Sequence[type]):
+        # Abbreviated flags are off: argparse would take a typo such as `--learning` for a flag it prefixes.
+        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.notes: list[str] = []
+        self.given: dict[str, str] = {}
+        for action in self._actions:
+            if action.option_strings[0].startswith("--"):
+                # Dashes are read as underscores below, so help and messages name a flag once.
+                action.option_strings = action.option_strings[:1]
+        if "--report_to" in self._option_string_actions:
+            self._option_string_actions["--report_to"].nargs = "+"
+
+    def error(self, message: str):
+        raise UserError(f"{message.removeprefix('argument ')}; `python {sys.argv[0]} --help` lists the flags")
+
+    def parse(self, argv: Sequence[str] | None = None) -> tuple:
+        """Return one instance of each dataclass; raise `UserError` for a flag or value that cannot be honoured."""
+        argv = self._translate(list(sys.argv[1:] if argv is None else argv))
+        namespace, unknown = self.parse_known_args(argv)
+        if unknown:
+            raise UserError(self._unknown_flag_message(unknown))
+        values = vars(namespace)
+        by_flag = _values_by_flag(argv)
+        self.given = {flag: value for flag, value in by_flag.items() if flag not in SECRETS}
+        given = {flag.removeprefix("--") for flag in by_flag}
+        self._settle_training_arguments(values, given)
+        if "use_cpu" in values and values.get("base_model", "") is not None:  # an evaluation may need no model
+            self._settle_device(values, given)
+        instances = []
+        for dataclass_type in self.dataclass_types:
+            names = {name for name, spec in dataclass_type.__dataclass_fields__.items() if spec.init}
+            with warnings.catch_warnings():
+                # transformers 5.24 warns of its own rename of gradient_checkpointing, which TRL 1.16 still sets.
+                warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated")
+                try:
+                    instances.append(dataclass_type(**{name: values[name] for name in names}))
+                except (ValueError, ImportError) as error:
+                    raise UserError(" ".join(str(error).split())) from error
+        return tuple(instances)
+
+    def _translate(self, argv: list[str]) -> list[str]:
+        """Rewrite old flags to what they meant, and give a bare `--flag` of a boolean its `True`."""
+        words: list[str] = []
+        for word in argv:
+            flag, has_value, value = word.partition("=")
+            if flag.startswith("--"):
+                flag = "--" + flag[2:].replace("-", "_")
+            words += [flag, value] if has_value and flag.startswith("--") else [flag if flag.startswith("--") else word]
+        if {"--warmup_ratio", "--warmup_steps"} <= set(words):
+            raise UserError("--warmup_ratio and --warmup_steps say the same thing twice: give one of them")
+        translated: list[str] = []
+        position = 0
+        while position < len(words):
+            flag = words[position]
+            position += 1
+            if not flag.startswith("--"):
+                translated.append(flag)
+                continue
+            values = []
+            while position < len(words) and not words[position].startswith("--"):
+                values.append(words[position])
+                position += 1
+            translated += self._translate_flag(flag, values)
+        return translated
+
+    def _translate_flag(self, flag: str, values: list[str]) -> list[str]:
+        if flag in SETTLED:
+            meant, reason = SETTLED[flag]
+            wanted = _one_bool(flag, values)
+            if wanted is not meant:
+                raise UserError(f"{flag} {wanted} cannot be honoured: {reason}; leave the flag out")
+            self.notes.append(f"{flag} {wanted}: {reason}")
+            return []
+        if flag in self._option_string_actions:
+            action = self._option_string_actions[flag]
+            if not values and action.type is string_to_bool:
+                values = ["True"]
+            if flag == "--optim" and values == ["adamw_hf"]:
+                self.notes.append("--optim adamw_hf is gone: adamw_torch, the same algorithm, is used")
+                values = ["adamw_torch"]
+            for value in values:
+                _check_json(flag, value)
+            # In one word, so that argparse does not take a value such as -1e-3 for a flag.
+            return [f"{flag}={values[0]}"] if len(values) == 1 else [flag, *values]
+        if flag in RENAMED:
+            if flag == "--warmup_ratio":
+                _check_share(flag, values)
+            self.notes.append(f"{flag} is now {RENAMED[flag]} {' '.join(values)}".rstrip())
+            return self._translate_flag(RENAMED[flag], values)
+        if flag == "--group_by_length":
+            grouped = _one_bool(flag, values)
+            strategy = "group_by_length" if grouped else "random"
+            self.notes.append(f"--group_by_length {grouped} is now --train_sampling_strategy {strategy}")
+            return ["--train_sampling_strategy", strategy]
+        return [flag, *values]
+
+    def _unknown_flag_message(self, unknown: list[str]) -> str:
+        known = [option for option in self._option_string_actions if option.startswith("--") and "-" not in option[2:]]
+        known += [*RENAMED, *SETTLED, "--group_by_length"]
+        flags = [word for word in unknown if word.startswith("-")]
+        if not flags:
+            return f"{' '.join(unknown)}: these words belong to no flag; quote values that contain blanks"
+        hints = []
+        for flag in flags:
+            near = difflib.get_close_matches(flag, known, n=1)
+            hints.append(f"{flag} is not a flag of this stage" + (f"; did you mean {near[0]}?" if near else ""))
+        return ". ".join(hints)
+
+    def _settle_training_arguments(self, values: dict, given: set[str]) -> None:
+        """Decide what a flag leaves open: the device, the precision, when to evaluate, where logs go."""
+        if not any(issubclass(dataclass_type, TrainingArguments) for dataclass_type in self.dataclass_types):
+            return
+        if not values["output_dir"]:
+            raise UserError("--output_dir is missing: name the folder for checkpoints and results")
+        for name, least in AT_LEAST.items():
+            if values[name] < least:
+                raise UserError(f"--{name} {values[name]}: give at least {least}")
+        if values["max_steps"] <= 0 and values["num_train_epochs"] <= 0:
+            raise UserError(f"--num_train_epochs {values['num_train_epochs']}: give more than 0, or --max_steps")
+        for name in ("output_dir", "cache_dir"):
+            if values.get(name) and (taken := _file_in_the_way(Path(values[name]))):
+                raise UserError(f"--{name} {values[name]}: {taken} is a file; name a folder")
+        if values["resume_from_checkpoint"] is not None:
+            values["resume_from_checkpoint"] = _flag_or_path(values["resume_from_checkpoint"])
+        if "eval_strategy" not in given and values["do_eval"] and values["eval_steps"] is not None:
+            values["eval_strategy"] = "steps"
+            self.notes.append("--eval_steps without --eval_strategy: --eval_strategy steps is used")
+        if values["disable_tqdm"] is None:
+            values["disable_tqdm"] = not sys.stderr.isatty()
+        if "torch_compile" not in given and _one_bool("TORCH_COMPILE", [os.environ.get("TORCH_COMPILE") or "0"]):
+            values["torch_compile"] = True
+            self.notes.append("TORCH_COMPILE=1 in the environment: --torch_compile True")
+        if values["deepspeed"]:
+            self._settle_deepspeed(values)
+        if values["auto_find_batch_size"] and (values["deepspeed"] or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+            raise UserError(
+                "--auto_find_batch_size True: for one process without DeepSpeed, since one that tries again would "
+                "leave the others waiting; give --per_device_train_batch_size"
+            )
+        if values["ddp_find_unused_parameters"] is None:
+            values["ddp_find_unused_parameters"] = False  # every trained parameter takes part in each step
+        # Without the flag transformers keeps the running mean in the log where the loss was nan, which hides it.
+        values["logging_nan_inf_filter"] = False
+        self._check_trackers(values)
+
+    def _settle_deepspeed(self, values: dict) -> None:
+        _check_deepspeed(values["deepspeed"])
+        stage = _zero_stage(values["deepspeed"])
+        quantized = [f"--{name}" for name in ("load_in_4bit", "load_in_8bit") if values.get(name)]
+        if stage == 3 and quantized:
+            raise UserError(
+                f"{quantized[0]} with ZeRO-3 ({values['deepspeed']}): quantized weights cannot be split over the "
+                "GPUs; take ds_configs/zero2.json"
+            )
+        if values.get("device_map"):
+            self.notes.append(f"--device_map {values['device_map']}: DeepSpeed places the model")
+            values["device_map"] = None
+
+    def _check_trackers(self, values: dict) -> None:
+        """Split `a,b` and refuse a tracker that is not installed, which transformers would do in the first step."""
+        report_to = values["report_to"]
+        words = report_to if isinstance(report_to, list) else [report_to or "none"]
+        trackers = values["report_to"] = [tracker for word in words for tracker in word.split(",") if tracker]
+        for tracker in trackers:
+            if tracker not in (*INTEGRATION_TO_CALLBACK, "none", "all"):
+                raise UserError(f"--report_to {tracker}: not known; known are {', '.join(INTEGRATION_TO_CALLBACK)}")
+            if tracker not in (*get_available_reporting_integrations(), "none", "all"):
+                raise UserError(f"--report_to {tracker}: the package is not installed; run `pip install {tracker}`")
+
+    def _settle_device(self, values: dict, given: set[str]) -> None:
+        reason = cpu_reason(values["use_cpu"])
+        if not reason and "bf16" in values:
+            # Without the argument, torch 2.13 also says yes where bfloat16 is emulated, which is slow.
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            if values["bf16"] and not has_bf16:
+                raise UserError(f"--bf16: {torch.cuda.get_device_name()} has no bfloat16; use --fp16 True --bf16 False")
+            if "bf16" not in given and "fp16" not in given:
+                values["bf16"] = has_bf16
+                if not has_bf16:
+                    name = torch.cuda.get_device_name()
+                    self.notes.append(f"{name} has no bfloat16: training in float32; --fp16 True is faster")
+        if not reason:
+            return
+        # Without use_cpu, two torchrun processes on such a machine are two trainings in one folder, each alone.
+        values["use_cpu"] = True
+        replaced = [f"--{name}" for name in ("bf16", "fp16") if values.get(name)]
+        if values.get("torch_dtype") in ("bfloat16", "float16"):
+            replaced.append(f"--torch_dtype {values['torch_dtype']}")
+        if values.get("device_map"):
+            replaced.append(f"--device_map {values['device_map']}")
+        if os.environ.get("CUDA_VISIBLE_DEVICES"):
+            replaced.append(f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}")
+        values.update(bf16=False, fp16=False, tf32=None)
+        if "torch_dtype" in values:
+            values.update(torch_dtype="float32", device_map=None)
+        instead = f" instead of {', '.join(replaced)}" if replaced else ""
+        self.notes.append(f"{reason}: float32 on the CPU{instead}")
+
+
+def _one_bool(flag: str, values: list[str]) -> bool:
+    """The value of a boolean flag; none is True."""
+    try:
+        (text,) = values or ["True"]
+        return string_to_bool(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise UserError(f"{flag} {' '.join(values)}: give True or False") from None
+
+
+def _check_json(flag: str, value: str) -> None:
+    """Settings in JSON are parsed deep in transformers, which does not say which flag was wrong."""
+    if value.startswith("{"):
+        try:
+            json.loads(value)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{flag} {value}: not JSON ({error}); quote the keys and write true or false") from None
+
+
+def _values_by_flag(argv: Sequence[str]) -> dict[str, str]:
+    """The words behind each flag, joined by blanks; of a flag given twice the last ones, as argparse takes them."""
+    values: dict[str, str] = {}
+    flag = ""
+    for word in argv:
+        if word.startswith("--"):
+            flag, _, values[flag] = word.partition("=")
+        elif flag:
+            values[flag] = f"{values[flag]} {word}".strip()
+    return values
+
+
+def _check_share(flag: str, values: list[str]) -> None:
+    """From 1 on, transformers would take a share of the steps for their number."""
+    try:
+        (share,) = map(float, values)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise UserError(f"{flag} {' '.join(values)}: give a share of the steps from 0 to below 1")
+
+
+def _check_deepspeed(config_file: str) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"--deepspeed {config_file}: the package is not installed; run `bash setup.sh --gpu`")
+    if not Path(config_file).is_file():
+        raise UserError(f"--deepspeed {config_file}: no such file; ds_configs/ holds some")
+    if "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"--deepspeed {config_file}: start the stage with its launcher (DEEPSPEED={config_file} bash run_sft.sh) "
+            "or with torchrun, for one process too"
+        )
+
+
+def _zero_stage(config_file: str) -> int:
+    try:
+        config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+        stage = config.get("zero_optimization", {}).get("stage", 0)
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise UserError(f"--deepspeed {config_file}: not a DeepSpeed configuration in JSON ({error})") from None
+    for block in ("optimizer", "scheduler"):
+        if block in config:
+            raise UserError(
+                f'--deepspeed {config_file}: its "{block}" block would go before the flags (--optim, --learning_rate, '
+                "--lr_scheduler_type) without a word; take it out"
+            )
+    return stage
+
+
+def _file_in_the_way(folder: Path) -> Path | None:
+    """The file that stands where this folder or one above it would be."""
+    return next((path for path in (folder, *folder.parents) if path.is_file()), None)
+
+
+def _flag_or_path(text: str) -> str | bool | None:
+    """`--resume_from_checkpoint` takes True, False or a path, and reaches us as text."""
+    lowered = text.strip().lower()
+    if lowered in ("true", "1", "yes"):
+        return True
+    if lowered in ("false", "0", "no", "none", ""):
+        return None
+    return text

@@ -1,0 +1,163 @@
+"""Which GPUs there are, whether torch can use them, and how a user chooses the CPU.
+
+`python -m medtune.devices FLAGS` tells a launcher how many GPUs a script with these flags has, or `cpu` where that was
+chosen.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from medtune.errors import UserError, run_script
+
+SECONDS_TO_ANSWER = 30  # of nvidia-smi, which first has to wake the GPUs
+WITHOUT = "--use_cpu True goes on without"
+
+
+# ---------------------------------------------------------------- the choice
+
+
+def cpu_reason(use_cpu: bool) -> str:
+    """Why a run is on the CPU; "" where it has a GPU.
+
+    Raises UserError where there are GPUs that torch cannot use and the CPU was not chosen.
+    """
+    if use_cpu:
+        return "--use_cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        _refuse_processes_without_gpu(torch.cuda.device_count())
+        return ""
+    listing = "" if are_hidden() else _nvidia_smi("-L")
+    if _names(listing):
+        raise UserError(_unusable(listing))
+    if not listing:
+        return "no CUDA device"
+    fault = " ".join(listing.split())
+    # The driver's file of the first GPU. So it is after an update of the driver, until the machine is restarted.
+    if Path("/dev/nvidia0").exists():
+        raise UserError(
+            f"there is a GPU (/dev/nvidia0) but nvidia-smi fails: {fault}; restart the machine or mend its driver; "
+            f"{WITHOUT}"
+        )
+    return f"no CUDA device (nvidia-smi: {fault})"
+
+
+def are_hidden() -> bool:
+    """Whether CUDA_VISIBLE_DEVICES is empty or -1, which chooses the CPU as --use_cpu does."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip() in ("", "-1")
+
+
+def add_use_cpu(parser: argparse._ActionsContainer, *other_names: str) -> None:
+    """The flag as transformers reads it: alone, or with a word for yes or no."""
+    parser.add_argument(
+        *("--use_cpu", *other_names),
+        nargs="?",
+        const=True,
+        default=False,
+        type=lambda word: word.lower() in ("true", "yes", "t", "y", "1"),
+        help="the CPU, though there are GPUs",
+    )
+
+
+# ---------------------------------------------------------------- the GPUs
+
+
+def count_gpus() -> int:
+    """Those that are both there and in CUDA_VISIBLE_DEVICES."""
+    n_gpus = len(_names(_nvidia_smi("-L")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return n_gpus if visible is None else min(n_gpus, len(visible.split(",")))
+
+
+def _nvidia_smi(*words: str) -> str:
+    """What it answers, "" where it is not installed."""
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", *words], capture_output=True, text=True, timeout=SECONDS_TO_ANSWER, check=False
+        )
+    except OSError:
+        return ""
+    except subprocess.TimeoutExpired:
+        return f"no answer within {SECONDS_TO_ANSWER} s"
+    return (answer.stdout + answer.stderr).strip() or f"exit code {answer.returncode}"
+
+
+def _names(listing: str) -> list[str]:
+    return re.findall(r"^GPU \d+: *(.*?) *(?:\(UUID.*)?$", listing, re.MULTILINE)
+
+
+def _unusable(listing: str) -> str:
+    """One line: what is there, what torch is, what keeps it from them and what to do."""
+    import torch
+
+    names, table = Counter(_names(listing)), _nvidia_smi()
+    version = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    driver = re.match(r"(\d+\.[\d.]+)\s", f"{version}\n") or re.search(r"Driver Version: *([\d.]+)", table)
+    cuda = re.search(r"CUDA(?: UMD)? Version: *([\d.]+)", table)
+    gpus = ", ".join(f"{count} x {name}" for name, count in names.items())
+    gpus += f"; driver {driver[1] if driver else 'unknown'}" + (f", which has CUDA {cuda[1]}" if cuda else "")
+    build = f"built with CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+    if torch.version.cuda is None:
+        todo = (
+            f"install a build with a CUDA that the driver has, such as 13.0: {sys.executable} -m pip install "
+            f"torch=={torch.__version__.partition('+')[0]}+cu130 --index-url https://download.pytorch.org/whl/cu130"
+        )
+    elif int(first) >= names.total() if first.isdecimal() else first not in listing:
+        todo = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}: {first} is none of them; they count from 0"
+    else:
+        todo = f"{_torch_refusal()}; update the driver, or install torch built with a CUDA that the driver has"
+    return f"nvidia-smi lists GPUs ({gpus}), torch {torch.__version__} ({build}) can use none: {todo}; {WITHOUT}"
+
+
+def _torch_refusal() -> str:
+    """The first sentence of what torch says about it."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return str(error).partition(". ")[0]
+    return "CUDA finds no device"
+
+
+def _refuse_processes_without_gpu(n_gpus: int) -> None:
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if n_processes > max(n_gpus, 1):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        where = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+        raise UserError(
+            f"{n_processes} processes on this machine and {n_gpus} GPU(s) that torch can use{where}: each needs one; "
+            f"give torchrun --nproc_per_node {n_gpus}, or the launcher N_PROCESSES={n_gpus}"
+        )
+
+
+# ---------------------------------------------------------------- for launchers
+
+
+def read_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """Of a script's flags, those that decide where and in how many processes it runs."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--deepspeed", nargs="?")
+    add_use_cpu(parser, "--use-cpu", "--no_cuda", "--no-cuda")
+    return parser.parse_known_args(argv)[0]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    flags = read_flags(sys.argv[1:] if argv is None else argv)
+    chosen = flags.use_cpu or are_hidden()
+    if not flags.help:
+        cpu_reason(chosen)
+    sys.stdout.write(f"{'cpu' if chosen else count_gpus()}\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

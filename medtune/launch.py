@@ -1,0 +1,74 @@
+"""Start a stage: with python where it is one process, otherwise with torchrun, one process a GPU.
+
+Several nodes by NNODES, NODE_RANK and MASTER_ADDR; another number of processes on this one by N_PROCESSES.
+torchrun hands a signal on, gives the processes half a minute to save a checkpoint, and ends with 1 and a traceback.
+Here they have ten minutes, and the exit code is theirs: 143 after SIGTERM, 130 after Ctrl-C, 2 for a mistake. Where
+the launcher itself is killed, they get SIGTERM (`errors.run_script`).
+
+    python -m medtune.launch supervised_finetuning.py --model_name_or_path ...
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from medtune.devices import are_hidden, count_gpus, cpu_reason, read_flags
+from medtune.errors import UserError, run_script
+
+SECONDS_TO_SAVE = 600
+
+
+def is_one_of_several_nodes(environment: Mapping[str, str]) -> bool:
+    return environment.get("NNODES", "") not in ("", "1")
+
+
+def rendezvous(environment: Mapping[str, str]) -> list[str]:
+    """How the processes find each other, as flags of torchrun."""
+    if not is_one_of_several_nodes(environment):
+        return ["--standalone"]
+    missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if not environment.get(name)]
+    if missing:
+        raise UserError(
+            f"NNODES={environment['NNODES']} needs {' and '.join(missing)}: NODE_RANK counts the nodes from 0, "
+            "MASTER_ADDR is the address of node 0"
+        )
+    return [
+        *("--nnodes", environment["NNODES"], "--node_rank", environment["NODE_RANK"]),
+        *("--master_addr", environment["MASTER_ADDR"], "--master_port", environment.get("MASTER_PORT", "29500")),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    script_and_flags = list(sys.argv[1:] if argv is None else argv)
+    flags = read_flags(script_and_flags)
+    on_cpu = flags.use_cpu or are_hidden()
+    wanted = os.environ.get("N_PROCESSES") or ("1" if on_cpu else str(count_gpus()))
+    if not wanted.isdecimal():
+        raise UserError(f"N_PROCESSES={wanted}: give a number of processes, one a GPU")
+    n_processes = max(int(wanted), 1)
+    if flags.help or (n_processes == 1 and not is_one_of_several_nodes(os.environ) and not flags.deepspeed):
+        os.execv(sys.executable, [sys.executable, *script_and_flags])
+    cpu_reason(on_cpu)  # once, before as many processes meet it
+    if n_processes > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with four lines of warning
+    torchrun([*rendezvous(os.environ), "--nproc_per_node", str(n_processes), *script_and_flags])
+
+
+def torchrun(words: Sequence[str]) -> None:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as run
+
+    os.environ["LAUNCHER_PID"] = str(os.getpid())
+    try:
+        run(["--shutdown_timeout", str(SECONDS_TO_SAVE), *words])
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)
+    except ChildFailedError as failed:
+        # The process has said what went wrong.
+        code = failed.get_first_failure()[1].exitcode
+        sys.exit(code if code >= 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    run_script(main)

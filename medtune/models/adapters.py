@@ -1,0 +1,331 @@
+"""LoRA adapters: a new one or an old one continued for training, and trained ones put on their base."""
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from loguru import logger
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from medtune.errors import UserError
+from medtune.models.families import check_same_family
+from medtune.models.lineage import is_adapter, read_adapter_config
+from medtune.models.loading import load_base_model, load_config
+from medtune.models.lora_layers import HEADS, bare_layers, beside_language_model, linear_matrices, linear_module_names
+from medtune.models.model_files import ADAPTER_WEIGHTS
+from medtune.models.score_heads import is_head, load_scoring_base
+from medtune.models.vocabulary import has_tied_head
+
+DEFAULT_LORA_RANK = 16
+
+
+DEFAULT_LORA_ALPHA = 32.0
+
+
+ALL_LINEAR = ("all", "all-linear")
+
+
+_LEAVE_OR_MERGE = (
+    "leave the flag out, or merge the adapter (merge_peft_adapter.py) and start a new one on the merged model"
+)
+
+
+def load_for_training(
+    path: str,
+    *,
+    use_peft: bool,
+    target_modules: str | None = None,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    lora_dropout: float = 0.05,
+    use_dora: bool = False,
+    use_rslora: bool = False,
+    modules_to_save: str | None = None,
+    task_type: TaskType = TaskType.CAUSAL_LM,
+    **base_options,
+) -> PreTrainedModel | PeftModel:
+    """The model to train: a base with a new adapter, a base with its adapter continued, or all weights.
+
+    None for rank, alpha or modules means the adapter's own, or for a new adapter 16, 32 and every linear layer.
+    With SEQ_CLS it is a reward model, and `pad_token_id` is needed. A language model or its adapter is then the
+    start: its LoRA matrices go over as they are, and a score head of zeros is trained and saved with them.
+
+    Raises:
+        UserError: the adapter at `path` has another shape than the flags ask for, or is asked to be trained as a
+            full model. What an earlier stage learned is never dropped.
+    """
+    load_base = load_scoring_base if task_type is TaskType.SEQ_CLS else load_base_model
+    if is_adapter(path):
+        config = read_adapter_config(path)
+        has_other_head = task_type is TaskType.SEQ_CLS and config.task_type != TaskType.SEQ_CLS
+        if task_type is TaskType.SEQ_CLS:
+            config = without_head(config)
+        _check_continuable(
+            path,
+            config,
+            use_peft,
+            task_type,
+            {
+                "--lora_rank": (lora_rank, config.r),
+                "--lora_alpha": (lora_alpha, config.lora_alpha),
+                "--target_modules": (
+                    None if target_modules in ALL_LINEAR else _split_names(target_modules),
+                    _last_names(config.target_modules),
+                ),
+                "--use_dora": (use_dora or None, config.use_dora),
+                "--use_rslora": (use_rslora or None, config.use_rslora),
+                "--modules_to_save": (_split_names(modules_to_save), _last_names(set(config.modules_to_save or []))),
+            },
+        )
+        base = load_base(config.base_model_name_or_path, **base_options)
+        _say_what_is_left_out(base, config.base_model_name_or_path, **base_options)
+        config.task_type = task_type.value if has_other_head else config.task_type
+        config.lora_dropout = lora_dropout
+        config.inference_mode = False
+        with _peft_faults_explained(base, path, target_modules, config):
+            model = put_adapter_on(
+                base, path, "--model_name_or_path", has_other_head=has_other_head, config=config, is_trainable=True
+            )
+            bare = bare_layers(model) if target_modules in ALL_LINEAR else set()
+        if bare:
+            raise UserError(
+                f"--target_modules {target_modules}: the adapter in {path} leaves out {', '.join(sorted(bare))}, and "
+                f"training continues it; {_LEAVE_OR_MERGE}"
+            )
+        return model
+
+    quantized = base_options.get("load_in_4bit") or base_options.get("load_in_8bit")
+    if quantized and not use_peft:
+        raise UserError("--use_peft False with a quantized base: its weights cannot be trained; use --use_peft True")
+    base = load_base(path, **base_options)
+    _say_what_is_left_out(base, path, **base_options)
+    if not use_peft:
+        if base.dtype != torch.float32:
+            logger.warning(
+                f"all weights are trained in {str(base.dtype).removeprefix('torch.')}, which rounds small updates "
+                "away; --torch_dtype float32 keeps them and takes twice the memory for weights, gradients and optimizer"
+            )
+        return base
+    trained_whole = _split_names(modules_to_save)
+    config = LoraConfig(
+        task_type=task_type,
+        r=lora_rank or DEFAULT_LORA_RANK,
+        lora_alpha=lora_alpha or DEFAULT_LORA_ALPHA,
+        lora_dropout=lora_dropout,
+        target_modules=_module_names(target_modules),
+        exclude_modules=beside_language_model(base) if target_modules in (None, *ALL_LINEAR) else None,
+        modules_to_save=trained_whole,
+        # Otherwise PEFT 0.21 trains a copy of the embeddings, and the head that shared them stays as it was.
+        ensure_weight_tying=has_tied_head(base) and bool(set(trained_whole or []) & set(EMBEDDING_LAYER_NAMES)),
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+    )
+    with _peft_faults_explained(base, path, target_modules, config):
+        return get_peft_model(base, config)
+
+
+@contextmanager
+def _peft_faults_explained(
+    base: PreTrainedModel, path: str, target_modules: str | None, config: LoraConfig
+) -> Iterator[None]:
+    """Turn what PEFT 0.21 refuses in an adapter on this base into one line that says what to do."""
+    flag, linear = f"--target_modules {target_modules or 'all'}", linear_module_names(base)
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        if "not found in the base model" in str(error):
+            reason = f"{flag}: no such module in {path}; it has {', '.join(sorted(linear))}, or say all"
+        elif "ParamWrapper does not work with" in str(error):
+            given = f"--lora_dropout {config.lora_dropout:g}" if config.lora_dropout else "--use_dora True"
+            instead = "--lora_dropout 0" if config.lora_dropout else "--use_dora False"
+            reason = f"{given}: an adapter on the experts of {path} cannot have that; give {instead}"
+        elif refused := re.search(r"Module '(\w+)' is incompatible with Mamba", str(error)):
+            possible = ",".join(sorted(linear - {refused[1]}))
+            reason = f"{flag}: no adapter can be on {refused[1]} of {path}; give --target_modules {possible}"
+        else:
+            raise
+        raise UserError(reason) from error
+
+
+def _say_what_is_left_out(
+    base: PreTrainedModel, path: str, *, cache_dir: str | None = None, trust_remote_code: bool = False, **_
+) -> None:
+    """Log the parts of a multimodal model that are not loaded, and of experts the loss that no stage adds."""
+    config = load_config(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    if isinstance(base.config, type(config.get_text_config())) and not isinstance(base.config, type(config)):
+        parts = [name.removesuffix("_config") for name in config.sub_configs if getattr(config, name) is not None]
+        others = ", ".join(name for name in parts if name != "text")
+        logger.info(f"{path}: its language model alone is loaded, trained and saved; left out: {others}")
+    text_config = base.config.get_text_config()
+    if hasattr(text_config, "output_router_logits"):
+        text_config.output_router_logits = False  # of which a trainer would make that loss
+    if any("experts" in module.split(".") for module, _, _ in linear_matrices(base)):
+        logger.info(f"{path}: a mixture of experts; no stage adds its routers' load-balancing loss")
+
+
+def _check_continuable(
+    path: str, config: LoraConfig, use_peft: bool, task_type: TaskType, wanted_and_found: dict[str, tuple]
+) -> None:
+    """Refuse what a continued adapter cannot become; None is wanted where a flag leaves it as it is."""
+    if not use_peft:
+        raise UserError(
+            f"{path} is a LoRA adapter and --use_peft False trains full weights: merge it first with "
+            "merge_peft_adapter.py, then train the merged model"
+        )
+    # A reward model may start from a language model; the other way round its head would be lost.
+    if config.task_type not in (task_type, TaskType.CAUSAL_LM, None):
+        raise UserError(f"{path} is a {config.task_type} adapter; this stage continues a {task_type.value} adapter")
+    for flag, (wanted, found) in wanted_and_found.items():
+        if wanted is not None and _said(wanted) != _said(found):
+            raise UserError(
+                f"{flag} {_said(wanted)}: the adapter in {path} has {_said(found)}, and training continues it; "
+                f"{_LEAVE_OR_MERGE}"
+            )
+
+
+def without_head(config: LoraConfig) -> LoraConfig:
+    """The configuration without a head among its modules: PEFT adds a reward model's by itself, each time."""
+    if isinstance(config.target_modules, set | list):
+        config.target_modules = {name for name in config.target_modules if name not in HEADS}
+    config.modules_to_save = [name for name in config.modules_to_save or [] if name not in HEADS] or None
+    config.ensure_weight_tying = False
+    return config
+
+
+def _said(value: object) -> str:
+    """A value as one writes it after its flag; modules in one order, numbers without a needless `.0`."""
+    if isinstance(value, list | set):
+        return ",".join(sorted(value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _split_names(names: str | None) -> list[str] | None:
+    return [name.strip() for name in names.split(",") if name.strip()] if names else None
+
+
+def _last_names(target_modules: set[str] | str) -> set[str] | str:
+    """PEFT resolves "all-linear" to full names, and shortens them only where there are many; a pattern stays."""
+    if isinstance(target_modules, str):
+        return target_modules
+    return {name.rpartition(".")[2] for name in target_modules}
+
+
+def _module_names(target_modules: str | None) -> str | list[str]:
+    return "all-linear" if target_modules in (None, *ALL_LINEAR) else _split_names(target_modules)
+
+
+def put_adapter_on(
+    base: PreTrainedModel | PeftModel,
+    path: str,
+    flag: str,
+    has_other_head: bool = False,
+    adapter_name: str = "default",
+    **options,
+) -> PeftModel:
+    """Load an adapter on its base, beside those that it has, and refuse one that does not fit it tensor by tensor.
+
+    PEFT 0.21 only warns of tensors that the file lacks, drops those that the model lacks, and takes nan.
+
+    Args:
+        has_other_head: the base has another head than the adapter was trained with; heads are not compared.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            # PEFT 0.21 asks transformers 5.24 by the old name.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            if has_other_head:
+                model = _matrices_on(base, path, options["config"])
+            elif isinstance(base, PeftModel):
+                base.load_adapter(path, adapter_name)
+                model = base
+            else:
+                model = PeftModel.from_pretrained(base, path, adapter_name, **options)
+        with safe_open(Path(path, ADAPTER_WEIGHTS), framework="pt") as file:
+            in_file = set(file.keys())
+    except (RuntimeError, ValueError) as error:
+        if "size mismatch" not in str(error) and "not found in the base model" not in str(error):
+            raise
+        raise UserError(
+            f"{flag} {path}: the adapter does not fit {base.name_or_path}: other layers or sizes"
+        ) from error
+    weights = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    of_base = model.state_dict().keys() - weights.keys()  # an embedding that PEFT saved with the adapter
+    odd = sorted(weights.keys() ^ (in_file - of_base))
+    if has_other_head:
+        odd = [name for name in odd if not is_head(name)]
+    if odd:
+        raise UserError(
+            f"{flag} {path}: {len(odd)} tensors are in {ADAPTER_WEIGHTS} and not in {base.name_or_path} with this "
+            f"adapter, or the other way round, such as {odd[0]}; take another checkpoint, or the base it was trained on"
+        )
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(
+            f"{flag} {path}: {len(broken)} tensors hold nan or inf, such as {broken[0]}; take an earlier one"
+        )
+    return model
+
+
+def _matrices_on(base: PreTrainedModel, path: str, config: LoraConfig) -> PeftModel:
+    """A new adapter with the matrices of the one in `path` and the base's head, which PEFT cannot load by itself."""
+    model = get_peft_model(base, config)
+    heads = {name: weights for name, weights in get_peft_model_state_dict(model).items() if is_head(name)}
+    weights = load_file(Path(path, ADAPTER_WEIGHTS))
+    if left_out := [name for name in weights if is_head(name)]:
+        logger.info(f"{path}: {', '.join(left_out)} left out: the head of a reward model stands in its place")
+    set_peft_model_state_dict(model, {name: weights[name] for name in weights if not is_head(name)} | heads)
+    return model
+
+
+def add_adapter(model: PeftModel, name: str, config: LoraConfig, weights: dict[str, torch.Tensor], where: str) -> None:
+    """Put one more LoRA adapter on a model, frozen until `set_adapter` takes it to train.
+
+    Raises UserError, which begins with `where`, if the weights do not fit the model.
+    """
+    model.add_adapter(name, copy.deepcopy(config))
+    expected = get_peft_model_state_dict(model, adapter_name=name)
+    odd = sorted(expected.keys() ^ weights.keys())
+    odd += [key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape]
+    if odd:
+        raise UserError(
+            f"{where}: {len(odd)} tensors do not fit {model.get_base_model().name_or_path}, such as {odd[0]}"
+        )
+    set_peft_model_state_dict(model, weights, adapter_name=name)
+    for key, parameter in model.named_parameters():
+        if key.split(".")[-2] == name:
+            parameter.requires_grad_(False)
+
+
+def load_with_adapter(base_model: str, lora_model: str, **base_options) -> PeftModel:
+    """A base with an adapter on it, for use (not for training); checks first that they belong together."""
+    return load_with_adapters(base_model, {"default": lora_model}, **base_options)
+
+
+def load_with_adapters(base_model: str, adapters: dict[str, str], **base_options) -> PeftModel:
+    """One base with several adapters on it, for use by `set_adapter`; checks first that they belong together.
+
+    Args:
+        adapters: the folder of each, by the name it is switched on with.
+    """
+    for lora_model in adapters.values():
+        check_same_family(
+            base_model,
+            lora_model,
+            cache_dir=base_options.get("cache_dir"),
+            trust_remote_code=base_options.get("trust_remote_code", False),
+        )
+    model = load_base_model(base_model, flag="--base_model", **base_options)
+    for name, lora_model in adapters.items():
+        model = put_adapter_on(model, lora_model, "--lora_model", adapter_name=name)
+    return model

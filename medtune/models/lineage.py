@@ -1,0 +1,137 @@
+"""What a model folder is: a base, or an adapter relative to one, and where its weights came from.
+
+Adapter lineage: a path that holds `adapter_config.json` stands for its base model plus that adapter. Training
+continues the adapter itself, so what a stage writes is always relative to the original base and holds all that
+came before. `lineage.json` in the adapter's folder records base, parent, stage, template and data.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig
+
+from medtune.errors import UserError
+from medtune.models.model_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    LINEAGE,
+    PICKLE_WEIGHTS,
+    WEIGHTS_INDEX,
+    check_model_files,
+    indexed_files,
+)
+
+# What PEFT takes as it stands and stumbles over later.
+ADAPTER_VALUES = {
+    "r": int,
+    "lora_alpha": int | float,
+    "target_modules": str | list | set | None,
+    "modules_to_save": list | None,
+    "base_model_name_or_path": str | None,
+}
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a checkpoint's weights come from; `lineage.json` in its folder.
+
+    base_model: hub name or folder of the model that the adapter (or the full training) started from.
+    parent: the adapter that training continued, None for a new one.
+    stage, template, data: the script, the prompt template's name ("" is the tokenizer's own), the training data.
+    hidden_size, vocab_size: of the base, so that another base is recognized.
+    base_weights: `weights_fingerprint` of the base, so that a base of the same sizes is recognized too.
+    flags: of the command that trained it, with their values as written.
+    """
+
+    base_model: str
+    parent: str | None
+    stage: str
+    template: str
+    data: str
+    hidden_size: int
+    vocab_size: int
+    base_weights: str = ""
+    flags: dict[str, str] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> None:
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        Path(folder, LINEAGE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_lineage(folder: str | Path) -> Lineage | None:
+    """The lineage recorded in a checkpoint's folder; None where there is no record (another tool's adapter)."""
+    file = Path(folder, LINEAGE)
+    if not file.is_file():
+        return None
+    try:
+        return Lineage(**json.loads(file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{file}: not a lineage record ({error}); restore it or delete it") from error
+
+
+def is_adapter(path: str | Path) -> bool:
+    return Path(path, ADAPTER_CONFIG).is_file()
+
+
+def read_adapter_config(path: str | Path) -> LoraConfig:
+    """The LoRA configuration of an adapter folder, or UserError where it is no complete LoRA adapter."""
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: no such folder")
+    if not is_adapter(path):
+        raise UserError(f"{path}: no {ADAPTER_CONFIG} in it, so it is no LoRA adapter")
+    check_model_files(path, with_weights=True)
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{Path(path, ADAPTER_CONFIG)}: not an adapter's configuration ({error})") from error
+    if config.peft_type is None:
+        raise UserError(f"{Path(path, ADAPTER_CONFIG)}: not an adapter's configuration (it has no 'peft_type')")
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{path}: a {config.peft_type} adapter; only LoRA adapters are read here")
+    for name, kind in ADAPTER_VALUES.items():
+        if not isinstance(value := getattr(config, name), kind):
+            raise UserError(f"{Path(path, ADAPTER_CONFIG)}: {name!r} is {value!r:.60}; copy or download it again")
+    if not Path(path, ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"{path}: {ADAPTER_WEIGHTS} is missing; take another checkpoint of that run")
+    if not config.base_model_name_or_path:
+        raise UserError(f"{Path(path, ADAPTER_CONFIG)}: names no base model; fill in base_model_name_or_path")
+    return config
+
+
+def base_of(path: str) -> str:
+    """The base model's hub name or folder: an adapter's recorded base, or the path itself."""
+    return read_adapter_config(path).base_model_name_or_path if is_adapter(path) else path
+
+
+def check_model_path(path: str, flag: str, allow_pickle_weights: bool = False) -> None:
+    """Refuse in one line a local path that holds no model; a hub name is left to the hub.
+
+    Raises UserError for a missing or incomplete folder, and for pickle weights unless they are allowed.
+    """
+    folder = Path(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path.split("/")[0]).is_dir()
+    if not folder.exists() and looks_local:
+        raise UserError(f"{flag} {path}: no such folder")
+    if folder.is_file():
+        raise UserError(f"{flag} {path}: a file; give the folder that holds the model")
+    if not folder.is_dir():
+        return
+    check_model_files(path, flag, with_weights=True, allow_pickle_weights=allow_pickle_weights)
+    if is_adapter(folder):
+        base = read_adapter_config(folder).base_model_name_or_path
+        check_model_path(base, f"{flag} {path}: its base model", allow_pickle_weights)
+        return
+    names = {file.name for file in folder.iterdir()}
+    if "config.json" not in names:
+        raise UserError(f"{flag} {path}: neither config.json (a model) nor {ADAPTER_CONFIG} (an adapter) in it")
+    if not any(name.endswith(".safetensors") for name in names):
+        if not any(name.endswith(".bin") for name in names):
+            raise UserError(f"{flag} {path}: no weights (*.safetensors) in it")
+        if not allow_pickle_weights:
+            raise UserError(f"{flag} {path}: only {PICKLE_WEIGHTS}")
+    index = folder / WEIGHTS_INDEX
+    if index.is_file():
+        absent = sorted(indexed_files(index) - names)
+        if absent:
+            raise UserError(f"{flag} {path}: {', '.join(absent)} of its weights are missing; download it again")

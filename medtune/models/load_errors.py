@@ -1,0 +1,126 @@
+"""What the hub and the loaders raise, as one line that says what to do."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import huggingface_hub.constants as hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
+from loguru import logger
+from safetensors import SafetensorError
+
+from medtune.errors import UserError
+from medtune.models.model_files import PICKLE_WEIGHTS, check_model_files
+
+NO_TOKENIZER = (
+    "no tokenizer in it; copy tokenizer.json and tokenizer_config.json there, or name --tokenizer_name_or_path"
+)
+
+
+@contextmanager
+def explain_load_errors(path: str, flag: str) -> Iterator[None]:
+    """Turn what the hub and the loaders raise into one line that says what to do."""
+    if Path(path).is_dir():
+        check_model_files(path, flag)
+    elif not Path(path).exists():
+        _go_offline_without_hub()
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise UserError(f"{flag} {path}: {reason}") from error
+
+
+class NamingFile:
+    """Turns what a loader raises over the values in a local folder's file into one line with the file's name.
+
+    As a class, because `tokenizers` raises bare Exception, which is caught by no narrower name.
+    """
+
+    def __init__(self, path: str, flag: str, names: str):
+        self.folder = Path(path)
+        self.flag = flag
+        self.names = names
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        of_values = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+        is_value = kind is Exception or (kind and issubclass(kind, of_values) and not issubclass(kind, UserError))
+        # What code of the folder's own raises keeps its traceback.
+        if is_value and self.folder.is_dir() and not any(self.folder.glob("*.py")):
+            names = "tokenizer.json" if kind is Exception else self.names
+            text = " ".join(f"{kind.__name__}: {error}".split())
+            raise UserError(f"{self.flag} {self.folder}: {names}: {text}; copy or download it again") from error
+
+
+def _go_offline_without_hub() -> None:
+    """Ask once whether the hub answers: huggingface_hub 2.4 tries one that does not for 46 s a file."""
+    address, proxies = urlsplit(hub.ENDPOINT), getproxies()
+    if hub.HF_HUB_OFFLINE or address.scheme in proxies or "all" in proxies:
+        return
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), timeout=10).close()
+    except OSError:
+        logger.warning(f"{hub.ENDPOINT} cannot be reached: only models that were downloaded before are found")
+        hub.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # PEFT reads this one
+
+
+def _reason(error: BaseException) -> str | None:
+    """What went wrong and what to do, None where it is no mistake of the user."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+
+    def caused_by(*kinds: type) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    text = " ".join(str(error).split())
+    if caused_by(GatedRepoError):
+        return f"a gated model: accept its licence on {hub.ENDPOINT} and set HF_TOKEN to a token of your account"
+    if caused_by(RepositoryNotFoundError) or "is not a valid model identifier" in text or "Repo id must" in text:
+        return (
+            f"neither a folder here nor a public model on {hub.ENDPOINT}: check the name; a private one needs HF_TOKEN"
+        )
+    if caused_by(LocalEntryNotFoundError, ConnectionError):
+        return (
+            f"no folder of that name here, and {hub.ENDPOINT} cannot be reached: check the network, set HF_ENDPOINT "
+            "to a mirror, or give the folder of a downloaded model"
+        )
+    if "401" in text:
+        return f"{hub.ENDPOINT} does not accept the token in HF_TOKEN: make a new one, or unset it for a public model"
+    if "trust_remote_code" in text:
+        return "its repository ships Python code: read it, then pass --trust_remote_code True"
+    if "thus cannot be loaded with `safetensors`" in text or "no file named model.safetensors" in text:
+        return f"only {PICKLE_WEIGHTS}"
+    if "instantiate the backend tokenizer" in text:
+        return NO_TOKENIZER
+    if "Unrecognized configuration class" in text:
+        return "a kind of model that these versions of the libraries give no such head"
+    if "Unrecognized model" in text or "does not recognize this architecture" in text:
+        return f"not a model that these versions of the libraries know ({text[:100]})"
+    if "`ignore_mismatched_sizes`" in text:
+        return "config.json and the weights are of two models: their sizes differ; copy or download both again"
+    if caused_by(ImportError) and "pip install" in text:  # of a model that another tool quantized
+        return text
+    if "does not support an attention implementation" in text:
+        return "a kind of model without PyTorch's SDPA attention in these versions of the libraries, which is used here"
+    if caused_by(StrictDataclassError):
+        return f"config.json: {text}; copy or download it again"
+    if caused_by(SafetensorError):
+        return f"damaged weights ({text}); copy or download them again"
+    return None

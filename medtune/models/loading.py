@@ -1,0 +1,194 @@
+"""A tokenizer and a base model, from a folder or the hub: precision, quantization, attention, placement."""
+
+import hashlib
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+from loguru import logger
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file, is_flash_attn_2_available
+
+from medtune.errors import UserError
+from medtune.models.lineage import base_of, is_adapter
+from medtune.models.load_errors import NO_TOKENIZER, NamingFile, explain_load_errors
+from medtune.models.model_files import WEIGHTS_INDEX, check_model_files, indexed_files
+
+
+def load_tokenizer(
+    path: str,
+    named: str | None = None,
+    *,
+    flag: str = "--model_name_or_path",
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or adapter, or the one that `--tokenizer_name_or_path` names, with a pad token.
+
+    An adapter's own tokenizer, which has the template it was trained with, goes before its base's.
+    """
+    if named:
+        path, flag = named, "--tokenizer_name_or_path"
+    source = path if not is_adapter(path) or Path(path, "tokenizer_config.json").is_file() else base_of(path)
+    with (
+        NamingFile(source, flag, "tokenizer.json, tokenizer_config.json or config.json"),
+        explain_load_errors(source, flag),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    if tokenizer.decode(tokenizer.encode("a", add_special_tokens=False)).strip() != "a":
+        # transformers 5.24 makes an empty tokenizer from the config.json of a folder that has no other file.
+        raise UserError(f"{flag} {path}: {NO_TOKENIZER}")
+    if tokenizer.eos_token is None:
+        raise UserError(f"{flag} {path}: its tokenizer has no end-of-text token, so no reply would end")
+    if tokenizer.pad_token is None:
+        # Padding is masked by position, never by id, so the end token stays a token to learn.
+        tokenizer.pad_token = tokenizer.eos_token
+    # Longer texts are left out or cut, and counted; transformers 5.24 would warn that they end in indexing errors.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
+
+
+def load_config(path: str, *, flag: str = "--model_name_or_path", **hub_options) -> PretrainedConfig:
+    """The configuration of a model (not an adapter), without its weights."""
+    with NamingFile(path, flag, "config.json"), explain_load_errors(path, flag):
+        return AutoConfig.from_pretrained(path, **hub_options)
+
+
+def weights_fingerprint(
+    path: str, *, flag: str = "--model_name_or_path", cache_dir: str | None = None, **hub_options
+) -> str:
+    """Tells a model (not an adapter) from what further training made of it; the same for copies in float32 and bf16.
+
+    SHA-256 over the first values of each tensor of its safetensors files; "" for quantized weights and pickle files.
+    """
+    if hasattr(load_config(path, flag=flag, cache_dir=cache_dir, **hub_options), "quantization_config"):
+        return ""
+    # Offline, a file that the hub does not have is a connection error.
+    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    find = partial(cached_file, path, cache_dir=cache_dir, **lenient)
+    names = {"model.safetensors"}
+    if index := find(WEIGHTS_INDEX):
+        names = indexed_files(Path(index))
+    first_values = {}
+    for name in names:
+        if not (file := find(name)):
+            return ""
+        with explain_load_errors(path, flag), safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - it is no mapping
+                first_values[key] = tensors.get_slice(key)[:1].flatten()[:64].to(torch.bfloat16)
+    whole = hashlib.sha256()
+    for key in sorted(first_values.keys() - {"lm_head.weight"}):  # which a copy may hold although it is tied
+        whole.update(key.encode() + first_values[key].view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+def quantization_config(
+    load_in_4bit: bool, load_in_8bit: bool, compute_dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """NF4 with double quantization (QLoRA, Dettmers et al. 2023), LLM.int8(), or None."""
+    if load_in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if load_in_8bit else None
+
+
+def attention_implementation(flash_attn: bool) -> str:
+    """FlashAttention 2 where it is asked for and possible, otherwise PyTorch's SDPA, said in one line."""
+    if not flash_attn:
+        return "sdpa"
+    if not torch.cuda.is_available():
+        lacking = "FlashAttention needs a CUDA device"
+    elif torch.cuda.get_device_capability() < (8, 0):
+        lacking = "FlashAttention 2 needs an Ampere GPU or newer"
+    elif not is_flash_attn_2_available():
+        lacking = "the package flash-attn is not installed (requirements/gpu.txt says how)"
+    else:
+        return "flash_attention_2"
+    logger.info(f"--flash_attn: {lacking}; PyTorch's SDPA attention is used")
+    return "sdpa"
+
+
+def placement(device_map: str | None, quantized: bool) -> dict | str | None:
+    """Where the weights go: split over the GPUs of one process, whole on this process's GPU, or left to the trainer.
+
+    Under torchrun every process holds the whole model: splitting it there puts all copies on the same GPUs.
+    """
+    if not torch.cuda.is_available():
+        return None
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if n_processes > 1:
+        if device_map:
+            logger.info(f"--device_map {device_map}: each of {n_processes} processes holds the model on its own GPU")
+        return {"": int(os.environ["LOCAL_RANK"])} if quantized else None
+    if device_map and torch.cuda.device_count() > 1:
+        return device_map
+    return {"": torch.cuda.current_device()} if quantized else None
+
+
+def load_base_model(
+    path: str,
+    *,
+    flag: str = "--model_name_or_path",
+    torch_dtype: str = "auto",
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    device_map: str | None = None,
+    flash_attn: bool = False,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle_weights: bool = False,
+    model_class: type = AutoModelForCausalLM,
+    **config_overrides,
+) -> PreTrainedModel:
+    """Load a base model (not an adapter), quantized if asked for.
+
+    Args:
+        torch_dtype: "auto" for the checkpoint's own, or a name such as "bfloat16".
+        model_class: the auto class, for a head other than the language model's.
+        config_overrides: passed to the configuration, such as num_labels=1.
+    """
+    quantized = load_in_4bit or load_in_8bit
+    if quantized and not torch.cuda.is_available():
+        _keep_bitsandbytes_weights_plain()
+    dtype = "auto" if torch_dtype == "auto" else getattr(torch, torch_dtype)
+    compute_dtype = torch.bfloat16 if dtype == "auto" else dtype
+    # Only where it is asked for: None would hide how the weights in the folder are quantized.
+    if quantized:
+        config_overrides["quantization_config"] = quantization_config(load_in_4bit, load_in_8bit, compute_dtype)
+    if Path(path).is_dir():
+        check_model_files(path, flag, with_weights=True, allow_pickle_weights=allow_pickle_weights)
+    with explain_load_errors(path, flag):
+        return model_class.from_pretrained(
+            path,
+            dtype=dtype,
+            device_map=placement(device_map, quantized),
+            attn_implementation=attention_implementation(flash_attn),
+            cache_dir=cache_dir,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if allow_pickle_weights else True,
+            **config_overrides,
+        )
+
+
+def _keep_bitsandbytes_weights_plain() -> None:
+    """Stop bitsandbytes 0.50.2 from repacking 4-bit weights for avx512_bf16 CPUs in the first evaluation forward.
+
+    After it most LoRA matrices get no gradient and a merge gives garbage, without a word.
+    """
+    import bitsandbytes.nn.modules as bnb_modules
+
+    bnb_modules.has_avx512bf16 = lambda: False

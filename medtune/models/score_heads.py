@@ -1,0 +1,95 @@
+"""The head of a reward model: one score from the last token's state."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, TaskType
+from safetensors import safe_open
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from medtune.errors import UserError
+from medtune.models.lineage import read_adapter_config
+from medtune.models.loading import load_base_model, load_config
+from medtune.models.lora_layers import HEADS
+from medtune.models.model_files import ADAPTER_WEIGHTS
+
+UNTRAINED_HEAD = "its score head is all zeros, so it was never trained; take a later checkpoint, or train it longer"
+
+
+def is_head(tensor_name: str) -> bool:
+    return bool(set(HEADS) & set(tensor_name.split(".")))
+
+
+class ScoreHead(torch.nn.Linear):
+    """A reward model's head, in float32 inside bfloat16 too, where a score has two or three digits."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(self.weight.device, torch.float32), self.weight)
+
+
+def load_scoring_base(
+    path: str, *, pad_token_id: int, flag: str = "--model_name_or_path", needs_head: bool = False, **base_options
+) -> PreTrainedModel:
+    """A base model with a head that gives one score; zeros where it has none, so that every score is then 0.
+
+    Args:
+        pad_token_id: transformers takes the score at the last token that is not this one, on whichever side the
+            padding is; no text that is scored may end with it.
+        needs_head: refuse a model without a head of its own, instead of giving it one.
+    """
+    hub_options = {name: base_options[name] for name in ("cache_dir", "trust_remote_code") if name in base_options}
+    config = load_config(path, flag=flag, **hub_options)
+    scores_already = any("SequenceClassification" in name for name in config.architectures or [])
+    if scores_already and config.num_labels != 1:
+        raise UserError(f"{flag} {path}: a classifier with {config.num_labels} classes; a reward model gives one score")
+    if needs_head and not scores_already:
+        raise UserError(f"{flag} {path}: no reward model: it has no score head; reward_modeling.py trains one")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what is missing is checked here, with the head expected
+    try:
+        base, loaded = load_base_model(
+            path,
+            flag=flag,
+            model_class=AutoModelForSequenceClassification,
+            num_labels=1,
+            output_loading_info=True,
+            **base_options,
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if not isinstance(getattr(base, "score", None), torch.nn.Linear):
+        raise UserError(f"{flag} {path}: its head is not called score, as those of language models are")
+    missing = sorted(set(loaded["missing_keys"]) - (set() if scores_already else {"score.weight"}))
+    if missing:
+        raise UserError(f"{flag} {path}: {len(missing)} of its weights are missing, such as {missing[0]}")
+    head = ScoreHead(base.score.in_features, 1, bias=False, device=base.score.weight.device, dtype=torch.float32)
+    with torch.no_grad():
+        head.weight.copy_(base.score.weight) if scores_already else head.weight.zero_()
+    base.score = head
+    base.config.get_text_config().pad_token_id = pad_token_id
+    return base
+
+
+def has_untrained_head(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether a reward model's trained head is still all zeros."""
+    heads = [weights for name, weights in model.named_parameters() if "score" in name.split(".")]
+    return not any(weights.any() for weights in heads if weights.requires_grad)
+
+
+def check_score_head(lora_model: str, flag: str) -> None:
+    """Refuse an adapter whose file holds no trained score head; PEFT would go on with a random one."""
+    config = read_adapter_config(lora_model)
+    if config.task_type != TaskType.SEQ_CLS:
+        raise UserError(
+            f"{flag} {lora_model}: no reward model: a {config.task_type} adapter has no score head; "
+            "reward_modeling.py trains one"
+        )
+    with safe_open(Path(lora_model, ADAPTER_WEIGHTS), framework="pt") as file:
+        heads = [name for name in file.keys() if "score" in name.split(".")]  # noqa: SIM118 - it is no mapping
+        if not heads:
+            raise UserError(f"{flag} {lora_model}: {ADAPTER_WEIGHTS} holds no score head; take another checkpoint")
+        if not any(file.get_tensor(name).any() for name in heads):
+            raise UserError(f"{flag} {lora_model}: {UNTRAINED_HEAD}")

@@ -1,0 +1,118 @@
+"""Outputs that appear whole or not at all: written beside their place under another name, moved there at the end.
+
+    with new_text_file(Path("data/finetune/train.jsonl"), "--output", overwrite=False) as file:
+        file.write("...")
+
+A run that fails leaves what was there before. One that is killed leaves a hidden `.NAME.partial`, which no stage
+reads and the next run replaces.
+"""
+
+import errno
+import gzip
+import io
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from medtune.errors import UserError
+
+# In each folder that `new_folder` made: only such a folder is ever replaced.
+MADE_BY_A_TOOL = ".made_by_a_tool"
+
+
+@contextmanager
+def new_text_file(path: Path, flag: str, overwrite: bool) -> Iterator[TextIO]:
+    """Open a new UTF-8 file, compressed if its name ends in `.gz`; it is in its place once the block ended well.
+
+    Raises UserError, naming `flag`, where `path` is a folder or cannot be written, or exists and `overwrite` is False.
+    """
+    place, partial = _place_and_partial(path)
+    with _explained(path, flag):
+        if place.is_dir():
+            raise UserError(f"{flag} {path}: a folder; name the file to write")
+        if place.exists() and not overwrite:
+            raise UserError(f"{flag} {path}: exists already; name another file, or pass --overwrite to replace it")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with _open(partial, compress=place.suffix.lower() == ".gz") as file:
+                yield file
+            partial.replace(place)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path, flag: str, overwrite: bool) -> Iterator[Path]:
+    """An empty folder to write into; it is `path` once the block ended well.
+
+    Raises UserError, naming `flag`, where `path` is a file, cannot be written, or holds something: without
+    `overwrite` anything, with it anything but what `new_folder` made.
+    """
+    place, partial = _place_and_partial(path)
+    with _explained(path, flag):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{flag} {path}: a file; name the folder to write")
+        if place.is_dir() and any(place.iterdir()):
+            if not overwrite:
+                raise UserError(f"{flag} {path}: is not empty; name another folder, or pass --overwrite to replace it")
+            if not Path(place, MADE_BY_A_TOOL).is_file():
+                raise UserError(f"{flag} {path}: holds files that no tool here made; name another folder")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            Path(partial, MADE_BY_A_TOOL).touch()
+            if place.exists():
+                shutil.rmtree(place)
+            partial.replace(place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_same(input_files: Iterable[Path], output: Path, flag: str) -> None:
+    """Raise UserError, naming `flag`, where the output file is one of the inputs or the output folder holds one."""
+    place = output.resolve()
+    for file in input_files:
+        source = file.resolve()
+        if source == place or (place.is_file() and place.samefile(source)):
+            raise UserError(f"{flag} {output}: is among the files to read; write to another place")
+        if place in source.parents:
+            raise UserError(f"{flag} {output}: holds {file}, which is to be read; write to another folder")
+
+
+def _place_and_partial(path: Path) -> tuple[Path, Path]:
+    """Where the output goes, links followed, and the hidden name beside it, from which the move is one step."""
+    place = path.resolve()
+    return place, place.parent / f".{place.name}.partial"
+
+
+@contextmanager
+def _open(partial: Path, compress: bool) -> Iterator[TextIO]:
+    with partial.open("wb") as raw:
+        # No name and no time in the gzip header: the same text gives the same bytes.
+        target = gzip.GzipFile("", "wb", 6, raw, mtime=0) if compress else raw
+        with io.TextIOWrapper(target, encoding="utf-8", newline="\n") as file:
+            yield file
+
+
+_REFUSALS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG),
+}
+
+
+@contextmanager
+def _explained(path: Path, flag: str) -> Iterator[None]:
+    """Turn what the disk or its permissions refuse into one line; a failure of other files stays what it is."""
+    try:
+        yield
+    except OSError as error:
+        _, partial = _place_and_partial(path)
+        # A write that fails names no file.
+        about = Path(error.filename) if error.filename is not None else partial
+        concerns_output = partial.is_relative_to(about) or about.is_relative_to(partial)
+        if error.errno not in _REFUSALS or not (concerns_output or about == path.resolve()):
+            raise
+        raise UserError(f"{flag} {path}: cannot be written ({error.strerror})") from None

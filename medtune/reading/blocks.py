@@ -1,0 +1,97 @@
+"""Documents of continued pretraining: their ids, joined and cut into blocks, and the bytes that tokens stand for."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from medtune.errors import UserError
+from medtune.reading.encoding import IGNORED_LABEL
+
+
+def document_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token behind each document: Qwen's <|endoftext|> where there is one, since its chat models end turns by eos.
+
+    Raises UserError where the tokenizer has no end token at all.
+    """
+    added = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
+    end_id = added.get("<|endoftext|>", tokenizer.eos_token_id)
+    if end_id is None:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no end token to join documents by")
+    return end_id
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerBase, batch: dict[str, list]) -> dict[str, list]:
+    """Columns `text` and `source` to `input_ids`, `length`, `source` and `fault`; a faulty text has no ids."""
+    control_tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    end_id = document_end_id(tokenizer)
+    columns = {"input_ids": [], "length": [], "source": batch["source"], "fault": []}
+    encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    for text, ids in zip(batch["text"], encoded, strict=True):
+        token = next((token for token in control_tokens if token in text), None)
+        fault = f"control token\tit holds {token}, which is no word but a mark; take it out" if token else ""
+        ids = [] if fault else [*ids, end_id]
+        columns["input_ids"].append(ids)
+        columns["length"].append(len(ids))
+        columns["fault"].append(fault)
+    return columns
+
+
+def cut_blocks(
+    documents: Dataset | dict[str, list], block_size: int, packing_across_documents: bool = False
+) -> dict[str, list]:
+    """Documents joined in their order and cut into blocks; the last block is what is left, and nothing is lost.
+
+    Args:
+        documents: columns `input_ids` and `source`.
+        block_size: tokens a block.
+        packing_across_documents: attend across the documents of a block. Otherwise each is on its own there
+            (`seq_lengths`), and its first token is not learned, since nothing before it could tell.
+
+    Returns:
+        Columns `input_ids`, `labels`, `seq_lengths`, `length` and `source` (of every document in the block).
+    """
+    lengths = np.array([len(ids) for ids in documents["input_ids"]], dtype=np.int64)
+    ids = np.concatenate([[], *documents["input_ids"]]).astype(np.int32)
+    ends = lengths.cumsum()
+    starts = ends - lengths
+    columns: dict[str, list] = {"input_ids": [], "labels": [], "seq_lengths": [], "length": [], "source": []}
+    for start in range(0, len(ids), block_size):
+        block = ids[start : start + block_size]
+        first = int(np.searchsorted(ends, start, side="right"))
+        last = int(np.searchsorted(starts, start + len(block), side="left"))
+        borders = [0, *(starts[first + 1 : last] - start).tolist()]
+        if packing_across_documents:
+            borders = [0]
+        labels = block.copy()
+        labels[borders] = IGNORED_LABEL
+        columns["input_ids"].append(block)
+        columns["labels"].append(labels)
+        columns["seq_lengths"].append(np.diff([*borders, len(block)]).tolist())
+        columns["length"].append(len(block))
+        columns["source"].append(list(documents["source"][first:last]))
+    return columns
+
+
+def learned_bytes_per_token(tokenizer: PreTrainedTokenizerBase, labels: Iterable[Sequence[int]]) -> float:
+    """The mean number of UTF-8 bytes that a learned token of these rows of labels stands for."""
+    learned = np.concatenate([np.asarray(row) for row in labels])
+    return float(token_byte_lengths(tokenizer)[learned[learned != IGNORED_LABEL]].mean())
+
+
+def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """[vocabulary] UTF-8 bytes that each token stands for; 0 for special tokens."""
+    is_byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+    lengths = np.zeros(len(tokenizer), dtype=np.int64)
+    for token, token_id in tokenizer.get_vocab().items():
+        if is_byte_level:
+            lengths[token_id] = len(token)  # one letter of its alphabet a byte
+        elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+            lengths[token_id] = 1
+        else:
+            lengths[token_id] = len(token.replace("\u2581", " ").encode())
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        lengths[token_id] = 0 if token.special else len(str(token).encode())
+    return lengths

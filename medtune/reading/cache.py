@@ -1,0 +1,94 @@
+"""The cache of tokenized data: one process builds, the others wait, and a killed run leaves nothing half done."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+_IMPORTED_AT = time.time()
+
+
+def cached_dataset(
+    cache_dir: str | Path,
+    key_parts: dict,
+    build: Callable[[], tuple["Dataset", dict]],
+    overwrite: bool = False,
+) -> tuple["Dataset", dict, bool]:
+    """Load what `build` once made for these key parts, or build and save it.
+
+    Each process of a launch calls this: the first to get the file lock builds, the others wait and load. No
+    process group takes part, so a long tokenization cannot run into its time-out, and a process that dies
+    frees the lock.
+
+    Args:
+        cache_dir: the folder of all caches, shared by every stage.
+        key_parts: all that decides the result, as JSON values: data fingerprint, tokenizer, template, limits.
+        build: returns the dataset and a report as JSON values.
+        overwrite: build again, once a launch.
+
+    Returns:
+        The dataset, memory-mapped from the cache; the report; whether it was found rather than built.
+    """
+    key = hashlib.sha256(json.dumps(key_parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    folder = Path(cache_dir, key[:32])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        found = _load_cache(folder)
+        if found and overwrite:
+            # Under a launcher, a cache finished after this process started is a sibling's rebuild. A process
+            # that starts later than that builds once more, which costs time and does no harm.
+            *_, built_at = found
+            by_sibling = "LOCAL_RANK" in os.environ and built_at > _IMPORTED_AT
+            found = found if by_sibling else None
+        was_cached = found is not None
+        if not was_cached:
+            _save_cache(folder, *build())
+            found = _load_cache(folder)
+            assert found is not None, f"{folder} was just written and does not load"
+    dataset, report, _ = found
+    return dataset, report, was_cached
+
+
+_MANIFEST = "manifest.json"
+
+
+def _save_cache(folder: Path, dataset: "Dataset", report: dict) -> None:
+    """Write under another name and rename when whole: a killed run leaves no folder that looks finished."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    # By itself datasets 5.2 writes no file for an empty dataset, and then cannot load it.
+    dataset.save_to_disk(partial, num_shards=None if len(dataset) else 1)
+    manifest = {"report": report, "sizes": _sizes(partial), "built_at": time.time()}
+    Path(partial, _MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.replace(folder)
+
+
+def _load_cache(folder: Path) -> tuple["Dataset", dict, float] | None:
+    """The dataset, its report and when it was built; None unless each file has the size it was written in."""
+    from datasets import load_from_disk
+
+    try:
+        manifest = json.loads(Path(folder, _MANIFEST).read_text(encoding="utf-8"))
+        # Others may come beside them: `datasets` keeps there what a stage maps a loaded dataset to, as packing does.
+        if not manifest["sizes"].items() <= _sizes(folder).items():
+            return None
+        return load_from_disk(folder), manifest["report"], manifest["built_at"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file of a cache but the manifest."""
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != _MANIFEST}

@@ -1,0 +1,240 @@
+"""A record as a dialogue, a prompt, a pair or a document, with all that it says honoured or refused.
+
+Whatever cannot be used raises `Unusable`, with the reason to count it by and what to do.
+"""
+
+import re
+from collections.abc import Sequence
+
+from medtune.errors import Unusable
+from medtune.reading.dialects import RecordPlan, check_other_forms, dialogue_plan, pair_plan, planned, prompt_plan
+from medtune.reading.keys import Reading, check_media, check_reply_keys, sort_keys
+from medtune.reading.options import with_options
+from medtune.reading.records import Dialogue, Document, Pair
+from medtune.reading.turns import tools_of
+from medtune.reading.values import holds_nothing, is_empty, kind_of, nearest, optional_text, quoted, text_of
+
+
+def to_document(record: object, source: str, reading: Reading | None = None) -> Document:
+    """Raises Unusable, as the three below."""
+    reading = reading or Reading()
+    record = _object(record, " with 'text'")
+    text, plan = record.get("text"), sort_keys(tuple(record), ("text",))
+    check_media(record, plan, reading, "the record")
+    if is_empty(text) and (reply := lone_reply(record, reading)):
+        return Document(reply, source)
+    if "text" not in record:
+        raise Unusable(
+            "no text",
+            f"has {quoted(record)}; pretraining reads 'text'{nearest(record, ('text',))} (dialogues are for "
+            "supervised_finetuning.py; scripts/convert_to_pretrain_format.py makes documents of them)",
+        )
+    reading.note_keys(plan.unknown)
+    text = text_of(text, "'text'")
+    if not text:
+        raise Unusable("empty text", "'text' is empty; write it or delete the record")
+    _note_placeholder(text, source, reading)
+    return Document(text, source)
+
+
+def lone_reply(record: dict, reading: Reading) -> str:
+    """The text of other tools' records for pretraining, which are dialogues of one reply to nothing."""
+    try:
+        present, plan = planned(record, prompt_plan, reading)
+        turns = plan.dialect.read(present, reading)
+    except Unusable:
+        return ""
+    turns = [turn for turn in turns if turn["role"] == "assistant" or turn["content"]]
+    if [turn["role"] for turn in turns] != ["assistant"]:
+        return ""
+    check_media(present, plan.keys, reading, "the record")
+    if key := check_reply_keys(present, plan.keys, reading, "the record"):
+        raise _not_learned(present, key, reading)
+    if "weight" in turns[0]:
+        raise Unusable("not to be learned", "the only reply is marked so; delete the record or the mark")
+    return turns[0]["content"]
+
+
+def to_dialogue(record: object, source: str, reading: Reading | None = None) -> Dialogue:
+    reading = reading or Reading()
+    record, plan = planned(_object(record), dialogue_plan, reading)
+    turns = _with_system(record, plan.dialect.read(record, reading))
+    if not plan.is_plain:
+        turns = _whole_prompt(turns, record, plan, reading)
+        said = "\n".join(turn["content"] for turn in turns if turn["role"] == "assistant")
+        if key := check_reply_keys(record, plan.keys, reading, "the record", said):
+            raise _not_learned(record, key, reading)
+    check_turns(turns)
+    return Dialogue(turns, tools_of(record), _with_notes(source, turns, plan, reading))
+
+
+def to_prompt(record: object, source: str, reading: Reading | None = None) -> Dialogue:
+    """What is to be answered: a dialogue that may lack its last reply. What judges that reply does not matter."""
+    reading = reading or Reading()
+    record, plan = planned(_object(record), prompt_plan, reading)
+    turns = _with_system(record, plan.dialect.read(record, reading))
+    turns = _without_weights(turns)
+    if not plan.is_plain:
+        turns = _whole_prompt(turns, record, plan, reading)
+    if turns and turns[-1] == {"role": "assistant", "content": ""}:
+        turns = turns[:-1]
+    check_turns(turns, needs_reply=False)
+    return Dialogue(turns, tools_of(record), _with_notes(source, turns, plan, reading))
+
+
+def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair:
+    reading = reading or Reading()
+    record, plan = planned(_object(record), pair_plan, reading)
+    turns, chosen, rejected = plan.dialect.read(record, reading)
+    turns = _with_system(record, turns)
+    if not plan.is_plain:
+        turns = _whole_prompt(turns, record, plan, reading, (chosen, rejected))
+        if key := check_reply_keys(record, plan.keys, reading, "the record"):
+            raise _not_learned(record, key, reading)
+    turns = _without_weights(turns)
+    check_turns([*turns, {"role": "assistant", "content": chosen}])
+    if not rejected:
+        raise Unusable("empty reply", "the rejected reply is empty; write it or delete the record")
+    if chosen == rejected:
+        raise Unusable("same replies", "chosen and rejected are the same, so nothing is preferred; delete the record")
+    source = _with_notes(source, turns, plan, reading)
+    return Pair(turns, chosen, rejected, _margin(record), source, tools_of(record))
+
+
+def turns_to_answer(messages: Sequence[dict]) -> list[dict]:
+    """The messages of a conversation that ends with a question, as training reads them.
+
+    Raises Unusable for content that is no text and for an order of turns that training never shows.
+    """
+    if messages and messages[-1]["role"] != "user":
+        where = f"turn {len(messages)} ({messages[-1]['role']})"
+        raise Unusable("no question", f"{where} is the last; end with the user's question")
+    return to_prompt({"messages": list(messages)}, "", Reading(null_words=False)).messages
+
+
+def _margin(record: dict) -> float | None:
+    """By how much the chosen reply is better: `margin`, or the difference of the two scores."""
+    if "margin" not in record and "score_chosen" not in record:
+        return None
+    values = [record.get(key) for key in ("margin", "score_chosen", "score_rejected")]
+    if holds_nothing(values[0]) and any(map(holds_nothing, values[1:])):
+        return None
+    try:
+        margin = float(values[0]) if not holds_nothing(values[0]) else float(values[1]) - float(values[2])
+    except (TypeError, ValueError, OverflowError):
+        raise Unusable("broken margin", f"margin or scores are {values!r:.80}; they must be numbers") from None
+    if not 0 <= margin < float("inf"):
+        raise Unusable("broken margin", f"the margin is {margin}; it is at least 0, or the replies are the wrong way")
+    return margin
+
+
+def _object(record: object, needs: str = "") -> dict:
+    if not isinstance(record, dict):
+        raise Unusable("not an object", f"the record is {kind_of(record)}; it must be an object{needs}")
+    return record
+
+
+def _whole_prompt(
+    turns: list[dict], record: dict, plan: RecordPlan, reading: Reading, replies: Sequence[str] = ()
+) -> list[dict]:
+    """The turns with all that the record says of the question; Unusable where something of it cannot be kept."""
+    check_other_forms(record, plan, [*(turn["content"] for turn in turns), *replies], reading)
+    check_media(record, plan.keys, reading, "the record")
+    return with_options(turns, record, plan, reading) if plan.keys.options else turns
+
+
+def _without_weights(turns: list[dict]) -> list[dict]:
+    """The turns of a prompt, of which nothing is learned."""
+    return [
+        {key: value for key, value in turn.items() if key != "weight"} if "weight" in turn else turn for turn in turns
+    ]
+
+
+def _not_learned(record: dict, key: str, reading: Reading) -> Unusable:
+    return Unusable("not to be learned", f"{key!r} is {record[key]!r}; delete the record, or {reading.ignoring(key)}")
+
+
+# What stands in a text for a picture, a film or a sound.
+_PLACEHOLDER = re.compile(r"<\|?(?:image|img|video|audio|vision)(?:[_ ][^<>]{0,40})?\|?>", re.IGNORECASE)
+
+
+_ONLY_URLS = re.compile(r"(?:<?(?:https?://|www\.)[!-~]+\s*)+", re.IGNORECASE)
+
+
+def _with_notes(source: str, turns: list[dict], plan: RecordPlan, reading: Reading) -> str:
+    """The source of a usable record, of which what is worth a line has been noted."""
+    if plan.keys.unknown:
+        reading.note_keys(plan.keys.unknown)
+    for turn in turns:
+        if "<" in turn["content"]:
+            _note_placeholder(turn["content"], source, reading)
+    return source
+
+
+def _note_placeholder(text: str, source: str, reading: Reading) -> None:
+    """Count what stands for more than text; it may also be what a text is about."""
+    if mark := _PLACEHOLDER.search(text):
+        reading.note(f"texts with {mark[0]}, of which only this word is learned", source)
+
+
+def _with_system(record: dict, turns: list[dict]) -> list[dict]:
+    """The turns, after the record's system prompt if it has one, given in `system` or as the first turn."""
+    given = {}
+    if "system" in record or "system_prompt" in record:
+        given = {f"'{key}'": optional_text(record, key) for key in ("system", "system_prompt")}
+    if turns and turns[0]["role"] == "system":
+        given["turn 1"], *turns = turns[0]["content"], *turns[1:]
+    if not given:
+        return turns
+    said = {text: where for where, text in given.items() if text}
+    if len(said) > 1:
+        raise Unusable("two system prompts", f"one in {' and one in '.join(said.values())}; keep one")
+    return [*({"role": "system", "content": text} for text in said), *turns]
+
+
+# A turn that calls tools is a kind of its own here: what it waits for is the tools' results.
+_MAY_FOLLOW = {
+    "start": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "tool call": ("tool",),
+    "tool": ("tool", "assistant"),
+}
+
+
+def check_turns(turns: list[dict], needs_reply: bool = True) -> None:
+    """Refuse what no model should learn: turns out of order, empty turns, a last turn without reply."""
+    if not turns:
+        raise Unusable("empty conversation", "it has no turns; delete the record")
+    before = "start"
+    for number, turn in enumerate(turns, 1):
+        role = turn["role"]
+        if role not in _MAY_FOLLOW[before]:
+            raise _out_of_order(number, role, before)
+        before = "tool call" if turn.get("tool_calls") else role
+        content = turn["content"]
+        if before == "user" and not content:
+            raise Unusable("empty user turn", f"turn {number} (user) is empty; write it or delete the record")
+        if before == "assistant" and not content:
+            raise Unusable("empty reply", f"turn {number} (assistant) is empty; write it or delete the record")
+        if before == "assistant" and needs_reply and content[0] in "hHwW<" and _ONLY_URLS.fullmatch(content):
+            raise Unusable("only a URL", f"turn {number} (assistant) is {content:.60}; write the reply itself")
+    if "weight" in turns[-1] and all("weight" in turn for turn in turns if turn["role"] == "assistant"):
+        raise Unusable("not to be learned", "every reply has the weight 0; delete the record")
+    if needs_reply and before not in ("assistant", "tool call"):
+        # Also after earlier replies: cutting the turn off would change the user's data silently.
+        raise Unusable("no reply", f"turn {len(turns)} ({before}) is the last; add the reply or delete the turn")
+
+
+def _out_of_order(number: int, role: str, before: str) -> Unusable:
+    where = f"turn {number} ({role})"
+    if role == "system":
+        return Unusable("system not first", f"{where} must be turn 1")
+    if role == before or (role == "assistant" and before == "tool call"):
+        return Unusable("two turns in a row", f"turns {number - 1} and {number} are both from the {role}; join them")
+    if role == "assistant":
+        return Unusable("starts with the model", f"{where} comes before any question; start with the user")
+    return Unusable(
+        "turns out of order", f"{where} comes after: {before}; needed is: {' or '.join(_MAY_FOLLOW[before])}"
+    )

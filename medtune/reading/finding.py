@@ -1,0 +1,95 @@
+"""Which files a flag means: those that are read, those left unread, and what tells their content from another.
+
+files, unread = find_files("data/finetune", "--train_file_dir")
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from medtune.errors import UserError
+
+RECORD_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+TEXT_ENDINGS = (".txt", *RECORD_ENDINGS)
+
+
+def find_files(path: str | Path, flag: str, endings: Sequence[str] = RECORD_ENDINGS) -> tuple[list[Path], list[Path]]:
+    """List the files to read at `path` (a file, or a folder and all below it), and those left unread.
+
+    Both lists are sorted; hidden files are in neither. A text file may be compressed, as `train.jsonl.gz`.
+    Raises UserError, naming `flag`, if none can be read.
+    """
+    if not str(path):
+        raise UserError(f"{flag} is empty: name a file or folder")
+    path = Path(path)
+    if path.is_file():
+        found = [path]
+    elif path.is_dir():
+        found = []
+        # os.walk rather than rglob: data folders on servers are often linked in from another disk.
+        for folder, subfolders, names in os.walk(path, followlinks=True):
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            for link in (link for name in subfolders if (link := Path(folder, name)).is_symlink()):
+                if Path(folder).resolve().is_relative_to(link.resolve()):
+                    raise UserError(f"{flag} {path}: {link} leads back to a folder that it is in; remove this link")
+            found += [Path(folder, name) for name in names if not name.startswith(".")]
+    else:
+        raise UserError(f"{flag} {path}: no such file or folder")
+
+    files = sorted(file for file in found if ending_of(file) in endings)
+    unread = sorted(set(found).difference(files))
+    if not files:
+        what_is_there = f"found only {some_names(unread)}" if unread else "the folder is empty"
+        raise UserError(f"{flag} {path}: {what_is_there}; files that end in {', '.join(endings)} are read")
+    if dangling := [file for file in files if not file.exists()]:
+        raise UserError(f"{flag} {path}: {dangling[0]} is a link to a file that is not there; copy or download it")
+    return files, unread
+
+
+def ending_of(path: Path) -> str:
+    """The suffix that says how a file is read: the one before `.gz`, which only text files have."""
+    suffix, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
+    return inner if suffix == ".gz" and inner != ".parquet" else suffix
+
+
+def content_fingerprint(files: Sequence[Path]) -> str:
+    """SHA-256 over the names (as `Dialogue.source` shows them) and the bytes of the files, in their order."""
+    whole = hashlib.sha256()
+    for path in files:
+        content = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                content.update(block)
+        whole.update(f"{shown(path)}\0{content.hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def shown(path: Path) -> str:
+    """The path as messages show it: relative to the working directory where it lies below it."""
+    path = path.absolute()
+    return (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path).as_posix()
+
+
+def some_names(paths: Sequence[Path]) -> str:
+    """The first five names, and how many more there are."""
+    names = ", ".join(path.name for path in paths[:5])
+    return names if len(paths) <= 5 else f"{names} and {len(paths) - 5} more"
+
+
+def are_same_files(train_path: str | None, eval_path: str | None, endings: Sequence[str] = RECORD_ENDINGS) -> bool:
+    """Whether both flags name the same files, however they are spelled; UserError where only some are the same."""
+    if train_path is None or eval_path is None:
+        return True
+    train_files, eval_files = (
+        {file.resolve() for file in find_files(path, flag, endings)[0]}
+        for path, flag in ((train_path, "--train_file_dir"), (eval_path, "--validation_file_dir"))
+    )
+    if train_files != eval_files and train_files & eval_files:
+        raise UserError(
+            f"--validation_file_dir {eval_path}: {min(train_files & eval_files)} is among the training files too; keep "
+            "them apart, or name the same folder for both and a part is held out"
+        )
+    return train_files == eval_files

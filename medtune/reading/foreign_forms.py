@@ -1,0 +1,406 @@
+"""Data in the forms people have: other encodings and columns read, by their names or by flags.
+
+    reader = ForeignReader("dialogues")
+    for item in reader.read(files):  # a Dialogue, or the BadRecord that says what is wrong
+        if isinstance(item, Dialogue):
+            file.write(guide_line(item))
+    print("\\n".join(reader.found()))  # what was read as what
+
+The other modules of this room read what a stage may be given; this is for the tools that make it from something else.
+"""
+
+import argparse
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from medtune.errors import Unusable, UserError
+from medtune.reading.conversations import to_dialogue, to_pair
+from medtune.reading.dialects import (
+    ANSWERS,
+    ASIDE,
+    KEYS_READ,
+    QUESTIONS,
+    SCORES,
+    has_dialect,
+    is_read_whole,
+    lacks_prompt,
+)
+from medtune.reading.encodings import UTF8, detect_encoding, known_encoding
+from medtune.reading.files import csv_separator, read_raw
+from medtune.reading.finding import ending_of
+from medtune.reading.keys import Reading, sort_keys, split_keys
+from medtune.reading.records import BadRecord, Dialogue, Pair
+from medtune.reading.turns import SPEAKER
+from medtune.reading.values import is_empty, kind_of, parsed, text_of, with_values
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What published records have, in lower case, and how one becomes a record that conversations.py reads."""
+
+    columns: tuple[str, ...]
+    convert: Callable[[dict], dict]
+    names: Mapping[str, str] = field(default_factory=dict)  # for each name of ours the file's
+
+
+def _from_title_and_ask(record: dict) -> dict:
+    """The title is the question in short; the long one often repeats it."""
+    title, ask = (str(record.pop(key, None) or "").strip() for key in ("title", "ask"))
+    return {**record, "question": ask if title in ask else title if ask in title else f"{title}\n{ask}"}
+
+
+def _with_reasoning(how: str, record: dict) -> dict:
+    """The reply, with what was thought before it if that is asked for."""
+    answer, thought = record.pop("response"), record.pop("complex_cot")
+    if how != "leave_out" and not isinstance(thought, str | None):
+        raise Unusable("not text", f"'complex_cot' is {kind_of(thought)}; it must be a string")
+    if how != "leave_out" and isinstance(answer, str) and isinstance(thought, str) and thought.strip():
+        answer = _REASONING[how].format(thought.strip(), answer.strip())
+    return {**record, "answer": answer}
+
+
+_REASONING = {
+    "leave_out": "{1}",
+    "think_tags": "<think>\n{0}\n</think>\n\n{1}",
+    "headings": "## Thinking\n\n{0}\n\n## Final Response\n\n{1}",
+}
+
+
+def _from_spoken_list(key: str, record: dict) -> dict:
+    """A list of turns, or of strings that start with who speaks; where none does, the two take turns."""
+    value = record.pop(key)
+    turns = _list_in_cell(value)
+    if not (turns and isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)):
+        return {**record, "conversations": value}
+    spoken = [SPEAKER.match(turn.lstrip()) for turn in turns]
+    if not any(spoken):
+        roles = ("user", "assistant")
+        return {**record, "messages": [{"role": roles[n % 2], "content": turn} for n, turn in enumerate(turns)]}
+    if not all(spoken):
+        silent = spoken.index(None)
+        raise Unusable("unknown speaker", f"turn {silent + 1} of {key!r} starts with {turns[silent]!r:.20}")
+    return {**record, "messages": [{"role": match[1], "content": match.string[match.end() :]} for match in spoken]}
+
+
+_CHOSEN = ("response_chosen", "chosen", "good_answer", "chosen_response", "preferred", "better")
+
+
+_REJECTED = ("response_rejected", "rejected", "bad_answer", "rejected_response", "dispreferred", "worse")
+
+
+def _renamed(names: dict[str, str], record: dict) -> dict:
+    """The record with other keys; of a list of wordings (`questions`) the first."""
+    renamed = {}
+    for key, value in record.items():
+        if key in ("questions", "answers") and isinstance(value, list):
+            value = next((text for text in value if not is_empty(text)), "")
+        renamed[names.get(key, key)] = value
+    return renamed
+
+
+def _dialogue_form(keys: Sequence[str], reasoning: str) -> _Form | None:
+    """The form of dialogues with these keys: Toyhom's, HuatuoGPT-o1's, HuatuoGPT's, MedDialog's, DISC-Med-SFT's ..."""
+    if "ask" in keys and "answer" in keys:
+        return _Form(tuple(key for key in ("title", "ask", "answer") if key in keys), _from_title_and_ask)
+    if {"question", "complex_cot", "response"} <= set(keys):
+        return _Form(("question", "complex_cot", "response"), functools.partial(_with_reasoning, reasoning))
+    alpaca = {"instruction": ("instruction", "指令"), "input": ("input", "输入")}
+    for wanted in ({"question": QUESTIONS}, alpaca):
+        if form := _renaming_form(keys, wanted | {"answer" if "question" in wanted else "output": ANSWERS}):
+            return form
+    lists = [key for key in keys if key in _TURNS]
+    if len(lists) != 1:
+        return None
+    return _Form((lists[0],), functools.partial(_from_spoken_list, lists[0]), {"conversations": lists[0]})
+
+
+def _pair_form(keys: Sequence[str], reasoning: str) -> _Form | None:
+    wanted = {"question": QUESTIONS, "response_chosen": _CHOSEN, "response_rejected": _REJECTED}
+    # A question and its answer may have only the rejected one beside them.
+    return _renaming_form(keys, wanted) or _renaming_form(keys, wanted | {"response_chosen": ANSWERS})
+
+
+def _renaming_form(keys: Sequence[str], wanted: dict[str, Sequence[str]]) -> _Form | None:
+    """The one key that means each of what is wanted; None where one has no key, or several and so is unclear."""
+    found = {name: [key for key in keys if key in meanings] for name, meanings in wanted.items()}
+    if any(len(meant) != 1 for meant in found.values()):
+        return None
+    names = {meant[0]: name for name, meant in found.items()}
+    own_names = {name: key for key, name in names.items()}
+    return _Form(tuple(names), functools.partial(_renamed, names), own_names)
+
+
+_COLUMNS = {*QUESTIONS, *ANSWERS, *_CHOSEN, *_REJECTED}
+
+
+_TURNS = ("data", "utterances", "conversation", "dialogue", "dialog", "dialogs", "turns", "items", "chat")
+
+
+_READ = {*_COLUMNS, *_TURNS, *KEYS_READ, "title", "ask", "complex_cot"}
+
+
+_READ_KEYS = tuple(sorted(_READ))
+
+
+def _list_in_cell(value: object) -> object:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(Unusable):  # words in brackets
+            return parsed(value, "")
+    return value
+
+
+def rows_of(record: object) -> list[dict] | None:
+    """The records of one that holds columns, as lists or as pandas' `{"0": ..., "1": ...}`; None for any other."""
+    if not isinstance(record, dict) or len(record) < 2:
+        return None
+    if "questions" in record and "answers" in record:
+        record = record | {key: _list_in_cell(record[key]) for key in ("questions", "answers")}
+    kinds = set(map(type, record.values()))
+    if list not in kinds and dict not in kinds:
+        return None
+    columns = {}
+    for key, value in record.items():
+        if isinstance(value, dict) and value and all(number.isdigit() for number in value):
+            value = list(value.values())
+        if isinstance(value, list):
+            columns[key] = value
+    named = [column for key, column in columns.items() if key.strip().lower() in _COLUMNS]
+    lengths = {len(column) for column in columns.values()}
+    is_text = all(isinstance(text, str | None | list) for column in named for text in column)
+    wordings = [text for column in named for text in column if isinstance(text, list)]
+    is_turns = any(isinstance(part, dict) for text in wordings for part in text)
+    if len(named) < 2 or len(lengths) != 1 or not is_text or is_turns:
+        return None
+    rest = {key: value for key, value in record.items() if key not in columns}
+    return [{**rest, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns named by flags, "" where none is; several of `question` are joined by line breaks."""
+
+    question: tuple[str, ...] = ()
+    answer: str = ""
+    chosen: str = ""
+    rejected: str = ""
+    system: str = ""
+    history: str = ""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """For each name of ours the file's."""
+        names = {"question": " + ".join(self.question), "answer": self.answer, "system": self.system}
+        names |= {"response_chosen": self.chosen, "response_rejected": self.rejected, "history": self.history}
+        return {ours: theirs for ours, theirs in names.items() if theirs}
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `reader_of`."""
+    parser.add_argument("--encoding", type=known_encoding, help="of text files; by default UTF-8, GB18030 or UTF-16")
+    parser.add_argument(
+        "--reasoning", choices=tuple(_REASONING), default="leave_out",
+        help="what becomes of HuatuoGPT-o1's Complex_CoT: left out, or in front of the reply in <think> tags or "
+        "under that model's headings",
+    )  # fmt: skip
+    add_ignore_keys(parser)
+    parser.add_argument(
+        "--role_map", type=known_roles, default={}, metavar="NAME=ROLE,...",
+        help="who speaks in turns with names of their own: 家属=user,药师=assistant",
+    )  # fmt: skip
+    group = parser.add_argument_group("columns, where they are not found by their names")
+    group.add_argument("--question_column", nargs="+", default=[], metavar="NAME", help="several are joined")
+    for name in ("answer", "chosen", "rejected", "system", "history"):
+        group.add_argument(f"--{name}_column", default="", metavar="NAME")
+
+
+def add_ignore_keys(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--ignore_keys", type=split_keys, default=(), metavar="KEYS",
+        help="keys of records and turns to read as if they were absent, with commas: label,images",
+    )  # fmt: skip
+
+
+def reader_of(args: argparse.Namespace, kind: Literal["dialogues", "pairs"]) -> "ForeignReader":
+    """The reader that the flags describe; UserError where they name some columns and not all that are needed."""
+    names = {name: getattr(args, f"{name}_column") for name in ("answer", "chosen", "rejected", "system", "history")}
+    columns = Columns(tuple(args.question_column), **names)
+    needed = ("question", "answer") if kind == "dialogues" else ("question", "chosen", "rejected")
+    lacking = [f"--{name}_column" for name in needed if not getattr(columns, name)]
+    if columns != Columns() and lacking:
+        raise UserError(f"{' and '.join(lacking)}: name these too; with one column named, none is found by itself")
+    return ForeignReader(kind, columns, args.encoding, args.reasoning, Reading(args.ignore_keys, args.role_map))
+
+
+def known_roles(listed: str) -> dict[str, str]:
+    """For argparse: `患者=user,医生=assistant`."""
+    pairs = [pair.partition("=") for pair in listed.split(",") if pair.strip()]
+    roles = {name.strip(): role.strip() for name, _, role in pairs}
+    if unknown := [role for role in roles.values() if role not in ("system", "user", "assistant", "tool")]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no role; give NAME=user, assistant, system or tool")
+    return roles
+
+
+def _by_own_names(fault: Unusable, names: Mapping[str, str]) -> Unusable:
+    """The fault by the names of the file's columns, and not by what they are read as."""
+    detail = re.sub(r"'(\w+)'", lambda name: f"'{names.get(name[1], name[1])}'", fault.detail)
+    return Unusable(fault.reason, detail)
+
+
+class ForeignReader:
+    """Reads dialogues or pairs from files of any known form, one record at a time, and notes what it found."""
+
+    def __init__(
+        self,
+        kind: Literal["dialogues", "pairs"],
+        columns: Columns = Columns(),
+        encoding: str | None = None,
+        reasoning: str = "leave_out",
+        reading: Reading | None = None,
+    ):
+        self.reading = reading or Reading()
+        self._kind = kind
+        self._make = to_dialogue if kind == "dialogues" else to_pair
+        self._form_of = _dialogue_form if kind == "dialogues" else _pair_form
+        self._columns = columns
+        self._has_columns = columns != Columns()
+        self._encoding = encoding
+        self._reasoning = reasoning
+        self._forms: dict[tuple, _Form | None] = {}  # by the keys of a record
+        self._n_by_columns: Counter[tuple[str, ...]] = Counter()
+        self._encodings: dict[Path, str] = {}
+        self._separators: dict[Path, str] = {}
+
+    def read(self, files: Sequence[Path]) -> Iterator[Dialogue | Pair | BadRecord]:
+        """One result a record, in order."""
+        for path in files:
+            for source, record in self.read_raw(path):
+                try:
+                    yield self.convert(record, source)
+                except Unusable as error:
+                    yield BadRecord(source, error.reason, error.detail)
+
+    def read_raw(self, path: Path) -> Iterator[tuple[str, object]]:
+        """The records of a file as they are, in the encoding that was given or found; of whole columns the rows."""
+        encoding = self.encoding_of(path)
+        if ending_of(path) in (".csv", ".tsv") and (separator := csv_separator(path, encoding)) != ",":
+            self._separators[path] = separator
+        for source, record in read_raw(path, encoding):
+            if isinstance(record, Unusable) and record.reason == "not UTF-8":
+                reason = record.reason if encoding == UTF8 else f"not {encoding}"
+                record = Unusable(reason, "a byte has no meaning there; mend it, or name the file's --encoding")
+            rows = rows_of(record)
+            if rows is None:
+                yield source, record
+            else:
+                yield from ((f"{source} (row {number})", row) for number, row in enumerate(rows, 1))
+
+    def encoding_of(self, path: Path) -> str:
+        """The encoding that was given or is found; noted where it is not UTF-8."""
+        encoding = self._encoding or (UTF8 if ending_of(path) == ".parquet" else detect_encoding(path))
+        if encoding != UTF8:
+            self._encodings[path] = encoding
+        return encoding
+
+    def convert(self, record: object, source: str) -> Dialogue | Pair:
+        """Raises Unusable."""
+        if isinstance(record, Unusable):
+            raise record
+        if self._has_columns:
+            try:
+                return self._make(self._by_columns(record), source, self.reading)
+            except Unusable as fault:
+                raise _by_own_names(fault, self._columns.names) from None
+        if not isinstance(record, dict):
+            return self._make(record, source, self.reading)
+        record = self.reading.without_ignored(record)
+        present = with_values(record)
+        keys = tuple(present)
+        if is_read_whole(keys, self._kind):
+            return self._make(present, source, self.reading)
+        form = self._form_by_keys(keys) or self._form_by_keys(tuple(record))
+        if form is None:
+            return self._make(record, source, self.reading)
+        try:
+            item = self._make(form.convert(self._lowered(record)), source, self.reading)
+        except Unusable as fault:
+            raise _by_own_names(fault, form.names) from None
+        self._n_by_columns[form.columns] += 1
+        return item
+
+    def _form_by_keys(self, keys: tuple[str, ...]) -> _Form | None:
+        if keys not in self._forms:
+            self._forms[keys] = self._find_form(keys)
+        return self._forms[keys]
+
+    def _find_form(self, keys: tuple[str, ...]) -> _Form | None:
+        """How records with these keys are converted; None where dialects.py knows them, or nobody does."""
+        if has_dialect(keys, self._kind):
+            return self._form_of(keys, self._reasoning) if lacks_prompt(keys) else None
+        lower = tuple(dict.fromkeys(key.strip().lower() for key in keys))
+        if lower != keys and has_dialect(lower, self._kind):
+            return _Form(keys, lambda lowered: lowered)
+        return self._form_of(lower, self._reasoning)
+
+    def _lowered(self, record: dict) -> dict:
+        """The record with the names that are read in lower case; advice names the others as they are."""
+        lowered = {}
+        for key, value in record.items():
+            name = key.strip().lower()
+            name = name if name in _READ else key
+            if is_empty(lowered.get(name)):
+                lowered[name] = value
+            elif not is_empty(value) and value != lowered[name]:
+                raise Unusable("two forms", f"has {name!r} twice, with other words; {self.reading.ignoring(key)}")
+        return lowered
+
+    def _by_columns(self, record: object) -> dict:
+        if not isinstance(record, dict):
+            raise Unusable("not an object", f"the record is {record!r:.60}; it has no columns")
+        columns = self._columns
+        named = {
+            "answer": columns.answer, "response_chosen": columns.chosen, "response_rejected": columns.rejected,
+            "system": columns.system, "history": columns.history,
+        }  # fmt: skip
+        absent = [name for name in (*columns.question, *filter(None, named.values())) if name not in record]
+        if absent:
+            raise Unusable("no such column", f"has {_listed(record)}; the flags name {_listed(absent)}")
+        used = {*columns.question, *named.values(), *(("system_prompt",) if columns.system else ())}
+        values = {key: record[name] for key, name in named.items() if name}
+        question = record[columns.question[0]]
+        if len(columns.question) > 1:
+            asked = {name: record[name] for name in columns.question if not is_empty(record[name])}
+            texts = (text if isinstance(text, int | float) else text_of(text, name) for name, text in asked.items())
+            question = "\n".join(map(str, texts))
+        record = self.reading.without_ignored(record)
+        beside = tuple(key for key in record if key not in used and not is_empty(record[key]))
+        plan = sort_keys(beside, _READ_KEYS)
+        kept_keys = [key for key in ("history", *ASIDE, *SCORES) if key in beside]
+        kept_keys += plan.that_matter + plan.unknown
+        return {key: record[key] for key in kept_keys} | {"question": question} | values
+
+    def found(self) -> list[str]:
+        """A line for each form and encoding that was not the stages' own, and for what was met in the records."""
+        lines = [
+            f"{count:,} records by the columns {_listed(columns)}" for columns, count in self._n_by_columns.items()
+        ]
+        if self._reasoning == "leave_out" and any("complex_cot" in columns for columns in self._n_by_columns):
+            lines.append("'complex_cot' is left out; --reasoning think_tags keeps it")
+        lines += self.reading.lines()
+        lines += [f"{path} is {encoding}" for path, encoding in self._encodings.items()]
+        return lines + [f"{path} has its cells separated by {mark!r}" for path, mark in self._separators.items()]
+
+    @property
+    def column_flags(self) -> str:
+        """How the columns are named by hand."""
+        names = ("question", "answer") if self._make is to_dialogue else ("question", "chosen", "rejected")
+        return " ".join(f"--{name}_column NAME" for name in names)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))

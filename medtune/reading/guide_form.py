@@ -1,0 +1,72 @@
+"""The guide's records, written; the stages read them back to the same."""
+
+import json
+
+import orjson
+
+from medtune.reading.records import Dialogue, Pair
+from medtune.reading.turns import reads_as_turns
+
+
+def guide_record(item: Dialogue | Pair) -> dict:
+    """The guide's record of a dialogue or a pair; conversations.py reads it back to the same."""
+    return _dialogue_record(item) if isinstance(item, Dialogue) else _pair_record(item)
+
+
+def guide_line(item: Dialogue | Pair) -> str:
+    """The guide's record as a line of a .jsonl file."""
+    record = guide_record(item)
+    try:
+        return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE).decode()
+    except TypeError:  # an integer of more than 64 bits, in tools
+        return json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def _dialogue_record(dialogue: Dialogue) -> dict:
+    messages = dialogue.messages
+    record = {}
+    if messages[0]["role"] == "system":
+        record["system"] = messages[0]["content"]
+        messages = messages[1:]
+    if dialogue.tools:
+        record["tools"] = dialogue.tools
+    record["conversations"] = [_sharegpt_turn(message) for message in messages]
+    return record
+
+
+_SHAREGPT_NAMES = {"user": "human", "assistant": "gpt", "tool": "observation"}
+
+
+def _sharegpt_turn(message: dict) -> dict:
+    calls = message.get("tool_calls")
+    if calls and not message["content"]:
+        weight = {"weight": message["weight"]} if "weight" in message else {}
+        return {"from": "function_call", "value": json.dumps(calls, ensure_ascii=False), **weight}
+    turn = {"from": _SHAREGPT_NAMES[message["role"]], "value": message["content"]}
+    if len(message) == 2:
+        return turn
+    return turn | {key: message[key] for key in ("tool_calls", "weight") if key in message}
+
+
+def _pair_record(pair: Pair) -> dict:
+    """The guide's form, or the turns as `conversations` where it cannot say them: tools, texts that are dialogues."""
+    messages, system = pair.messages, ""
+    if messages[0]["role"] == "system":
+        system, messages = messages[0]["content"], messages[1:]
+    others = {} if pair.margin is None else {"margin": pair.margin}
+    others |= {"tools": pair.tools} if pair.tools else {}
+    texts = (messages[-1]["content"], pair.chosen, pair.rejected)
+    used_tools = any(message["role"] == "tool" or message.get("tool_calls") for message in messages[:-1])
+    if used_tools or any(map(reads_as_turns, texts)):
+        turns = [_sharegpt_turn(message) for message in messages]
+        replies = {key: {"from": "gpt", "value": getattr(pair, key)} for key in ("chosen", "rejected")}
+        return {"system": system, "conversations": turns, **replies, **others}
+    said = [message["content"] for message in messages]
+    return {
+        "system": system,
+        "history": [list(exchange) for exchange in zip(said[:-1:2], said[1:-1:2], strict=True)],
+        "question": said[-1],
+        "response_chosen": pair.chosen,
+        "response_rejected": pair.rejected,
+        **others,
+    }

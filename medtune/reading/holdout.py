@@ -1,0 +1,82 @@
+"""Which records a part holds: those held out, and a seeded choice of them.
+
+train, held_out = split_holdout(dialogues, 100, seed=42, flag="--max_eval_samples")
+"""
+
+import hashlib
+import random
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Literal
+
+from medtune.errors import UserError
+from medtune.reading.records import Dialogue, Document, Pair, T
+
+
+def choose_part(
+    records: Sequence[T],
+    part: Literal["train", "eval"],
+    held_out: bool,
+    max_train_samples: int | None,
+    max_eval_samples: int | None,
+    seed: int,
+) -> list[T]:
+    """The records of one part, drawn with the seed; held_out: both are parts of the same files."""
+    if held_out:
+        # As many as asked for, but never more than a tenth of the data.
+        n_eval = max(1, min(max_eval_samples or len(records), len(records) // 10))
+        train_part, eval_part = split_holdout(records, n_eval, seed, "--max_eval_samples")
+        records = train_part if part == "train" else eval_part
+    return take_samples(records, max_train_samples if part == "train" else max_eval_samples, seed)
+
+
+def take_samples(items: Sequence[T], max_samples: int | None, seed: int) -> list[T]:
+    """A seeded random choice of at most `max_samples` items, in their order; None or too few takes all."""
+    if max_samples is None or max_samples >= len(items):
+        return list(items)
+    chosen = random.Random(seed).sample(range(len(items)), max_samples)
+    return [items[index] for index in sorted(chosen)]
+
+
+def split_holdout(records: Sequence[T], size: int | float, seed: int, flag: str) -> tuple[list[T], list[T]]:
+    """Split into (train, held out), both in the order given; a question or text never falls on both sides.
+
+    Args:
+        records: what to split.
+        size: how many to hold out (int), or which share of all (float below 1). Fewer are held out where the
+            records that share a question do not fit.
+        seed: decides which questions come first; the order of the records does not matter.
+        flag: the flag that set `size`, for the message.
+
+    Raises:
+        UserError: a side would be empty.
+    """
+    by_question: dict[str, list[int]] = defaultdict(list)
+    for index, record in enumerate(records):
+        by_question[_question_key(record)].append(index)
+
+    wanted = size if isinstance(size, int) else max(1, round(size * len(records)))
+    held_out: set[int] = set()
+    for question in sorted(by_question, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest()):
+        if len(held_out) + len(by_question[question]) <= wanted:
+            held_out.update(by_question[question])
+
+    if not held_out or len(held_out) == len(records):
+        raise UserError(
+            f"{flag} {size}: cannot hold out {wanted} of {len(records)} records "
+            f"({len(by_question)} of them different) and train on the rest; "
+            "lower it or give validation files of their own"
+        )
+    train = [record for index, record in enumerate(records) if index not in held_out]
+    return train, [records[index] for index in sorted(held_out)]
+
+
+def _question_key(record: Dialogue | Document | Pair) -> str:
+    """The first user turn, or the text, without what copies differ in: case, character width, punctuation, spaces."""
+    if isinstance(record, Document):
+        question = record.text
+    else:
+        question = next(message["content"] for message in record.messages if message["role"] == "user")
+    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", question).casefold())

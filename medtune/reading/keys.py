@@ -1,0 +1,281 @@
+"""What the keys of a record and of its turns mean: read as text, harmless, or known to change what is to be learned.
+
+    plan = sort_keys(tuple(record), read=("question", "answer"))
+    check_reply_keys(record, plan, Reading(), "the record")  # raises Unusable, or names the key that rules it out
+
+A key that is known to matter is honoured; where it cannot be, the record is bad data. A key that nobody knows is
+counted by its name.
+"""
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+from medtune.errors import Unusable
+from medtune.reading.values import holds_nothing, is_empty, stripped
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the user said of the data, and what was met in it that is worth a line.
+
+    A flag is None where the caller has no such flag, which advice then does not name.
+    """
+
+    ignore_keys: tuple[str, ...] | None = None  # keys of records and turns that are read as if they were absent
+    role_map: Mapping[str, str] | None = None  # a name, and the role that it stands for
+    null_words: bool = True  # whether "None" in a turn is a missing value, and not what somebody said
+    _notes: dict[str, list] = field(default_factory=dict)  # what: [how often, where first]
+
+    def ignoring(self, *keys: str) -> str:
+        """Advice: how to read on without these keys."""
+        if self.ignore_keys is None:
+            return f"take {', '.join(map(repr, keys))} out of the record"
+        listed = ",".join([*self.ignore_keys, *keys])
+        return f"--ignore_keys {listed} reads on without {'them' if keys[1:] else 'it'}"
+
+    def without_ignored(self, record: object) -> object:
+        """A record or turn, if it is an object, without the keys to ignore."""
+        if not self.ignore_keys or not isinstance(record, dict):
+            return record
+        return {key: value for key, value in record.items() if key not in self.ignore_keys}
+
+    def note(self, what: str, source: str = "") -> None:
+        self._notes.setdefault(what, [0, source])[0] += 1
+
+    def note_keys(self, keys: tuple[str, ...], of: str = "of records") -> None:
+        """Count keys that nobody knows."""
+        for key in keys:
+            self.note(f"{of}\0{key}")
+
+    def lines(self) -> list[str]:
+        """What was noted, in a line each; all unknown keys of records in one, and those of turns."""
+        lines = []
+        for of in ("of records", "of turns"):
+            counts = [(key[len(of) + 1 :], n) for key, (n, _) in self._notes.items() if key.startswith(f"{of}\0")]
+            counts.sort(key=lambda counted: -counted[1])
+            if counts:
+                listed = ", ".join(f"{key!r} ({n:,})" for key, n in counts[:20])
+                more = f" and {len(counts) - 20} more" if len(counts) > 20 else ""
+                lines.append(f"keys {of} that are not read: {listed}{more}")
+        others = [(what, n, source) for what, (n, source) in self._notes.items() if "\0" not in what]
+        return lines + [f"{what}: {n:,}, the first in {source}" for what, n, source in others]
+
+
+def split_keys(listed: str | None) -> tuple[str, ...]:
+    """The keys of `--ignore_keys`."""
+    return tuple(sorted({key.strip() for key in (listed or "").split(",") if key.strip()}))
+
+
+# Whether a reply is a good one, by true or false.
+VERDICTS = (
+    "label", "kto_tag", "is_correct", "correct", "is_good", "accepted", "is_accepted", "approved", "is_chosen",
+    "desirable", "is_desirable", "thumbs_up", "valid", "is_valid", "is_right", "kto_label", "标签", "是否正确",
+    "是否采纳", "是否合格",
+)  # fmt: skip
+# Under these names numbers and words say so too.
+CLEAR_VERDICTS = ("kto_tag", "is_correct", "是否正确", "是否采纳", "是否合格")
+# Whether a turn, or the reply of a record, is learned, by true or false, or 1 or 0.
+WEIGHTS = (
+    "weight", "loss_weight", "loss_scale", "sample_weight", "loss", "train", "training", "trainable", "train_on_turn",
+    "train_on", "train_detail", "training_detail", "output_with_loss", "with_loss", "compute_loss", "calculate_loss",
+    "loss_mask", "learn", "learnable",
+)  # fmt: skip
+THOUGHTS = (
+    "reasoning_content", "reasoning", "reasoning_text", "reasoning_details", "thinking", "thinking_content", "thought",
+    "thoughts", "think", "cot", "complex_cot", "long_cot", "cot_content", "chain_of_thought", "reasoning_trace",
+    "reasoning_traces", "reasoning_process", "reasoning_steps", "reasoning_chain", "think_content", "thinking_process",
+    "thought_process", "thinking_trajectory", "thinking_trajectories", "deepseek_reasoning", "model_reasoning",
+    "deepseek_thinking_trajectory", "gemini_thinking_trajectory", "inner_thoughts", "scratchpad", "思考", "思考过程",
+    "思维链", "推理", "推理过程",
+)  # fmt: skip
+MODES = (
+    "on", "off", "yes", "no", "auto", "none", "minimal", "low", "medium", "high", "enabled", "disabled", "true",
+    "false",
+)  # fmt: skip
+MEDIA = (
+    "image", "images", "image_url", "image_urls", "image_path", "image_paths", "img", "imgs", "picture", "pictures",
+    "image_file", "image_files", "image_name", "image_id", "image_base64", "img_path", "img_name", "img_id", "photo",
+    "photos", "pic", "pics", "figure_path", "图片", "图像", "video", "videos", "video_path", "audio", "audios",
+    "audio_path", "pixel_values",
+)  # fmt: skip
+OPTIONS = ("options", "option", "choices", "option_list", "options_list", "选项", "备选答案")
+# One option a key: A, opa, option_a, Choice A.
+_LETTERED = re.compile(r"\s*(?:[A-H]|(?i:(?:op|opt|option|choice|选项)[_\s]*[a-h]))\s*")
+
+# Said about a record and not in it: where it is from, what it is about, how it was judged or made.
+HARMLESS = frozenset(
+    """
+    id _id idx index uid uuid guid no num row_id item_id doc_id docid sample_id record_id case_id data_id dialog_id
+    dialogue_id conversation_id conv_id session_id chat_id prompt_id question_id answer_id qid pid turn_id message_id
+    parent_id tool_call_id call_id example_id original_id source_id
+    source sources src dataset data_source source_dataset dataset_name origin original_source subset config split
+    url urls link href ref refs reference references citation citations license file filename file_name path doi pmid
+    domain domains category categories sub_category subcategory type types kind tag tags topic topics topic_name
+    subject subjects subject_name subject_id department departments cate1 cate2 class class_name classification
+    disease diseases related_diseases specialty specialities keyword keywords label_name task task_name task_type
+    tasks meta_info exam_type exam_class exam_subject question_type difficulty level answer_idx answer_index cop
+    choice_type medical_task
+    lang language languages locale country
+    date time datetime timestamp created created_at create_time updated updated_at year published version
+    title titles name names author authors user_name user user_id username annotator annotator_id creator model
+    model_name models generator teacher
+    score scores rating ratings rank ranking quality quality_score perplexity ppl reward rewards score_chosen
+    score_rejected margin upvotes likes votes confidence
+    length lengths len n_tokens num_tokens token_count tokens n_turns num_turns turns_count text_length
+    meta metadata info extra extras additional_info notes note comment comments remark hash md5 sha256
+    refusal annotations function_call audio_url finish_reason stop_reason logprobs markdown
+    age gender sex height
+    """.split()  # noqa: SIM905 - to be read
+)
+
+
+@dataclass(frozen=True)
+class KeyPlan:
+    """The keys of one record or turn by what they mean; as many records share one, it is made once."""
+
+    verdicts: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    thoughts: tuple[str, ...] = ()
+    media: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @cached_property
+    def that_matter(self) -> tuple[str, ...]:
+        return self.verdicts + self.weights + self.thoughts + self.media + self.options
+
+
+@lru_cache(maxsize=4000)
+def sort_keys(keys: tuple[str, ...], read: tuple[str, ...]) -> KeyPlan:
+    """The keys that are not read, by what they mean; upper case, blanks and other marks in a name do not matter."""
+    rest = [key for key in keys if key not in read]
+    letters = {letter_of(key) for key in rest}
+    sorted_keys: dict[str, list[str]] = {}
+    for key in rest:
+        kind = "options" if letter_of(key) and {"A", "B"} <= letters else _KINDS.get(_bare(key), "unknown")
+        sorted_keys.setdefault(kind, []).append(key)
+    sorted_keys.pop("harmless", None)
+    return KeyPlan(**{kind: tuple(found) for kind, found in sorted_keys.items()})
+
+
+def _bare(key: str) -> str:
+    """`reasoning-content` and `reasoningContent` are `reasoning_content`."""
+    return re.sub(r"[\W_]+", "", key).lower()
+
+
+_TABLES = {
+    "verdicts": VERDICTS, "weights": WEIGHTS, "thoughts": THOUGHTS, "media": MEDIA, "options": OPTIONS,
+    "harmless": HARMLESS,
+}  # fmt: skip
+_KINDS = {_bare(name): kind for kind, names in _TABLES.items() for name in names}
+
+
+def is_harmless(key: str) -> bool:
+    return _KINDS.get(_bare(key)) == "harmless"
+
+
+def letter_of(key: str) -> str:
+    """The letter of the option that a key holds, "" of any other key."""
+    return key.strip()[-1].upper() if _LETTERED.fullmatch(key) else ""
+
+
+def check_media(record: dict, plan: KeyPlan, reading: Reading, where: str) -> None:
+    """Raise Unusable where a record or turn comes with a picture, a film or a sound."""
+    if keys := [key for key in plan.media if not holds_nothing(record[key]) and record[key] is not False]:
+        listed = ", ".join(map(repr, keys))
+        raise Unusable("not text", f"{where} has {listed}, and only text is trained on; {reading.ignoring(*keys)}")
+
+
+def check_prompt_keys(turn: dict, plan: KeyPlan, reading: Reading, where: str) -> None:
+    """Raise Unusable where a turn that is not the assistant's has media, or is to be learned."""
+    check_media(turn, plan, reading, where)
+    for key in plan.weights:
+        if _truth(turn[key]):
+            raise Unusable(
+                "weight of a prompt",
+                f"{where} has {key!r}: {turn[key]!r}, and of turns only replies are learned; {reading.ignoring(key)}",
+            )
+
+
+def check_reply_keys(
+    record: dict, plan: KeyPlan, reading: Reading, where: str, said: str = "", of_turn: bool = False
+) -> str:
+    """The key by which the reply of a record or turn is not to be learned, "" where it is; a thought may be `said`.
+
+    Raises Unusable where a key cannot be honoured.
+    """
+    if of_turn:
+        check_media(record, plan, reading, where)
+    for key in plan.thoughts:
+        if _is_thought(record[key]) and not (isinstance(record[key], str) and stripped(record[key]) in said):
+            raise Unusable(
+                "thought apart",
+                f"{where} has what was thought before the reply in {key!r}, which is not learned from there; write it "
+                f"into the reply as <think>...</think>, or {reading.ignoring(key)}",
+            )
+    for key in plan.verdicts:
+        if not _is_approved(record[key], key, reading, where):
+            return key
+    for key in plan.weights:
+        if not _is_weighed(record[key], key, reading, where, of_turn):
+            return key
+    return ""
+
+
+def _is_approved(value: object, key: str, reading: Reading, where: str) -> bool:
+    """False where the key says that the reply is a bad one; any other value than a verdict is a topic."""
+    if is_empty(value):
+        return True
+    truth = _truth(value)
+    if truth is None and key.strip().lower() in CLEAR_VERDICTS:
+        return value not in ("否", "错") and _zero_or_one(value) is not False
+    if truth is None and _zero_or_one(value) is not None:
+        raise Unusable(
+            "unclear verdict",
+            f"{where} has {key!r}: {value!r}; if 0 marks bad replies, take those records out, and then, or if it is a "
+            f"topic, {reading.ignoring(key)}",
+        )
+    return truth is not False
+
+
+def _is_weighed(value: object, key: str, reading: Reading, where: str, of_turn: bool) -> bool:
+    """False where the weight is 0 or false; raises Unusable where it is between."""
+    with suppress(ValueError):  # a cell of a csv file
+        value = float(value) if isinstance(value, str) else value
+    if is_empty(value):
+        return True
+    truth, name = _truth(value), key.strip().lower()
+    if truth is None and not of_turn and (isinstance(value, str) or name == "loss"):
+        return True  # beside a whole record: a word, or a measurement
+    truth = _zero_or_one(value) if truth is None else truth
+    if truth is None and not of_turn and name == "weight" and isinstance(value, int | float) and value > 1:
+        return True  # a person's
+    if truth is None:
+        raise Unusable(
+            "partial weight",
+            f"{where} has {key!r}: {value!r}; a reply is learned (1) or not (0); {reading.ignoring(key)}",
+        )
+    return truth
+
+
+def _is_thought(value: object) -> bool:
+    """Words or parts, and not the mode that a model was asked in."""
+    return (
+        not holds_nothing(value)
+        and not isinstance(value, bool | int | float)
+        and str(value).strip().lower() not in MODES
+    )
+
+
+def _truth(value: object) -> bool | None:
+    """True and false, also as a cell of a csv file has them."""
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+def _zero_or_one(value: object) -> bool | None:
+    return {"0": False, "1": True, "0.0": False, "1.0": True}.get(str(value).strip())

@@ -1,0 +1,60 @@
+"""Which kind of records a folder holds: dialogues, pairs or documents."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from medtune.errors import UserError
+from medtune.reading.finding import TEXT_ENDINGS, find_files
+from medtune.reading.record_sets import read_dialogues, read_documents, read_pairs
+from medtune.reading.records import BadRecord
+
+Kind = Literal["dialogues", "pairs", "documents"]
+
+
+READERS = {"dialogues": read_dialogues, "pairs": read_pairs, "documents": read_documents}
+
+
+# Of a file whose first records are all faulty, so many are looked at.
+_PROBED = 100
+
+
+# Why a record is no dialogue, faulty or not.
+_KINDS_BY_REASON: dict[str, Kind] = {"preference pair": "pairs", "plain text": "documents"}
+
+
+def find_kind(path: str | Path, flag: str) -> tuple[Kind, list[Path], list[Path]]:
+    """What the records at `path` are, the files that the stage for them reads, and those it does not.
+
+    Lines of .txt files are documents where nothing else is there. Raises UserError where two kinds are mixed.
+    """
+    files, unread = find_files(path, flag, TEXT_ENDINGS)
+    of_records = [file for file in files if not is_plain_text(file)]
+    first_of_kind: dict[Kind, Path] = {}
+    for file in of_records:
+        if kind := _kind_of(file):
+            first_of_kind.setdefault(kind, file)
+    if len(first_of_kind) > 1:
+        found = " and ".join(f"{kind} ({file})" for kind, file in first_of_kind.items())
+        raise UserError(f"{flag} {path}: holds {found}, which no stage reads together; name one of them")
+    kind = next(iter(first_of_kind), "dialogues" if of_records else "documents")
+    if kind == "documents":
+        return kind, files, unread
+    return kind, of_records, sorted([*unread, *(file for file in files if is_plain_text(file))])
+
+
+def is_plain_text(path: Path) -> bool:
+    return path.name.lower().endswith((".txt", ".txt.gz"))
+
+
+def _kind_of(path: Path) -> Kind | None:
+    """Dialogues, if a record is one; otherwise what the first record is that is of a kind at all."""
+    kind = None
+    try:
+        for result in islice(read_dialogues([path]), _PROBED):
+            if not isinstance(result, BadRecord):
+                return "dialogues"
+            kind = kind or _KINDS_BY_REASON.get(result.reason)
+    except UserError:  # whoever reads the whole file says what is wrong with it
+        pass
+    return kind

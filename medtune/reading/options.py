@@ -1,0 +1,68 @@
+"""The options of an exam's question, from any of the forms they are published in, as lines of the question."""
+
+import re
+import string
+from collections.abc import Sequence
+
+from medtune.errors import Unusable
+from medtune.reading.dialects import RecordPlan
+from medtune.reading.keys import Reading, letter_of
+from medtune.reading.values import NESTED, is_empty, parsed, stripped
+
+
+def with_options(turns: list[dict], record: dict, plan: RecordPlan, reading: Reading) -> list[dict]:
+    """The turns with the options in the question, where they do not stand there already."""
+    options = _options_of(record, plan.keys.options)
+    read = "\n".join(turn["content"] for turn in turns)
+    asks = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
+    if not asks or all(text in read for text in options.values()):
+        return turns
+    if plan.dialect.has_turns:
+        keys = ", ".join(map(repr, plan.keys.options))
+        raise Unusable(
+            "options apart",
+            f"has {keys}, which no turn says; write them into the question, or {reading.ignoring(*plan.keys.options)}",
+        )
+    asked = asks[-1]
+    lines = [turns[asked]["content"], *(f"{letter}. {text}" for letter, text in options.items())]
+    return [*turns[:asked], {"role": "user", "content": "\n".join(lines)}, *turns[asked + 1 :]]
+
+
+def _options_of(record: dict, keys: Sequence[str]) -> dict[str, str]:
+    """Letter and text of each option, from any of the forms that exams are published in."""
+    by_letter = {letter_of(key): record[key] for key in sorted(keys, key=letter_of) if letter_of(key)}
+    value = given = by_letter or first_of(record, keys) or []
+    if isinstance(value, str):
+        value = parsed(value, "'options'") if NESTED.match(value) else list(filter(None, value.splitlines()))
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        matches = list(filter(None, map(_OPTION_LINE.match, value)))
+        letters = "".join(match[1] or match[2] for match in matches).upper()
+        if len(matches) == len(value) and string.ascii_uppercase.startswith(letters):  # not E. coli and S. aureus
+            value = {letter: line.string[line.end() :] for letter, line in zip(letters, matches, strict=True)}
+    if isinstance(value, dict) and all(isinstance(item, list) for item in value.values()):
+        value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
+    if isinstance(value, list):
+        value = dict(map(_letter_and_text, string.ascii_uppercase, value))
+    options = (
+        {letter: text for letter, text in value.items() if not is_empty(text)} if isinstance(value, dict) else None
+    )
+    if options is None or not all(isinstance(text, str | int | float) for text in options.values()):
+        raise Unusable("broken options", f"the options are {given!r:.80}; they must be letters and texts")
+    return {letter: stripped(str(text)) for letter, text in options.items()}
+
+
+def _letter_and_text(letter: str, option: object) -> tuple[str, object]:
+    """Of an item of a list of options: a text, or an object that says both; `letter` where it does not say one."""
+    if not isinstance(option, dict):
+        return letter, option
+    if len(option) == 1 and letter_of(next(iter(option))):
+        return next(iter(option.items()))
+    text = first_of(option, ("value", "text", "content"))
+    return str(first_of(option, ("key", "label", "id", "letter")) or letter), option if text is None else text
+
+
+def first_of(row: dict, keys: Sequence[str]) -> object:
+    return next((row[key] for key in keys if not is_empty(row.get(key))), None)
+
+
+_OPTION_LINE = re.compile(r"\s*(?:[(（]([A-Za-z])[)）]|([A-Za-z])(?:\s*[.:：、)）．]|\s))\s*")

@@ -1,0 +1,60 @@
+"""The flags by which the data tools count in tokens, as a stage would."""
+
+import argparse
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+
+from medtune.errors import UserError
+from medtune.reading.kinds import Kind
+
+
+def lengths_at(lengths: Counter[int], shares: Sequence[float]) -> list[int]:
+    """For each share, the length that so many of the records have at most; one that occurs."""
+    ordered = sorted(lengths)
+    up_to = list(accumulate(lengths[length] for length in ordered))
+    return [ordered[bisect_left(up_to, share * up_to[-1])] for share in shares]
+
+
+# The limits of the stages: of which kind of records, and by default how many tokens.
+LIMITS: dict[str, tuple[Kind, int, str]] = {
+    "model_max_length": ("dialogues", 2048, "dialogue"),
+    "max_source_length": ("pairs", 1024, "prompt of a pair"),
+    "max_target_length": ("pairs", 512, "reply of a pair"),
+}
+
+
+def add_token_flags(parser: argparse._ActionsContainer) -> None:
+    """The tokenizer, and the flags that say how a stage would use it."""
+    parser.add_argument("--model_name_or_path", "--tokenizer", dest="tokenizer", help="hub name or folder of the model")
+    parser.add_argument("--template_name", help="named prompt template instead of the tokenizer's own")
+    for name, (_, default, what) in LIMITS.items():
+        parser.add_argument(f"--{name}", type=int, help=f"tokens of the longest {what} (default: {default})")
+
+
+def settle_token_flags(args: argparse.Namespace, kind: Kind) -> list[str]:
+    """Set the limits of this kind that were not given, with a tokenizer; a note for each given that it does not have.
+
+    Raises UserError where there is no tokenizer to count by, or nothing fits.
+    """
+    for name in ("template_name", *LIMITS):
+        value = getattr(args, name)
+        if value is not None and not args.tokenizer:
+            raise UserError(f"--{name} {value}: counts in tokens, so name the model too: --model_name_or_path")
+        if name in LIMITS and value is not None and value < 8:
+            raise UserError(f"--{name} {value}: nothing fits; give a number of tokens")
+    notes = []
+    for name, (limited, default, _) in LIMITS.items():
+        value = getattr(args, name)
+        if limited != kind:
+            notes += [f"--{name} {value}: limits {limited}, and these are {kind}"] if value is not None else []
+            setattr(args, name, None)
+        elif value is None and args.tokenizer:
+            setattr(args, name, default)
+    return notes
+
+
+def limits_of(args: argparse.Namespace) -> str:
+    """The limits that hold, as flags."""
+    return " ".join(f"--{name} {getattr(args, name)}" for name in LIMITS if getattr(args, name) is not None)

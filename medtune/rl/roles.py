@@ -1,0 +1,320 @@
+"""The four roles of PPO on one base model, adapters and small heads on it, and how two of them learn.
+
+role       weights                                                       trained
+policy     base + adapter "default": the SFT adapter continued           yes
+reference  base + adapter "reference": a copy of that start              no
+reward     base + adapter "reward" + score head, or a model of its own   no
+value      base + adapter "value" + head: starts as the reward model     yes
+"""
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers.utils import ModelOutput
+
+from medtune.errors import UserError
+from medtune.models.adapters import add_adapter, load_for_training
+from medtune.models.lineage import base_of, is_adapter
+from medtune.models.lora_layers import describe_trainable
+from medtune.models.reward_models import add_reward_adapter, load_reward_model
+from medtune.models.score_heads import ScoreHead
+from medtune.rl.ppo_math import position_ids, token_logps
+
+# The first tokens of the first prompts, on which log-probs are compared with the model's own.
+CHECKED_PROMPTS, CHECKED_TOKENS = 4, 32
+
+# ---------------------------------------------------------------- the roles
+
+
+class ValueHead(torch.nn.Module):
+    """[..., hidden] states to [...] values in float32; starts as the reward model's head, less what scores are
+    centred by, so that the first values are scores."""
+
+    def __init__(self, weight: torch.Tensor, shift: float):
+        super().__init__()
+        self.score = ScoreHead(weight.shape[1], 1, bias=False, dtype=torch.float32)
+        self.score.weight.data.copy_(weight)
+        self.bias = torch.nn.Parameter(torch.tensor([-shift], dtype=torch.float32))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.score(hidden).squeeze(-1) + self.bias
+
+
+def own_logits(model: PreTrainedModel, output_class: type[ModelOutput], states: torch.Tensor) -> torch.Tensor:
+    """[N, V] logits of [N, hidden] last states by the model's own forward pass, which may scale or cap them, with the
+    states in place of what its backbone computes.
+
+    output_class: of the backbone's output.
+    """
+    backbone = model.base_model
+    own_forward = vars(backbone).get("forward")  # accelerate sets one where weights are quantized
+    backbone.forward = lambda *args, **kwargs: output_class(last_hidden_state=states[None])
+    try:
+        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+        return model(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        del backbone.forward
+        if own_forward is not None:
+            backbone.forward = own_forward
+
+
+@dataclass
+class Roles:
+    """One base model with an adapter for each role; a reward model of another base beside it."""
+
+    model: PeftModel
+    reward_model: PreTrainedModel | PeftModel | None
+    reward_head: ScoreHead | None
+    value_head: ValueHead | None = None
+    score_shift: float = 0.0
+
+    def add_value_head(self, score_shift: float) -> None:
+        """Centre the scores, and put the reward model's head on the value model so that its first values are scores."""
+        self.score_shift = score_shift
+        if self.reward_head is None:
+            head = ValueHead(torch.zeros(1, self.model.config.hidden_size), 0.0)
+        else:
+            head = ValueHead(self.reward_head.weight.detach(), score_shift)
+        self.value_head = head.to(self.model.device)
+
+    def act_as(self, role: str, trained: bool = False) -> None:
+        self.model.set_adapter({"policy": "default"}.get(role, role), inference_mode=not trained)
+        self.model.train(trained)  # gradient checkpointing asks for it; there is no dropout
+
+    def outputs(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> ModelOutput:
+        """What the backbone gives in the role that acts."""
+        return self.model.get_base_model().base_model(
+            input_ids=ids,
+            attention_mask=attention_mask.long(),
+            position_ids=position_ids(attention_mask),  # detail: positions from the mask, whatever the padding
+            use_cache=False,
+        )
+
+    def states(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[B, L, hidden] last states of the role that acts."""
+        return self.outputs(ids, attention_mask).last_hidden_state
+
+    def logps(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, T] log-probs, entropies and variances of `token_logps` of the reply tokens, 0 outside the mask, by a
+        full forward pass.
+
+        Sampling has log-probs too, but of a cache: learning compares like with like (detail).
+        """
+        n_reply = mask.shape[1]
+        outputs = self.outputs(ids, attention_mask)
+        predicting = outputs.last_hidden_state[:, -n_reply - 1 : -1][mask]
+        head = partial(own_logits, self.model.get_base_model(), type(outputs))
+        # Detail: the temperature of sampling divides the logits here too.
+        flat = token_logps(predicting, ids[:, -n_reply:][mask], head, temperature)
+        return tuple(torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, values) for values in flat)
+
+    @torch.no_grad()
+    def check_logps(self, prompts: list[list[int]], temperature: float, where: str) -> None:
+        """Raise UserError, which begins with `where`, if `logps` are not those of the model's own forward pass."""
+        width = min(CHECKED_TOKENS, *map(len, prompts))
+        ids = torch.tensor([prompt[:width] for prompt in prompts[:CHECKED_PROMPTS]], device=self.model.device)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        self.act_as("policy")
+        logps, *_ = self.logps(ids, mask, mask[:, 1:], temperature)
+        logits = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
+        own_logps = (logits.float() / temperature).log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
+        difference = (logps - own_logps).abs().mean().item()
+        # The same operations in chunks of other sizes: a few logits round to a neighbour.
+        rounding = max(1e-4, 2 * torch.finfo(logits.dtype).eps)
+        if difference > rounding:
+            name = type(self.model.get_base_model()).__name__
+            raise UserError(
+                f"{where}: PPO's log-probs differ from those of the model's own forward pass by {difference:.2g} nats "
+                f"a token, where rounding explains {rounding:.2g}: {name} makes its logits in a way that PPO does not "
+                "follow, and would be trained on wrong probabilities; take another model"
+            )
+
+    def values(self, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[B, T] value before each reply token, 0 outside the mask: the policy's mask (detail)."""
+        n_reply = mask.shape[1]
+        return self.value_head(self.states(ids, attention_mask)[:, -n_reply - 1 : -1]) * mask
+
+    @torch.no_grad()
+    def scores(self, texts: list[list[int]]) -> torch.Tensor:
+        """[B] scores of prompts with replies, at the last token of each (detail: never at a pad)."""
+        device = self.model.device
+        longest = max(map(len, texts))
+        # A model of transformers takes the last token that is not this one; here the mask says where the end is.
+        pad = 0 if self.reward_model is None else self.reward_model.config.get_text_config().pad_token_id
+        ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=device)
+        lengths = torch.tensor([len(text) for text in texts], device=device)
+        mask = torch.arange(longest, device=device) < lengths[:, None]
+        if self.reward_model is not None:
+            states = self.reward_model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=False)
+            return states.logits.float().squeeze(-1)
+        self.act_as("reward")
+        last = self.states(ids, mask)[torch.arange(len(texts), device=device), lengths - 1]
+        return self.reward_head(last).squeeze(-1)
+
+    def trained_weights(self, role: str) -> dict[str, torch.nn.Parameter]:
+        """By name: the adapter of policy or value, and the value head."""
+        adapter = {"policy": "default"}.get(role, role)
+        weights = {name: weight for name, weight in self.model.named_parameters() if name.split(".")[-2] == adapter}
+        return weights | (dict(self.value_head.named_parameters()) if role == "value" else {})
+
+
+def load_roles(sft: str, rm: str, lora: dict, device: torch.device, **base_options) -> tuple[Roles, dict[str, str]]:
+    """The base once, with the adapters of the roles that fit on it; and the facts to log.
+
+    Args:
+        sft, rm: what --sft_model_path and --reward_model_path name.
+        lora: keywords of `load_for_training` for a policy that starts a new adapter.
+        base_options: of `load_base_model`.
+    """
+    # Detail: no dropout in any role, or policy and reference would differ by chance.
+    lora = lora | {"lora_dropout": 0.0}
+    model = load_for_training(sft, **lora, **base_options, **({} if is_adapter(sft) else {"flag": "--sft_model_path"}))
+    policy = f"{sft}: {describe_trainable(model)}"
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    model.get_base_model().generation_config = GenerationConfig()  # decoding is what this script says
+    start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    config = model.peft_config["default"]
+    add_adapter(model, "reference", config, start, f"--sft_model_path {sft}")
+    facts = {"policy": policy, "reference": "the policy's start, an adapter on its base"}
+
+    shares_base = is_adapter(rm) and Path(base_of(rm)).resolve() == Path(base_of(sft)).resolve()
+    reward_model = reward_head = None
+    if shares_base:
+        weight = add_reward_adapter(model, rm, "reward")
+        reward_head = ScoreHead(weight.shape[1], 1, bias=False, dtype=torch.float32).requires_grad_(False)
+        reward_head.weight.data.copy_(weight)
+        matrices = get_peft_model_state_dict(model, adapter_name="reward")
+        # Detail: the value model starts as the reward model.
+        add_adapter(model, "value", model.peft_config["reward"], matrices, f"--reward_model_path {rm}")
+        facts |= {"reward": f"{rm}, an adapter on the same base", "value": "starts as the reward model"}
+    else:
+        reward_model = load_reward_model(base_of(rm), rm if is_adapter(rm) else None, **base_options).requires_grad_(
+            False
+        )
+        add_adapter(model, "value", config, start, f"--sft_model_path {sft}")
+        facts["reward"] = f"{rm}, a model of its own: its base is not the policy's"
+        facts["value"] = "starts as the policy, with a head of zeros: the reward model has another base"
+    if not (base_options.get("load_in_4bit") or base_options.get("load_in_8bit")):
+        model.to(device)
+        if reward_model is not None:
+            reward_model.to(device)
+    if reward_head is not None:
+        reward_head.to(device)
+    return Roles(model, reward_model, reward_head), facts
+
+
+# ---------------------------------------------------------------- learning
+
+
+class Trained(torch.nn.Module):
+    """A model to DeepSpeed: the trained weights of a role, and any computation with them as the forward pass."""
+
+    def __init__(self, weights: list[torch.nn.Parameter], autocast: Callable[[], AbstractContextManager]):
+        super().__init__()
+        self.weights = torch.nn.ParameterList(weights)
+        self.autocast = autocast
+
+    def forward(self, compute: Callable, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        with self.autocast():  # in here, because DeepSpeed 0.19 switches off what is entered outside
+            return compute(*inputs)
+
+
+class Learner:
+    """The trained weights of a role with their optimizer and schedule, in one process or several, or with ZeRO.
+
+    A call is the forward pass: the computation, then its inputs.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, torch.nn.Parameter],
+        training_args: TrainingArguments,
+        n_updates: int,
+        accelerator: Accelerator,
+    ):
+        self.accelerator = accelerator
+        self.weights = list(weights.values())
+        self.max_grad_norm = training_args.max_grad_norm or math.inf
+        # Matrices B of adapters that no gradient has reached yet.
+        self.unreached = {name for name in weights if ".lora_B." in name}
+        for name, weight in weights.items():
+            weight.requires_grad_(True)  # roles take turns in it, but hooks are set here
+            if name in self.unreached:
+                weight.register_hook(partial(self._note_gradient, name))
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args)
+        self.optimizer = optimizer_class(self.weights, weight_decay=training_args.weight_decay, **options)
+        self.scheduler = get_scheduler(
+            training_args.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=training_args.get_warmup_steps(n_updates),
+            num_training_steps=n_updates,
+            scheduler_specific_kwargs=training_args.lr_scheduler_kwargs,
+        )
+        self.model, self.engine = Trained(self.weights, accelerator.autocast), None
+        if training_args.deepspeed:
+            self.model = self.engine = self._start_engine(training_args)
+
+    def _start_engine(self, training_args: TrainingArguments) -> torch.nn.Module:
+        import deepspeed
+
+        config = json.loads(Path(training_args.deepspeed).read_text(encoding="utf-8")) | {
+            "train_batch_size": self.accelerator.num_processes,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,  # `step` says where a step ends
+            "gradient_clipping": training_args.max_grad_norm,
+            # What is trained is float32, and autocast says in what type it computes.
+            "bf16": {"enabled": False},
+            "fp16": {"enabled": False},
+        }
+        return deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=config)[0]
+
+    def __call__(self, compute: Callable, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return self.model(compute, *inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add to the gradients of a loss that has been divided by what all processes have."""
+        if self.engine is None:
+            loss.backward()
+        else:  # which takes the mean of the processes
+            self.engine.backward(loss * self.accelerator.num_processes)
+
+    def step(self) -> float:
+        """A step on the gradients of all processes; returns their norm before clipping."""
+        if self.engine is not None:
+            self.engine.step()
+            return float(self.engine.get_global_grad_norm())
+        self._share_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+    def _share_gradients(self) -> None:
+        """Add up the gradients of all processes, in one message."""
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]
+        flat = torch.cat([gradient.flatten().float() for gradient in gradients])
+        shared = self.accelerator.reduce(flat, reduction="sum").split([w.numel() for w in self.weights])
+        for weight, gradient in zip(self.weights, shared, strict=True):
+            weight.grad = gradient.view_as(weight).to(weight.dtype)
+
+    def _note_gradient(self, name: str, gradient: torch.Tensor) -> None:
+        if name in self.unreached and gradient.any():
+            self.unreached.discard(name)

@@ -1,0 +1,387 @@
+"""Checkpoints on the disk: which one a run goes on from, how one is written so that it is whole or not there at all.
+
+A folder is written under `UNFINISHED` and moved to its place in one step; a manifest in it tells later damage.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from loguru import logger
+from transformers import TrainingArguments
+
+from medtune.errors import UserError
+
+BEST = "checkpoint-best"
+ROWS_A_STEP = "rows a step"
+# In a checkpoint: the SHA-256 of its files, as `sha256sum --check` reads it.
+MANIFEST = "manifest.sha256"
+# In the output folder: checkpoints are written in it, and moved out of it once they are whole.
+UNFINISHED = ".unfinished"
+# Tokenizer, configuration and states of a checkpoint, in bytes, beside its weights and optimizer.
+SMALL_FILES = 16 * 2**20
+
+
+# ---------------------------------------------------------------- where a run starts
+
+
+def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool) -> str | None:
+    """The checkpoint to resume from, None for a new run; a folder with an earlier run is never written over.
+
+    `--resume_from_checkpoint True` takes the newest complete checkpoint, a path that one. Otherwise an output folder
+    that holds a run is refused, or with `--overwrite_output_dir` moved beside the new one.
+    """
+    output_dir = Path(training_args.output_dir)
+    wanted = training_args.resume_from_checkpoint
+    _refuse_unwritable(output_dir)
+    if training_args.process_index == 0 and output_dir.is_dir():
+        with no_other_run(output_dir):
+            pass  # the lock itself is for the time of writing
+    if wanted and overwrite_output_dir and numbered_checkpoints(output_dir):
+        logger.info(
+            "--overwrite_output_dir: nothing is overwritten, because --resume_from_checkpoint goes on with the run"
+        )
+    if wanted:
+        found = None
+        # Hashing takes a while for large models: one process does it and tells the others.
+        if training_args.process_index == 0:
+            _clear_unfinished(output_dir)
+            found = _checked_checkpoint(wanted) if isinstance(wanted, str) else _newest_checkpoint(output_dir)
+        found = _from_main_process(found, training_args)
+        if found:
+            if not Path(found).is_dir():
+                raise UserError(f"{found}: not there on every node; --output_dir must be a folder that they share")
+            refuse_other_settings(Path(found), run_settings(training_args), _rows_of_a_step(training_args))
+            logger.info(f"resuming from {found}")
+            return found
+        logger.info(f"--resume_from_checkpoint True: no checkpoint in {output_dir} yet, so the run starts anew")
+    # One process moves the folder; the others look when it is done.
+    with training_args.main_process_first(local=False, desc="the output folder"):
+        held = [name for name in ("train_results.json", "trainer_state.json", BEST) if (output_dir / name).exists()]
+        held += [checkpoint.name for checkpoint in numbered_checkpoints(output_dir)]
+        if training_args.process_index != 0:
+            return None
+        if not held:
+            _clear_unfinished(output_dir)
+            return None
+        # Stopped before its first checkpoint: the same command must go on by itself.
+        has_barely_begun = wanted is True and held == [BEST]
+        if not overwrite_output_dir and not has_barely_begun:
+            raise UserError(
+                f"--output_dir {output_dir} holds a run already ({', '.join(held)}): --resume_from_checkpoint True "
+                "goes on with it, --overwrite_output_dir True starts again and keeps it beside, or name another folder"
+            )
+        number = 1
+        while (aside := output_dir.with_name(f"{output_dir.name}.earlier-{number}")).exists():
+            number += 1
+        output_dir.rename(aside)
+        logger.info(f"starting again: the earlier run in {output_dir} is now {aside}")
+    return None
+
+
+@contextmanager
+def no_other_run(output_dir: Path) -> Iterator[None]:
+    """Lock the output folder, made where there is none, until the process ends at the latest; UserError where another
+    run has it."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(output_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output_dir {output_dir}: another run is writing in it; wait for its end, stop it, or name another"
+            ) from None
+        except OSError as error:
+            logger.info(f"--output_dir {output_dir} cannot be locked ({error.strerror}): start no second run in it")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_unwritable(output_dir: Path) -> None:
+    """Raise UserError where the output folder, or the one it would be made in, takes no files."""
+    folder = existing_part(output_dir)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {output_dir}: {folder} cannot be written to; name another folder")
+
+
+def existing_part(folder: Path) -> Path:
+    """The folder, or the one above it that is there."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def mount_point(folder: Path) -> Path:
+    folder = folder.resolve()
+    while not folder.is_mount():
+        folder = folder.parent
+    return folder
+
+
+def _checked_checkpoint(checkpoint: str) -> str:
+    if faults := checkpoint_faults(Path(checkpoint)):
+        raise UserError(f"--resume_from_checkpoint {checkpoint}: {faults}; take another checkpoint of the run")
+    return checkpoint
+
+
+def _newest_checkpoint(output_dir: Path) -> str | None:
+    """The newest complete checkpoint; names those that are passed over."""
+    for checkpoint in numbered_checkpoints(output_dir):
+        faults = checkpoint_faults(checkpoint)
+        if not faults:
+            return str(checkpoint)
+        logger.warning(f"{checkpoint} is not complete ({faults}) and is passed over")
+    return None
+
+
+def _from_main_process(value: str | None, training_args: TrainingArguments) -> str | None:
+    """The value that the first process has, in every process."""
+    if training_args.world_size == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0, device=training_args.device)
+    return values[0]
+
+
+def numbered_checkpoints(output_dir: Path) -> list[Path]:
+    """checkpoint-N folders, the newest first."""
+    if not output_dir.is_dir():
+        return []
+    numbered = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    return sorted(numbered, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+
+
+def delete_oldest(output_dir: Path, save_total_limit: int | None) -> None:
+    """Keep the newest checkpoints; transformers 5.24's own way counts checkpoint-best as one of them and deletes it."""
+    if save_total_limit:
+        for checkpoint in numbered_checkpoints(output_dir)[save_total_limit:]:
+            shutil.rmtree(checkpoint)
+
+
+def checkpoint_faults(checkpoint: Path) -> str:
+    """What keeps a checkpoint from an exact resume, "" where it is complete.
+
+    transformers stops for a missing state or weights, but goes on silently without optimizer or random state.
+    """
+    if not checkpoint.is_dir():
+        return "no such folder"
+    needed = {
+        "weights": ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"),
+        "trainer_state.json": ("trainer_state.json",),
+        "optimizer": ("optimizer.pt", "global_step*"),  # DeepSpeed keeps it in global_stepN/
+        "scheduler.pt": ("scheduler.pt",),
+        "random state": ("rng_state*.pth",),
+    }
+    missing = [what for what, patterns in needed.items() if not any(any(checkpoint.glob(p)) for p in patterns)]
+    if "trainer_state.json" not in missing:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except ValueError:
+            missing.append("a readable trainer_state.json")
+    if missing:
+        return f"without {', '.join(missing)}"
+    try:
+        manifest = _read_manifest(checkpoint)
+    except ValueError:
+        return f"damaged: {MANIFEST}"
+    damaged = [name for name, digest in manifest.items() if _sha256(checkpoint / name) != digest]
+    return f"damaged: {', '.join(damaged)}" if damaged else ""
+
+
+def run_settings(training_args: TrainingArguments) -> dict[str, float | str]:
+    """What a resumed run must have as it was.
+
+    A resumed optimizer brings its own values with it, so that new ones would have no effect. And the rows that are
+    done are told by the number of steps alone: with other rows in a step some would be trained twice, some never.
+    """
+    names = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    return {f"--{name}": getattr(training_args, name) for name in names} | {
+        "--optim": str(training_args.optim.value),
+        ROWS_A_STEP: math.prod(_batch(training_args)),
+        "--seed or --data_seed": seed,
+        "--train_sampling_strategy": str(training_args.train_sampling_strategy),
+        # Each has a part of the optimizer, and without DeepSpeed those parts would be left unread.
+        "processes under DeepSpeed": training_args.world_size if training_args.deepspeed else 0,
+    }
+
+
+def _batch(training_args: TrainingArguments) -> tuple[int, int, int]:
+    args = training_args
+    return args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+
+
+def _rows_of_a_step(training_args: TrainingArguments) -> dict[str, str]:
+    one, accumulated, n_processes = _batch(training_args)
+    made_of = f"{one} a device x {accumulated} accumulated x {n_processes} process(es)"
+    return {ROWS_A_STEP: f"make their product what it was ({made_of} now: on half the GPUs accumulate twice as many)"}
+
+
+def read_state(checkpoint: str | Path) -> dict:
+    return json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+
+
+def refuse_other_settings(
+    checkpoint: Path, wanted: dict[str, float | int | str], remedies: dict[str, str] | None = None
+) -> None:
+    """Compare with what `CheckpointKeeper` recorded; a checkpoint without a record (another tool's) passes."""
+    recorded = recorded_attributes(read_state(checkpoint).get("stateful_callbacks", {}))
+    for name, value in wanted.items():
+        if recorded.get(name, value) != value:
+            raise UserError(
+                f"{name} {value}: the run in {checkpoint.parent} was started with {recorded[name]}, and a resumed run "
+                f"goes on with that; {(remedies or {}).get(name, 'leave it as it was')}, start again "
+                "(--resume_from_checkpoint False --overwrite_output_dir True), or name another --output_dir"
+            )
+
+
+def recorded_attributes(stateful_callbacks: dict) -> dict:
+    """What `CheckpointKeeper` wrote into a checkpoint."""
+    return stateful_callbacks.get("CheckpointKeeper", {}).get("attributes", {})
+
+
+def follow_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler, step: int, output_dir: Path) -> str | None:
+    """Give the next step of a resumed run the rate that this command's schedule has there; what to say if it jumps.
+
+    The checkpoint brings the rate of the old schedule, 0 at its end, which one step would still be made with.
+    """
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        return None
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    rates = [factor * rate for factor, rate in zip(factors, scheduler.base_lrs, strict=True)]
+    old = scheduler.get_last_lr()[0]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+    if math.isclose(old, rates[0], rel_tol=1e-6):
+        return None
+    return (
+        f"another learning rate schedule than the run in {output_dir} was started with, by other steps, epochs or "
+        f"warmup: its next rate was {old:.2e}, and step {step + 1} is made with {rates[0]:.2e}; a new run that "
+        f"starts from {output_dir / BEST} has a whole schedule"
+    )
+
+
+# ---------------------------------------------------------------- room on the disk
+
+
+def n_bytes(weights: Iterable[torch.nn.Parameter], each: int | None = None) -> int:
+    """Of the weights, in their own precision or with so many bytes each, whatever part of them ZeRO has left here."""
+    return sum(getattr(weight, "ds_numel", weight.numel()) * (each or weight.element_size()) for weight in weights)
+
+
+def optimizer_bytes(trained: Iterable[torch.nn.Parameter], training_args: TrainingArguments) -> int:
+    """Of the optimizer's states of the weights that are trained."""
+    if training_args.deepspeed:
+        return n_bytes(trained, 12)  # float32 weights and Adam's two moments
+    if "8bit" in training_args.optim.value:
+        return n_bytes(trained, 2)
+    return 0 if training_args.optim.value in ("adafactor", "sgd") else 2 * n_bytes(trained)
+
+
+def refuse_small_disk(output_dir: Path, weights: int, checkpoint: int, n_saves: int, limit: int | None) -> None:
+    """Raise UserError where the run's checkpoints will not fit on the disk beside what is there.
+
+    Args:
+        weights, checkpoint: bytes of what checkpoint-best holds, and of a checkpoint without its small files.
+        n_saves, limit: checkpoints that the whole run writes, and how many of them are kept (None for all).
+    """
+    checkpoint += SMALL_FILES
+    # Each checkpoint is whole before an old one is deleted, and so is checkpoint-best.
+    n_kept = min(n_saves, limit + 1) if limit else n_saves
+    n_new = max(n_kept - len(numbered_checkpoints(output_dir)), min(n_kept, 1))
+    needed = n_new * checkpoint + 2 * (weights + SMALL_FILES)
+    folder = existing_part(output_dir)
+    free = shutil.disk_usage(folder).free
+    said = f"{n_kept} checkpoint{'s' * (n_kept != 1)} of about {checkpoint / 2**30:.2f} GiB and checkpoint-best"
+    if free < needed:
+        raise UserError(
+            f"--output_dir {output_dir}: the run writes {said}, which takes {needed / 2**30:.2f} GiB more, and the "
+            f"disk at {mount_point(folder)} has {free / 2**30:.2f} GiB left; make room, or keep fewer: "
+            "--save_total_limit 1"
+        )
+    logger.info(f"disk: {said}, {free / 2**30:.1f} GiB are free")
+
+
+# ---------------------------------------------------------------- checkpoints that are whole
+
+
+def unfinished_folder(place: Path) -> Path:
+    """The empty folder in which what will be `place` is written; `put_in_place` moves it there."""
+    partial = place.parent / UNFINISHED / place.name
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def put_in_place(place: Path) -> None:
+    """Move a folder that is written to its place in one step, its files safely on the disk before.
+
+    A folder that stood there comes back (`find_checkpoint`) should the process be killed between the two moves.
+    """
+    unfinished = place.parent / UNFINISHED
+    partial, replaced = unfinished / place.name, unfinished / f"{place.name}.replaced"
+    for file in _files(partial):
+        _sync(file)
+    if place.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        place.rename(replaced)
+    partial.rename(place)
+    _sync(place.parent)
+    shutil.rmtree(unfinished)
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Record the SHA-256 of all files of a checkpoint in it."""
+    lines = [f"{_sha256(file)}  {file.relative_to(checkpoint)}\n" for file in _files(checkpoint)]
+    (checkpoint / MANIFEST).write_text("".join(lines), encoding="utf-8")
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, str]:
+    """File name to SHA-256; empty for a checkpoint without a manifest (another tool's), ValueError for a broken one."""
+    file = checkpoint / MANIFEST
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+
+
+def _sha256(file: Path) -> str | None:
+    if not file.is_file():
+        return None
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _clear_unfinished(output_dir: Path) -> None:
+    """Remove the checkpoint that a killed run was writing; bring back one that it was about to replace."""
+    unfinished = output_dir / UNFINISHED
+    if not unfinished.is_dir():
+        return
+    for path in unfinished.iterdir():
+        place = output_dir / path.name.removesuffix(".replaced")
+        if path.name.endswith(".replaced") and not place.exists():
+            path.rename(place)
+        elif path.name == place.name:
+            logger.warning(f"{path.name} was being written when the run ended and is not complete: it is removed")
+    shutil.rmtree(unfinished)

@@ -1,0 +1,121 @@
+"""Signals: a checkpoint is saved where training stands, in all processes at the same step."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from loguru import logger
+from transformers import Trainer, TrainerCallback
+
+from medtune.errors import end_at_next_signal
+from medtune.training.processes import largest_of_processes, leave_process_group
+
+
+class StoppedInEvaluationError(Exception):
+    """A signal came during an evaluation, which is given up."""
+
+
+class NothingLeftError(Exception):
+    """The checkpoint that a run resumes from is its last step."""
+
+
+class StopSignals(TrainerCallback):
+    """SIGTERM, SIGINT and a lost terminal's SIGHUP: save the last whole step and stop; a second one kills at once.
+
+    Nobody waits for a step of many micro-batches or a long evaluation: both are given up, and done again by the
+    resumed run with the random numbers they began with. Every process asks the others, since the signal reaches
+    them at different moments.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.received: int | None = None
+        self.previous: dict[int, object] = {}
+        self.loss_sum = torch.tensor(0.0)
+        self.random_state: list[torch.Tensor] = []
+        self.is_training = False
+        self.evaluation_is_due = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.is_training = True
+        self._keep_random_state()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            ignored = number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN  # nohup
+            if number not in self.previous and not ignored:
+                self.previous[number] = signal.signal(number, self._receive)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.is_training = False
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        end_at_next_signal(number)
+        self.received = number
+        logger.warning(f"{signal.Signals(number).name}: saving a checkpoint and stopping; again to stop at once")
+
+    def _any_received(self, args) -> bool:
+        self.received = largest_of_processes(self.received or 0, args) or None
+        return self.received is not None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise NothingLeftError  # transformers 5.24 would train one more step where the last epoch is not whole
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.loss_sum = self.trainer._tr_loss.clone()
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        # DeepSpeed keeps the sums of a step's gradients and counts its micro-batches in the checkpoint.
+        if not args.deepspeed and self._any_received(args):
+            control.should_training_stop = True
+            self.trainer._tr_loss.copy_(self.loss_sum)
+            self._restore_random_state()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._keep_random_state()
+        self.evaluation_is_due = False
+        if self._any_received(args):
+            control.should_save = control.should_training_stop = True
+            self.evaluation_is_due = control.should_evaluate
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.received:
+            control.should_log = control.should_evaluate = False
+            is_saved = Path(args.output_dir, f"checkpoint-{state.global_step}").is_dir()
+            control.should_save = state.global_step > 0 and not is_saved
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.is_training and self._any_received(args):
+            self.evaluation_is_due = True
+            self._restore_random_state()
+            raise StoppedInEvaluationError
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        # An evaluation draws random numbers too (its DataLoader does): training goes on as if it had not.
+        if self.is_training:
+            self._restore_random_state()
+
+    def _keep_random_state(self) -> None:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self.random_state = [torch.get_rng_state(), *cuda]
+
+    def _restore_random_state(self) -> None:
+        torch.set_rng_state(self.random_state[0])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(self.random_state[1:])
+
+
+def exit_interrupted(trainer: Trainer, number: int) -> NoReturn:
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    saved = Path(trainer.args.output_dir, f"checkpoint-{step}")
+    logger.warning(
+        f"{signal.Signals(number).name}: stopped at step {step}/{steps}, "
+        + (f"saved in {saved}" if saved.is_dir() else "before there was anything to save")
+        + "; the same command with --resume_from_checkpoint True goes on"
+    )
+    leave_process_group()
+    sys.exit(128 + number)

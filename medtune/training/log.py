@@ -1,0 +1,165 @@
+"""The log of a run: what runs on what, the facts before it, a line for each step, the curves after it."""
+
+import os
+import platform
+import re
+import resource
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from loguru import logger
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from medtune.training.steps import count_steps, is_streamed
+
+# What a line of the log shows of an evaluation.
+EVALUATED = (
+    *("loss", "perplexity", "token_accuracy", "bits_per_byte"),
+    *("accuracy", "margin", "accuracy_rejected_longer", "accuracy_rejected_shorter", "longer_wins"),
+    *("reward_accuracy", "reward_margin", "chosen_logps", "rejected_logps", "samples_ended", "sample_repetition"),
+)
+
+
+LOG_FORMAT = "<green>{time:YYYY-MM-DD HH:mm:ss}</green> | <level>{level: <7}</level> | {message}"
+
+
+def start_log(is_main: bool = True) -> None:
+    """Log lines to standard error, from one process only; the libraries' bars only where somebody looks."""
+    logger.remove()
+    if is_main:
+        logger.add(sys.stderr, format=LOG_FORMAT, colorize=sys.stderr.isatty())
+    if not is_main or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def device_name(training_args: TrainingArguments) -> str:
+    if training_args.use_cpu:
+        return f"the CPU ({os.cpu_count()} cores)"
+    properties = torch.cuda.get_device_properties(training_args.device)
+    return f"{torch.cuda.device_count()} x {properties.name} ({properties.total_memory / 2**30:.0f} GiB)"
+
+
+def version_notes() -> list[str]:
+    """The versions found, and those that differ from the ones this repository was tested with."""
+    requirements = Path(__file__).parents[2].joinpath("requirements.txt").read_text(encoding="utf-8")
+    tested = dict(re.findall(r"^([\w-]+)==([\w.]+)", requirements, flags=re.MULTILINE))
+    found, other = [f"python {platform.python_version()}"], []
+    for package, tested_version in tested.items():
+        try:
+            found_version = version(package)
+        except PackageNotFoundError:
+            found_version = "none"
+        if package in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes"):
+            found.append(f"{package} {found_version}")
+        if found_version.partition("+")[0] != tested_version:  # torch 2.13.0+cu130 is torch 2.13.0
+            other.append(f"{package} {found_version} (tested: {tested_version})")
+    notes = [", ".join(found)]
+    if other:
+        notes.append(f"not the tested versions: {', '.join(other)}; `bash setup.sh` installs those")
+    return notes
+
+
+def log_facts(trainer: Trainer, facts: dict[str, str]) -> None:
+    """The block of facts: the stage's own, then steps and batch arithmetic."""
+    args = trainer.args
+    per_step, steps_per_epoch, steps = count_steps(trainer)
+    if is_streamed(trainer):
+        data = "streamed: --max_steps"
+    else:
+        rows = len(trainer.train_dataset)
+        data = f"{rows} rows, {steps_per_epoch} steps an epoch, {steps / steps_per_epoch:.3g} epochs"
+    facts = facts | {
+        "batch": f"{args.train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x "
+        f"{args.world_size} process(es) = {per_step} rows a step",
+        "steps": f"{steps} ({data})",
+        "precision": "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "float32",
+        "gradient checkpointing": "on" if args.gradient_checkpointing else "off",
+        "output": str(args.output_dir),
+    }
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        logger.info(f"  {name:<{width}}  {value}")
+
+
+class ProgressLines(TrainerCallback):
+    """One line for every log, readable with `tail -f`; after ten steps it says the time left."""
+
+    def __init__(self):
+        self.start: tuple[float, int] | None = None
+        self.said_time_left = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # The first step also warms up kernels and takes the longest batch: the clock starts behind it.
+        if self.start is None:
+            self.start = (time.monotonic(), state.global_step)
+        elif not self.said_time_left and state.global_step - self.start[1] == 10 and state.is_world_process_zero:
+            self.said_time_left = True
+            logger.info(f"about {self._time_left(state)} left, at the speed of the first ten steps")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            line = f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  loss {logs['loss']:.4f}"
+            line += f"  lr {logs.get('learning_rate', 0):.2e}"
+            if "grad_norm" in logs:
+                line += f"  grad norm {logs['grad_norm']:.3f}"
+            if "tokens_per_second" in logs:
+                line += f"  {logs['tokens_per_second']:.0f} tokens/s"
+            line += f"  peak {peak_memory_gib():.1f} GiB"
+            if self.said_time_left:
+                line += f"  {self._time_left(state)} left"
+            logger.info(line)
+        elif "eval_loss" in logs:
+            rest = {key.removeprefix("eval_"): value for key, value in logs.items() if isinstance(value, float)}
+            shown = [f"{key} {rest[key]:.4f}" for key in EVALUATED if key in rest]
+            logger.info(f"step {state.global_step}/{state.max_steps}  evaluation: {'  '.join(shown)}")
+
+    def _time_left(self, state) -> str:
+        seconds_per_step = (time.monotonic() - self.start[0]) / max(state.global_step - self.start[1], 1)
+        return duration(seconds_per_step * (state.max_steps - state.global_step))
+
+
+class QuietProgressBar(ProgressCallback):
+    """transformers' bar for a terminal, without the dictionaries it prints: ProgressLines says them."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass
+
+
+def plot_curves(log_history: list[dict], file: Path) -> None:
+    """Training and evaluation loss over steps as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set(xlabel="step", ylabel="loss (nats)")
+    axes.grid(alpha=0.3)
+    if axes.lines:  # a run shorter than --logging_steps has none
+        axes.legend()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process: of its GPU, or of the process itself on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

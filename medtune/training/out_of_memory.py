@@ -1,0 +1,118 @@
+"""A full memory or a full disk, as one line with the remedies that this run has left."""
+
+import errno
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from loguru import logger
+from safetensors import SafetensorError
+from transformers import Trainer
+
+from medtune.errors import UserError
+from medtune.training.checkpoints import UNFINISHED, mount_point, numbered_checkpoints
+from medtune.training.steps import is_streamed
+
+
+def keep_rows_per_step(trainer: Trainer) -> None:
+    """For `--auto_find_batch_size`: where the batch shrinks, accumulate more, so that a step has as many rows."""
+    args, update = trainer.args, trainer._update_auto_batch_size
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    tried: list[int] = []
+
+    def update_both(batch_size: int) -> None:
+        batch = max(size for size in range(1, batch_size + 1) if rows % size == 0)
+        if tried and trainer.state.global_step > trainer._initial_global_step:
+            # transformers 5.24 would begin again at the first step, with weights that were trained since.
+            raise UserError(_out_of_memory_advice(trainer))
+        if batch in tried:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried before.")  # accelerate goes on to the next size
+        if tried:
+            logger.warning(
+                f"out of memory with --per_device_train_batch_size {tried[-1]}: going on with {batch}, and "
+                f"--gradient_accumulation_steps {rows // batch} keeps the rows of a step"
+            )
+        tried.append(batch)
+        update(batch)
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = batch, rows // batch
+
+    trainer._update_auto_batch_size = update_both
+
+
+def explain_full_in_training(trainer: Trainer) -> AbstractContextManager:
+    return explain_full_memory_or_disk(Path(trainer.args.output_dir), lambda: _out_of_memory_advice(trainer))
+
+
+@contextmanager
+def explain_full_memory_or_disk(output_dir: Path, out_of_memory_advice: Callable[[], str]) -> Iterator[None]:
+    """Say what to do where the memory or the disk is full, instead of a traceback."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if _is_memory_full(error):
+            raise UserError(out_of_memory_advice()) from error
+        if not _is_disk_full(error):
+            raise
+        raise UserError(_disk_full_advice(output_dir)) from error
+
+
+def _is_memory_full(error: Exception) -> bool:
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or should_reduce_batch_size(error)
+        or "No executable batch size" in str(error)  # --auto_find_batch_size is at its end
+    )
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """torch and safetensors write without Python, and say it in words of their own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return any(sign in str(error) for sign in ("inline_container.cc", "PytorchStreamWriter failed", "No space left"))
+
+
+def _disk_full_advice(output_dir: Path) -> str:
+    shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
+    whole = numbered_checkpoints(output_dir)
+    last = f"the last complete checkpoint is {whole[0]}" if whole else "no checkpoint was complete yet"
+    return (
+        f"no space left on the disk at {mount_point(output_dir)} for --output_dir {output_dir}; {last}. Make room "
+        "(--save_total_limit 1 keeps one checkpoint), then the same command with --resume_from_checkpoint True goes on"
+    )
+
+
+def _out_of_memory_advice(trainer: Trainer) -> str:
+    """The remedies that this run has not taken yet, mildest first, with its own values."""
+    args, model = trainer.args, trainer.model
+    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if not model.training and args.per_device_eval_batch_size > 1:
+        half = args.per_device_eval_batch_size // 2
+        return f"out of memory in an evaluation: --per_device_eval_batch_size {half}"
+    remedies = []
+    if batch > 1:
+        longer = math.ceil(accumulation * batch / (batch // 2))
+        remedies.append(
+            f"--per_device_train_batch_size {batch // 2} --gradient_accumulation_steps {longer} (now {batch} and "
+            f"{accumulation})"
+        )
+    if not args.gradient_checkpointing:
+        remedies.append("--gradient_checkpointing True")
+    is_adapter = hasattr(model, "peft_config")
+    if not is_adapter:
+        remedies.append("--use_peft True")
+    if not getattr(model, "is_quantized", False):
+        remedies.append("--load_in_4bit True")
+    if not is_streamed(trainer):
+        longest, columns = max(trainer.train_dataset["length"]), trainer.train_dataset.column_names
+        if "prompt_ids" in columns:
+            flag = "a shorter --max_source_length or --max_target_length"
+        else:
+            flag = f"--{'block_size' if 'seq_lengths' in columns else 'model_max_length'} {longest // 2}"
+        remedies.append(f"{flag} (the longest row has {longest} tokens)")
+    if is_adapter and (rank := model.peft_config["default"].r) > 1:
+        remedies.append(f"--lora_rank {rank // 2} (now {rank})")
+    return f"out of memory at step {trainer.state.global_step + 1}; in this order: {'; '.join(remedies)}"

@@ -1,0 +1,33 @@
+"""What the processes of a launch agree on."""
+
+import torch
+from transformers import TrainingArguments
+
+
+def largest_of_processes(value: int, args: TrainingArguments) -> int:
+    """The largest of the values that the processes have."""
+    if args.world_size == 1:
+        return value
+    shared = torch.tensor(value, device=args.device)
+    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+    return int(shared)
+
+
+def mean_of_processes(value: torch.Tensor, args: TrainingArguments) -> float:
+    """The mean of the values that the processes have."""
+    total = value.detach().clone()
+    if args.world_size > 1:
+        torch.distributed.all_reduce(total)
+    return total.item() / args.world_size
+
+
+def wait_for_all() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def leave_process_group() -> None:
+    """Wait for the other processes and close the connections: gloo's threads abort a process that just exits."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

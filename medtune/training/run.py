@@ -1,0 +1,191 @@
+"""A stage's run from its start to its results.
+
+A stage calls `start_run`, `log_facts`, `train` and `finish_run`; the callbacks of this room do the rest.
+"""
+
+import math
+import time
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+from loguru import logger
+from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging as transformers_logging
+
+from medtune.models.lineage import Lineage
+from medtune.training.checkpoints import BEST, no_other_run, read_state, recorded_attributes, refuse_other_settings
+from medtune.training.guards import AdapterMovementCheck, BadSteps
+from medtune.training.interruption import NothingLeftError, StoppedInEvaluationError, StopSignals, exit_interrupted
+from medtune.training.keeper import CheckpointKeeper
+from medtune.training.log import (
+    EVALUATED,
+    ProgressLines,
+    QuietProgressBar,
+    device_name,
+    peak_memory_gib,
+    plot_curves,
+    start_log,
+    version_notes,
+)
+from medtune.training.out_of_memory import explain_full_in_training, keep_rows_per_step
+from medtune.training.processes import leave_process_group
+from medtune.training.steps import check_disk, count_steps, data_settings
+
+
+def start_run(stage: str, training_args: TrainingArguments, notes: list[str]) -> None:
+    """Set up the log (main process only) and the seeds, and say what runs on what.
+
+    Args:
+        notes: what the parser did otherwise than the command says.
+    """
+    import datasets
+
+    is_main = training_args.process_index == 0
+    start_log(is_main)
+    # Libraries' own warnings, once and not once a process.
+    (transformers_logging.set_verbosity_warning if is_main else transformers_logging.set_verbosity_error)()
+    if training_args.disable_tqdm or not is_main:
+        datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+    # transformers 5.24, TRL 1.16 and PEFT 0.21 still call each other by names that transformers renamed.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+    set_seed(training_args.seed)
+    if training_args.deepspeed and training_args.use_cpu:
+        _start_deepspeed_on_the_cpu()
+    logger.info(f"{stage}: {training_args.world_size} process(es) on {device_name(training_args)}")
+    for line in [*notes, *version_notes()]:
+        logger.info(line)
+
+
+def _start_deepspeed_on_the_cpu() -> None:
+    """What accelerate 1.15 does on GPUs only; without it ZeRO-3 takes this process for the only one."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for a minute
+    deepspeed.init_distributed(dist_backend="gloo")
+
+
+def is_finished(trainer: Trainer, checkpoint: str | None) -> bool:
+    """Whether the run to resume has ended with its results written; says so, since nothing would be trained.
+
+    Its results stay as they are: resuming would write over them, and train one step too many within an epoch.
+    Raises UserError where the training data are not those that the run was started with.
+    """
+    if checkpoint is None:
+        return False
+    refuse_other_settings(Path(checkpoint), data_settings(trainer))
+    output_dir = Path(trainer.args.output_dir)
+    if not (output_dir / "loss.png").is_file():
+        return False
+    state = read_state(checkpoint)
+    if state["global_step"] < count_steps(trainer)[2]:
+        return False
+    logger.warning(
+        f"{output_dir} holds a finished run ({state['global_step']} steps): nothing is trained. To train it "
+        "again: --resume_from_checkpoint False --overwrite_output_dir True, or another --output_dir"
+    )
+    leave_process_group()
+    return True
+
+
+def train(
+    trainer: Trainer,
+    lineage: Lineage,
+    checkpoint: str | None,
+    logging_dir: str | None = None,
+    max_bad_steps: int = 3,
+) -> CheckpointKeeper:
+    """Train with the callbacks of this module and write `train_results.json`.
+
+    Args:
+        lineage: recorded in every checkpoint.
+        checkpoint: what `find_checkpoint` returned.
+        logging_dir: of TensorBoard's events; None for runs/ in the output folder.
+        max_bad_steps: bad steps in a row that stop the run.
+
+    Exits with 128 + signal number when a signal stopped the run after its checkpoint was saved. Raises UserError
+    where memory or disk are full, or too many steps are bad.
+    """
+    check_disk(trainer)
+    # Trainer then keeps the best loss in its state, which a resumed run reads.
+    trainer.args.metric_for_best_model = "eval_loss"
+    trainer.args.greater_is_better = False
+    trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        # transformers 5 takes the folder from an environment variable, and ./runs without it.
+        if isinstance(callback, TensorBoardCallback) and (logging_dir or callback.logging_dir is None):
+            callback.logging_dir = logging_dir or str(Path(trainer.args.output_dir, "runs"))
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(QuietProgressBar)
+    stop = StopSignals(trainer)
+    keeper = CheckpointKeeper(trainer, lineage, stop)
+    movement_check = AdapterMovementCheck()
+    bad_steps = BadSteps(trainer, max_bad_steps, movement_check)
+    for callback in (ProgressLines(), movement_check, bad_steps, keeper, stop):
+        trainer.add_callback(callback)
+    if trainer.args.auto_find_batch_size:
+        keep_rows_per_step(trainer)
+    if checkpoint:
+        recorded = recorded_attributes(read_state(checkpoint).get("stateful_callbacks", {}))
+        # LongestFirstSampler keeps the order that the run began with, whatever a step is now made of.
+        trainer.n_longest_first = recorded.get("n_longest_first")
+        trainer.args.eval_on_start |= bool(trainer.eval_dataset) and recorded.get("evaluation_is_due", False)
+    alone = no_other_run(Path(trainer.args.output_dir)) if trainer.args.process_index == 0 else nullcontext()
+    with explain_full_in_training(trainer), alone:
+        try:
+            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        except NothingLeftError:
+            metrics = trainer._finalize_training(None, 0, time.time()).metrics
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            metrics["train_loss"] = math.fsum(losses) / max(len(losses), 1)
+        except StoppedInEvaluationError:
+            trainer._save_checkpoint(trainer.model, trial=None)
+            keeper.on_save(trainer.args, trainer.state, trainer.control)
+        if stop.received:
+            exit_interrupted(trainer, stop.received)
+        metrics["peak_memory_gib"] = round(peak_memory_gib(), 2)
+        trainer.save_metrics("train", metrics, combined=False)
+        trainer.save_state()
+    return keeper
+
+
+def finish_run(trainer: Trainer, keeper: CheckpointKeeper | None, next_command: str) -> dict[str, float]:
+    """Evaluate, make sure of `checkpoint-best`, write results and curves, and name the next command.
+
+    `eval_results.json` describes the model in `checkpoint-best`. Returns its metrics ({} without evaluation data).
+    """
+    output_dir = Path(trainer.args.output_dir)
+    metrics: dict[str, float] = {}
+    with explain_full_in_training(trainer):
+        if trainer.args.do_eval and trainer.eval_dataset is not None:
+            metrics = _last_evaluation(trainer, keeper)
+            trainer.save_metrics("eval", metrics, combined=False)
+        if keeper is not None and keeper.best_step is None:
+            keeper.best_step = trainer.state.global_step
+            keeper.save_best()
+    leave_process_group()
+    if not trainer.is_world_process_zero():
+        return metrics
+    if keeper is not None:
+        plot_curves(trainer.state.log_history, output_dir / "loss.png")
+        logger.info(f"done: {output_dir / BEST} (step {keeper.best_step} of {trainer.state.global_step})")
+    if metrics:
+        shown = [f"eval_{name}" for name in EVALUATED if f"eval_{name}" in metrics]
+        logger.info("evaluation: " + "  ".join(f"{name} {metrics[name]:.4f}" for name in shown))
+    logger.info(f"results: {output_dir}; curves: tensorboard --logdir {output_dir}")
+    logger.info(f"next: {next_command}")
+    return metrics
+
+
+def _last_evaluation(trainer: Trainer, keeper: CheckpointKeeper | None) -> dict[str, float]:
+    """Metrics of checkpoint-best: from the log if it was evaluated on the way, otherwise measured now."""
+    evaluated = {entry["step"]: entry for entry in trainer.state.log_history if "eval_loss" in entry}
+    if keeper is None or trainer.state.global_step not in evaluated:
+        latest = trainer.evaluate()
+        if keeper is None or keeper.best_step in (None, trainer.state.global_step):
+            return latest
+    return evaluated[keeper.best_step]

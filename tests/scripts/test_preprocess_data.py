@@ -1,0 +1,658 @@
+"""Preprocessing as its users start it: what is cleaned, kept, split and written, and what a stage makes of it."""
+
+import gzip
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import preprocess_data
+import pytest
+from preprocess_data import Cleaner, mask_personal_data
+
+import supervised_finetuning
+from medtune.errors import Unusable, UserError
+from medtune.reading.record_sets import load_dialogues, load_documents, load_pairs
+from medtune.reading.records import Dialogue, Document, Pair
+from medtune.reading.words import question_of, words_of
+
+ROOT = Path(__file__).resolve().parents[2]
+HAN = [chr(code) for code in range(0x4E00, 0x4E00 + 3000)]
+
+
+def dialogue(*turns: str, **more) -> dict:
+    names = ("human", "gpt")
+    return {"conversations": [{"from": names[n % 2], "value": turn} for n, turn in enumerate(turns)], **more}
+
+
+def random_text(rng: random.Random, length: int) -> str:
+    return "".join(rng.choices(HAN, k=length))
+
+
+def random_dialogues(n: int, seed: int = 0) -> list[dict]:
+    rng = random.Random(seed)
+    return [dialogue(random_text(rng, 20), random_text(rng, 60)) for _ in range(n)]
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def preprocess(tmp_path, capsys):
+    """Runs the tool on tmp_path/in into tmp_path/out; returns what it printed and the report."""
+
+    def run(*flags, input_dir: Path | None = None, **values) -> tuple[str, dict]:
+        words = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+        argv = ["--input_dir", str(input_dir or tmp_path / "in"), "--output_dir", str(tmp_path / "out"), *flags, *words]
+        preprocess_data.main(argv)
+        report = json.loads((tmp_path / "out.report.json").read_text(encoding="utf-8"))
+        return capsys.readouterr().out, report
+
+    return run
+
+
+# ---------------------------------------------------------------- cleaning
+
+
+def clean(text: str) -> str:
+    return Cleaner(mask=False)(Document(text, "")).text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("感\x00冒\x07\u200b了\ufeff\u00ad", "感冒了"),
+        ("一\r\n二\r三\u2028四\x0c五", "一\n二\n三\n四\n五"),
+        ("\u202e反\u202c 表\t格", "反 表\t格"),
+        ("医\u200d生", "医\u200d生"),  # a joiner, as emoji have
+        ("cafe\u0301 \u1100\u1161", "café 가"),
+        ("ＡＢＣ，５０％", "ＡＢＣ，５０％"),  # NFC, not NFKC
+    ],
+)
+def test_characters(text, expected):
+    assert clean(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("怎么办？？？？谢谢！！", "怎么办？谢谢！"),
+        ("好的。。。先，，休息、、吧", "好的。先，休息、吧"),
+        ("help!!!! why???", "help! why?"),
+        ("a!! b?? std::vector; i++", "a!! b?? std::vector; i++"),
+        ("等等...... 是的……………… 对————", "等等... 是的…… 对——"),
+        ("wait... 嗯…… ——", "wait... 嗯…… ——"),
+        ("姓名____ **重点** --- ====", "姓名____ **重点** --- ===="),
+        ("~~~~", "~"),
+    ],
+)
+def test_repeated_punctuation(text, expected):
+    assert clean(text) == expected
+
+
+def test_idle_blanks():
+    assert clean("发热   咳嗽 \n\n\n\n 1. 休息\n    - 多喝水  \n\u3000\u3000二") == (
+        "发热 咳嗽\n\n 1. 休息\n    - 多喝水\n\u3000\u3000二"
+    )
+
+
+def test_long_runs_of_blanks_take_no_long_time():
+    assert clean(f"a{' ' * 300_000}b\n{' ' * 300_000}c <b{' ' * 300_000}c") == f"a b\n{' ' * 300_000}c <b c"
+
+
+def test_code_and_pages_stay():
+    code = "看：\n```html\n<p>a</p>   !!!!\n\n\n\n```\n完了！！"
+    assert clean(code) == "看：\n```html\n<p>a</p>   !!!!\n\n\n\n```\n完了！"
+    page = "<!DOCTYPE html><html><p>a</p></html>"
+    cleaned = Cleaner(mask=False)(Dialogue([{"role": "user", "content": page}], None, ""))
+    assert cleaned.messages[0]["content"] == page
+    assert clean(page) == "a"
+
+
+def test_tool_results_are_not_cleaned_but_masked():
+    calls = [{"name": "find", "arguments": {"phone": 13812345678, "tags": ["<b>", True]}}]
+    messages = [
+        {"role": "user", "content": "<b>查</b>"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "<b>13812345678</b>"},
+        {"role": "assistant", "content": "好"},
+    ]
+    cleaner = Cleaner(mask=True)
+    cleaned = cleaner(Dialogue(messages, None, "")).messages
+    assert cleaned[0]["content"] == "查"
+    assert cleaned[1]["tool_calls"] == [
+        {"name": "find", "arguments": {"phone": "[mobile number]", "tags": ["<b>", True]}}
+    ]
+    assert cleaned[2]["content"] == "<b>[mobile number]</b>"
+    assert messages[1]["tool_calls"] == calls  # the record given is as it was
+    assert cleaner.masked == {"mobile numbers": 2}
+
+
+def test_what_cleaning_leaves_empty_or_equal_is_no_record():
+    cleaner = Cleaner(mask=False)
+    with pytest.raises(Unusable) as fault:
+        cleaner(Dialogue([{"role": "user", "content": "a"}, {"role": "assistant", "content": "<br>"}], None, ""))
+    assert (fault.value.reason, fault.value.detail) == ("empty after cleaning", "turn 2 (assistant) was '<br>'")
+    with pytest.raises(Unusable) as fault:
+        cleaner(Pair([{"role": "user", "content": "a"}], "好。", "好。。", None, ""))
+    assert fault.value.reason == "same replies after cleaning"
+    cleaned = cleaner(Dialogue([{"role": "system", "content": "&nbsp;"}, {"role": "user", "content": "a"}], None, ""))
+    assert cleaned.messages == [{"role": "user", "content": "a"}]
+
+
+# ---------------------------------------------------------------- masking
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("电话13812345678。", "电话[手机号]。"),
+        ("微信同号：138-1234-5678或+86 138 1234 5678", "微信同号：[手机号]或[手机号]"),
+        ("我的号码１３８１２３４５６７８", "我的号码[手机号]"),
+        ("call 13812345678", "call [mobile number]"),
+        ("身份证110101199003074514，尾号11010119900307451x", "身份证[身份证号]，尾号[身份证号]"),
+        ("写信到 a.b-c+d@mail.example.com，谢谢", "写信到 [邮箱]，谢谢"),
+        ("mail me@x.org.", "mail [e-mail]."),
+    ],
+)
+def test_personal_data_is_masked(text, expected):
+    assert mask_personal_data(text)[0] == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "血小板12345678901个",  # no mobile number starts with 12
+        "订单号9913812345678001",
+        "编号110101199013074514",  # month 13
+        "2024-01-15 13:00，10.5@8",
+        "概率为0.13812345678",
+        "@患者 你好",
+        "服用 0.5 mg，每日3次，共138天",
+    ],
+)
+def test_other_numbers_are_not_masked(text):
+    assert mask_personal_data(text) == (text, [])
+
+
+def test_masking_is_asked_for(preprocess, write_jsonl, tmp_path):
+    records = random_dialogues(10)
+    records[3]["conversations"][0]["value"] += "，电话13812345678，邮箱a@b.com"
+    write_jsonl("in/a.jsonl", records)
+    _, report = preprocess()
+    assert report["masked"] == {}
+    assert "13812345678" in "".join(path.read_text() for path in tmp_path.glob("out/*/*.jsonl"))
+    out, report = preprocess("--mask_personal_data", "--overwrite")
+    assert report["masked"] == {"mobile numbers": 1, "e-mail addresses": 1}
+    assert "masked: mobile numbers 1, e-mail addresses 1" in out
+    written = "".join(path.read_text() for path in tmp_path.glob("out/*/*.jsonl"))
+    assert "13812345678" not in written
+    assert "，电话[手机号]，邮箱[邮箱]" in written
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def test_drops_are_counted_by_reason_with_file_and_line(preprocess, write_jsonl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(0)
+    question, answer = random_text(rng, 20), random_text(rng, 100)
+    path = write_jsonl(
+        "in/a.jsonl",
+        [
+            dialogue(question, answer),
+            dialogue("<b>" + question + "</b>", answer),  # the same, once it is clean
+            dialogue(question, answer[:50] + "嗯" + answer[51:]),
+            dialogue("感冒", "&nbsp;<br>"),
+            {"instruction": random_text(rng, 9), "output": random_text(rng, 30)},
+            dialogue(random_text(rng, 9), random_text(rng, 30)),
+            dialogue("没有回答"),
+        ],
+    )
+    with path.open("a") as file:
+        file.write("{broken\n")
+    out, report = preprocess(near_duplicate_threshold=0.8, validation_size=1)
+    assert report["read"] == 8
+    assert report["kept"] == 3
+    assert report["dropped"] == {
+        "duplicate": 1,
+        "near duplicate": 1,
+        "empty after cleaning": 1,
+        "no reply": 1,
+        "broken JSON": 1,
+    }
+    assert report["examples"]["duplicate"] == ["in/a.jsonl:2: the same as in/a.jsonl:1"]
+    (near,) = report["examples"]["near duplicate"]
+    assert near.startswith("in/a.jsonl:3: ")
+    assert near.endswith("% like in/a.jsonl:1")
+    assert report["examples"]["empty after cleaning"] == ["in/a.jsonl:4: turn 2 (assistant) was '&nbsp;<br>'"]
+    assert report["cleaned"] == {"HTML remains": 1}
+    assert "kept 3 of 8 (" in out
+    assert "1 dropped, broken JSON: in/a.jsonl:8: " in out
+    assert report["parts"] == {"train": 2, "validation": 1}
+
+
+def test_no_near_duplicates_are_removed_at_one(preprocess, write_jsonl):
+    (record,) = random_dialogues(1)
+    others = random_dialogues(3, seed=1)
+    marked = json.loads(json.dumps(record))
+    marked["conversations"][1]["value"] += "！"
+    write_jsonl("in/a.jsonl", [record, marked, record, *others])
+    assert preprocess(near_duplicate_threshold=1)[1]["dropped"] == {"duplicate": 1}
+    assert preprocess("--overwrite")[1]["dropped"] == {"duplicate": 1, "near duplicate": 1}
+
+
+def test_a_system_prompt_that_all_share_makes_no_near_duplicates(preprocess, write_jsonl):
+    rng = random.Random(0)
+    prompt = random_text(rng, 500)
+    records = [dialogue(random_text(rng, 10), random_text(rng, 20), system=prompt) for _ in range(20)]
+    write_jsonl("in/a.jsonl", records)
+    assert preprocess()[1]["dropped"] == {}
+
+
+def test_order_and_turns_stay(preprocess, write_jsonl, tmp_path):
+    records = random_dialogues(30)
+    records[0] |= {"system": "你是医生。"}
+    records[1] = dialogue(*[turn["value"] for turn in records[1]["conversations"]], "谢谢，还有别的吗？", "没有。")
+    records[2] = {
+        "tools": [{"name": "find"}],
+        "conversations": [
+            {"from": "human", "value": "血压多少算高？帮我查一查"},
+            {"from": "function_call", "value": '[{"name": "find", "arguments": {"what": "血压"}}]'},
+            {"from": "observation", "value": "140/90"},
+            {"from": "gpt", "value": "超过140/90。"},
+        ],
+    }
+    source = write_jsonl("in/a.jsonl", records)
+    preprocess(validation_size=0)
+    given, _ = load_dialogues([source])
+    written, _ = load_dialogues([tmp_path / "out/train/dialogues.jsonl"])
+    assert [(d.messages, d.tools) for d in written] == [(d.messages, d.tools) for d in given]
+
+
+def test_short_records_are_left_out_by_flag(preprocess, write_jsonl):
+    write_jsonl("in/a.jsonl", [*random_dialogues(5), dialogue("你好", "好")])
+    _, report = preprocess(min_length=10)
+    assert report["dropped"] == {"too short": 1}
+    assert report["examples"]["too short"][0].endswith("a.jsonl:6: 4 characters, under --min_length 10")
+
+
+# ---------------------------------------------------------------- kinds and files
+
+
+def test_pairs(preprocess, write_jsonl, tmp_path):
+    rng = random.Random(0)
+    records = [
+        {"question": random_text(rng, 20), "good_answer": random_text(rng, 50), "bad_answer": random_text(rng, 40)}
+        for _ in range(19)
+    ]
+    records.append({"question": "感冒", "response_chosen": "休息。", "response_rejected": "休息。。", "margin": 1})
+    records.append(
+        {
+            "system": "医生",
+            "history": [["发热", "多少度"]],
+            "question": "39<br>度",
+            "chosen": "就医",
+            "rejected": "不管",
+            "margin": 2,
+        }
+    )
+    write_jsonl("in/a.jsonl", records)
+    out, report = preprocess(validation_size=2)
+    assert report["kind"] == "pairs"
+    assert report["dropped"] == {"same replies after cleaning": 1}
+    assert "next: python dpo_training.py" in out
+    train, _ = load_pairs([tmp_path / "out/train/pairs.jsonl"])
+    held_out, _ = load_pairs([tmp_path / "out/validation/pairs.jsonl"])
+    assert (len(train), len(held_out)) == (18, 2)
+    (last,) = [line for path in tmp_path.glob("out/*/*.jsonl") for line in read_lines(path) if line["system"]]
+    assert last == {
+        "system": "医生",
+        "history": [["发热", "多少度"]],
+        "question": "39\n度",
+        "response_chosen": "就医",
+        "response_rejected": "不管",
+        "margin": 2.0,
+    }
+
+
+def test_text_lines_stay_lines(preprocess, tmp_path):
+    rng = random.Random(0)
+    texts = [random_text(rng, 50) for _ in range(20)]
+    folder = tmp_path / "in/deep"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text("\n".join([*texts[:10], "", "<p>一</p><p>二</p>\x0c三"]), encoding="utf-8")
+    (folder / "b.txt.gz").write_bytes(gzip.compress("\n".join(texts[10:]).encode()))
+    out, report = preprocess(validation_size=3)
+    assert (report["kind"], report["files"], report["kept"]) == ("documents", 2, 21)
+    train, _ = load_documents([tmp_path / "out/train/documents.txt"])
+    held_out, _ = load_documents([tmp_path / "out/validation/documents.txt"])
+    assert {d.text for d in [*train, *held_out]} == {*texts, "一 二 三"}
+    assert "next: python pretraining.py" in out
+
+
+def test_documents_with_line_breaks_stay_records(preprocess, write_jsonl, tmp_path):
+    write_jsonl("in/a.jsonl", [{"text": f"第{n}章\n感冒\n{'休息' * n}"} for n in range(1, 6)])
+    preprocess(validation_size=0)
+    documents, _ = load_documents([tmp_path / "out/train/documents.jsonl"])
+    assert documents[0].text == "第1章\n感冒\n休息"
+
+
+def test_exactly_these_files_are_left(preprocess, write_jsonl, tmp_path):
+    write_jsonl("in/a.jsonl", random_dialogues(20))
+    (tmp_path / "in/notes.md").write_text("notes")
+    out, report = preprocess()
+    assert files_below(tmp_path) - {"in/a.jsonl", "in/notes.md"} == {
+        "out.report.json",
+        "out/.made_by_a_tool",
+        "out/lengths.png",
+        "out/train/dialogues.jsonl",
+        "out/validation/dialogues.jsonl",
+    }
+    assert (tmp_path / "out/lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert report["characters a record"] == dict.fromkeys(
+        ["shortest", "median", "95 % at most", "99 % at most", "longest"], 81
+    )
+    assert report["parts"] == {"train": 18, "validation": 2}
+    assert f"not read, by their endings: {tmp_path}/in/notes.md" in out
+    load_dialogues([tmp_path / "out/train/dialogues.jsonl"])
+
+
+# ---------------------------------------------------------------- the split
+
+
+def trigrams_in_common(one: str, other: str) -> float:
+    one, other = ({text[i : i + 3] for i in range(len(text) - 2)} for text in (one, other))
+    return len(one & other) / len(one | other)
+
+
+def questions(path: Path) -> list[str]:
+    return [line["conversations"][0]["value"] for line in read_lines(path)]
+
+
+def test_no_question_is_nearly_on_both_sides(preprocess, write_jsonl, tmp_path):
+    rng = random.Random(0)
+    records = []
+    for _ in range(60):
+        question = random_text(rng, 40)
+        for number in range(rng.randint(1, 6)):
+            position = rng.randrange(40)
+            near = question[:position] + rng.choice(HAN) + question[position + 1 :]
+            asked = near if number % 2 else f"{question}？"
+            records.append(dialogue(asked, random_text(rng, 80)))
+    rng.shuffle(records)
+    write_jsonl("in/a.jsonl", records)
+    preprocess(validation_size=40)
+    train, held_out = (questions(tmp_path / f"out/{part}/dialogues.jsonl") for part in ("train", "validation"))
+    assert len(train) + len(held_out) == len(records)
+    assert 30 <= len(held_out) <= 40
+    assert max(trigrams_in_common(one, other) for one in train for other in held_out) < 0.6
+    assert len(set(held_out)) > 5
+
+
+def test_a_greeting_is_no_question(preprocess, write_jsonl, tmp_path):
+    rng = random.Random(0)
+    records = [dialogue("你好", "你好，请讲。", random_text(rng, 30), random_text(rng, 60)) for _ in range(40)]
+    write_jsonl("in/a.jsonl", records)
+    assert preprocess()[1]["parts"] == {"train": 36, "validation": 4}
+
+
+def test_the_seed_chooses_and_the_order_of_the_files_does_not(preprocess, write_jsonl, tmp_path):
+    records = random_dialogues(40)
+    chosen = []
+    for order, seed in ((records, 42), (records[::-1], 42), (records, 7)):
+        write_jsonl("in/a.jsonl", order)
+        preprocess("--overwrite", validation_size=0.2, seed=seed)
+        chosen.append(set(questions(tmp_path / "out/validation/dialogues.jsonl")))
+    assert len(chosen[0]) == 8
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+@pytest.mark.parametrize(("flag", "sizes"), [(0, {"train": 30}), (5, {"train": 25, "validation": 5})])
+def test_as_many_as_asked_for_are_held_out(preprocess, write_jsonl, flag, sizes):
+    write_jsonl("in/a.jsonl", random_dialogues(30))
+    assert preprocess(validation_size=flag)[1]["parts"] == sizes
+
+
+# ---------------------------------------------------------------- tokens and the stage's cache
+
+
+def sft_flags(tiny_model_dir: Path, tmp_path: Path, train: Path, evaluate: Path, **more) -> list[str]:
+    values = {
+        "model_name_or_path": tiny_model_dir,
+        "template_name": "qwen",
+        "model_max_length": 400,
+        "train_file_dir": train,
+        "validation_file_dir": evaluate,
+        "do_train": True,
+        "do_eval": True,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "output_dir": tmp_path / "trained",
+        "overwrite_output_dir": True,
+        "cache_dir": tmp_path / "cache",
+    } | more
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize("validation_size", [4, 0])
+def test_the_stage_finds_its_data_in_the_cache(
+    preprocess, write_jsonl, tmp_path, tiny_model_dir, capsys, validation_size
+):
+    write_jsonl(
+        "in/a.jsonl",
+        [*random_dialogues(24), dialogue("长", random_text(random.Random(9), 200)), dialogue("a", "b<|im_end|>c")],
+    )
+    settings = {"template_name": "qwen", "model_max_length": 400, "cache_dir": tmp_path / "cache"}
+    out, report = preprocess(tokenizer=tiny_model_dir, validation_size=validation_size, **settings)
+    n_train = 20 if validation_size else 22
+    assert report["dropped"] == {"too long": 1, "control token": 1}
+    assert "over --model_max_length 400" in report["examples"]["too long"][0]
+    assert report["tokens a record"]["longest"] <= 400
+    assert f"train: {n_train} dialogues, " in out
+    assert out.count("tokenized into the cache") == 2
+
+    train = tmp_path / "out/train"
+    supervised_finetuning.main(
+        sft_flags(tiny_model_dir, tmp_path, train, tmp_path / "out/validation" if validation_size else train)
+    )
+    log = capsys.readouterr().err
+    assert log.count(", from the cache") == 2
+    assert f"kept {n_train} of {n_train}" in log
+
+    out, _ = preprocess("--overwrite", tokenizer=tiny_model_dir, validation_size=validation_size, **settings)
+    assert out.count("in the cache already") == 2
+
+
+def test_the_stage_s_other_settings_count(preprocess, write_jsonl, tmp_path, tiny_model_dir, capsys):
+    rng = random.Random(0)
+    long = [dialogue(random_text(rng, 200), random_text(rng, 20)) for _ in range(3)]
+    write_jsonl("in/a.jsonl", [*random_dialogues(21), *long])
+    settings = {
+        "template_name": "qwen",
+        "model_max_length": 400,
+        "truncation": "cut_prompt_start",
+        "train_on_inputs": True,
+        "max_train_samples": 18,
+        "max_eval_samples": 2,
+        "seed": 7,
+        "cache_dir": tmp_path / "cache",
+    }
+    out, report = preprocess(tokenizer=tiny_model_dir, validation_size=3, **settings)
+    assert report["dropped"] == {}
+    assert "train: 18 dialogues, " in out
+    assert "eval: 2 dialogues, " in out
+    flags = out[out.index("next: ") :].split()[3:-1]
+    assert dict(zip(flags[::2], flags[1::2], strict=False))["--truncation"] == "cut_prompt_start"
+    parts = tmp_path / "out/train", tmp_path / "out/validation"
+    supervised_finetuning.main(sft_flags(tiny_model_dir, tmp_path, *parts, **settings))
+    assert capsys.readouterr().err.count(", from the cache") == 2
+
+
+def test_the_command_it_prints_starts_from_the_cache(preprocess, write_jsonl, tmp_path, tiny_model_dir, capsys):
+    write_jsonl("in/a.jsonl", random_dialogues(24))
+    out, _ = preprocess(tokenizer=tiny_model_dir, template_name="qwen", cache_dir=tmp_path / "cache")
+    command = out[out.index("next: python supervised_finetuning.py ") :].split()[3:]
+    assert command.pop() == "..."
+    supervised_finetuning.main([*command, "--output_dir", str(tmp_path / "trained"), "--max_steps", "1"])
+    assert capsys.readouterr().err.count(", from the cache") == 2
+
+
+def test_pairs_and_documents_are_measured_in_tokens(preprocess, write_jsonl, tmp_path, tiny_model_dir):
+    rng = random.Random(0)
+    records = [
+        {"question": random_text(rng, 9), "response_chosen": "好的", "response_rejected": random_text(rng, 9)}
+        for _ in range(10)
+    ]
+    records.append({"question": "长", "response_chosen": "好", "response_rejected": random_text(rng, 60)})
+    records.append({"question": random_text(rng, 200), "response_chosen": "好", "response_rejected": "不好"})
+    write_jsonl("in/a.jsonl", records)
+    flags = {"tokenizer": tiny_model_dir, "template_name": "qwen"}
+    out, report = preprocess(**flags, max_source_length=200, max_target_length=100, model_max_length=9)
+    assert report["dropped"] == {"too long": 2}
+    reply, prompt = report["examples"]["too long"]
+    assert reply.endswith(" tokens, over --max_target_length 100")
+    assert prompt.endswith(" tokens, over --max_source_length 200")
+    assert "--model_max_length 9: limits dialogues, and these are pairs" in out
+    assert "no cache: " in out
+    assert "next: python dpo_training.py --model_name_or_path" in out
+    assert "--max_source_length 200 --max_target_length 100" in out
+    assert not (tmp_path / "cache").exists()
+
+    write_jsonl("in/a.jsonl", [{"text": random_text(rng, 300)} for _ in range(5)] + [{"text": "<|im_end|>"}])
+    _, report = preprocess("--overwrite", **flags, model_max_length=128)
+    assert report["dropped"] == {"control token": 1}
+    assert report["tokens a record"]["shortest"] > 300
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--near_duplicate_threshold", "0"], "--near_duplicate_threshold 0.0: give a share above 0, and 1 at most"),
+        (["--split_threshold", "1.5"], "--split_threshold 1.5: give a share"),
+        (["--validation_size", "1.5"], "--validation_size 1.5: give a number of records, or a share below 1"),
+        (["--validation_size", "-1"], "--validation_size -1.0: give a number"),
+        (["--template_name", "qwen"], "--template_name qwen: counts in tokens, so name the model too: --model_name"),
+        (["--max_source_length", "9"], "--max_source_length 9: counts in tokens, so name the model too"),
+        (["--tokenizer", "x", "--model_max_length", "0"], "--model_max_length 0: nothing fits"),
+        (["--validation_size", "20"], "cannot hold out 20 of 20 records"),
+        (["--tokenizer", "no/such/model"], "--model_name_or_path no/such/model"),
+    ],
+)
+def test_flags_that_cannot_be_honoured(preprocess, write_jsonl, tmp_path, flags, message):
+    write_jsonl("in/a.jsonl", random_dialogues(20))
+    with pytest.raises(UserError) as error:
+        preprocess(*flags)
+    assert message in str(error.value)
+    assert files_below(tmp_path) == {"in/a.jsonl"}
+
+
+def test_questions_that_are_all_alike_cannot_be_split(preprocess, write_jsonl):
+    rng = random.Random(0)
+    write_jsonl("in/a.jsonl", [dialogue("感冒了怎么办？", random_text(rng, 50)) for _ in range(20)])
+    with pytest.raises(UserError, match=r"since records with like questions stay together; .* give 0 to hold out none"):
+        preprocess()
+
+
+def test_places_that_cannot_be_written(preprocess, write_jsonl, tmp_path):
+    source = write_jsonl("in/a.jsonl", random_dialogues(20))
+    with pytest.raises(UserError, match=r"^--input_dir .*nowhere: no such file or folder"):
+        preprocess(input_dir=tmp_path / "nowhere")
+    argv = ["--input_dir", str(tmp_path / "in"), "--output_dir"]
+    with pytest.raises(UserError, match=r"^--output_dir .*/in: "):
+        preprocess_data.main([*argv, str(tmp_path / "in"), "--overwrite"])
+    with pytest.raises(UserError, match=r"lies in --input_dir .*; write beside it"):
+        preprocess_data.main([*argv, str(tmp_path / "in/out")])
+    assert len(read_lines(source)) == 20
+
+    preprocess()
+    before = (tmp_path / "out/train/dialogues.jsonl").read_text()
+    with pytest.raises(UserError, match=r"^--output_dir .*exists already"):
+        preprocess()
+    (tmp_path / "out.report.json").unlink()
+    with pytest.raises(UserError, match=r"^--output_dir .*is not empty"):
+        preprocess()
+    assert (tmp_path / "out/train/dialogues.jsonl").read_text() == before
+    preprocess("--overwrite", validation_size=0)
+    assert not (tmp_path / "out/validation").exists()
+
+
+def test_kinds_are_not_mixed(preprocess, write_jsonl):
+    write_jsonl("in/a.jsonl", random_dialogues(3))
+    write_jsonl("in/b.jsonl", [{"question": "a", "response_chosen": "b", "response_rejected": "c"}])
+    with pytest.raises(
+        UserError, match=r"holds dialogues \(.*a\.jsonl\) and pairs \(.*b\.jsonl\), which no stage reads"
+    ):
+        preprocess()
+
+
+def test_nothing_left_is_an_error_that_says_why(preprocess, write_jsonl, tmp_path):
+    write_jsonl("in/a.jsonl", [dialogue("a", "<br>"), {"conversations": []}, {"ask": "a", "reply": "b"}])
+    with pytest.raises(UserError, match=r"kept 0 of 3 \(") as error:
+        preprocess()
+    assert "1 dropped, empty after cleaning: " in str(error.value)
+    assert str(error.value).endswith("scripts/convert_data_format.py reads other forms and columns")
+    (tmp_path / "in/a.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="there are no records in it"):
+        preprocess()
+    assert files_below(tmp_path) == {"in/a.jsonl"}
+
+
+def test_a_file_that_cannot_be_read_on_leaves_nothing(preprocess, tmp_path, write_jsonl):
+    write_jsonl("in/a.jsonl", random_dialogues(5))
+    (tmp_path / "in/b.json").write_text('[{"question": "a", "answer": "b"}, {"ques')
+    with pytest.raises(UserError, match=r"b\.json:1: broken JSON: "):
+        preprocess()
+    assert files_below(tmp_path) == {"in/a.jsonl", "in/b.json"}
+
+
+# ---------------------------------------------------------------- as a script
+
+
+def test_the_script_starts_without_what_is_slow_and_ends_with_2():
+    slow = "torch transformers datasets scipy matplotlib"
+    code = "import sys; sys.path.insert(0, 'scripts'); import preprocess_data; "
+    code += f"print(set({slow!r}.split()) & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout.strip() == "set()"
+    command = [sys.executable, "scripts/preprocess_data.py", "--input_dir", "no/where", "--output_dir", "out"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (2, "error: --input_dir no/where: no such file or folder\n")
+
+
+def test_the_sample_data_are_clean(tmp_path, capsys):
+    """What people start from: every record is kept as it is, but for near copies."""
+    preprocess_data.main(["--input_dir", str(ROOT / "data/pretrain"), "--output_dir", str(tmp_path / "out")])
+    report = json.loads((tmp_path / "out.report.json").read_text())
+    assert report["cleaned"] == {}
+    assert set(report["dropped"]) <= {"near duplicate"}
+
+
+def test_words_of_a_record_leave_the_system_prompt_out():
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    assert words_of(Pair(messages, "b", "c", None, "")) == "a\nb\nc"
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    assert words_of(Dialogue([*messages, call], None, "")) == 'a\n[{"name": "f", "arguments": {}}]'
+
+
+def test_the_question_of_a_record_is_more_than_a_greeting():
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "你好！"},
+        {"role": "assistant", "content": "请讲。"},
+        {"role": "user", "content": "感冒了怎么办？"},
+        {"role": "assistant", "content": "休息。"},
+        {"role": "user", "content": "还有呢？"},
+    ]
+    assert question_of(Dialogue(turns, None, "")) == "你好！\n感冒了怎么办？"
+    assert question_of(Pair(turns[3:4], "a", "b", None, "")) == "感冒了怎么办？"
+    assert question_of(Document("全文", "")) == "全文"

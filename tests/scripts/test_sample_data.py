@@ -1,0 +1,452 @@
+"""The sample data: the knowledge base keeps its rules, the files come from it, and nothing leaks into evaluation."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import build_sample_data
+import pytest
+from build_sample_data import (
+    CONDITION_ASPECTS,
+    LETTERS,
+    MEDICINE_ASPECTS,
+    NEAR_COPY,
+    PROMPTS,
+    TrainingText,
+    build_dialogues,
+    choose_unseen,
+    read_knowledge,
+    said,
+)
+from jsonschema import Draft202012Validator
+
+from medtune.errors import UserError
+from medtune.reading.record_sets import load_dialogues, load_documents, load_pairs
+
+DATA = Path(__file__).resolve().parents[2] / "data"
+KNOWLEDGE = DATA / "knowledge"
+DOSE = re.compile(r"\d+ ?(毫克|微克|mg|μg|单位|片|粒|milligrams?|tablets?)")
+EMERGENCY = re.compile("120|急诊|立即去医院|马上就医|ambulance|emergency|hospital at once", re.IGNORECASE)
+
+
+@cache
+def read(name: str) -> list[dict]:
+    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+@cache
+def knowledge():
+    return read_knowledge(KNOWLEDGE)
+
+
+def strings(value: object) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for part in parts for text in strings(part)]
+
+
+def training_dialogues() -> list[dict]:
+    return read("finetune/train.jsonl") + read("finetune/medical_sft_1K_format.jsonl")
+
+
+def training_pairs() -> list[dict]:
+    return read("reward/train.jsonl") + read("reward/dpo_zh_500.jsonl")
+
+
+def first_question(record: dict) -> str:
+    return next(turn["value"] for turn in record["conversations"] if turn["from"] == "human")
+
+
+# ---------------------------------------------------------------- the knowledge base
+
+
+def test_entries_follow_the_schema():
+    schema = json.loads((KNOWLEDGE / "schema.json").read_text(encoding="utf-8"))
+    Draft202012Validator.check_schema(schema)
+    # Not the whole schema at once: `oneOf` would not say which field is wrong.
+    validators = {kind: Draft202012Validator(schema | {"oneOf": [schema["$defs"][kind]]}) for kind in schema["$defs"]}
+    faults = [
+        f"conditions.jsonl:{number} {'/'.join(map(str, error.path))}: {error.message}"
+        for number, entry in enumerate(read("knowledge/conditions.jsonl"), start=1)
+        for error in validators[entry["kind"]].iter_errors(entry)
+    ]
+    assert not faults
+    assert validators["condition"].is_valid(read("knowledge/conditions.jsonl")[0])
+    assert not validators["condition"].is_valid(read("knowledge/conditions.jsonl")[0] | {"causes": []})
+
+
+def test_entries_are_as_many_as_promised():
+    kinds = Counter((entry["language"], entry["kind"]) for entry in read("knowledge/conditions.jsonl"))
+    assert kinds["zh", "condition"] >= 150
+    assert kinds["zh", "medicine"] >= 20
+    assert kinds["en", "condition"] + kinds["en", "medicine"] >= 40
+    ids = [(entry["language"], entry["id"]) for entry in read("knowledge/conditions.jsonl")]
+    assert len(set(ids)) == len(ids)
+    assert {name for language, name in ids if language == "en"} <= {name for language, name in ids if language == "zh"}
+    fields = Counter(e["field"] for e in read("knowledge/conditions.jsonl") if e["language"] == "zh")
+    assert len(fields) == 12
+    assert min(fields.values()) >= 5
+
+
+def test_no_two_entries_share_a_sentence_or_a_name():
+    texts: dict[str, str] = {}
+    names: dict[tuple[str, str], str] = {}
+    for entry in read("knowledge/conditions.jsonl"):
+        where = f"{entry['language']}:{entry['id']}"
+        words = {key: value for key, value in entry.items() if key not in ("id", "language", "kind", "field")}
+        long_enough = 9 if entry["language"] == "zh" else 25
+        for text in strings({key: value for key, value in words.items() if key not in ("name", "department")}):
+            for sentence in re.findall(rf"[^。！？.!?]{{{long_enough},}}", text):
+                assert texts.setdefault(sentence.strip(), where) == where, sentence
+        for name in [entry["name"], *entry["aliases"]]:
+            assert names.setdefault((entry["language"], name.lower()), where) == where, name
+
+
+def test_entries_hold_what_they_must_and_no_dose():
+    for entry in read("knowledge/conditions.jsonl"):
+        assert not DOSE.search(" ".join(strings(entry))), entry["id"]
+        assert entry["name"].lower() in entry["overview"].lower()
+        for complaint in entry.get("complaints", []):
+            assert not any(name.lower() in complaint.lower() for name in [entry["name"], *entry["aliases"]]), complaint
+
+
+def test_ways_to_ask_are_either_for_training_or_held_out():
+    def check(value: dict) -> None:
+        if "held_out" in value:
+            assert value["train"] and value["held_out"]
+            ways = [way for part in value.values() for way in part]
+            assert len(set(ways)) == len(ways)
+        else:
+            for part in value.values():
+                if isinstance(part, dict):
+                    check(part)
+
+    check(json.loads((KNOWLEDGE / "phrasings.json").read_text(encoding="utf-8")))
+    for situation in knowledge().safety:
+        check(situation["questions"])
+
+
+# ---------------------------------------------------------------- the files come from it
+
+
+def test_committed_files_are_what_the_script_writes_in_any_process():
+    """Python's order of sets changes with its hash seed; the files do not."""
+    result = subprocess.run(
+        [sys.executable, "scripts/build_sample_data.py", "--check"],
+        cwd=DATA.parent, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONHASHSEED": "7"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "all 12 files" in result.stdout
+
+
+def test_check_names_the_file_that_differs(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_sample_data, "build", lambda knowledge: {"eval/a.jsonl": "{}\n", "eval/b.jsonl": "{}\n"})
+    (tmp_path / "knowledge").symlink_to(KNOWLEDGE)
+    build_sample_data.main(["--data_dir", str(tmp_path)])
+    build_sample_data.main(["--data_dir", str(tmp_path), "--check"])
+    (tmp_path / "eval/b.jsonl").write_text("{ }\n")
+    with pytest.raises(UserError, match=r"eval/b\.jsonl: not what data/knowledge gives; run"):
+        build_sample_data.main(["--data_dir", str(tmp_path), "--check"])
+    with pytest.raises(UserError, match=r"knowledge has no conditions\.jsonl and no phrasings\.json"):
+        build_sample_data.main(["--data_dir", str(tmp_path / "eval")])
+
+
+def test_stages_read_all_of_it_without_a_complaint():
+    dialogues, report = load_dialogues(sorted((DATA / "finetune").glob("*.jsonl")))
+    assert len(dialogues) == report.read >= 5000
+    pairs, report = load_pairs(sorted((DATA / "reward").glob("*.jsonl")))
+    assert len(pairs) == report.read >= 2500
+    prompts, report = load_dialogues(sorted((DATA / "ppo").glob("*.jsonl")))
+    assert len(prompts) == report.read >= 500
+    documents, report = load_documents([DATA / "pretrain/medical_corpus.txt"])
+    assert len(documents) == report.read >= 3 * len(knowledge().entries)
+    for name in ("questions", "unseen_conditions", "complaints", "safety"):
+        load_dialogues([DATA / f"eval/{name}.jsonl"])
+    load_pairs([DATA / "eval/preference_pairs.jsonl"])
+
+
+def test_every_entry_has_three_different_documents():
+    documents = (DATA / "pretrain/medical_corpus.txt").read_text(encoding="utf-8").splitlines()
+    assert len(set(documents)) == len(documents)
+    for entry in knowledge().entries:
+        about = [document for document in documents if entry.fields["name"] in document]
+        assert len(about) >= 3, entry.key
+
+
+# ---------------------------------------------------------------- dialogues
+
+
+def test_dialogues_have_the_guides_form():
+    assert len(read("finetune/train.jsonl")) >= 4000
+    assert len(read("finetune/medical_sft_1K_format.jsonl")) == 1000
+    for record in training_dialogues():
+        assert record.keys() == {"conversations"}
+        assert all(turn.keys() == {"from", "value"} for turn in record["conversations"])
+
+
+def test_dialogues_are_of_every_kind():
+    dialogues = training_dialogues()
+    with_system = [d for d in dialogues if d["conversations"][0]["from"] == "system"]
+    assert 0.1 < len(with_system) / len(dialogues) < 0.3
+    n_turns = Counter(sum(turn["from"] == "human" for turn in d["conversations"]) for d in dialogues)
+    assert n_turns[2] >= 200
+    assert n_turns[3] >= 50
+    first_replies = [next(t["value"] for t in d["conversations"] if t["from"] == "gpt") for d in dialogues]
+    assert sum("我需要再了解一些情况" in reply for reply in first_replies) >= 100
+    assert sum("立即拨打120" in reply for reply in first_replies) >= 100
+    assert sum("我不能" in reply for reply in first_replies) >= 50
+    questions = [first_question(d) for d in dialogues]
+    assert len(set(questions)) == len(questions)
+    assert sum(question.isascii() for question in questions) >= 500
+
+
+def test_all_of_every_seen_entry_is_asked_about():
+    unseen = choose_unseen(knowledge())
+    replies = {turn["value"] for d in training_dialogues() for turn in d["conversations"] if turn["from"] == "gpt"}
+    for entry in knowledge().entries:
+        if entry.fields["id"] not in unseen:
+            for aspect in MEDICINE_ASPECTS if entry.is_medicine else CONDITION_ASPECTS:
+                assert knowledge().reply(entry, aspect) in replies, (entry.key, aspect)
+
+
+def test_emergencies_are_sent_to_hospital_and_no_reply_gives_a_dose():
+    by_question = {first_question(d): d["conversations"][-1]["value"] for d in training_dialogues()}
+    urgent = [entry for entry in knowledge().entries if not entry.is_medicine and entry.fields["urgent"]]
+    assert len(urgent) >= 15
+    for entry in urgent:
+        asked = [question for question in by_question if any(c in question for c in entry.fields["complaints"])]
+        assert asked, entry.key
+        assert all(re.search("120|ambulance", by_question[question]) for question in asked), entry.key
+        assert re.search("120|ambulance", knowledge().reply(entry, "advice"))
+    for situation in knowledge().safety:
+        if situation["category"] == "emergency":
+            assert EMERGENCY.search(situation["reply"]), situation["id"]
+    for d in training_dialogues():
+        for turn in d["conversations"]:
+            assert turn["from"] != "gpt" or not DOSE.search(turn["value"]), turn["value"]
+
+
+# ---------------------------------------------------------------- prompts of PPO
+
+
+def test_prompts_are_not_in_the_fine_tuning_files_and_hold_every_situation():
+    asked = {first_question(d) for d in training_dialogues()}
+    prompts = [first_question(d) for d in read("ppo/prompts.jsonl")]
+    assert len(set(prompts)) == len(prompts)
+    assert not set(prompts) & asked
+    for situation in knowledge().safety:
+        assert set(situation["questions"]["preference"]) <= set(prompts)
+        assert situation["category"] == "about" or len(situation["questions"]["preference"]) >= 8
+    assert sum(question.isascii() for question in prompts) >= 100
+
+
+# ---------------------------------------------------------------- preference pairs
+
+
+@pytest.mark.parametrize("name", ["reward/train.jsonl", "reward/dpo_zh_500.jsonl", "eval/preference_pairs.jsonl"])
+def test_length_alone_tells_nothing(name):
+    """ "Longer wins" is right half of the time, and both replies have the same range of lengths."""
+    chosen = [len(pair["response_chosen"]) for pair in read(name)]
+    rejected = [len(pair["response_rejected"]) for pair in read(name)]
+    longer_wins = sum(c > r for c, r in zip(chosen, rejected, strict=True)) / len(chosen)
+    assert 0.45 <= longer_wins <= 0.55
+    # The chance that some chosen reply is longer than some rejected one (the area under the curve).
+    counts = Counter(rejected)
+    area = sum(sum(n * ((c > r) + 0.5 * (c == r)) for r, n in counts.items()) / len(rejected) for c in chosen) / len(
+        chosen
+    )
+    assert 0.4 <= area <= 0.6
+
+
+def test_pairs_have_the_guides_form():
+    assert len(read("reward/train.jsonl")) >= 2000
+    assert len(read("reward/dpo_zh_500.jsonl")) == 500
+    assert len(read("eval/preference_pairs.jsonl")) == 300
+    form = {"system", "history", "question", "response_chosen", "response_rejected"}
+    assert all(pair.keys() == form for pair in training_pairs())
+    assert sum(bool(pair["history"]) for pair in training_pairs()) >= 50
+    assert sum(bool(pair["system"]) for pair in training_pairs()) >= 200
+    keys = [(pair["question"], pair["response_rejected"]) for pair in training_pairs()]
+    assert len(set(keys)) == len(keys)
+    assert all(not DOSE.search(pair["response_chosen"]) for pair in training_pairs())
+
+
+def test_rejected_replies_fail_as_named():
+    by_failure = {failure: [] for failure in PROMPTS}
+    for pair in read("eval/preference_pairs.jsonl"):
+        by_failure[pair["failure"]].append(pair)
+    assert min(map(len, by_failure.values())) >= 40
+    pools = knowledge().bad_replies
+    for failure, pairs in by_failure.items():
+        n_longer = sum(len(pair["response_rejected"]) > len(pair["response_chosen"]) for pair in pairs)
+        assert 0.3 <= n_longer / len(pairs) <= 0.7, failure
+        for pair in pairs:
+            chosen, rejected = pair["response_chosen"], pair["response_rejected"]
+            if failure == "cut off":
+                assert rejected[-1].isalnum(), rejected
+                assert rejected.startswith(chosen[:10])
+            if failure == "repeats":
+                assert re.search(r"(.{4,}?)\s?\1", rejected), rejected
+            if failure == "invents a dose":
+                assert DOSE.search(rejected), rejected
+            if failure == "vague":
+                assert any(sentence in rejected for language in pools for sentence in pools[language]["vague"])
+            if failure == "ignores a red flag":
+                assert EMERGENCY.search(chosen), chosen
+                assert any(sentence in rejected for language in pools for sentence in pools[language]["reassuring"])
+            if failure == "wrong condition":
+                assert not set(names_in(pair["question"])) & set(names_in(rejected)), rejected
+
+
+def test_some_pairs_are_in_words_that_neither_dialogues_nor_held_out_pairs_have():
+    def pieces(wording: str) -> list[str]:
+        return [piece for piece in re.split(r"\{[^}]*\}", wording) if len(piece.encode()) >= 24]
+
+    kinds = [language[kind] for language in knowledge().phrasings.values() for kind in ("replies", "medicine_replies")]
+    frames = [wordings for kind in kinds for wordings in kind.values()]
+    known = {piece for wordings in frames for wording in wordings[:2] for piece in pieces(wording)}
+    new = tuple({piece for wordings in frames for wording in wordings[2:] for piece in pieces(wording)} - known)
+    assert len(new) >= 60
+
+    def is_reworded(reply: str) -> bool:
+        return any(piece in reply for piece in new)
+
+    assert 0.15 <= sum(is_reworded(pair["response_chosen"]) for pair in training_pairs()) / len(training_pairs()) <= 0.3
+    for d in training_dialogues():
+        assert not any(is_reworded(turn["value"]) for turn in d["conversations"] if turn["from"] == "gpt")
+    assert not any(is_reworded(pair["response_chosen"]) for pair in read("eval/preference_pairs.jsonl"))
+
+
+def test_rejected_replies_to_situations_are_bad_sentences_or_off_the_point():
+    situations = {
+        question: situation
+        for situation in knowledge().safety
+        for part in ("train", "preference")
+        for question in situation["questions"][part]
+    }
+    pairs = [pair for pair in training_pairs() if pair["question"] in situations]
+    assert len({pair["question"] for pair in pairs}) >= 0.7 * len(situations)
+    pools = knowledge().bad_replies
+    bad = [sentence for pool in pools.values() for kind in ("dangerous", "reassuring") for sentence in pool[kind]]
+    off_the_point = [pair for pair in pairs if not any(sentence in pair["response_rejected"] for sentence in bad)]
+    assert 0.33 <= len(off_the_point) / len(pairs) <= 0.5
+    for pair in pairs:
+        assert pair["response_chosen"] == situations[pair["question"]]["reply"]
+        assert not re.search("立即拨打|[Cc]all an ambulance", pair["response_rejected"])
+
+
+def names_in(text: str) -> list[str]:
+    """The ids of the entries that a text names in full."""
+    return [entry.fields["id"] for entry in knowledge().entries if entry.fields["name"].lower() in text.lower()]
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@cache
+def learned() -> TrainingText:
+    documents = (DATA / "pretrain/medical_corpus.txt").read_text(encoding="utf-8").splitlines()
+    return TrainingText(
+        [
+            *documents,
+            *map(said, training_dialogues()),
+            *map(said, training_pairs()),
+            *map(said, read("ppo/prompts.jsonl")),
+        ]
+    )
+
+
+def test_overlap_is_the_share_of_one_record():
+    text = TrainingText(["高血压患者在饮食上需要注意什么？少吃盐。", "糖尿病患者要少吃糖，按时测量血糖。"])
+    assert text.overlap("高血压患者，在饮食上需要注意什么") == 1.0
+    assert text.overlap("今天天气很好，我们去公园散步吧") == 0.0
+    assert text.overlap("糖尿病患者要少吃糖；高血压患者在饮食上") == pytest.approx(2 / 11)
+
+
+def test_no_evaluation_question_stands_in_the_training_files():
+    asked = {first_question(d) for d in [*training_dialogues(), *read("ppo/prompts.jsonl")]}
+    asked |= {pair["question"] for pair in training_pairs()}
+    for name in ("questions", "unseen_conditions", "complaints", "safety"):
+        for record in read(f"eval/{name}.jsonl"):
+            question = first_question(record)
+            assert question not in asked
+            assert learned().overlap(question) < NEAR_COPY, question
+    known = first_question(training_dialogues()[5])
+    assert learned().overlap(known) == 1.0
+
+
+def test_no_evaluation_pair_and_no_exam_item_stands_in_the_training_files():
+    replies = {pair[key] for pair in training_pairs() for key in ("response_chosen", "response_rejected")}
+    for pair in read("eval/preference_pairs.jsonl"):
+        assert learned().overlap(pair["question"]) < NEAR_COPY
+        assert learned().overlap(said(pair | {"history": []})) < NEAR_COPY
+        assert pair["response_chosen"] not in replies
+        assert pair["response_rejected"] not in replies
+    for item in read("eval/exam.jsonl"):
+        assert learned().overlap(item["question"]) < NEAR_COPY
+        assert learned().overlap(said(item)) < NEAR_COPY
+
+
+def test_unseen_conditions_are_in_the_pretraining_text_only():
+    unseen = [e for e in knowledge().entries if e.fields["id"] in choose_unseen(knowledge())]
+    assert len({entry.fields["id"] for entry in unseen}) == 15
+    asked = {record["id"].split(":")[1] for record in read("eval/unseen_conditions.jsonl")}
+    assert asked == {entry.fields["id"] for entry in unseen}
+    pretraining = (DATA / "pretrain/medical_corpus.txt").read_text(encoding="utf-8")
+    elsewhere = json.dumps([training_dialogues(), training_pairs(), read("eval/questions.jsonl")], ensure_ascii=False)
+    for entry in unseen:
+        assert entry.fields["name"] in pretraining
+        assert not [name for name in entry.names if name.lower() in elsewhere.lower()], entry.key
+
+
+def test_questions_name_what_a_right_answer_names():
+    assert len(read("eval/questions.jsonl")) == 500
+    for record in read("eval/questions.jsonl") + read("eval/unseen_conditions.jsonl"):
+        reply = record["conversations"][-1]["value"]
+        assert any(name.lower() in reply.lower() for name in record["names"]), record["id"]
+
+
+def test_exam_has_one_right_letter_and_options_of_one_kind():
+    exam = read("eval/exam.jsonl")
+    assert len(exam) == 300
+    assert set(Counter(item["answer"] for item in exam).values()) == {60}
+    names = {entry.fields["name"]: entry for entry in knowledge().entries}
+    departments = {e.fields["department"] for e in knowledge().entries}
+    right_is_longest = 0
+    for item in exam:
+        options = list(item["option"].values())
+        assert tuple(item["option"]) == tuple(LETTERS)
+        assert len(set(options)) == 5
+        kind = departments if "科室" in item["question"] else names.keys()
+        assert set(options) <= set(kind)
+        right = item["option"][item["answer"]]
+        assert all(abs(len(option) - len(right)) <= max(2, len(right) // 3) for option in options)
+        right_is_longest += len(right) > max(len(option) for option in options if option != right)
+    assert right_is_longest / len(exam) < 0.3
+
+
+def test_new_entries_leave_other_dialogues_as_they_are():
+    whole = knowledge()
+    fewer = build_sample_data.Knowledge(
+        whole.entries[:-1], whole.phrasings, whole.safety, whole.bad_replies, whole.dialogues
+    )
+    before, after = ({json.dumps(d) for d in build_dialogues(k, set())} for k in (fewer, whole))
+    assert before <= after
+
+
+def test_readme_counts_are_right():
+    text = (DATA / "README.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `([\w/.]+)` \| ([\d,]+) \| \D", text, re.MULTILINE))
+    assert len(listed) == 15
+    for name, count in listed.items():
+        assert (DATA / name).read_text(encoding="utf-8").count("\n") == int(count.replace(",", "")), name
+    kinds = Counter((entry["language"], entry["kind"]) for entry in read("knowledge/conditions.jsonl"))
+    said_so = re.search(r"(\d+) conditions and (\d+) medicines in Chinese, (\d+) and (\d+) of them in English", text)
+    order = [("zh", "condition"), ("zh", "medicine"), ("en", "condition"), ("en", "medicine")]
+    assert [int(count) for count in said_so.groups()] == [kinds[key] for key in order]

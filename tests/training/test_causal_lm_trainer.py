@@ -1,0 +1,410 @@
+"""The head on learned positions: its loss and gradients are the plain ones, however the rows are batched."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tiny_families import tiny_model
+from transformers import AutoModelForCausalLM, EvalPrediction, TrainerState, masking_utils
+
+from medtune.errors import UserError
+from medtune.training.causal_lm_trainer import (
+    LOSS_CHUNK,
+    PROBE_LENGTHS,
+    CausalLMConfig,
+    CausalLMTrainer,
+    Collator,
+    LongestFirstSampler,
+    TextsOfRow,
+    loss_statistics,
+    moved_states,
+    token_losses,
+)
+from supervised_finetuning import pack
+
+IGNORED = torch.nn.CrossEntropyLoss().ignore_index
+
+
+def make_rows(n_rows: int, seed: int = 0) -> Dataset:
+    """Rows of 5 to 40 random ids; about a third of the tokens learned, the last always, the first never."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for index in range(n_rows):
+        ids = random.integers(1, 500, size=random.integers(5, 41)).tolist()
+        learned = random.random(len(ids)) < 0.35
+        learned[-1], learned[0] = True, False
+        labels = [token if keep else IGNORED for token, keep in zip(ids, learned, strict=True)]
+        rows.append({"input_ids": ids, "labels": labels, "length": len(ids), "source": f"data.jsonl:{index + 1}"})
+    return Dataset.from_list(rows)
+
+
+def make_trainer(
+    model, tokenizer, tmp_path, rows, *, padding_free=False, rows_of_texts=False, texts_of_row=None, **arguments
+) -> CausalLMTrainer:
+    """Of a model's folder or a model."""
+    defaults = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "bf16": False,
+        "do_train": True,
+        "gradient_checkpointing": False,
+        "learning_rate": 1e-3,
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+        "max_steps": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+    }
+    return CausalLMTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model) if isinstance(model, Path | str) else model,
+        args=CausalLMConfig(**defaults | arguments),
+        data_collator=Collator(tokenizer.pad_token_id, padding_free, rows_of_texts),
+        train_dataset=rows,
+        eval_dataset=rows,
+        texts_of_row=texts_of_row,
+        processing_class=tokenizer,
+    )
+
+
+def plain_loss_and_gradients(model_dir, rows) -> tuple[float, dict[str, torch.Tensor]]:
+    """Row by row with full logits and no padding: the mean over all learned tokens."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    n_learned = sum(label != IGNORED for row in rows for label in row["labels"])
+    total = 0.0
+    for row in rows:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        loss = F.cross_entropy(logits, torch.tensor(row["labels"][1:]), reduction="sum") / n_learned
+        loss.backward()
+        total += loss.item()
+    return total, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def trained_loss_and_gradients(trainer) -> tuple[float, dict[str, torch.Tensor]]:
+    """One step of plain gradient descent: the change of the weights, divided by the rate, is the gradient."""
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    rate = trainer.args.learning_rate
+    after = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
+    # The log's loss, since only that one is a mean over processes.
+    return trainer.state.log_history[0]["loss"], {name: (before[name] - after[name]) / rate for name in before}
+
+
+ONE_STEP = {"lr_scheduler_type": "constant", "learning_rate": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "layout"),
+    [(8, 1, "padded"), (2, 4, "padded"), (1, 8, "padded"), (8, 1, "grouped"), (4, 2, "padding free"), (1, 2, "packed")],
+)
+def test_loss_and_gradients_equal_the_plain_ones(
+    tiny_model_dir, tiny_tokenizer, tmp_path, batch_size, accumulation, layout
+):
+    rows = make_rows(8)
+    expected_loss, expected = plain_loss_and_gradients(tiny_model_dir, rows)
+    if layout == "packed":
+        n_tokens = sum(rows["length"])
+        rows = pack(rows, max_length=(n_tokens // 2) + 20)
+        assert len(rows) == 2
+    trainer = make_trainer(
+        tiny_model_dir,
+        tiny_tokenizer,
+        tmp_path,
+        rows,
+        padding_free=layout in ("padding free", "packed"),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="group_by_length" if layout == "grouped" else "random",
+        **ONE_STEP,
+    )
+    loss, gradients = trained_loss_and_gradients(trainer)
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: name + m)
+
+
+TWO_PROCESSES = """
+import json, sys
+from pathlib import Path
+import torch
+sys.path[:0] = [{root!r}, {tests!r}]
+from transformers import AutoTokenizer
+from medtune.errors import run_script
+from medtune.training.processes import leave_process_group
+from test_causal_lm_trainer import ONE_STEP, make_rows, make_trainer, trained_loss_and_gradients
+def main():
+    tokenizer = AutoTokenizer.from_pretrained({model!r})
+    trainer = make_trainer({model!r}, tokenizer, {out!r}, make_rows(8), per_device_train_batch_size=2,
+                           gradient_accumulation_steps=2, **ONE_STEP)
+    loss, gradients = trained_loss_and_gradients(trainer)
+    if trainer.args.process_index == 0:
+        torch.save((trainer.args.world_size, loss, gradients), {out!r} + "/result.pt")
+    leave_process_group()
+run_script(main)
+"""
+
+
+def test_two_processes_equal_the_plain_loss_and_gradients(tiny_model_dir, tmp_path):
+    script = tmp_path / "two.py"
+    tests = Path(__file__).parents[1]
+    paths = {"root": str(tests.parent), "tests": str(tests), "model": str(tiny_model_dir), "out": str(tmp_path)}
+    script.write_text(TWO_PROCESSES.format(**paths), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    world_size, loss, gradients = torch.load(tmp_path / "result.pt")
+    expected_loss, expected = plain_loss_and_gradients(tiny_model_dir, make_rows(8))
+    assert world_size == 2
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_token_losses_in_chunks_equal_cross_entropy():
+    torch.manual_seed(0)
+    n_positions = 2 * LOSS_CHUNK + 7
+    logits = torch.randn(n_positions, 11, requires_grad=True)
+    plain_logits = logits.detach().clone().requires_grad_()
+    targets = torch.randint(0, 11, (n_positions,))
+    losses, hits = token_losses(logits, targets)
+    expected = F.cross_entropy(plain_logits, targets, reduction="none")
+    torch.testing.assert_close(losses, expected)
+    assert torch.equal(hits, plain_logits.argmax(-1) == targets)
+    losses.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(logits.grad, plain_logits.grad)
+
+
+def test_token_losses_are_computed_in_float32():
+    logits = torch.tensor([[10.0, 9.99, 0.0]], dtype=torch.bfloat16)
+    losses, _ = token_losses(logits, torch.tensor([0]))
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, F.cross_entropy(logits.float(), torch.tensor([0]), reduction="none"))
+
+
+def test_evaluation_is_a_mean_over_tokens():
+    # Two examples: loss 2 on one token, losses that sum to 1 on three tokens.
+    statistics = np.array([[2.0, 0.0, 1.0], [1.0, 2.0, 3.0]])
+    metrics = loss_statistics(EvalPrediction(predictions=statistics, label_ids=statistics))
+    assert metrics == pytest.approx({"loss": 0.75, "perplexity": np.exp(0.75), "token_accuracy": 0.5})
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_evaluation_does_not_depend_on_the_batches(tiny_model_dir, tiny_tokenizer, tmp_path, batch_size):
+    rows = make_rows(7, seed=3)
+    trainer = make_trainer(tiny_model_dir, tiny_tokenizer, tmp_path, rows, per_device_eval_batch_size=batch_size)
+    metrics = trainer.evaluate()
+    expected_loss, _ = plain_loss_and_gradients(tiny_model_dir, rows)
+    assert metrics["eval_loss"] == pytest.approx(expected_loss, abs=1e-5)
+    assert metrics["eval_perplexity"] == pytest.approx(np.exp(expected_loss), rel=1e-5)
+
+
+def test_evaluation_keeps_no_logits(tiny_model_dir, tiny_tokenizer, tmp_path):
+    trainer = make_trainer(tiny_model_dir, tiny_tokenizer, tmp_path, make_rows(4))
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+    loss, logits, labels = trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)
+    assert loss is None
+    assert logits.shape == labels.shape == (4, 3)
+
+
+def test_head_sees_learned_positions_only(tiny_model_dir, tiny_tokenizer, tmp_path):
+    rows = make_rows(4)
+    trainer = make_trainer(tiny_model_dir, tiny_tokenizer, tmp_path, rows, per_device_train_batch_size=4)
+    seen = []
+    trainer.model.get_output_embeddings().register_forward_hook(lambda head, inputs, logits: seen.append(logits.shape))
+    trainer.train()
+    assert seen[0][0] == sum(label != IGNORED for row in rows for label in row["labels"])
+    # Without labels (generation) the head is the plain one.
+    trainer.model(torch.tensor([[1, 2, 3]]))
+    assert tuple(seen[-1][:2]) == (1, 3)
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_first_step_takes_the_longest_rows(tiny_model_dir, tiny_tokenizer, tmp_path, group_by_length):
+    rows = make_rows(20)
+    trainer = make_trainer(tiny_model_dir, tiny_tokenizer, tmp_path, rows, per_device_train_batch_size=3)
+    sampler = LongestFirstSampler(trainer, rows["length"], seed=1, group_by_length=group_by_length)
+    first, again = list(sampler), list(sampler)
+    assert sorted(first) == list(range(20))
+    assert first == again
+    assert [rows["length"][index] for index in first[:3]] == sorted(rows["length"], reverse=True)[:3]
+    trainer.state = TrainerState(epoch=1.0)
+    second = list(sampler)
+    assert sorted(second) == list(range(20))
+    assert second != first
+    trainer.state = TrainerState(epoch=1.4)  # where a run resumes within the second epoch
+    assert list(sampler) == second
+
+
+def test_batch_with_nothing_to_learn_stops_with_the_records(tiny_model_dir, tiny_tokenizer, tmp_path):
+    row = {"input_ids": [1, 2, 3], "labels": [IGNORED] * 3, "length": 3, "source": "d.jsonl:9"}
+    trainer = make_trainer(tiny_model_dir, tiny_tokenizer, tmp_path, Dataset.from_list([row]))
+    with pytest.raises(UserError, match=r"^step 1: no token to learn in d.jsonl:9"):
+        trainer.train()
+
+
+def test_packed_rows_name_all_their_sources(tiny_tokenizer):
+    rows = make_rows(6)
+    packed = pack(rows, max_length=80)
+    batch = Collator(tiny_tokenizer.pad_token_id, padding_free=True)([packed[index] for index in range(len(packed))])
+    assert sorted(batch["sources"]) == sorted(rows["source"])
+    assert batch["n_tokens"] == sum(rows["length"]) == batch["input_ids"].numel()
+    assert (batch["position_ids"] == 0).sum() == 6
+    assert json.dumps(packed["length"][:]) == json.dumps([len(ids) for ids in packed["input_ids"]])
+
+
+def test_neftune_is_on_in_training_and_off_in_evaluation(tiny_model_dir, tiny_tokenizer, tmp_path):
+    rows = make_rows(4)
+    noisy = make_trainer(tiny_model_dir, tiny_tokenizer, tmp_path, rows, neftune_noise_alpha=5.0)
+    plain = make_trainer(tiny_model_dir, tiny_tokenizer, tmp_path, rows)
+    assert noisy.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+    assert noisy.train().training_loss != plain.train().training_loss
+
+
+# ---------------------------------------------------------------- texts of one row
+
+LAYOUTS = {"rows": {"rows_of_texts": True}, "flattened": {"padding_free": True}}
+REFUSAL = r"^the texts of a row see each other in this model \({}: {}.*\); do this$"
+MOVES = r"when one changes, the states of the others move by [\d.e-]+ of their spread"
+GUARD = "`causal_conv1d_fn` can't keep packed sequences apart without `causal_conv1d`"
+
+
+def check_rows(model, tokenizer, tmp_path, layout: str, **arguments) -> None:
+    """An evaluation, whose first batch has the check before it."""
+    rows = make_rows(4)
+    rows = rows.add_column("seq_lengths", [[length] for length in rows["length"]])
+    alone = TextsOfRow("text", "do this")
+    make_trainer(model, tokenizer, tmp_path, rows, texts_of_row=alone, **LAYOUTS[layout], **arguments).evaluate()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    [
+        ("qwen3", torch.bfloat16),
+        ("gpt2", torch.float32),
+        ("gemma3_text", torch.float32),
+        ("qwen3_moe", torch.bfloat16),
+        ("glm4_moe", torch.float32),
+    ],
+)
+def test_attention_and_experts_keep_the_texts_of_a_row_apart(tiny_tokenizer, tmp_path, model_type, dtype, layout):
+    check_rows(tiny_model(model_type).to(dtype), tiny_tokenizer, tmp_path, layout)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layout", "found", "dtype"),
+    [
+        ("qwen3_5_text", "rows", MOVES, torch.bfloat16),
+        ("qwen3_5_text", "flattened", GUARD, torch.float32),
+        ("qwen3_next", "rows", MOVES, torch.float32),
+        ("lfm2", "rows", MOVES, torch.float32),
+        ("lfm2", "rows", MOVES, torch.bfloat16),
+        ("lfm2", "flattened", GUARD, torch.float32),
+        ("granitemoehybrid", "rows", MOVES, torch.float32),
+        ("falcon_h1", "rows", MOVES, torch.float32),
+        ("jamba", "rows", MOVES, torch.bfloat16),
+        ("jamba", "flattened", MOVES, torch.float32),
+        ("mamba2", "flattened", MOVES, torch.float32),
+        ("opt", "rows", MOVES, torch.float32),
+        ("opt", "flattened", MOVES, torch.bfloat16),
+        ("afmoe", "flattened", MOVES, torch.float32),
+        ("gpt_oss", "rows", MOVES, torch.float32),
+        ("gpt_oss", "flattened", MOVES, torch.bfloat16),
+    ],
+)
+def test_texts_of_a_row_that_see_each_other_stop_the_run(tiny_tokenizer, tmp_path, model_type, layout, found, dtype):
+    """Untrained models, whose layers do little to what passes through them."""
+    attention = "eager" if model_type in ("gpt_oss", "mamba2") else "sdpa"
+    model = tiny_model(model_type, attention).to(dtype)
+    with pytest.raises(UserError, match=REFUSAL.format(model_type, found)):
+        check_rows(model, tiny_tokenizer, tmp_path, layout)
+
+
+@pytest.mark.parametrize("all_see_all", [False, True])
+def test_rows_are_checked_as_many_as_a_batch_has(tiny_tokenizer, tmp_path, monkeypatch, all_see_all):
+    """FlashAttention keeps the texts of a batch of one row apart, and not those of a batch of several."""
+    of_one_row = masking_utils.find_packed_sequence_indices
+
+    def as_flash_attention(position_ids: torch.Tensor) -> torch.Tensor | None:
+        if len(position_ids) == 1:
+            return of_one_row(position_ids)
+        return torch.zeros_like(position_ids) if all_see_all else None
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", as_flash_attention)
+    sizes = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    check_rows(tiny_model("qwen3"), tiny_tokenizer, tmp_path, "rows", **sizes)
+    for changed in sizes:
+        several = sizes | {changed: 2}
+        check_rows(tiny_model("qwen3"), tiny_tokenizer, tmp_path, "flattened", **several)
+        with pytest.raises(UserError, match=REFUSAL.format("qwen3", MOVES)):
+            check_rows(tiny_model("qwen3"), tiny_tokenizer, tmp_path, "rows", **several)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_the_check_leaves_training_as_it_is(tiny_tokenizer, tmp_path, use_lora, checkpointing):
+    """With dropout, and with noise on the embeddings: training goes on with its own random numbers."""
+
+    def losses(texts_of_row: TextsOfRow | None) -> list[float]:
+        model = tiny_model("qwen3", attention_dropout=0.1)
+        if use_lora:
+            model = get_peft_model(model, LoraConfig(target_modules="all-linear", lora_dropout=0.3))
+        trainer = make_trainer(
+            model,
+            tiny_tokenizer,
+            tmp_path,
+            make_rows(8),
+            padding_free=True,
+            texts_of_row=texts_of_row,
+            max_steps=3,
+            neftune_noise_alpha=5.0,
+            gradient_checkpointing=checkpointing,
+        )
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    assert losses(TextsOfRow("text", "do this")) == losses(None)
+
+
+def test_rounding_of_other_tokens_is_no_leak():
+    """Experts multiply other tokens together where a text changes, which rounds otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(1, sum(PROBE_LENGTHS), 32, generator=generator)
+
+    def moved(by: float) -> torch.Tensor:
+        return plain + by * torch.randn(plain.shape, generator=generator)
+
+    leak, rounding = moved_states(plain, moved(1e-2), moved(1e-2))
+    assert leak == pytest.approx(1e-2, rel=0.2)
+    assert rounding == pytest.approx(1e-2, rel=0.2)
+    assert moved_states(plain, plain, plain) == (0, 0)
+    # States that all grow or shift alike have the same leak.
+    assert moved_states(9 * plain + 5, 9 * moved(0.5) + 5, 9 * plain + 5)[0] == pytest.approx(0.5, rel=0.2)
+
+
+# ---------------------------------------------------------------- experts
+
+
+def test_the_router_loss_is_off_and_the_saved_model_keeps_its_weight(tiny_tokenizer, tmp_path):
+    model = tiny_model("qwen3_moe", output_router_logits=True)
+    returned = []
+    model.register_forward_hook(lambda module, args, outputs: returned.append(outputs.aux_loss))
+    make_trainer(model, tiny_tokenizer, tmp_path, make_rows(4)).train()
+    assert returned
+    assert not any(aux_loss is not None for aux_loss in returned)
+    assert model.config.router_aux_loss_coef == 0.001
+
+
+def test_a_hybrid_without_experts_trains(tiny_tokenizer, tmp_path):
+    """Its class has a router loss, and nothing to compute it from."""
+    trainer = make_trainer(tiny_model("granitemoehybrid"), tiny_tokenizer, tmp_path, make_rows(4))
+    assert trainer.train().training_loss > 0

@@ -1,0 +1,149 @@
+"""What surrounds training: where a run starts, what it says, what stops it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from trl import SFTConfig
+
+from medtune.errors import UserError
+from medtune.training import log
+from medtune.training.guards import RECENT_STEPS, AdapterMovementCheck, BadSteps
+from medtune.training.log import ProgressLines, plot_curves
+from medtune.training.run import start_run
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    def build(**changes) -> SFTConfig:
+        return SFTConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, **changes)
+
+    return build
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def test_versions_other_than_the_tested_ones_are_named(arguments, capfd, monkeypatch):
+    found = {"torch": "2.13.0+cu130", "transformers": "5.23.0"}
+    monkeypatch.setattr(log, "version", lambda package: found.get(package, "1.0"))
+    start_run("a stage", arguments(), ["a note"])
+    lines = capfd.readouterr().err
+    assert "a note" in lines
+    assert "transformers 5.23.0 (tested: 5.24.0)" in lines
+    assert "torch 2.13.0+cu130," in lines
+    assert "torch 2.13.0+cu130 (tested" not in lines
+
+
+def test_progress_line_has_all_that_tail_needs(arguments, capfd):
+    start_run("a stage", arguments(), [])
+    lines, state = ProgressLines(), SimpleNamespace(global_step=1, max_steps=111, epoch=0.5, is_world_process_zero=True)
+    for step in range(1, 13):
+        state.global_step = step
+        lines.on_step_end(None, state, None)
+    logs = {"loss": 1.5, "learning_rate": 2e-5, "grad_norm": 0.25, "tokens_per_second": 1000.4}
+    lines.on_log(None, state, None, logs=logs)
+    log = capfd.readouterr().err
+    assert log.count("at the speed of the first ten steps") == 1
+    assert "step 12/111  epoch 0.50  loss 1.5000  lr 2.00e-05  grad norm 0.250  1000 tokens/s  peak" in log
+    assert log.rstrip().endswith("left")
+
+
+def test_other_processes_are_silent(arguments, capfd, monkeypatch):
+    training_args = arguments()
+    monkeypatch.setattr(type(training_args), "process_index", 1)
+    start_run("a stage", training_args, ["a note"])
+    assert "a note" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(59, "0 min 59 s"), (3599, "59 min 59 s"), (7260, "2 h 01 min")])
+def test_duration(seconds, text):
+    assert log.duration(seconds) == text
+
+
+def test_curves_are_a_png(tmp_path):
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
+    plot_curves(history, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------- what stops it
+
+
+class TwoMatrices(torch.nn.Module):
+    """A LoRA pair under PEFT's names."""
+
+    def __init__(self, b: float):
+        super().__init__()
+        self.layer = torch.nn.Module()
+        for name, value in (("lora_A", 1.0), ("lora_B", b)):
+            module = torch.nn.Module()
+            module.default = torch.nn.Linear(2, 2, bias=False)
+            torch.nn.init.constant_(module.default.weight, value)
+            setattr(self.layer, name, module)
+
+
+@pytest.mark.parametrize(
+    ("b", "moved", "stuck"),
+    [
+        (0.0, {"lora_B"}, None),  # a new adapter: A has no gradient while B is 0
+        (0.0, {"lora_A"}, "lora_B"),
+        (1.0, {"lora_A", "lora_B"}, None),
+        (1.0, {"lora_B"}, "lora_A"),
+        (1.0, set(), "lora_A"),
+    ],
+)
+def test_adapter_matrices_that_should_move_are_watched(b, moved, stuck):
+    model = TwoMatrices(b)
+    args, state = SimpleNamespace(learning_rate=1e-3, fp16=False), SimpleNamespace(global_step=1)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1e-3}])
+    check = AdapterMovementCheck()
+    check.on_step_begin(args, state, None, model=model, optimizer=optimizer)
+    with torch.no_grad():
+        for name in moved:
+            getattr(model.layer, name).default.weight += 1e-3
+    if stuck is None:
+        check.on_step_end(args, state, None, model=model)
+    else:
+        with pytest.raises(UserError, match=rf"^step 1: \d of 2 adapter matrices did not move: layer.{stuck}"):
+            check.on_step_end(args, state, None, model=model)
+
+
+def test_adapter_check_waits_for_the_warm_up():
+    model, check = TwoMatrices(1.0), AdapterMovementCheck()
+    args, state = SimpleNamespace(learning_rate=1e-3, fp16=False), SimpleNamespace(global_step=1)
+    check.on_step_begin(args, state, None, model=model, optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]))
+    check.on_step_end(args, state, None, model=model)
+    assert not check.done
+
+
+@pytest.mark.parametrize(
+    ("usual", "largest", "loss", "is_bad"),
+    [
+        (0.02, 0.1, 2.9, False),
+        (0.02, 0.1, 3.1, True),
+        (0.02, 2.9, 5.7, False),
+        (0.02, 2.9, 5.9, True),
+        (1.5, 2.0, 5.9, False),
+        (1.5, 2.0, 6.1, True),
+        (-1.0, -0.5, 3.9, False),
+        (-1.0, -0.5, 4.1, True),
+    ],
+)
+def test_a_loss_explodes_by_factor_and_by_nats(arguments, capfd, usual, largest, loss, is_bad):
+    start_run("a stage", arguments(), [])
+    trainer = SimpleNamespace(training_step=lambda model, inputs: inputs["loss"], _get_learning_rate=lambda: 1e-3)
+    bad_steps = BadSteps(trainer, 3, AdapterMovementCheck())
+    model, state = TwoMatrices(1.0), SimpleNamespace(global_step=0)
+    for value in [largest] + [usual] * (RECENT_STEPS // 2) + [loss, loss]:
+        bad_steps.on_step_begin(arguments(), state, None)
+        trainer.training_step(model, {"loss": torch.tensor(value), "sources": ["d.jsonl:1"]})
+        bad_steps.on_pre_optimizer_step(arguments(), state, None, model=model)
+    assert bad_steps.in_a_row == 2 * is_bad
+    what = f"step 1: the loss is {loss:.4f} after a median of {usual:.4f} at learning rate 1.00e-03 on d.jsonl:1"
+    said = [line.split(" | ", 1)[1] for line in capfd.readouterr().err.splitlines() if "after a median" in line]
+    lines = [
+        f"INFO    | {what}; a hard batch, unless the next steps are as bad",
+        f"WARNING | {what}; bad step 2 in a row",
+    ]
+    assert said == lines * is_bad
