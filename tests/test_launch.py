@@ -64,7 +64,7 @@ def test_a_signal_reaches_all_processes_and_is_the_exit_code(tmp_path, number, c
 def test_a_mistake_that_all_processes_meet_is_said_once_whoever_is_first(tmp_path, slow):
     script = tmp_path / "fails.py"
     script.write_text(
-        "import os, time\nfrom errors import UserError, run_script\ndef main():\n"
+        "import os, time\nfrom medtune.errors import UserError, run_script\ndef main():\n"
         f"    time.sleep(2 if os.environ['LOCAL_RANK'] == '{slow}' else 0)\n"
         "    raise UserError('--flag 1: give 2')\nrun_script(main)\n"
     )
