@@ -55,14 +55,6 @@ EXAMPLE_TOKENS = 200
 
 
 @dataclass
-class PTTrainingArguments(CausalLMConfig):
-    """Documents are always packed, by this stage itself."""
-
-    packing: bool = field(default=False, init=False)
-    padding_free: bool = field(default=False, init=False)
-
-
-@dataclass
 class PTArguments:
     block_size: int = field(default=1024, metadata={"help": "Tokens a block: what the model sees at a time."})
     packing_across_documents: bool = field(
@@ -87,7 +79,7 @@ class PTArguments:
 def stream_training_part(
     data_args: DataArguments,
     pt_args: PTArguments,
-    training_args: PTTrainingArguments,
+    training_args: CausalLMConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[IterableDataset, dict[str, str]]:
     """The training documents as blocks that are made while training asks for them, over and over."""
@@ -171,7 +163,7 @@ def needs_one_row(model: torch.nn.Module) -> bool:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ arguments
     parser = StageArgumentParser(
-        [ModelArguments, DataArguments, LoraArguments, RunArguments, PTArguments, PTTrainingArguments]
+        [ModelArguments, DataArguments, LoraArguments, RunArguments, PTArguments, CausalLMConfig]
     )
     model_args, data_args, lora_args, run_args, pt_args, training_args = parser.parse(argv)
     check_model_path(model_args.model_name_or_path, "--model_name_or_path", model_args.allow_pickle_weights)

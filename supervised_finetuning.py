@@ -25,7 +25,6 @@ from medtune.errors import UserError, run_script
 # isort: split
 from datasets import Dataset
 from loguru import logger
-from trl import pack_dataset
 
 from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from medtune.models.adapters import load_for_training
@@ -57,6 +56,12 @@ class SFTArguments:
         },
     )
     train_on_inputs: bool = field(default=False, metadata={"help": "Learn the prompts too, not the replies alone."})
+    packing: bool = field(
+        default=False, metadata={"help": "Several dialogues a row, of at most --model_max_length tokens in all."}
+    )
+    padding_free: bool = field(
+        default=False, metadata={"help": "The dialogues of a batch in one row, so that none is padded."}
+    )
 
     def __post_init__(self):
         if self.model_max_length < 8:
@@ -68,6 +73,8 @@ class SFTArguments:
 
 def pack(dataset: Dataset, max_length: int) -> Dataset:
     """Best-fit-decreasing packing into rows of at most `max_length` tokens; positions restart with each dialogue."""
+    from trl import pack_dataset  # seconds that only who packs should wait
+
     sources = dataset["source"]
     # pack_dataset joins list columns of one length, so each token carries the index of its dialogue.
     indexed = dataset.map(lambda row, index: {"dialogue": [index] * row["length"]}, with_indices=True)
@@ -121,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     train_dataset, train_facts = load("train")
     eval_dataset, eval_facts = load("eval") if training_args.do_eval else (None, {})
     example = mark_learned(tokenizer, train_dataset[0]["input_ids"], train_dataset[0]["labels"])
-    if training_args.packing:
+    if sft_args.packing:
         train_dataset = pack(train_dataset, sft_args.model_max_length)
         train_facts["packed rows"] = f"{len(train_dataset)} of at most {sft_args.model_max_length} tokens"
 
@@ -153,9 +160,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
 
     # ------------------------------------------------------------ train
-    # Both are done here: TRL's own would drop the column that names the sources of a row.
-    flag = "--packing" if training_args.packing else "--padding_free" if training_args.padding_free else None
-    training_args.packing = training_args.padding_free = False
+    flag = "--packing" if sft_args.packing else "--padding_free" if sft_args.padding_free else None
     trainer = CausalLMTrainer(
         model=model,
         args=training_args,

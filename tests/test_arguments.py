@@ -4,13 +4,11 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from guide import GUIDE_DPO, GUIDE_PPO, GUIDE_PT, GUIDE_RM, GUIDE_SFT
-from transformers import TrainingArguments
 
 from medtune import arguments
 from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
@@ -461,24 +459,18 @@ def test_torch_compile_variable_with_another_word(monkeypatch):
 # ---------------------------------------------------------------- the set of flags
 
 
-# Tokenization, packing and the loss are this repository's own, so these fields of TRL 1.16 would do nothing.
+# Flags of other trainers that would do nothing here.
 MEANINGLESS = [
     *("max_length", "truncation_mode", "dataset_text_field", "dataset_kwargs", "dataset_num_proc", "eos_token"),
     *("pad_token", "chat_template_path", "completion_only_loss", "assistant_only_loss", "packing_strategy"),
     *("eval_packing", "loss_type", "pad_to_multiple_of", "model_init_kwargs", "shuffle_dataset", "use_liger_kernel"),
-    "router_aux_loss_coef",
+    *("router_aux_loss_coef", "activation_offloading"),
 ]
 
 
 @pytest.mark.parametrize("name", MEANINGLESS)
-def test_field_of_trl_without_a_meaning_here_is_no_flag(name):
+def test_field_without_a_meaning_here_is_no_flag(name):
     assert f"--{name} is not a flag of this stage" in refused(f"--{name} 1")
-
-
-def test_every_field_that_trl_adds_was_looked_at():
-    ours = {field.name for field in fields(CausalLMConfig) if field.init}
-    transformers_own = {field.name for field in fields(TrainingArguments)}
-    assert ours - transformers_own == {"packing", "padding_free", "activation_offloading"}
 
 
 def test_help_names_every_flag_once(capsys, monkeypatch):

@@ -254,7 +254,7 @@ def learned_losses(model, tokenizer, blocks: dict[str, list]) -> torch.Tensor:
     labels = batch["labels"][:, 1:]
     with torch.no_grad():
         logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[:, :-1]
-    return token_losses(logits[labels != IGNORED_LABEL], labels[labels != IGNORED_LABEL])[0]
+    return token_losses(logits[labels != IGNORED_LABEL], labels[labels != IGNORED_LABEL])
 
 
 def test_rows_of_different_length_are_padded_without_a_mask(tiny_tokenizer):

@@ -1,33 +1,25 @@
-"""TRL's SFTTrainer for ids and labels that are ready, with the output head on learned positions only.
+"""Cross entropy on the positions that are learned, for pretraining and supervised fine-tuning.
 
-TRL scores every position on devices without Triton; with a vocabulary of 152,000 most of a step goes there. Here a
-hook hands the head the hidden states of learned positions alone, so it works for any causal language model, wrapped
-by PEFT, DDP or DeepSpeed, and the loss and its gradients are those of the plain head.
+Rows may hold several texts; before the first step a probe shows whether the model keeps them apart.
 """
 
 import math
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from loguru import logger
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import Sampler
 from transformers import EvalPrediction, Trainer
-from transformers.trainer_pt_utils import get_length_grouped_indices
-from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from medtune.errors import UserError
+from medtune.models.logps import SparseHead
+from medtune.reading.encoding import IGNORED_LABEL
+from medtune.training.batches import pad_right
+from medtune.training.stage_trainer import StageTrainer, StageTrainingArguments
 
-# The label of positions without loss, as reading/encoding.py writes it.
-IGNORED_LABEL = torch.nn.CrossEntropyLoss().ignore_index
-# Positions whose float32 log-probabilities exist at a time: 1024 x 152k x 4 bytes = 0.6 GB.
-LOSS_CHUNK = 1024
 # Tokens of the three texts in a row that show whether texts see each other.
 PROBE_LENGTHS = (32, 16, 16)
 # By how much of their spread states may move when a text changes that they must not see: so much, or ten times what
@@ -37,64 +29,27 @@ ROUNDING_MARGIN = 10
 LARGEST_ROUNDING = 0.1
 
 
-# ---------------------------------------------------------------- arguments
-
-
 @dataclass
-class CausalLMConfig(SFTConfig):
-    """SFTConfig without the fields that ids and labels made by reading/rows.py leave without a meaning."""
-
-    max_length: int | None = field(default=None, init=False)
-    truncation_mode: str = field(default="keep_start", init=False)
-    dataset_text_field: str = field(default="text", init=False)
-    dataset_kwargs: dict | None = field(default=None, init=False)
-    dataset_num_proc: int | None = field(default=None, init=False)
-    model_init_kwargs: dict | None = field(default=None, init=False)
-    trust_remote_code: bool = field(default=False, init=False)
-    chat_template_path: str | None = field(default=None, init=False)
-    eos_token: str | None = field(default=None, init=False)
-    pad_token: str | None = field(default=None, init=False)
-    shuffle_dataset: bool = field(default=False, init=False)
-    packing_strategy: str = field(default="bfd", init=False)
-    eval_packing: bool | None = field(default=False, init=False)
-    completion_only_loss: bool | None = field(default=False, init=False)
-    assistant_only_loss: bool = field(default=False, init=False)
-    loss_type: str = field(default="nll", init=False)
-    pad_to_multiple_of: int | str | None = field(default=None, init=False)
-    router_aux_loss_coef: float | None = field(default=0.0, init=False)
-    use_liger_kernel: bool = field(default=False, init=False)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.do_train and not self.do_eval:
-            raise UserError("neither --do_train nor --do_eval is given, so there is nothing to do")
+class CausalLMConfig(StageTrainingArguments):
+    learning_rate: float = field(default=2e-5, metadata={"help": "Highest learning rate."})
 
 
 # ---------------------------------------------------------------- loss
 
 
-def token_losses(
-    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy and top-1 hit per position, computed in float32 in chunks.
+def token_losses(logits: torch.Tensor, ids: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """[n] float32 cross entropy -log p(id), in nats, of [n] int64 ids under [n, vocabulary] logits of any float type.
 
-    Args:
-        logits: [positions, vocabulary], any float type.
-        targets: [positions], int64.
-
-    Returns:
-        losses [positions] float32, with gradient; hits [positions] bool.
+    With smoothing s: (1 - s) x that + s x the mean of -log p over the vocabulary (Szegedy et al. 2016,
+    https://arxiv.org/abs/1512.00567, section 7).
     """
+    return F.cross_entropy(logits.float(), ids, reduction="none", label_smoothing=label_smoothing)
 
-    def chunk_losses(chunk_logits: torch.Tensor, chunk_targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(chunk_logits.float(), chunk_targets, reduction="none", label_smoothing=label_smoothing)
 
-    chunks = zip(logits.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-    if torch.is_grad_enabled() and len(logits) > LOSS_CHUNK:
-        losses = [checkpoint(chunk_losses, *chunk, use_reentrant=False) for chunk in chunks]
-    else:
-        losses = [chunk_losses(*chunk) for chunk in chunks]
-    return torch.cat(losses), logits.detach().argmax(dim=-1) == targets
+def losses_and_hits(logits: torch.Tensor, ids: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """[2, n] float32: losses, and 1 where the likeliest token is the right one."""
+    hits = logits.detach().argmax(dim=-1) == ids
+    return torch.stack([token_losses(logits, ids, label_smoothing), hits.float()])
 
 
 def loss_statistics(prediction: EvalPrediction, bytes_per_token: float | None = None) -> dict[str, float]:
@@ -116,7 +71,7 @@ def loss_statistics(prediction: EvalPrediction, bytes_per_token: float | None = 
 
 
 class Collator:
-    """TRL's collator, and beside the tensors the records' `file:line` and the number of real tokens.
+    """`input_ids`, `labels` and a mask or positions; the records' `file:line`, and the number of real tokens.
 
     Args:
         padding_free: all rows become one, in which the positions restart with each text.
@@ -124,53 +79,49 @@ class Collator:
     """
 
     def __init__(self, pad_token_id: int, padding_free: bool = False, rows_of_texts: bool = False):
+        self.pad_token_id = pad_token_id
+        self.padding_free = padding_free
         self.rows_of_texts = rows_of_texts
-        self.collate = DataCollatorForLanguageModeling(
-            pad_token_id=pad_token_id, padding_free=padding_free, return_position_ids=rows_of_texts
-        )
 
     def __call__(self, examples: Sequence[dict]) -> dict:
-        batch = self.collate(examples)
-        if self.rows_of_texts:
-            # With a mask transformers 5.24 would let the texts of a row see each other.
-            del batch["attention_mask"]
+        ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
+        positions = [
+            [
+                position
+                for length in example.get("seq_lengths") or [len(example["input_ids"])]
+                for position in range(length)
+            ]
+            for example in examples
+        ]
+        if self.padding_free:
+            batch = self._one_row(*(torch.tensor([list(chain(*rows))]) for rows in (ids, labels, positions)))
+        else:
+            batch = {"input_ids": pad_right(ids, self.pad_token_id), "labels": pad_right(labels, IGNORED_LABEL)}
+            if self.rows_of_texts:  # with a mask transformers 5.24 would let the texts of a row see each other
+                batch["position_ids"] = pad_right(positions, 0)
+            else:
+                batch["attention_mask"] = pad_right([[1] * len(row) for row in ids], 0)
         sources = [example["source"] for example in examples]
         batch["sources"] = [source for group in sources for source in ([group] if isinstance(group, str) else group)]
-        batch["n_tokens"] = sum(len(example["input_ids"]) for example in examples)
+        batch["n_tokens"] = sum(map(len, ids))
         return batch
 
-
-class LongestFirstSampler(Sampler[int]):
-    """A seeded order for each epoch; the first one starts with the longest examples.
-
-    A run that does not fit in memory so fails in its first step. The epoch comes from the trainer's state, which
-    is right after a resume too, whatever wraps the sampler.
-    """
-
-    def __init__(self, trainer: Trainer, lengths: Sequence[int], seed: int, group_by_length: bool):
-        self.trainer = trainer
-        self.lengths = list(lengths)
-        self.seed = seed
-        self.group_by_length = group_by_length
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        args = self.trainer.args
-        epoch = int(self.trainer.state.epoch or 0)
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        step_size = args.train_batch_size * args.world_size
-        if self.group_by_length:
-            n_grouped = step_size * args.gradient_accumulation_steps
-            order = get_length_grouped_indices(self.lengths, n_grouped, generator=generator)
-        else:
-            order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        if epoch == 0:
-            n_longest = getattr(self.trainer, "n_longest_first", None) or step_size  # of a resumed run as it began
-            longest = sorted(order, key=self.lengths.__getitem__, reverse=True)[:n_longest]
-            order = longest + [index for index in order if index not in set(longest)]
-        return iter(order)
+    @staticmethod
+    def _one_row(ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor) -> dict:
+        """[1, tokens] each, and the borders of the texts in the forms that attention and convolutions ask for."""
+        starts = (positions[0] == 0).nonzero().flatten()
+        borders = torch.cat([starts, torch.tensor([positions.size(1)])]).int()
+        lengths = borders.diff()
+        return {
+            "input_ids": ids,
+            "labels": labels.masked_fill(positions == 0, IGNORED_LABEL),  # nothing predicts a first token
+            "position_ids": positions,
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
+            "max_length_q": int(lengths.max()),
+            "max_length_k": int(lengths.max()),
+            "seq_idx": torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)[None],
+        }
 
 
 # ---------------------------------------------------------------- texts of one row
@@ -206,26 +157,15 @@ def moved_states(plain: torch.Tensor, first_changed: torch.Tensor, last_changed:
 # ---------------------------------------------------------------- trainer
 
 
-@contextmanager
-def trained_weights_kept(model: torch.nn.Module) -> Iterator[None]:
-    """Around a TRL trainer's `__init__`, which rounds an adapter on a quantized base to bfloat16: undo that.
-
-    Small updates of the adapter would be lost.
-    """
-    trained = {name: weights.data for name, weights in model.named_parameters() if weights.requires_grad}
-    yield
-    for name, weights in model.named_parameters():
-        if name in trained:
-            weights.data = trained[name]
-
-
-class CausalLMTrainer(SFTTrainer):
-    """SFTTrainer on rows of `input_ids`, `labels`, `length` and `source`; needs `Collator` as its collator.
+class CausalLMTrainer(StageTrainer):
+    """Trainer on rows of `input_ids`, `labels`, `length` and `source`; needs `Collator` as its collator.
 
     Args:
         bytes_per_token: of the evaluation data's learned tokens, for its bits a byte.
         texts_of_row: rows hold several texts that must not see each other, which is checked before the first step.
     """
+
+    columns = ("input_ids", "labels", "seq_lengths")
 
     def __init__(
         self,
@@ -235,35 +175,13 @@ class CausalLMTrainer(SFTTrainer):
         **kwargs,
     ):
         statistics = partial(loss_statistics, bytes_per_token=bytes_per_token)
-        text_config = model.config.get_text_config()
-        router_aux_loss_coef = getattr(text_config, "router_aux_loss_coef", None)
-        with trained_weights_kept(model):
-            super().__init__(model=model, compute_metrics=statistics, **kwargs)
-        if router_aux_loss_coef is not None:
-            text_config.router_aux_loss_coef = router_aux_loss_coef  # TRL writes ours into what is saved
-        # Our loss is divided by the tokens of the whole step, so Trainer must not divide by accumulation again.
-        self.model_accepts_loss_kwargs = True
+        super().__init__(model=model, compute_metrics=statistics, **kwargs)
+        self.model_accepts_loss_kwargs = True  # so that Trainer counts the learned tokens of a step
+        self.head = SparseHead(self.model, one_pass=self.splits_weights)
         self._texts_to_check = texts_of_row
-        self._learned_positions: torch.Tensor | None = None
-        self.model.get_output_embeddings().register_forward_pre_hook(self._keep_learned_positions)
-        self._window = {"n_tokens": 0, "n_hits": 0, "n_learned": 0, "start": time.monotonic()}
 
-    def _keep_learned_positions(self, head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple | None:
-        """[batch, length, hidden] to [learned positions, hidden]; generation, which sets none, passes whole."""
-        if self._learned_positions is None:
-            return None
-        return (inputs[0][self._learned_positions],)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """None: TRL would write a README.md of its own into the user's output folder."""
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "seq_lengths", "source"]
-
-    def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        grouped = self.args.train_sampling_strategy == "group_by_length"
-        return LongestFirstSampler(self, self.train_dataset["length"], seed, grouped)
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor | None:
+        return Trainer._get_num_items_in_batch(self, batch_samples, device)  # tokens, not rows
 
     @torch.no_grad()
     def _check_texts_of_row(self, model: torch.nn.Module, texts: TextsOfRow) -> None:
@@ -304,7 +222,7 @@ class CausalLMTrainer(SFTTrainer):
         """
         ids = [token_id for text in texts for token_id in text]
         row = {"input_ids": ids, "labels": ids, "seq_lengths": [len(text) for text in texts], "source": ""}
-        n_rows = 1 if self.data_collator.collate.padding_free else 2
+        n_rows = 1 if self.data_collator.padding_free else 2
         if max(self.args.train_batch_size, self.args.eval_batch_size) == 1:
             n_rows = 1
         inputs = self._prepare_inputs(self.data_collator([row] * n_rows))
@@ -328,13 +246,8 @@ class CausalLMTrainer(SFTTrainer):
             self._texts_to_check = None
         labels = inputs.pop("labels")
         learned = labels[:, 1:] != IGNORED_LABEL
-        self._learned_positions = F.pad(learned, (0, 1), value=False)
-        try:
-            logits = model(**inputs, use_cache=False).logits
-        finally:
-            self._learned_positions = None
-        smoothing = self.args.label_smoothing_factor if model.training else 0.0
-        losses, hits = token_losses(logits, labels[:, 1:][learned], smoothing)
+        compute = partial(losses_and_hits, label_smoothing=self.args.label_smoothing_factor if model.training else 0.0)
+        losses, hits = self.head(model, inputs, F.pad(learned, (0, 1), value=False), labels[:, 1:][learned], compute)
         return losses, hits, learned
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -345,17 +258,12 @@ class CausalLMTrainer(SFTTrainer):
         assert not return_outputs, "evaluation goes through prediction_step and keeps no logits"
         sources, n_tokens = inputs.pop("sources"), inputs.pop("n_tokens")
         losses, hits, _ = self._forward_learned(model, inputs)
-        loss_sum = losses.sum()
         if len(losses) == 0:
             raise UserError(f"step {self.state.global_step + 1}: no token to learn in {', '.join(sources)}")
-        self._window["n_tokens"] += n_tokens * self.args.world_size
-        self._window["n_hits"] += hits.sum()
-        self._window["n_learned"] += len(losses)
-        if num_items_in_batch is None:
-            return loss_sum / len(losses)
-        loss = loss_sum / num_items_in_batch
-        # DDP averages gradients over processes, num_items_in_batch counts the tokens of all of them.
-        return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+        self.note_figures(n_tokens, token_accuracy=hits)
+        if num_items_in_batch is None or self.args.average_tokens_across_devices:
+            return self.mean_over_step(losses, num_items_in_batch)
+        return losses.sum() / num_items_in_batch  # which then counts this process alone
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """[batch, 3] sums of loss, hits and learned tokens, an example a row, instead of logits."""
@@ -365,15 +273,6 @@ class CausalLMTrainer(SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             losses, hits, learned = self._forward_learned(model, inputs)
         statistics = torch.zeros(*learned.shape, 3, device=learned.device)
-        statistics[learned] = torch.stack([losses, hits.float(), torch.ones_like(losses)], dim=-1)
+        statistics[learned] = torch.stack([losses, hits, torch.ones_like(losses)], dim=-1)
         statistics = statistics.sum(dim=1)
         return None, statistics, statistics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log, with tokens a second and accuracy on learned tokens since the log before."""
-        if "loss" in logs:
-            window, now = self._window, time.monotonic()
-            logs["token_accuracy"] = float(window["n_hits"]) / max(window["n_learned"], 1)
-            logs["tokens_per_second"] = round(window["n_tokens"] / max(now - window["start"], 1e-9), 1)
-            self._window = {"n_tokens": 0, "n_hits": 0, "n_learned": 0, "start": now}
-        Trainer.log(self, logs, start_time)

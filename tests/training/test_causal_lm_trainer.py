@@ -16,17 +16,15 @@ from transformers import AutoModelForCausalLM, EvalPrediction, TrainerState, mas
 
 from medtune.errors import UserError
 from medtune.training.causal_lm_trainer import (
-    LOSS_CHUNK,
     PROBE_LENGTHS,
     CausalLMConfig,
     CausalLMTrainer,
     Collator,
-    LongestFirstSampler,
     TextsOfRow,
     loss_statistics,
     moved_states,
-    token_losses,
 )
+from medtune.training.stage_trainer import LongestFirstSampler
 from supervised_finetuning import pack
 
 IGNORED = torch.nn.CrossEntropyLoss().ignore_index
@@ -135,7 +133,7 @@ TWO_PROCESSES = """
 import json, sys
 from pathlib import Path
 import torch
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = [{root!r}, {tests!r}, {tests!r} + "/training"]
 from transformers import AutoTokenizer
 from medtune.errors import run_script
 from medtune.training.processes import leave_process_group
@@ -166,28 +164,6 @@ def test_two_processes_equal_the_plain_loss_and_gradients(tiny_model_dir, tmp_pa
     assert loss == pytest.approx(expected_loss, abs=1e-5)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
-
-
-def test_token_losses_in_chunks_equal_cross_entropy():
-    torch.manual_seed(0)
-    n_positions = 2 * LOSS_CHUNK + 7
-    logits = torch.randn(n_positions, 11, requires_grad=True)
-    plain_logits = logits.detach().clone().requires_grad_()
-    targets = torch.randint(0, 11, (n_positions,))
-    losses, hits = token_losses(logits, targets)
-    expected = F.cross_entropy(plain_logits, targets, reduction="none")
-    torch.testing.assert_close(losses, expected)
-    assert torch.equal(hits, plain_logits.argmax(-1) == targets)
-    losses.sum().backward()
-    expected.sum().backward()
-    torch.testing.assert_close(logits.grad, plain_logits.grad)
-
-
-def test_token_losses_are_computed_in_float32():
-    logits = torch.tensor([[10.0, 9.99, 0.0]], dtype=torch.bfloat16)
-    losses, _ = token_losses(logits, torch.tensor([0]))
-    assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses, F.cross_entropy(logits.float(), torch.tensor([0]), reduction="none"))
 
 
 def test_evaluation_is_a_mean_over_tokens():

@@ -1,0 +1,132 @@
+"""What a causal language model says of single tokens: its head on the positions that matter, some of them at a time.
+
+A row of logits over a vocabulary of 152,000 takes 0.6 MB in float32, so logits of whole batches would fill a GPU. Both
+ways below compute them in chunks, as the model's own forward pass scales and caps them.
+
+    head = SparseHead(model)
+    (logps,) = head(model, {"input_ids": ids}, mask=predicts_reply, ids=reply_ids, compute=token_logps)
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+# Positions whose float32 logits exist at a time: 1024 x 152k x 4 bytes = 0.6 GB.
+CHUNK = 1024
+# From [n, vocabulary] logits and [n] int64 ids to [k, n] float32: k figures of each position.
+Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def token_logps(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """[1, n] float32 log-probs in nats of [n] ids under [n, vocabulary] logits."""
+    return -F.cross_entropy(logits.float(), ids, reduction="none")[None]
+
+
+def in_chunks(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    states: torch.Tensor,
+    ids: torch.Tensor,
+    compute: Compute,
+    chunk: int = CHUNK,
+) -> torch.Tensor:
+    """[k, N] float32 that `compute` makes of the logits of [N, ...] states and of [N] ids, `chunk` rows at a time.
+
+    The backward pass computes a chunk again instead of keeping what it was computed from; a single one is kept.
+    """
+
+    def of_chunk(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return compute(head(states), ids)
+
+    chunks = list(zip(states.split(chunk), ids.split(chunk), strict=True))
+    if torch.is_grad_enabled() and len(chunks) > 1:
+        return torch.cat([checkpoint(of_chunk, *each, use_reentrant=False) for each in chunks], dim=1)
+    return torch.cat([of_chunk(*each) for each in chunks], dim=1)
+
+
+def own_logits(model: PreTrainedModel, output_class: type[ModelOutput], states: torch.Tensor) -> torch.Tensor:
+    """[N, V] logits of [N, hidden] last states by the model's own forward pass, which may scale or cap them, with the
+    states in place of what its backbone computes.
+
+    output_class: of the backbone's output.
+    """
+    backbone = model.base_model
+    own_forward = vars(backbone).get("forward")  # accelerate sets one where weights are quantized
+    backbone.forward = lambda *args, **kwargs: output_class(last_hidden_state=states[None])
+    try:
+        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+        return model(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        del backbone.forward
+        if own_forward is not None:
+            backbone.forward = own_forward
+
+
+class SparseHead:
+    """Forward passes of a causal language model, wrapped by PEFT, DDP or DeepSpeed, with the head on some positions.
+
+    Two hooks do it: the head gets the first chunk of these positions in the pass itself, the others follow after it.
+    Other passes, such as those of generation, stay as they are.
+
+    Args:
+        one_pass: all positions in the pass itself, for weights that cannot be used outside of it (ZeRO-3).
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, one_pass: bool = False):
+        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.one_pass = one_pass
+        self.mask: torch.Tensor | None = None
+        self.later: torch.Tensor | None = None
+        self.model.get_output_embeddings().register_forward_pre_hook(self._keep_positions)
+        self.model.base_model.register_forward_hook(self._note_output_class)
+
+    def _note_output_class(self, backbone: torch.nn.Module, inputs: tuple, outputs: ModelOutput) -> None:
+        self.output_class = type(outputs)
+
+    def _keep_positions(self, head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple | None:
+        """[batch, length, hidden] to [at most a chunk of positions, hidden]; the rest is kept for later."""
+        if self.mask is None:
+            return None
+        states = inputs[0][self.mask.to(inputs[0].device)]
+        if self.one_pass or len(states) <= CHUNK:
+            return (states,)
+        device = states.device.type
+        self.autocast = partial(
+            torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        )
+        self.later = states[CHUNK:]
+        return (states[:CHUNK],)
+
+    def __call__(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        mask: torch.Tensor,
+        ids: torch.Tensor,
+        compute: Compute,
+    ) -> torch.Tensor:
+        """[k, N] float32 that `compute` makes of the logits at the N positions of the mask and of their ids.
+
+        Args:
+            model: the model as its trainer wraps it, or as it is.
+            inputs: keywords of its forward pass.
+            mask: [batch, length] bool, True at a position that predicts one of the ids.
+            ids: [N] int64, in the order of the mask.
+        """
+        self.mask = mask
+        try:
+            logits = model(**inputs, use_cache=False).logits
+        finally:
+            self.mask, later, self.later = None, self.later, None
+        figures = in_chunks(lambda logits: logits, logits, ids[: len(logits)].to(logits.device), compute)
+        if later is None:
+            return figures.to(mask.device)
+        head = partial(own_logits, self.model, self.output_class)
+        with self.autocast():
+            of_later = in_chunks(head, later, ids[len(logits) :].to(later.device), compute)
+        return torch.cat([figures.to(mask.device), of_later.to(mask.device)], dim=1)

@@ -1,0 +1,171 @@
+"""What the trainers of all stages share: arguments, the order of the rows, the figures between two lines of the log.
+
+A stage's trainer adds its loss, and a collator whose batches name the records in `sources`.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from peft import PeftModel
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from medtune.errors import UserError
+
+# ---------------------------------------------------------------- arguments
+
+
+@dataclass
+class StageTrainingArguments(TrainingArguments):
+    """transformers' arguments with the defaults of fine-tuning."""
+
+    logging_steps: float = field(
+        default=10, metadata={"help": "A line in the log every so many steps, or below 1 this share of all."}
+    )
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Compute activations again instead of keeping them: less memory, slower."}
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 mixed precision; on unless --fp16 is, or the GPU has none."}
+    )
+    use_liger_kernel: bool = field(default=False, init=False)  # it would compute another loss than ours
+
+    def __post_init__(self):
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        super().__post_init__()
+        if not self.do_train and not self.do_eval:
+            raise UserError("neither --do_train nor --do_eval is given, so there is nothing to do")
+
+
+# ---------------------------------------------------------------- order of the rows
+
+
+class LongestFirstSampler(Sampler[int]):
+    """A seeded order for each epoch; the first one starts with the longest examples.
+
+    A run that does not fit in memory so fails in its first step. The epoch comes from the trainer's state, which
+    is right after a resume too, whatever wraps the sampler.
+    """
+
+    def __init__(self, trainer: Trainer, lengths: Sequence[int], seed: int, group_by_length: bool):
+        self.trainer = trainer
+        self.lengths = list(lengths)
+        self.seed = seed
+        self.group_by_length = group_by_length
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        args = self.trainer.args
+        epoch = int(self.trainer.state.epoch or 0)
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        step_size = args.train_batch_size * args.world_size
+        if self.group_by_length:
+            n_grouped = step_size * args.gradient_accumulation_steps
+            order = get_length_grouped_indices(self.lengths, n_grouped, generator=generator)
+        else:
+            order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        if epoch == 0:
+            n_longest = getattr(self.trainer, "n_longest_first", None) or step_size  # of a resumed run as it began
+            longest = sorted(order, key=self.lengths.__getitem__, reverse=True)[:n_longest]
+            order = longest + [index for index in order if index not in set(longest)]
+        return iter(order)
+
+
+# ---------------------------------------------------------------- trainer
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """All of it: that of layers and adapters, and that of attention."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+class StageTrainer(Trainer):
+    """Trainer on rows with `length` and `source`, in which each row of a step counts the same.
+
+    A subclass has `compute_loss`, `prediction_step` and `columns`, the columns of a row that its collator reads.
+    """
+
+    columns: ClassVar[tuple[str, ...]]
+    loss_is_scaled_for_ga = True  # `mean_over_step` has divided by all micro-batches
+
+    def __init__(self, model: torch.nn.Module, args: StageTrainingArguments, **kwargs):
+        text_config = model.config.get_text_config()
+        if hasattr(text_config, "output_router_logits"):
+            text_config.output_router_logits = False  # a model would add its routers' loss to ours
+        if args.gradient_checkpointing and isinstance(model, PeftModel):
+            if _zero_stage(args) == 3:
+                # DeepSpeed 0.19 releases an adapter's weights before the other kind computes with them again.
+                args.gradient_checkpointing_kwargs = {
+                    **(args.gradient_checkpointing_kwargs or {}),
+                    "use_reentrant": True,
+                }
+            model.enable_input_require_grads()
+        super().__init__(model=model, args=args, **kwargs)
+        if args.n_gpu > 1:
+            raise UserError(
+                f"{args.n_gpu} GPUs for one process that has the model on one of them: start with torchrun "
+                f"--nproc_per_node {args.n_gpu}, or give --device_map auto or CUDA_VISIBLE_DEVICES=0"
+            )
+        self._window: dict[str, list[torch.Tensor]] = {}
+        self._window_start = time.monotonic()
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether a process holds a part of each weight, which it cannot use outside of a forward pass (ZeRO-3)."""
+        return _zero_stage(self.args) == 3
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*self.columns, "source"]
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        return LongestFirstSampler(self, self.train_dataset["length"], seed, grouped)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
+        """The rows of a step in all micro-batches and processes."""
+        n_rows = torch.tensor(sum(len(batch["sources"]) for batch in batch_samples), device=device)
+        return self.accelerator.gather(n_rows).sum()
+
+    def mean_over_step(self, losses: torch.Tensor, n_items: torch.Tensor | None) -> torch.Tensor:
+        """This micro-batch's part of the mean loss over all items of the step; of this micro-batch alone for None."""
+        if n_items is None:
+            return losses.mean()
+        # DDP averages gradients over processes, n_items counts those of all.
+        return losses.sum() / n_items * self.accelerator.num_processes
+
+    def note_figures(self, n_tokens: torch.Tensor | int, **figures: torch.Tensor) -> None:
+        """Keep figures [N] of items for their means in the next line of the log; nan where an item has none."""
+        device = self.args.device
+        sums = {"tokens": torch.stack([torch.as_tensor(n_tokens, device=device).double(), torch.ones(()).to(device)])}
+        for name, values in figures.items():
+            values = values.detach().double()
+            sums[name] = torch.stack([values.nansum(), (~values.isnan()).sum()]).to(device)
+        self._window = {name: self._window.get(name, 0.0) + total for name, total in sums.items()}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with the means of the figures of all processes since the line before, and tokens a second."""
+        if "loss" in logs and self._window:
+            now = time.monotonic()
+            names = list(self._window)
+            totals = self.accelerator.gather(torch.stack(list(self._window.values()))[None]).sum(dim=0).tolist()
+            of_all = dict(zip(names, totals, strict=True))
+            n_tokens, _ = of_all.pop("tokens")
+            logs |= {name: total / count for name, (total, count) in of_all.items() if count}
+            logs["tokens_per_second"] = round(n_tokens / max(now - self._window_start, 1e-9), 1)
+            self._window, self._window_start = {}, now
+        super().log(logs, start_time)
+
+
+def _zero_stage(args: TrainingArguments) -> int:
+    return args.deepspeed_plugin.zero_stage if args.deepspeed_plugin is not None else 0
