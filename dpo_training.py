@@ -40,15 +40,10 @@ from medtune.models.lora_layers import describe_trainable
 from medtune.models.vocabulary import check_vocabulary, warn_of_dead_tokens
 from medtune.reading.encoding import IGNORED_LABEL, load_chat_template, mark_learned, stop_token_ids, turn_token_ids
 from medtune.reading.rows import cached_pairs, describe_pairs, load_part
+from medtune.training.batches import PairCollator
 from medtune.training.checkpoints import BEST, find_checkpoint
 from medtune.training.log import log_facts
-from medtune.training.preference_trainer import (
-    DPOPairTrainer,
-    ORPOPairTrainer,
-    PreferenceCollator,
-    PreferenceConfig,
-    SimPOPairTrainer,
-)
+from medtune.training.preference_trainer import PreferenceConfig, PreferenceTrainer
 from medtune.training.run import finish_run, is_finished, start_run, train
 from template import ChatTemplate
 
@@ -252,33 +247,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     reference = name_reference(model_args.model_name_or_path, lora_args.use_peft, training_args)
 
     # ------------------------------------------------------------ train
-    if training_args.has_reference:
-        # With an adapter TRL keeps a frozen copy of it. Log-probs computed beforehand need no second model.
-        needs_copy = not lora_args.use_peft and not training_args.precompute_ref_log_probs
-        trainer_class = partial(
-            DPOPairTrainer,
-            ref_model=load_base_model(base_model, **base_options).requires_grad_(False) if needs_copy else None,
-            reference=reference,
-            ref_logps_dir=cache_dir / "ref_logps",
-            overwrite_ref_logps=data_args.overwrite_cache,
-        )
-    else:
-        trainer_class = ORPOPairTrainer if training_args.loss_type == ["orpo"] else SimPOPairTrainer
-    trainer = trainer_class(
+    # Log-probs computed beforehand need no second model.
+    needs_copy = training_args.has_reference and not lora_args.use_peft and not training_args.precompute_ref_log_probs
+    trainer = PreferenceTrainer(
         model=model,
         args=training_args,
-        data_collator=PreferenceCollator(tokenizer.pad_token_id),
+        reference=reference,
+        continues_adapter=is_adapter(model_args.model_name_or_path),
+        ref_model=load_base_model(base_model, **base_options).requires_grad_(False) if needs_copy else None,
+        ref_logps_dir=cache_dir / "ref_logps",
+        overwrite_ref_logps=data_args.overwrite_cache,
+        sample=GreedySamples(eval_dataset, tokenizer, chat_template, dpo_args.max_target_length)
+        if eval_dataset
+        else None,
+        data_collator=PairCollator(tokenizer.pad_token_id),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         callbacks=[DegenerationAlarm()],
-        sample=GreedySamples(eval_dataset, tokenizer, chat_template, dpo_args.max_target_length)
-        if eval_dataset
-        else None,
     )
     facts = {"model": f"{model_args.model_name_or_path}: {describe_trainable(model)}", "reference": reference}
-    weights = training_args.loss_weights or [1.0] * len(training_args.loss_type)
-    losses = [f"{weight:g} x {name}" for name, weight in zip(training_args.loss_type, weights, strict=True)]
+    losses = [f"{weight:g} x {name}" for name, weight in training_args.weighted_losses.items()]
     facts["loss"] = f"{' + '.join(losses)}, beta {training_args.beta:g}"
     if lora_args.use_peft and lora_args.lora_dropout:
         facts["dropout"] = f"off, not --lora_dropout {lora_args.lora_dropout:g}: it would blur what is compared"

@@ -23,7 +23,6 @@ Launcher: run_rm.sh.
 
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,15 +33,10 @@ from medtune.errors import UserError, run_script
 
 # isort: split
 import numpy as np
-import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from loguru import logger
 from peft import TaskType
-from torch.utils.data import Sampler
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
-from trl import RewardConfig, RewardTrainer
-from trl.trainer.reward_trainer import DataCollatorForPreference
+from transformers import PreTrainedTokenizerBase
 
 from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from medtune.measuring.intervals import wilson_interval
@@ -54,38 +48,14 @@ from medtune.models.score_heads import has_untrained_head
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoding import IGNORED_LABEL, load_chat_template, mark_learned, stop_token_ids
 from medtune.reading.rows import cached_pairs, describe_pairs, load_part
-from medtune.training.causal_lm_trainer import LongestFirstSampler, trained_weights_kept
+from medtune.training.batches import PairCollator
 from medtune.training.checkpoints import BEST, find_checkpoint
 from medtune.training.log import log_facts
+from medtune.training.reward_trainer import RewardTrainer, RMTrainingArguments
 from medtune.training.run import finish_run, is_finished, start_run, train
 from template import ChatTemplate
 
 # ---------------------------------------------------------------- arguments
-
-
-@dataclass
-class RMTrainingArguments(RewardConfig):
-    """RewardConfig without the fields that ids made by reading/rows.py leave without a meaning."""
-
-    disable_dropout: bool = field(
-        default=False, metadata={"help": "Train without any dropout, --lora_dropout included."}
-    )
-    max_length: int | None = field(default=None, init=False)
-    pad_to_multiple_of: int | str | None = field(default=None, init=False)
-    dataset_num_proc: int | None = field(default=None, init=False)
-    model_init_kwargs: dict | None = field(default=None, init=False)
-    trust_remote_code: bool = field(default=False, init=False)
-    chat_template_path: str | None = field(default=None, init=False)
-    eos_token: str | None = field(default=None, init=False)
-    pad_token: str | None = field(default=None, init=False)
-    activation_offloading: bool = field(default=False, init=False)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.do_train and not self.do_eval:
-            raise UserError("neither --do_train nor --do_eval is given, so there is nothing to do")
-        if self.label_smoothing_factor:
-            raise UserError("--label_smoothing_factor: the loss of pairs has no labels to smooth; leave it out")
 
 
 @dataclass
@@ -133,63 +103,7 @@ def describe_rows(dataset: Dataset, max_reply_length: int) -> str:
     return describe_pairs(dataset, max_reply_length) + stated
 
 
-class PairCollator:
-    """TRL's collator: the chosen texts, then the rejected ones, right-padded; beside the tensors what else is known.
-
-    `reply_lengths` is [pairs, 2], of the chosen and the rejected reply in tokens; without a margin it is 0.
-    """
-
-    def __init__(self, pad_token_id: int):
-        self.collate = DataCollatorForPreference(pad_token_id)
-
-    def __call__(self, rows: Sequence[dict]) -> dict:
-        batch = self.collate(
-            [
-                {
-                    "chosen_ids": row["prompt_ids"] + row["chosen_ids"],
-                    "rejected_ids": row["prompt_ids"] + row["rejected_ids"],
-                    "margin": 0.0 if math.isnan(row["margin"]) else row["margin"],
-                }
-                for row in rows
-            ]
-        )
-        batch["reply_lengths"] = torch.tensor([[len(row["chosen_ids"]), len(row["rejected_ids"])] for row in rows])
-        batch["sources"] = [row["source"] for row in rows]
-        return batch
-
-
-# ---------------------------------------------------------------- loss and metrics
-
-
-def pair_losses(
-    chosen: torch.Tensor, rejected: torch.Tensor, margins: torch.Tensor, centering: float | None
-) -> torch.Tensor:
-    """[pairs] losses of [pairs] scores, as TRL's RewardTrainer has them in the mean.
-
-    `centering` pulls the scores towards 0 (Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244, equation 2).
-    """
-    losses = -F.logsigmoid(chosen - rejected - margins)
-    return losses + centering * (chosen + rejected) ** 2 if centering else losses
-
-
-def pair_statistics(prediction: EvalPrediction) -> dict[str, float]:
-    """Evaluation metrics from [pairs, 5] of loss, both scores (chosen, rejected) and both replies' lengths.
-
-    `accuracy` is the share of pairs whose chosen reply scores higher; `longer_wins` what the rule "the longer reply is
-    the better one" reaches, where two of one length count half. A metric without any pair is left out.
-    """
-    losses, chosen, rejected, chosen_length, rejected_length = prediction.predictions.astype("float64").T
-    right = chosen > rejected
-    metrics = {"loss": losses.mean(), "accuracy": right.mean(), "margin": (chosen - rejected).mean()}
-    for name, which in (
-        ("accuracy_rejected_longer", rejected_length > chosen_length),
-        ("accuracy_rejected_shorter", rejected_length < chosen_length),
-    ):
-        if which.any():
-            metrics[name] = right[which].mean()
-    metrics["longer_wins"] = (0.5 + 0.5 * np.sign(chosen_length - rejected_length)).mean()
-    metrics |= {"mean_score": (chosen + rejected).mean() / 2, "pairs": len(right)}
-    return {name: float(value) for name, value in metrics.items()}
+# ---------------------------------------------------------------- the score against the length
 
 
 def compare_with_length(metrics: dict[str, float]) -> None:
@@ -206,79 +120,6 @@ def compare_with_length(metrics: dict[str, float]) -> None:
             f'the model does not beat the rule "{rule} wins" ({accuracy:.1%} against {by_length:.1%}): a policy '
             "trained on its scores may learn length alone; train longer, or balance the lengths of the pairs"
         )
-
-
-# ---------------------------------------------------------------- trainer
-
-
-class PairTrainer(RewardTrainer):
-    """RewardTrainer on rows of `tokenize_pairs`; needs `PairCollator` as its collator.
-
-    TRL's loss is a mean of means over micro-batches; here each pair of a step counts the same.
-    """
-
-    loss_is_scaled_for_ga = True  # so that Trainer does not divide it by accumulation again
-
-    def __init__(self, model: torch.nn.Module, **kwargs):
-        with trained_weights_kept(model):
-            super().__init__(model=model, compute_metrics=pair_statistics, **kwargs)
-        self._window = self._new_window()
-
-    @staticmethod
-    def _new_window() -> dict[str, float]:
-        return {"n_tokens": 0, "n_pairs": 0, "n_right": 0, "margin": 0, "start": time.monotonic()}
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """None: TRL would write a README.md of its own into the user's output folder."""
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "margin", "source"]
-
-    def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        grouped = self.args.train_sampling_strategy == "group_by_length"
-        return LongestFirstSampler(self, self.train_dataset["length"], seed, grouped)
-
-    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
-        """The pairs of a step in all micro-batches and processes."""
-        n_pairs = torch.tensor(sum(len(batch["margin"]) for batch in batch_samples), device=device)
-        return self.accelerator.gather(n_pairs).sum()
-
-    def _losses_and_scores(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[pairs] each: losses, scores of the chosen and of the rejected replies."""
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        chosen, rejected = outputs.logits.float().squeeze(-1).chunk(2)
-        losses = pair_losses(chosen, rejected, inputs["margin"], self.args.center_rewards_coefficient)
-        return losses, chosen.detach(), rejected.detach()
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean loss over the pairs of the whole step, all processes and micro-batches together."""
-        assert not return_outputs, "evaluation goes through prediction_step"
-        losses, chosen, rejected = self._losses_and_scores(model, inputs)
-        self._window["n_tokens"] += inputs["attention_mask"].sum() * self.args.world_size
-        self._window["n_pairs"] += len(losses)
-        self._window["n_right"] += (chosen > rejected).sum()
-        self._window["margin"] += (chosen - rejected).sum()
-        # DDP averages gradients over processes, num_items_in_batch counts the pairs of all of them.
-        return losses.sum() / num_items_in_batch * self.accelerator.num_processes
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """[pairs, 5] for `pair_statistics`, instead of logits."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            columns = self._losses_and_scores(model, inputs)
-        statistics = torch.stack([*columns, *inputs["reply_lengths"].T], dim=1)
-        return None, statistics, statistics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log, with accuracy, margin and tokens a second since the log before."""
-        if "loss" in logs:
-            window, self._window = self._window, self._new_window()
-            logs["accuracy"] = float(window["n_right"]) / max(window["n_pairs"], 1)
-            logs["margin"] = float(window["margin"]) / max(window["n_pairs"], 1)
-            seconds = self._window["start"] - window["start"]
-            logs["tokens_per_second"] = round(float(window["n_tokens"]) / max(seconds, 1e-9), 1)
-        Trainer.log(self, logs, start_time)
 
 
 # ---------------------------------------------------------------- main
@@ -356,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
 
     # ------------------------------------------------------------ train
-    trainer = PairTrainer(
+    trainer = RewardTrainer(
         model=model,
         args=training_args,
         data_collator=PairCollator(tokenizer.pad_token_id),

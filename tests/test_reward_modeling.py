@@ -17,7 +17,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from stage_runs import PARTS, logged, stage_flags
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from trl import RewardTrainer
 
 import merge_peft_adapter
 import reward_modeling
@@ -26,7 +25,10 @@ from medtune.errors import UserError
 from medtune.models.lineage import read_lineage
 from medtune.models.reward_models import load_reward_model
 from medtune.reading.encoding import load_chat_template
-from reward_modeling import PairCollator, compare_with_length, pair_losses, pair_statistics, set_pad_token
+from medtune.training import reward_trainer
+from medtune.training.batches import PairCollator
+from medtune.training.reward_trainer import RewardTrainer, bradley_terry_losses, pair_statistics
+from reward_modeling import compare_with_length, set_pad_token
 
 ROOT = Path(__file__).resolve().parents[1]
 SIGNS = ["疼", "痒", "肿", "麻"]
@@ -90,35 +92,12 @@ def test_loss_worked_by_hand():
     chosen, rejected = torch.tensor([1.0, 0.0, -2.0]), torch.tensor([0.0, 0.0, 1.0])
     none = torch.zeros(3)
     expected = [math.log(1 + math.exp(-1)), LN2, math.log(1 + math.exp(3))]
-    assert pair_losses(chosen, rejected, none, None).tolist() == pytest.approx(expected, abs=1e-6)
+    assert bradley_terry_losses(chosen, rejected, none, None).tolist() == pytest.approx(expected, abs=1e-6)
     margins = torch.tensor([0.5, 1.0, 0.0])
     expected = [math.log(1 + math.exp(-0.5)), math.log(1 + math.e), math.log(1 + math.exp(3))]
-    assert pair_losses(chosen, rejected, margins, None).tolist() == pytest.approx(expected, abs=1e-6)
+    assert bradley_terry_losses(chosen, rejected, margins, None).tolist() == pytest.approx(expected, abs=1e-6)
     expected = [expected[0] + 0.1 * 1**2, expected[1], expected[2] + 0.1 * (-1) ** 2]
-    assert pair_losses(chosen, rejected, margins, 0.1).tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_loss_is_that_of_trl(flags, write_jsonl, monkeypatch):
-    seen = []
-
-    def compare(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        plain = {name: inputs[name].clone() for name in ("input_ids", "attention_mask", "margin")}
-        loss = ours(self, model, inputs, return_outputs, num_items_in_batch)
-        theirs = RewardTrainer.compute_loss(self, model, plain)
-        self._metrics["train"].clear()
-        seen.append((loss.item() * num_items_in_batch.item() / len(inputs["margin"]), theirs.item()))
-        return loss
-
-    ours = reward_modeling.PairTrainer.compute_loss
-    monkeypatch.setattr(reward_modeling.PairTrainer, "compute_loss", compare)
-    pairs = [pair | {"margin": 0.1 * index} if index % 2 else pair for index, pair in enumerate(make_pairs(12))]
-    data = write_jsonl("margins/pairs.jsonl", pairs)
-    reward_modeling.main(
-        flags(train_file_dir=data, do_eval=None, center_rewards_coefficient=0.1, learning_rate=1e-2, lora_dropout=0)
-    )
-    assert len(seen) == 8
-    assert [ours for ours, _ in seen] == pytest.approx([theirs for _, theirs in seen], abs=1e-6)
-    assert max(theirs for _, theirs in seen) > LN2 + 0.01
+    assert bradley_terry_losses(chosen, rejected, margins, 0.1).tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_first_loss_is_ln_2_and_with_a_margin_more(flags, write_jsonl, tmp_path):
@@ -150,7 +129,7 @@ def test_a_step_is_the_same_however_it_is_cut(flags, write_jsonl, tmp_path, batc
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_records(flags, monkeypatch):
-    monkeypatch.setattr(reward_modeling, "pair_losses", lambda chosen, *_: chosen * math.nan)
+    monkeypatch.setattr(reward_trainer, "bradley_terry_losses", lambda chosen, *_: chosen * math.nan)
     with pytest.raises(UserError, match=r"^step 1: the loss is nan at .* on .*pairs\.jsonl:\d+, .*pairs\.jsonl:\d+; "):
         reward_modeling.main(flags(max_bad_steps=1))
 
@@ -211,7 +190,7 @@ def test_a_batch_is_the_chosen_texts_and_then_the_rejected():
     assert batch["input_ids"].tolist() == [[1, 2, 3, 0], [6, 7, 0, 0], [1, 2, 4, 5], [6, 8, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch["margin"].tolist() == [0.0, 0.5]
-    assert batch["reply_lengths"].tolist() == [[1, 2], [1, 1]]
+    assert batch["reply_mask"].sum(dim=1).tolist() == [1, 1, 2, 1]
     assert batch["sources"] == ["a:1", "a:2"]
 
 
@@ -281,7 +260,7 @@ def trained_scores(monkeypatch, argv: list[str]) -> dict[str, list[tuple[list[in
         return pair_statistics(prediction)
 
     monkeypatch.setattr(reward_modeling, "PairCollator", Spy)
-    monkeypatch.setattr(reward_modeling, "pair_statistics", statistics)
+    monkeypatch.setattr(reward_trainer, "pair_statistics", statistics)
     reward_modeling.main(argv)
     n_batches = len(predictions[-1]) // 2
     found = []
@@ -399,9 +378,9 @@ def test_every_weight_of_an_adapter_is_trained(flags, tmp_path):
 def test_dead_gradients_stop_the_run_once_the_head_is_trained(flags, monkeypatch):
     def dead(self, model, inputs, *args, **kwargs):
         scores = model.base_model.model.score(torch.ones(2, 128))
-        return pair_losses(scores[:1, 0], -scores[1:, 0], torch.zeros(1), None).sum()
+        return bradley_terry_losses(scores[:1, 0], -scores[1:, 0], torch.zeros(1), None).sum()
 
-    monkeypatch.setattr(reward_modeling.PairTrainer, "compute_loss", dead)
+    monkeypatch.setattr(RewardTrainer, "compute_loss", dead)
     with pytest.raises(UserError, match=r"^step 2: 28 of 28 adapter matrices did not move|^step 2: \d+ of 28 adapter"):
         reward_modeling.main(flags(do_eval=None))
 
@@ -492,7 +471,7 @@ def test_resume_gives_the_losses_of_an_uninterrupted_run(flags, tmp_path, kind):
 def test_best_is_the_lowest_evaluation_loss(flags, tmp_path, monkeypatch):
     scripted = iter([3.0, 1.0, 2.0, 4.0])
     shared = {"accuracy": 1.0, "pairs": 4.0, "longer_wins": 0.5}
-    monkeypatch.setattr(reward_modeling, "pair_statistics", lambda prediction: {"loss": next(scripted)} | shared)
+    monkeypatch.setattr(reward_trainer, "pair_statistics", lambda prediction: {"loss": next(scripted)} | shared)
     metrics = reward_modeling.main(flags(eval_strategy="steps", eval_steps=1))
     assert metrics["eval_loss"] == 1.0
     best, second = weights_of(tmp_path / "out/checkpoint-best"), weights_of(tmp_path / "out/checkpoint-2")
