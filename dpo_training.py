@@ -39,9 +39,10 @@ from medtune.models.loading import load_base_model, load_tokenizer, weights_fing
 from medtune.models.lora_layers import describe_trainable
 from medtune.models.vocabulary import check_vocabulary, warn_of_dead_tokens
 from medtune.reading.encoding import IGNORED_LABEL, load_chat_template, mark_learned, stop_token_ids, turn_token_ids
-from medtune.reading.rows import cached_pairs, describe_pairs, load_part
-from medtune.training.batches import PairCollator
+from medtune.reading.rows import cached_feedback, cached_pairs, describe_feedback, describe_pairs, load_part
+from medtune.training.batches import FeedbackCollator, PairCollator
 from medtune.training.checkpoints import BEST, find_checkpoint
+from medtune.training.kto_trainer import KTOTrainer
 from medtune.training.log import log_facts
 from medtune.training.preference_trainer import PreferenceConfig, PreferenceTrainer
 from medtune.training.run import finish_run, is_finished, start_run, train
@@ -199,8 +200,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------ data
     cache_dir = Path(model_args.cache_dir or "cache")
+    unpaired = training_args.is_unpaired
     read = partial(
-        cached_pairs,
+        cached_feedback if unpaired else cached_pairs,
         tokenizer=tokenizer,
         chat_template=chat_template,
         cache_dir=cache_dir / "tokenized",
@@ -210,11 +212,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     load = partial(
         load_part,
-        kind="pairs",
+        kind="replies" if unpaired else "pairs",
         data_args=data_args,
         do_eval=training_args.do_eval,
         read=read,
-        describe=partial(describe_pairs, max_reply_length=dpo_args.max_target_length),
+        describe=partial(
+            describe_feedback if unpaired else describe_pairs, max_reply_length=dpo_args.max_target_length
+        ),
     )
     train_dataset, train_facts = load("train")
     eval_dataset, eval_facts = load("eval") if training_args.do_eval else (None, {})
@@ -249,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ train
     # Log-probs computed beforehand need no second model.
     needs_copy = training_args.has_reference and not lora_args.use_peft and not training_args.precompute_ref_log_probs
-    trainer = PreferenceTrainer(
+    trainer_class, collator_class = (KTOTrainer, FeedbackCollator) if unpaired else (PreferenceTrainer, PairCollator)
+    trainer = trainer_class(
         model=model,
         args=training_args,
         reference=reference,
@@ -260,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         sample=GreedySamples(eval_dataset, tokenizer, chat_template, dpo_args.max_target_length)
         if eval_dataset
         else None,
-        data_collator=PairCollator(tokenizer.pad_token_id),
+        data_collator=collator_class(tokenizer.pad_token_id),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
@@ -273,10 +278,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         facts["dropout"] = f"off, not --lora_dropout {lora_args.lora_dropout:g}: it would blur what is compared"
     log_facts(trainer, facts | {"template": dpo_args.template_name or "the tokenizer's own"} | train_facts | eval_facts)
     first = train_dataset[0]
-    for name in ("chosen", "rejected"):
+    for name in ("reply",) if unpaired else ("chosen", "rejected"):
         ids, n_prompt = first["prompt_ids"] + first[f"{name}_ids"], len(first["prompt_ids"])
         text = mark_learned(tokenizer, ids, [IGNORED_LABEL] * n_prompt + ids[n_prompt:])
-        logger.info(f"the first pair, its {name} reply between « and »:\n{text}")
+        marked = f"{'desirable' if first['is_desirable'] else 'undesirable'}" if unpaired else f"its {name} reply"
+        logger.info(f"the first {'reply' if unpaired else 'pair'}, {marked}, between « and »:\n{text}")
     if training_args.do_train and is_finished(trainer, checkpoint):
         return {}
     keeper = (

@@ -617,6 +617,9 @@ def test_bad_data_stops_before_the_model_loads(flags, write_jsonl, monkeypatch, 
         ({"loss_type": "kto_pair"}, r"^--loss_type kto_pair: not known"),
         ({"loss_type": ["sigmoid", "orpo"]}, r"^--loss_type sigmoid orpo: it stands alone .*another --loss_type"),
         ({"loss_type": "simpo", "precompute_ref_log_probs": True}, r"leave out --precompute_ref_log_probs"),
+        ({"loss_type": ["kto", "sft"]}, r"^--loss_type kto sft: it stands alone; leave out another --loss_type"),
+        ({"loss_type": "kto", "undesirable_weight": 0}, r"^--undesirable_weight 0: give a number above 0"),
+        ({"desirable_weight": 2}, r"^--desirable_weight: --loss_type sigmoid has no use for it; kto does"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1]}, r"^--loss_weights: 1 for 2 losses"),
         ({"loss_weights": [0]}, r"^--loss_weights 0: give numbers above 0"),
         ({"label_smoothing": 0.1}, r"^--label_smoothing: --loss_type sigmoid has no use for it"),
@@ -650,6 +653,58 @@ def test_length_limits_cut_and_are_counted(flags, write_jsonl, capfd):
     n_cut, n_replies = map(int, re.search(r"train tokens .*?(\d+) of (\d+) replies cut at 12", log).groups())
     assert (n_replies, n_cut > 0) == (16, True)
     assert int(re.search(r"the longest prompt and reply (\d+)", log).group(1)) <= 76
+
+
+# ---------------------------------------------------------------- single replies (KTO)
+
+
+def make_feedback(n_rows: int) -> list[dict]:
+    """Dialogues with a label, in two dialects; two of three replies are good ones."""
+    rows = []
+    for index, pair in enumerate(make_pairs(n_rows)):
+        is_good = index % 3 != 2
+        reply = pair["response_chosen"] if is_good else pair["response_rejected"]
+        if index % 2:
+            turns = [{"role": "user", "content": pair["question"]}, {"role": "assistant", "content": reply}]
+            rows.append({"messages": turns, "label": is_good})
+        else:
+            turns = [{"from": "human", "value": pair["question"]}, {"from": "gpt", "value": reply}]
+            rows.append({"conversations": turns, "kto_tag": is_good})
+    return rows
+
+
+@pytest.fixture
+def feedback(write_jsonl) -> dict:
+    """Flags of a run with KTO."""
+    folder = write_jsonl("kto/rows.jsonl", make_feedback(24)).parent
+    return {"loss_type": "kto", "train_file_dir": folder, "validation_file_dir": folder}
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_kto_learns_from_single_replies(flags, feedback, tmp_path, sft_adapter, capfd, precompute):
+    options = {"do_eval": True, "eval_steps": 4, "max_steps": 8, "learning_rate": 3e-3, "desirable_weight": 1.5}
+    metrics = dpo_training.main(flags(**feedback, **options, precompute_ref_log_probs=precompute))
+    log = capfd.readouterr().err
+    assert re.search(r"train replies +kept 22 of 22", log)
+    assert re.search(r"train tokens .*; 1\d replies desirable, \d undesirable", log)
+    assert re.search(r"the first reply, (un)?desirable, between « and »", log)
+    assert re.search(r"before step 1 the policy is the reference .* of 4 replies is \S+ nats", log)
+    losses = logged(tmp_path / "out")
+    good = logged(tmp_path / "out", "kl")
+    assert good[1] == pytest.approx(0, abs=1e-5)
+    n_good = round((losses[1] / 0.5 - 1) / 0.5 * 4)  # of four replies; the good ones count 1.5
+    assert losses[1] == pytest.approx(0.5 * (1.5 * n_good + 4 - n_good) / 4, abs=1e-5)
+    assert {"eval_loss", "eval_kl", "eval_reward_accuracy", "eval_reward_margin"} <= metrics.keys()
+    assert names(tmp_path / "out/checkpoint-best") == ADAPTER_FILES
+    stored = tmp_path / "cache/ref_logps"
+    assert (len(list(stored.iterdir())) if stored.exists() else 0) == (2 if precompute else 0)
+
+
+def test_kto_needs_other_prompts(flags, write_jsonl):
+    same = [{"question": "头疼", "answer": answer, "label": answer == "休息"} for answer in ("休息", "喝酒")]
+    data = write_jsonl("same/rows.jsonl", same)
+    with pytest.raises(UserError, match=r"^--train_file_dir: KTO sets replies against other prompts, and these 2 have"):
+        dpo_training.main(flags(loss_type="kto", train_file_dir=data))
 
 
 # ---------------------------------------------------------------- interruption, several processes, the guide

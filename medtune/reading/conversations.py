@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from medtune.errors import Unusable
 from medtune.reading.dialects import RecordPlan, check_other_forms, dialogue_plan, pair_plan, planned, prompt_plan
-from medtune.reading.keys import Reading, check_media, check_reply_keys, sort_keys
+from medtune.reading.keys import FEEDBACK_KEYS, Reading, check_media, check_reply_keys, feedback_of, sort_keys
 from medtune.reading.options import with_options
-from medtune.reading.records import Dialogue, Document, Pair
+from medtune.reading.records import Dialogue, Document, Feedback, Pair
 from medtune.reading.turns import tools_of
 from medtune.reading.values import holds_nothing, is_empty, kind_of, nearest, optional_text, quoted, text_of
 
@@ -99,6 +99,19 @@ def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair
         raise Unusable("same replies", "chosen and rejected are the same, so nothing is preferred; delete the record")
     source = _with_notes(source, turns, plan, reading)
     return Pair(turns, chosen, rejected, _margin(record), source, tools_of(record))
+
+
+def to_feedback(record: object, source: str, reading: Reading | None = None) -> Feedback:
+    """A dialogue of any dialect with a label of its last reply."""
+    reading = reading or Reading()
+    record = _object(record)
+    is_desirable = feedback_of(record, reading)
+    rest = {key: value for key, value in record.items() if key not in FEEDBACK_KEYS}
+    dialogue = to_dialogue(rest, source, reading)
+    *turns, reply = dialogue.messages
+    if "tool_calls" in reply or "weight" in reply:
+        raise Unusable("not a reply", "the last turn calls tools or has a weight; feedback is on a reply in words")
+    return Feedback(_without_weights(turns), reply["content"], is_desirable, source, dialogue.tools)
 
 
 def turns_to_answer(messages: Sequence[dict]) -> list[dict]:

@@ -331,15 +331,9 @@ def encode_pair(
     """
     for reply in (chosen, rejected):
         refuse_control_tokens(chat_template, [*messages, {"role": "assistant", "content": reply}], tools)
-    while True:
-        prompt_ids, chosen_ids = encode_exchange(tokenizer, chat_template, messages, chosen, tools)
-        n_excess = len(prompt_ids) - max_prompt_length
-        if n_excess <= 0:
-            break
-        shorter = shorten_prompt(tokenizer, messages, n_excess)
-        if shorter is None:
-            raise Unusable("prompt too long", f"{len(prompt_ids)} tokens, over --max_source_length {max_prompt_length}")
-        messages = shorter
+    messages, prompt_ids, chosen_ids = encode_within(
+        tokenizer, chat_template, messages, chosen, tools, max_prompt_length
+    )
     rejected_prompt_ids, rejected_ids = encode_exchange(tokenizer, chat_template, messages, rejected, tools)
     assert rejected_prompt_ids == prompt_ids, "a reply changed the ids of its prompt"
     n_cut = (len(chosen_ids) > max_reply_length) + (len(rejected_ids) > max_reply_length)
@@ -349,6 +343,46 @@ def encode_pair(
             "same within the limit", f"both replies begin with the same --max_target_length {max_reply_length} tokens"
         )
     return prompt_ids, chosen_ids, rejected_ids, n_cut
+
+
+def encode_feedback(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    messages: list[Message],
+    reply: str,
+    tools: list[dict] | None = None,
+    *,
+    max_prompt_length: int,
+    max_reply_length: int,
+) -> tuple[list[int], list[int], bool]:
+    """Ids of the prompt and of its reply as `encode_pair` has them, and whether the reply was cut.
+
+    Raises:
+        Unusable: the prompt cannot be brought within the limit, or reply or system prompt hold a control token.
+    """
+    refuse_control_tokens(chat_template, [*messages, {"role": "assistant", "content": reply}], tools)
+    prompt_ids, reply_ids = encode_within(tokenizer, chat_template, messages, reply, tools, max_prompt_length)[1:]
+    return prompt_ids, reply_ids[:max_reply_length], len(reply_ids) > max_reply_length
+
+
+def encode_within(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    messages: list[Message],
+    reply: str,
+    tools: list[dict] | None,
+    max_prompt_length: int,
+) -> tuple[list[Message], list[int], list[int]]:
+    """The messages of which the prompt is within its limit, and the ids of `encode_exchange`; Unusable without any."""
+    while True:
+        prompt_ids, reply_ids = encode_exchange(tokenizer, chat_template, messages, reply, tools)
+        n_excess = len(prompt_ids) - max_prompt_length
+        if n_excess <= 0:
+            return messages, prompt_ids, reply_ids
+        shorter = shorten_prompt(tokenizer, messages, n_excess)
+        if shorter is None:
+            raise Unusable("prompt too long", f"{len(prompt_ids)} tokens, over --max_source_length {max_prompt_length}")
+        messages = shorter
 
 
 def encode_exchange(

@@ -75,6 +75,8 @@ VERDICTS = (
     "desirable", "is_desirable", "thumbs_up", "valid", "is_valid", "is_right", "kto_label", "标签", "是否正确",
     "是否采纳", "是否合格",
 )  # fmt: skip
+# Those that KTO learns from.
+FEEDBACK_KEYS = ("label", "kto_tag")
 # Under these names numbers and words say so too.
 CLEAR_VERDICTS = ("kto_tag", "is_correct", "是否正确", "是否采纳", "是否合格")
 # Whether a turn, or the reply of a record, is learned, by true or false, or 1 or 0.
@@ -275,6 +277,24 @@ def _truth(value: object) -> bool | None:
     if isinstance(value, bool):
         return value
     return {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+def feedback_of(record: dict, reading: Reading) -> bool:
+    """Whether a record for KTO has a good reply; Unusable where no key says so, or one not clearly."""
+    given = {key: record[key] for key in FEEDBACK_KEYS if not is_empty(record.get(key))}
+    if not given:
+        listed = " or ".join(map(repr, FEEDBACK_KEYS))
+        raise Unusable("no label", f"it has no {listed} with true for a good reply and false for a bad one; add it")
+    truths = {key: _zero_or_one(value) if _truth(value) is None else _truth(value) for key, value in given.items()}
+    for key, truth in truths.items():
+        if truth is None:
+            raise Unusable(
+                "unclear label",
+                f"{key!r} is {given[key]!r:.80}, which is neither true nor false; {reading.ignoring(key)}",
+            )
+    if len(set(truths.values())) > 1:
+        raise Unusable("unclear label", f"{' and '.join(map(repr, FEEDBACK_KEYS))} contradict each other; keep one")
+    return next(iter(truths.values()))
 
 
 def _zero_or_one(value: object) -> bool | None:

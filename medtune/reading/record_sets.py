@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from medtune.errors import Unusable, UserError
-from medtune.reading.conversations import to_dialogue, to_document, to_pair, to_prompt
+from medtune.reading.conversations import to_dialogue, to_document, to_feedback, to_pair, to_prompt
 from medtune.reading.files import read_raw
 from medtune.reading.finding import some_names
 from medtune.reading.keys import Reading
-from medtune.reading.records import BadRecord, Dialogue, Document, Pair, Report, T
+from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Report, T
 
 
 def read_dialogues(files: Sequence[Path], reading: Reading | None = None) -> Iterator[Dialogue | BadRecord]:
@@ -33,6 +33,11 @@ def read_documents(files: Sequence[Path], reading: Reading | None = None) -> Ite
 def read_pairs(files: Sequence[Path], reading: Reading | None = None) -> Iterator[Pair | BadRecord]:
     """Read preference pairs of any dialect in order, one result a record."""
     return _read(files, to_pair, reading)
+
+
+def read_feedback(files: Sequence[Path], reading: Reading | None = None) -> Iterator[Feedback | BadRecord]:
+    """Read dialogues of any dialect whose last reply is marked as a good or a bad one, one result a record."""
+    return _read(files, to_feedback, reading)
 
 
 def _read(
@@ -75,6 +80,13 @@ def load_pairs(
 ) -> tuple[list[Pair], Report]:
     """The same for the preference pairs of the files."""
     return _load(read_pairs, files, on_bad_data, reading)
+
+
+def load_feedback(
+    files: Sequence[Path], on_bad_data: OnBadData | None = "error", reading: Reading | None = None
+) -> tuple[list[Feedback], Report]:
+    """The same for replies that are marked as good or bad ones."""
+    return _load(read_feedback, files, on_bad_data, reading)
 
 
 def load_documents(

@@ -45,6 +45,17 @@ class Pair:
     tools: list[dict] | None = None
 
 
+@dataclass(slots=True)
+class Feedback:
+    """One reply to a prompt, and whether it is a good one: messages as in a dialogue, the person's turn the last."""
+
+    messages: list[dict]
+    reply: str
+    is_desirable: bool
+    source: str
+    tools: list[dict] | None = None
+
+
 @dataclass(frozen=True)
 class BadRecord:
     """A record that cannot be used: where it stands, a category to count by, and what to mend."""

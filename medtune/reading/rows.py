@@ -23,6 +23,7 @@ from medtune.reading.cache import cached_dataset
 from medtune.reading.encoding import (
     Truncation,
     encode_dialogue,
+    encode_feedback,
     encode_pair,
     encode_prompt,
     n_thoughts_left_out,
@@ -32,8 +33,15 @@ from medtune.reading.encoding import (
 from medtune.reading.finding import RECORD_ENDINGS, are_same_files, content_fingerprint, find_files
 from medtune.reading.holdout import choose_part
 from medtune.reading.keys import Reading, split_keys
-from medtune.reading.record_sets import OnBadData, load_dialogues, load_documents, load_pairs, load_prompts
-from medtune.reading.records import BadRecord, Dialogue, Document, Pair, Report, T
+from medtune.reading.record_sets import (
+    OnBadData,
+    load_dialogues,
+    load_documents,
+    load_feedback,
+    load_pairs,
+    load_prompts,
+)
+from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Report, T
 from template import ChatTemplate
 
 
@@ -348,6 +356,79 @@ def describe_pairs(dataset: Dataset, max_reply_length: int) -> str:
     n_cut = sum(dataset["n_cut"])
     cut = f", {n_cut} of {2 * len(dataset)} replies cut at {max_reply_length}" if n_cut else ""
     return f"the longest prompt and reply {max(dataset['length'])}{cut}"
+
+
+FEEDBACK_FEATURES = Features(
+    prompt_ids=_IDS,
+    reply_ids=_IDS,
+    is_desirable=Value("bool"),
+    n_cut=_LENGTH,
+    length=_LENGTH,
+    source=_TEXT,
+    fault=_TEXT,
+)
+
+
+def tokenize_feedback(
+    feedback: Sequence[Feedback],
+    encode: Callable[..., tuple[list[int], list[int], bool]],
+    *,
+    num_workers: int,
+    on_bad_data: Literal["error", "drop"] = "error",
+) -> tuple[Dataset, Report]:
+    """A dataset of FEEDBACK_FEATURES without `fault`, limits as for pairs, and what was left out and why."""
+    rows = Dataset.from_dict(
+        {
+            "feedback": [json.dumps([f.messages, f.reply, f.tools], ensure_ascii=False) for f in feedback],
+            "is_desirable": [f.is_desirable for f in feedback],
+            "source": [f.source for f in feedback],
+        }
+    )
+    rows = _map_batches(rows, partial(_encode_feedback, encode), num_workers, "feedback", FEEDBACK_FEATURES)
+    return _without_faults(rows, "replies", on_bad_data)
+
+
+def _encode_feedback(encode: Callable, batch: dict[str, list]) -> dict[str, list]:
+    """`datasets` maps this over batches: every row stays, one that gives no example says why in `fault`."""
+    columns = {name: [] for name in ("prompt_ids", "reply_ids", "n_cut", "length", "fault")}
+    for text in batch["feedback"]:
+        fault, prompt_ids, reply_ids, is_cut = "", [], [], False
+        try:
+            prompt_ids, reply_ids, is_cut = encode(*json.loads(text))
+        except Unusable as unusable:
+            fault = f"{unusable.reason}\t{unusable.detail}"
+        except UserError as error:
+            fault = f"not renderable\t{error}"
+        row = (prompt_ids, reply_ids, int(is_cut), len(prompt_ids) + len(reply_ids), fault)
+        for name, value in zip(columns, row, strict=True):
+            columns[name].append(value)
+    return columns | {"is_desirable": batch["is_desirable"], "source": batch["source"]}
+
+
+def cached_feedback(
+    part: Literal["train", "eval"],
+    files: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    cache_dir: str | Path,
+    *,
+    max_prompt_length: int,
+    max_reply_length: int,
+    **options,
+) -> tuple[Dataset, Report, Report, bool]:
+    """`cached_part` of the rows of `tokenize_feedback`, with its other options."""
+    limits = {"max_prompt_length": max_prompt_length, "max_reply_length": max_reply_length}
+    settings = limits | {"rows": "feedback", "tokenizer": tokenizer_fingerprint(tokenizer)}
+    tokenize = partial(tokenize_feedback, encode=partial(encode_feedback, tokenizer, chat_template, **limits))
+    return cached_part(part, files, load_feedback, tokenize, settings, cache_dir, **options)
+
+
+def describe_feedback(dataset: Dataset, max_reply_length: int) -> str:
+    """The tokens of the rows of `tokenize_feedback` and how many replies are good ones, in words."""
+    n_good, n_cut = sum(dataset["is_desirable"]), sum(dataset["n_cut"])
+    cut = f", {n_cut} of {len(dataset)} replies cut at {max_reply_length}" if n_cut else ""
+    counts = f"{n_good} replies desirable, {len(dataset) - n_good} undesirable"
+    return f"the longest prompt and reply {max(dataset['length'])}{cut}; {counts}"
 
 
 def tokenize_prompts(

@@ -41,3 +41,21 @@ class PairCollator:
                 [row[name] for name in ("ref_chosen_logps", "ref_rejected_logps") for row in rows]
             )
         return batch | {"sources": [row["source"] for row in rows]}
+
+
+class FeedbackCollator:
+    """`reply_batch` of the prompts with their own replies, and then with the mismatched ones; `is_desirable` bool."""
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: Sequence[dict]) -> dict:
+        prompts = [row["prompt_ids"] for row in rows]
+        replies = [row[name] for name in ("reply_ids", "mismatched_ids") for row in rows]
+        batch = reply_batch(prompts * 2, replies, self.pad_token_id)
+        batch["is_desirable"] = torch.tensor([row["is_desirable"] for row in rows])
+        if "ref_logps" in rows[0]:
+            batch["ref_logps"] = torch.tensor(
+                [row[name] for name in ("ref_logps", "ref_mismatched_logps") for row in rows]
+            )
+        return batch | {"sources": [row["source"] for row in rows]}

@@ -120,6 +120,7 @@ def simpo_losses(
 
 DPO_LOSSES = ("sigmoid", "hinge", "ipo", "robust", "sft")
 REFERENCE_FREE = ("orpo", "simpo")
+UNPAIRED = ("kto",)
 SMOOTHED = ("robust", "simpo")
 
 
@@ -130,7 +131,7 @@ class PreferenceConfig(StageTrainingArguments):
         default_factory=lambda: ["sigmoid"],
         metadata={
             "help": f"One or several of {', '.join(DPO_LOSSES)}; or alone, without a reference, one of "
-            f"{', '.join(REFERENCE_FREE)}."
+            f"{', '.join(REFERENCE_FREE)}; or kto, which learns from single replies with a label."
         },
     )
     loss_weights: list[float] | None = field(
@@ -145,6 +146,10 @@ class PreferenceConfig(StageTrainingArguments):
     )
     label_smoothing: float = field(
         default=0.0, metadata={"help": f"Share of pairs taken to be the wrong way; for {', '.join(SMOOTHED)}."}
+    )
+    desirable_weight: float = field(default=1.0, metadata={"help": "kto: how much a reply with the label true counts."})
+    undesirable_weight: float = field(
+        default=1.0, metadata={"help": "kto: how much a reply with the label false counts."}
     )
     precompute_ref_log_probs: bool = field(
         default=False, metadata={"help": "The reference's log-probs once before training, kept in --cache_dir."}
@@ -174,12 +179,16 @@ class PreferenceConfig(StageTrainingArguments):
         return not set(self.loss_type) & set(REFERENCE_FREE)
 
     @property
+    def is_unpaired(self) -> bool:
+        return self.loss_type == ["kto"]
+
+    @property
     def weighted_losses(self) -> dict[str, float]:
         return dict(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type), strict=True))
 
     def _check_losses(self) -> None:
         """Refuse unknown losses, and options that these losses have no use for."""
-        losses, known = self.loss_type, (*DPO_LOSSES, *REFERENCE_FREE)
+        losses, known = self.loss_type, (*DPO_LOSSES, *REFERENCE_FREE, *UNPAIRED)
         listed = " ".join(losses)
         for name in losses:
             if name not in known:
@@ -194,15 +203,21 @@ class PreferenceConfig(StageTrainingArguments):
             )
         if self.loss_weights is not None and min(self.loss_weights) <= 0:
             raise UserError(f"--loss_weights {min(self.loss_weights):g}: give numbers above 0, or leave the loss out")
-        if not self.has_reference:
+        if set(losses) & {*REFERENCE_FREE, *UNPAIRED}:
             options = {
                 "another --loss_type": len(losses) > 1,
                 "--loss_weights": self.loss_weights is not None,
-                "--precompute_ref_log_probs": self.precompute_ref_log_probs,
+                "--precompute_ref_log_probs": self.precompute_ref_log_probs and not self.has_reference,
             }
             for option, is_given in options.items():
                 if is_given:
-                    raise UserError(f"--loss_type {listed}: it stands alone and has no reference; leave out {option}")
+                    why = "stands alone" if self.has_reference else "stands alone and has no reference"
+                    raise UserError(f"--loss_type {listed}: it {why}; leave out {option}")
+        for name in ("desirable_weight", "undesirable_weight"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} {getattr(self, name):g}: give a number above 0, or leave those replies out")
+            if getattr(self, name) != 1 and not self.is_unpaired:
+                raise UserError(f"--{name}: --loss_type {listed} has no use for it; kto does")
         if self.label_smoothing_factor:
             raise UserError("--label_smoothing_factor: pairs have no labels to smooth; --label_smoothing is for them")
         if not 0 <= self.label_smoothing < 0.5:

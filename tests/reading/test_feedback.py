@@ -1,0 +1,61 @@
+"""Replies with a label, for KTO: dialogues of any dialect, whose verdict is what is learned."""
+
+import pytest
+
+from medtune.errors import UserError
+from medtune.reading.keys import Reading
+from medtune.reading.record_sets import load_feedback, read_feedback
+from medtune.reading.records import Feedback
+
+TURNS = [{"role": "user", "content": "头疼"}, {"role": "assistant", "content": "休息"}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": TURNS},
+        {"conversations": [{"from": "human", "value": "头疼"}, {"from": "gpt", "value": "休息"}]},
+        {"instruction": "头疼", "input": "", "output": "休息"},
+        {"question": "头疼", "answer": "休息"},
+    ],
+    ids=lambda record: next(iter(record)),
+)
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
+@pytest.mark.parametrize(
+    ("value", "is_desirable"), [(True, True), (False, False), ("false", False), (1, True), (0, False)]
+)
+def test_every_dialect_with_a_label(write_jsonl, record, key, value, is_desirable):
+    path = write_jsonl("d.jsonl", [record | {key: value}])
+    (feedback,) = read_feedback([path])
+    assert feedback == Feedback(TURNS[:1], "休息", is_desirable, f"{path}:1")
+
+
+@pytest.mark.parametrize(
+    ("record", "fault"),
+    [
+        ({"messages": TURNS}, "no label: it has no 'label' or 'kto_tag' with true for a good reply"),
+        ({"messages": TURNS, "label": None}, "no label: "),
+        ({"messages": TURNS, "label": "内科"}, "unclear label: 'label' is '内科', which is neither true nor false"),
+        ({"messages": TURNS, "label": 0.5}, "unclear label: 'label' is 0.5"),
+        ({"messages": TURNS, "label": True, "kto_tag": False}, "unclear label: 'label' and 'kto_tag' contradict"),
+        ({"messages": TURNS, "label": True, "is_correct": False}, "not to be learned: 'is_correct' is False"),
+        ({"messages": TURNS[:1], "label": True}, "no reply: "),
+        ({"messages": [TURNS[0], TURNS[1] | {"weight": 0}, *TURNS], "label": True}, ""),
+    ],
+    ids=lambda value: value[:14] if isinstance(value, str) else "",
+)
+def test_bad_feedback_is_named_in_one_line(write_jsonl, record, fault):
+    path = write_jsonl("d.jsonl", [record])
+    if not fault:  # earlier replies are read and not learned
+        assert load_feedback([path])[0][0].reply == "休息"
+        return
+    (found,) = read_feedback([path])
+    assert str(found).startswith(f"{path}:1: {fault}")
+    with pytest.raises(UserError, match="1 of 1 records are bad"):
+        load_feedback([path])
+
+
+def test_a_topic_under_the_name_of_the_label_can_be_ignored(write_jsonl):
+    path = write_jsonl("d.jsonl", [{"messages": TURNS, "label": "内科", "kto_tag": False}])
+    (feedback,) = read_feedback([path], Reading(("label",)))
+    assert feedback.is_desirable is False
