@@ -1,6 +1,6 @@
 """Command-line flags: those that every stage honours, and a parser that never swallows one.
 
-The guide's commands were written for older libraries. Flags that transformers 5 or TRL renamed or dropped are
+The guide's commands were written for older libraries. Flags that transformers 5 renamed or dropped are
 translated to what they meant, each with one line in the log; a flag nobody knows is refused with the nearest known
 one. On a machine without GPU the run goes on in float32 on the CPU and says so.
 """
@@ -210,7 +210,7 @@ class StageArgumentParser(HfArgumentParser):
         for dataclass_type in self.dataclass_types:
             names = {name for name, spec in dataclass_type.__dataclass_fields__.items() if spec.init}
             with warnings.catch_warnings():
-                # transformers 5.24 warns of its own rename of gradient_checkpointing, which TRL 1.16 still sets.
+                # transformers 5.24 warns of its own rename of gradient_checkpointing.
                 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated")
                 try:
                     instances.append(dataclass_type(**{name: values[name] for name in names}))

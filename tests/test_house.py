@@ -27,7 +27,7 @@ ROOMS = {
     "medtune.training": (
         {"medtune.reading", "medtune.models"},
         {
-            *("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "safetensors"),
+            *("torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "safetensors"),
             *("loguru", "matplotlib", "numpy"),
         },
     ),
@@ -100,6 +100,11 @@ def imports(path: Path) -> set[str]:
             below = {f"{node.module}.{alias.name}" for alias in node.names}
             modules |= (below & MODULES.keys()) or {node.module or "."}
     return modules
+
+
+def names_of(node: ast.Import | ast.ImportFrom) -> set[str]:
+    """The modules that a statement imports."""
+    return {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module or "."}
 
 
 def packages(path: Path) -> set[str]:
@@ -215,6 +220,15 @@ def test_a_script_imports_errors_before_the_libraries(path):
         order = [node.module for node in tree(path).body if isinstance(node, ast.ImportFrom)]
         before = order[: order.index("medtune.errors")] if "medtune.errors" in order else order
         assert not {"transformers", "accelerate", "peft", "trl"} & {name.partition(".")[0] for name in before}
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
+def test_trl_is_imported_where_it_is_used_alone(path):
+    """It takes seconds."""
+    atop = {
+        name for node in tree(path).body if isinstance(node, ast.Import | ast.ImportFrom) for name in names_of(node)
+    }
+    assert "trl" not in {name.partition(".")[0] for name in atop}
 
 
 # ---------------------------------------------------------------- all text

@@ -4,7 +4,7 @@ A row of logits over a vocabulary of 152,000 takes 0.6 MB in float32, so logits 
 ways below compute them in chunks, as the model's own forward pass scales and caps them.
 
     head = SparseHead(model)
-    (logps,) = head(model, {"input_ids": ids}, mask=predicts_reply, ids=reply_ids, compute=token_logps)
+    (logps,) = head(model, {"input_ids": ids}, mask=predicts_reply, ids=reply_ids, compute=log_probs)
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ CHUNK = 1024
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def token_logps(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """[1, n] float32 log-probs in nats of [n] ids under [n, vocabulary] logits."""
     return -F.cross_entropy(logits.float(), ids, reduction="none")[None]
 

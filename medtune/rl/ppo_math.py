@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+
+from medtune.models.logps import in_chunks
 
 # Rows of [V] logits that exist at a time.
 CHUNK = 128
@@ -117,24 +118,16 @@ def token_logps(
         [N] float32 each; entropies and variances carry no gradient.
     """
 
-    def of_chunk(states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logps = F.log_softmax(head(states).float() / temperature, dim=-1)
+    def compute(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        logps = F.log_softmax(logits.float() / temperature, dim=-1)
         fixed = logps.detach()
         probabilities = fixed.exp()
         with torch.autocast(fixed.device.type, enabled=False):  # under which einsum rounds to bfloat16
             entropies = -torch.einsum("nv,nv->n", probabilities, fixed)
             variances = torch.einsum("nv,nv,nv->n", probabilities, fixed, fixed) - entropies**2
-        return logps.gather(1, tokens[:, None]).squeeze(1), entropies, variances.clamp(min=0)
+        return torch.stack([logps.gather(1, ids[:, None]).squeeze(1), entropies, variances.clamp(min=0)])
 
-    chunks = []
-    for states, tokens in zip(hidden.split(CHUNK), ids.split(CHUNK), strict=True):
-        # The backward pass computes the logits again instead of keeping those of every chunk.
-        chunks.append(
-            checkpoint(of_chunk, states, tokens, use_reentrant=False)
-            if torch.is_grad_enabled()
-            else of_chunk(states, tokens)
-        )
-    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return tuple(in_chunks(head, hidden, ids, compute, CHUNK))
 
 
 # ---------------------------------------------------------------- rewards and advantages

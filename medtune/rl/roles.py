@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from medtune.errors import UserError
 from medtune.models.adapters import add_adapter, load_for_training
 from medtune.models.lineage import base_of, is_adapter
+from medtune.models.logps import own_logits
 from medtune.models.lora_layers import describe_trainable
 from medtune.models.reward_models import add_reward_adapter, load_reward_model
 from medtune.models.score_heads import ScoreHead
@@ -47,24 +48,6 @@ class ValueHead(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.score(hidden).squeeze(-1) + self.bias
-
-
-def own_logits(model: PreTrainedModel, output_class: type[ModelOutput], states: torch.Tensor) -> torch.Tensor:
-    """[N, V] logits of [N, hidden] last states by the model's own forward pass, which may scale or cap them, with the
-    states in place of what its backbone computes.
-
-    output_class: of the backbone's output.
-    """
-    backbone = model.base_model
-    own_forward = vars(backbone).get("forward")  # accelerate sets one where weights are quantized
-    backbone.forward = lambda *args, **kwargs: output_class(last_hidden_state=states[None])
-    try:
-        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-        return model(input_ids=ids, use_cache=False).logits[0]
-    finally:
-        del backbone.forward
-        if own_forward is not None:
-            backbone.forward = own_forward
 
 
 @dataclass

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel
 
 from medtune.errors import UserError
-from medtune.models.logps import SparseHead, token_logps
+from medtune.models.logps import SparseHead, log_probs
 from medtune.training.reference import (
     as_reference,
     check_start,
@@ -290,7 +290,7 @@ class PreferenceTrainer(StageTrainer):
         """
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         ids = batch["input_ids"][:, 1:][mask]
-        (logps,) = head(model, inputs, F.pad(mask, (0, 1), value=False), ids, token_logps)
+        (logps,) = head(model, inputs, F.pad(mask, (0, 1), value=False), ids, log_probs)
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logps)
 
     def reply_logps(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:

@@ -50,7 +50,7 @@ def start_run(stage: str, training_args: TrainingArguments, notes: list[str]) ->
     if training_args.disable_tqdm or not is_main:
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
-    # transformers 5.24, TRL 1.16 and PEFT 0.21 still call each other by names that transformers renamed.
+    # transformers 5.24 and PEFT 0.21 still call each other by names that transformers renamed.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     set_seed(training_args.seed)
     if training_args.deepspeed and training_args.use_cpu:

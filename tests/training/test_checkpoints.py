@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from trl import SFTConfig
 
 from medtune.errors import UserError
+from medtune.training.causal_lm_trainer import CausalLMConfig
 from medtune.training.checkpoints import (
     BEST,
     MANIFEST,
@@ -26,8 +26,8 @@ COMPLETE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_st
 
 @pytest.fixture
 def arguments(tmp_path):
-    def build(**changes) -> SFTConfig:
-        return SFTConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, **changes)
+    def build(**changes) -> CausalLMConfig:
+        return CausalLMConfig(do_train=True, output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, **changes)
 
     return build
 

@@ -21,7 +21,7 @@ from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from medtune.models import logps
-from medtune.models.logps import SparseHead, in_chunks, token_logps
+from medtune.models.logps import SparseHead, in_chunks, log_probs
 from medtune.reading.encoding import IGNORED_LABEL
 from medtune.training.batches import FeedbackCollator, PairCollator
 from medtune.training.causal_lm_trainer import losses_and_hits, token_losses
@@ -103,7 +103,7 @@ def test_token_log_probs_are_those_of_the_whole_forward_pass(model_type, chunk, 
     plain = model(ids, use_cache=False).logits[:, :-1][mask].float().log_softmax(dim=-1)
     wanted = plain.gather(1, ids[:, 1:][mask][:, None]).squeeze(1)
     positions = torch.nn.functional.pad(mask, (0, 1))
-    (found,) = SparseHead(model)(model, {"input_ids": ids}, positions, ids[:, 1:][mask], token_logps)
+    (found,) = SparseHead(model)(model, {"input_ids": ids}, positions, ids[:, 1:][mask], log_probs)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     wanted_gradients, found_gradients = gradients(wanted.sum(), model), gradients(found.sum(), model)
     for name, gradient in wanted_gradients.items():

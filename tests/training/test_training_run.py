@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from trl import SFTConfig
 
 from medtune.errors import UserError
 from medtune.training import log
+from medtune.training.causal_lm_trainer import CausalLMConfig
 from medtune.training.guards import RECENT_STEPS, AdapterMovementCheck, BadSteps
 from medtune.training.log import ProgressLines, plot_curves
 from medtune.training.run import start_run
@@ -15,8 +15,8 @@ from medtune.training.run import start_run
 
 @pytest.fixture
 def arguments(tmp_path):
-    def build(**changes) -> SFTConfig:
-        return SFTConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, **changes)
+    def build(**changes) -> CausalLMConfig:
+        return CausalLMConfig(do_train=True, output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, **changes)
 
     return build
 
