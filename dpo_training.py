@@ -1,12 +1,13 @@
 """Direct preference optimization: teach a model which of two replies is better, without a reward model.
 
 Input: preference pairs (question with response_chosen and response_rejected, TRL's and ShareGPT's forms; jsonl,
-json, csv, parquet).
+json, csv, parquet); for --loss_type kto dialogues whose last reply has `label` or `kto_tag`, true or false.
 Output: `--output_dir` with checkpoint-N, checkpoint-best (a LoRA adapter, or a model with --use_peft False),
 train_results.json, eval_results.json, trainer_state.json, loss.png and TensorBoard events in runs/.
 Loss: -log sigmoid(beta x (log-ratio of the chosen reply - log-ratio of the rejected one)), where a log-ratio is the
 reply's log-prob under the policy less that under the reference (Rafailov et al. 2023,
-https://arxiv.org/abs/2305.18290, equation 7); others by --loss_type. The reference is what the run starts from.
+https://arxiv.org/abs/2305.18290, equation 7); others by --loss_type, all in medtune/training/preference_trainer.py
+and kto_trainer.py. The reference is what the run starts from.
 
     CUDA_VISIBLE_DEVICES=0 python dpo_training.py --model_name_or_path outputs-sft-qwen2.5-3b/checkpoint-best ...
     CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc_per_node 2 dpo_training.py ...
@@ -44,7 +45,8 @@ from medtune.training.batches import FeedbackCollator, PairCollator
 from medtune.training.checkpoints import BEST, find_checkpoint
 from medtune.training.kto_trainer import KTOTrainer
 from medtune.training.log import log_facts
-from medtune.training.preference_trainer import PreferenceConfig, PreferenceTrainer
+from medtune.training.preference_arguments import PreferenceConfig
+from medtune.training.preference_trainer import PreferenceTrainer
 from medtune.training.run import finish_run, is_finished, start_run, train
 from template import ChatTemplate
 

@@ -29,10 +29,11 @@ from medtune.models.adapters import load_for_training, load_with_adapter
 from medtune.models.generation import Reply
 from medtune.models.lineage import read_lineage
 from medtune.reading.encoding import load_chat_template
-from medtune.training import preference_trainer
+from medtune.training import preference_trainer, reference
 from medtune.training.batches import PairCollator
 from medtune.training.checkpoints import MANIFEST
-from medtune.training.preference_trainer import PreferenceConfig, PreferenceTrainer
+from medtune.training.preference_arguments import PreferenceConfig
+from medtune.training.preference_trainer import PreferenceTrainer
 from medtune.training.reference import copy_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -284,7 +285,7 @@ def test_reference_that_is_silently_the_base_stops_the_run(flags, monkeypatch):
 
 
 def test_stored_log_probs_of_another_model_stop_the_run(flags, tiny_model_dir, monkeypatch):
-    monkeypatch.setattr(preference_trainer, "reference_fingerprint", lambda model: "the same for all")
+    monkeypatch.setattr(reference, "reference_fingerprint", lambda model: "the same for all")
     dpo_training.main(flags(max_steps=1, precompute_ref_log_probs=True))
     other = {"model_name_or_path": tiny_model_dir, "overwrite_output_dir": True, "max_steps": 1}
     with pytest.raises(UserError, match=r"before step 1 .*--overwrite_cache True computes the stored log-probs again"):
@@ -390,7 +391,7 @@ def test_full_weights_leave_a_model_of_its_own(flags, tmp_path, sft_model, train
     model, before = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (best, sft_model))
     torch.testing.assert_close(logits_of(model), logits_of(trainers[0].model), atol=1e-5, rtol=0)
     assert not torch.equal(logits_of(model), logits_of(before))
-    assert torch.equal(logits_of(trainers[0].ref_model), logits_of(before))
+    assert torch.equal(logits_of(trainers[0].reference.model), logits_of(before))
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,7 @@
 A row of logits over a vocabulary of 152,000 takes 0.6 MB in float32, so logits of whole batches would fill a GPU. Both
 ways below compute them in chunks, as the model's own forward pass scales and caps them.
 
-    head = SparseHead(model)
-    (logps,) = head(model, {"input_ids": ids}, mask=predicts_reply, ids=reply_ids, compute=log_probs)
+    logps = SparseHead(model).logps(model, input_ids, attention_mask, mask=is_reply[:, 1:])
 """
 
 from collections.abc import Callable
@@ -130,3 +129,17 @@ class SparseHead:
         with self.autocast():
             of_later = in_chunks(head, later, ids[len(logits) :].to(later.device), compute)
         return torch.cat([figures.to(mask.device), of_later.to(mask.device)], dim=1)
+
+    def logps(
+        self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """[batch, length - 1] float32 log-probs in nats of the tokens from the second on; 0 outside the mask.
+
+        Args:
+            model: as for a call.
+            input_ids, attention_mask: [batch, length] int64.
+            mask: [batch, length - 1] bool.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        (logps,) = self(model, inputs, F.pad(mask, (0, 1), value=False), input_ids[:, 1:][mask], log_probs)
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logps)

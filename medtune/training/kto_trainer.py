@@ -6,7 +6,8 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from medtune.errors import UserError
-from medtune.training.preference_trainer import PreferenceConfig, PreferenceTrainer
+from medtune.training.preference_arguments import PreferenceConfig
+from medtune.training.preference_trainer import PreferenceTrainer
 
 # ---------------------------------------------------------------- loss
 

@@ -3,11 +3,8 @@
 Of a reply y to a prompt x with log-prob log p(y|x) under the policy, its log-ratio is log p(y|x) - log p_ref(y|x).
 """
 
-import difflib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,18 +16,10 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel
 
-from medtune.errors import UserError
-from medtune.models.logps import SparseHead, log_probs
-from medtune.training.reference import (
-    as_reference,
-    check_start,
-    copy_adapter,
-    engine_of_reference,
-    reference_fingerprint,
-    rows_fingerprint,
-    stored_logps,
-)
-from medtune.training.stage_trainer import StageTrainer, StageTrainingArguments, switch_off_dropout
+from medtune.models.logps import SparseHead
+from medtune.training.preference_arguments import PreferenceConfig
+from medtune.training.reference import LogpsStore, Reference, copy_adapter
+from medtune.training.stage_trainer import StageTrainer, switch_off_dropout
 
 # ---------------------------------------------------------------- losses with a reference
 
@@ -116,116 +105,6 @@ def simpo_losses(
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
 
 
-# ---------------------------------------------------------------- arguments
-
-DPO_LOSSES = ("sigmoid", "hinge", "ipo", "robust", "sft")
-REFERENCE_FREE = ("orpo", "simpo")
-UNPAIRED = ("kto",)
-SMOOTHED = ("robust", "simpo")
-
-
-@dataclass
-class PreferenceConfig(StageTrainingArguments):
-    learning_rate: float = field(default=1e-6, metadata={"help": "Highest learning rate."})
-    loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"],
-        metadata={
-            "help": f"One or several of {', '.join(DPO_LOSSES)}; or alone, without a reference, one of "
-            f"{', '.join(REFERENCE_FREE)}; or kto, which learns from single replies with a label."
-        },
-    )
-    loss_weights: list[float] | None = field(
-        default=None, metadata={"help": "A factor for each of several --loss_type; without it 1 each."}
-    )
-    beta: float | None = field(
-        default=None,
-        metadata={"help": "How closely the policy is held to the reference; 0.1 without the flag, for simpo 2."},
-    )
-    simpo_gamma: float = field(
-        default=1.0, metadata={"help": "simpo: by how much beta x the mean log-prob of the chosen reply should lead."}
-    )
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": f"Share of pairs taken to be the wrong way; for {', '.join(SMOOTHED)}."}
-    )
-    desirable_weight: float = field(default=1.0, metadata={"help": "kto: how much a reply with the label true counts."})
-    undesirable_weight: float = field(
-        default=1.0, metadata={"help": "kto: how much a reply with the label false counts."}
-    )
-    precompute_ref_log_probs: bool = field(
-        default=False, metadata={"help": "The reference's log-probs once before training, kept in --cache_dir."}
-    )
-    precompute_ref_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows at a time for that; the batch sizes of training and evaluation without."}
-    )
-
-    def __post_init__(self):
-        if self.beta is None:
-            self.beta = 2.0 if self.loss_type == ["simpo"] else 0.1
-        if not self.beta > 0:
-            raise UserError(
-                f"--beta {self.beta:g}: it holds the policy to the reference, and without it nothing does; give a "
-                "number above 0, such as 0.1"
-            )
-        self._check_losses()
-        super().__post_init__()
-        if not self.do_train and self.has_reference:
-            raise UserError(
-                "--do_eval without --do_train: the model would be compared with itself as the reference, and every "
-                "reward would be 0; scripts/evaluate_model.py measures a trained model"
-            )
-
-    @property
-    def has_reference(self) -> bool:
-        return not set(self.loss_type) & set(REFERENCE_FREE)
-
-    @property
-    def is_unpaired(self) -> bool:
-        return self.loss_type == ["kto"]
-
-    @property
-    def weighted_losses(self) -> dict[str, float]:
-        return dict(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type), strict=True))
-
-    def _check_losses(self) -> None:
-        """Refuse unknown losses, and options that these losses have no use for."""
-        losses, known = self.loss_type, (*DPO_LOSSES, *REFERENCE_FREE, *UNPAIRED)
-        listed = " ".join(losses)
-        for name in losses:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-                raise UserError(f"--loss_type {name}: not known; {hint}")
-        if len(set(losses)) < len(losses):
-            raise UserError(f"--loss_type {listed}: one is named twice; --loss_weights makes it count more")
-        if self.loss_weights is not None and len(self.loss_weights) != len(losses):
-            raise UserError(
-                f"--loss_weights: {len(self.loss_weights)} for {len(losses)} losses ({listed}); give one for each"
-            )
-        if self.loss_weights is not None and min(self.loss_weights) <= 0:
-            raise UserError(f"--loss_weights {min(self.loss_weights):g}: give numbers above 0, or leave the loss out")
-        if set(losses) & {*REFERENCE_FREE, *UNPAIRED}:
-            options = {
-                "another --loss_type": len(losses) > 1,
-                "--loss_weights": self.loss_weights is not None,
-                "--precompute_ref_log_probs": self.precompute_ref_log_probs and not self.has_reference,
-            }
-            for option, is_given in options.items():
-                if is_given:
-                    why = "stands alone" if self.has_reference else "stands alone and has no reference"
-                    raise UserError(f"--loss_type {listed}: it {why}; leave out {option}")
-        for name in ("desirable_weight", "undesirable_weight"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} {getattr(self, name):g}: give a number above 0, or leave those replies out")
-            if getattr(self, name) != 1 and not self.is_unpaired:
-                raise UserError(f"--{name}: --loss_type {listed} has no use for it; kto does")
-        if self.label_smoothing_factor:
-            raise UserError("--label_smoothing_factor: pairs have no labels to smooth; --label_smoothing is for them")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"--label_smoothing {self.label_smoothing:g}: give a share from 0 to below 0.5")
-        if self.label_smoothing and not set(SMOOTHED) & set(losses):
-            raise UserError(f"--label_smoothing: --loss_type {listed} has no use for it; {', '.join(SMOOTHED)} do")
-
-
 # ---------------------------------------------------------------- trainer
 
 
@@ -263,82 +142,35 @@ class PreferenceTrainer(StageTrainer):
         if args.has_reference and continues_adapter:
             copy_adapter(model)
         super().__init__(model=model, args=args, compute_metrics=self._statistics, **kwargs)
-        self.reference, self.sample = reference, sample
-        self.start_is_checked = not args.has_reference
-        self.sampled: dict[str, float] = {}
         self.head = SparseHead(self.model, one_pass=self.splits_weights)
-        self.ref_model, self.ref_head = ref_model, self.head
-        if ref_model is not None:
-            switch_off_dropout(ref_model)
-            self.ref_head = SparseHead(ref_model, one_pass=self.splits_weights)
-        key = ""
-        if args.precompute_ref_log_probs and self.accelerator.is_main_process:
-            key = f"bf16 {args.bf16} fp16 {args.fp16} {reference_fingerprint(ref_model or self.model)}"
-        if ref_model is not None and self.is_deepspeed_enabled:
-            self.ref_model = engine_of_reference(ref_model, self.accelerator)
-        elif ref_model is not None:
-            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        self.reference = Reference(reference, self.model, self.head, self.accelerator, ref_model)
+        self.start_is_checked = not args.has_reference
+        self.sample = sample
+        self.sampled: dict[str, float] = {}
         if args.precompute_ref_log_probs:
-            self._precompute(ref_logps_dir, key, overwrite_ref_logps)
+            self._precompute(ref_logps_dir, overwrite_ref_logps)
 
-    # ------------------------------------------------------------ log-probs
-
-    def token_logps(self, model: torch.nn.Module, head: SparseHead, batch: dict, mask: torch.Tensor) -> torch.Tensor:
-        """[rows, length - 1] float32 log-probs in nats of the tokens from the second on; 0 outside the mask.
-
-        mask: [rows, length - 1] bool.
-        """
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        ids = batch["input_ids"][:, 1:][mask]
-        (logps,) = head(model, inputs, F.pad(mask, (0, 1), value=False), ids, log_probs)
-        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logps)
-
-    def reply_logps(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
-        """[rows] log-probs in nats of the replies under the policy."""
-        return self.token_logps(model, self.head, batch, batch["reply_mask"][:, 1:]).sum(dim=1)
-
-    @torch.no_grad()
-    def ref_logps(self, batch: dict, model: torch.nn.Module | None = None) -> torch.Tensor:
-        """[rows] log-probs in nats of the replies under the reference; `model` where the policy is in an engine."""
-        mask = batch["reply_mask"][:, 1:]
-        if self.ref_model is not None or not isinstance(self.model, PeftModel):
-            model = self.ref_model or model or self.model
-            return self.token_logps(model, self.ref_head, batch, mask).sum(dim=1)
-        was_training = self.model.training
-        self.model.eval()  # so that gradient checkpointing does not warn of missing gradients
-        with as_reference(self.model):
-            logps = self.token_logps(model or self.model, self.head, batch, mask).sum(dim=1)
-        self.model.train(was_training)
-        return logps
-
-    def _precompute(self, folder: Path, key: str, overwrite: bool) -> None:
+    def _precompute(self, folder: Path, overwrite: bool) -> None:
         """Give the rows the reference's log-probs, before the policy is trained."""
-        engine = None
-        if self.is_deepspeed_enabled and self.ref_model is None:
-            engine = engine_of_reference(self.model, self.accelerator)  # DeepSpeed has not placed the model yet
+        args = self.args
+        store = LogpsStore(folder, f"bf16 {args.bf16} fp16 {args.fp16} ", overwrite, self.reference)
         for part in ("train", "eval"):
             dataset: Dataset | None = getattr(self, f"{part}_dataset")
             if dataset is None:
                 continue
-            size = self.args.precompute_ref_batch_size or getattr(self.args, f"per_device_{part}_batch_size")
+            size = args.precompute_ref_batch_size or getattr(args, f"per_device_{part}_batch_size")
+            batches = DataLoader(dataset, size, collate_fn=self.data_collator)
             what = f"{len(dataset)} {part} {self.row_kind}"
-            of_rows = key + rows_fingerprint(dataset, self.ids_columns)
-            compute = partial(self._all_ref_logps, dataset, size, engine)
-            logps = stored_logps(folder, of_rows, overwrite, what, compute, self.accelerator)
-            assert logps.shape == (len(dataset), 2), (logps.shape, len(dataset))
+            logps = store.logps(dataset.select_columns(list(self.ids_columns)), batches, what)
             columns = Dataset.from_dict(dict(zip(self.ref_columns, logps.T, strict=True)))
             setattr(self, f"{part}_dataset", concatenate_datasets([dataset, columns], axis=1))
 
-    def _all_ref_logps(self, dataset: Dataset, batch_size: int, engine: torch.nn.Module | None) -> np.ndarray:
-        """[rows, 2] float32: the reference's log-probs of the two replies of a row."""
-        parts = []
-        for batch in self.accelerator.prepare(DataLoader(dataset, batch_size, collate_fn=self.data_collator)):
-            with self.accelerator.autocast():
-                logps = self.ref_logps(batch, engine)
-            parts.append(self.accelerator.gather_for_metrics(torch.stack(logps.chunk(2), dim=1)).float().cpu())
-        return torch.cat(parts).numpy()
-
     # ------------------------------------------------------------ loss
+
+    def reply_logps(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
+        """[rows] log-probs in nats of the replies under the policy."""
+        mask = batch["reply_mask"][:, 1:]
+        return self.head.logps(model, batch["input_ids"], batch["attention_mask"], mask).sum(dim=1)
 
     def losses_and_figures(
         self, model: torch.nn.Module, batch: dict, ref_logps: torch.Tensor | None
@@ -351,7 +183,7 @@ class PreferenceTrainer(StageTrainer):
         n_pairs, lengths, scored = len(is_reply) // 2, is_reply.sum(dim=1), is_reply
         if args.loss_type == ["orpo"]:  # whose cross entropy is that of the chosen replies' prompts too
             scored = torch.cat([batch["attention_mask"][:n_pairs, 1:].bool(), is_reply[n_pairs:]])
-        by_token = self.token_logps(model, self.head, batch, scored)
+        by_token = self.head.logps(model, batch["input_ids"], batch["attention_mask"], scored)
         logps = (by_token * is_reply).sum(dim=1)
         if ref_logps is None:
             logps = logps / lengths
@@ -390,7 +222,7 @@ class PreferenceTrainer(StageTrainer):
     def _ref_logps_of(self, batch: dict) -> torch.Tensor | None:
         if not self.args.has_reference:
             return None
-        return batch["ref_logps"] if self.args.precompute_ref_log_probs else self.ref_logps(batch)
+        return batch["ref_logps"] if self.args.precompute_ref_log_probs else self.reference.logps(batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean loss over the rows of the whole step, all processes and micro-batches together."""
@@ -408,8 +240,9 @@ class PreferenceTrainer(StageTrainer):
         model.eval()
         policy_logps = self.reply_logps(model, batch)
         model.train()
-        of_all = map(self.accelerator.gather, (policy_logps, ref_logps, batch["reply_mask"].sum(dim=1)))
-        check_start(*of_all, self.reference, are_stored=self.args.precompute_ref_log_probs)
+        self.reference.check_start(
+            policy_logps, ref_logps, batch["reply_mask"].sum(dim=1), self.args.precompute_ref_log_probs
+        )
 
     # ------------------------------------------------------------ evaluation
 

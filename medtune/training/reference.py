@@ -5,7 +5,7 @@ without it, of full weights a second model; checkpoints hold the policy alone.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -14,13 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from loguru import logger
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from medtune.errors import UserError
+from medtune.models.logps import SparseHead
+from medtune.training.stage_trainer import switch_off_dropout
 
 REFERENCE = "ref"
 # Largest |logp - ref_logp| of a reply before the first step, in nats.
@@ -42,21 +45,23 @@ def copy_adapter(model: PeftModel) -> None:
 
 
 @contextmanager
-def as_reference(model: PeftModel) -> Iterator[None]:
-    """The model with the reference's adapter, or with none where a new one is trained."""
-    if REFERENCE not in model.peft_config:
+def as_reference(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """A PEFT model with the reference's adapter, or with none where a new one is trained."""
+    if not isinstance(model, PeftModel):
+        yield
+    elif REFERENCE not in model.peft_config:
         with model.disable_adapter():
             yield
-        return
-    model.set_adapter(REFERENCE, inference_mode=True)
-    try:
-        yield
-    finally:
-        model.set_adapter("default")
+    else:
+        model.set_adapter(REFERENCE, inference_mode=True)
+        try:
+            yield
+        finally:
+            model.set_adapter("default")
 
 
-def engine_of_reference(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
-    """A DeepSpeed engine without optimizer: ZeRO-3 splits the weights, the other stages leave them whole."""
+def engine_without_optimizer(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
+    """A DeepSpeed engine for forward passes: ZeRO-3 splits the weights, the other stages leave them whole."""
     import deepspeed
 
     config = deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
@@ -70,62 +75,128 @@ def engine_of_reference(model: torch.nn.Module, accelerator: Accelerator) -> tor
     return engine
 
 
-def check_start(
-    policy_logps: torch.Tensor, ref_logps: torch.Tensor, n_tokens: torch.Tensor, reference: str, are_stored: bool
-) -> None:
-    """Raise UserError unless the [replies] log-probs of policy and reference agree before the first step.
+class Reference:
+    """What the policy is held to.
 
-    n_tokens: [replies], of each; stored log-probs may differ by so much a token.
+    Args:
+        name: for the log.
+        policy: which is the reference too, as `as_reference` has it, and before training as it is.
+        model: the reference of full weights, a model of its own.
     """
-    gaps = (policy_logps - ref_logps).abs()
-    limits = STORED_GAP * n_tokens if are_stored else torch.full_like(gaps, START_GAP)
-    found = f"the largest |logp - ref_logp| of {len(gaps)} replies is {gaps.max().item():.2g} nats"
-    if not (gaps < limits).all():
-        remedy = (
-            "--overwrite_cache True computes the stored log-probs again" if are_stored
-            else "what is loaded as the policy is not what is loaded as the reference"
-        )  # fmt: skip
-        raise UserError(
-            f"before step 1 the policy is not the reference ({reference}): {found}, and {limits.min():.2g} is "
-            f"allowed; {remedy}"
-        )
-    logger.info(f"before step 1 the policy is the reference ({reference}): {found}")
+
+    def __init__(
+        self,
+        name: str,
+        policy: PreTrainedModel | PeftModel,
+        policy_head: SparseHead,
+        accelerator: Accelerator,
+        model: PreTrainedModel | None = None,
+    ):
+        self.name, self.policy, self.accelerator = name, policy, accelerator
+        self.model, self.head = policy, policy_head
+        self.uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        if model is not None:
+            switch_off_dropout(model)
+            self.head = SparseHead(model, policy_head.one_pass)
+            self.model = (
+                engine_without_optimizer(model, accelerator)
+                if self.uses_deepspeed
+                else accelerator.prepare_model(model, evaluation_mode=True)
+            )
+
+    @torch.no_grad()
+    def logps(self, batch: dict) -> torch.Tensor:
+        """[rows] log-probs in nats of the replies of a `reply_batch`."""
+        was_training = self.policy.training
+        self.policy.eval()  # or gradient checkpointing warns that there are no gradients
+        with as_reference(self.policy):
+            mask = batch["reply_mask"][:, 1:]
+            logps = self.head.logps(self.model, batch["input_ids"], batch["attention_mask"], mask).sum(dim=1)
+        self.policy.train(was_training)
+        return logps
+
+    def check_start(
+        self, policy_logps: torch.Tensor, ref_logps: torch.Tensor, n_tokens: torch.Tensor, are_stored: bool
+    ) -> None:
+        """Raise UserError unless the log-probs of replies under policy and reference agree before the first step.
+
+        policy_logps, ref_logps, n_tokens: [replies], of this process; stored ones may differ by so much a token.
+        """
+        gather = self.accelerator.gather
+        gaps, n_tokens = gather((policy_logps - ref_logps).abs()), gather(n_tokens)
+        limits = STORED_GAP * n_tokens if are_stored else torch.full_like(gaps, START_GAP)
+        found = f"the largest |logp - ref_logp| of {len(gaps)} replies is {gaps.max().item():.2g} nats"
+        if not (gaps < limits).all():
+            remedy = (
+                "--overwrite_cache True computes the stored log-probs again" if are_stored
+                else "what is loaded as the policy is not what is loaded as the reference"
+            )  # fmt: skip
+            raise UserError(
+                f"before step 1 the policy is not the reference ({self.name}): {found}, and {limits.min():.2g} is "
+                f"allowed; {remedy}"
+            )
+        logger.info(f"before step 1 the policy is the reference ({self.name}): {found}")
 
 
 # ---------------------------------------------------------------- log-probs on the disk
 
 
-def stored_logps(
-    folder: Path, key: str, overwrite: bool, what: str, compute: Callable[[], np.ndarray], accelerator: Accelerator
-) -> np.ndarray:
-    """What `compute` gives, in every process, from the folder where nothing that the key names has changed."""
-    file: list[Path | None] = [None]
-    found: list[np.ndarray | None] = [None]
-    if accelerator.is_main_process:
-        file[0] = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-        if file[0].is_file() and not overwrite:
-            found[0] = np.load(file[0])
-    broadcast_object_list(file)
-    broadcast_object_list(found)
-    if found[0] is not None:
-        logger.info(f"reference log-probs of {what}: from {file[0]}")
-        return found[0]
-    logger.info(f"reference log-probs of {what}: computed now, kept in {file[0]}")
-    logps = compute()
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial_file = file[0].with_suffix(".partial.npy")
-        np.save(partial_file, logps)
-        partial_file.replace(file[0])
-    return logps
+class LogpsStore:
+    """The reference's log-probs of all rows, kept in a folder: computed again where data, weights or precision differ.
+
+    Made before training, while the policy of full weights still is its own reference.
+    """
+
+    def __init__(self, folder: Path, settings: str, overwrite: bool, reference: Reference):
+        self.folder, self.overwrite, self.reference = folder, overwrite, reference
+        is_main = reference.accelerator.is_main_process
+        self.key = settings + reference_fingerprint(reference.policy) if is_main else ""
+        if reference.uses_deepspeed:  # which has not placed the model yet
+            self.reference.model = engine_without_optimizer(reference.policy, reference.accelerator)
+
+    def logps(self, ids: Dataset, batches: DataLoader, what: str) -> np.ndarray:
+        """[rows, 2] float32: of the two replies of a row, from the disk where nothing has changed.
+
+        ids: the columns of ids that these depend on.
+        """
+        accelerator = self.reference.accelerator
+        file: list[Path | None] = [None]
+        found: list[np.ndarray | None] = [None]
+        if accelerator.is_main_process:
+            key = self.key + rows_fingerprint(ids)
+            file[0] = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+            if file[0].is_file() and not self.overwrite:
+                found[0] = np.load(file[0])
+        broadcast_object_list(file)
+        broadcast_object_list(found)
+        logps = found[0]
+        state = f"computed now, kept in {file[0]}" if logps is None else f"from {file[0]}"
+        logger.info(f"reference log-probs of {what}: {state}")
+        if logps is None:
+            logps = self._compute(batches)
+            if accelerator.is_main_process:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                partial_file = file[0].with_suffix(".partial.npy")
+                np.save(partial_file, logps)
+                partial_file.replace(file[0])
+        assert logps.shape == (len(ids), 2), (logps.shape, len(ids))
+        return logps
+
+    def _compute(self, batches: DataLoader) -> np.ndarray:
+        accelerator, parts = self.reference.accelerator, []
+        for batch in accelerator.prepare(batches):
+            with accelerator.autocast():
+                logps = self.reference.logps(batch)
+            parts.append(accelerator.gather_for_metrics(torch.stack(logps.chunk(2), dim=1)).float().cpu())
+        return torch.cat(parts).numpy()
 
 
-def rows_fingerprint(dataset: Dataset, columns: tuple[str, ...]) -> str:
+def rows_fingerprint(ids: Dataset) -> str:
     """SHA-256 of all ids, in their order."""
     whole = hashlib.sha256()
-    for name in columns:
-        for ids in dataset[name]:
-            whole.update(np.array([len(ids), *ids], dtype=np.int32).tobytes())
+    for name in ids.column_names:
+        for row in ids[name]:
+            whole.update(np.array([len(row), *row], dtype=np.int32).tobytes())
     return whole.hexdigest()
 
 

@@ -26,8 +26,8 @@ from medtune.reading.encoding import IGNORED_LABEL
 from medtune.training.batches import FeedbackCollator, PairCollator
 from medtune.training.causal_lm_trainer import losses_and_hits, token_losses
 from medtune.training.kto_trainer import KTOTrainer, kto_losses, mismatched_kl, with_mismatched_replies
+from medtune.training.preference_arguments import PreferenceConfig
 from medtune.training.preference_trainer import (
-    PreferenceConfig,
     PreferenceTrainer,
     hinge_losses,
     ipo_losses,
