@@ -30,7 +30,7 @@ from medtune.training.log import (
     start_log,
     version_notes,
 )
-from medtune.training.out_of_memory import explain_full_in_training, keep_rows_per_step
+from medtune.training.out_of_memory import explain_full_in_training
 from medtune.training.processes import leave_process_group
 from medtune.training.steps import check_disk, count_steps, data_settings
 
@@ -127,8 +127,6 @@ def train(
     bad_steps = BadSteps(trainer, max_bad_steps, movement_check)
     for callback in (ProgressLines(), movement_check, bad_steps, keeper, stop):
         trainer.add_callback(callback)
-    if trainer.args.auto_find_batch_size:
-        keep_rows_per_step(trainer)
     if checkpoint:
         recorded = recorded_attributes(read_state(checkpoint).get("stateful_callbacks", {}))
         # LongestFirstSampler keeps the order that the run began with, whatever a step is now made of.
