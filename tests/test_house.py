@@ -36,6 +36,7 @@ ROOMS = {
         {"torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "loguru", "matplotlib"},
     ),
     "medtune.measuring": (set(), {"numpy", "rouge_score", "sacrebleu"}),
+    "medtune.sample_data": (set(), set()),
 }
 STAGES = {"pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training"}
 TOOLS = {"merge_peft_adapter", "inference", "openai_server", "web_demo"}
