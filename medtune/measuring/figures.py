@@ -79,7 +79,7 @@ def columns(rows: Sequence[dict], name: str) -> tuple[list[float], list[float]]:
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
-def summarize(rows: Sequence[dict]) -> dict[str, dict | int]:
+def summarize_scores(rows: Sequence[dict]) -> dict[str, dict | int]:
     """n, and each figure of the rows with its 95 % interval."""
     summary: dict[str, dict | int] = {"n": len(rows)}
     for name in FIGURES:
@@ -132,8 +132,10 @@ def metrics_of(rows: Sequence[dict]) -> dict:
         groups = {name: grouped(own) for name, own in by_model.items()}
         first, *others = by_model
         metrics[file] = {
-            "models": {name: summarize(own) for name, own in by_model.items()},
-            "groups": {name: {group: summarize(own) for group, own in of.items()} for name, of in groups.items()},
+            "models": {name: summarize_scores(own) for name, own in by_model.items()},
+            "groups": {
+                name: {group: summarize_scores(own) for group, own in of.items()} for name, of in groups.items()
+            },
             "against_first": {name: differences(by_model[first], by_model[name]) for name in others},
         }
     return metrics

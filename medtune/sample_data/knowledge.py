@@ -9,7 +9,7 @@ from pathlib import Path
 
 from medtune.errors import UserError
 
-SEED = 20240601
+DATA_SEED = 20240601
 N_UNSEEN_CONDITIONS = 15
 
 # The wordings of a reply in phrasings.json: of dialogues and pairs; of held-out pairs; of pairs alone.
@@ -143,7 +143,7 @@ def read_lines(path: Path) -> list[dict]:
 
 def seeded(*what: object) -> random.Random:
     """A source of chance of its own for each thing made, so that new entries leave the others as they are."""
-    return random.Random(":".join(map(str, (SEED, *what))))
+    return random.Random(":".join(map(str, (DATA_SEED, *what))))
 
 
 def choose_unseen(knowledge: Knowledge) -> set[str]:

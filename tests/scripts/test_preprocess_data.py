@@ -271,7 +271,7 @@ def test_no_question_is_nearly_on_both_sides(preprocess, write_jsonl, tmp_path):
     assert len(set(held_out)) > 5
 
 
-def test_a_greeting_is_no_question(preprocess, write_jsonl, tmp_path):
+def test_a_greeting_is_no_question(preprocess, write_jsonl):
     rng = random.Random(0)
     records = [dialogue("你好", "你好，请讲。", random_text(rng, 30), random_text(rng, 60)) for _ in range(40)]
     write_jsonl("in/a.jsonl", records)
@@ -504,7 +504,7 @@ def test_the_script_starts_without_what_is_slow_and_ends_with_2():
     assert (result.returncode, result.stderr) == (2, "error: --input_dir no/where: no such file or folder\n")
 
 
-def test_the_sample_data_are_clean(tmp_path, capsys):
+def test_the_sample_data_are_clean(tmp_path):
     """What people start from: every record is kept as it is, but for near copies."""
     preprocess_data.main(["--input_dir", str(ROOT / "data/pretrain"), "--output_dir", str(tmp_path / "out")])
     report = json.loads((tmp_path / "out.report.json").read_text())
