@@ -22,7 +22,7 @@ from transformers import (
 import merge_peft_adapter
 from errors import UserError
 from merge_peft_adapter import Difference, comparison_prompts, difference_from, judge, main, references_of
-from model_loading import Lineage, load_for_training, load_tokenizer, read_lineage
+from model_loading import Lineage, load_for_training, load_tokenizer, read_lineage, weights_fingerprint
 from tokenization import load_chat_template
 
 SCRIPT = Path(merge_peft_adapter.__file__)
@@ -136,6 +136,8 @@ def test_the_folder_holds_a_whole_model(tiny_model_dir, tmp_path, capsys, all_pr
         "data/reward",
         hidden_size=128,
         vocab_size=config["vocab_size"],
+        start_weights=weights_fingerprint(str(folder)),
+        flags={"--base_model": str(tiny_model_dir), "--lora_model": str(folder), "--output_dir": str(output)},
     )
     log = capsys.readouterr().err
     assert re.search(r"\d+\.\d\d% agreement with the adapter on its base on 32 prompts", log)
