@@ -146,6 +146,22 @@ def test_the_folder_holds_a_whole_model(tiny_model_dir, tmp_path, capsys, all_pr
     assert "--max-model-len 2048" in log
 
 
+def test_what_is_merged_already_is_left_and_what_was_merged_otherwise_is_refused(tiny_model_dir, tmp_path, capsys):
+    folder = random_adapter(tiny_model_dir, tmp_path / "adapter")
+    words = ["--lora_model", str(folder), "--output_dir", str(tmp_path / "merged")]
+    main(words)  # its base is the one that the adapter names
+    assert read_lineage(tmp_path / "merged").base_model == str(tiny_model_dir)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()}
+    main(words)
+    assert "merged holds this model already, merged by the same flags: nothing to do" in capsys.readouterr().err
+    with pytest.raises(UserError, match="it holds something already"):
+        main([*words, *FLOAT32])
+    random_adapter(tiny_model_dir, folder, r=2)
+    with pytest.raises(UserError, match="it holds something already"):
+        main(words)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()} == before
+
+
 def test_weights_are_written_in_shards(tiny_model_dir, adapter, tmp_path):
     main(flags(tiny_model_dir, adapter, tmp_path / "merged", "--max_shard_size", "500KB"))
     index = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text(encoding="utf-8"))
