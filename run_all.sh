@@ -47,14 +47,14 @@ exec 9> logs/.run_all.lock # the stages inherit it: one that outlived this scrip
 flock -n 9 || fail "run_all.sh or a stage of it is still at work in this folder; wait for it, or stop it (ps -ef)"
 
 # ---------------------------------------------------------------- one stage
-trap 'echo "interrupted: the stage saves a checkpoint; the same command goes on with it" >&2
-    kill -TERM $(jobs -p) 2> /dev/null; wait; exit 130' INT TERM HUP
-
+# `|| true`: there may be no stage, and a terminal that is lost takes no line.
+trap 'kill -TERM $(jobs -p) 2> /dev/null || true; wait
+    echo "interrupted: the same command goes on from the last checkpoint" >&2 || true; exit 130' INT TERM HUP
 stage() { # NAME COMMAND...
     local name=$1 code=0
     echo "$(date '+%F %T') $name: started; tail -f logs/$name.log"
     set -m # in a process group of its own, so that Ctrl-C reaches the stage once, through the trap
-    "${@:2}" < /dev/null 2>&1 | tee -a "logs/$name.log" &
+    "${@:2}" < /dev/null 2>&1 | tee -ap "logs/$name.log" &
     set +m
     wait $! || code=$?
     [ "$code" = 0 ] || fail "$name ended with exit code $code: see logs/$name.log; then the same command goes on here"

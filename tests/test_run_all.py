@@ -202,15 +202,14 @@ def test_a_failure_stops_it_and_names_stage_and_log_and_the_same_command_goes_on
     assert (project / "logs/dpo.log").read_text(encoding="utf-8").count("the log of dpo_training.py") == 2
 
 
-def start_until(project, script: str, log: Path, **variables: str) -> subprocess.Popen:
+def start_until(project, script: str, log: Path, **streams: int) -> subprocess.Popen:
     """run_all.sh, waiting in that script."""
     running = subprocess.Popen(
         ["bash", "run_all.sh"],
         cwd=project,
-        env=environment(project, SLEEP_AT=script, **variables),
+        env=environment(project, SLEEP_AT=script),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams,
         text=True,
         start_new_session=True,
         # Tests that run in the background inherit an ignored SIGINT, which bash cannot trap.
@@ -223,7 +222,7 @@ def start_until(project, script: str, log: Path, **variables: str) -> subprocess
     return running
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_stage_once_and_its_checkpoint_is_waited_for(project, number):
     log = project / "logs/dpo.log"
     running = start_until(project, "dpo_training.py", log)
@@ -231,9 +230,20 @@ def test_a_signal_reaches_the_stage_once_and_its_checkpoint_is_waited_for(projec
     os.killpg(running.pid, number)
     lines, errors = running.communicate(timeout=30)
     assert running.returncode == 130
-    assert errors == "interrupted: the stage saves a checkpoint; the same command goes on with it\n"
+    assert errors == "interrupted: the same command goes on from the last checkpoint\n"
     assert log.read_text(encoding="utf-8") == "the log of dpo_training.py\nsaved\n"
     assert lines.endswith("saved\n")
+
+
+def test_a_terminal_that_is_lost_is_a_signal_too(project):
+    leader, follower = os.openpty()
+    log = project / "logs/dpo.log"
+    running = start_until(project, "dpo_training.py", log, stdout=follower, stderr=follower)
+    os.close(follower)
+    os.close(leader)
+    os.killpg(running.pid, signal.SIGHUP)
+    assert running.wait(timeout=30) == 130
+    assert log.read_text(encoding="utf-8") == "the log of dpo_training.py\nsaved\n"
 
 
 def test_two_runs_at_once_are_refused_also_where_a_stage_outlived_the_script(project):
