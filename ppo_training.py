@@ -629,13 +629,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         start_weights=weights_fingerprint(model_args.sft_model_path, **hub_options),
         flags=parser.given,
     )
+    reward_weights = weights_fingerprint(model_args.reward_model_path, flag="--reward_model_path", **hub_options)
     state = State(
         settings={
             "--sft_model_path": model_args.sft_model_path,
             "--reward_model_path": model_args.reward_model_path,
-            "weights of the reward model": weights_fingerprint(
-                model_args.reward_model_path, flag="--reward_model_path", **hub_options
-            ),
+            "weights of the reward model": reward_weights[:12],
             "--seed": training_args.seed,
             "--learning_rate": training_args.learning_rate,
             "--weight_decay": training_args.weight_decay,
