@@ -70,7 +70,8 @@ LINEAGE = "lineage.json"
 HOW_IT_RUNS = (
     *("--output_dir", "--overwrite", "--resume", "--logging", "--report_to", "--run_name", "--disable_tqdm", "--save"),
     *("--preprocessing", "--dataloader", "--ddp", "--deepspeed", "--use_cpu", "--device_map", "--cache_dir"),
-    *("--per_device", "--gradient_accumulation", "--gradient_checkpointing", "--rollout_batch", "--train_file_dir"),
+    *("--per_device", "--auto_find", "--gradient_accumulation", "--gradient_checkpointing", "--rollout_batch"),
+    *("--flash_attn", "--torch_compile", "--eval", "--train_file_dir"),
     *("--model_name_or_path", "--sft_model_path", "--reward_model_path"),
 )
 WEIGHTS_INDEX = "model.safetensors.index.json"
