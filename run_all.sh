@@ -26,7 +26,7 @@ TEST_FILES=${TEST_FILES:-data/eval/questions.jsonl data/eval/exam.jsonl data/eva
 EVAL_FLAGS=${EVAL_FLAGS:---num_samples 200 --max_new_tokens 256}
 
 # ---------------------------------------------------------------- the guide's questions
-fail() { echo "error: $*" >&2 && exit "${code:-2}"; }
+fail() { echo "error: $*" >&2; exit "${code:-2}"; }
 if [ -t 0 ]; then
     [ -n "$DO_PT" ] || read -r -p "先做增量预训练吗？ Continued pretraining first? [y/N] " DO_PT
     [ -n "$ALIGN" ] || read -r -p "偏好对齐 Alignment: 1) DPO  2) RM + PPO  3) both  4) none [1] " ALIGN
