@@ -45,6 +45,7 @@ from medtune.models.chat_models import (
 )
 from medtune.models.generation import Decoding, generate_replies
 from medtune.models.lineage import read_lineage
+from medtune.models.loading import weights_fingerprint
 from medtune.output_files import new_folder
 from medtune.reading.encoding import encode_exchange, encode_recent
 from medtune.reading.eval_items import read_tests
@@ -85,6 +86,10 @@ class EvaluationArguments:
     num_samples: int | None = field(default=None, metadata={"help": "At most so many records a file, by the seed."})
     output_dir: str = field(default="outputs-eval", metadata={"help": "New folder for the results."})
     overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier run left in --output_dir."})
+    reuse: bool = field(
+        default=False,
+        metadata={"help": "Print what --output_dir holds where the same models, files and flags were measured for it."},
+    )
     batch_size: int = field(default=16, metadata={"help": "Prompts that are answered at a time."})
     seed: int = field(default=42, metadata={"help": "Of --num_samples and of draws with --temperature above 0."})
 
@@ -359,6 +364,20 @@ def read_predictions(path: Path) -> list[dict]:
     return rows
 
 
+def weights_of(models: Sequence[ChatModel], model_args: EvaluatedModelArguments) -> dict[str, str]:
+    """A fingerprint of each model's weights, by its name."""
+    folders = {chat_model.name: chat_model.lora_model or chat_model.base_model for chat_model in models}
+    folders |= {"--reward_model": model_args.reward_model} if model_args.reward_model else {}
+    return {name: weights_fingerprint(folder, **model_args.hub_options) for name, folder in folders.items()}
+
+
+def measured_before(file: Path, report: dict) -> dict | None:
+    """The figures in an earlier metrics.json where all else in it is as in this report; None where it is not."""
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    same = all(earlier.get(name) == value for name, value in json.loads(json.dumps(report)).items())
+    return earlier["metrics"] if same else None
+
+
 def ask_models(
     models: list[ChatModel],
     tests: list[dict],
@@ -403,18 +422,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info(note)
 
     report: dict = {"settings": {name: value for name, value in vars(eval_args).items() if value is not None}}
+    if not eval_args.predictions:
+        tests, facts = read_tests(eval_args.test_file, eval_args.num_samples, eval_args.seed)
+        if eval_args.compare:
+            models = describe_models(eval_args.compare, "--compare", model_args)
+        else:
+            models = [describe_model(model_args)]
+        report["settings"] |= {name: value for name, value in vars(model_args).items() if value is not None}
+        report |= {"test_files": facts, "decoding": asdict(decoding), "weights": weights_of(models, model_args)}
+        if eval_args.reuse and (metrics := measured_before(Path(eval_args.output_dir, "metrics.json"), report)):
+            print_tables(metrics)
+            print(f"{eval_args.output_dir}: measured already, with the same models, files and flags")
+            return
     with new_folder(Path(eval_args.output_dir), "--output_dir", eval_args.overwrite) as folder:
         if eval_args.predictions:
             rows = read_predictions(Path(eval_args.predictions))
         else:
-            tests, facts = read_tests(eval_args.test_file, eval_args.num_samples, eval_args.seed)
-            if eval_args.compare:
-                models = describe_models(eval_args.compare, "--compare", model_args)
-            else:
-                models = [describe_model(model_args)]
-            rows, asked = ask_models(models, tests, model_args, eval_args, decoding)
-            report["settings"] |= {name: value for name, value in vars(model_args).items() if value is not None}
-            report |= {"test_files": facts, "models": asked, "decoding": asdict(decoding)}
+            rows, report["models"] = ask_models(models, tests, model_args, eval_args, decoding)
             report["overlap"] = overlap(tests, training_data(models))
         report["metrics"] = metrics_of(rows)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]

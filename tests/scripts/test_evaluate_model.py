@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from evaluate_model import add_rewards, main
+from safetensors.torch import load_file, save_file
 
 from medtune.errors import UserError
 from medtune.reading.eval_items import exam_prompt
@@ -319,6 +321,35 @@ def test_two_models_side_by_side(tmp_path, write_jsonl, tiny_model_dir):
     assert list(found["models"]) == ["base", f"{tiny_model_dir}/"]
     assert found["models"]["base"] == found["models"][f"{tiny_model_dir}/"]
     assert {of["verdict"] for of in found["against_first"][f"{tiny_model_dir}/"].values()} == {"same"}
+
+
+def test_what_was_measured_before_is_used_again_only_for_the_same_models_files_and_flags(
+    tmp_path, write_jsonl, tiny_model_dir, capsys
+):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_model_dir, model)
+    test = write_jsonl("test.jsonl", [dialogue("头疼怎么办？", "多喝水。")])
+    flags = ["--base_model", str(model), "--test_file", str(test), "--max_new_tokens", "2", "--output_dir", str(out)]
+    flags += ["--reuse", "--overwrite"]
+
+    def is_reused(*more: str) -> bool:
+        before = (out / "metrics.json").stat().st_ino
+        main([*flags, *more])
+        said = capsys.readouterr().out
+        assert "perplexity" in said
+        assert ("out: measured already" in said) == ((out / "metrics.json").stat().st_ino == before)
+        return "measured already" in said
+
+    main(flags)
+    capsys.readouterr()
+    assert is_reused()
+    assert not is_reused("--seed", "1")
+    assert is_reused("--seed", "1")
+    write_jsonl("test.jsonl", [dialogue("胃疼怎么办？", "多喝水。")])
+    assert not is_reused("--seed", "1")
+    weights = load_file(model / "model.safetensors")
+    save_file({name: tensor * 1.1 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    assert not is_reused("--seed", "1")
 
 
 # ---------------------------------------------------------------- errors
