@@ -414,7 +414,8 @@ def test_safety_stands_near_the_top(name):
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_environment_variables_are_read_somewhere(name):
-    sources = "".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.sh"), *ROOT.glob("*.py")])
+    files = [*ROOT.glob("*.sh"), *ROOT.glob("*.py"), *ROOT.glob("medtune/**/*.py")]
+    sources = "".join(path.read_text(encoding="utf-8") for path in files)
     named = set(re.findall(r"`(?:export )?([A-Z]+_[A-Z_]+)(?:=\S*)?`", text_of(name)))
     assert {"TRAIN_DATA", "EVAL_DATA", "PPO_DATA", "HF_TOKEN", "HF_ENDPOINT", "TORCH_COMPILE"} <= named
     assert not [variable for variable in named if variable not in sources]
