@@ -228,16 +228,17 @@ def run_section(run: Run) -> Section:
     return section
 
 
-def evaluation_sections(report: dict, predictions: Sequence[dict]) -> list[Section]:
+def evaluation_sections(report: dict, predictions: Sequence[dict], runs: Sequence[Run]) -> list[Section]:
     models = list(dict.fromkeys(row["model"] for row in predictions))
+    panels = evaluation_panels(report["metrics"], models)
+    names = axis_names(models, runs)
     section = Section("Evaluation")
     section.blocks.append(
         "Intervals are 95 %. Better, same and worse are against the first model, by paired bootstrap on the same "
         "records."
     )
-    section.blocks.append(
-        Chart("evaluation", "Models side by side, with 95 % intervals", bars(report["metrics"], models))
-    )
+    caption = f"Models side by side, with 95 % intervals. {against_first(panels, names)}".rstrip()
+    section.blocks.append(Chart("evaluation", caption, bars(panels, names)))
     for file, found in report["metrics"].items():
         figures = dict.fromkeys(name for model in models for name in found["models"][model] if name != "n")
         rows = [[name, *(figure_cell(found, model, name) for model in models)] for name in figures]
@@ -342,14 +343,53 @@ def curves(log: Sequence[dict]) -> str:
     return to_svg(figure)
 
 
-def bars(metrics: dict, models: Sequence[str]) -> str:
-    """One panel for each drawn figure of each test file, a bar for each model."""
-    panels = [
-        (title, Path(file).name, [found["models"][model][name] for model in models])
-        for name, title in DRAWN.items()
-        for file, found in metrics.items()
-        if all(name in found["models"][model] for model in models)
-    ]
+@dataclass
+class Panel:
+    """A drawn figure of a test file: each model's value and interval, each later model's verdict against the first."""
+
+    title: str
+    figures: list[dict]
+    verdicts: list[str]
+
+
+def evaluation_panels(metrics: dict, models: Sequence[str]) -> list[Panel]:
+    panels = []
+    for name, title in DRAWN.items():
+        for file, of_file in metrics.items():
+            if all(name in of_file["models"][model] for model in models):
+                figures = [of_file["models"][model][name] for model in models]
+                verdicts = [of_file["against_first"][model][name]["verdict"] for model in models[1:]]
+                panels.append(Panel(f"{title}\n{Path(file).name}", figures, verdicts))
+    return panels
+
+
+def axis_names(models: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """The stage of each model whose run is reported (SFT), of any other the last part of its path."""
+    stages = {run.folder.resolve(): run.stage.upper() for run in runs}
+    names = [stages.get(Path(label(model)).resolve()) or Path(label(model)).name for model in models]
+    # Two models of one name: in full.
+    return [label(model) if names.count(name) > 1 else name for model, name in zip(models, names, strict=True)]
+
+
+def against_first(panels: Sequence[Panel], names: Sequence[str]) -> str:
+    """One sentence: in how many panels each later model differs from the first by more than chance."""
+    if not panels or len(names) < 2:
+        return ""
+    counts = []
+    for number in range(len(names) - 1):
+        verdicts = [panel.verdicts[number] for panel in panels]
+        counts.append([str(verdicts.count(verdict) or "none") for verdict in ("better", "worse")])
+    (better, worse), *others = counts
+    text = (
+        f"Beyond chance, {names[1]} is better than {names[0]} in {better} of {len(panels)} panels and worse in {worse}"
+    )
+    for name, (better, worse) in zip(names[2:], others, strict=True):
+        text += f"; {name} is better in {better} and worse in {worse}"
+    return f"{text}."
+
+
+def bars(panels: Sequence[Panel], names: Sequence[str]) -> str:
+    """A bar for each model in each panel, as SVG; "" for none."""
     if not panels:
         return ""
     n_rows = -(-len(panels) // 3)
@@ -358,21 +398,20 @@ def bars(metrics: dict, models: Sequence[str]) -> str:
     )
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    colors = [f"C{number}" for number in range(len(models))]
-    for axes, (title, file, figures) in zip(grid.flat, panels, strict=False):
-        values = [found["value"] for found in figures]
+    colors = [f"C{number}" for number in range(len(names))]
+    is_long = max(map(len, names)) * len(names) > 40
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        values = [of_model["value"] for of_model in panel.figures]
         errors = [
-            [max(found["value"] - found["interval"][0], 0) for found in figures],
-            [max(found["interval"][1] - found["value"], 0) for found in figures],
+            [max(of_model["value"] - of_model["interval"][0], 0) for of_model in panel.figures],
+            [max(of_model["interval"][1] - of_model["value"], 0) for of_model in panel.figures],
         ]
-        axes.bar(range(len(models)), values, yerr=errors, color=colors, width=0.6, capsize=4)
-        axes.set_xticks(range(len(models)), [str(number + 1) for number in range(len(models))])
-        axes.set_title(f"{title}\n{file}", fontsize="medium")
+        axes.bar(range(len(names)), values, yerr=errors, color=colors, width=0.6, capsize=4)
+        turned = {"rotation": 20, "ha": "right"} if is_long else {}
+        axes.set_xticks(range(len(names)), names, fontsize="small" if is_long else "medium", **turned)
+        axes.set_title(panel.title, fontsize="medium")
         axes.set_axisbelow(True)
         axes.grid(axis="y", alpha=0.3)
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors]
-    names = [f"{number}: {label(model)}" for number, model in enumerate(models, start=1)]
-    figure.legend(handles, names, loc="outside lower center", fontsize="small")
     return to_svg(figure)
 
 
@@ -450,7 +489,7 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
             if isinstance(block, str):
                 parts.append(block)
             elif isinstance(block, Chart):
-                parts.append(f"![{block.caption}](charts/{block.name}.svg)")
+                parts.append(f"![{block.name}](charts/{block.name}.svg)\n\n{block.caption}")
             else:
                 lines = [block.header, ["---"] * len(block.header), *block.rows]
                 parts.append("\n".join("| " + " | ".join(map(markdown_cell, line)) + " |" for line in lines))
@@ -479,7 +518,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [read_run(folder) for folder in args.runs]
     sections = [stages_section(runs)] if runs else []
     if args.evaluation is not None:
-        sections += evaluation_sections(*read_evaluation(args.evaluation))
+        sections += evaluation_sections(*read_evaluation(args.evaluation), runs)
     sections += [run_section(run) for run in runs]
     with new_folder(args.output_dir, "--output_dir", args.overwrite) as folder:
         (folder / "charts").mkdir()
