@@ -6,9 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from write_report import Panel, against_first, axis_names, curves, main, markdown_cell
+from write_report import Panel, against_first, axis_names, curves, main
 
 from medtune.errors import UserError
+from medtune.measuring.pages import markdown_cell
 
 
 def write_run(folder: Path, stage: str, log: list[dict], **results) -> Path:
