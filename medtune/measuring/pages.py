@@ -19,7 +19,9 @@ p { overflow-wrap: anywhere; } .flag { white-space: nowrap; }
 @media (max-width: 48rem) { .figures td { white-space: nowrap; } .answers td:first-child { white-space: normal; }
                             svg { max-width: none; width: 48rem; } }
 """
-REPORT_NOTICE = "Answers are generated, for research only, and no medical advice. 回答由模型生成，仅供研究，不构成医疗建议。"
+REPORT_NOTICE = (
+    "Answers are generated, for research only, and no medical advice. 回答由模型生成，仅供研究，不构成医疗建议。"
+)
 
 
 @dataclass
