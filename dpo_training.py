@@ -248,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         hidden_size=model.config.hidden_size,
         vocab_size=model.config.vocab_size,
         base_weights=weights_fingerprint(base_model, **hub_options),
+        start_weights=weights_fingerprint(model_args.model_name_or_path, **hub_options),
         flags=parser.given,
     )
     reference = name_reference(model_args.model_name_or_path, lora_args.use_peft, training_args)
@@ -285,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         text = mark_learned(tokenizer, ids, [IGNORED_LABEL] * n_prompt + ids[n_prompt:])
         marked = f"{'desirable' if first['is_desirable'] else 'undesirable'}" if unpaired else f"its {name} reply"
         logger.info(f"the first {'reply' if unpaired else 'pair'}, {marked}, between « and »:\n{text}")
-    if training_args.do_train and is_finished(trainer, checkpoint):
+    if training_args.do_train and is_finished(trainer, lineage, checkpoint):
         return {}
     keeper = (
         train(trainer, lineage, checkpoint, run_args.logging_dir, run_args.max_bad_steps)

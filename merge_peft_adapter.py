@@ -42,7 +42,7 @@ from medtune.arguments import StageArgumentParser
 from medtune.models.adapters import load_with_adapter
 from medtune.models.families import check_same_family
 from medtune.models.lineage import Lineage, check_model_path, is_adapter, read_adapter_config, read_lineage
-from medtune.models.loading import load_base_model, load_config, load_tokenizer
+from medtune.models.loading import load_base_model, load_config, load_tokenizer, weights_fingerprint
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoding import encode_prompt, load_chat_template, stop_token_ids
 from medtune.training.log import start_log
@@ -76,9 +76,12 @@ ENGLISH_REPLY = "It depends on the cause: rest, drink enough, and see a doctor i
 
 @dataclass
 class MergeArguments:
-    base_model: str = field(metadata={"help": "Hub name or folder of the model that the adapter was trained on."})
     lora_model: str = field(metadata={"help": "Folder of the adapter."})
     output_dir: str = field(metadata={"help": "New folder for the merged model."})
+    base_model: str | None = field(
+        default=None,
+        metadata={"help": "Hub name or folder of the model that the adapter was trained on; by default what it names."},
+    )
     torch_dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16", metadata={"help": "Type of the merged weights, in which the two models are compared too."}
     )
@@ -276,11 +279,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ------------------------------------------------------------ arguments
     parser = StageArgumentParser([MergeArguments])
     (merge_args,) = parser.parse(argv)
-    base_model, lora_model, output_dir = merge_args.base_model, merge_args.lora_model, Path(merge_args.output_dir)
+    lora_model, output_dir = merge_args.lora_model, Path(merge_args.output_dir)
+    adapter = read_adapter_config(lora_model)
+    base_model = merge_args.base_model or adapter.base_model_name_or_path
     check_model_path(base_model, "--base_model", merge_args.allow_pickle_weights)
     if is_adapter(base_model):
         raise UserError(f"--base_model {base_model}: an adapter; give the base model it was trained on")
-    is_reward_model = read_adapter_config(lora_model).task_type == "SEQ_CLS"
+    is_reward_model = adapter.task_type == "SEQ_CLS"
 
     # ------------------------------------------------------------ run
     start_log()
@@ -299,13 +304,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     if hasattr(config, "quantization_config"):
         raise UserError(f"--base_model {base_model}: its weights are quantized; give the model it was made from")
     check_same_family(base_model, lora_model, **hub_options)
+    adapter_lineage = read_lineage(lora_model)
+    lineage = Lineage(
+        base_model=base_model,
+        parent=lora_model,
+        stage="merge",
+        template=adapter_lineage.template if adapter_lineage else "",
+        data=adapter_lineage.data if adapter_lineage else "",
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        start_weights=weights_fingerprint(lora_model),
+        flags=parser.given,
+    )
+    if read_lineage(output_dir) == lineage:
+        logger.info(f"{output_dir} holds this model already, merged by the same flags: nothing to do")
+        return
     n_bytes = weight_bytes(config, load_options["model_class"], merge_args)
     check_output_dir(output_dir, n_bytes)
 
     # ------------------------------------------------------------ tokenizer and template
     has_tokenizer = Path(lora_model, "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(lora_model if has_tokenizer else base_model, flag="--lora_model", **hub_options)
-    adapter_lineage = read_lineage(lora_model)
     chat_template = template_of(tokenizer, adapter_lineage)
     stop_ids = stop_token_ids(tokenizer, chat_template) if chat_template else [tokenizer.eos_token_id]
     prompts = comparison_prompts(tokenizer, chat_template)
@@ -326,15 +345,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.generation_config = stopping_generation_config(model.generation_config, stop_ids, tokenizer.pad_token_id)
     if is_reward_model:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # a score is read in front of the padding
-    lineage = Lineage(
-        base_model=base_model,
-        parent=lora_model,
-        stage="merge",
-        template=adapter_lineage.template if adapter_lineage else "",
-        data=adapter_lineage.data if adapter_lineage else "",
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-    )
     partial = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

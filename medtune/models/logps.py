@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 # Positions whose float32 logits exist at a time: 1024 x 152k x 4 bytes = 0.6 GB.
-CHUNK = 1024
+CHUNK_POSITIONS = 1024
 # From [n, vocabulary] logits and [n] int64 ids to [k, n] float32: k figures of each position.
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -32,7 +32,7 @@ def in_chunks(
     states: torch.Tensor,
     ids: torch.Tensor,
     compute: Compute,
-    chunk: int = CHUNK,
+    chunk: int = CHUNK_POSITIONS,
 ) -> torch.Tensor:
     """[k, N] float32 that `compute` makes of the logits of [N, ...] states and of [N] ids, `chunk` rows at a time.
 
@@ -92,14 +92,14 @@ class SparseHead:
         if self.mask is None:
             return None
         states = inputs[0][self.mask.to(inputs[0].device)]
-        if self.one_pass or len(states) <= CHUNK:
+        if self.one_pass or len(states) <= CHUNK_POSITIONS:
             return (states,)
         device = states.device.type
         self.autocast = partial(
             torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         )
-        self.later = states[CHUNK:]
-        return (states[:CHUNK],)
+        self.later = states[CHUNK_POSITIONS:]
+        return (states[:CHUNK_POSITIONS],)
 
     def __call__(
         self,

@@ -94,7 +94,7 @@ def as_trl(trainer_class: type, model: torch.nn.Module, **attributes) -> SimpleN
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text", "granitemoehybrid"])
 def test_token_log_probs_are_those_of_the_whole_forward_pass(model_type, chunk, monkeypatch):
     """Granite scales its logits, Gemma may cap them; more positions than a chunk come after the pass."""
-    monkeypatch.setattr(logps, "CHUNK", chunk)
+    monkeypatch.setattr(logps, "CHUNK_POSITIONS", chunk)
     changes = {"final_logit_softcapping": 2.0} if model_type == "gemma3_text" else {}
     changes |= {"logits_scaling": 3.0} if model_type == "granitemoehybrid" else {}
     model = tiny_model(model_type, **changes)
