@@ -737,8 +737,9 @@ def run(argv: list[str], n_processes: int, **environment: str) -> subprocess.Com
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(flags, tmp_path):
-    options = {"do_eval": True, "eval_steps": 2, "precompute_ref_log_probs": True}
+@pytest.mark.parametrize("is_kto", [False, True])
+def test_two_processes_give_the_losses_of_one(flags, feedback, tmp_path, is_kto):
+    options = {"do_eval": True, "eval_steps": 2, "precompute_ref_log_probs": not is_kto} | (feedback if is_kto else {})
     one = {"output_dir": tmp_path / "one", "cache_dir": tmp_path / "other-cache"}
     dpo_training.main(flags(per_device_train_batch_size=2, **options, **one))
     finished = run(flags(per_device_train_batch_size=1, **options), n_processes=2)

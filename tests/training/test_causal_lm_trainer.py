@@ -15,6 +15,7 @@ from tiny_families import tiny_model
 from transformers import AutoModelForCausalLM, EvalPrediction, TrainerState, masking_utils
 
 from medtune.errors import UserError
+from medtune.models import logps
 from medtune.training.causal_lm_trainer import (
     PROBE_LENGTHS,
     CausalLMConfig,
@@ -101,11 +102,16 @@ ONE_STEP = {"lr_scheduler_type": "constant", "learning_rate": 1.0}
 
 @pytest.mark.parametrize(
     ("batch_size", "accumulation", "layout"),
-    [(8, 1, "padded"), (2, 4, "padded"), (1, 8, "padded"), (8, 1, "grouped"), (4, 2, "padding free"), (1, 2, "packed")],
+    [
+        *((8, 1, "padded"), (2, 4, "padded"), (1, 8, "padded"), (8, 1, "grouped"), (4, 2, "padding free")),
+        *((1, 2, "packed"), (8, 1, "chunks")),
+    ],
 )
 def test_loss_and_gradients_equal_the_plain_ones(
-    tiny_model_dir, tiny_tokenizer, tmp_path, batch_size, accumulation, layout
+    tiny_model_dir, tiny_tokenizer, tmp_path, monkeypatch, batch_size, accumulation, layout
 ):
+    if layout == "chunks":
+        monkeypatch.setattr(logps, "CHUNK_POSITIONS", 10)
     rows = make_rows(8)
     expected_loss, expected = plain_loss_and_gradients(tiny_model_dir, rows)
     if layout == "packed":
