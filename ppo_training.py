@@ -33,7 +33,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +45,6 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from loguru import logger
-from transformers import TrainingArguments
 
 from medtune.arguments import DataArguments, LoraArguments, StageArgumentParser
 from medtune.models.lineage import Lineage, base_of, check_model_path
@@ -60,9 +59,11 @@ from medtune.rl.arguments import (
     PPORunArguments,
     PPOTrainingArguments,
     check_combination,
+    fixed_settings,
 )
 from medtune.rl.measures import EpisodeMeasures, TokenMeans, summarize
 from medtune.rl.ppo_math import (
+    SumOverProcesses,
     adapted_kl_coef,
     advantages_and_returns,
     episode_order,
@@ -76,7 +77,6 @@ from medtune.rl.reward_texts import RewardTexts, load_reward_texts
 from medtune.rl.roles import CHECKED_PROMPTS, load_roles
 from medtune.rl.rollout import Rollout, Sampling, center_scores, collect_rollout, find_stop_ids
 from medtune.rl.run import (
-    EPISODES_AN_UPDATE,
     Run,
     State,
     count_episodes,
@@ -98,19 +98,27 @@ CENTERING_REPLIES = 64
 # Replies of the first evaluation and of the last that the log shows.
 SHOWN_REPLIES = 2
 
-# ---------------------------------------------------------------- update
+# ---------------------------------------------------------------- what to learn
 
 
-def ppo_update(run: Run, rollout: Rollout, ppo_args: PPOArguments) -> dict[str, float]:
-    """The epochs of optimizer steps on one rollout; returns the means over its tokens, all processes together.
+@dataclass
+class Targets:
+    """What an update learns of a rollout: [N, T] whitened advantages and returns, 0 outside the mask.
 
-    Raises UserError where a loss or gradient is not finite, or a matrix of the policy's adapter gets none.
+    cliprange_value: how far a value may move from what it was.
+    figures: the update's figures of the log that are known before its first step.
     """
-    roles, policy, value, kl_coef = run.roles, run.learners["policy"], run.learners["value"], run.state.kl_coef
-    training_args, update = run.training_args, run.state.global_step
-    sum_over_processes = partial(run.accelerator.reduce, reduction="sum")
 
-    # 1. Rewards of tokens, advantages and returns.
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    cliprange_value: float
+    figures: dict[str, float]
+
+
+def compute_targets(
+    rollout: Rollout, kl_coef: float, ppo_args: PPOArguments, sum_over_processes: SumOverProcesses
+) -> Targets:
+    """From scores and KL to token rewards, advantages and returns."""
     mask = rollout.mask
     kl = (rollout.policy_logps - rollout.ref_logps) * mask  # k1: its token-wise sum is the reply's log-ratio
     scores = rollout.scores - ppo_args.missing_eos_penalty * ~rollout.ended
@@ -120,34 +128,50 @@ def ppo_update(run: Run, rollout: Rollout, ppo_args: PPOArguments) -> dict[str, 
     advantages, returns = advantages_and_returns(rewards, rollout.values, mask, ppo_args.gamma, ppo_args.lam)
     # Detail: whitened after the returns are made of them, over all replies of the update.
     advantages = masked_whiten(advantages, mask, sum_over_processes=sum_over_processes)
-    error = returns - rollout.values
-    moments = TokenMeans(sum_over_processes)
+    moments, error = TokenMeans(sum_over_processes), returns - rollout.values
     moments.add(mask, {"return": returns, "return^2": returns**2, "error": error, "error^2": error**2, "kl": kl})
-    before = moments.means()
-    variance = before["return^2"] - before["return"] ** 2
-    error_variance = before["error^2"] - before["error"] ** 2
+    means = moments.means()
+    variance = means["return^2"] - means["return"] ** 2
+    error_variance = means["error^2"] - means["error"] ** 2
     # Detail: the value's clip counts in standard deviations of the returns, or a reward model of large scores would
     # hold the value where it is.
     cliprange_value = ppo_args.cliprange_value * math.sqrt(max(variance, 0.0))
+    figures = {
+        "value/explained_var": 1 - error_variance / max(variance, 1e-12),
+        "reply/non_score_reward": -kl_coef * means["kl"],
+    }
+    return Targets(advantages, returns, cliprange_value, figures)
 
-    # 2. Steps on the two losses.
+
+# ---------------------------------------------------------------- update
+
+
+def ppo_update(run: Run, rollout: Rollout, ppo_args: PPOArguments) -> dict[str, float]:
+    """The epochs of optimizer steps on one rollout; returns the means over its tokens, all processes together.
+
+    Raises UserError where a loss or gradient is not finite, or a matrix of the policy's adapter gets none.
+    """
+    roles, policy, value, update = run.roles, run.learners["policy"], run.learners["value"], run.state.global_step
+    sum_over_processes = partial(run.accelerator.reduce, reduction="sum")
+    targets = compute_targets(rollout, run.state.kl_coef, ppo_args, sum_over_processes)
     measured = TokenMeans(sum_over_processes)
     norms: dict[str, list[float]] = {role: [] for role in run.learners}
     for epoch in range(ppo_args.num_ppo_epochs):
         # Detail: one shuffle for all processes, from the seed and the place in the run.
-        generator = torch.Generator().manual_seed(training_args.seed + 7919 * update + epoch)
+        generator = torch.Generator().manual_seed(run.training_args.seed + 7919 * update + epoch)
         shuffled = torch.randperm(len(rollout.ids), generator=generator).to(rollout.ids.device)
         for minibatch in shuffled.chunk(ppo_args.num_mini_batches):
             # Every token of a minibatch counts the same, in whatever micro-batch and process it is.
-            n_tokens = sum_over_processes(mask[minibatch].sum().double())
-            for rows in minibatch.split(training_args.per_device_train_batch_size):
+            n_tokens = sum_over_processes(rollout.mask[minibatch].sum().double())
+            for rows in minibatch.split(run.training_args.per_device_train_batch_size):
                 part = rollout.take(rows)
                 text, width = (part.ids, part.attention_mask, part.mask), part.mask.shape[1]
+                advantages, returns = targets.advantages[rows, :width], targets.returns[rows, :width]
                 logps, *_ = policy.forward(roles.logps, "policy", *text, ppo_args.temperature)
-                losses, clipped = policy_losses(logps, part.policy_logps, advantages[rows, :width], ppo_args.cliprange)
+                losses, clipped = policy_losses(logps, part.policy_logps, advantages, ppo_args.cliprange)
                 policy.backward((losses * part.mask).sum() / n_tokens)
                 values = value.forward(roles.values, *text)
-                errors, held = value_losses(values, part.values, returns[rows, :width], cliprange_value)
+                errors, held = value_losses(values, part.values, returns, targets.cliprange_value)
                 value.backward(ppo_args.vf_coef * (errors * part.mask).sum() / n_tokens)
                 with torch.no_grad():
                     columns = {"policy/loss": losses, "policy/clip_frac": clipped}
@@ -171,12 +195,8 @@ def ppo_update(run: Run, rollout: Rollout, ppo_args: PPOArguments) -> dict[str, 
                     raise UserError(f"update {update + 1}: the {role}'s gradient is not finite; lower --learning_rate")
     for learner in run.learners.values():
         learner.scheduler.step()
-    return {
-        **measured.means(),
-        **{f"{role}/grad_norm": sum(of_role) / len(of_role) for role, of_role in norms.items()},
-        "value/explained_var": 1 - error_variance / max(variance, 1e-12),
-        "reply/non_score_reward": -kl_coef * before["kl"],
-    }
+    mean_norms = {f"{role}/grad_norm": sum(of_role) / len(of_role) for role, of_role in norms.items()}
+    return measured.means() | mean_norms | targets.figures
 
 
 # ---------------------------------------------------------------- evaluation
@@ -267,29 +287,7 @@ def train_ppo(
         run.save()
 
 
-# ---------------------------------------------------------------- what a run is, for its checkpoints and the log
-
-
-def fixed_settings(
-    model_args: PPOModelArguments,
-    ppo_args: PPOArguments,
-    training_args: TrainingArguments,
-    per_update: int,
-    n_prompts: int,
-) -> dict[str, object]:
-    """What a resumed run must have as it was."""
-    return {
-        "--sft_model_path": model_args.sft_model_path,
-        "--reward_model_path": model_args.reward_model_path,
-        "--seed": training_args.seed,
-        "--learning_rate": training_args.learning_rate,
-        "--weight_decay": training_args.weight_decay,
-        "--optim": str(training_args.optim.value),
-        "--kl_coef": ppo_args.kl_coef,
-        EPISODES_AN_UPDATE: per_update,
-        "training prompts": n_prompts,
-        "processes under DeepSpeed": training_args.world_size if training_args.deepspeed else 0,
-    }
+# ---------------------------------------------------------------- facts
 
 
 def describe_run(

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from guide import GUIDE_PPO
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from stage_runs import end_well, start_stage, start_two_processes
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import merge_peft_adapter
 import ppo_training
 import reward_modeling
 import supervised_finetuning
+from medtune.arguments import StageArgumentParser
 from medtune.errors import UserError
 from medtune.models.adapters import load_with_adapter
 from medtune.models.lineage import read_lineage
@@ -620,6 +622,45 @@ def test_errors_in_one_line(flags, changes, message):
     with pytest.raises(UserError, match=message) as raised:
         ppo_training.main(flags(**changes))
     assert "\n" not in str(raised.value)
+
+
+def test_flags_of_transformers_have_its_defaults():
+    changed = {"adam_epsilon", "learning_rate", "logging_steps"}
+    others = {spec.name: spec.default for spec in fields(TrainingArguments)}
+    for spec in fields(PPOTrainingArguments):
+        assert spec.name in changed or (spec.default or None) == (others[spec.name] or None), spec.name
+    words = "--output_dir out --do_train --gradient_checkpointing --lr_scheduler_type cosine --adam_beta2 0.9".split()
+    words += [
+        "--gradient_checkpointing_kwargs",
+        '{"use_reentrant": true}',
+        "--warmup_ratio",
+        "0.1",
+        "--eval_steps",
+        "3",
+    ]
+    (training_flags,) = StageArgumentParser([PPOTrainingArguments]).parse([*words, "--optim", "adafactor"])
+    args = training_flags.training_arguments()
+    assert (args.gradient_checkpointing, args.gradient_checkpointing_kwargs) == (True, {"use_reentrant": True})
+    assert (args.lr_scheduler_type, args.adam_beta2, args.get_warmup_steps(20)) == ("cosine", 0.9, 2)
+    assert (args.optim, args.adam_epsilon, args.eval_steps) == ("adafactor", 1e-5, 3)
+
+
+def test_torch_compile_is_said_not_to_be_done(monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE", "1")
+    parser = StageArgumentParser([PPOTrainingArguments])
+    parser.parse(["--output_dir", "out", "--do_train"])
+    assert "TORCH_COMPILE=1 in the environment: this stage does not compile" in parser.notes
+
+
+def test_docs_name_places_that_exist():
+    table = (ROOT / "docs/ppo.md").read_text(encoding="utf-8").partition("## Implementation details")[2]
+    places = re.findall(r"^\| .*? \| (`.*?) \|", table.partition("## Flags")[0], re.MULTILINE)
+    code = "".join(
+        path.read_text(encoding="utf-8") for path in [ROOT / "ppo_training.py", *ROOT.glob("medtune/rl/*.py")]
+    )
+    assert len(places) > 15
+    for name in re.findall(r"`([\w.]+)`", " ".join(places)):
+        assert re.search(rf"(def|class) {name.rpartition('.')[2]}\b|^    {name.rpartition('.')[2]}: ", code, re.M), name
 
 
 @pytest.mark.parametrize("name", ["zero3", "zero3_offload"])

@@ -10,6 +10,8 @@ from transformers import TrainingArguments
 from medtune.arguments import LoraArguments, ModelArguments, RunArguments
 from medtune.errors import UserError
 
+EPISODES_AN_UPDATE = "episodes an update"
+
 
 @dataclass(kw_only=True)
 class PPOModelArguments(ModelArguments):
@@ -181,3 +183,25 @@ def check_combination(lora_args: LoraArguments, ppo_args: PPOArguments, training
         )
     if training_args.max_steps > 0 and ppo_args.total_episodes is not None:
         raise UserError("--max_steps and --total_episodes both say how long to train: give one of them")
+
+
+def fixed_settings(
+    model_args: PPOModelArguments,
+    ppo_args: PPOArguments,
+    training_args: TrainingArguments,
+    per_update: int,
+    n_prompts: int,
+) -> dict[str, object]:
+    """What a resumed run must have as it was."""
+    return {
+        "--sft_model_path": model_args.sft_model_path,
+        "--reward_model_path": model_args.reward_model_path,
+        "--seed": training_args.seed,
+        "--learning_rate": training_args.learning_rate,
+        "--weight_decay": training_args.weight_decay,
+        "--optim": str(training_args.optim.value),
+        "--kl_coef": ppo_args.kl_coef,
+        EPISODES_AN_UPDATE: per_update,
+        "training prompts": n_prompts,
+        "processes under DeepSpeed": training_args.world_size if training_args.deepspeed else 0,
+    }

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from medtune.errors import UserError
 from medtune.models.lineage import Lineage
+from medtune.rl.arguments import EPISODES_AN_UPDATE
 from medtune.rl.learner import Learner, load_optimizers, save_optimizers
 from medtune.rl.roles import Roles
 from medtune.rl.rollout import StoppedInRolloutError
@@ -44,7 +45,6 @@ from medtune.training.out_of_memory import batch_remedies, explain_full_memory_o
 from medtune.training.processes import leave_process_group
 from medtune.training.run import leave_finished_run
 
-EPISODES_AN_UPDATE = "episodes an update"
 CURVES = {
     "score": {"objective/score": "sampled", "eval_score": "held-out, greedy"},
     "KL a reply (nats)": {"objective/kl": "sampled", "eval_kl": "held-out, greedy"},
