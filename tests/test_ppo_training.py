@@ -629,16 +629,11 @@ def test_flags_of_transformers_have_its_defaults():
     others = {spec.name: spec.default for spec in fields(TrainingArguments)}
     for spec in fields(PPOTrainingArguments):
         assert spec.name in changed or (spec.default or None) == (others[spec.name] or None), spec.name
-    words = "--output_dir out --do_train --gradient_checkpointing --lr_scheduler_type cosine --adam_beta2 0.9".split()
-    words += [
-        "--gradient_checkpointing_kwargs",
-        '{"use_reentrant": true}',
-        "--warmup_ratio",
-        "0.1",
-        "--eval_steps",
-        "3",
-    ]
-    (training_flags,) = StageArgumentParser([PPOTrainingArguments]).parse([*words, "--optim", "adafactor"])
+    given = {"output_dir": "out", "do_train": True, "gradient_checkpointing": True, "lr_scheduler_type": "cosine"}
+    given |= {"gradient_checkpointing_kwargs": '{"use_reentrant": true}', "adam_beta2": 0.9, "warmup_ratio": 0.1}
+    given |= {"optim": "adafactor", "eval_steps": 3}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    (training_flags,) = StageArgumentParser([PPOTrainingArguments]).parse(words)
     args = training_flags.training_arguments()
     assert (args.gradient_checkpointing, args.gradient_checkpointing_kwargs) == (True, {"use_reentrant": True})
     assert (args.lr_scheduler_type, args.adam_beta2, args.get_warmup_steps(20)) == ("cosine", 0.9, 2)
