@@ -161,6 +161,13 @@ SETTLED = {
     "--use_fast_tokenizer": (True, "the tokenizer is always the fast one"),
     "--push_to_hub": (False, "nothing is uploaded"),
 }
+# What the guide's commands say, and what is always so in a stage without the flag.
+ALWAYS_SO = {
+    "--fp16": "False",
+    "--logging_strategy": "steps",
+    "--ddp_find_unused_parameters": "False",
+    "--remove_unused_columns": "False",
+}
 # Smaller values train nothing, or fail far from here.
 AT_LEAST = {
     "per_device_train_batch_size": 1,
@@ -262,6 +269,9 @@ class StageArgumentParser(HfArgumentParser):
                 _check_json(flag, value)
             # In one word, so that argparse does not take a value such as -1e-3 for a flag.
             return [f"{flag}={values[0]}"] if len(values) == 1 else [flag, *values]
+        if [ALWAYS_SO.get(flag)] == values:
+            self.notes.append(f"{flag} {values[0]}: always so in this stage")
+            return []
         if flag in RENAMED:
             if flag == "--warmup_ratio":
                 _check_share(flag, values)

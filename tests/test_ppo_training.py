@@ -640,11 +640,15 @@ def test_flags_of_transformers_have_its_defaults():
     assert (args.optim, args.adam_epsilon, args.eval_steps) == ("adafactor", 1e-5, 3)
 
 
-def test_torch_compile_is_said_not_to_be_done(monkeypatch):
+def test_what_other_stages_are_told_is_noted(monkeypatch):
     monkeypatch.setenv("TORCH_COMPILE", "1")
     parser = StageArgumentParser([PPOTrainingArguments])
-    parser.parse(["--output_dir", "out", "--do_train"])
+    flags = "--fp16 False --logging_strategy steps --ddp_find_unused_parameters False --remove_unused_columns False"
+    parser.parse(["--output_dir", "out", "--do_train", *flags.split()])
     assert "TORCH_COMPILE=1 in the environment: this stage does not compile" in parser.notes
+    assert [note for note in parser.notes if note.endswith("always so in this stage")] == [
+        f"{flag} {value}: always so in this stage" for flag, value in zip(*[iter(flags.split())] * 2, strict=True)
+    ]
 
 
 def test_docs_name_places_that_exist():
