@@ -84,7 +84,6 @@ from medtune.rl.run import (
     is_done,
     resumed_state,
     start_accelerator,
-    start_learners,
 )
 from medtune.training.checkpoints import BEST, find_checkpoint
 from medtune.training.interruption import SignalListener
@@ -396,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     check_vocabulary(tokenizer, roles.model)
     with accelerator.autocast():
-        first_prompts = train_dataset.select(range(min(CHECKED_PROMPTS, n_prompts)))["prompt_ids"]
+        first_prompts = train_dataset[:CHECKED_PROMPTS]["prompt_ids"]
         roles.check_logps(first_prompts, ppo_args.temperature, f"--sft_model_path {model_args.sft_model_path}")
     if training_args.gradient_checkpointing:
         roles.enable_checkpointing(training_args.gradient_checkpointing_kwargs)
@@ -418,8 +417,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
 
     # ------------------------------------------------------------ train
-    learners = start_learners(roles, training_args, n_updates, accelerator)
-    run = Run(training_args, accelerator, roles, learners, state, tokenizer, lineage, n_updates, per_update)
+    run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update)
     if checkpoint:
         run.load(checkpoint)
     log_block(facts | data_facts | describe_run(run, ppo_args, sampling, reward_texts, n_prompts))

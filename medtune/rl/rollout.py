@@ -60,9 +60,8 @@ class Replies:
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
         """Several as one, padded to the widest."""
-        n_prompt, n_reply = (
-            max(widths) for widths in zip(*((p.n_prompt, p.mask.shape[1]) for p in parts), strict=True)
-        )
+        n_prompt = max(part.n_prompt for part in parts)
+        n_reply = max(part.mask.shape[1] for part in parts)
 
         def padded(part: Self, tensor: torch.Tensor) -> torch.Tensor:
             left = n_prompt - part.n_prompt if part._has_prompt(tensor) else 0

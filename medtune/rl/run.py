@@ -90,16 +90,6 @@ def count_updates(n_prompts: int, per_update: int, total_episodes: int | None, t
     return math.ceil(training_args.num_train_epochs * n_prompts / per_update)
 
 
-def start_learners(
-    roles: Roles, training_args: TrainingArguments, n_updates: int, accelerator: Accelerator
-) -> dict[str, Learner]:
-    """A learner for the policy and one for the value model, with ZeRO where --deepspeed says so."""
-    kind = ZeroLearner if training_args.deepspeed else Learner
-    return {
-        role: kind(roles.trained_weights(role), training_args, n_updates, accelerator) for role in ("policy", "value")
-    }
-
-
 # ---------------------------------------------------------------- where a run is
 
 
@@ -158,7 +148,6 @@ class Run:
     training_args: TrainingArguments
     accelerator: Accelerator
     roles: Roles
-    learners: dict[str, Learner]
     state: State
     tokenizer: PreTrainedTokenizerBase
     lineage: Lineage
@@ -168,6 +157,11 @@ class Run:
 
     def __post_init__(self):
         self.output_dir = Path(self.training_args.output_dir)
+        kind = ZeroLearner if self.training_args.deepspeed else Learner
+        self.learners: dict[str, Learner] = {
+            role: kind(self.roles.trained_weights(role), self.training_args, self.n_updates, self.accelerator)
+            for role in ("policy", "value")
+        }
         self.first = self.state.global_step
         self.started = time.monotonic()
 
