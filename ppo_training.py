@@ -75,7 +75,7 @@ from medtune.rl.ppo_math import (
 )
 from medtune.rl.reward_texts import RewardTexts, load_reward_texts
 from medtune.rl.roles import CHECKED_PROMPTS, load_roles
-from medtune.rl.rollout import Rollout, Sampling, center_scores, collect_rollout, find_stop_ids
+from medtune.rl.rollout import Rollout, Sampling, center_scores, choose_sampling, collect_rollout
 from medtune.rl.run import (
     Run,
     State,
@@ -337,16 +337,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         model_args.sft_model_path, model_args.tokenizer_name_or_path, flag="--sft_model_path", **hub_options
     )
     chat_template = load_chat_template(tokenizer, ppo_args.template_name)
-    stop_ids = find_stop_ids(tokenizer, chat_template, ppo_args.stop_token)
-    reward_texts = load_reward_texts(tokenizer, chat_template, stop_ids, model_args.reward_model_path, hub_options)
-    sampling = Sampling(
-        temperature=ppo_args.temperature,
-        max_tokens=ppo_args.response_length,
-        batch_size=ppo_args.rollout_batch_size,
-        stop_ids=stop_ids,
-        pad_id=tokenizer.pad_token_id,
-        seed=training_args.seed,
-    )
+    sampling = choose_sampling(ppo_args, tokenizer, chat_template, training_args.seed)
+    reward_model = model_args.reward_model_path
+    reward_texts = load_reward_texts(tokenizer, chat_template, sampling.stop_ids, reward_model, hub_options)
 
     # ------------------------------------------------------------ data
     read = partial(

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medtune.errors import UserError
 from medtune.reading.encoding import stop_token_ids
+from medtune.rl.arguments import PPOArguments
 from medtune.rl.ppo_math import InverseTransformSampler, draw_uniforms, reply_mask
 from medtune.rl.reward_texts import RewardTexts
 from medtune.rl.roles import Roles
@@ -106,14 +107,24 @@ class Sampling:
     seed: int
 
 
-def find_stop_ids(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate, stop_token: str | None) -> list[int]:
-    """The tokens that end a reply: the one that --stop_token names, or the template's and the tokenizer's."""
-    if stop_token is None:
-        return stop_token_ids(tokenizer, chat_template)
-    stop_ids = tokenizer.encode(stop_token, add_special_tokens=False)
-    if len(stop_ids) != 1:
-        raise UserError(f"--stop_token {stop_token}: {len(stop_ids)} tokens of this tokenizer; name a single one")
-    return stop_ids
+def choose_sampling(
+    ppo_args: PPOArguments, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate, seed: int
+) -> Sampling:
+    """What the flags say of it; a reply ends at --stop_token, or at the template's and the tokenizer's end tokens."""
+    stop_ids = stop_token_ids(tokenizer, chat_template)
+    if ppo_args.stop_token is not None:
+        stop_ids = tokenizer.encode(ppo_args.stop_token, add_special_tokens=False)
+        if len(stop_ids) != 1:
+            n_tokens = f"{len(stop_ids)} tokens of this tokenizer"
+            raise UserError(f"--stop_token {ppo_args.stop_token}: {n_tokens}; name a single one")
+    return Sampling(
+        temperature=ppo_args.temperature,
+        max_tokens=ppo_args.response_length,
+        batch_size=ppo_args.rollout_batch_size,
+        stop_ids=stop_ids,
+        pad_id=tokenizer.pad_token_id,
+        seed=seed,
+    )
 
 
 @torch.no_grad()
