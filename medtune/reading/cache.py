@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,26 +20,34 @@ if TYPE_CHECKING:
 _IMPORTED_AT = time.time()
 
 
-def cached_dataset(
-    cache_dir: str | Path,
-    key_parts: dict,
-    build: Callable[[], tuple["Dataset", dict]],
-    overwrite: bool = False,
-) -> tuple["Dataset", dict, bool]:
-    """Load what `build` once made for these key parts, or build and save it.
+@dataclass
+class Cache:
+    """The rows and the report that were found for a key, both None where they are still to be saved."""
 
-    Each process of a launch calls this: the first to get the file lock builds, the others wait and load. No
+    folder: Path
+    rows: "Dataset | None" = None
+    report: dict | None = None
+
+    def save(self, rows: "Dataset", report: dict) -> None:
+        """Write both and load them again, memory-mapped; the report are JSON values."""
+        _save_cache(self.folder, rows, report)
+        found = _load_cache(self.folder)
+        assert found is not None, f"{self.folder} was just written and does not load"
+        self.rows, self.report, _ = found
+
+
+@contextmanager
+def open_cache(cache_dir: str | Path, key_parts: dict, overwrite: bool = False) -> Iterator[Cache]:
+    """What was once saved for these key parts, or an empty cache to save it in before the block ends.
+
+    Each process of a launch opens it: the first to get the file lock builds, the others wait and load. No
     process group takes part, so a long tokenization cannot run into its time-out, and a process that dies
     frees the lock.
 
     Args:
         cache_dir: the folder of all caches, shared by every stage.
         key_parts: all that decides the result, as JSON values: data fingerprint, tokenizer, template, limits.
-        build: returns the dataset and a report as JSON values.
         overwrite: build again, once a launch.
-
-    Returns:
-        The dataset, memory-mapped from the cache; the report; whether it was found rather than built.
     """
     key = hashlib.sha256(json.dumps(key_parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
     folder = Path(cache_dir, key[:32])
@@ -50,13 +60,7 @@ def cached_dataset(
             *_, built_at = found
             by_sibling = "LOCAL_RANK" in os.environ and built_at > _IMPORTED_AT
             found = found if by_sibling else None
-        was_cached = found is not None
-        if not was_cached:
-            _save_cache(folder, *build())
-            found = _load_cache(folder)
-            assert found is not None, f"{folder} was just written and does not load"
-    dataset, report, _ = found
-    return dataset, report, was_cached
+        yield Cache(folder, *found[:2]) if found else Cache(folder)
 
 
 _MANIFEST = "manifest.json"
