@@ -329,7 +329,7 @@ def collect_rollout(
     """Reply to the prompts and measure the replies; the rows of the result are in the order given.
 
     Args:
-        rows: of `PromptEncoder`.
+        rows: of `tokenize_prompts`.
         episodes: the number of each, which decides its random draws; None takes the likeliest tokens.
     """
     device, core = roles.model.device, roles.model.get_base_model()

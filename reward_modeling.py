@@ -205,7 +205,7 @@ def compare_with_length(metrics: dict[str, float]) -> None:
 
 
 class PairTrainer(RewardTrainer):
-    """RewardTrainer on rows of `PairEncoder`; needs `PairCollator` as its collator.
+    """RewardTrainer on rows of `tokenize_pairs`; needs `PairCollator` as its collator.
 
     TRL's loss is a mean of means over micro-batches; here each pair of a step counts the same.
     """
