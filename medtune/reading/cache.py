@@ -22,18 +22,19 @@ _IMPORTED_AT = time.time()
 
 @dataclass
 class Cache:
-    """The rows and the report that were found for a key, both None where they are still to be saved."""
+    """The rows and the report of a key; both None where they are still to be made and saved."""
 
     folder: Path
     rows: "Dataset | None" = None
     report: dict | None = None
+    built_at: float = 0.0  # seconds since the epoch
 
     def save(self, rows: "Dataset", report: dict) -> None:
         """Write both and load them again, memory-mapped; the report are JSON values."""
         _save_cache(self.folder, rows, report)
-        found = _load_cache(self.folder)
-        assert found is not None, f"{self.folder} was just written and does not load"
-        self.rows, self.report, _ = found
+        written = _load_cache(self.folder)
+        assert written.rows is not None, f"{self.folder} was just written and does not load"
+        self.rows, self.report = written.rows, written.report
 
 
 @contextmanager
@@ -53,14 +54,13 @@ def open_cache(cache_dir: str | Path, key_parts: dict, overwrite: bool = False) 
     folder = Path(cache_dir, key[:32])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        found = _load_cache(folder)
-        if found and overwrite:
+        cache = _load_cache(folder)
+        if overwrite:
             # Under a launcher, a cache finished after this process started is a sibling's rebuild. A process
             # that starts later than that builds once more, which costs time and does no harm.
-            *_, built_at = found
-            by_sibling = "LOCAL_RANK" in os.environ and built_at > _IMPORTED_AT
-            found = found if by_sibling else None
-        yield Cache(folder, *found[:2]) if found else Cache(folder)
+            by_sibling = "LOCAL_RANK" in os.environ and cache.built_at > _IMPORTED_AT
+            cache = cache if by_sibling else Cache(folder)
+        yield cache
 
 
 _MANIFEST = "manifest.json"
@@ -79,18 +79,18 @@ def _save_cache(folder: Path, dataset: "Dataset", report: dict) -> None:
     partial.replace(folder)
 
 
-def _load_cache(folder: Path) -> tuple["Dataset", dict, float] | None:
-    """The dataset, its report and when it was built; None unless each file has the size it was written in."""
+def _load_cache(folder: Path) -> Cache:
+    """What was saved; an empty cache unless each file has the size it was written in."""
     from datasets import load_from_disk
 
     try:
         manifest = json.loads(Path(folder, _MANIFEST).read_text(encoding="utf-8"))
         # Others may come beside them: `datasets` keeps there what a stage maps a loaded dataset to, as packing does.
         if not manifest["sizes"].items() <= _sizes(folder).items():
-            return None
-        return load_from_disk(folder), manifest["report"], manifest["built_at"]
+            return Cache(folder)
+        return Cache(folder, load_from_disk(folder), manifest["report"], manifest["built_at"])
     except (FileNotFoundError, ValueError, KeyError):
-        return None
+        return Cache(folder)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
