@@ -50,8 +50,10 @@ from medtune.arguments import DataArguments, LoraArguments, StageArgumentParser
 from medtune.models.lineage import Lineage, base_of, check_model_path
 from medtune.models.loading import load_config, load_tokenizer, weights_fingerprint
 from medtune.models.vocabulary import check_vocabulary
+from medtune.reading.encoders import PromptEncoder
 from medtune.reading.encoding import load_chat_template
-from medtune.reading.rows import cached_prompts, load_part
+from medtune.reading.record_sets import read_prompts
+from medtune.reading.rows import prepare_data
 from medtune.rl.alarms import find_alarm, find_update_alarm
 from medtune.rl.arguments import (
     PPOArguments,
@@ -342,30 +344,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     reward_texts = load_reward_texts(tokenizer, chat_template, sampling.stop_ids, reward_model, hub_options)
 
     # ------------------------------------------------------------ data
-    read = partial(
-        cached_prompts,
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        cache_dir=Path(model_args.cache_dir or "cache", "tokenized"),
-        max_prompt_length=ppo_args.max_source_length,
-        truncation=ppo_args.truncation,
-        seed=training_args.seed,
-    )
     n_eval = data_args.max_eval_samples or EVAL_PROMPTS
-    load = partial(
-        load_part,
-        kind="prompts",
-        data_args=replace(data_args, max_eval_samples=n_eval),
-        do_eval=training_args.do_eval,
-        read=read,
-        describe=lambda rows: f"the longest prompt {max(rows['length'])}",
-    )
-    train_dataset, data_facts = load("train")
+    data_args = replace(data_args, max_eval_samples=n_eval)
+    encoder = PromptEncoder(tokenizer, chat_template, ppo_args.max_source_length, ppo_args.truncation)
+    data = prepare_data(read_prompts, encoder, data_args, training_args, model_args.cache_dir)
+    train_dataset, data_facts = data.train, data.facts
     eval_rows: list[dict] = []
-    if training_args.do_eval:
-        eval_dataset, eval_facts = load("eval")
-        eval_rows = eval_dataset.select(range(min(n_eval, len(eval_dataset)))).to_list()  # a dialogue has several
-        data_facts |= eval_facts | {"eval replies": str(len(eval_rows))}
+    if data.eval:
+        eval_rows = data.eval.select(range(min(n_eval, len(data.eval)))).to_list()  # a dialogue has several
+        data_facts["eval replies"] = str(len(eval_rows))
     n_prompts, per_update = len(train_dataset), count_episodes(training_args)
     n_updates = count_updates(n_prompts, per_update, ppo_args.total_episodes, training_args)
     base_model = base_of(model_args.sft_model_path)
