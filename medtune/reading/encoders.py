@@ -53,10 +53,22 @@ class Encoder:
 
     def __call__(self, record: T) -> dict:
         """The row of a record. Raises Unusable for a fault, and where nothing is left within the limits."""
-        try:
-            return self.row(record)
-        except UserError as error:
-            raise Unusable("not renderable", str(error)) from None
+        (row,) = self.rows([record])
+        if isinstance(row, Unusable):
+            raise row
+        return row
+
+    def rows(self, records: Sequence[T]) -> list[dict | Unusable]:
+        """The row of each record, or why it has none."""
+        rows: list[dict | Unusable] = []
+        for record in records:
+            try:
+                rows.append(self.row(record))
+            except Unusable as fault:
+                rows.append(fault)
+            except UserError as error:
+                rows.append(Unusable("not renderable", str(error)))
+        return rows
 
     def row(self, record: T) -> dict:
         raise NotImplementedError
@@ -233,12 +245,16 @@ class DocumentEncoder(Encoder):
     def _control_tokens(self) -> list[str]:
         return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
-    def row(self, record: Document) -> dict:
-        token = next((token for token in self._control_tokens if token in record.text), None)
-        if token:
-            raise Unusable("control token", f"it holds {token}, which is no word but a mark; take it out")
-        ids = self.tokenizer(record.text, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        return {"input_ids": [*ids, self.end_id], "length": len(ids) + 1}
+    def rows(self, records: Sequence[Document]) -> list[dict | Unusable]:
+        texts = [record.text for record in records]  # together, so that the tokenizer uses its threads
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        rows: list[dict | Unusable] = []
+        for text, ids in zip(texts, encoded, strict=True):
+            if token := next((token for token in self._control_tokens if token in text), None):
+                rows.append(Unusable("control token", f"it holds {token}, which is no word but a mark; take it out"))
+            else:
+                rows.append({"input_ids": [*ids, self.end_id], "length": len(ids) + 1})
+        return rows
 
     def finish(self, rows: Dataset, report: Report) -> Dataset:
         return Dataset.from_dict(self.blocks(rows.with_format("numpy")[:]), self.block_features)

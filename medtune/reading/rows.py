@@ -192,15 +192,11 @@ def encode_records(
 
 def _encode_batch(encoder: Encoder, batch: dict[str, list]) -> dict[str, list]:
     """`datasets` maps this over batches: an example that gives no row says why in `reason` and `detail`."""
+    examples = [pickle.loads(pickled) for pickled in batch["example"]]
     rows = []
-    for pickled in batch["example"]:
-        example = pickle.loads(pickled)
-        row = dict.fromkeys([*encoder.features, "reason", "detail"]) | {"source": example.source}
-        try:
-            row |= encoder(example)
-        except Unusable as fault:
-            row |= {"reason": fault.reason, "detail": fault.detail}
-        rows.append(row)
+    for example, row in zip(examples, encoder.rows(examples), strict=True):
+        given = {"reason": row.reason, "detail": row.detail} if isinstance(row, Unusable) else row
+        rows.append(dict.fromkeys([*encoder.features, "reason", "detail"]) | {"source": example.source} | given)
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 

@@ -167,7 +167,7 @@ def collect_rollout(
     """Reply to the prompts and measure the replies; the rows of the result are in the order given.
 
     Args:
-        rows: of `tokenize_prompts`.
+        rows: of `PromptEncoder`.
         episodes: of `sample_replies`.
 
     Raises StoppedInRolloutError in all processes once a signal has reached one of them.
