@@ -331,8 +331,11 @@ def answer_all(
 def add_rewards(reward_model: RewardModel, rows: Sequence[dict], batch_size: int) -> None:
     """Put `reward` and `reference_reward` into the rows of dialogues."""
     rows = [row for row in rows if row["kind"] != "exam"]
-    replies = [reward_model.encode(row["messages"][:-1], row["reply"], row["ended"]) for row in rows]
-    references = [reward_model.encode(row["messages"][:-1], row["messages"][-1]["content"]) for row in rows]
+    replies, references = [], []
+    for row in rows:
+        prompt, reference = row["messages"][:-1], row["messages"][-1]["content"]
+        replies.append(reward_model.encode(prompt, row["reply"], row["ended"], row["tools"]))
+        references.append(reward_model.encode(prompt, reference, tools=row["tools"]))
     # The same text once, whichever models wrote it: in two batches its score could differ in the last digits.
     texts = list(dict.fromkeys(map(tuple, replies + references)))
     scores = dict(zip(texts, reward_model.score([list(ids) for ids in texts], batch_size), strict=True))

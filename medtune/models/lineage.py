@@ -104,6 +104,17 @@ def base_of(path: str) -> str:
     return read_adapter_config(path).base_model_name_or_path if is_adapter(path) else path
 
 
+def tokenizer_source(path: str, base_model: str | None = None) -> str:
+    """Where the tokenizer of a model or adapter is: an adapter's own, with its template, goes before its base's.
+
+    Args:
+        base_model: an adapter's base where it is not the recorded one.
+    """
+    if not is_adapter(path) or Path(path, "tokenizer_config.json").is_file():
+        return path
+    return base_model or base_of(path)
+
+
 def check_model_path(path: str, flag: str, allow_pickle_weights: bool = False) -> None:
     """Refuse in one line a local path that holds no model; a hub name is left to the hub.
 
