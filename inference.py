@@ -40,7 +40,6 @@ from medtune.models.chat_models import (
     ChatModel,
     ChatModelArguments,
     RewardModel,
-    describe_model,
     describe_models,
     load_weights,
 )
@@ -408,8 +407,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ------------------------------------------------------------ arguments
     parser = StageArgumentParser([ChatModelArguments, InferenceArguments, Decoding])
     model_args, inference_args, decoding = parser.parse(argv)
-    if inference_args.compare and model_args.lora_model:
-        raise UserError("--lora_model and --compare exclude each other: name the adapter after --compare")
 
     # ------------------------------------------------------------ run
     start_log()
@@ -418,10 +415,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_seed(inference_args.seed)
 
     # ------------------------------------------------------------ tokenizers and templates
-    if inference_args.compare:
-        models = describe_models(inference_args.compare, "--compare", model_args)
-    else:
-        models = [describe_model(model_args)]
+    models = describe_models(inference_args.compare, "--compare", model_args)
 
     # ------------------------------------------------------------ data
     if inference_args.data_file:

@@ -57,7 +57,6 @@ from medtune.models.chat_models import (
     ChatModel,
     ChatModelArguments,
     RewardModel,
-    describe_model,
     describe_models,
     load_weights,
 )
@@ -720,10 +719,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows = read_predictions(Path(eval_args.predictions))
         else:
             tests, facts = read_tests(eval_args.test_file, eval_args.num_samples, eval_args.seed)
-            if eval_args.compare:
-                models = describe_models(eval_args.compare, "--compare", model_args)
-            else:
-                models = [describe_model(model_args)]
+            models = describe_models(eval_args.compare, "--compare", model_args)
             rows, asked = ask_models(models, tests, model_args, eval_args, decoding)
             report["settings"] |= {name: value for name, value in vars(model_args).items() if value is not None}
             report |= {"test_files": facts, "models": asked, "decoding": asdict(decoding)}

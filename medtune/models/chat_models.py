@@ -135,8 +135,16 @@ def describe_model(model_args: ChatModelArguments, flag: str = "--base_model") -
     return _chat_model(lora_model or base_model, folder, model_args)
 
 
-def describe_models(paths: Sequence[str], flag: str, model_args: ChatModelArguments) -> list[ChatModel]:
-    """Several models to choose from or to compare: `base`, adapters on `--base_model`, whole models."""
+def describe_models(paths: Sequence[str] | None, flag: str, model_args: ChatModelArguments) -> list[ChatModel]:
+    """Several models to choose from or to compare: `base`, adapters on `--base_model`, whole models.
+
+    Args:
+        paths: what `flag` names; None for the one of `--base_model` and `--lora_model`.
+    """
+    if not paths:
+        return [describe_model(model_args)]
+    if model_args.lora_model:
+        raise UserError(f"--lora_model and {flag} exclude each other: name the adapter after {flag}")
     check_model_path(model_args.base_model, "--base_model", model_args.allow_pickle_weights)
     base_model = base_of(model_args.base_model)
     models = []

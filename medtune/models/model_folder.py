@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medtune.arguments import DataArguments, ModelArguments
@@ -34,8 +34,9 @@ class ModelFolder:
     """A model to be used, before its weights are loaded.
 
     base_model, base_flag: hub name or folder of an adapter's base or of a whole model, and the flag that named it.
-    lora_model, lora_flag: the adapter's folder and its flag, None for a whole model.
-    config, lora_config: of the base model and of the adapter.
+    lora_model: the adapter's folder, None for a whole model.
+    scorer: flag and path of what scores replies, the adapter or the whole model; "" where it writes them.
+    config: of the base model.
     lineage: the record that training left in the folder, if any.
     tokenizer_source: the folder that the tokenizer was read from.
     chat_template: the one of training; None for a model without turns.
@@ -43,10 +44,9 @@ class ModelFolder:
 
     base_model: str
     base_flag: str
-    config: PretrainedConfig
     lora_model: str | None
-    lora_flag: str | None
-    lora_config: LoraConfig | None
+    scorer: str
+    config: PretrainedConfig
     lineage: Lineage | None
     tokenizer_source: str
     tokenizer: PreTrainedTokenizerBase
@@ -54,12 +54,7 @@ class ModelFolder:
 
     @property
     def is_reward_model(self) -> bool:
-        return is_reward_model(self.lora_config or self.config)
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether the template is known to be that of a training; any other model may be asked in any."""
-        return self.lineage is not None or self.tokenizer_source == self.lora_model
+        return bool(self.scorer)
 
     @property
     def context(self) -> int:
@@ -68,12 +63,7 @@ class ModelFolder:
 
 
 def describe_folder(
-    path: str,
-    flag: str,
-    base_model: str | None = None,
-    *,
-    allow_pickle_weights: bool = False,
-    **hub_options,
+    path: str, flag: str, base_model: str | None = None, *, allow_pickle_weights: bool = False, **hub_options
 ) -> ModelFolder:
     """What is at `path`, which `flag` named: a whole model, or an adapter.
 
@@ -87,15 +77,17 @@ def describe_folder(
     lora_config = read_adapter_config(path) if base_model or is_adapter(path) else None
     base_model = base_model or base_of(path)
     config = load_config(base_model, flag=base_flag, **hub_options)
+    scorer = f"{base_flag} {base_model}" if is_reward_model(config) else ""
+    if lora_config and is_reward_model(lora_config):
+        scorer = f"{flag} {path}"
     source, lineage = tokenizer_source(path, base_model), read_lineage(path)
     tokenizer = load_tokenizer(source, flag=flag if source == path else base_flag, **hub_options)
     return ModelFolder(
         base_model=base_model,
         base_flag=base_flag,
-        config=config,
         lora_model=path if lora_config else None,
-        lora_flag=flag if lora_config else None,
-        lora_config=lora_config,
+        scorer=scorer,
+        config=config,
         lineage=lineage,
         tokenizer_source=source,
         tokenizer=tokenizer,
@@ -104,16 +96,9 @@ def describe_folder(
 
 
 def refuse_reward_model(folder: ModelFolder, instead: str = "") -> None:
-    """Refuse one where replies are to be written; loaded as a language model it would speak like its base.
-
-    Args:
-        instead: what to do with it.
-    """
-    reason = f"a reward model, which scores replies and writes none{instead}"
-    if folder.lora_config and is_reward_model(folder.lora_config):
-        raise UserError(f"{folder.lora_flag} {folder.lora_model}: {reason}")
-    if is_reward_model(folder.config):
-        raise UserError(f"{folder.base_flag} {folder.base_model}: {reason}")
+    """Refuse what would write like its base, or at random; `instead` says what to do with it."""
+    if folder.is_reward_model:
+        raise UserError(f"{folder.scorer}: a reward model, which scores replies and writes none{instead}")
 
 
 # ---------------------------------------------------------------- template
@@ -136,8 +121,9 @@ def choose_template(folder: ModelFolder, template_name: str | None) -> ChatTempl
         return own
     own_prompts = _rendered_probes(own) if own else [None] * len(_PROBES)
     chat_template = load_chat_template(folder.tokenizer, template_name)
+    is_trained = folder.lineage is not None or folder.tokenizer_source == folder.lora_model
     # Pretraining reads text without turns: any template may be tried on it.
-    if folder.is_trained and not (folder.lineage and folder.lineage.stage == "pt"):
+    if is_trained and not (folder.lineage and folder.lineage.stage == "pt"):
         for own_prompt, prompt in zip(own_prompts, _rendered_probes(chat_template), strict=True):
             if own_prompt is not None and own_prompt != prompt:
                 raise UserError(

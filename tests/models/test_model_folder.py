@@ -76,7 +76,7 @@ def test_a_whole_model_and_an_adapter(base, adapters):
     assert (whole.base_model, whole.lora_model) == (base, None)
     assert (adapter.base_model, adapter.lora_model) == (base, adapters["CAUSAL_LM"])
     assert whole.context == adapter.context == 2048
-    assert not (whole.is_trained or adapter.is_trained or whole.is_reward_model or adapter.is_reward_model)
+    assert not (whole.is_reward_model or adapter.is_reward_model)
 
 
 def test_an_adapter_on_a_base_that_has_moved(base, adapters, tmp_path):
