@@ -74,13 +74,14 @@ def is_adapter(path: str | Path) -> bool:
     return Path(path, ADAPTER_CONFIG).is_file()
 
 
-def read_adapter_config(path: str | Path) -> LoraConfig:
+def read_adapter_config(path: str | Path, flag: str = "") -> LoraConfig:
     """The LoRA configuration of an adapter folder, or UserError where it is no complete LoRA adapter."""
+    where = f"{flag} {path}".lstrip()
     if not Path(path).is_dir():
-        raise UserError(f"{path}: no such folder")
+        raise UserError(f"{where}: no such folder")
     if not is_adapter(path):
-        raise UserError(f"{path}: no {ADAPTER_CONFIG} in it, so it is no LoRA adapter")
-    check_model_files(path, with_weights=True)
+        raise UserError(f"{where}: no {ADAPTER_CONFIG} in it, so it is no LoRA adapter")
+    check_model_files(path, flag, with_weights=True)
     try:
         config = PeftConfig.from_pretrained(str(path))
     except (ValueError, KeyError, TypeError) as error:

@@ -74,7 +74,7 @@ def describe_folder(
     """
     base_flag = "--base_model" if base_model else flag
     check_model_path(base_model or path, base_flag, allow_pickle_weights)
-    lora_config = read_adapter_config(path) if base_model or is_adapter(path) else None
+    lora_config = read_adapter_config(path, flag) if base_model or is_adapter(path) else None
     base_model = base_model or base_of(path)
     config = load_config(base_model, flag=base_flag, **hub_options)
     scorer = f"{base_flag} {base_model}" if is_reward_model(config) else ""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
@@ -91,7 +92,7 @@ def test_an_adapter_on_a_base_that_has_moved(base, adapters, tmp_path):
     assert (described.base_model, described.tokenizer_source) == (str(tmp_path / "copy"),) * 2
     with pytest.raises(UserError, match=r"^--base_model \./nowhere: no such folder"):
         describe_folder(str(folder), FLAG, "./nowhere")
-    with pytest.raises(UserError, match="so it is no LoRA adapter"):
+    with pytest.raises(UserError, match=f"^{FLAG} {base}: .* so it is no LoRA adapter"):
         describe_folder(base, FLAG, base)
 
 
@@ -180,6 +181,24 @@ def test_what_it_reads_is_what_it_was_trained_on(qwen_tokenizer, name):
     cut = reward_ids(qwen_tokenizer, chat_template, QUESTION, "多喝水", ended=False)
     assert cut == prompt_ids + chosen_ids[: len(cut) - len(prompt_ids)]
     assert chosen_ids[-1] not in cut[len(prompt_ids) :]
+
+
+# ---------------------------------------------------------------- how it is loaded
+
+
+def test_every_flag_of_loading_reaches_the_loader(base):
+    model_args = ModelArguments(base, torch_dtype="bfloat16", cache_dir="models")
+    named = {"model_name_or_path", "tokenizer_name_or_path"}
+    assert model_args.loading_options == {name: value for name, value in vars(model_args).items() if name not in named}
+    assert model_args.hub_options == {"cache_dir": "models", "trust_remote_code": False}
+    assert load_base_model(base, **model_args.loading_options).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("use_cpu", "has_gpu", "dtype"), [(0, 1, "bfloat16"), (1, 1, "float32"), (0, 0, "float32")])
+def test_without_a_gpu_weights_are_float32(monkeypatch, base, use_cpu, has_gpu, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(has_gpu))
+    model_args = ChatModelArguments(base, torch_dtype="bfloat16", use_cpu=bool(use_cpu))
+    assert model_args.loading_options["torch_dtype"] == dtype
 
 
 # ---------------------------------------------------------------- the record of a run
