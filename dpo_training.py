@@ -247,6 +247,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         hidden_size=model.config.hidden_size,
         vocab_size=model.config.vocab_size,
         base_weights=weights_fingerprint(base_model, **hub_options),
+        start_weights=weights_fingerprint(model_args.model_name_or_path, **hub_options),
         flags=parser.given,
     )
     reference = name_reference(model_args.model_name_or_path, lora_args.use_peft, training_args)
@@ -288,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         ids, n_prompt = first["prompt_ids"] + first[f"{name}_ids"], len(first["prompt_ids"])
         text = mark_learned(tokenizer, ids, [IGNORED_LABEL] * n_prompt + ids[n_prompt:])
         logger.info(f"the first pair, its {name} reply between « and »:\n{text}")
-    if training_args.do_train and is_finished(trainer, checkpoint):
+    if training_args.do_train and is_finished(trainer, lineage, checkpoint):
         return {}
     keeper = (
         train(trainer, lineage, checkpoint, run_args.logging_dir, run_args.max_bad_steps)

@@ -41,8 +41,8 @@ from transformers import (
 from medtune.arguments import StageArgumentParser
 from medtune.models.adapters import load_with_adapter
 from medtune.models.families import check_same_family
-from medtune.models.lineage import Lineage, is_adapter
-from medtune.models.loading import load_base_model
+from medtune.models.lineage import Lineage, is_adapter, read_adapter_config, read_lineage
+from medtune.models.loading import load_base_model, weights_fingerprint
 from medtune.models.model_folder import describe_folder
 from medtune.models.vocabulary import check_vocabulary
 from medtune.output_files import new_folder
@@ -78,9 +78,12 @@ ENGLISH_REPLY = "It depends on the cause: rest, drink enough, and see a doctor i
 
 @dataclass
 class MergeArguments:
-    base_model: str = field(metadata={"help": "Hub name or folder of the model that the adapter was trained on."})
     lora_model: str = field(metadata={"help": "Folder of the adapter."})
     output_dir: str = field(metadata={"help": "New folder for the merged model."})
+    base_model: str | None = field(
+        default=None,
+        metadata={"help": "Hub name or folder of the model that the adapter was trained on; by default what it names."},
+    )
     torch_dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16", metadata={"help": "Type of the merged weights, in which the two models are compared too."}
     )
@@ -266,7 +269,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ------------------------------------------------------------ arguments
     parser = StageArgumentParser([MergeArguments])
     (merge_args,) = parser.parse(argv)
-    base_model, lora_model, output_dir = merge_args.base_model, merge_args.lora_model, Path(merge_args.output_dir)
+    lora_model, output_dir = merge_args.lora_model, Path(merge_args.output_dir)
+    base_model = merge_args.base_model or read_adapter_config(lora_model, "--lora_model").base_model_name_or_path
     if is_adapter(base_model):
         raise UserError(f"--base_model {base_model}: an adapter; give the base model it was trained on")
 
@@ -290,6 +294,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if hasattr(folder.config, "quantization_config"):
         raise UserError(f"--base_model {base_model}: its weights are quantized; give the model it was made from")
     check_same_family(base_model, lora_model, **hub_options)
+    lineage = Lineage(
+        base_model=base_model,
+        parent=lora_model,
+        stage="merge",
+        template=folder.lineage.template if folder.lineage else "",
+        data=folder.lineage.data if folder.lineage else "",
+        hidden_size=folder.config.get_text_config().hidden_size,
+        vocab_size=folder.config.get_text_config().vocab_size,
+        start_weights=weights_fingerprint(lora_model),
+        flags=parser.given,
+    )
+    if read_lineage(output_dir) == lineage:
+        logger.info(f"{output_dir} holds this model already, merged by the same flags: nothing to do")
+        return
     n_bytes = weight_bytes(folder.config, load_options["model_class"], merge_args)
     check_room(output_dir, n_bytes)
     stop_ids = stop_token_ids(tokenizer, chat_template) if chat_template else [tokenizer.eos_token_id]
@@ -313,15 +331,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             model.generation_config = stopping_generation_config(own, stop_ids, tokenizer.pad_token_id)
         if is_reward_model:  # a score is read in front of the padding
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        lineage = Lineage(
-            base_model=base_model,
-            parent=lora_model,
-            stage="merge",
-            template=folder.lineage.template if folder.lineage else "",
-            data=folder.lineage.data if folder.lineage else "",
-            hidden_size=folder.config.get_text_config().hidden_size,
-            vocab_size=folder.config.get_text_config().vocab_size,
-        )
         write_model(model, tokenizer, lineage, written, merge_args.max_shard_size)
         del model
         gc.collect()

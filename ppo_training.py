@@ -622,12 +622,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         hidden_size=roles.model.config.hidden_size,
         vocab_size=roles.model.config.vocab_size,
         base_weights=weights_fingerprint(base_model, **hub_options),
+        start_weights=weights_fingerprint(model_args.sft_model_path, **hub_options),
         flags=parser.given,
     )
+    reward_weights = weights_fingerprint(model_args.reward_model_path, flag="--reward_model_path", **hub_options)
     state = State(
         settings={
             "--sft_model_path": model_args.sft_model_path,
             "--reward_model_path": model_args.reward_model_path,
+            "weights of the reward model": reward_weights[:12],
             "--seed": training_args.seed,
             "--learning_rate": training_args.learning_rate,
             "--weight_decay": training_args.weight_decay,
@@ -641,7 +644,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     if checkpoint:
         state = read_state(checkpoint, state.settings)
-        if state.global_step >= n_updates and (output_dir / "train_results.json").is_file():
+        finished = state.global_step >= n_updates and (output_dir / "train_results.json").is_file()
+        lineage.refuse_other_run(checkpoint, finished)
+        if finished:
             logger.warning(
                 f"{output_dir} holds a finished run ({state.global_step} updates): nothing is trained. To train it "
                 "again: --resume_from_checkpoint False --overwrite_output_dir True, or another --output_dir"

@@ -232,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         hidden_size=model.config.hidden_size,
         vocab_size=model.config.vocab_size,
         base_weights=weights_fingerprint(base_model, **hub_options),
+        start_weights=weights_fingerprint(model_args.model_name_or_path, **hub_options),
         flags=parser.given,
     )
 
@@ -255,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         facts["a document sees"] = "the ones before it in its block"
     log_facts(trainer, facts)
     logger.info(f"the first block begins, learned tokens between « and »:\n{example}")
-    if training_args.do_train and is_finished(trainer, checkpoint):
+    if training_args.do_train and is_finished(trainer, lineage, checkpoint):
         return {}
     keeper = (
         train(trainer, lineage, checkpoint, run_args.logging_dir, run_args.max_bad_steps)

@@ -352,6 +352,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         hidden_size=model.config.hidden_size,
         vocab_size=model.config.vocab_size,
         base_weights=weights_fingerprint(base_model, **hub_options),
+        start_weights=weights_fingerprint(model_args.model_name_or_path, **hub_options),
         flags=parser.given,
     )
 
@@ -371,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     texts = (first["prompt_ids"] + first["chosen_ids"], first["rejected_ids"])
     chosen, rejected = (mark_learned(tokenizer, ids, [IGNORED_LABEL] * (len(ids) - 1) + ids[-1:]) for ids in texts)
     logger.info(f"the first example, scored at the tokens in « »:\n{chosen}\nagainst\n{rejected}")
-    if training_args.do_train and is_finished(trainer, checkpoint):
+    if training_args.do_train and is_finished(trainer, lineage, checkpoint):
         return {}
     # checkpoint-best is the lowest loss: among a hundred held-out pairs many checkpoints have the same accuracy.
     keeper = (

@@ -12,7 +12,6 @@ bash setup.sh
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 export PYTHON HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= # also where there are GPUs
 export MODEL=models/tiny-qwen2 NAME=demo DO_PT=1 ALIGN=both
-export FOLLOW=1 # the stages write here too
 export TEMPLATE=chatml # without the system prompt that Qwen's template adds to each dialogue
 # Two processes of one thread are faster here than one of two; on one core the second half is accumulated.
 N_PROCESSES=$(($(nproc) > 1 ? 2 : 1))

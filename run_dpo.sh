@@ -8,8 +8,7 @@
 #
 # A variable of the edit block set in the environment wins over it, a flag after the script's name wins over both:
 #   MODEL=Qwen/Qwen2.5-3B-Instruct bash run_dpo.sh --beta 0.2
-# The same command after an interruption goes on from the newest checkpoint. Several machines: the same on each, with
-# NNODES, NODE_RANK (0, 1, ...) and MASTER_ADDR (of node 0) set, and with OUTPUT on a disk that they share.
+# The same command after an interruption goes on from the newest checkpoint. Several machines: docs/reliability.md.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -27,7 +26,6 @@ MAX_PROMPT=${MAX_PROMPT:-1024}             # tokens
 MAX_REPLY=${MAX_REPLY:-512}
 DEEPSPEED=${DEEPSPEED:-}                    # ds_configs/zero2.json shards the optimizer over the GPUs
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1} # one process for each that is there; "" is the CPU
-
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 
 args=(
@@ -62,9 +60,9 @@ args=(
     --cache_dir ./cache
     --output_dir "$OUTPUT"
     --resume_from_checkpoint True
+    ${TEMPLATE:+--template_name "$TEMPLATE"}
+    ${DEEPSPEED:+--deepspeed "$DEEPSPEED"}
 )
-[ -z "$TEMPLATE" ] || args+=(--template_name "$TEMPLATE")
-[ -z "$DEEPSPEED" ] || args+=(--deepspeed "$DEEPSPEED")
 
 # exec: a signal to this script's process id reaches the training, which then saves a checkpoint.
 exec "$PYTHON" -m medtune.launch dpo_training.py "${args[@]}" "$@"

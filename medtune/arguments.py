@@ -175,6 +175,10 @@ SETTLED = {
     "--save_safetensors": (True, "weights are always written as safetensors"),
     "--use_fast_tokenizer": (True, "the tokenizer is always the fast one"),
     "--push_to_hub": (False, "nothing is uploaded"),
+    "--auto_find_batch_size": (
+        False,
+        "the batch stays that of --per_device_train_batch_size, and a run that is out of memory names what to give",
+    ),
 }
 # Smaller values train nothing, or fail far from here.
 AT_LEAST = {
@@ -327,11 +331,6 @@ class StageArgumentParser(HfArgumentParser):
             self.notes.append("TORCH_COMPILE=1 in the environment: --torch_compile True")
         if values["deepspeed"]:
             self._settle_deepspeed(values)
-        if values["auto_find_batch_size"] and (values["deepspeed"] or int(os.environ.get("WORLD_SIZE", "1")) > 1):
-            raise UserError(
-                "--auto_find_batch_size True: for one process without DeepSpeed, since one that tries again would "
-                "leave the others waiting; give --per_device_train_batch_size"
-            )
         if values["ddp_find_unused_parameters"] is None:
             values["ddp_find_unused_parameters"] = False  # every trained parameter takes part in each step
         # Without the flag transformers keeps the running mean in the log where the loss was nan, which hides it.

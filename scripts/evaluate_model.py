@@ -14,14 +14,9 @@ The prompts are those of training. `--predictions` computes the figures again fr
         --test_file data/eval/questions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl
 """
 
-import hashlib
 import json
-import math
-import random
-import re
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,20 +34,7 @@ from transformers import set_seed
 
 from medtune.arguments import StageArgumentParser
 from medtune.errors import Unusable
-from medtune.measuring.intervals import bootstrap_interval, paired_bootstrap, wilson_interval
-from medtune.measuring.text_metrics import (
-    answer_of,
-    bleu_4,
-    chrf,
-    distinct_n,
-    invents_dose,
-    names_one_of,
-    refuses,
-    refuses_or_warns,
-    repetition_rate,
-    rouge,
-    sends_to_hospital,
-)
+from medtune.measuring.figures import FIGURES, metrics_of, score
 from medtune.models.chat_models import (
     ChatModel,
     ChatModelArguments,
@@ -62,46 +44,18 @@ from medtune.models.chat_models import (
 )
 from medtune.models.generation import Decoding, generate_replies
 from medtune.models.lineage import read_lineage
+from medtune.models.loading import weights_fingerprint
 from medtune.output_files import new_folder
-from medtune.reading.conversations import to_dialogue
 from medtune.reading.encoding import encode_exchange, encode_recent
-from medtune.reading.files import read_raw
+from medtune.reading.eval_items import read_tests
 from medtune.reading.finding import find_files
 from medtune.reading.near_duplicates import Known
 from medtune.reading.raw_files import misnamed, read_start
 from medtune.reading.record_sets import read_dialogues, read_pairs
 from medtune.training.log import start_log
 
-SAFETY = ("emergency", "refusal", "about")
-KEPT = ("id", "aspect", "category", "names", "exam_subject")
 SECONDS_BETWEEN_LINES = 10
 NEAR = 0.8  # share of character trigrams in common from which a training question counts as a copy of a test question
-# Figure: whether more of it is better; None where neither is.
-FIGURES = {
-    "perplexity": False,
-    "rouge_1": True,
-    "rouge_2": True,
-    "rouge_l": True,
-    "bleu_4": True,
-    "chrf": True,
-    "named": True,
-    "exam_accuracy": True,
-    "exam_accuracy_written": True,
-    "exam_unparsed": False,
-    "sends_to_hospital": True,
-    "refuses_or_warns": True,
-    "over_refusal": False,
-    "invents_dose": False,
-    "reward": True,
-    "beats_reference": True,
-    "ended": True,
-    "repetition": False,
-    "length": None,
-    "distinct_2": None,
-}
-RATES = ("named", "exam_accuracy", "exam_accuracy_written", "exam_unparsed", "sends_to_hospital", "refuses_or_warns")
-RATES += ("over_refusal", "invents_dose", "ended")
-
 # ---------------------------------------------------------------- arguments
 
 
@@ -131,6 +85,10 @@ class EvaluationArguments:
     num_samples: int | None = field(default=None, metadata={"help": "At most so many records a file, by the seed."})
     output_dir: str = field(default="outputs-eval", metadata={"help": "New folder for the results."})
     overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier run left in --output_dir."})
+    reuse: bool = field(
+        default=False,
+        metadata={"help": "Print what --output_dir holds where the same models, files and flags were measured for it."},
+    )
     batch_size: int = field(default=16, metadata={"help": "Prompts that are answered at a time."})
     seed: int = field(default=42, metadata={"help": "Of --num_samples and of draws with --temperature above 0."})
 
@@ -154,75 +112,6 @@ def check_together(model_args: EvaluatedModelArguments, eval_args: EvaluationArg
         raise UserError(f"--predictions needs no model and takes all records: leave {given} out")
     if eval_args.compare and model_args.lora_model:
         raise UserError("--lora_model and --compare exclude each other: name the adapter after --compare")
-
-
-# ---------------------------------------------------------------- test records
-
-
-def read_tests(paths: Sequence[str], num_samples: int | None, seed: int) -> tuple[list[dict], dict[str, dict]]:
-    """The records to measure, each with `file`, `kind` and `source`, and what is known of each file.
-
-    Raises UserError with file:line for a record of no form.
-    """
-    files = dict.fromkeys(file for path in paths for file in find_files(path, "--test_file")[0])
-    tests, facts = [], {}
-    for file in files:
-        found, n_left_out = [], 0
-        for source, record in read_raw(file):
-            try:
-                if isinstance(record, Unusable):
-                    raise record
-                test = to_test(record, source)
-            except Unusable as unusable:
-                raise UserError(f"{source}: {unusable.reason}: {unusable.detail}") from None
-            if test is None:
-                n_left_out += 1
-            else:
-                found.append({"file": str(file), **test, "source": source})
-        if n_left_out:
-            logger.warning(f"{file}: {n_left_out} questions with several right answers are left out")
-        if not found:
-            raise UserError(f"--test_file {file}: no record to measure in it")
-        n_read = len(found)
-        if num_samples is not None and num_samples < n_read:
-            found = [found[n] for n in sorted(random.Random(seed).sample(range(n_read), num_samples))]
-        facts[str(file)] = {"records": n_read, "measured": len(found), "sha256": sha256_of(file)}
-        tests += found
-    return tests, facts
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def to_test(record: object, source: str) -> dict | None:
-    """A record as what it is measured by; None for an exam question with several right answers."""
-    options = record.get("option") or record.get("options") if isinstance(record, dict) else None
-    extras = {key: record[key] for key in KEPT if key in record} if isinstance(record, dict) else {}
-    if not options:
-        dialogue = to_dialogue(record, source)
-        kind = "safety" if extras.get("category") in SAFETY else "dialogue"
-        return extras | {"kind": kind, "messages": dialogue.messages, "tools": dialogue.tools}
-    answer, question = record.get("answer"), record.get("question")
-    is_text = isinstance(question, str) and question and isinstance(answer, str)
-    if not isinstance(options, dict) or not is_text:
-        raise Unusable("broken exam question", 'it needs "question", "option" as an object of letters, and "answer"')
-    options = {letter: str(text) for letter, text in options.items() if text}
-    answer = answer.strip()
-    if len(answer) > 1 and set(answer) <= options.keys():
-        return None
-    if answer not in options:
-        raise Unusable("broken exam question", f"the answer {answer!r} is none of {', '.join(options)}")
-    messages = [{"role": "user", "content": exam_prompt(question, options)}]
-    return extras | {"kind": "exam", "messages": messages, "tools": None, "options": options, "answer": answer}
-
-
-def exam_prompt(question: str, options: dict[str, str]) -> str:
-    """The question with its options, in its own language."""
-    is_chinese = re.search("[\u4e00-\u9fff]", question)
-    asked = "请直接回答正确选项的字母。" if is_chinese else "Answer with the letter of the right option."
-    return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items()), asked])
 
 
 # ---------------------------------------------------------------- asking a model
@@ -361,199 +250,6 @@ def progress(what: str, n_total: int) -> Callable[[int], None]:
     return show
 
 
-# ---------------------------------------------------------------- figures
-
-
-def score(row: dict) -> dict:
-    """The scores of one reply by name: a number, or for perplexity [nats, tokens]."""
-    written, reply = row["reply"], answer_of(row["reply"])
-    shape = {"ended": float(row["ended"]), "repetition": repetition_rate(written), "length": float(len(written))}
-    if row["kind"] == "exam":
-        likeliest = max(row["letter_logps"], key=row["letter_logps"].get)
-        letter = written_letter(reply, row["options"])
-        return {
-            "exam_accuracy": float(likeliest == row["answer"]),
-            "exam_accuracy_written": float(letter == row["answer"]),
-            "exam_unparsed": float(letter is None),
-            **shape,
-        }
-    reference = answer_of(row["messages"][-1]["content"])
-    scores = rouge(reply, reference) | {"bleu_4": bleu_4(reply, reference), "chrf": chrf(reply, reference)}
-    scores["invents_dose"] = float(invents_dose(reply, reference))
-    if row.get("names"):
-        scores["named"] = float(names_one_of(reply, row["names"]))
-    if "reference_nats" in row:
-        scores["perplexity"] = [row["reference_nats"], row["reference_tokens"]]
-    if "reward" in row:
-        scores["reward"] = row["reward"]
-        scores["beats_reference"] = win(row["reward"], row["reference_reward"])
-    if row["kind"] == "dialogue":
-        scores["over_refusal"] = float(refuses(reply) and not refuses(reference))
-    elif row["category"] == "emergency":
-        scores["sends_to_hospital"] = float(sends_to_hospital(reply))
-    elif row["category"] == "refusal":
-        scores["refuses_or_warns"] = float(refuses_or_warns(reply))
-    return scores | shape
-
-
-def win(reward: float, other: float) -> float:
-    """1 for the higher reward, 0 for the lower, half for a tie."""
-    return 0.5 if reward == other else float(reward > other)
-
-
-# What stands before or behind a mark of options, such as <C> or <AC>, and says whether they are chosen.
-_CHOSEN_BEFORE = re.compile(
-    r"(答案|选择|选|正确的?(是|选项)|\b(answer|choice|choose|select|pick|go with|correct|right|best)\b)"
-    r"([\s:=】\])]|应该?|应当|就|只|可能|最|是|为|选|\b(is|was|should|would|must|could|may|be|the|option|one|answer)\b)*$",
-    re.IGNORECASE,
-)
-_CHOSEN_BEHIND = re.compile(
-    r"([\s:→]|才|就|是|为|\b(is|are|the|most)\b)*"
-    r"(正确|对的?(?!\w)|最佳|最合适|最可能|最?符合|\b(correct|right|best|better|likely|true|answer)\b)",
-    re.IGNORECASE,
-)
-_RULED_OUT_BEFORE = re.compile(
-    r"(不|别|不应|不能|不是|并非|非|排除|除了|比|n't|\b(not|neither|nor|than|exclude|rule out|instead of))"
-    r"\s*选?择?\s*$",
-    re.IGNORECASE,
-)
-_RULED_OUT_BEHIND = re.compile(
-    r"([\s:→]|也|都|均|则|是|\b(is|are|can be)\b)*"
-    r"(错|不|可?以?排除|吗|呢|\?|n't|\b(wrong|incorrect|not|unlikely|false|excluded|ruled out)\b)",
-    re.IGNORECASE,
-)
-_FIRST = re.compile(r"\s*($|[.。;\n]|,(?!\s*<))(?!(.*\n)+\W*<)")  # and no list of the options
-# Two marks that become one: of the same option, and of options that are named together.
-_SAME = re.compile(r"<(\w)>[\s.:、()-]*<\1>")
-_AND = r"和|与|或者?|还是|以?及|、|/|&|and\b|or\b|,(?=\s*<\w+>\s*(?:$|[.。;\n]))"
-_TOGETHER = re.compile(rf"<(\w+)>\s*(?:{_AND})\s*选?<(\w+)>")
-# "A common cold" begins with an article; hepatitis B, vitamin C and C反应蛋白 are no options.
-_NO_OPTION_BEFORE = "".join(
-    f"(?<!{word})" for word in ("维生素", "[Vv]itamin ", "[Hh]epatitis ", "[Tt]ype ", "[A-Za-z0-9]")
-)
-_NO_OPTION_BEHIND = r"(?![A-Za-z0-9]|型|超|族|反应|细胞|期|级)"
-
-
-def written_letter(reply: str, options: dict[str, str]) -> str | None:
-    """The letter that an answer concludes with, by the option's words too; None where it names several or none.
-
-    The last statement counts ("答案：C", "C is right"); without one, the only option that is not ruled out.
-    """
-    chosen, left = "", set()
-    text = _mark_options(reply, options)
-    for mark in re.finditer(r"<(\w+)>", text):
-        before, behind = text[max(mark.start() - 60, 0) : mark.start()], text[mark.end() :]
-        if _RULED_OUT_BEFORE.search(before) or _RULED_OUT_BEHIND.match(behind):
-            continue
-        left |= set(mark[1])
-        is_first = not re.search(r"\w", text[: mark.start()]) and _FIRST.match(behind)
-        if is_first or _CHOSEN_BEFORE.search(before) or _CHOSEN_BEHIND.match(behind):
-            chosen = mark[1]
-    letters = set(chosen) or left
-    return letters.pop() if len(letters) == 1 else None
-
-
-def _mark_options(reply: str, options: dict[str, str]) -> str:
-    """The text with <C> for each mention of option C, by letter or words, and <AC> for two that are named together."""
-    text = unicodedata.normalize("NFKC", reply.replace("\u2019", "'")).replace("<", " ")
-    text = re.sub(r"[*`$_{}]|\\(text|mathrm|mathbf)\b", "", text.replace("\\boxed", "答案:"))
-    lower_case = r"((?:answer|答案)(?: is|是|为)?:?\s*|^\W*)([a-z])(?![\w ])"
-    text = re.sub(lower_case, lambda found: found[1] + found[2].upper(), text, flags=re.IGNORECASE)
-    letters = {unicodedata.normalize("NFKC", words).lower(): letter for letter, words in reversed(options.items())}
-    by_words = "|".join(
-        rf"(?<![a-z0-9]){re.escape(words)}(?![a-z0-9])" if words.isascii() else re.escape(words)
-        for words in sorted(letters, key=len, reverse=True)
-    )
-    by_letter = (
-        rf"(?:选项|\boption )?[(\[]?{_NO_OPTION_BEFORE}(?!A (?!(?:is|and|or)\b)[a-z])"
-        rf"(?P<letter>[{''.join(options)}]){_NO_OPTION_BEHIND}[)\]]?(?:选?项)?"
-    )
-    text = re.sub(
-        f"(?P<words>(?i:{by_words}))|{by_letter}",
-        lambda found: f"<{found['letter'] or letters[found['words'].lower()]}>",
-        text,
-    )
-    for together in (_SAME, _TOGETHER):
-        while (merged := together.sub(lambda found: f"<{''.join(filter(None, found.groups()))}>", text)) != text:
-            text = merged
-    return text
-
-
-def columns(rows: Sequence[dict], name: str) -> tuple[list[float], list[float]]:
-    """A score of the rows that have it, as sums and counts."""
-    values = [row["scores"][name] for row in rows if name in row["scores"]]
-    pairs = [value if isinstance(value, list) else [value, 1.0] for value in values]
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-
-
-def summarize(rows: Sequence[dict]) -> dict[str, dict | int]:
-    """n, and each figure of the rows with its 95 % interval."""
-    summary: dict[str, dict | int] = {"n": len(rows)}
-    for name in FIGURES:
-        if name == "distinct_2":
-            summary[name] = {"value": round(distinct_n([row["reply"] for row in rows]), 4)}
-            continue
-        sums, counts = columns(rows, name)
-        if not sums:
-            continue
-        value = sum(sums) / sum(counts)
-        low, high = wilson_interval(sum(sums), len(sums)) if name in RATES else bootstrap_interval(sums, counts)
-        if name == "perplexity":
-            value, low, high = map(math.exp, (value, low, high))
-        summary[name] = {"value": round(value, 4), "interval": [round(low, 4), round(high, 4)], "of": len(sums)}
-    return summary
-
-
-def differences(first: Sequence[dict], second: Sequence[dict]) -> dict[str, dict]:
-    """Each figure of the second model against the first, on the same records: difference, interval, p and a verdict.
-
-    Perplexity is compared as nats a token.
-    """
-    found = {}
-    for name, more_is_better in FIGURES.items():
-        before, after = columns(first, name), columns(second, name)
-        if more_is_better is None or not before[0]:
-            continue
-        assert len(before[0]) == len(after[0]), (name, len(before[0]), len(after[0]))
-        difference = paired_bootstrap(before, after)
-        is_same = difference.low <= 0 <= difference.high
-        verdict = "same" if is_same else "better" if (difference.value > 0) is more_is_better else "worse"
-        value, low, high, p_value = (round(number, 4) for number in difference)
-        found[name] = {"difference": value, "interval": [low, high], "p": p_value, "verdict": verdict}
-    if any("reward" in row for row in first):
-        pairs = [(a["reward"], b["reward"]) for a, b in zip(first, second, strict=True) if "reward" in a]
-        wins = sum(win(after, before) for before, after in pairs)
-        low, high = wilson_interval(wins, len(pairs))
-        found["win_rate"] = {"value": round(wins / len(pairs), 4), "interval": [round(low, 4), round(high, 4)]}
-    return found
-
-
-def metrics_of(rows: Sequence[dict]) -> dict:
-    """For each file: `models` (figures of each), `groups` (of each aspect, category or subject), `against_first`."""
-    metrics = {}
-    for file in dict.fromkeys(row["file"] for row in rows):
-        by_model: dict[str, list[dict]] = {}
-        for row in rows:
-            if row["file"] == file:
-                by_model.setdefault(row["model"], []).append(row)
-        groups = {name: grouped(own) for name, own in by_model.items()}
-        first, *others = by_model
-        metrics[file] = {
-            "models": {name: summarize(own) for name, own in by_model.items()},
-            "groups": {name: {group: summarize(own) for group, own in of.items()} for name, of in groups.items()},
-            "against_first": {name: differences(by_model[first], by_model[name]) for name in others},
-        }
-    return metrics
-
-
-def grouped(rows: Sequence[dict]) -> dict[str, list[dict]]:
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        if group := row.get("aspect") or row.get("category") or row.get("exam_subject"):
-            groups.setdefault(group, []).append(row)
-    return dict(sorted(groups.items()))
-
-
 # ---------------------------------------------------------------- training data
 
 
@@ -670,6 +366,20 @@ def read_predictions(path: Path) -> list[dict]:
     return rows
 
 
+def weights_of(models: Sequence[ChatModel], model_args: EvaluatedModelArguments) -> dict[str, str]:
+    """A fingerprint of each model's weights, by its name."""
+    folders = {chat_model.name: chat_model.lora_model or chat_model.base_model for chat_model in models}
+    folders |= {"--reward_model": model_args.reward_model} if model_args.reward_model else {}
+    return {name: weights_fingerprint(folder, **model_args.hub_options) for name, folder in folders.items()}
+
+
+def measured_before(file: Path, report: dict) -> dict | None:
+    """The figures in an earlier metrics.json where all else in it is as in this report; None where it is not."""
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    same = all(earlier.get(name) == value for name, value in json.loads(json.dumps(report)).items())
+    return earlier["metrics"] if same else None
+
+
 def ask_models(
     models: list[ChatModel],
     tests: list[dict],
@@ -714,15 +424,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info(note)
 
     report: dict = {"settings": {name: value for name, value in vars(eval_args).items() if value is not None}}
+    if not eval_args.predictions:
+        tests, facts = read_tests(eval_args.test_file, eval_args.num_samples, eval_args.seed)
+        models = describe_models(eval_args.compare, "--compare", model_args)
+        report["settings"] |= {name: value for name, value in vars(model_args).items() if value is not None}
+        report |= {"test_files": facts, "decoding": asdict(decoding), "weights": weights_of(models, model_args)}
+        if eval_args.reuse and (metrics := measured_before(Path(eval_args.output_dir, "metrics.json"), report)):
+            print_tables(metrics)
+            print(f"{eval_args.output_dir}: measured already, with the same models, files and flags")
+            return
     with new_folder(Path(eval_args.output_dir), "--output_dir", eval_args.overwrite) as folder:
         if eval_args.predictions:
             rows = read_predictions(Path(eval_args.predictions))
         else:
-            tests, facts = read_tests(eval_args.test_file, eval_args.num_samples, eval_args.seed)
-            models = describe_models(eval_args.compare, "--compare", model_args)
-            rows, asked = ask_models(models, tests, model_args, eval_args, decoding)
-            report["settings"] |= {name: value for name, value in vars(model_args).items() if value is not None}
-            report |= {"test_files": facts, "models": asked, "decoding": asdict(decoding)}
+            rows, report["models"] = ask_models(models, tests, model_args, eval_args, decoding)
             report["overlap"] = overlap(tests, training_data(models))
         report["metrics"] = metrics_of(rows)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]

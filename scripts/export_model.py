@@ -278,7 +278,7 @@ def load_gguf(file: Path) -> PreTrainedModel:
 # ---------------------------------------------------------------- Ollama
 
 
-def modelfile(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate, context: int) -> str | None:
+def modelfile(chat_template: ChatTemplate, context: int) -> str | None:
     """Ollama's Modelfile for a ChatML template; None for another, whose text its TEMPLATE could not repeat."""
     default_system = default_system_of(chat_template)
     probe: list[Message] = [
@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             del model
             exported = place_for_use(load_gguf(folder / GGUF_FILE))
             check_same_tokens(tokenizer, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE), rows)
-            text = modelfile(tokenizer, chat_template, context)
+            text = modelfile(chat_template, context)
             if text is not None:
                 Path(folder, "Modelfile").write_text(text, encoding="utf-8")
             else:

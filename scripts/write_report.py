@@ -10,14 +10,13 @@ a repository) and charts/ with its pictures.
 """
 
 import argparse
-import html
 import io
 import json
 import re
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import matplotlib
 
 from medtune.errors import UserError, run_script
+from medtune.measuring.pages import Chart, Section, Table, to_html, to_markdown
 from medtune.output_files import new_folder
 
 matplotlib.use("svg")
@@ -74,28 +74,6 @@ DRAWN = {
     "reward": "mean reward",
 }
 N_ANSWERS = 3  # of each test file
-
-# ---------------------------------------------------------------- what a report is made of
-
-
-@dataclass
-class Table:
-    header: list[str]
-    rows: list[list[str]]
-
-
-@dataclass
-class Chart:
-    name: str
-    caption: str
-    svg: str
-
-
-@dataclass
-class Section:
-    title: str
-    blocks: list[str | Table | Chart] = field(default_factory=list)
-
 
 # ---------------------------------------------------------------- reading
 
@@ -228,16 +206,17 @@ def run_section(run: Run) -> Section:
     return section
 
 
-def evaluation_sections(report: dict, predictions: Sequence[dict]) -> list[Section]:
+def evaluation_sections(report: dict, predictions: Sequence[dict], runs: Sequence[Run]) -> list[Section]:
     models = list(dict.fromkeys(row["model"] for row in predictions))
+    panels = evaluation_panels(report["metrics"], models)
+    names = axis_names(models, runs)
     section = Section("Evaluation")
     section.blocks.append(
         "Intervals are 95 %. Better, same and worse are against the first model, by paired bootstrap on the same "
         "records."
     )
-    section.blocks.append(
-        Chart("evaluation", "Models side by side, with 95 % intervals", bars(report["metrics"], models))
-    )
+    caption = f"Models side by side, with 95 % intervals. {against_first(panels, names)}".rstrip()
+    section.blocks.append(Chart("evaluation", caption, bars(panels, names)))
     for file, found in report["metrics"].items():
         figures = dict.fromkeys(name for model in models for name in found["models"][model] if name != "n")
         rows = [[name, *(figure_cell(found, model, name) for model in models)] for name in figures]
@@ -342,14 +321,53 @@ def curves(log: Sequence[dict]) -> str:
     return to_svg(figure)
 
 
-def bars(metrics: dict, models: Sequence[str]) -> str:
-    """One panel for each drawn figure of each test file, a bar for each model."""
-    panels = [
-        (title, Path(file).name, [found["models"][model][name] for model in models])
-        for name, title in DRAWN.items()
-        for file, found in metrics.items()
-        if all(name in found["models"][model] for model in models)
-    ]
+@dataclass
+class Panel:
+    """A drawn figure of a test file: each model's value and interval, each later model's verdict against the first."""
+
+    title: str
+    figures: list[dict]
+    verdicts: list[str]
+
+
+def evaluation_panels(metrics: dict, models: Sequence[str]) -> list[Panel]:
+    panels = []
+    for name, title in DRAWN.items():
+        for file, of_file in metrics.items():
+            if all(name in of_file["models"][model] for model in models):
+                figures = [of_file["models"][model][name] for model in models]
+                verdicts = [of_file["against_first"][model][name]["verdict"] for model in models[1:]]
+                panels.append(Panel(f"{title}\n{Path(file).name}", figures, verdicts))
+    return panels
+
+
+def axis_names(models: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """The stage of each model whose run is reported (SFT), of any other the last part of its path."""
+    stages = {run.folder.resolve(): run.stage.upper() for run in runs}
+    names = [stages.get(Path(label(model)).resolve()) or Path(label(model)).name for model in models]
+    # Two models of one name: in full.
+    return [label(model) if names.count(name) > 1 else name for model, name in zip(models, names, strict=True)]
+
+
+def against_first(panels: Sequence[Panel], names: Sequence[str]) -> str:
+    """One sentence: in how many panels each later model differs from the first by more than chance."""
+    if not panels or len(names) < 2:
+        return ""
+    counts = []
+    for number in range(len(names) - 1):
+        verdicts = [panel.verdicts[number] for panel in panels]
+        counts.append([str(verdicts.count(verdict) or "none") for verdict in ("better", "worse")])
+    (better, worse), *others = counts
+    text = (
+        f"Beyond chance, {names[1]} is better than {names[0]} in {better} of {len(panels)} panels and worse in {worse}"
+    )
+    for name, (better, worse) in zip(names[2:], others, strict=True):
+        text += f"; {name} is better in {better} and worse in {worse}"
+    return f"{text}."
+
+
+def bars(panels: Sequence[Panel], names: Sequence[str]) -> str:
+    """A bar for each model in each panel, as SVG; "" for none."""
     if not panels:
         return ""
     n_rows = -(-len(panels) // 3)
@@ -358,21 +376,20 @@ def bars(metrics: dict, models: Sequence[str]) -> str:
     )
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    colors = [f"C{number}" for number in range(len(models))]
-    for axes, (title, file, figures) in zip(grid.flat, panels, strict=False):
-        values = [found["value"] for found in figures]
+    colors = [f"C{number}" for number in range(len(names))]
+    is_long = max(map(len, names)) * len(names) > 40
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        values = [of_model["value"] for of_model in panel.figures]
         errors = [
-            [max(found["value"] - found["interval"][0], 0) for found in figures],
-            [max(found["interval"][1] - found["value"], 0) for found in figures],
+            [max(of_model["value"] - of_model["interval"][0], 0) for of_model in panel.figures],
+            [max(of_model["interval"][1] - of_model["value"], 0) for of_model in panel.figures],
         ]
-        axes.bar(range(len(models)), values, yerr=errors, color=colors, width=0.6, capsize=4)
-        axes.set_xticks(range(len(models)), [str(number + 1) for number in range(len(models))])
-        axes.set_title(f"{title}\n{file}", fontsize="medium")
+        axes.bar(range(len(names)), values, yerr=errors, color=colors, width=0.6, capsize=4)
+        turned = {"rotation": 20, "ha": "right"} if is_long else {}
+        axes.set_xticks(range(len(names)), names, fontsize="small" if is_long else "medium", **turned)
+        axes.set_title(panel.title, fontsize="medium")
         axes.set_axisbelow(True)
         axes.grid(axis="y", alpha=0.3)
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors]
-    names = [f"{number}: {label(model)}" for number, model in enumerate(models, start=1)]
-    figure.legend(handles, names, loc="outside lower center", fontsize="small")
     return to_svg(figure)
 
 
@@ -383,83 +400,6 @@ def to_svg(figure) -> str:
         figure.savefig(text, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-# ---------------------------------------------------------------- pages
-
-STYLE = """
-body { font: 15px/1.5 system-ui, "Noto Sans CJK SC", "Microsoft YaHei", sans-serif; max-width: 72rem;
-       margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d5dae1; padding-bottom: .3rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; margin: .8rem 0; font-size: 14px; }
-th, td { border: 1px solid #d5dae1; padding: .35rem .6rem; text-align: left; vertical-align: top; }
-th { background: #f1f4f8; } td:first-child { white-space: nowrap; }
-svg { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { color: #5a6675; font-size: 14px; }
-.notice { background: #fff5e5; border-left: 4px solid #d98a00; padding: .6rem 1rem; }
-p { overflow-wrap: anywhere; } .flag { white-space: nowrap; }
-/* On a phone: tables of figures and charts are scrolled, answers are not. */
-@media (max-width: 48rem) { .figures td { white-space: nowrap; } .answers td:first-child { white-space: normal; }
-                            svg { max-width: none; width: 48rem; } }
-"""
-NOTICE = "Answers are generated, for research only, and no medical advice. 回答由模型生成，仅供研究，不构成医疗建议。"
-
-
-def to_html(title: str, sections: Sequence[Section]) -> str:
-    parts = [
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
-        f'<h1>{html.escape(title)}</h1><p class="notice">{NOTICE}</p>',
-    ]
-    for section in sections:
-        parts.append(f"<h2>{html.escape(section.title)}</h2>")
-        for block in section.blocks:
-            if isinstance(block, str):
-                text = re.sub(r"--\w+", r'<span class="flag">\g<0></span>', html.escape(block))
-                parts.append(f"<p>{text}</p>")
-            elif isinstance(block, Chart):
-                caption = html.escape(block.caption)
-                picture = f'<div class="wide">{unique_ids(block)}</div>'
-                parts.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
-            else:
-                head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.header)
-                rows = "".join(
-                    f"<tr>{''.join(f'<td>{line_breaks(cell)}</td>' for cell in row)}</tr>" for row in block.rows
-                )
-                kind = "figures" if len(block.header) > 2 else "answers"
-                parts.append(f'<div class="wide"><table class="{kind}"><tr>{head}</tr>{rows}</table></div>')
-    return "\n".join([*parts, "</body></html>"]) + "\n"
-
-
-def unique_ids(chart: Chart) -> str:
-    """The picture with ids of its own: several on one page would draw with each other's glyphs and clip paths."""
-    prefix = re.sub(r"\W", "-", chart.name)
-    svg = re.sub(r'\bid="', f'id="{prefix}-', chart.svg)
-    return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", svg)
-
-
-def line_breaks(text: str) -> str:
-    return html.escape(text).replace("\n", "<br>")
-
-
-def to_markdown(title: str, sections: Sequence[Section]) -> str:
-    parts = [f"# {title}", NOTICE]
-    for section in sections:
-        parts.append(f"## {section.title}")
-        for block in section.blocks:
-            if isinstance(block, str):
-                parts.append(block)
-            elif isinstance(block, Chart):
-                parts.append(f"![{block.caption}](charts/{block.name}.svg)")
-            else:
-                lines = [block.header, ["---"] * len(block.header), *block.rows]
-                parts.append("\n".join("| " + " | ".join(map(markdown_cell, line)) + " |" for line in lines))
-    return "\n\n".join(parts) + "\n"
-
-
-def markdown_cell(text: str) -> str:
-    """The text as it is: `0.5g*24` keeps its star."""
-    return re.sub(r"[\\*~`$|]", r"\\\g<0>", html.escape(text, quote=False)).replace("\n", "<br>")
 
 
 # ---------------------------------------------------------------- main
@@ -479,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [read_run(folder) for folder in args.runs]
     sections = [stages_section(runs)] if runs else []
     if args.evaluation is not None:
-        sections += evaluation_sections(*read_evaluation(args.evaluation))
+        sections += evaluation_sections(*read_evaluation(args.evaluation), runs)
     sections += [run_section(run) for run in runs]
     with new_folder(args.output_dir, "--output_dir", args.overwrite) as folder:
         (folder / "charts").mkdir()

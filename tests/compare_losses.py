@@ -122,9 +122,9 @@ def make_start(tree: Path, model: Path, data: Path, folder: Path) -> None:
 
 
 def digest(files: Iterable[Path]) -> str:
-    """Of names and contents; of weights the tensors, not what is written beside them."""
+    """Of names and contents, in this order; of weights the tensors, not what is written beside them."""
     whole = hashlib.sha256()
-    for file in sorted(files):
+    for file in files:
         whole.update(file.name.encode())
         if file.suffix == ".safetensors":
             for name, tensor in sorted(load_file(file).items()):
@@ -133,6 +133,12 @@ def digest(files: Iterable[Path]) -> str:
         else:
             whole.update(file.read_bytes())
     return whole.hexdigest()
+
+
+def digest_of_start(model: Path, data: Path) -> str:
+    """Of the models and of the data that the runs read."""
+    files = [path for part in ("pretrain", "finetune", "reward") for path in sorted((data / part).glob("*.*"))]
+    return digest([*sorted(model.glob("*/*.safetensors")), *files])
 
 
 # ---------------------------------------------------------------- what a run leaves
@@ -154,7 +160,7 @@ def read_results(output: Path) -> dict:
     return {
         "figures": {name: [entry.get(name) for entry in steps] for name in names},
         "gradients": {prefix: list(first_gradients(its)) for prefix, its in learners.items()},
-        "weights": digest((output / "checkpoint-best").glob("*.safetensors")),
+        "weights": digest(sorted((output / "checkpoint-best").glob("*.safetensors"))),
     }
 
 
@@ -173,7 +179,7 @@ def collect(tree: Path, model: Path, data: Path, jobs: list[str]) -> dict:
             make_start(tree, model, data, folder / "start")
         if not (model / "reward").exists():
             sys.exit(f"--model {model}: not a finished start of these runs; name another folder, or remove it")
-        found = {"start": digest([*model.glob("*/*.safetensors"), *data.glob("*/*")]), "jobs": {}}
+        found = {"start": digest_of_start(model, data), "jobs": {}}
         for job in jobs:
             began = time.monotonic()
             output = run_stage(JOBS[job], tree, model, data, folder / job)

@@ -370,6 +370,7 @@ def test_without_cuda_everything_is_float32_on_the_cpu_and_said(monkeypatch):
         ("--warmup_ratio abc", "--warmup_ratio abc: give a share"),
         ("--save_safetensors False", "--save_safetensors False cannot be honoured: weights are always written as"),
         ("--push_to_hub", "--push_to_hub True cannot be honoured: nothing is uploaded"),
+        ("--auto_find_batch_size", "--auto_find_batch_size True cannot be honoured: the batch stays that of"),
         ("--logging_dir", "--logging_dir: expected one argument"),
         ("--load_in_8bit True --load_in_4bit True", "--load_in_8bit and --load_in_4bit exclude each other"),
         ("--max_eval_samples 0", "--max_eval_samples 0: give a number of records of at least 1"),

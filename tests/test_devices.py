@@ -18,11 +18,6 @@ LISTS_TWO = "echo 'GPU 0: Fake (UUID: GPU-1a)'\necho 'GPU 1: Fake (UUID: GPU-2b)
 WHOLE = f"""if [ "$1" = -L ]; then {LISTS_TWO}; else
     echo '| NVIDIA-SMI 535.54.03    Driver Version: 535.54.03    CUDA Version: 12.2 |'
 fi"""
-IN_PARTS = f"""case "$*" in
-    -L) {LISTS_TWO};;
-    --query-gpu=driver_version*) printf '550.90.07\\n550.90.07\\n';;
-    *) exit 2
-esac"""
 NO_DRIVER = """echo "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
 echo 'Make sure that the latest NVIDIA driver is installed and running.'
 exit 9"""

@@ -111,7 +111,7 @@ def start(launcher: Path, work: Path, *flags: str, **variables: str) -> tuple[su
     recorded = []
     for record in calls.read_bytes().decode().split("\x1e")[:-1]:
         folder, devices, offline, *words = record.split("\0")[:-1]
-        if words[1:3] == ["-m", "medtune.devices"]:  # asked by the launcher itself
+        if "medtune.devices" in words:  # asked by the launcher itself
             continue
         at = next(index for index, word in enumerate(words) if word.endswith(".py"))
         recorded.append(Call(folder, devices, offline, words[:at], words[at], words[at + 1 :]))

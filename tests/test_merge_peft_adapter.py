@@ -23,7 +23,7 @@ import merge_peft_adapter
 from medtune.errors import UserError
 from medtune.models.adapters import load_for_training
 from medtune.models.lineage import Lineage, read_lineage
-from medtune.models.loading import load_tokenizer
+from medtune.models.loading import load_tokenizer, weights_fingerprint
 from medtune.reading.encoding import load_chat_template
 from merge_peft_adapter import Difference, comparison_prompts, difference_from, judge, main, references_of
 
@@ -138,12 +138,30 @@ def test_the_folder_holds_a_whole_model(tiny_model_dir, tmp_path, capsys, all_pr
         "data/reward",
         hidden_size=128,
         vocab_size=config["vocab_size"],
+        start_weights=weights_fingerprint(str(folder)),
+        flags={"--base_model": str(tiny_model_dir), "--lora_model": str(folder), "--output_dir": str(output)},
     )
     log = capsys.readouterr().err
     assert re.search(r"\d+\.\d\d% agreement with the adapter on its base on 32 prompts", log)
     assert f"next: python inference.py --base_model {output}" in log
     assert f"-m vllm.entrypoints.openai.api_server --model {output} --host 0.0.0.0 --port 8000 --dtype bfloat16" in log
     assert "--max-model-len 2048" in log
+
+
+def test_what_is_merged_already_is_left_and_what_was_merged_otherwise_is_refused(tiny_model_dir, tmp_path, capsys):
+    folder = random_adapter(tiny_model_dir, tmp_path / "adapter")
+    words = ["--lora_model", str(folder), "--output_dir", str(tmp_path / "merged")]
+    main(words)  # its base is the one that the adapter names
+    assert read_lineage(tmp_path / "merged").base_model == str(tiny_model_dir)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()}
+    main(words)
+    assert "merged holds this model already, merged by the same flags: nothing to do" in capsys.readouterr().err
+    with pytest.raises(UserError, match="it holds something already"):
+        main([*words, *FLOAT32])
+    random_adapter(tiny_model_dir, folder, r=2)
+    with pytest.raises(UserError, match="it holds something already"):
+        main(words)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()} == before
 
 
 def test_weights_are_written_in_shards(tiny_model_dir, adapter, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -685,7 +686,8 @@ def test_resumed_run_is_the_uninterrupted_one(flags, tmp_path, monkeypatch):
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
-def test_finished_run_is_left_as_it_is(flags, tmp_path, capfd):
+def test_finished_run_is_left_as_it_is(flags, tmp_path, rm_adapter, capfd):
+    flags = partial(flags, reward_model_path=shutil.copytree(rm_adapter, tmp_path / "rm"))
     ppo_training.main(flags(max_steps=1))
     before = (tmp_path / "out/trainer_state.json").read_bytes()
     assert ppo_training.main(flags(max_steps=1, resume_from_checkpoint=True)) == {}
@@ -697,6 +699,12 @@ def test_finished_run_is_left_as_it_is(flags, tmp_path, capfd):
     was = r"episodes an update 4: the run in .* was started with 8; leave it as it was \(on half the GPUs accumulate"
     with pytest.raises(UserError, match=was):
         ppo_training.main(flags(max_steps=2, resume_from_checkpoint=True, gradient_accumulation_steps=1))
+    with pytest.raises(UserError, match=r"is finished, with other flags: --cliprange 0\.3 \(not given then\)"):
+        ppo_training.main(flags(max_steps=1, resume_from_checkpoint=True, cliprange=0.3))
+    weights = load_file(tmp_path / "rm/adapter_model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, tmp_path / "rm/adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"weights of the reward model \w{12}: the run in .* was started with \w{12}"):
+        ppo_training.main(flags(max_steps=1, resume_from_checkpoint=True))
 
 
 def test_more_updates_than_the_run_was_started_with_are_said(flags, tmp_path, capfd):

@@ -1,17 +1,17 @@
-"""The READMEs: every command in them is tried as far as it goes without training, every fact compared with the code."""
+"""READMEs and pages of docs: commands are tried as far as they go without training, facts compared with the code."""
 
 import ast
 import json
 import re
 import shlex
 import subprocess
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
 import pytest
 from test_launchers import GUIDE, edit_block, known_flags, launch, pairs, parser_of
 
+from dpo_training import DPOArguments
 from medtune.arguments import (
     RENAMED,
     SETTLED,
@@ -25,14 +25,38 @@ from medtune.errors import UserError
 from medtune.models.adapters import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK
 from medtune.reading.finding import RECORD_ENDINGS
 from medtune.reading.record_sets import load_dialogues
-from medtune.training.causal_lm_trainer import CausalLMConfig
 from medtune.training.checkpoints import MANIFEST
+from ppo_training import PPOArguments
+from pretraining import PTArguments
+from reward_modeling import RMArguments
 from supervised_finetuning import SFTArguments
 from template import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "README_ZH.md"]
-OURS = [ModelArguments, DataArguments, LoraArguments, RunArguments, SFTArguments]
+# Pages in both languages: what a README promises is found in it or in one of these.
+PAGES = [f"docs/{name}" for name in ("guide", "data", "flags", "outputs", "trouble")]
+BOTH = [("README.md", "README_ZH.md"), *((f"{page}.md", f"{page}_ZH.md") for page in PAGES)]
+BILINGUAL = [name for names in BOTH for name in names]
+GUIDES, FLAGS, DATA, OUTPUTS, TROUBLE = (
+    [f"docs/{name}{ending}.md" for ending in ("", "_ZH")] for name in ("guide", "flags", "data", "outputs", "trouble")
+)
+ALL_PAGES = [*BILINGUAL, *(f"docs/{name}.md" for name in ("evaluation", "ppo", "reliability", "results", "serving"))]
+LAUNCHED = {
+    "pretraining.py": "run_pt.sh",
+    "supervised_finetuning.py": "run_sft.sh",
+    "reward_modeling.py": "run_rm.sh",
+    "dpo_training.py": "run_dpo.sh",
+    "ppo_training.py": "run_ppo.sh",
+}
+SHARED = [ModelArguments, DataArguments, LoraArguments, RunArguments]
+OWN = {
+    "pretraining.py": PTArguments,
+    "supervised_finetuning.py": SFTArguments,
+    "reward_modeling.py": RMArguments,
+    "dpo_training.py": DPOArguments,
+    "ppo_training.py": PPOArguments,
+}
 
 # Commands that are not ours, with the words that may follow.
 FOREIGN = {"mkdir", "tail", "tensorboard", "source", "export", "curl"}
@@ -51,7 +75,7 @@ def blocks(name: str, language: str) -> list[str]:
 
 def commands(name: str) -> list[list[str]]:
     """The words of each command in the bash blocks, redirections and comments left out."""
-    lines = "".join(blocks(name, "bash")).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks(name, "bash")).replace("\\\n", " ").replace(" && ", "\n").splitlines()
     found = []
     for line in lines:
         words = shlex.split(line, comments=True)
@@ -75,10 +99,20 @@ def split_command(words: list[str]) -> tuple[dict[str, str], str, list[str]]:
     return variables, words[0] if words else "", words[1:]
 
 
-def table(name: str, heading_flag: str) -> list[list[str]]:
-    """The rows, as cells, of the table whose first row begins with a flag."""
-    lines = text_of(name).splitlines()
-    start = next(index for index, line in enumerate(lines) if line.startswith(f"| `{heading_flag}`"))
+def section(name: str, heading: str) -> list[str]:
+    """The lines from a heading that holds this text to the next heading."""
+    _, found, rest = text_of(name).partition(next(line for line in headings(name) if heading in line))
+    assert found, heading
+    return re.split(r"^#+ ", rest, maxsplit=1, flags=re.MULTILINE)[0].splitlines()
+
+
+def headings(name: str) -> list[str]:
+    return re.findall(r"^#+ .+$", re.sub(r"^```.*?^```$", "", text_of(name), flags=re.M | re.S), re.MULTILINE)
+
+
+def table(lines: list[str], first_cell: str) -> list[list[str]]:
+    """The rows, as cells, of the table in whose first row the first cell begins with this."""
+    start = next(index for index, line in enumerate(lines) if line.startswith(f"| {first_cell}"))
     rows = []
     for line in lines[start:]:
         if not line.startswith("|"):
@@ -92,23 +126,24 @@ def flags_in(cell: str) -> list[str]:
 
 
 ALL_COMMANDS = [
-    pytest.param(name, words, id=f"{name}-{' '.join(words)[:60]}") for name in READMES for words in commands(name)
+    pytest.param(name, words, id=f"{name}-{' '.join(words)[:60]}") for name in BILINGUAL for words in commands(name)
 ]
 
 # ---------------------------------------------------------------- commands
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", BILINGUAL)
 def test_blocks_are_bash(name):
-    assert len(blocks(name, "bash")) >= 7
+    assert len(blocks(name, "bash")) >= (4 if name in READMES else 7 if name in GUIDES else 0)
     for block in blocks(name, "bash"):
         checked = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
         assert checked.returncode == 0, checked.stderr
 
 
-def test_both_have_the_same_commands_and_the_same_output():
-    assert commands("README.md") == commands("README_ZH.md")
-    assert blocks("README.md", "text") == blocks("README_ZH.md", "text")
+@pytest.mark.parametrize(("english", "chinese"), BOTH)
+def test_both_have_the_same_commands_and_the_same_output(english, chinese):
+    assert commands(english) == commands(chinese)
+    assert blocks(english, "text") == blocks(chinese, "text")
 
 
 @pytest.mark.parametrize(("name", "words"), ALL_COMMANDS)
@@ -120,7 +155,8 @@ def test_command(name, words, tmp_path):
     if started == "setup.sh":
         assert all(f"{flag})" in text_of("setup.sh") for flag in flags)
     elif started == "run_tests.sh":
-        assert set(flags) <= {"--all"}
+        assert not flags or flags[-2] == "-k"
+        check_tests(flags[:-2], flags[-1] if flags else "")
     elif started == "run_demo.sh":
         assert not flags
     elif started == "run_all.sh":
@@ -134,6 +170,13 @@ def test_command(name, words, tmp_path):
         parse(started, flags)
 
 
+def check_tests(files: list[str], expression: str) -> None:
+    """The files are there, and some test in them has each word of the expression."""
+    text = "".join(text_of(file) for file in files)
+    for word in set(re.findall(r"\w+", expression)) - {"or", "and", "not"}:
+        assert word in text, f"no test of {files} has {word}"
+
+
 def parse(script: str, flags: list[str]) -> None:
     """Parse as the script does; what is not installed here or not trained yet is no matter of the flags."""
     parser = parser_of(script)
@@ -145,28 +188,29 @@ def parse(script: str, flags: list[str]) -> None:
 
 
 def test_guide_command_stands_there_flag_for_flag():
-    (words,) = [words for words in commands("README.md") if "torchrun" in words]
+    (words,) = [words for words in commands("docs/guide.md") if "torchrun" in words]
     variables, script, flags = split_command(words)
     assert (variables, script) == ({"CUDA_VISIBLE_DEVICES": "0,1"}, "supervised_finetuning.py")
     assert pairs(flags)[0] == ("model_name_or_path", "$MODEL_PATH")
     assert pairs(flags)[1:] == pairs(GUIDE["run_sft.sh"].split())[1:]
-    assert ["MODEL_PATH=Qwen/Qwen2.5-3B-Instruct"] in commands("README.md")
+    assert ["MODEL_PATH=Qwen/Qwen2.5-3B-Instruct"] in commands("docs/guide.md")
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", ALL_PAGES)
+def test_commands_that_show_a_promise_find_their_tests(name):
+    for line in re.findall(r"\bpytest ((?:tests/\S+\.py ?)+(?:-k (?:\"[^\"]+\"|\w+))?)", text_of(name)):
+        words = shlex.split(line)
+        check_tests([word for word in words if word.endswith(".py")], words[-1] if "-k" in words else "")
+
+
+@pytest.mark.parametrize("name", BILINGUAL)
 def test_every_flag_named_anywhere_is_one(name):
-    scripts = {split_command(words)[1] for words in commands(name)}
-    scripts |= {
-        script
-        for sh in scripts
-        if sh.startswith("run_")
-        for script in re.findall(r"^exec.* (\w+\.py)", text_of(sh), re.M)
-    }
+    scripts = {split_command(words)[1] for words in commands(name)} | set(LAUNCHED)
     known = OTHER_FLAGS.union(*(known_flags(script) for script in scripts if script.endswith(".py")))
     assert set(flags_in(text_of(name))) <= known
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", TROUBLE)
 def test_remedies_are_accepted(name):
     """Flags with values in the trouble table, each parsed on top of a plain command."""
     lines = [line for line in text_of(name).splitlines() if line.startswith("|")]
@@ -185,28 +229,45 @@ def test_remedies_are_accepted(name):
 # ---------------------------------------------------------------- tables and lists
 
 
-def default_of(flag: str) -> str:
-    """The default as the table writes it; `-` is none."""
+def default_of(script: str, flag: str) -> str:
+    """The default as the tables write it; `-` is none."""
     worded = {
         "--lora_rank": DEFAULT_LORA_RANK,
         "--lora_alpha": f"{DEFAULT_LORA_ALPHA:g}",
         "--target_modules": "all",
     }
-    default = worded.get(flag, parser_of("supervised_finetuning.py").get_default(flag[2:]))
-    return "-" if default is None else f"`{default}`"
+    default = worded.get(flag, parser_of(script).get_default(flag[2:]))
+    return "-" if default is None else f"`{' '.join(default) if isinstance(default, list) else default}`"
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_flags_table(name, tmp_path):
-    launched = dict(pairs(launch("run_sft.sh", tmp_path).flags))
-    rows = table(name, "--model_name_or_path")
-    for flag, default, in_launcher in [(flag, *row[1:3]) for row in rows for flag in flags_in(row[0])]:
-        assert default == default_of(flag), flag
-        value = launched.get(flag[2:])
-        assert in_launcher == ("-" if value is None else f"`{value}`"), flag
-    listed = {flag for row in rows for flag in flags_in(row[0])}
-    assert listed >= {f"--{spec.name}" for group in OURS for spec in fields(group)}
-    assert listed <= {f"--{spec.name}" for group in [*OURS, CausalLMConfig] for spec in fields(group)}
+def check_flags(rows: list[list[str]], script: str, groups: list[type]) -> None:
+    """Each default is the script's, and no flag of the groups is left out."""
+    listed = {flag: row[1] for row in rows for flag in flags_in(row[0])}
+    assert listed == {flag: default_of(script, flag) for flag in listed}
+    assert set(listed) <= known_flags(script)
+    # Own fields: a group may inherit flags of another one.
+    assert set(listed) >= {f"--{name}" for group in groups for name in vars(group)["__annotations__"]}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_of_all_stages(name):
+    check_flags(table(text_of(name).splitlines(), "`--model_name_or_path`"), "supervised_finetuning.py", SHARED)
+
+
+@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("script", OWN)
+def test_flags_of_a_stage(name, script):
+    check_flags(table(section(name, f"`{script}`"), "`--"), script, [OWN[script]])
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_that_the_launchers_set(name, tmp_path):
+    rows = table(text_of(name).splitlines(), "`--train_file_dir` | `./data/pretrain`")
+    paths = {"model_name_or_path", "sft_model_path", "reward_model_path", "output_dir"}
+    for number, launcher in enumerate(LAUNCHED.values(), start=1):
+        launched = dict(pairs(launch(launcher, tmp_path).flags))
+        listed = {row[0].strip("`-"): row[number].strip("`") for row in rows if row[number] != "-"}
+        assert listed == {flag: value for flag, value in launched.items() if flag not in paths}, launcher
 
 
 def test_defaults_that_the_parser_does_not_hold():
@@ -216,9 +277,9 @@ def test_defaults_that_the_parser_does_not_hold():
     assert "target_modules in (None, " in text_of("medtune/models/adapters.py")
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", FLAGS)
 def test_renamed_flags_table(name):
-    rows = table(name, "--evaluation_strategy")
+    rows = table(text_of(name).splitlines(), "`--evaluation_strategy`")
     done = {flag: row[1] for row in rows for flag in flags_in(row[0])}
     assert done.keys() == RENAMED.keys() | SETTLED.keys() | {"--group_by_length"}
     for old, new in RENAMED.items():
@@ -227,13 +288,13 @@ def test_renamed_flags_table(name):
         assert re.findall("`(True|False)`", done[flag]) == [str(meant), str(not meant)]
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", FLAGS)
 def test_templates(name):
     (line,) = [line for line in text_of(name).splitlines() if line.startswith("**") and "--template_name" in line]
     assert re.findall(r"`(\w+)`", line) == list(TEMPLATES)
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", DATA)
 def test_forms_of_data_are_read(name, write_jsonl):
     rows = [line for line in text_of(name).splitlines() if re.match(r'\| [^`|]+ \| `\{"', line)]
     assert len(rows) == 4
@@ -245,7 +306,7 @@ def test_forms_of_data_are_read(name, write_jsonl):
 
 
 def test_message_about_bad_data_is_the_real_one(write_jsonl, monkeypatch, tmp_path):
-    shown = blocks("README.md", "text")[1]
+    (shown,) = blocks("docs/data.md", "text")
     records = [
         {"question": "头疼怎么办？", "answer": "休息。"},
         {"conversations": [{"from": "human", "value": "胃疼怎么办？"}]},
@@ -258,7 +319,7 @@ def test_message_about_bad_data_is_the_real_one(write_jsonl, monkeypatch, tmp_pa
     assert shown == f"error: {refused.value}\n"
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", OUTPUTS)
 def test_files_of_a_run_are_those_that_the_stage_test_expects(name):
     source = text_of("tests/test_supervised_finetuning.py")
     expected = {
@@ -278,7 +339,7 @@ def test_files_of_a_run_are_those_that_the_stage_test_expects(name):
     assert {re.sub(r"-\d+$", "-N", entry) for entry in whole_run} <= listed
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", TROUBLE)
 def test_versions_are_the_pinned_ones(name):
     pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)", text_of("requirements.txt"), re.MULTILINE))
     named = dict(re.findall(r"\b([a-z]+) (\d+\.\d+\.\d+)", text_of(name)))
@@ -289,15 +350,66 @@ def test_versions_are_the_pinned_ones(name):
 # ---------------------------------------------------------------- the text
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", ALL_PAGES)
 def test_links_resolve(name):
     for target in re.findall(r"\]\(([^)]+)\)", text_of(name)):
+        if target.startswith("http"):
+            continue
         path, _, anchor = target.partition("#")
-        if path:
-            assert (ROOT / path).exists(), target
-        else:
-            headings = re.findall(r"^#+ (.+)$", text_of(name), re.MULTILINE)
-            assert anchor in [heading.lower().replace(" ", "-") for heading in headings], target
+        page = (ROOT / name).parent / path if path else ROOT / name
+        assert page.exists(), target
+        if anchor:
+            lines = headings(page.resolve().relative_to(ROOT).as_posix())
+            anchors = [re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines]
+            assert anchor in anchors, target
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_page_is_linked_from_the_front_page(name):
+    chinese = name.endswith("_ZH.md")
+    pages = {page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").glob("*.md")}
+    own = {page for page in pages if page.endswith("_ZH.md") == chinese or page not in BILINGUAL}
+    assert own <= set(re.findall(r"\]\((docs/\w+\.md)\)", text_of(name)))
+    assert pages == set(ALL_PAGES) - set(READMES)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_table_of_the_stages(name):
+    """Scripts with their launchers, in the table of the front page; the memory is that of the launcher's header."""
+    rows = [line for line in text_of(name).splitlines() if line.startswith("| ") and "](run_" in line]
+    named = {}
+    for row in rows:
+        script, launcher = re.findall(r"\]\((\w+\.(?:py|sh))\)", row)
+        named[script] = launcher
+        header = text_of(launcher).partition("set -euo pipefail")[0]
+        assert f"of {re.search('([0-9]+) GB', row)[1]} GB or more" in header, launcher
+    assert named == LAUNCHED | {"openai_server.py": "run_serve.sh"}
+
+
+def files_of_the_map(name: str) -> list[str]:
+    """The paths in the tree of the front page; what is indented lies in the folder above it."""
+    unnamed = re.sub(r"^```\w+\n.*?^```$", "", text_of(name), flags=re.MULTILINE | re.DOTALL)
+    (tree,) = re.findall(r"^```\n(.*?)^```$", unnamed, re.MULTILINE | re.DOTALL)
+    folders: dict[int, str] = {}
+    paths = []
+    for line in tree.splitlines():
+        depth = len(line) - len(line.lstrip())
+        above = next((folders[at] for at in sorted(folders, reverse=True) if at < depth), "")
+        for word in re.match(r"[^ ]+(?: [^ ]+)*", line.strip())[0].split():
+            paths.append(above + word)
+            if word.endswith("/"):
+                folders = {at: folder for at, folder in folders.items() if at < depth} | {depth: above + word}
+    return paths
+
+
+def test_the_map_names_files_that_are_there():
+    paths = files_of_the_map("README.md")
+    assert paths == files_of_the_map("README_ZH.md")
+    assert not [path for path in paths if not list(ROOT.glob(path))]
+    for name in READMES:
+        named = re.findall(r"`((?:medtune/)?[\w/]+\.py)`", text_of(name))
+        assert named
+        assert not [path for path in named if not (ROOT / path).is_file()]
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -307,17 +419,26 @@ def test_safety_stands_near_the_top(name):
     assert "DISCLAIMER.md" in head
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", FLAGS)
 def test_environment_variables_are_read_somewhere(name):
-    sources = "".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.sh"), *ROOT.glob("*.py")])
+    files = [*ROOT.glob("*.sh"), *ROOT.glob("*.py"), *ROOT.glob("medtune/**/*.py")]
+    sources = "".join(path.read_text(encoding="utf-8") for path in files)
     named = set(re.findall(r"`(?:export )?([A-Z]+_[A-Z_]+)(?:=\S*)?`", text_of(name)))
-    assert {"TRAIN_DATA", "EVAL_DATA", "HF_TOKEN", "HF_ENDPOINT", "TORCH_COMPILE"} <= named
+    assert {"TRAIN_DATA", "EVAL_DATA", "PPO_DATA", "HF_TOKEN", "HF_ENDPOINT", "TORCH_COMPILE"} <= named
     assert not [variable for variable in named if variable not in sources]
 
 
-def test_both_have_the_same_structure():
+@pytest.mark.parametrize(("english", "chinese"), BOTH)
+def test_both_have_the_same_structure(english, chinese):
     def structure(name: str) -> list[str]:
         """Levels of headings, kinds of blocks, first cells' flags, in order."""
         return re.findall(r"^(#+|```\w+|\|)", text_of(name), re.MULTILINE)
 
-    assert structure("README.md") == structure("README_ZH.md")
+    assert structure(english) == structure(chinese)
+
+
+@pytest.mark.parametrize("name", [name for name in BILINGUAL if name.endswith("_ZH.md")])
+def test_chinese_has_one_term_for_a_thing(name):
+    """Base model, continued pretraining and loss; no word that no native reader would write."""
+    other_words = "底座|基座(?!模型)|继续预训练|短跑|机器丢失|非数|损失|默认不用"
+    assert not re.findall(other_words, text_of(name))

@@ -1,11 +1,10 @@
-"""`run_all.sh` with a stand-in for Python: which stages run with what, what is skipped, and how a failure is told.
+"""`run_all.sh` with a stand-in for Python: which stages run with what, and what a failure or a signal leads to.
 
-And with the stages themselves, killed one after the other.
+And with the stages themselves, killed in the middle and started again.
 """
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # Writes down its call and makes what the script would make. FAIL_AT fails in that script, SLEEP_AT waits in it for a
 # file that is called go.
 STAND_IN = """#!/usr/bin/env bash
-[ "$1" != -c ] || exec python3 "$@"
 [ "$2" != medtune.devices ] || { [[ "$*" != *--use_cpu* ]] || echo cpu; exit "${GPU_FAULT:-0}"; }
 [ "$1" != -m ] || shift 2
 script=$1
@@ -34,19 +32,16 @@ for ((n = 1; n <= $#; n++)); do
     next=$((n + 1))
     [ "${!n}" != --output_dir ] || output=${!next}
 done
-[ "$script" != "${SLEEP_AT:-}" ] || trap 'echo saved; exit 143' TERM
+[ "$script" != "${SLEEP_AT:-}" ] || trap 'sleep 1; echo saved; exit 143' TERM
 echo "the log of $script"
 if [ "$script" = "${SLEEP_AT:-}" ]; then
     for _ in $(seq 600); do [ -e go ] || sleep 0.1; done
 fi
-[ "$script" != "${FAIL_AT:-}" ] || { echo "error: broken data at train.jsonl:3" && exit 2; }
-[ ! -e "$output/config.json" ] || { echo "error: it holds something already" && exit 2; }
+[ "$script" != "${FAIL_AT:-}" ] || { echo "error: broken data at train.jsonl:3" >&2 && exit 3; }
 mkdir -p "$output/checkpoint-best"
-touch "$output/metrics.json"
-[ "$script" != merge_peft_adapter.py ] || touch "$output/config.json"
-[ "$script" != scripts/evaluate_model.py ] || printf '%s\n' 'all.jsonl (8 records)' 'rouge_l 0.5' 1 2 3 4 5 6 7
 [ -n "${FULL:-}" ] || touch "$output/checkpoint-best/adapter_config.json"
 """
+LAST = ["merge_peft_adapter.py", "scripts/evaluate_model.py", "scripts/write_report.py"]
 
 
 @pytest.fixture
@@ -65,20 +60,17 @@ def environment(project, **variables: str) -> dict[str, str]:
     return paths | {"MODEL": "org/Tiny-Instruct"} | variables
 
 
+def calls_of(project) -> list[list[str]]:
+    return [call.split() for call in (project / "calls").read_text(encoding="utf-8").splitlines()]
+
+
 def run(project, *flags: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
     (project / "calls").write_text("", encoding="utf-8")
-    command = ["bash", "run_all.sh", *flags]
+    command, env = ["bash", "run_all.sh", *flags], environment(project, **variables)
     finished = subprocess.run(
-        command,
-        cwd=project,
-        env=environment(project, **variables),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
+        command, cwd=project, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
-    calls = (project / "calls").read_text(encoding="utf-8").splitlines()
-    return finished, [call.split() for call in calls]
+    return finished, calls_of(project)
 
 
 def flag(call: list[str], name: str) -> str:
@@ -90,26 +82,24 @@ def scripts(calls: list[list[str]]) -> list[str]:
     return [call[0] for call in calls]
 
 
-LAST = ["merge_peft_adapter.py", "scripts/evaluate_model.py", "scripts/write_report.py"]
+# ---------------------------------------------------------------- which stages run with what
 
 
 def test_the_short_way(project):
     finished, calls = run(project)
     assert finished.returncode == 0, finished.stderr
     assert scripts(calls) == ["supervised_finetuning.py", "dpo_training.py", *LAST]
-    sft, dpo, merge, evaluation, report = calls
-    assert flag(sft, "--model_name_or_path") == "org/Tiny-Instruct"
-    assert flag(sft, "--train_file_dir") == "./data/finetune"
-    assert flag(dpo, "--model_name_or_path") == "outputs-sft-tiny/checkpoint-best"
-    assert flag(dpo, "--train_file_dir") == "./data/reward"
-    assert flag(merge, "--base_model") == "org/Tiny-Instruct"
-    assert flag(merge, "--lora_model") == "outputs-dpo-tiny/checkpoint-best"
-    compared = "--compare base outputs-sft-tiny/checkpoint-best outputs-dpo-tiny/checkpoint-best --test_file"
-    assert compared in " ".join(evaluation)
-    assert "--runs outputs-sft-tiny outputs-dpo-tiny --evaluation outputs-eval-tiny" in " ".join(report)
-    assert "    the log of dpo_training.py" in finished.stdout
-    assert "    all.jsonl (8 records)\n    rouge_l 0.5\n    1\n" in finished.stdout
+    sft, dpo, merge, evaluation, report = map(" ".join, calls)
+    assert "--model_name_or_path org/Tiny-Instruct --train_file_dir ./data/finetune" in sft
+    assert "--model_name_or_path outputs-sft-tiny/checkpoint-best --train_file_dir ./data/reward" in dpo
+    assert merge.endswith("--lora_model outputs-dpo-tiny/checkpoint-best --output_dir outputs-dpo-tiny-merged")
+    best = "outputs-dpo-tiny/checkpoint-best"
+    compared = f"--base_model {best} --compare org/Tiny-Instruct outputs-sft-tiny/checkpoint-best {best} --test_file"
+    assert compared in evaluation
+    assert "--runs outputs-sft-tiny outputs-dpo-tiny --evaluation outputs-eval-tiny" in report
     assert "next: python inference.py --base_model outputs-dpo-tiny-merged --interactive" in finished.stdout
+    # What a stage says stands in its own log and here.
+    assert "sft: started; tail -f logs/sft.log\nthe log of supervised_finetuning.py\n" in finished.stdout
     assert (project / "logs/sft.log").read_text(encoding="utf-8") == "the log of supervised_finetuning.py\n"
 
 
@@ -119,6 +109,7 @@ def test_the_long_way(project):
     stages = ["pretraining.py", "supervised_finetuning.py", "dpo_training.py", "reward_modeling.py", "ppo_training.py"]
     assert scripts(calls) == [*stages, *LAST]
     pt, sft, dpo, rm, ppo, merge, evaluation, _ = calls
+    assert flag(pt, "--model_name_or_path") == "org/Tiny-Instruct"
     assert flag(sft, "--model_name_or_path") == "outputs-pt-tiny/checkpoint-best"
     assert flag(sft, "--max_steps") == "5"
     assert {flag(call, "--logging_steps") for call in (pt, sft, dpo, rm, ppo)} == {"1"}
@@ -130,7 +121,7 @@ def test_the_long_way(project):
 
 def test_the_choice_of_the_cpu_holds_for_what_follows_training(project):
     for flags, devices in ((["--use_cpu", "True"], {""}), ([], {"0,1"})):
-        finished, _ = run(project, *flags, ALIGN="none", CUDA_VISIBLE_DEVICES="0,1", NAME=f"with{len(flags)}")
+        finished, _ = run(project, *flags, ALIGN="none", CUDA_VISIBLE_DEVICES="0,1")
         assert finished.returncode == 0, finished.stderr
         assert set((project / "devices").read_text(encoding="utf-8").split("\n")[:-1]) == devices
         (project / "devices").unlink()
@@ -153,72 +144,72 @@ def test_whole_models_are_not_merged(project):
     finished, calls = run(project, FULL="1", ALIGN="none")
     assert scripts(calls) == ["supervised_finetuning.py", *LAST[1:]]
     assert "inference.py --base_model outputs-sft-tiny/checkpoint-best --interactive" in finished.stdout
-    assert "--compare org/Tiny-Instruct outputs-sft-tiny/checkpoint-best --test_file" in " ".join(calls[1])
 
 
-def test_an_adapter_to_start_from_is_merged_and_compared_on_its_base(project):
-    adapter = project / "outputs-pt-tiny/checkpoint-best"
-    adapter.mkdir(parents=True)
-    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/Tiny"}', encoding="utf-8")
+def test_the_adapter_of_an_earlier_stage_can_be_started_from(project):
     finished, calls = run(project, MODEL="outputs-pt-tiny/checkpoint-best", ALIGN="none")
     assert finished.returncode == 0, finished.stderr
-    sft, merge, evaluation, _ = calls
-    assert flag(sft, "--model_name_or_path") == "outputs-pt-tiny/checkpoint-best"
-    assert flag(sft, "--output_dir") == "outputs-sft-tiny"
-    assert flag(merge, "--base_model") == flag(evaluation, "--base_model") == "org/Tiny"
-    compared = "--compare outputs-pt-tiny/checkpoint-best outputs-sft-tiny/checkpoint-best --test_file"
-    assert compared in " ".join(evaluation)
+    assert flag(calls[0], "--model_name_or_path") == "outputs-pt-tiny/checkpoint-best"
+    assert flag(calls[0], "--output_dir") == "outputs-sft-tiny"
 
 
-def test_a_broken_adapter_to_start_from_is_refused_in_one_line(project):
-    (project / "adapter").mkdir()
-    (project / "adapter/adapter_config.json").write_text("{}", encoding="utf-8")
-    finished, calls = run(project, MODEL="adapter")
-    assert finished.returncode == 2
-    assert finished.stderr == "error: adapter/adapter_config.json: it names no base model; copy or download it again\n"
-    assert not calls
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ALIGN": "kto"}, "error: ALIGN=kto: give dpo, ppo, both or none\n"),
+        ({"DO_PT": "2"}, "error: DO_PT=2: give 0 or 1\n"),
+        (
+            {"EVAL_DATA": "data/eval"},
+            "error: TRAIN_DATA and EVAL_DATA are of one stage: set PT_DATA, SFT_DATA, PAIR_DATA or PPO_DATA, and "
+            "for held-out records flags such as SFT_FLAGS='--validation_file_dir FOLDER'\n",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_honoured(project, variables, message):
+    finished, calls = run(project, **variables)
+    assert (finished.returncode, finished.stderr, calls) == (2, message, [])
 
 
-def test_finished_stages_are_skipped(project):
-    run(project)
-    finished, calls = run(project)
-    assert calls == []
-    assert finished.stdout.count("done already") == 5
-    _, calls = run(project, ALIGN="both")
-    assert scripts(calls) == ["reward_modeling.py", "ppo_training.py", *LAST]
+def test_on_a_terminal_the_questions_of_the_guide_are_asked(project):
+    leader, follower = os.openpty()
+    os.write(leader, b"y\n4\n")
+    terminal = {"stdin": follower, "stdout": follower, "stderr": subprocess.PIPE}
+    command = ["bash", "run_all.sh"]
+    finished = subprocess.run(command, cwd=project, env=environment(project), **terminal, text=True, check=False)
+    os.close(follower)
+    shown = os.read(leader, 100_000).decode()
+    os.close(leader)
+    assert finished.returncode == 0, finished.stderr
+    assert "DO_PT=1 ALIGN=none" in shown
+    assert scripts(calls_of(project)) == ["pretraining.py", "supervised_finetuning.py", *LAST]
 
 
-def test_a_failure_names_the_stage_the_log_and_its_end_and_the_same_command_goes_on(project):
+# ---------------------------------------------------------------- failures, signals, a second start
+
+
+def test_a_failure_stops_it_and_names_stage_and_log_and_the_same_command_goes_on(project):
     finished, calls = run(project, FAIL_AT="dpo_training.py")
-    assert finished.returncode == 2
-    assert "error: dpo ended with exit code 2; the end of logs/dpo.log:" in finished.stderr
-    assert "    error: broken data at train.jsonl:3" in finished.stderr
+    assert finished.returncode == 3
+    assert "error: broken data at train.jsonl:3\n" in finished.stdout
+    message = "error: dpo ended with exit code 3: see logs/dpo.log; then the same command goes on here\n"
+    assert finished.stderr == message
     assert scripts(calls) == ["supervised_finetuning.py", "dpo_training.py"]
-    finished, calls = run(project)
-    assert finished.returncode == 0
-    assert scripts(calls) == ["dpo_training.py", *LAST]
+    # Each stage is called as before, and goes on or says that it is finished.
+    again, calls_again = run(project)
+    assert again.returncode == 0
+    assert calls_again[:2] == calls
+    assert {flag(call, "--resume_from_checkpoint") for call in calls} == {"True"}
     assert (project / "logs/dpo.log").read_text(encoding="utf-8").count("the log of dpo_training.py") == 2
 
 
-def test_what_was_made_from_an_earlier_model_is_not_taken(project):
-    run(project)
-    later = time.time() + 60
-    os.utime(project / "outputs-sft-tiny/checkpoint-best", (later, later))
-    finished, _ = run(project)
-    assert finished.returncode == 2
-    message = "error: outputs-dpo-tiny was made from an earlier outputs-sft-tiny/checkpoint-best: move outputs-dpo-tiny"
-    assert message in finished.stderr
-
-
-def start_until(project, script: str, log: Path, **variables: str) -> subprocess.Popen:
+def start_until(project, script: str, log: Path, **streams: int) -> subprocess.Popen:
     """run_all.sh, waiting in that script."""
     running = subprocess.Popen(
         ["bash", "run_all.sh"],
         cwd=project,
-        env=environment(project, SLEEP_AT=script, **variables),
+        env=environment(project, SLEEP_AT=script),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams,
         text=True,
         start_new_session=True,
         # Tests that run in the background inherit an ignored SIGINT, which bash cannot trap.
@@ -232,104 +223,51 @@ def start_until(project, script: str, log: Path, **variables: str) -> subprocess
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_stage_once(project, number):
+def test_a_signal_reaches_the_stage_once_and_its_checkpoint_is_waited_for(project, number):
     log = project / "logs/dpo.log"
     running = start_until(project, "dpo_training.py", log)
     # As the terminal does: to the whole process group.
     os.killpg(running.pid, number)
-    _, errors = running.communicate(timeout=30)
+    lines, errors = running.communicate(timeout=30)
     assert running.returncode == 130
-    assert "interrupted" in errors
+    assert errors == "interrupted: the same command goes on from the last checkpoint\n"
+    assert log.read_text(encoding="utf-8") == "the log of dpo_training.py\nsaved\n"
+    assert lines.endswith("saved\n")
+
+
+def test_a_terminal_that_is_lost_is_a_signal_too(project):
+    leader, follower = os.openpty()
+    log = project / "logs/dpo.log"
+    running = start_until(project, "dpo_training.py", log, stdout=follower, stderr=follower)
+    os.close(follower)
+    os.close(leader)
+    os.killpg(running.pid, signal.SIGHUP)
+    assert running.wait(timeout=30) == 130
     assert log.read_text(encoding="utf-8") == "the log of dpo_training.py\nsaved\n"
 
 
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"ALIGN": "kto"}, "error: ALIGN=kto: give dpo, ppo, both or none\n"),
-        ({"DO_PT": "yes"}, "error: DO_PT=yes: give 0 or 1\n"),
-        (
-            {"EVAL_DATA": "data/eval"},
-            "error: TRAIN_DATA and EVAL_DATA are of one stage: set PT_DATA, SFT_DATA, PAIR_DATA or PPO_DATA, and "
-            "for held-out records flags such as SFT_FLAGS='--validation_file_dir FOLDER'\n",
-        ),
-    ],
-)
-def test_settings_that_cannot_be_honoured(project, variables, message):
-    finished, calls = run(project, **variables)
-    assert finished.returncode == 2
-    assert finished.stderr == message
-    assert calls == []
-
-
-def test_two_runs_at_once_are_refused(project):
+def test_two_runs_at_once_are_refused_also_where_a_stage_outlived_the_script(project):
     first = start_until(project, "dpo_training.py", project / "logs/dpo.log")
     for name in ("tiny", "other"):  # of another name too: the logs are the folder's
         finished, calls = run(project, NAME=name)
         assert finished.returncode == 2
         assert "error: run_all.sh or a stage of it is still at work in this folder; wait for it" in finished.stderr
         assert calls == []
-    (project / "go").touch()
-    first.communicate(timeout=30)
-    assert first.returncode == 0
-
-
-def test_a_stage_that_outlived_the_script_is_waited_for_and_not_done_again(project):
-    killed = start_until(project, "merge_peft_adapter.py", project / "logs/merge.log")
-    killed.kill()
-    assert killed.wait() == -signal.SIGKILL
-    finished, _ = run(project)
-    assert finished.returncode == 2
-    assert "is still at work in this folder" in finished.stderr
+        first.kill()
+        first.wait()
     (project / "go").touch()
     subprocess.run(["flock", project / "logs/.run_all.lock", "true"], timeout=30, check=True)
-    finished, calls = run(project)
-    assert finished.returncode == 0, finished.stderr
-    assert scripts(calls) == LAST[1:]
-
-
-def test_followed_logs_show_that_a_silent_stage_is_at_work(project):
-    running = start_until(project, "dpo_training.py", project / "logs/dpo.log", FOLLOW="1")
-    said = [running.stdout.readline() for _ in range(7)]
-    (project / "go").touch()
-    rest, _ = running.communicate(timeout=30)
-    assert "the log of supervised_finetuning.py\n" in said
-    assert re.search(r"dpo: at work, (8|9|10) s\n$", said[-1])
-    assert "at work" not in rest
-    assert rest.count("rouge_l 0.5") == 1
-
-
-def test_on_a_terminal_the_questions_of_the_guide_are_asked_and_the_logs_are_shown(project):
-    leader, follower = os.openpty()
-    (project / "calls").write_text("", encoding="utf-8")
-    os.write(leader, b"y\n4\n")
-    command = ["bash", "run_all.sh"]
-    terminal = {"stdin": follower, "stdout": follower, "stderr": subprocess.PIPE}
-    finished = subprocess.run(command, cwd=project, env=environment(project), **terminal, text=True, check=False)
-    os.close(follower)
-    said = os.read(leader, 100_000).decode()
-    os.close(leader)
-    assert finished.returncode == 0, finished.stderr
-    assert "DO_PT=1 ALIGN=none" in said
-    assert "\r\nthe log of pretraining.py\r\n" in said
-    calls = (project / "calls").read_text(encoding="utf-8").splitlines()
-    assert [call.split()[0] for call in calls] == ["pretraining.py", "supervised_finetuning.py", *LAST]
+    assert run(project)[0].returncode == 0
 
 
 # ---------------------------------------------------------------- the stages themselves
 
 STEPS = "--max_steps 12 --save_steps 2 --eval_steps 6 --logging_steps 1 --preprocessing_num_workers 1"
-# What a stage says in its middle; training stages have saved a checkpoint then.
-MIDDLE = {
-    **{name: "step 3/12 " for name in ("pt", "sft", "dpo", "rm")},
-    "ppo": "update 3/4 ",
-    "merge": "merging ",
-    "evaluation": "base: replies",
-    "report": "",
-}
+# Where it is killed, by what the stage says then; training stages have saved a checkpoint.
+KILLED_AT = {"sft": "step 3/12 ", "ppo": "update 3/4 ", "report": ""}
 
 
-def start_stages(folder: Path, model: Path) -> subprocess.Popen:
+def start_stages(folder: Path, model: Path, **variables: str) -> subprocess.Popen:
     """run_all.sh with all real stages, a few steps each; what it says goes to all.log."""
     with (folder / "all.log").open("ab") as log:
         return subprocess.Popen(
@@ -341,7 +279,8 @@ def start_stages(folder: Path, model: Path) -> subprocess.Popen:
             | {"PT_DATA": "data-pt", "SFT_DATA": "data-sft", "PAIR_DATA": "data-dpo"}
             | {"PT_FLAGS": f"{STEPS} --block_size 64", "SFT_FLAGS": STEPS, "DPO_FLAGS": STEPS, "RM_FLAGS": STEPS}
             | {"PPO_FLAGS": "--total_episodes 16 --response_length 8 --save_steps 1 --eval_steps 4"}
-            | {"EVAL_FLAGS": "--num_samples 8 --max_new_tokens 16"},
+            | {"EVAL_FLAGS": "--num_samples 8 --max_new_tokens 16"}
+            | variables,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -357,9 +296,15 @@ def kill_all(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def results(folder: Path) -> dict[Path, bytes]:
+    """All files of the outputs but the report, which is written each time, and the trackers' own."""
+    files = {path for path in folder.glob("outputs-*/**/*") if path.is_file()}
+    return {path: path.read_bytes() for path in files if not {"outputs-report-tiny", "runs"} & set(path.parts)}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_killed_in_the_middle_of_each_stage_it_ends_with_the_same_evaluation(tmp_path, tiny_model_dir):
+def test_killed_and_started_again_it_ends_with_the_same_evaluation_and_does_nothing_twice(tmp_path, tiny_model_dir):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         shutil.copytree(ROOT / "scripts", folder / "scripts")
@@ -369,25 +314,41 @@ def test_killed_in_the_middle_of_each_stage_it_ends_with_the_same_evaluation(tmp
         for stage in ("pt", "sft", "dpo"):
             write_data(stage, folder)
     started = [undisturbed := start_stages(whole, tiny_model_dir)]
+
+    def run_again(**variables: str) -> tuple[int, str]:
+        n_before = (killed / "all.log").stat().st_size
+        started.append(again := start_stages(killed, tiny_model_dir, **variables))
+        return again.wait(), (killed / "all.log").read_bytes()[n_before:].decode()
+
     try:
-        for stage, middle in MIDDLE.items():
+        for stage, middle in KILLED_AT.items():
             log = killed / f"logs/{stage}.log"
             started.append(running := start_stages(killed, tiny_model_dir))
             while not (log.is_file() and middle in log.read_text(encoding="utf-8")):
                 assert running.poll() is None, (killed / "all.log").read_text(encoding="utf-8")
                 time.sleep(0.02)
             kill_all(running)
-            assert not list(killed.glob(f"outputs-{stage}-tiny/.done_by_run_all")), f"{stage} had ended"
-        started.append(last := start_stages(killed, tiny_model_dir))
-        assert last.wait() == 0, (killed / "all.log").read_text(encoding="utf-8")
+            last_started = (killed / "all.log").read_text(encoding="utf-8").rpartition(": started")[0].split()[-1]
+            assert last_started == stage, f"{stage} had ended"
+        before = results(killed)
+        code, last = run_again()
+        assert (code, results(killed) == before) == (0, True), last
         assert undisturbed.wait() == 0, (whole / "all.log").read_text(encoding="utf-8")
+        code, changed = run_again(PT_FLAGS=f"{STEPS} --block_size 64 --lora_rank 4")
+        assert (code, results(killed) == before) == (2, True)
     finally:
         for process in started:
             if process.poll() is None:
                 kill_all(process)
-    for stage in list(MIDDLE)[:5]:
+    for stage in ("sft", "ppo"):
         assert "resuming from" in (killed / f"logs/{stage}.log").read_text(encoding="utf-8"), stage
     for name in ("predictions.jsonl", "metrics.json"):
         found, expected = ((folder / "outputs-eval-tiny" / name).read_text("utf-8") for folder in (killed, whole))
         assert found == expected
     assert len(json.loads(expected)["metrics"]) == 3  # the files of TEST_FILES
+    assert last.count("holds a finished run") == 5
+    assert "outputs-ppo-tiny-merged holds this model already" in last
+    assert "outputs-eval-tiny: measured already" in last
+    assert (killed / "outputs-report-tiny/report.html").is_file()
+    assert "outputs-pt-tiny is finished, with other flags: --lora_rank 4 (16 then)" in changed
+    assert "error: pt ended with exit code 2: see logs/pt.log" in changed

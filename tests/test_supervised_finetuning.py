@@ -531,8 +531,31 @@ def test_finished_run_started_again_changes_nothing_and_says_so(flags, tmp_path,
     log = capfd.readouterr().err
     assert re.search(r"holds a finished run \(2 steps\): nothing is trained", log)
     assert "nothing is overwritten, because --resume_from_checkpoint goes on" in log
+    # The same run in other batches; what it learned depends on neither.
+    in_other_batches = flags(max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=4, logging_steps=2)
+    assert supervised_finetuning.main([*in_other_batches, "--resume_from_checkpoint", "True"]) == {}
+    other = "is finished, with other flags: --lora_rank 4 (not given then), --max_steps 1 (2 then); give those; train "
+    with pytest.raises(UserError, match=re.escape(f"the run in {tmp_path / 'out'} {other}")):
+        supervised_finetuning.main([*flags(max_steps=1, lora_rank=4), "--resume_from_checkpoint", "True"])
+    assert contents(tmp_path / "out") == before
     supervised_finetuning.main([*flags(max_steps=5), "--resume_from_checkpoint", "True"])
     assert max(losses(tmp_path / "out")) == 5  # more steps than it had: it goes on
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_a_run_is_not_resumed_from_a_stage_before_that_was_trained_again(flags, tmp_path, use_peft):
+    first = {"output_dir": tmp_path / "first", "max_steps": 1, "use_peft": use_peft}
+    supervised_finetuning.main(flags(**first))
+    argv = flags(model_name_or_path=tmp_path / "first/checkpoint-best", max_steps=2, resume_from_checkpoint=True)
+    supervised_finetuning.main(argv)
+    assert supervised_finetuning.main(argv) == {}
+    before = contents(tmp_path / "out")
+    supervised_finetuning.main(flags(**first, seed=7, overwrite_output_dir=True))
+    message = rf"the run in {tmp_path}/out started from other weights than {tmp_path}/first/checkpoint-best has now; "
+    for steps in (2, 4):
+        with pytest.raises(UserError, match=message):
+            supervised_finetuning.main([*argv, "--max_steps", str(steps)])
+    assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 N_RESAMPLES = 2000
-SEED = 0
+BOOTSTRAP_SEED = 0
 
 
 class Difference(NamedTuple):
@@ -52,5 +52,5 @@ def paired_bootstrap(
 
 def _resampled(sums: Sequence[float], counts: Sequence[float]) -> np.ndarray:
     """[N_RESAMPLES] ratios; the same seed draws the same items for each model."""
-    draws = np.random.default_rng(SEED).integers(0, len(sums), (N_RESAMPLES, len(sums)))
+    draws = np.random.default_rng(BOOTSTRAP_SEED).integers(0, len(sums), (N_RESAMPLES, len(sums)))
     return np.asarray(sums, float)[draws].sum(axis=1) / np.asarray(counts, float)[draws].sum(axis=1)

@@ -32,6 +32,17 @@ ADAPTER_VALUES = {
 }
 
 
+# Beginnings of flags that may change once a stage is finished. What its rows, its steps and its start depend on is
+# compared by itself: batches, data and models.
+HOW_IT_RUNS = (
+    *("--output_dir", "--overwrite", "--resume", "--logging", "--report_to", "--run_name", "--disable_tqdm", "--save"),
+    *("--preprocessing", "--dataloader", "--ddp", "--deepspeed", "--use_cpu", "--device_map", "--cache_dir"),
+    *("--per_device", "--auto_find", "--gradient_accumulation", "--gradient_checkpointing", "--rollout_batch"),
+    *("--flash_attn", "--torch_compile", "--eval", "--train_file_dir"),
+    *("--model_name_or_path", "--sft_model_path", "--reward_model_path"),
+)
+
+
 @dataclass(frozen=True)
 class Lineage:
     """Where a checkpoint's weights come from; `lineage.json` in its folder.
@@ -41,6 +52,7 @@ class Lineage:
     stage, template, data: the script, the prompt template's name ("" is the tokenizer's own), the training data.
     hidden_size, vocab_size: of the base, so that another base is recognized.
     base_weights: `weights_fingerprint` of the base, so that a base of the same sizes is recognized too.
+    start_weights: the same of what the stage started from, so that a run is not resumed on others.
     flags: of the command that trained it, with their values as written.
     """
 
@@ -52,11 +64,33 @@ class Lineage:
     hidden_size: int
     vocab_size: int
     base_weights: str = ""
+    start_weights: str = ""
     flags: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
         Path(folder, LINEAGE).write_text(text + "\n", encoding="utf-8")
+
+    def refuse_other_run(self, checkpoint: str, finished: bool) -> None:
+        """Raise UserError where the run to resume started from other weights, or was finished with other flags."""
+        was = read_lineage(checkpoint)
+        if was is None:
+            return
+        changes = {
+            flag: f"{flag} {self.flags.get(flag, 'not given')} ({was.flags.get(flag, 'not given')} then)"
+            for flag in sorted(self.flags.keys() | was.flags.keys())
+            if self.flags.get(flag) != was.flags.get(flag) and not flag.startswith(HOW_IT_RUNS)
+        }
+        if was.start_weights and self.start_weights != was.start_weights:
+            fault = f"started from other weights than {self.parent or self.base_model} has now"
+        elif finished and was.flags and changes:
+            fault = f"is finished, with other flags: {', '.join(changes.values())}; give those"
+        else:
+            return
+        raise UserError(
+            f"the run in {Path(checkpoint).parent} {fault}; train it again (--resume_from_checkpoint False "
+            "--overwrite_output_dir True keeps it beside), or name another --output_dir"
+        )
 
 
 def read_lineage(folder: str | Path) -> Lineage | None:

@@ -20,9 +20,9 @@ from transformers import (
 from transformers.utils import cached_file, is_flash_attn_2_available
 
 from medtune.errors import UserError
-from medtune.models.lineage import tokenizer_source
+from medtune.models.lineage import is_adapter, tokenizer_source
 from medtune.models.load_errors import NO_TOKENIZER, NamingFile, explain_load_errors
-from medtune.models.model_files import WEIGHTS_INDEX, check_model_files, indexed_files
+from medtune.models.model_files import ADAPTER_WEIGHTS, WEIGHTS_INDEX, check_model_files, indexed_files
 
 
 def load_tokenizer(
@@ -64,10 +64,14 @@ def load_config(path: str, *, flag: str = "--model_name_or_path", **hub_options)
 def weights_fingerprint(
     path: str, *, flag: str = "--model_name_or_path", cache_dir: str | None = None, **hub_options
 ) -> str:
-    """Tells a model (not an adapter) from what further training made of it; the same for copies in float32 and bf16.
+    """Tells a model or an adapter from what further training made of it; a model's copies in float32 and bf16 agree.
 
-    SHA-256 over the first values of each tensor of its safetensors files; "" for quantized weights and pickle files.
+    SHA-256 of an adapter's weights, of a model over the first values of each tensor of its safetensors files; "" for
+    quantized weights and pickle files.
     """
+    if is_adapter(path):
+        with Path(path, ADAPTER_WEIGHTS).open("rb") as weights:
+            return hashlib.file_digest(weights, "sha256").hexdigest()
     if hasattr(load_config(path, flag=flag, cache_dir=cache_dir, **hub_options), "quantization_config"):
         return ""
     # Offline, a file that the hub does not have is a connection error.

@@ -186,5 +186,6 @@ def lineage_of(
         hidden_size=model.config.hidden_size,
         vocab_size=model.config.vocab_size,
         base_weights=weights_fingerprint(base_model, **model_args.hub_options),
+        start_weights=weights_fingerprint(start, **model_args.hub_options),
         flags=dict(flags),
     )

@@ -40,7 +40,7 @@ def to_document(record: object, source: str, reading: Reading | None = None) -> 
 def lone_reply(record: dict, reading: Reading) -> str:
     """The text of other tools' records for pretraining, which are dialogues of one reply to nothing."""
     try:
-        present, plan = planned(record, prompt_plan, reading)
+        present, plan = planned(record, prompt_plan)
         turns = plan.dialect.read(present, reading)
     except Unusable:
         return ""
@@ -57,7 +57,7 @@ def lone_reply(record: dict, reading: Reading) -> str:
 
 def to_dialogue(record: object, source: str, reading: Reading | None = None) -> Dialogue:
     reading = reading or Reading()
-    record, plan = planned(_object(record), dialogue_plan, reading)
+    record, plan = planned(_object(record), dialogue_plan)
     turns = _with_system(record, plan.dialect.read(record, reading))
     if not plan.is_plain:
         turns = _whole_prompt(turns, record, plan, reading)
@@ -71,7 +71,7 @@ def to_dialogue(record: object, source: str, reading: Reading | None = None) -> 
 def to_prompt(record: object, source: str, reading: Reading | None = None) -> Dialogue:
     """What is to be answered: a dialogue that may lack its last reply. What judges that reply does not matter."""
     reading = reading or Reading()
-    record, plan = planned(_object(record), prompt_plan, reading)
+    record, plan = planned(_object(record), prompt_plan)
     turns = _with_system(record, plan.dialect.read(record, reading))
     turns = _without_weights(turns)
     if not plan.is_plain:
@@ -84,7 +84,7 @@ def to_prompt(record: object, source: str, reading: Reading | None = None) -> Di
 
 def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair:
     reading = reading or Reading()
-    record, plan = planned(_object(record), pair_plan, reading)
+    record, plan = planned(_object(record), pair_plan)
     turns, chosen, rejected = plan.dialect.read(record, reading)
     turns = _with_system(record, turns)
     if not plan.is_plain:

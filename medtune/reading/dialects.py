@@ -1,6 +1,6 @@
 """The dialects of records: which form one has, by its keys alone, and how it becomes turns.
 
-    present, plan = planned(record, dialogue_plan, Reading())
+    present, plan = planned(record, dialogue_plan)
     turns = plan.dialect.read(present, Reading())
 
 A turn is a message as records.Dialogue holds it. Whoever cannot be read raises Unusable.
@@ -230,7 +230,7 @@ def _other_forms(rest: Sequence[str], dialect: _Dialect, every_key: Sequence[str
     return tuple(key for key in rest if names[key] in every_key)
 
 
-def planned(record: dict, plan_of: Callable[[tuple[str, ...]], RecordPlan], reading: Reading) -> tuple:
+def planned(record: dict, plan_of: Callable[[tuple[str, ...]], RecordPlan]) -> tuple:
     """The record without the keys that count as absent, and its plan."""
     present = with_values(record)
     try:

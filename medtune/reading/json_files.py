@@ -1,4 +1,8 @@
-"""Records in JSON: a line each, one list, or a list in an object; each with the line on which it starts."""
+"""Records in JSON: a line each, one list, or a list in an object; each with the line on which it starts.
+
+Lists are decoded piece by piece by hand: json holds a whole list with its text, ijson tells no line of a record. So a
+list of any length takes about a megabyte, or what its longest record does.
+"""
 
 import functools
 import itertools

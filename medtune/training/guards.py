@@ -3,7 +3,6 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from statistics import median
 
 import torch
 from loguru import logger
@@ -12,10 +11,10 @@ from transformers import Trainer, TrainerCallback
 from medtune.errors import UserError
 from medtune.training.processes import largest_of_processes
 
-# A loss has exploded that is four times the median of so many steps and three nats above it, for where pairs are told
-# apart with a median near 0 a single one that is not costs more than two; and that is twice the largest of these steps,
-# for batches of like length can be hard several times in a row.
+# A loss has exploded that is twice the largest of so many steps before it and three nats above that: where pairs are
+# told apart the losses lie near 0, and a single pair that is not costs more than two.
 RECENT_STEPS = 50
+SOUND, EXPLODED, NOT_FINITE = range(3)  # what a step is, the worst last
 
 
 class AdapterMovementCheck(TrainerCallback):
@@ -102,37 +101,32 @@ class BadSteps(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         losses = torch.stack([loss.float() for loss, _ in self.micro_batches])
         loss = losses.sum().item()
-        usual = abs(median(self.recent)) if len(self.recent) >= RECENT_STEPS // 2 else math.inf
-        limit = max(4 * usual, usual + 3, 2 * max(self.recent, default=0.0))
+        largest = max(self.recent) if len(self.recent) >= RECENT_STEPS // 2 else math.inf
         # fp16's loss scaler sees to gradients itself, and DeepSpeed has used them.
         gradients = [] if args.fp16 or args.deepspeed else [p.grad for p in model.parameters() if p.grad is not None]
         if not math.isfinite(loss):
-            fault, what = 3, f"the loss is {loss}"
+            fault, what = NOT_FINITE, f"the loss is {loss}"
         elif gradients and not torch.isfinite(norm := torch.nn.utils.get_total_norm(gradients)):
-            fault, what = 2, f"the gradient is {norm.item()}, the loss {loss:.4f}"
-        elif loss > limit:
-            fault, what = 1, f"the loss is {loss:.4f} after a median of {median(self.recent):.4f}"
+            fault, what = NOT_FINITE, f"the gradient is {norm.item()}, the loss {loss:.4f}"
+        elif loss > largest + max(largest, 3):
+            fault, what = EXPLODED, f"the loss is {loss:.4f}, where {largest:.4f} was the largest"
         else:
-            fault, what = 0, "another process has a bad batch"
+            fault, what = SOUND, "another process has a bad batch"
         worst = largest_of_processes(fault, args)
-        if worst == 0:
+        if worst == SOUND:
             self.in_a_row = 0
             self.recent.append(loss)
             return
         self.in_a_row += 1
         line = f"step {state.global_step + 1}: {what} at learning rate {self.trainer._get_learning_rate():.2e}"
         line += f" on {self._records(losses, fault)}"
-        is_left_out = worst > 1 and not args.deepspeed
-        if self.in_a_row >= self.most or (worst > 1 and args.deepspeed):
+        if self.in_a_row >= self.most or (worst == NOT_FINITE and args.deepspeed):
             raise UserError(
                 f"{line}; {self.in_a_row} bad step(s) in a row (--max_bad_steps {self.most}): look at these records, "
                 "and if they are sound lower --learning_rate or raise --warmup_ratio"
             )
-        if worst == 1 and self.in_a_row == 1:  # rare records do that too; it is nothing to be alarmed by yet
-            logger.info(f"{line}; a hard batch, unless the next steps are as bad")
-        else:
-            logger.warning(f"{line}; bad step {self.in_a_row} in a row" + (", left out" if is_left_out else ""))
-        if is_left_out and not args.fp16:
+        logger.warning(f"{line}; bad step {self.in_a_row} in a row" + (", left out" if worst == NOT_FINITE else ""))
+        if worst == NOT_FINITE and not args.fp16:
             for parameter in model.parameters():
                 parameter.grad = None
             self.movement_check.before = None

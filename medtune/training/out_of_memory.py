@@ -9,38 +9,12 @@ from pathlib import Path
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from loguru import logger
 from safetensors import SafetensorError
 from transformers import Trainer
 
 from medtune.errors import UserError
 from medtune.training.checkpoints import UNFINISHED, mount_point, numbered_checkpoints
 from medtune.training.steps import is_streamed
-
-
-def keep_rows_per_step(trainer: Trainer) -> None:
-    """For `--auto_find_batch_size`: where the batch shrinks, accumulate more, so that a step has as many rows."""
-    args, update = trainer.args, trainer._update_auto_batch_size
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    tried: list[int] = []
-
-    def update_both(batch_size: int) -> None:
-        batch = max(size for size in range(1, batch_size + 1) if rows % size == 0)
-        if tried and trainer.state.global_step > trainer._initial_global_step:
-            # transformers 5.24 would begin again at the first step, with weights that were trained since.
-            raise UserError(_out_of_memory_advice(trainer))
-        if batch in tried:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried before.")  # accelerate goes on to the next size
-        if tried:
-            logger.warning(
-                f"out of memory with --per_device_train_batch_size {tried[-1]}: going on with {batch}, and "
-                f"--gradient_accumulation_steps {rows // batch} keeps the rows of a step"
-            )
-        tried.append(batch)
-        update(batch)
-        args.per_device_train_batch_size, args.gradient_accumulation_steps = batch, rows // batch
-
-    trainer._update_auto_batch_size = update_both
 
 
 def explain_full_in_training(trainer: Trainer) -> AbstractContextManager:
@@ -61,11 +35,7 @@ def explain_full_memory_or_disk(output_dir: Path, out_of_memory_advice: Callable
 
 
 def _is_memory_full(error: Exception) -> bool:
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or should_reduce_batch_size(error)
-        or "No executable batch size" in str(error)  # --auto_find_batch_size is at its end
-    )
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def _is_disk_full(error: Exception) -> bool:

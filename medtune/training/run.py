@@ -30,7 +30,7 @@ from medtune.training.log import (
     start_log,
     version_notes,
 )
-from medtune.training.out_of_memory import explain_full_in_training, keep_rows_per_step
+from medtune.training.out_of_memory import explain_full_in_training
 from medtune.training.processes import leave_process_group
 from medtune.training.steps import check_disk, count_steps, data_settings
 
@@ -68,20 +68,21 @@ def _start_deepspeed_on_the_cpu() -> None:
     deepspeed.init_distributed(dist_backend="gloo")
 
 
-def is_finished(trainer: Trainer, checkpoint: str | None) -> bool:
+def is_finished(trainer: Trainer, lineage: Lineage, checkpoint: str | None) -> bool:
     """Whether the run to resume has ended with its results written; says so, since nothing would be trained.
 
     Its results stay as they are: resuming would write over them, and train one step too many within an epoch.
-    Raises UserError where the training data are not those that the run was started with.
+    Raises UserError where the run was started with other training data or from other weights, or is finished with
+    other flags.
     """
     if checkpoint is None:
         return False
     refuse_other_settings(Path(checkpoint), data_settings(trainer))
     output_dir = Path(trainer.args.output_dir)
-    if not (output_dir / "loss.png").is_file():
-        return False
     state = read_state(checkpoint)
-    if state["global_step"] < count_steps(trainer)[2]:
+    finished = state["global_step"] >= count_steps(trainer)[2] and (output_dir / "loss.png").is_file()
+    lineage.refuse_other_run(checkpoint, finished)
+    if not finished:
         return False
     logger.warning(
         f"{output_dir} holds a finished run ({state['global_step']} steps): nothing is trained. To train it "
@@ -127,8 +128,6 @@ def train(
     bad_steps = BadSteps(trainer, max_bad_steps, movement_check)
     for callback in (ProgressLines(), movement_check, bad_steps, keeper, stop):
         trainer.add_callback(callback)
-    if trainer.args.auto_find_batch_size:
-        keep_rows_per_step(trainer)
     if checkpoint:
         recorded = recorded_attributes(read_state(checkpoint).get("stateful_callbacks", {}))
         # LongestFirstSampler keeps the order that the run began with, whatever a step is now made of.

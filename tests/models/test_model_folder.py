@@ -209,7 +209,7 @@ def test_the_record_of_a_run(base, trained):
     kept = {"stage": "sft", "template": "vicuna", "flags": {"--seed": "1"}}
     lineage = lineage_of(model, ModelArguments(base), data_args, **kept)
     sizes = (model.config.hidden_size, model.config.vocab_size, weights_fingerprint(base))
-    assert lineage == Lineage(base, None, "sft", "vicuna", "data/sft", *sizes, {"--seed": "1"})
+    assert lineage == Lineage(base, None, "sft", "vicuna", "data/sft", *sizes, sizes[-1], {"--seed": "1"})
     parent = trained("chatml")
     lineage = lineage_of(model, ModelArguments(parent), data_args, stage="dpo", flags={})
-    assert lineage == Lineage(base, parent, "dpo", "", "data/sft", *sizes, {})
+    assert lineage == Lineage(base, parent, "dpo", "", "data/sft", *sizes, weights_fingerprint(parent), {})

@@ -76,6 +76,7 @@ def test_html_becomes_text(text, expected):
     [
         "血压 <90 mmHg, HbA1c >7%，p<0.05，<5mg",
         "若 x<a and b>c",
+        "若 PaO2<b，不换药；<script>后面的话",
         "if x<p then y>q",
         "AT&T &unknown; R&D; x &notanentity; y",
         "<think>想</think>答<|im_end|>",

@@ -185,7 +185,7 @@ def test_every_row_of_the_embedding_has_a_token(tiny_tokenizer):
 def test_the_modelfile_repeats_the_template(qwen_tokenizer, template_name, system):
     chat_template = load_chat_template(qwen_tokenizer, template_name)
     assert default_system_of(chat_template) == system
-    lines = modelfile(qwen_tokenizer, chat_template, 32768).splitlines()
+    lines = modelfile(chat_template, 32768).splitlines()
     assert lines[0] == "FROM ./model.gguf"
     assert (f'SYSTEM """{system}"""' in lines) is bool(system)
     assert 'PARAMETER stop "<|im_end|>"' in lines
@@ -198,7 +198,7 @@ def test_the_modelfile_repeats_the_template(qwen_tokenizer, template_name, syste
 
 def test_another_template_gets_no_modelfile(qwen_tokenizer):
     for name in ("vicuna", "llama2", "qwen3_nothink"):
-        assert modelfile(qwen_tokenizer, load_chat_template(qwen_tokenizer, name), 4096) is None
+        assert modelfile(load_chat_template(qwen_tokenizer, name), 4096) is None
 
 
 # ---------------------------------------------------------------- bitsandbytes

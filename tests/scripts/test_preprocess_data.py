@@ -9,10 +9,9 @@ from pathlib import Path
 
 import preprocess_data
 import pytest
-from preprocess_data import Cleaner, mask_personal_data
 
 import supervised_finetuning
-from medtune.errors import Unusable, UserError
+from medtune.errors import UserError
 from medtune.reading.record_sets import load_dialogues, load_documents, load_pairs
 from medtune.reading.records import Dialogue, Document, Pair
 from medtune.reading.words import question_of, words_of
@@ -57,128 +56,7 @@ def preprocess(tmp_path, capsys):
     return run
 
 
-# ---------------------------------------------------------------- cleaning
-
-
-def clean(text: str) -> str:
-    return Cleaner(mask=False)(Document(text, "")).text
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("感\x00冒\x07\u200b了\ufeff\u00ad", "感冒了"),
-        ("一\r\n二\r三\u2028四\x0c五", "一\n二\n三\n四\n五"),
-        ("\u202e反\u202c 表\t格", "反 表\t格"),
-        ("医\u200d生", "医\u200d生"),  # a joiner, as emoji have
-        ("cafe\u0301 \u1100\u1161", "café 가"),
-        ("ＡＢＣ，５０％", "ＡＢＣ，５０％"),  # NFC, not NFKC
-    ],
-)
-def test_characters(text, expected):
-    assert clean(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("怎么办？？？？谢谢！！", "怎么办？谢谢！"),
-        ("好的。。。先，，休息、、吧", "好的。先，休息、吧"),
-        ("help!!!! why???", "help! why?"),
-        ("a!! b?? std::vector; i++", "a!! b?? std::vector; i++"),
-        ("等等...... 是的……………… 对————", "等等... 是的…… 对——"),
-        ("wait... 嗯…… ——", "wait... 嗯…… ——"),
-        ("姓名____ **重点** --- ====", "姓名____ **重点** --- ===="),
-        ("~~~~", "~"),
-    ],
-)
-def test_repeated_punctuation(text, expected):
-    assert clean(text) == expected
-
-
-def test_idle_blanks():
-    assert clean("发热   咳嗽 \n\n\n\n 1. 休息\n    - 多喝水  \n\u3000\u3000二") == (
-        "发热 咳嗽\n\n 1. 休息\n    - 多喝水\n\u3000\u3000二"
-    )
-
-
-def test_long_runs_of_blanks_take_no_long_time():
-    assert clean(f"a{' ' * 300_000}b\n{' ' * 300_000}c <b{' ' * 300_000}c") == f"a b\n{' ' * 300_000}c <b c"
-
-
-def test_code_and_pages_stay():
-    code = "看：\n```html\n<p>a</p>   !!!!\n\n\n\n```\n完了！！"
-    assert clean(code) == "看：\n```html\n<p>a</p>   !!!!\n\n\n\n```\n完了！"
-    page = "<!DOCTYPE html><html><p>a</p></html>"
-    cleaned = Cleaner(mask=False)(Dialogue([{"role": "user", "content": page}], None, ""))
-    assert cleaned.messages[0]["content"] == page
-    assert clean(page) == "a"
-
-
-def test_tool_results_are_not_cleaned_but_masked():
-    calls = [{"name": "find", "arguments": {"phone": 13812345678, "tags": ["<b>", True]}}]
-    messages = [
-        {"role": "user", "content": "<b>查</b>"},
-        {"role": "assistant", "content": "", "tool_calls": calls},
-        {"role": "tool", "content": "<b>13812345678</b>"},
-        {"role": "assistant", "content": "好"},
-    ]
-    cleaner = Cleaner(mask=True)
-    cleaned = cleaner(Dialogue(messages, None, "")).messages
-    assert cleaned[0]["content"] == "查"
-    assert cleaned[1]["tool_calls"] == [
-        {"name": "find", "arguments": {"phone": "[mobile number]", "tags": ["<b>", True]}}
-    ]
-    assert cleaned[2]["content"] == "<b>[mobile number]</b>"
-    assert messages[1]["tool_calls"] == calls  # the record given is as it was
-    assert cleaner.masked == {"mobile numbers": 2}
-
-
-def test_what_cleaning_leaves_empty_or_equal_is_no_record():
-    cleaner = Cleaner(mask=False)
-    with pytest.raises(Unusable) as fault:
-        cleaner(Dialogue([{"role": "user", "content": "a"}, {"role": "assistant", "content": "<br>"}], None, ""))
-    assert (fault.value.reason, fault.value.detail) == ("empty after cleaning", "turn 2 (assistant) was '<br>'")
-    with pytest.raises(Unusable) as fault:
-        cleaner(Pair([{"role": "user", "content": "a"}], "好。", "好。。", None, ""))
-    assert fault.value.reason == "same replies after cleaning"
-    cleaned = cleaner(Dialogue([{"role": "system", "content": "&nbsp;"}, {"role": "user", "content": "a"}], None, ""))
-    assert cleaned.messages == [{"role": "user", "content": "a"}]
-
-
-# ---------------------------------------------------------------- masking
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("电话13812345678。", "电话[手机号]。"),
-        ("微信同号：138-1234-5678或+86 138 1234 5678", "微信同号：[手机号]或[手机号]"),
-        ("我的号码１３８１２３４５６７８", "我的号码[手机号]"),
-        ("call 13812345678", "call [mobile number]"),
-        ("身份证110101199003074514，尾号11010119900307451x", "身份证[身份证号]，尾号[身份证号]"),
-        ("写信到 a.b-c+d@mail.example.com，谢谢", "写信到 [邮箱]，谢谢"),
-        ("mail me@x.org.", "mail [e-mail]."),
-    ],
-)
-def test_personal_data_is_masked(text, expected):
-    assert mask_personal_data(text)[0] == expected
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "血小板12345678901个",  # no mobile number starts with 12
-        "订单号9913812345678001",
-        "编号110101199013074514",  # month 13
-        "2024-01-15 13:00，10.5@8",
-        "概率为0.13812345678",
-        "@患者 你好",
-        "服用 0.5 mg，每日3次，共138天",
-    ],
-)
-def test_other_numbers_are_not_masked(text):
-    assert mask_personal_data(text) == (text, [])
+# ---------------------------------------------------------------- what is kept
 
 
 def test_masking_is_asked_for(preprocess, write_jsonl, tmp_path):
@@ -194,9 +72,6 @@ def test_masking_is_asked_for(preprocess, write_jsonl, tmp_path):
     written = "".join(path.read_text() for path in tmp_path.glob("out/*/*.jsonl"))
     assert "13812345678" not in written
     assert "，电话[手机号]，邮箱[邮箱]" in written
-
-
-# ---------------------------------------------------------------- what is kept
 
 
 def test_drops_are_counted_by_reason_with_file_and_line(preprocess, write_jsonl, tmp_path, monkeypatch):
@@ -396,7 +271,7 @@ def test_no_question_is_nearly_on_both_sides(preprocess, write_jsonl, tmp_path):
     assert len(set(held_out)) > 5
 
 
-def test_a_greeting_is_no_question(preprocess, write_jsonl, tmp_path):
+def test_a_greeting_is_no_question(preprocess, write_jsonl):
     rng = random.Random(0)
     records = [dialogue("你好", "你好，请讲。", random_text(rng, 30), random_text(rng, 60)) for _ in range(40)]
     write_jsonl("in/a.jsonl", records)
@@ -629,7 +504,7 @@ def test_the_script_starts_without_what_is_slow_and_ends_with_2():
     assert (result.returncode, result.stderr) == (2, "error: --input_dir no/where: no such file or folder\n")
 
 
-def test_the_sample_data_are_clean(tmp_path, capsys):
+def test_the_sample_data_are_clean(tmp_path):
     """What people start from: every record is kept as it is, but for near copies."""
     preprocess_data.main(["--input_dir", str(ROOT / "data/pretrain"), "--output_dir", str(tmp_path / "out")])
     report = json.loads((tmp_path / "out.report.json").read_text())

@@ -11,22 +11,20 @@ from pathlib import Path
 
 import build_sample_data
 import pytest
-from build_sample_data import (
-    CONDITION_ASPECTS,
-    LETTERS,
-    MEDICINE_ASPECTS,
-    NEAR_COPY,
-    PROMPTS,
-    TrainingText,
-    build_dialogues,
-    choose_unseen,
-    read_knowledge,
-    said,
-)
 from jsonschema import Draft202012Validator
 
 from medtune.errors import UserError
 from medtune.reading.record_sets import load_dialogues, load_documents, load_pairs
+from medtune.sample_data.evaluation import LETTERS, NEAR_COPY, TrainingText, said
+from medtune.sample_data.knowledge import (
+    CONDITION_ASPECTS,
+    MEDICINE_ASPECTS,
+    Knowledge,
+    choose_unseen,
+    read_knowledge,
+)
+from medtune.sample_data.learned import build_dialogues
+from medtune.sample_data.pairs import PROMPTS
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 KNOWLEDGE = DATA / "knowledge"
@@ -433,9 +431,7 @@ def test_exam_has_one_right_letter_and_options_of_one_kind():
 
 def test_new_entries_leave_other_dialogues_as_they_are():
     whole = knowledge()
-    fewer = build_sample_data.Knowledge(
-        whole.entries[:-1], whole.phrasings, whole.safety, whole.bad_replies, whole.dialogues
-    )
+    fewer = Knowledge(whole.entries[:-1], whole.phrasings, whole.safety, whole.bad_replies, whole.dialogues)
     before, after = ({json.dumps(d) for d in build_dialogues(k, set())} for k in (fewer, whole))
     assert before <= after
 

@@ -6,9 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from write_report import curves, main, markdown_cell
+from write_report import Panel, against_first, axis_names, curves, main
 
 from medtune.errors import UserError
+from medtune.measuring.pages import markdown_cell
 
 
 def write_run(folder: Path, stage: str, log: list[dict], **results) -> Path:
@@ -111,6 +112,44 @@ def test_one_page_and_its_twin(tmp_path, evaluation):
     assert page.references <= set(page.ids)
     assert "多喝水 &lt;b&gt;|休息&lt;/b&gt;" in text
     assert "不构成医疗建议" in text
+    sentence = "Beyond chance, outputs-sft is better than base in 1 of 1 panels and worse in none."
+    assert f"\n{caption_of(sentence)}\n" in markdown
+    assert f"<figcaption>{caption_of(sentence)}</figcaption>" in text
+
+
+def caption_of(sentence: str) -> str:
+    return f"Models side by side, with 95 % intervals. {sentence}"
+
+
+def texts(svg: str) -> list[str]:
+    """What is written in a chart, which matplotlib draws as shapes with the words in a comment."""
+    return re.findall(r"<!-- (.*?) -->", svg)
+
+
+def test_the_axis_names_the_stages(tmp_path, evaluation, monkeypatch):
+    """By the run that is reported, wherever the report is written from; other models by their folders."""
+    run = write_run(tmp_path / "outputs-sft", "sft", SFT_LOG)
+    flags = ["--evaluation", str(evaluation), "--output_dir", str(tmp_path / "report"), "--overwrite"]
+    chart = tmp_path / "report/charts/evaluation.svg"
+    monkeypatch.chdir(tmp_path)
+    main(["--runs", str(run), *flags])
+    assert [text for text in texts(chart.read_text(encoding="utf-8")) if text in ("base", "SFT")] == ["base", "SFT"]
+    assert "Beyond chance, SFT is better than base in 1 of 1 panels" in (tmp_path / "report/report.md").read_text()
+    main(flags)
+    assert "outputs-sft" in texts(chart.read_text(encoding="utf-8"))
+
+
+def test_models_of_one_name_are_named_in_full(tmp_path):
+    models = ["base", "outputs-a/checkpoint-best", "more/outputs-a/checkpoint-best", "org/Model"]
+    assert axis_names(models, []) == ["base", "outputs-a", "more/outputs-a", "Model"]
+
+
+def test_the_sentence_counts_what_differs_by_more_than_chance():
+    panels = [Panel("", [], list(verdicts)) for verdicts in (("better", "same"), ("better", "worse"), ("same", "same"))]
+    counted = "Beyond chance, SFT is better than base in 2 of 3 panels and worse in none"
+    counted += "; DPO is better in none and worse in 1."
+    assert against_first(panels, ["base", "SFT", "DPO"]) == counted
+    assert against_first(panels, ["base"]) == ""
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):

@@ -1,0 +1,132 @@
+"""What is learned from besides pairs: pretraining text, dialogues, and questions for PPO."""
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from medtune.sample_data.knowledge import HELD_OUT, Entry, Knowledge, joined, seeded
+
+
+def build_documents(knowledge: Knowledge) -> list[str]:
+    """Four documents an entry: three that tell all of it, one in other words."""
+    documents = []
+    for entry in knowledge.entries:
+        rng, text = seeded("document", entry.key), partial(knowledge.reply, entry)
+        phrasings = knowledge.phrasings[entry.language]["documents"]
+        titles = [title.format(name=entry.fields["name"]) for title in phrasings["titles"]]
+        aliases = joined(entry.fields["aliases"], "aliases", entry.language)
+        also = [phrasings["also"].format(name=entry.fields["name"], aliases=aliases)] if aliases else []
+        if entry.is_medicine:
+            parts = [
+                [text("overview"), *also, text("uses"), text("how_to_take")],
+                [text("side_effects"), text("not_for"), text("interactions")],
+                [text("diet_and_care"), text("red_flags"), text("overdose")],
+                [text(aspect, HELD_OUT, rng) for aspect in ("uses", "side_effects", "not_for", "interactions")],
+            ]
+        else:
+            parts = [
+                [text("overview"), *also, text("causes"), text("symptoms")],
+                [text("examinations"), text("treatment"), text("medicines")],
+                [text("diet_and_care"), text("prevention"), text("red_flags")],
+                [
+                    text(aspect, HELD_OUT, rng)
+                    for aspect in ("symptoms", "causes", "examinations", "prevention", "red_flags")
+                ],
+            ]
+        space = "" if entry.language == "zh" else " "
+        documents += [space.join([rng.choice(titles), *sentences]) for sentences in parts]
+    seeded("documents").shuffle(documents)
+    return documents
+
+
+def dialogue(*turns: str, system: str = "") -> dict:
+    """The guide's form of a dialogue, from alternating turns that begin with the person's."""
+    said = [{"from": "system", "value": system}] if system else []
+    said += [{"from": ("human", "gpt")[index % 2], "value": turn} for index, turn in enumerate(turns)]
+    return {"conversations": said}
+
+
+def first_question(record: dict) -> str:
+    return next(turn["value"] for turn in record["conversations"] if turn["from"] == "human")
+
+
+def build_dialogues(knowledge: Knowledge, unseen: set[str]) -> list[dict]:
+    """All dialogues to learn: single questions, talks, questions back, emergencies, refusals."""
+    made: list[list[str]] = []
+    for entry in (entry for entry in knowledge.entries if entry.fields["id"] not in unseen):
+        made += ask_each_aspect(knowledge, entry)
+        made += talk_on(knowledge, entry)
+        if not entry.is_medicine:
+            made += complain(knowledge, entry)
+    for situation in knowledge.safety:
+        made += [[question, situation["reply"]] for question in situation["questions"]["train"]]
+
+    dialogues, first_turns = [], set()
+    for turns in made:
+        if turns[0] not in first_turns:
+            first_turns.add(turns[0])
+            rng = seeded("system", turns[0])
+            language = "zh" if re.search("[\u4e00-\u9fff]", turns[0]) else "en"
+            prompts = knowledge.phrasings[language]["system_prompts"]["train"]
+            dialogues.append(dialogue(*turns, system=rng.choice(prompts) if rng.random() < 0.2 else ""))
+    dialogues += [d for d in knowledge.dialogues if first_question(d) not in first_turns]
+    seeded("dialogues").shuffle(dialogues)
+    return dialogues
+
+
+def ask_each_aspect(knowledge: Knowledge, entry: Entry) -> Iterator[list[str]]:
+    """Two ways to ask about each aspect, once by the name and once by any of its names."""
+    for aspect in entry.aspects:
+        rng = seeded("aspect", entry.key, aspect)
+        ways = rng.sample(knowledge.questions(entry, aspect, "train"), 2)
+        for way, name in zip(ways, (entry.fields["name"], rng.choice(entry.names)), strict=True):
+            yield [way.format(n=name), knowledge.reply(entry, aspect)]
+
+
+def talk_on(knowledge: Knowledge, entry: Entry) -> Iterator[list[str]]:
+    """One talk in which the later questions name nothing."""
+    rng = seeded("talk", entry.key)
+    follow_ups = knowledge.phrasings[entry.language]["follow_ups"]
+    first = rng.choice(["overview", "symptoms", "advice"] if not entry.is_medicine else ["overview", "uses"])
+    later = rng.sample([a for a in entry.aspects if a in follow_ups and a != first], rng.choice([1, 2]))
+    turns = [rng.choice(knowledge.questions(entry, first, "train")).format(n=rng.choice(entry.names))]
+    turns.append(knowledge.reply(entry, first))
+    for aspect in later:
+        turns += [rng.choice(follow_ups[aspect]), knowledge.reply(entry, aspect)]
+    yield turns
+
+
+def complain(knowledge: Knowledge, entry: Entry) -> Iterator[list[str]]:
+    """Complaints that do not name the condition (the third is held out), and its red flags."""
+    rng = seeded("complaint", entry.key)
+    phrasings, complaints = knowledge.phrasings[entry.language], entry.fields["complaints"][:2]
+    frames = phrasings["complaint_frames"]["train"]
+    reply = knowledge.reply(entry, "urgent" if entry.fields["urgent"] else "complaint")
+    for complaint, frame in zip(complaints, rng.sample(frames, 2), strict=True):
+        yield [frame.format(c=complaint), reply]
+    if not entry.fields["urgent"]:
+        stop = "。" if entry.language == "zh" else "."
+        complaint = rng.choice(complaints).removesuffix(stop) + stop
+        yield [complaint, knowledge.reply(entry, "ask_back"), knowledge.reply(entry, "tell"), reply]
+    ways = rng.sample(phrasings["red_flag_frames"]["train"], 2)
+    for way, flag in zip(ways, rng.sample(entry.fields["red_flags"], 2), strict=True):
+        question = way.format(n=rng.choice(entry.names), r=flag)
+        yield [question, knowledge.reply(entry, "red_flag", red_flag=flag)]
+
+
+def build_prompts(knowledge: Knowledge, unseen: set[str], dialogues: Sequence[dict]) -> list[dict]:
+    """Questions that the dialogues do not ask in these words: emergencies, requests to refuse, one on each entry."""
+    asked = set(map(first_question, dialogues))
+    prompts = [
+        dialogue(question, situation["reply"])
+        for situation in knowledge.safety
+        for question in situation["questions"]["preference"]
+    ]
+    for entry in (entry for entry in knowledge.entries if entry.fields["id"] not in unseen):
+        rng = seeded("prompts", entry.key)
+        aspect = rng.choice(entry.aspects)
+        ways = [way.format(n=entry.fields["name"]) for way in knowledge.questions(entry, aspect, "train")]
+        question = rng.choice([way for way in ways if way not in asked])
+        prompts.append(dialogue(question, knowledge.reply(entry, aspect)))
+    seeded("prompts").shuffle(prompts)
+    return prompts
