@@ -26,8 +26,23 @@ from medtune.devices import cpu_reason
 from medtune.errors import UserError
 
 
+class LoadingOptions:
+    """The flags of a script that loads models, as the functions that load them take them."""
+
+    @property
+    def hub_options(self) -> dict:
+        """For configurations and tokenizers."""
+        return {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code}
+
+    @property
+    def loading_options(self) -> dict:
+        """For weights, `hub_options` included."""
+        names = ("torch_dtype", "load_in_4bit", "load_in_8bit", "device_map", "flash_attn", "allow_pickle_weights")
+        return {name: getattr(self, name) for name in names} | self.hub_options
+
+
 @dataclass
-class ModelArguments:
+class ModelArguments(LoadingOptions):
     model_name_or_path: str = field(
         metadata={"help": "Hub name or folder of a model, or the folder of a LoRA adapter that training continues."}
     )
