@@ -47,8 +47,9 @@ from datasets import Dataset
 from loguru import logger
 
 from medtune.arguments import DataArguments, LoraArguments, StageArgumentParser
-from medtune.models.lineage import Lineage, base_of, check_model_path
+from medtune.models.lineage import base_of, check_model_path
 from medtune.models.loading import load_config, load_tokenizer, weights_fingerprint
+from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoders import PromptEncoder
 from medtune.reading.encoding import load_chat_template
@@ -334,68 +335,45 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     accelerator = start_accelerator(training_args, run_args.logging_dir)
 
     # ------------------------------------------------------------ tokenizer and template
-    hub_options = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
-    tokenizer = load_tokenizer(
-        model_args.sft_model_path, model_args.tokenizer_name_or_path, flag="--sft_model_path", **hub_options
-    )
+    sft, rm, hub_options = model_args.sft_model_path, model_args.reward_model_path, model_args.hub_options
+    folder_options = hub_options | {"allow_pickle_weights": model_args.allow_pickle_weights}
+    tokenizer = load_tokenizer(sft, model_args.tokenizer_name_or_path, flag="--sft_model_path", **hub_options)
     chat_template = load_chat_template(tokenizer, ppo_args.template_name)
     sampling = choose_sampling(ppo_args, tokenizer, chat_template, training_args.seed)
-    reward_model = model_args.reward_model_path
-    reward_texts = load_reward_texts(tokenizer, chat_template, sampling.stop_ids, reward_model, hub_options)
+    reward_texts = load_reward_texts(tokenizer, chat_template, sampling.stop_ids, rm, **folder_options)
 
     # ------------------------------------------------------------ data
     n_eval = data_args.max_eval_samples or EVAL_PROMPTS
     data_args = replace(data_args, max_eval_samples=n_eval)
     encoder = PromptEncoder(tokenizer, chat_template, ppo_args.max_source_length, ppo_args.truncation)
     data = prepare_data(read_prompts, encoder, data_args, training_args, model_args.cache_dir)
-    train_dataset, data_facts = data.train, data.facts
     eval_rows: list[dict] = []
     if data.eval:
         eval_rows = data.eval.select(range(min(n_eval, len(data.eval)))).to_list()  # a dialogue has several
-        data_facts["eval replies"] = str(len(eval_rows))
-    n_prompts, per_update = len(train_dataset), count_episodes(training_args)
+        data.facts["eval replies"] = str(len(eval_rows))
+    n_prompts, per_update = len(data.train), count_episodes(training_args)
     n_updates = count_updates(n_prompts, per_update, ppo_args.total_episodes, training_args)
-    base_model = base_of(model_args.sft_model_path)
-    config = load_config(base_model, flag="--sft_model_path", **hub_options)
-    lineage = Lineage(
-        base_model=base_model,
-        parent=model_args.sft_model_path if base_model != model_args.sft_model_path else None,
-        stage="ppo",
-        template=ppo_args.template_name or "",
-        data=str(data_args.train_file_dir),
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        base_weights=weights_fingerprint(base_model, **hub_options),
-        start_weights=weights_fingerprint(model_args.sft_model_path, **hub_options),
-        flags=parser.given,
-    )
-    reward_weights = weights_fingerprint(reward_model, flag="--reward_model_path", **hub_options)
+
+    # ------------------------------------------------------------ what a resumed run goes on with
+    config = load_config(base_of(sft), flag="--sft_model_path", **hub_options)
+    template = ppo_args.template_name
+    lineage = lineage_of(config, model_args, data_args, stage="ppo", template=template, flags=parser.given)
+    reward_weights = weights_fingerprint(rm, flag="--reward_model_path", **hub_options)
     settings = fixed_settings(model_args, ppo_args, training_args, reward_weights, per_update, n_prompts)
     state = resumed_state(checkpoint, settings) if checkpoint else State(settings, kl_coef=ppo_args.kl_coef)
     if checkpoint and is_done(state, lineage, checkpoint, n_updates):
         return {}
 
     # ------------------------------------------------------------ model
-    roles, facts = load_roles(
-        model_args.sft_model_path,
-        model_args.reward_model_path,
-        vars(lora_args),
-        accelerator.device,
-        torch_dtype=model_args.torch_dtype,
-        load_in_4bit=model_args.load_in_4bit,
-        load_in_8bit=model_args.load_in_8bit,
-        flash_attn=model_args.flash_attn,
-        allow_pickle_weights=model_args.allow_pickle_weights,
-        **hub_options,
-    )
+    roles, facts = load_roles(sft, rm, vars(lora_args), accelerator.device, **model_args.loading_options)
     check_vocabulary(tokenizer, roles.model)
     with accelerator.autocast():
-        first_prompts = train_dataset[:CHECKED_PROMPTS]["prompt_ids"]
-        roles.check_logps(first_prompts, ppo_args.temperature, f"--sft_model_path {model_args.sft_model_path}")
+        first_prompts = data.train[:CHECKED_PROMPTS]["prompt_ids"]
+        roles.check_logps(first_prompts, ppo_args.temperature, f"--sft_model_path {sft}")
     if training_args.gradient_checkpointing:
         roles.enable_checkpointing(training_args.gradient_checkpointing_kwargs)
     if not checkpoint:
-        dialogues = train_dataset.select(range(min(CENTERING_REPLIES, n_prompts))).to_list()
+        dialogues = data.train.select(range(min(CENTERING_REPLIES, n_prompts))).to_list()
         state.score_shift = center_scores(roles, dialogues, reward_texts, sampling.batch_size)
     roles.add_value_head(state.score_shift)
 
@@ -403,11 +381,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update)
     if checkpoint:
         run.load(checkpoint)
-    log_block(facts | data_facts | describe_run(run, ppo_args, sampling, reward_texts, n_prompts))
-    train_ppo(run, train_dataset, eval_rows, ppo_args, sampling, reward_texts)
+    log_block(facts | data.facts | describe_run(run, ppo_args, sampling, reward_texts, n_prompts))
+    train_ppo(run, data.train, eval_rows, ppo_args, sampling, reward_texts)
 
     # ------------------------------------------------------------ save and evaluate
-    flags = f"--base_model {base_model} --lora_model {run.output_dir / BEST}"
+    flags = f"--base_model {lineage.base_model} --lora_model {run.output_dir / BEST}"
     return run.finish(next_command=f"{Path(sys.executable).name} inference.py {flags}")
 
 

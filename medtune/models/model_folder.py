@@ -7,8 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from peft import PeftModel
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from medtune.arguments import DataArguments, ModelArguments
 from medtune.errors import UserError
@@ -161,7 +160,7 @@ def _difference(text: str | None, trained_text: str) -> str:
 
 
 def lineage_of(
-    model: PreTrainedModel | PeftModel,
+    config: PretrainedConfig,
     model_args: ModelArguments,
     data_args: DataArguments,
     *,
@@ -172,6 +171,7 @@ def lineage_of(
     """The record of a run, for `lineage.json` in its checkpoints.
 
     Args:
+        config: of the base model.
         template: its `--template_name`; None is the tokenizer's own.
         flags: of the command, as written (`StageArgumentParser.given`).
     """
@@ -183,8 +183,8 @@ def lineage_of(
         stage=stage,
         template=template or "",
         data=str(data_args.train_file_dir),
-        hidden_size=model.config.hidden_size,
-        vocab_size=model.config.vocab_size,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
         base_weights=weights_fingerprint(base_model, **model_args.hub_options),
         start_weights=weights_fingerprint(start, **model_args.hub_options),
         flags=dict(flags),

@@ -24,6 +24,10 @@ class PPOModelArguments(ModelArguments):
     model_name_or_path: str = field(default="", init=False)
     device_map: str | None = field(default=None, init=False)
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.model_name_or_path = self.sft_model_path
+
 
 @dataclass
 class PPORunArguments(RunArguments):

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from medtune.errors import Unusable, UserError
-from medtune.models.lineage import read_lineage
-from medtune.models.loading import load_tokenizer
-from medtune.reading.encoding import encode_exchange, load_chat_template, stop_token_ids
+from medtune.models.model_folder import choose_template, describe_folder
+from medtune.models.reward_models import reward_ids
+from medtune.reading.encoding import stop_token_ids
 from template import ChatTemplate
 
 
@@ -42,13 +42,12 @@ class RewardTexts:
         if tokenizer is None:
             tokenizer, chat_template = self.tokenizer, self.chat_template
         try:
-            prompt_ids, ids = encode_exchange(tokenizer, chat_template, messages, reply, tools, ended=ended)
+            return reward_ids(tokenizer, chat_template, messages, reply, tools, ended=ended)
         except (Unusable, UserError) as error:
             raise UserError(
                 f"--reward_model_path: its prompt template does not write the reply {reply!r:.60} "
                 f"({error.args[-1]}), so it was never trained on one like it; take another reward model"
             ) from error
-        return prompt_ids + ids
 
 
 def load_reward_texts(
@@ -56,22 +55,23 @@ def load_reward_texts(
     chat_template: ChatTemplate,
     stop_ids: list[int],
     reward_model_path: str,
-    hub_options: dict,
+    **folder_options,
 ) -> RewardTexts:
-    """The policy's tokens, and the reward model's where a conversation has other ids there."""
+    """The policy's tokens, and the reward model's where a conversation has other ids there.
+
+    folder_options: of `describe_folder`.
+    """
     reward_texts = RewardTexts(tokenizer, chat_template, stop_ids)
-    own_tokenizer = load_tokenizer(reward_model_path, flag="--reward_model_path", **hub_options)
-    lineage = read_lineage(reward_model_path)
-    own_name = lineage.template or None if lineage and own_tokenizer.chat_template is None else None
-    own_template = load_chat_template(own_tokenizer, own_name)
+    own = describe_folder(reward_model_path, "--reward_model_path", **folder_options)
+    own_template = choose_template(own, None)
     reads_the_same = (
-        tokenizer.get_vocab() == own_tokenizer.get_vocab()
-        and _probe(tokenizer, chat_template) == _probe(own_tokenizer, own_template)
-        and stop_ids[:1] == stop_token_ids(own_tokenizer, own_template)[:1]
+        tokenizer.get_vocab() == own.tokenizer.get_vocab()
+        and _probe(tokenizer, chat_template) == _probe(own.tokenizer, own_template)
+        and stop_ids[:1] == stop_token_ids(own.tokenizer, own_template)[:1]
     )
     if reads_the_same:
         return reward_texts
-    return replace(reward_texts, reward_tokenizer=own_tokenizer, reward_template=own_template)
+    return replace(reward_texts, reward_tokenizer=own.tokenizer, reward_template=own_template)
 
 
 def _probe(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> list:
@@ -81,7 +81,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> l
     exchanges = []
     for system in ([], [{"role": "system", "content": "你是医生。"}]):
         try:
-            exchanges.append(encode_exchange(tokenizer, chat_template, [*system, *messages], "不客气 you're welcome"))
+            exchanges.append(reward_ids(tokenizer, chat_template, [*system, *messages], "不客气 you're welcome"))
         except (Unusable, UserError):
             exchanges.append(None)
     return exchanges

@@ -1,6 +1,7 @@
 """What the reward model reads of prompts and replies: ids as it was trained on them, whatever tokens the policy has."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,10 +98,11 @@ def test_templates_that_ask_alike_may_write_replies_differently(tiny_model_dir, 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     reward_tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     reward_template = load_chat_template(reward_tokenizer, name)
-    reward_tokenizer.save_pretrained(tmp_path)
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "reward")
+    reward_tokenizer.save_pretrained(folder)
     chat_template = load_chat_template(tokenizer, "chatml")
     stop_ids = stop_token_ids(tokenizer, chat_template)
-    reward_texts = load_reward_texts(tokenizer, chat_template, stop_ids, str(tmp_path), {})
+    reward_texts = load_reward_texts(tokenizer, chat_template, stop_ids, str(folder))
     prompt_ids = encode_prompt(tokenizer, reward_texts.chat_template, QUESTION)
     assert prompt_ids == encode_prompt(reward_tokenizer, reward_template, QUESTION)
     ids = tokenizer("多喝水。", add_special_tokens=False)["input_ids"] + reward_texts.stop_ids[:1]
