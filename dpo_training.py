@@ -18,7 +18,6 @@ Launcher: run_dpo.sh.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,8 +38,10 @@ from medtune.models.lineage import Lineage, base_of, check_model_path, is_adapte
 from medtune.models.loading import load_base_model, load_tokenizer, weights_fingerprint
 from medtune.models.lora_layers import describe_trainable
 from medtune.models.vocabulary import check_vocabulary, warn_of_dead_tokens
+from medtune.reading.encoders import FeedbackEncoder, PairEncoder
 from medtune.reading.encoding import IGNORED_LABEL, load_chat_template, mark_learned, stop_token_ids, turn_token_ids
-from medtune.reading.rows import cached_feedback, cached_pairs, describe_feedback, describe_pairs, load_part
+from medtune.reading.record_sets import read_feedback, read_pairs
+from medtune.reading.rows import prepare_data
 from medtune.training.batches import FeedbackCollator, PairCollator
 from medtune.training.checkpoints import BEST, find_checkpoint
 from medtune.training.kto_trainer import KTOTrainer
@@ -203,27 +204,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ data
     cache_dir = Path(model_args.cache_dir or "cache")
     unpaired = training_args.is_unpaired
-    read = partial(
-        cached_feedback if unpaired else cached_pairs,
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        cache_dir=cache_dir / "tokenized",
-        max_prompt_length=dpo_args.max_source_length,
-        max_reply_length=dpo_args.max_target_length,
-        seed=training_args.seed,
-    )
-    load = partial(
-        load_part,
-        kind="replies" if unpaired else "pairs",
-        data_args=data_args,
-        do_eval=training_args.do_eval,
-        read=read,
-        describe=partial(
-            describe_feedback if unpaired else describe_pairs, max_reply_length=dpo_args.max_target_length
-        ),
-    )
-    train_dataset, train_facts = load("train")
-    eval_dataset, eval_facts = load("eval") if training_args.do_eval else (None, {})
+    read, encoder_class = (read_feedback, FeedbackEncoder) if unpaired else (read_pairs, PairEncoder)
+    encoder = encoder_class(tokenizer, chat_template, dpo_args.max_source_length, dpo_args.max_target_length)
+    data = prepare_data(read, encoder, data_args, training_args, model_args.cache_dir)
+    train_dataset, eval_dataset = data.train, data.eval
 
     # ------------------------------------------------------------ model
     base_options = {
@@ -279,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     facts["loss"] = f"{' + '.join(losses)}, beta {training_args.beta:g}"
     if lora_args.use_peft and lora_args.lora_dropout:
         facts["dropout"] = f"off, not --lora_dropout {lora_args.lora_dropout:g}: it would blur what is compared"
-    log_facts(trainer, facts | {"template": dpo_args.template_name or "the tokenizer's own"} | train_facts | eval_facts)
+    log_facts(trainer, facts | {"template": dpo_args.template_name or "the tokenizer's own"} | data.facts)
     first = train_dataset[0]
     for name in ("reply",) if unpaired else ("chosen", "rejected"):
         ids, n_prompt = first["prompt_ids"] + first[f"{name}_ids"], len(first["prompt_ids"])

@@ -18,12 +18,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 # Before the libraries: it keeps one of them from a misleading line.
 from medtune.errors import Unusable, UserError, run_script
@@ -40,11 +40,11 @@ from medtune.models.chat_models import (
     ChatModel,
     ChatModelArguments,
     RewardModel,
-    describe_model,
     describe_models,
     load_weights,
 )
 from medtune.models.generation import Decoding, Reply, generate_replies, stream_reply
+from medtune.output_files import new_text_file
 from medtune.reading.conversations import turns_to_answer
 from medtune.reading.encoding import encode_recent
 from medtune.reading.files import read_raw
@@ -240,7 +240,7 @@ class Asker(NamedTuple):
         if self.reward_model is None:
             return [None] * len(replies)
         rows = [
-            self.reward_model.encode(question.messages, reply.text, reply.ended)
+            self.reward_model.encode(question.messages, reply.text, reply.ended, question.tools)
             for question, reply in zip(questions, replies, strict=True)
         ]
         return self.reward_model.score(rows, self.batch_size)
@@ -273,34 +273,20 @@ def say_if_cut(reply: Reply, decoding: Decoding) -> None:
         say(f"[cut at --max_new_tokens {decoding.max_new_tokens}]")
 
 
-def open_partial(output_file: str | None) -> Path | None:
-    """The empty file that the replies go to until all are there; UserError if the place cannot be written to."""
-    if output_file is None:
-        return None
-    path = Path(output_file)
-    if path.exists():
-        raise UserError(f"--output_file {path}: it exists and is not written over; name another file or move it")
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text("", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output_file {path}: it cannot be written ({error.strerror})") from error
-    return partial
-
-
 def write_replies(
     asker: Asker,
     questions: Sequence[Question],
     prompts: Sequence[list[list[int]]],
-    partial: Path,
-    output_file: Path,
-) -> None:
-    """Answer in parts of some batches, each written when it is done: what a killed run leaves is whole lines."""
+    file: TextIO,
+) -> str:
+    """Answer in parts of some batches, each written when it is done: what a killed run leaves is whole lines.
+
+    Returns how many replies there are.
+    """
     logger.info(NOTICE)
     part, n_models = 32 * asker.batch_size, len(asker.models)
     n_ended = 0
-    with partial.open("w", encoding="utf-8") as file, progress_of(n_models * len(questions)) as show:
+    with progress_of(n_models * len(questions)) as show:
         for start in range(0, len(questions), part):
             some = questions[start : start + part]
             answers = asker.ask(
@@ -321,8 +307,7 @@ def write_replies(
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 n_ended += sum(reply.ended for reply, _ in row)
             file.flush()
-    partial.rename(output_file)
-    logger.info(f"{output_file}: {n_models * len(questions)} replies, of which {n_ended} ended by themselves")
+    return f"{n_models * len(questions)} replies, of which {n_ended} ended by themselves"
 
 
 @contextmanager
@@ -422,8 +407,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ------------------------------------------------------------ arguments
     parser = StageArgumentParser([ChatModelArguments, InferenceArguments, Decoding])
     model_args, inference_args, decoding = parser.parse(argv)
-    if inference_args.compare and model_args.lora_model:
-        raise UserError("--lora_model and --compare exclude each other: name the adapter after --compare")
 
     # ------------------------------------------------------------ run
     start_log()
@@ -432,10 +415,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_seed(inference_args.seed)
 
     # ------------------------------------------------------------ tokenizers and templates
-    if inference_args.compare:
-        models = describe_models(inference_args.compare, "--compare", model_args)
-    else:
-        models = [describe_model(model_args)]
+    models = describe_models(inference_args.compare, "--compare", model_args)
 
     # ------------------------------------------------------------ data
     if inference_args.data_file:
@@ -447,28 +427,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         encode_questions(chat_model, questions, decoding.max_new_tokens, reports_cuts=chat_model is models[0])
         for chat_model in models
     ]
-    partial = open_partial(inference_args.output_file)
+    output_file = inference_args.output_file
+    output = (
+        new_text_file(Path(output_file), "--output_file", overwrite=None, keep_partial=True)
+        if output_file
+        else nullcontext()
+    )
+    with output as file:
+        # -------------------------------------------------------- models
+        reward_model = RewardModel(model_args.reward_model, model_args) if model_args.reward_model else None
+        load_weights(models, model_args)
+        asker = Asker(models, reward_model, decoding, inference_args.batch_size, inference_args.seed)
 
-    # ------------------------------------------------------------ models
-    reward_model = RewardModel(model_args.reward_model, model_args) if model_args.reward_model else None
-    load_weights(models, model_args)
-    asker = Asker(models, reward_model, decoding, inference_args.batch_size, inference_args.seed)
-
-    # ------------------------------------------------------------ replies
-    try:
-        if inference_args.interactive:
-            chat(asker, inference_args.system)
-        elif partial is not None:
-            write_replies(asker, questions, prompts, partial, Path(inference_args.output_file))
-        else:
-            print_replies(asker, questions, prompts)
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError("out of GPU memory; in this order: a smaller --batch_size, --load_in_4bit True") from error
-    except KeyboardInterrupt:
-        say()
-        if not inference_args.interactive:
-            logger.warning(f"interrupted{f'; the replies so far are in {partial}' if partial else ''}")
-            sys.exit(130)
+        # -------------------------------------------------------- replies
+        try:
+            if inference_args.interactive:
+                chat(asker, inference_args.system)
+            elif file is not None:
+                summary = write_replies(asker, questions, prompts, file)
+            else:
+                print_replies(asker, questions, prompts)
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError("out of GPU memory; in this order: a smaller --batch_size, --load_in_4bit True") from error
+        except KeyboardInterrupt:
+            say()
+            if not inference_args.interactive:
+                logger.warning(f"interrupted{f'; the replies so far are in {output_file}.partial' if file else ''}")
+                sys.exit(130)
+    if output_file:
+        logger.info(f"{output_file}: {summary}")
 
 
 if __name__ == "__main__":

@@ -41,10 +41,12 @@ from transformers import (
 from medtune.arguments import StageArgumentParser
 from medtune.models.adapters import load_with_adapter
 from medtune.models.families import check_same_family
-from medtune.models.lineage import Lineage, check_model_path, is_adapter, read_adapter_config, read_lineage
-from medtune.models.loading import load_base_model, load_config, load_tokenizer, weights_fingerprint
+from medtune.models.lineage import Lineage, is_adapter, read_adapter_config, read_lineage
+from medtune.models.loading import load_base_model, weights_fingerprint
+from medtune.models.model_folder import describe_folder
 from medtune.models.vocabulary import check_vocabulary
-from medtune.reading.encoding import encode_prompt, load_chat_template, stop_token_ids
+from medtune.output_files import new_folder
+from medtune.reading.encoding import encode_prompt, stop_token_ids
 from medtune.training.log import start_log
 from template import ChatTemplate
 
@@ -102,10 +104,8 @@ class MergeArguments:
 # ---------------------------------------------------------------- before weights load
 
 
-def check_output_dir(output_dir: Path, n_bytes: int) -> None:
-    """Refuse a folder that holds something, and a disk without room for the merged weights."""
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"--output_dir {output_dir}: it holds something already; name a new folder")
+def check_room(output_dir: Path, n_bytes: int) -> None:
+    """Refuse a disk without room for the merged weights."""
     existing = next(folder for folder in output_dir.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(existing).free
     if free < 1.05 * n_bytes:  # the tokenizer and the configuration are small
@@ -120,13 +120,6 @@ def weight_bytes(config: PretrainedConfig, model_class: type, merge_args: MergeA
     with torch.device("meta"):
         model = model_class.from_config(config, trust_remote_code=merge_args.trust_remote_code)
     return sum(parameter.numel() for parameter in model.parameters()) * getattr(torch, merge_args.torch_dtype).itemsize
-
-
-def template_of(tokenizer: PreTrainedTokenizerBase, lineage: Lineage | None) -> ChatTemplate | None:
-    """The chat template that training used; None where there is none (a pretrained base has no turns)."""
-    if tokenizer.chat_template is not None:
-        return load_chat_template(tokenizer, None)
-    return load_chat_template(tokenizer, lineage.template) if lineage and lineage.template else None
 
 
 # ---------------------------------------------------------------- the merge
@@ -166,15 +159,12 @@ def stopping_generation_config(
 def write_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lineage: Lineage, folder: Path, max_shard_size: str
 ) -> None:
-    try:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(folder)
-        lineage.save(folder)
-        # safetensors 0.8 lets only its user read what it writes, which keeps a server under another name out.
-        for file in folder.glob("*.safetensors"):
-            file.chmod(Path(folder, "config.json").stat().st_mode)
-    except OSError as error:
-        raise UserError(f"{folder}: the merged model cannot be written ({error})") from error
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
+    lineage.save(folder)
+    # safetensors 0.8 lets only its user read what it writes, which keeps a server under another name out.
+    for file in folder.glob("*.safetensors"):
+        file.chmod(Path(folder, "config.json").stat().st_mode)
 
 
 # ---------------------------------------------------------------- the comparison
@@ -280,12 +270,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = StageArgumentParser([MergeArguments])
     (merge_args,) = parser.parse(argv)
     lora_model, output_dir = merge_args.lora_model, Path(merge_args.output_dir)
-    adapter = read_adapter_config(lora_model)
-    base_model = merge_args.base_model or adapter.base_model_name_or_path
-    check_model_path(base_model, "--base_model", merge_args.allow_pickle_weights)
+    base_model = merge_args.base_model or read_adapter_config(lora_model, "--lora_model").base_model_name_or_path
     if is_adapter(base_model):
         raise UserError(f"--base_model {base_model}: an adapter; give the base model it was trained on")
-    is_reward_model = adapter.task_type == "SEQ_CLS"
 
     # ------------------------------------------------------------ run
     start_log()
@@ -294,80 +281,72 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ------------------------------------------------------------ base, adapter and room for both
     hub_options = {"cache_dir": merge_args.cache_dir, "trust_remote_code": merge_args.trust_remote_code}
+    folder = describe_folder(
+        lora_model, "--lora_model", base_model, allow_pickle_weights=merge_args.allow_pickle_weights, **hub_options
+    )
+    is_reward_model, tokenizer, chat_template = folder.is_reward_model, folder.tokenizer, folder.chat_template
     load_options = hub_options | {
         "torch_dtype": merge_args.torch_dtype,
         "allow_pickle_weights": merge_args.allow_pickle_weights,
         "model_class": AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM,
     }
     load_options |= {"num_labels": 1} if is_reward_model else {}
-    config = load_config(base_model, flag="--base_model", **hub_options)
-    if hasattr(config, "quantization_config"):
+    if hasattr(folder.config, "quantization_config"):
         raise UserError(f"--base_model {base_model}: its weights are quantized; give the model it was made from")
     check_same_family(base_model, lora_model, **hub_options)
-    adapter_lineage = read_lineage(lora_model)
     lineage = Lineage(
         base_model=base_model,
         parent=lora_model,
         stage="merge",
-        template=adapter_lineage.template if adapter_lineage else "",
-        data=adapter_lineage.data if adapter_lineage else "",
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
+        template=folder.lineage.template if folder.lineage else "",
+        data=folder.lineage.data if folder.lineage else "",
+        hidden_size=folder.config.get_text_config().hidden_size,
+        vocab_size=folder.config.get_text_config().vocab_size,
         start_weights=weights_fingerprint(lora_model),
         flags=parser.given,
     )
     if read_lineage(output_dir) == lineage:
         logger.info(f"{output_dir} holds this model already, merged by the same flags: nothing to do")
         return
-    n_bytes = weight_bytes(config, load_options["model_class"], merge_args)
-    check_output_dir(output_dir, n_bytes)
-
-    # ------------------------------------------------------------ tokenizer and template
-    has_tokenizer = Path(lora_model, "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(lora_model if has_tokenizer else base_model, flag="--lora_model", **hub_options)
-    chat_template = template_of(tokenizer, adapter_lineage)
+    n_bytes = weight_bytes(folder.config, load_options["model_class"], merge_args)
+    check_room(output_dir, n_bytes)
     stop_ids = stop_token_ids(tokenizer, chat_template) if chat_template else [tokenizer.eos_token_id]
     prompts = comparison_prompts(tokenizer, chat_template)
 
-    # ------------------------------------------------------------ the adapter on its base
-    on_gpu = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.3 * n_bytes
-    device = "cuda" if on_gpu else "cpu"
-    logger.info(f"merging {lora_model} into {base_model} in {merge_args.torch_dtype} on the {device.upper()}")
-    model = load_with_adapter(base_model, lora_model, **load_options).to(device)
-    check_vocabulary(tokenizer, model)
-    references = references_of(model, prompts)
-    with model.disable_adapter():
-        base_difference = difference_from(references, model, prompts, merge_args.torch_dtype)
+    with new_folder(output_dir, "--output_dir", overwrite=None) as written:
+        # -------------------------------------------------------- the adapter on its base
+        on_gpu = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.3 * n_bytes
+        device = "cuda" if on_gpu else "cpu"
+        logger.info(f"merging {lora_model} into {base_model} in {merge_args.torch_dtype} on the {device.upper()}")
+        model = load_with_adapter(base_model, lora_model, **load_options).to(device)
+        check_vocabulary(tokenizer, model)
+        references = references_of(model, prompts)
+        with model.disable_adapter():
+            base_difference = difference_from(references, model, prompts, merge_args.torch_dtype)
 
-    # ------------------------------------------------------------ merge, write beside, compare, rename
-    model = merge(model)
-    if model.can_generate():
-        model.generation_config = stopping_generation_config(model.generation_config, stop_ids, tokenizer.pad_token_id)
-    if is_reward_model:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # a score is read in front of the padding
-    partial = output_dir.with_name(f".{output_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        write_model(model, tokenizer, lineage, partial, merge_args.max_shard_size)
+        # -------------------------------------------------------- merge, write, load again, compare
+        model = merge(model)
+        if model.can_generate():
+            own = model.generation_config
+            model.generation_config = stopping_generation_config(own, stop_ids, tokenizer.pad_token_id)
+        if is_reward_model:  # a score is read in front of the padding
+            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        write_model(model, tokenizer, lineage, written, merge_args.max_shard_size)
         del model
         gc.collect()
-        merged = load_base_model(str(partial), flag="--output_dir", **load_options).to(device)
+        merged = load_base_model(str(written), flag="--output_dir", **load_options).to(device)
         merged_difference = difference_from(references, merged, prompts, merge_args.torch_dtype)
         judge(merged_difference, base_difference, merge_args.torch_dtype)
-        partial.rename(output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
     # ------------------------------------------------------------ next
     logger.info(f"done: {output_dir} ({n_bytes / 1e9:.2f} GB)")
     if is_reward_model:
         logger.info(f"next: ppo_training.py --reward_model_path {output_dir}")
         return
-    context = getattr(config.get_text_config(), "max_position_embeddings", 4096)
     logger.info(f"next: python inference.py --base_model {output_dir}")
     logger.info(
         f"or serve it: python -m vllm.entrypoints.openai.api_server --model {output_dir} --host 0.0.0.0 --port 8000 "
-        f"--dtype {merge_args.torch_dtype} --max-model-len {min(context, 4096)} --gpu-memory-utilization 0.9"
+        f"--dtype {merge_args.torch_dtype} --max-model-len {min(folder.context, 4096)} --gpu-memory-utilization 0.9"
     )
 
 

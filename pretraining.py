@@ -20,13 +20,12 @@ from itertools import islice
 from pathlib import Path
 
 # Before the libraries: it keeps one of them from a misleading line.
-from medtune.errors import UserError, run_script
+from medtune.errors import Unusable, UserError, run_script
 
 # isort: split
 import torch
 from datasets import IterableDataset
 from loguru import logger
-from transformers import PreTrainedTokenizerBase
 
 from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from medtune.models.adapters import load_for_training
@@ -34,12 +33,13 @@ from medtune.models.lineage import Lineage, base_of, check_model_path
 from medtune.models.loading import load_tokenizer, weights_fingerprint
 from medtune.models.lora_layers import describe_trainable
 from medtune.models.vocabulary import check_vocabulary
-from medtune.reading.blocks import cut_blocks, encode_documents, learned_bytes_per_token
+from medtune.reading.blocks import learned_bytes_per_token
+from medtune.reading.encoders import DocumentEncoder
 from medtune.reading.encoding import mark_learned
 from medtune.reading.finding import TEXT_ENDINGS, are_same_files, find_files
 from medtune.reading.record_sets import read_documents
-from medtune.reading.records import Document
-from medtune.reading.rows import BLOCK_FEATURES, cached_blocks, load_part
+from medtune.reading.records import BadRecord
+from medtune.reading.rows import Data, prepare_data
 from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
 from medtune.training.checkpoints import BEST, find_checkpoint
 from medtune.training.log import log_facts
@@ -76,36 +76,37 @@ class PTArguments:
 # ---------------------------------------------------------------- data
 
 
-def stream_training_part(
-    data_args: DataArguments,
-    pt_args: PTArguments,
-    training_args: CausalLMConfig,
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[IterableDataset, dict[str, str]]:
-    """The training documents as blocks that are made while training asks for them, over and over."""
+def stream_data(
+    encoder: DocumentEncoder, data_args: DataArguments, training_args: CausalLMConfig, cache_dir: str | None
+) -> Data:
+    """`prepare_data`, but the training blocks are made while training asks for them, over and over."""
     if training_args.max_steps <= 0:
         raise UserError("--streaming True: nobody knows where the data end, so give --max_steps")
     if data_args.max_train_samples is not None:
         raise UserError(
             "--streaming True: --max_train_samples draws from all records, which are not read; leave it out"
         )
-    if training_args.do_eval and are_same_files(data_args.train_file_dir, data_args.validation_file_dir, TEXT_ENDINGS):
+    path, eval_path = data_args.train_file_dir or "", data_args.validation_file_dir
+    files, unread = find_files(path, "--train_file_dir", TEXT_ENDINGS)
+    if training_args.do_eval and (
+        eval_path is None
+        or are_same_files(files, find_files(eval_path, "--validation_file_dir", TEXT_ENDINGS)[0], eval_path)
+    ):
         raise UserError(
             "--streaming True: no part of the training files is held out; give --validation_file_dir others"
         )
-    files, unread = find_files(data_args.train_file_dir or "", "--train_file_dir", TEXT_ENDINGS)
-    stream = partial(stream_blocks, files, tokenizer, pt_args, data_args.on_bad_data)
-    dataset = IterableDataset.from_generator(stream, features=BLOCK_FEATURES)
+    blocks = partial(stream_blocks, files, encoder, data_args.on_bad_data)
+    dataset = IterableDataset.from_generator(blocks, features=encoder.block_features)
     dataset = dataset.shuffle(seed=training_args.seed, buffer_size=STREAM_SHUFFLE).repeat(None)
     # Each process reads all and takes its part: rows with names in them cannot be sent from one to the others.
     training_args.accelerator_config.dispatch_batches = False
     not_read = f", {len(unread)} with other endings not read" if unread else ""
-    return dataset, {"train files": f"{len(files)} in {data_args.train_file_dir}{not_read}, streamed"}
+    facts = {"train files": f"{len(files)} in {path}{not_read}, streamed"}
+    evaluation = prepare_data(read_documents, encoder, data_args, training_args, cache_dir, parts=("eval",))
+    return Data(dataset, evaluation.eval, facts | evaluation.facts)
 
 
-def stream_blocks(
-    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, pt_args: PTArguments, on_bad_data: str
-) -> Iterator[dict]:
+def stream_blocks(files: Sequence[Path], encoder: DocumentEncoder, on_bad_data: str) -> Iterator[dict]:
     """The blocks of the whole text, batch by batch: what a batch leaves over begins the next one.
 
     Raises UserError at the first bad record under "error"; the others are named in the log and left out.
@@ -113,25 +114,23 @@ def stream_blocks(
     waiting: dict[str, list] = {"input_ids": [], "source": []}
     results = read_documents(files)
     while batch := list(islice(results, STREAM_BATCH)):
-        good = [result for result in batch if isinstance(result, Document)]
-        encoded = encode_documents(tokenizer, {"text": [d.text for d in good], "source": [d.source for d in good]})
-        bad = [str(result) for result in batch if not isinstance(result, Document)]
-        for ids, source, fault in zip(encoded["input_ids"], encoded["source"], encoded["fault"], strict=True):
-            if fault:
-                bad.append(f"{source}: {fault.replace(chr(9), ': ')}")
-            else:
-                waiting["input_ids"].append(ids)
-                waiting["source"].append(source)
-        for line in bad:
-            if on_bad_data == "error":
-                raise UserError(f"{line}; mend it, or go on without: --on_bad_data drop")
-            logger.warning(f"left out: {line}")
+        for result in batch:
+            try:
+                if isinstance(result, BadRecord):
+                    raise Unusable(result.reason, result.detail)
+                waiting["input_ids"].append(encoder(result)["input_ids"])
+                waiting["source"].append(result.source)
+            except Unusable as fault:
+                bad = BadRecord(result.source, fault.reason, fault.detail)
+                if on_bad_data == "error":
+                    raise UserError(f"{bad}; mend it, or go on without: --on_bad_data drop") from None
+                logger.warning(f"left out: {bad}")
         if waiting["input_ids"]:
-            *whole, tail = rows_of(cut_blocks(waiting, pt_args.block_size, pt_args.packing_across_documents))
+            *whole, tail = rows_of(encoder.blocks(waiting))
             yield from whole
             waiting = last_tokens(waiting, tail["length"])
     if waiting["input_ids"]:
-        yield from rows_of(cut_blocks(waiting, pt_args.block_size, pt_args.packing_across_documents))
+        yield from rows_of(encoder.blocks(waiting))
 
 
 def rows_of(blocks: dict[str, list]) -> list[dict]:
@@ -177,27 +176,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.tokenizer_name_or_path, **hub_options)
 
     # ------------------------------------------------------------ data
-    read = partial(
-        cached_blocks,
-        tokenizer=tokenizer,
-        cache_dir=Path(model_args.cache_dir or "cache", "tokenized"),
-        block_size=pt_args.block_size,
-        packing_across_documents=pt_args.packing_across_documents,
-        seed=training_args.seed,
-    )
-    load = partial(
-        load_part,
-        kind="documents",
-        data_args=data_args,
-        do_eval=training_args.do_eval,
-        read=read,
-        describe=lambda rows: f"{sum(rows['length']):,} in {len(rows):,} blocks of at most {pt_args.block_size}",
-        endings=TEXT_ENDINGS,
-    )
-    train_dataset, train_facts = (
-        stream_training_part(data_args, pt_args, training_args, tokenizer) if pt_args.streaming else load("train")
-    )
-    eval_dataset, eval_facts = load("eval") if training_args.do_eval else (None, {})
+    encoder = DocumentEncoder(tokenizer, pt_args.block_size, pt_args.packing_across_documents)
+    if pt_args.streaming:
+        data = stream_data(encoder, data_args, training_args, model_args.cache_dir)
+    else:
+        data = prepare_data(read_documents, encoder, data_args, training_args, model_args.cache_dir)
+    train_dataset, eval_dataset = data.train, data.eval
     first = next(iter(train_dataset))
     example = mark_learned(tokenizer, first["input_ids"][:EXAMPLE_TOKENS], first["labels"][:EXAMPLE_TOKENS])
 
@@ -243,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         texts_of_row=None if pt_args.packing_across_documents else alone,
         processing_class=tokenizer,
     )
-    facts = {"model": f"{model_args.model_name_or_path}: {describe_trainable(model)}"} | train_facts | eval_facts
+    facts = {"model": f"{model_args.model_name_or_path}: {describe_trainable(model)}"} | data.facts
     if pt_args.packing_across_documents:
         facts["a document sees"] = "the ones before it in its block"
     log_facts(trainer, facts)

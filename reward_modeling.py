@@ -21,19 +21,15 @@ Loaded without this repository (a text: prompt and reply, up to the reply's end 
 Launcher: run_rm.sh.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 # Before the libraries: it keeps one of them from a misleading line.
 from medtune.errors import UserError, run_script
 
 # isort: split
-import numpy as np
-from datasets import Dataset
 from loguru import logger
 from peft import TaskType
 from transformers import PreTrainedTokenizerBase
@@ -46,8 +42,10 @@ from medtune.models.loading import load_tokenizer, weights_fingerprint
 from medtune.models.lora_layers import describe_trainable
 from medtune.models.score_heads import has_untrained_head
 from medtune.models.vocabulary import check_vocabulary
+from medtune.reading.encoders import ScoredPairEncoder
 from medtune.reading.encoding import IGNORED_LABEL, load_chat_template, mark_learned, stop_token_ids
-from medtune.reading.rows import cached_pairs, describe_pairs, load_part
+from medtune.reading.record_sets import read_pairs
+from medtune.reading.rows import prepare_data
 from medtune.training.batches import PairCollator
 from medtune.training.checkpoints import BEST, find_checkpoint
 from medtune.training.log import log_facts
@@ -96,13 +94,6 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplat
     tokenizer.pad_token = never_last[0]
 
 
-def describe_rows(dataset: Dataset, max_reply_length: int) -> str:
-    """Tokens and margins of the pairs, in words."""
-    margins = [margin for margin in dataset["margin"] if not math.isnan(margin)]
-    stated = f"; {len(margins)} with a margin, {np.mean(margins):.3g} on average" if margins else ""
-    return describe_pairs(dataset, max_reply_length) + stated
-
-
 # ---------------------------------------------------------------- the score against the length
 
 
@@ -144,25 +135,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     set_pad_token(tokenizer, chat_template)
 
     # ------------------------------------------------------------ data
-    read = partial(
-        cached_pairs,
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        cache_dir=Path(model_args.cache_dir or "cache", "tokenized"),
-        max_prompt_length=rm_args.max_source_length,
-        max_reply_length=rm_args.max_target_length,
-        seed=training_args.seed,
-    )
-    load = partial(
-        load_part,
-        kind="pairs",
-        data_args=data_args,
-        do_eval=training_args.do_eval,
-        read=read,
-        describe=partial(describe_rows, max_reply_length=rm_args.max_target_length),
-    )
-    train_dataset, train_facts = load("train")
-    eval_dataset, eval_facts = load("eval") if training_args.do_eval else (None, {})
+    encoder = ScoredPairEncoder(tokenizer, chat_template, rm_args.max_source_length, rm_args.max_target_length)
+    data = prepare_data(read_pairs, encoder, data_args, training_args, model_args.cache_dir)
+    train_dataset, eval_dataset = data.train, data.eval
 
     # ------------------------------------------------------------ model
     model = load_for_training(
@@ -207,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
     )
     facts = {"model": f"{model_args.model_name_or_path}: {describe_trainable(model)}"}
-    facts |= {"template": rm_args.template_name or "the tokenizer's own"} | train_facts | eval_facts
+    facts |= {"template": rm_args.template_name or "the tokenizer's own"} | data.facts
     log_facts(trainer, facts)
     first = train_dataset[0]
     texts = (first["prompt_ids"] + first["chosen_ids"], first["rejected_ids"])

@@ -15,7 +15,6 @@ Launcher: run_sft.sh.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,8 +31,10 @@ from medtune.models.lineage import Lineage, base_of, check_model_path
 from medtune.models.loading import load_tokenizer, weights_fingerprint
 from medtune.models.lora_layers import describe_trainable
 from medtune.models.vocabulary import check_vocabulary, warn_of_dead_tokens
+from medtune.reading.encoders import DialogueEncoder
 from medtune.reading.encoding import load_chat_template, mark_learned, turn_token_ids
-from medtune.reading.rows import cached_dialogues, load_part
+from medtune.reading.record_sets import read_dialogues
+from medtune.reading.rows import prepare_data
 from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
 from medtune.training.checkpoints import BEST, find_checkpoint
 from medtune.training.log import log_facts
@@ -107,30 +108,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     chat_template = load_chat_template(tokenizer, sft_args.template_name)
 
     # ------------------------------------------------------------ data
-    read = partial(
-        cached_dialogues,
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        cache_dir=Path(model_args.cache_dir or "cache", "tokenized"),
-        max_length=sft_args.model_max_length,
-        truncation=sft_args.truncation,
-        train_on_inputs=sft_args.train_on_inputs,
-        seed=training_args.seed,
+    encoder = DialogueEncoder(
+        tokenizer, chat_template, sft_args.model_max_length, sft_args.truncation, sft_args.train_on_inputs
     )
-    load = partial(
-        load_part,
-        kind="dialogues",
-        data_args=data_args,
-        do_eval=training_args.do_eval,
-        read=read,
-        describe=lambda rows: f"{sum(rows['length']):,}, the longest dialogue {max(rows['length'])}",
-    )
-    train_dataset, train_facts = load("train")
-    eval_dataset, eval_facts = load("eval") if training_args.do_eval else (None, {})
+    data = prepare_data(read_dialogues, encoder, data_args, training_args, model_args.cache_dir)
+    train_dataset, eval_dataset = data.train, data.eval
     example = mark_learned(tokenizer, train_dataset[0]["input_ids"], train_dataset[0]["labels"])
     if sft_args.packing:
         train_dataset = pack(train_dataset, sft_args.model_max_length)
-        train_facts["packed rows"] = f"{len(train_dataset)} of at most {sft_args.model_max_length} tokens"
+        data.facts["packed rows"] = f"{len(train_dataset)} of at most {sft_args.model_max_length} tokens"
 
     # ------------------------------------------------------------ model
     model = load_for_training(
@@ -172,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
     )
     facts = {"model": f"{model_args.model_name_or_path}: {describe_trainable(model)}"}
-    facts |= {"template": sft_args.template_name or "the tokenizer's own"} | train_facts | eval_facts
+    facts |= {"template": sft_args.template_name or "the tokenizer's own"} | data.facts
     log_facts(trainer, facts)
     logger.info(f"the first example, learned tokens between « and »:\n{example}")
     if training_args.do_train and is_finished(trainer, lineage, checkpoint):

@@ -34,7 +34,6 @@ from medtune.models.chat_models import (
     ChatModelArguments,
     RewardModel,
     check_address,
-    describe_model,
     describe_models,
     load_weights,
 )
@@ -283,18 +282,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ------------------------------------------------------------ arguments
     parser = StageArgumentParser([ChatModelArguments, WebArguments])
     model_args, web_args = parser.parse(argv)
-    if web_args.models and model_args.lora_model:
-        raise UserError("--lora_model and --models exclude each other: name the adapter after --models")
     check_address(web_args.host, web_args.port)
     start_log()
     for note in parser.notes:
         logger.info(note)
 
     # ------------------------------------------------------------ models
-    if web_args.models:
-        models = describe_models(web_args.models, "--models", model_args)
-    else:
-        models = [describe_model(model_args)]
+    models = describe_models(web_args.models, "--models", model_args)
     reward_model = RewardModel(model_args.reward_model, model_args) if model_args.reward_model else None
     load_weights(models, model_args)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
@@ -26,8 +26,23 @@ from medtune.devices import cpu_reason
 from medtune.errors import UserError
 
 
+class LoadingOptions:
+    """The flags of a script that loads models, as the functions that load them take them."""
+
+    @property
+    def hub_options(self) -> dict:
+        """For configurations and tokenizers."""
+        return {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code}
+
+    @property
+    def loading_options(self) -> dict:
+        """For weights, `hub_options` included."""
+        names = ("torch_dtype", "load_in_4bit", "load_in_8bit", "device_map", "flash_attn", "allow_pickle_weights")
+        return {name: getattr(self, name) for name in names} | self.hub_options
+
+
 @dataclass
-class ModelArguments:
+class ModelArguments(LoadingOptions):
     model_name_or_path: str = field(
         metadata={"help": "Hub name or folder of a model, or the folder of a LoRA adapter that training continues."}
     )
@@ -165,6 +180,13 @@ SETTLED = {
         "the batch stays that of --per_device_train_batch_size, and a run that is out of memory names what to give",
     ),
 }
+# What the guide's commands say, and what is always so in a stage without the flag.
+ALWAYS_SO = {
+    "--fp16": "False",
+    "--logging_strategy": "steps",
+    "--ddp_find_unused_parameters": "False",
+    "--remove_unused_columns": "False",
+}
 # Smaller values train nothing, or fail far from here.
 AT_LEAST = {
     "per_device_train_batch_size": 1,
@@ -266,6 +288,9 @@ class StageArgumentParser(HfArgumentParser):
                 _check_json(flag, value)
             # In one word, so that argparse does not take a value such as -1e-3 for a flag.
             return [f"{flag}={values[0]}"] if len(values) == 1 else [flag, *values]
+        if [ALWAYS_SO.get(flag)] == values:
+            self.notes.append(f"{flag} {values[0]}: always so in this stage")
+            return []
         if flag in RENAMED:
             if flag == "--warmup_ratio":
                 _check_share(flag, values)
@@ -292,12 +317,12 @@ class StageArgumentParser(HfArgumentParser):
 
     def _settle_training_arguments(self, values: dict, given: set[str]) -> None:
         """Decide what a flag leaves open: the device, the precision, when to evaluate, where logs go."""
-        if not any(issubclass(dataclass_type, TrainingArguments) for dataclass_type in self.dataclass_types):
+        if "max_steps" not in values:  # of no stage
             return
         if not values["output_dir"]:
             raise UserError("--output_dir is missing: name the folder for checkpoints and results")
         for name, least in AT_LEAST.items():
-            if values[name] < least:
+            if name in values and values[name] < least:
                 raise UserError(f"--{name} {values[name]}: give at least {least}")
         if values["max_steps"] <= 0 and values["num_train_epochs"] <= 0:
             raise UserError(f"--num_train_epochs {values['num_train_epochs']}: give more than 0, or --max_steps")
@@ -312,11 +337,13 @@ class StageArgumentParser(HfArgumentParser):
         if values["disable_tqdm"] is None:
             values["disable_tqdm"] = not sys.stderr.isatty()
         if "torch_compile" not in given and _one_bool("TORCH_COMPILE", [os.environ.get("TORCH_COMPILE") or "0"]):
+            is_flag = "torch_compile" in values
             values["torch_compile"] = True
-            self.notes.append("TORCH_COMPILE=1 in the environment: --torch_compile True")
+            does = "--torch_compile True" if is_flag else "this stage does not compile"
+            self.notes.append(f"TORCH_COMPILE=1 in the environment: {does}")
         if values["deepspeed"]:
             self._settle_deepspeed(values)
-        if values["ddp_find_unused_parameters"] is None:
+        if values.get("ddp_find_unused_parameters") is None:
             values["ddp_find_unused_parameters"] = False  # every trained parameter takes part in each step
         # Without the flag transformers keeps the running mean in the log where the loss was nan, which hides it.
         values["logging_nan_inf_filter"] = False
@@ -357,7 +384,8 @@ class StageArgumentParser(HfArgumentParser):
                 values["bf16"] = has_bf16
                 if not has_bf16:
                     name = torch.cuda.get_device_name()
-                    self.notes.append(f"{name} has no bfloat16: training in float32; --fp16 True is faster")
+                    faster = "; --fp16 True is faster" if "fp16" in values else ""
+                    self.notes.append(f"{name} has no bfloat16: training in float32{faster}")
         if not reason:
             return
         # Without use_cpu, two torchrun processes on such a machine are two trainings in one folder, each alone.

@@ -18,20 +18,28 @@ from typing import TextIO
 
 from medtune.errors import UserError
 
-# In each folder that `new_folder` made: only such a folder is ever replaced.
+# In each folder that a tool with --overwrite made: only such a folder is ever replaced.
 MADE_BY_A_TOOL = ".made_by_a_tool"
 
 
 @contextmanager
-def new_text_file(path: Path, flag: str, overwrite: bool) -> Iterator[TextIO]:
+def new_text_file(path: Path, flag: str, overwrite: bool | None, keep_partial: bool = False) -> Iterator[TextIO]:
     """Open a new UTF-8 file, compressed if its name ends in `.gz`; it is in its place once the block ended well.
 
-    Raises UserError, naming `flag`, where `path` is a folder or cannot be written, or exists and `overwrite` is False.
+    Args:
+        overwrite: None where the tool has no such flag.
+        keep_partial: what was written is left in `NAME.partial` where the block fails.
+
+    Raises UserError, naming `flag`, where `path` is a folder or cannot be written, or exists without `overwrite`.
     """
     place, partial = _place_and_partial(path)
+    if keep_partial:
+        partial = place.with_name(f"{place.name}.partial")
     with _explained(path, flag):
         if place.is_dir():
             raise UserError(f"{flag} {path}: a folder; name the file to write")
+        if place.exists() and overwrite is None:
+            raise UserError(f"{flag} {path}: it exists and is not written over; name another file or move it")
         if place.exists() and not overwrite:
             raise UserError(f"{flag} {path}: exists already; name another file, or pass --overwrite to replace it")
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -40,18 +48,24 @@ def new_text_file(path: Path, flag: str, overwrite: bool) -> Iterator[TextIO]:
                 yield file
             partial.replace(place)
         finally:
-            partial.unlink(missing_ok=True)
+            if not (keep_partial and partial.exists() and partial.stat().st_size):
+                partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def new_folder(path: Path, flag: str, overwrite: bool) -> Iterator[Path]:
+def new_folder(path: Path, flag: str, overwrite: bool | None) -> Iterator[Path]:
     """An empty folder to write into; it is `path` once the block ended well.
+
+    Args:
+        overwrite: None where the tool has no such flag; then no other tool may replace the folder either.
 
     Raises UserError, naming `flag`, where `path` is a file, cannot be written, or holds something: without
     `overwrite` anything, with it anything but what `new_folder` made.
     """
     place, partial = _place_and_partial(path)
     with _explained(path, flag):
+        if overwrite is None and place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise UserError(f"{flag} {path}: it holds something already; name a new folder")
         if place.exists() and not place.is_dir():
             raise UserError(f"{flag} {path}: a file; name the folder to write")
         if place.is_dir() and any(place.iterdir()):
@@ -63,7 +77,8 @@ def new_folder(path: Path, flag: str, overwrite: bool) -> Iterator[Path]:
         partial.mkdir(parents=True)
         try:
             yield partial
-            Path(partial, MADE_BY_A_TOOL).touch()
+            if overwrite is not None:
+                Path(partial, MADE_BY_A_TOOL).touch()
             if place.exists():
                 shutil.rmtree(place)
             partial.replace(place)

@@ -94,25 +94,24 @@ def measure_by(args: argparse.Namespace, kind: Kind, reading: Reading) -> Callab
     if not args.tokenizer:
         return lambda record: Measured(len(words_of(record)))
     from medtune.models.loading import load_tokenizer
-    from medtune.reading.encoding import load_chat_template, n_thoughts_left_out, pair_lengths
-    from medtune.reading.rows import LEFT_OUT_THOUGHTS, token_length
+    from medtune.reading.encoders import LEFT_OUT_THOUGHTS, unlimited_encoder
 
     hub_options = {"cache_dir": args.cache_dir, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.tokenizer, flag="--model_name_or_path", **hub_options)
-    chat_template = load_chat_template(tokenizer, args.template_name) if kind != "documents" else None
+    encoder = unlimited_encoder(kind, tokenizer, args.template_name)
 
     def measure(record: Record) -> Measured:
+        row = encoder(record)
         if isinstance(record, Pair):
-            prompt, reply = pair_lengths(record, tokenizer, chat_template)
+            prompt, reply = len(row["prompt_ids"]), row["length"] - len(row["prompt_ids"])
             over = [f"prompt {prompt:,}"] if prompt > args.max_source_length else []
             over += [f"reply {reply:,}"] if reply > args.max_target_length else []
-            return Measured(prompt + reply, ", ".join(over))
-        length = token_length(record, tokenizer, chat_template)
-        if isinstance(record, Dialogue):
-            for _ in range(n_thoughts_left_out(chat_template, record.messages, record.tools)):
-                reading.note(LEFT_OUT_THOUGHTS, record.source)
-        is_over = isinstance(record, Dialogue) and length > args.model_max_length  # documents are cut into blocks
-        return Measured(length, f"{length:,}" if is_over else "")
+            return Measured(row["length"], ", ".join(over))
+        for _ in range(row.get("n_thoughts_left_out", 0)):
+            reading.note(LEFT_OUT_THOUGHTS, record.source)
+        # Documents are cut into blocks.
+        is_over = isinstance(record, Dialogue) and row["length"] > args.model_max_length
+        return Measured(row["length"], f"{row['length']:,}" if is_over else "")
 
     return measure
 

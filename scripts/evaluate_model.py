@@ -39,7 +39,6 @@ from medtune.models.chat_models import (
     ChatModel,
     ChatModelArguments,
     RewardModel,
-    describe_model,
     describe_models,
     load_weights,
 )
@@ -220,8 +219,11 @@ def answer_all(
 def add_rewards(reward_model: RewardModel, rows: Sequence[dict], batch_size: int) -> None:
     """Put `reward` and `reference_reward` into the rows of dialogues."""
     rows = [row for row in rows if row["kind"] != "exam"]
-    replies = [reward_model.encode(row["messages"][:-1], row["reply"], row["ended"]) for row in rows]
-    references = [reward_model.encode(row["messages"][:-1], row["messages"][-1]["content"]) for row in rows]
+    replies, references = [], []
+    for row in rows:
+        prompt, reference = row["messages"][:-1], row["messages"][-1]["content"]
+        replies.append(reward_model.encode(prompt, row["reply"], row["ended"], row["tools"]))
+        references.append(reward_model.encode(prompt, reference, tools=row["tools"]))
     # The same text once, whichever models wrote it: in two batches its score could differ in the last digits.
     texts = list(dict.fromkeys(map(tuple, replies + references)))
     scores = dict(zip(texts, reward_model.score([list(ids) for ids in texts], batch_size), strict=True))
@@ -424,10 +426,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report: dict = {"settings": {name: value for name, value in vars(eval_args).items() if value is not None}}
     if not eval_args.predictions:
         tests, facts = read_tests(eval_args.test_file, eval_args.num_samples, eval_args.seed)
-        if eval_args.compare:
-            models = describe_models(eval_args.compare, "--compare", model_args)
-        else:
-            models = [describe_model(model_args)]
+        models = describe_models(eval_args.compare, "--compare", model_args)
         report["settings"] |= {name: value for name, value in vars(model_args).items() if value is not None}
         report |= {"test_files": facts, "decoding": asdict(decoding), "weights": weights_of(models, model_args)}
         if eval_args.reuse and (metrics := measured_before(Path(eval_args.output_dir, "metrics.json"), report)):

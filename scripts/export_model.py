@@ -37,11 +37,12 @@ from transformers import (
 
 from medtune.arguments import StageArgumentParser
 from medtune.errors import Unusable
-from medtune.models.lineage import check_model_path, is_adapter
-from medtune.models.loading import load_base_model, load_config, load_tokenizer
+from medtune.models.lineage import is_adapter
+from medtune.models.loading import dtype_for_use, load_base_model, place_for_use
+from medtune.models.model_folder import choose_template, describe_folder, refuse_reward_model
 from medtune.models.vocabulary import check_vocabulary
 from medtune.output_files import new_folder
-from medtune.reading.encoding import IGNORED_LABEL, encode_dialogue, load_chat_template, stop_token_ids
+from medtune.reading.encoding import IGNORED_LABEL, encode_dialogue, stop_token_ids
 from medtune.reading.finding import find_files
 from medtune.reading.record_sets import load_dialogues
 from medtune.training.log import start_log
@@ -334,37 +335,31 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     for note in parser.notes:
         logger.info(note)
     path, as_gguf = export_args.model, export_args.format == "gguf"
-    check_model_path(path, "--model")
     if is_adapter(path):
         raise UserError(f"--model {path}: an adapter; make one model of it and its base with merge_peft_adapter.py")
-    if not Path(path).is_dir():
+    if not Path(path).exists():
         raise UserError(f"--model {path}: no such folder; download or merge it first")
 
     # ------------------------------------------------------------ tokenizer, data
-    config = load_config(path, flag="--model")
-    tokenizer = load_tokenizer(path, flag="--model")
-    chat_template = load_chat_template(tokenizer, None)
-    architecture = (config.architectures or [""])[0]
-    if "SequenceClassification" in architecture:
-        raise UserError(f"--model {path}: a reward model, which scores replies and writes none")
+    source = describe_folder(path, "--model")
+    refuse_reward_model(source)
+    tokenizer, context = source.tokenizer, source.context
+    chat_template = choose_template(source, None)
     if as_gguf:
-        check_exportable(path, tokenizer, architecture)
-        check_settings(path, config)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_EVAL_TOKENS
+        check_exportable(path, tokenizer, (source.config.architectures or [""])[0])
+        check_settings(path, source.config)
     rows = read_dialogues_to_compare(export_args, tokenizer, chat_template, context)
 
     # ------------------------------------------------------------ export, load back, compare
     with new_folder(Path(export_args.output_dir), "--output_dir", overwrite=False) as folder:
-        on_gpu = torch.cuda.is_available()
-        model = load_base_model(path, flag="--model", torch_dtype="auto" if on_gpu else "float32").eval()
-        model.to("cuda" if on_gpu else "cpu")
+        model = place_for_use(load_base_model(path, flag="--model", torch_dtype=dtype_for_use("auto")))
         check_vocabulary(tokenizer, model)
         before = perplexity(model, rows)
 
         if as_gguf:
             write_gguf(model, tokenizer, Path(path), folder / GGUF_FILE, export_args.gguf_type)
             del model
-            exported = load_gguf(folder / GGUF_FILE)
+            exported = place_for_use(load_gguf(folder / GGUF_FILE))
             check_same_tokens(tokenizer, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE), rows)
             text = modelfile(chat_template, context)
             if text is not None:
@@ -374,17 +369,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         else:
             del model
             bits = {"bnb-4bit": "load_in_4bit", "bnb-8bit": "load_in_8bit"}[export_args.format]
-            model = load_base_model(
-                path, flag="--model", torch_dtype="bfloat16" if on_gpu else "float32", **{bits: True}
-            )
+            model = load_base_model(path, flag="--model", torch_dtype=dtype_for_use("bfloat16"), **{bits: True})
             model.generation_config.eos_token_id = stop_token_ids(tokenizer, chat_template)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             del model
             exported = load_base_model(str(folder), flag="--output_dir")
-        if on_gpu and as_gguf:
-            exported.to("cuda")
-        after = perplexity(exported.eval(), rows)
+        after = perplexity(exported, rows)
         change = after / before - 1
         logger.info(
             f"perplexity of {len(rows)} replies of {export_args.eval_file}: {before:.4f} before, {after:.4f} after "

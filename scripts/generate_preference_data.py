@@ -11,8 +11,6 @@ a dialogue of several turns, the pair is about its longest reply.
     python scripts/generate_preference_data.py --sft_data data/finetune/train.jsonl \\
         --output_file data/reward/own_mistakes.jsonl --num_samples 2000 \\
         --model outputs-sft-qwen2.5-3b/checkpoint-best --reward_model outputs-rm-qwen2.5-3b/checkpoint-best
-
-The file has over 500 lines, fifty of which are the sentences of its vague replies.
 """
 
 import argparse
@@ -44,10 +42,7 @@ from medtune.reading.records import BadRecord, Dialogue, Pair, Report
 from medtune.reading.words import dropped_lines, unread_lines
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from medtune.models.generation import Reply
-    from template import ChatTemplate
 
 ENDINGS = (".jsonl", ".jsonl.gz")
 
@@ -260,25 +255,33 @@ class Sampler:
     """A model that answers prompts several times, and the reward model that judges the answers if there is one."""
 
     def __init__(self, args: argparse.Namespace):
+        from medtune.models.chat_models import ChatModelArguments, RewardModel, describe_model, load_weights
         from medtune.models.generation import Decoding
-        from medtune.reading.encoding import stop_token_ids
 
+        model_args = ChatModelArguments(
+            args.model,
+            template_name=args.template_name,
+            torch_dtype=args.torch_dtype,
+            load_in_4bit=args.load_in_4bit,
+            load_in_8bit=args.load_in_8bit,
+            use_cpu=args.use_cpu,
+            cache_dir=args.cache_dir,
+        )
         self.decoding = Decoding(
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_p=args.top_p if args.temperature else 1.0,
         )
-        self.num_replies = args.num_replies
-        self.batch_size = args.batch_size
-        self.model, self.tokenizer, self.chat_template = load_speaker(args)
-        self.stop_ids = stop_token_ids(self.tokenizer, self.chat_template)
-        self.context = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
-        self.judge = Judge(args) if args.reward_model else None
+        self.num_replies, self.batch_size = args.num_replies, args.batch_size
+        self.chat_model = describe_model(model_args, "--model")
+        self.reward_model = RewardModel(args.reward_model, model_args) if args.reward_model else None
+        load_weights([self.chat_model], model_args)
 
     def pairs(self, prompts: Sequence[Pair]) -> Iterator[tuple[Pair | BadRecord, str]]:
         """Each prompt with the model's reply that is to be rejected."""
         from medtune.models.generation import generate_replies
 
+        chat_model = self.chat_model
         # Some batches at a time: sorted by length, and no more replies are held.
         step = max(1, 16 * self.batch_size // self.num_replies)
         for start in range(0, len(prompts), step):
@@ -289,26 +292,56 @@ class Sampler:
                 except Unusable as error:
                     yield BadRecord(prompt.source, error.reason, error.detail), ""
             rows = [ids for _, ids in asked for _ in range(self.num_replies)]
-            replies = generate_replies(
-                self.model, self.tokenizer, rows, self.stop_ids, self.decoding, batch_size=self.batch_size
-            )
+            with chat_model.in_use() as model:
+                replies = generate_replies(
+                    model, chat_model.tokenizer, rows, chat_model.stop_ids, self.decoding, batch_size=self.batch_size
+                )
             for number, (prompt, _) in enumerate(asked):
                 own = replies[number * self.num_replies : (number + 1) * self.num_replies]
                 try:
-                    yield (self.judge.pair(prompt, own) if self.judge else least_like(prompt, own)), "the model's"
+                    yield (self.best_over_worst if self.reward_model else least_like)(prompt, own), "the model's"
                 except Unusable as error:
                     yield BadRecord(prompt.source, error.reason, error.detail), ""
 
     def encode(self, prompt: Pair) -> list[int]:
         from medtune.reading.encoding import encode_prompt, refuse_control_tokens
 
-        refuse_control_tokens(self.chat_template, prompt.messages, None)
-        ids = encode_prompt(self.tokenizer, self.chat_template, prompt.messages)
-        if len(ids) + self.decoding.max_new_tokens > self.context:
+        chat_model = self.chat_model
+        refuse_control_tokens(chat_model.chat_template, prompt.messages, None)
+        ids = encode_prompt(chat_model.tokenizer, chat_model.chat_template, prompt.messages)
+        if len(ids) + self.decoding.max_new_tokens > chat_model.context:
             raise Unusable(
                 "prompt too long",
                 f"{len(ids)} tokens and --max_new_tokens {self.decoding.max_new_tokens} exceed the model's context "
-                f"of {self.context}",
+                f"of {chat_model.context}",
+            )
+        return ids
+
+    def best_over_worst(self, prompt: Pair, replies: Sequence["Reply"]) -> Pair:
+        """The best-scored over the worst-scored reply, with the difference of their scores as margin."""
+        distinct = list({(reply.text, reply.ended): reply for reply in replies if reply.text}.values())
+        rows = [self.encode_judged(prompt, reply) for reply in distinct]
+        scores = dict(zip(distinct, self.reward_model.score(rows, self.batch_size), strict=True))
+        whole = [reply for reply in distinct if reply.ended]  # a reply that was cut is no model to follow
+        if not whole:
+            raise Unusable("no whole reply", "every reply was cut; raise --max_new_tokens")
+        best = max(whole, key=scores.get)
+        worst = min((reply for reply in distinct if reply.text != best.text), key=scores.get, default=best)
+        if scores[best] <= scores[worst]:
+            raise Unusable("nothing to reject", "the replies are the same or score the same")
+        margin = round(scores[best] - scores[worst], 4)
+        return replace(prompt, chosen=best.text, rejected=worst.text, margin=margin)
+
+    def encode_judged(self, prompt: Pair, reply: "Reply") -> list[int]:
+        """What the reward model reads; raises Unusable for what it never read in training."""
+        from medtune.reading.encoding import refuse_control_tokens
+
+        messages = [*prompt.messages, {"role": "assistant", "content": reply.text}]
+        refuse_control_tokens(self.reward_model.chat_template, messages, None)
+        ids = self.reward_model.encode(prompt.messages, reply.text, reply.ended)
+        if len(ids) > self.reward_model.context:
+            raise Unusable(
+                "too long", f"{len(ids)} tokens, over the reward model's context of {self.reward_model.context}"
             )
         return ids
 
@@ -319,118 +352,6 @@ def least_like(prompt: Pair, replies: Sequence["Reply"]) -> Pair:
     if not texts:
         raise Unusable("nothing to reject", "the model's replies are empty or the one in the data")
     return replace(prompt, rejected=min(texts, key=lambda text: (likeness(text, prompt.chosen), -len(text))))
-
-
-class Judge:
-    """A reward model: a sequence classifier with one output, or its LoRA adapter."""
-
-    def __init__(self, args: argparse.Namespace):
-        from medtune.models.lineage import base_of, is_adapter
-        from medtune.models.reward_models import load_reward_model
-
-        path = args.reward_model
-        self.tokenizer, self.chat_template = load_words(path, "--reward_model", args)
-        adapter = path if is_adapter(path) else None
-        model = load_reward_model(base_of(path), adapter, flag="--reward_model", **loading_options(args))
-        self.model = on_device(model, args)
-        self.batch_size = args.batch_size
-        self.context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-
-    def pair(self, prompt: Pair, replies: Sequence["Reply"]) -> Pair:
-        """The best over the worst reply, with the difference of their scores as margin."""
-        said = list({(reply.text, reply.ended): reply for reply in replies if reply.text}.values())
-        scores = dict(zip(said, self.scores(prompt, said), strict=True))
-        whole = [reply for reply in said if reply.ended]  # a reply that was cut is no model to follow
-        if not whole:
-            raise Unusable("no whole reply", "every reply was cut; raise --max_new_tokens")
-        best = max(whole, key=scores.get)
-        worst = min((reply for reply in said if reply.text != best.text), key=scores.get, default=best)
-        if scores[best] <= scores[worst]:
-            raise Unusable("nothing to reject", "the replies are the same or score the same")
-        margin = round(scores[best] - scores[worst], 4)
-        return replace(prompt, chosen=best.text, rejected=worst.text, margin=margin)
-
-    def scores(self, prompt: Pair, replies: Sequence["Reply"]) -> list[float]:
-        """The score of each reply, read at its last token: the one that ends it, where it was not cut."""
-        import torch
-
-        from medtune.reading.encoding import encode_exchange, refuse_control_tokens
-
-        rows = []
-        for reply in replies:
-            messages = [*prompt.messages, {"role": "assistant", "content": reply.text}]
-            refuse_control_tokens(self.chat_template, messages, None)
-            prompt_ids, reply_ids = encode_exchange(
-                self.tokenizer, self.chat_template, prompt.messages, reply.text, ended=reply.ended
-            )
-            ids = prompt_ids + reply_ids
-            if len(ids) > self.context:
-                raise Unusable("too long", f"{len(ids)} tokens, over the reward model's context of {self.context}")
-            rows.append({"input_ids": ids})
-        scores: list[float] = []
-        for start in range(0, len(rows), self.batch_size):
-            batch = self.tokenizer.pad(rows[start : start + self.batch_size], return_tensors="pt")
-            with torch.no_grad():
-                logits = self.model(**batch.to(self.model.device)).logits
-            scores += logits.float().squeeze(-1).tolist()
-        return scores
-
-
-def load_speaker(args: argparse.Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", "ChatTemplate"]:
-    """The model that answers, its tokenizer and template, checked to belong together."""
-    from medtune.models.adapters import load_with_adapter
-    from medtune.models.lineage import base_of, is_adapter, read_adapter_config
-    from medtune.models.loading import load_base_model, load_config
-    from medtune.models.vocabulary import check_vocabulary
-
-    tokenizer, chat_template = load_words(args.model, "--model", args)
-    is_classifier = is_adapter(args.model) and read_adapter_config(args.model).task_type == "SEQ_CLS"
-    kinds = load_config(base_of(args.model), flag="--model", cache_dir=args.cache_dir).architectures or []
-    if is_classifier or any("SequenceClassification" in kind for kind in kinds):
-        raise UserError(f"--model {args.model}: a reward model, which scores replies and writes none")
-    options = loading_options(args)
-    if is_adapter(args.model):
-        model = load_with_adapter(base_of(args.model), args.model, **options)
-    else:
-        model = load_base_model(args.model, flag="--model", **options)
-    model = on_device(model, args)
-    check_vocabulary(tokenizer, model)
-    return model, tokenizer, chat_template
-
-
-def load_words(path: str, flag: str, args: argparse.Namespace) -> tuple["PreTrainedTokenizerBase", "ChatTemplate"]:
-    """A model's tokenizer and the template it was trained with, or the one that --template_name names.
-
-    A reward model that has a template is asked in no other, whatever the model that replies is asked in.
-    """
-    from medtune.models.lineage import check_model_path, read_lineage
-    from medtune.models.loading import load_tokenizer
-    from medtune.reading.encoding import load_chat_template
-
-    check_model_path(path, flag)
-    tokenizer = load_tokenizer(path, flag=flag, cache_dir=args.cache_dir)
-    lineage = read_lineage(path)
-    recorded = lineage.template if lineage and tokenizer.chat_template is None else ""
-    has_template = tokenizer.chat_template is not None or bool(recorded)
-    named = None if flag == "--reward_model" and has_template else args.template_name
-    return tokenizer, load_chat_template(tokenizer, named or recorded or None)
-
-
-def loading_options(args: argparse.Namespace) -> dict:
-    """How weights are loaded for use: on the GPU as the flags say, on the CPU in float32."""
-    return {
-        "torch_dtype": "float32" if args.use_cpu else args.torch_dtype,
-        "load_in_4bit": args.load_in_4bit,
-        "load_in_8bit": args.load_in_8bit,
-        "cache_dir": args.cache_dir,
-    }
-
-
-def on_device(model: "PreTrainedModel", args: argparse.Namespace) -> "PreTrainedModel":
-    """The model where it is used, unless loading has put it there."""
-    if not (args.use_cpu or hasattr(model, "hf_device_map")):
-        model.to("cuda")
-    return model.eval()
 
 
 # ---------------------------------------------------------------- main

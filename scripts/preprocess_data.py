@@ -46,9 +46,7 @@ from medtune.reading.token_flags import add_token_flags, lengths_at, settle_toke
 from medtune.reading.words import dropped_lines, question_of, unread_lines, words_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from template import ChatTemplate
+    from medtune.reading.encoders import Encoder
 
 # Records compared at a time: more take memory, fewer take time.
 BATCH = 1024
@@ -58,53 +56,29 @@ VALIDATION_SIZE = 500
 # ---------------------------------------------------------------- lengths
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-    """A stage's tokenizer, template and limits."""
-
-    tokenizer: "PreTrainedTokenizerBase"
-    chat_template: "ChatTemplate | None"
-    limits: dict
-
-    def length(self, record: Record) -> int:
-        """Tokens of a record. Raises Unusable where the stage would refuse it, leave it out or cut a reply."""
-        from medtune.reading.encoding import encode_dialogue, pair_lengths
-        from medtune.reading.rows import token_length
-
-        if isinstance(record, Pair):
-            prompt, reply = pair_lengths(record, self.tokenizer, self.chat_template)
-            for length, what in ((prompt, "source"), (reply, "target")):
-                if length > self.limits[f"max_{what}_length"]:
-                    detail = f"{length} tokens, over --max_{what}_length {self.limits[f'max_{what}_length']}"
-                    raise Unusable("too long", detail)
-            return prompt + reply
-        length = token_length(record, self.tokenizer, self.chat_template)
-        if isinstance(record, Document) or length <= self.limits["max_length"]:  # documents are cut into blocks
-            return length
-        if self.limits["truncation"] == "drop":
-            raise Unusable("too long", f"{length} tokens, over --model_max_length {self.limits['max_length']}")
-        ids, _ = encode_dialogue(self.tokenizer, self.chat_template, record.messages, record.tools, **self.limits)
-        return len(ids)
-
-
-def load_encoder(args: argparse.Namespace, kind: Kind) -> Encoder:
-    """Load the tokenizer and, but for documents, its chat template."""
+def load_encoder(args: argparse.Namespace, kind: Kind) -> "Encoder":
+    """The encoder of the stage for dialogues, with its limits; without any for pairs, which a stage would cut."""
     from medtune.models.loading import load_tokenizer
-    from medtune.reading.encoding import load_chat_template
+    from medtune.reading.encoders import unlimited_encoder
 
     hub_options = {"cache_dir": args.cache_dir, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.tokenizer, flag="--model_name_or_path", **hub_options)
-    chat_template = load_chat_template(tokenizer, args.template_name) if kind != "documents" else None
-    limits = {
-        "dialogues": {
-            "max_length": args.model_max_length,
-            "truncation": args.truncation,
-            "train_on_inputs": args.train_on_inputs == "True",
-        },
-        "pairs": {"max_source_length": args.max_source_length, "max_target_length": args.max_target_length},
-        "documents": {},
-    }
-    return Encoder(tokenizer, chat_template, limits[kind])
+    encoder = unlimited_encoder(kind, tokenizer, args.template_name)
+    if kind != "dialogues":
+        return encoder
+    limits = {"max_length": args.model_max_length, "truncation": args.truncation}
+    return dataclasses.replace(encoder, **limits, train_on_inputs=args.train_on_inputs == "True")
+
+
+def token_length(record: Record, encoder: "Encoder", args: argparse.Namespace) -> int:
+    """Tokens of a record. Raises Unusable where the stage would refuse it, leave it out or cut a reply."""
+    row = encoder(record)
+    if isinstance(record, Pair):
+        prompt = len(row["prompt_ids"])
+        for length, name in ((prompt, "max_source_length"), (row["length"] - prompt, "max_target_length")):
+            if length > getattr(args, name):
+                raise Unusable("too long", f"{length} tokens, over --{name} {getattr(args, name)}")
+    return row["length"]
 
 
 # ---------------------------------------------------------------- first pass: clean, measure, leave copies out
@@ -273,34 +247,30 @@ def save_histogram(path: Path, lengths: Counter[int], unit: str, limit: int | No
     figure.savefig(path, format="png", dpi=120)
 
 
-def fill_cache(args: argparse.Namespace, encoder: Encoder, parts: dict[str, Path]) -> list[str]:
+def fill_cache(args: argparse.Namespace, encoder: "Encoder", parts: dict[str, Path]) -> list[str]:
     """Tokenize each part as supervised_finetuning.py does; one line a part."""
     import datasets
 
-    from medtune.reading.rows import cached_dialogues
+    from medtune.arguments import DataArguments
+    from medtune.reading.record_sets import read_dialogues
+    from medtune.reading.rows import prepare_part
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    data_args = DataArguments(
+        max_train_samples=args.max_train_samples,
+        max_eval_samples=args.max_eval_samples,
+        preprocessing_num_workers=args.preprocessing_num_workers,
+    )
     # Without a validation part the stage, pointed at the same folder twice, holds one out itself.
     held_out = "validation" not in parts
     files = {"train": parts["train"], "eval": parts.get("validation", parts["train"])}
     lines = []
     for part, path in files.items():
-        dataset, *_, was_cached = cached_dialogues(
-            part,
-            [path],
-            encoder.tokenizer,
-            encoder.chat_template,
-            Path(args.cache_dir or "cache", "tokenized"),
-            held_out=held_out,
-            max_train_samples=args.max_train_samples,
-            max_eval_samples=args.max_eval_samples,
-            seed=args.seed,
-            num_workers=args.preprocessing_num_workers,
-            **encoder.limits,
-        )
-        how = "in the cache already" if was_cached else "tokenized into the cache"
-        lines.append(f"{part}: {len(dataset):,} dialogues, {sum(dataset['length']):,} tokens, {how}")
+        prepared = prepare_part(part, [path], held_out, read_dialogues, encoder, data_args, args.seed, args.cache_dir)
+        how = "in the cache already" if prepared.was_cached else "tokenized into the cache"
+        n_tokens = sum(prepared.rows["length"])
+        lines.append(f"{part}: {len(prepared.rows):,} dialogues, {n_tokens:,} tokens, {how}")
     return lines
 
 
@@ -425,13 +395,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_places(args, files)
     encoder = load_encoder(args, kind) if args.tokenizer else None
     unit = "tokens" if encoder else "characters"
+    limit = args.model_max_length if encoder and kind == "dialogues" else None
     is_text = kind == "documents" and all(map(is_plain_text, files))
     name = f"{kind}.txt" if is_text else f"{kind}.jsonl"
     report_file = args.output_dir.parent / f"{args.output_dir.resolve().name}.report.json"
     report, cleaner = Report(), Cleaner(args.mask_personal_data)
 
     def measure(record: Record) -> int:
-        length = encoder.length(record) if encoder else len(words_of(record))
+        length = token_length(record, encoder, args) if encoder else len(words_of(record))
         if length < args.min_length:
             raise Unusable("too short", f"{length} {unit}, under --min_length {args.min_length}")
         return length
@@ -447,7 +418,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not kept:
                 raise UserError(nothing_kept(args, report))
             sizes = write_parts(kept, hold_out(args, kind, kept), folder, name)
-        save_histogram(folder / "lengths.png", lengths, unit, encoder and encoder.limits.get("max_length"))
+        save_histogram(folder / "lengths.png", lengths, unit, limit)
         report.notes = reading.lines()
         told = {
             "kind": kind,

@@ -704,7 +704,9 @@ def test_kto_learns_from_single_replies(flags, feedback, tmp_path, sft_adapter, 
 def test_kto_needs_other_prompts(flags, write_jsonl):
     same = [{"question": "头疼", "answer": answer, "label": answer == "休息"} for answer in ("休息", "喝酒")]
     data = write_jsonl("same/rows.jsonl", same)
-    with pytest.raises(UserError, match=r"^--train_file_dir: KTO sets replies against other prompts, and these 2 have"):
+    with pytest.raises(
+        UserError, match=r"^KTO sets replies against other prompts, and these 2 have the same: add others"
+    ):
         dpo_training.main(flags(loss_type="kto", train_file_dir=data))
 
 

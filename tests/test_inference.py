@@ -18,16 +18,9 @@ import inference
 from inference import QUESTIONS, encode_questions, main, read_questions
 from medtune.errors import UserError
 from medtune.models import adapters, chat_models, loading, reward_models, score_heads
-from medtune.models.chat_models import (
-    NOTICE,
-    ChatModel,
-    ChatModelArguments,
-    RewardModel,
-    choose_template,
-    describe_model,
-)
+from medtune.models.chat_models import NOTICE, ChatModel, ChatModelArguments, RewardModel, describe_model
 from medtune.models.generation import Reply
-from medtune.models.lineage import Lineage, read_lineage
+from medtune.models.lineage import Lineage
 from medtune.models.loading import load_tokenizer
 from medtune.reading.encoding import IGNORED_LABEL, encode_dialogue, load_chat_template, stop_token_ids
 
@@ -109,21 +102,6 @@ def test_prompts_of_50_conversations_are_those_of_training(qwen_tokenizer, adapt
         assert prompt == ids[:start]
 
 
-def test_the_adapters_own_template_is_the_default(adapter, chatml_adapter):
-    texts = []
-    for folder in (adapter, chatml_adapter):
-        chat_template = choose_template(load_tokenizer(str(folder)), None, read_lineage(folder), trained=True)
-        texts.append(chat_template.prompt([{"role": "user", "content": "头痛"}]))
-    assert texts[0] == "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant." + (
-        "<|im_end|>\n" + texts[1]
-    )
-    assert texts[1] == "<|im_start|>user\n头痛<|im_end|>\n<|im_start|>assistant\n"
-
-
-def test_a_template_that_renders_the_same_may_be_named(chatml_adapter):
-    choose_template(load_tokenizer(str(chatml_adapter)), "yi", read_lineage(chatml_adapter), trained=True)
-
-
 @pytest.mark.parametrize("name", ["chatml", "vicuna", "qwen3_nothink"])
 def test_a_template_that_renders_another_text_is_refused(adapter, name, no_weights):
     with pytest.raises(
@@ -136,27 +114,6 @@ def test_a_template_that_renders_another_text_is_refused(adapter, name, no_weigh
 def test_a_model_nobody_trained_here_takes_any_template(tiny_model_dir, capsys):
     main(["--base_model", str(tiny_model_dir), "--template_name", "vicuna", *SHORT])
     assert len(answers(capsys.readouterr().out)) == 4
-
-
-def test_a_pretrained_adapter_takes_any_template(tiny_model_dir, tmp_path):
-    folder = make_adapter(tiny_model_dir, tmp_path / "pt", stage="pt")
-    choose_template(load_tokenizer(str(folder)), "vicuna", read_lineage(folder), trained=True)
-
-
-def test_the_lineage_names_the_template_where_the_tokenizer_has_none(tiny_model_dir):
-    lineage = Lineage("base", None, "sft", "chatml", "data", 128, 600)
-
-    def bare_tokenizer():
-        tokenizer = load_tokenizer(str(tiny_model_dir))
-        tokenizer.chat_template = None
-        return tokenizer
-
-    assert choose_template(bare_tokenizer(), None, lineage, trained=True).name == "chatml"
-    with pytest.raises(UserError, match="--template_name qwen: it asks in another form"):
-        choose_template(bare_tokenizer(), "qwen", lineage, trained=True)
-    with pytest.raises(UserError, match="has no chat template: name one with --template_name"):
-        choose_template(bare_tokenizer(), None, None, trained=False)
-    assert choose_template(bare_tokenizer(), "vicuna", None, trained=True).name == "vicuna"
 
 
 # ---------------------------------------------------------------- the four questions
@@ -372,6 +329,8 @@ def test_an_ended_reply_is_scored_with_its_end_token(tiny_model_dir, reward_adap
     question = [{"role": "user", "content": "头痛"}]
     ended, cut = scorer.encode(question, "多喝水"), scorer.encode(question, "多喝水", ended=False)
     assert ended == [*cut, scorer.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    tools = [{"type": "function", "function": {"name": "look_up"}}]
+    assert "look_up" in scorer.tokenizer.decode(scorer.encode(question, "多喝水", tools=tools))
     rows = [scorer.encode(question, "多喝水" * n) for n in (1, 9, 3, 5)]
     assert scorer.score(rows, 3) == pytest.approx([scorer.score([row])[0] for row in rows], abs=1e-4)
 

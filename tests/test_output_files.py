@@ -66,6 +66,26 @@ class TestTextFile:
         write(path, "after", overwrite=True)
         assert path.read_text() == "after"
 
+    def test_a_tool_that_never_overwrites_offers_no_flag_for_it(self, tmp_path):
+        write(tmp_path / "train.jsonl", "before", overwrite=None)
+        with pytest.raises(UserError, match=r"it exists and is not written over; name another file or move it$"):
+            write(tmp_path / "train.jsonl", "after", overwrite=None)
+        assert (tmp_path / "train.jsonl").read_text() == "before"
+
+    @pytest.mark.parametrize(("text", "left"), [("half", ["train.jsonl.partial"]), ("", [])])
+    def test_what_a_failed_run_wrote_can_be_kept(self, tmp_path, text, left):
+        path = tmp_path / "train.jsonl"
+        with (
+            pytest.raises(KeyboardInterrupt),
+            new_text_file(path, "--output", overwrite=None, keep_partial=True) as file,
+        ):
+            file.write(text)
+            raise KeyboardInterrupt
+        assert files_below(tmp_path) == left
+        with new_text_file(path, "--output", overwrite=None, keep_partial=True) as file:
+            file.write("whole")
+        assert files_below(tmp_path) == ["train.jsonl"]
+
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_refuses_a_folder(self, tmp_path, overwrite):
         for folder in (tmp_path, Path("/"), Path()):
@@ -134,6 +154,20 @@ class TestFolder:
             with new_folder(tmp_path / "processed", "--output_dir", overwrite=True) as folder:
                 (folder / name).write_text("")
         assert files_below(tmp_path / "processed") == [MADE_BY_A_TOOL, "new"]
+
+    def test_a_tool_that_never_overwrites_leaves_what_none_replaces(self, tmp_path):
+        with new_folder(tmp_path / "merged", "--output_dir", overwrite=None) as folder:
+            (folder / "model").write_text("")
+        assert files_below(tmp_path / "merged") == ["model"]
+        for overwrite, message in (
+            (None, "it holds something already; name a new folder"),
+            (True, "no tool here made"),
+        ):
+            with (
+                pytest.raises(UserError, match=message),
+                new_folder(tmp_path / "merged", "--output_dir", overwrite),
+            ):
+                pytest.fail("the folder is written to")
 
     def test_an_empty_folder_is_taken(self, tmp_path):
         (tmp_path / "processed").mkdir()

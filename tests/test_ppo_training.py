@@ -1,4 +1,4 @@
-"""The PPO stage: roles and scores, sampling, what an update does, what a run leaves, resume, alarms, errors."""
+"""The PPO stage: what an update does, what a run leaves, resume, several processes, alarms, errors."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -16,38 +17,27 @@ import torch
 from build_tiny_model import write_tiny_model
 from conftest import TEXTS, TINY_HEADS, TINY_SHAPE
 from guide import GUIDE_PPO
-from peft import LoraConfig, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from stage_runs import end_well, start_stage, start_two_processes
-from test_template import EXPECTED, TOOL_TURNS, TOOLS
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import merge_peft_adapter
 import ppo_training
 import reward_modeling
 import supervised_finetuning
+from medtune.arguments import StageArgumentParser
 from medtune.errors import UserError
 from medtune.models.adapters import load_with_adapter
 from medtune.models.lineage import read_lineage
 from medtune.models.loading import weights_fingerprint
-from medtune.models.reward_models import load_reward_model
-from medtune.reading.encoding import (
-    IGNORED_LABEL,
-    encode_dialogue,
-    encode_exchange,
-    encode_pair,
-    encode_prompt,
-    load_chat_template,
-    stop_token_ids,
-)
-from medtune.rl import alarms, ppo_math, run
-from medtune.rl.alarms import UPDATES_WITHOUT_END, find_alarm, summarize
-from medtune.rl.ppo_math import InverseTransformSampler, draw_uniforms, episode_order
-from medtune.rl.roles import Roles, ValueHead, load_roles
-from medtune.rl.run import PPOTrainingArguments
+from medtune.reading.encoding import encode_exchange, load_chat_template
+from medtune.rl import alarms, run
+from medtune.rl.alarms import UPDATES_WITHOUT_END
+from medtune.rl.arguments import PPOTrainingArguments
+from medtune.rl.ppo_math import InverseTransformSampler, value_losses
+from medtune.rl.roles import Roles, load_roles
 from medtune.training.checkpoints import no_other_run
-from ppo_training import Codec, Rollout, load_codec
-from template import TEMPLATES, named_template
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"]
@@ -174,115 +164,15 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
     return model.eval()(input_ids=torch.arange(7, 47).reshape(2, 20)).logits
 
 
-# ---------------------------------------------------------------- the four roles
-
-
-@pytest.fixture(scope="module")
-def roles(sft_adapter, rm_adapter) -> Roles:
-    roles, _ = load_roles(str(sft_adapter), str(rm_adapter), {"use_peft": True}, torch.device("cpu"))
-    roles.add_value_head(score_shift=0.0)
-    return roles
-
-
-# Two replies to prompts of other lengths: left padding, right padding, an end token (1) inside a prompt.
-IDS = torch.tensor([[0, 0, 30, 31, 50, 51, 0], [40, 1, 41, 42, 60, 61, 62]])
-ATTENTION = torch.tensor([[0, 0, 1, 1, 1, 1, 0], [1] * 7], dtype=torch.bool)
-MASK = ATTENTION[:, 4:]
-
-
-@torch.no_grad()
-def test_policy_is_the_sft_adapter_and_the_reference_is_it_too(roles, tiny_model_dir, sft_adapter):
-    alone = load_with_adapter(str(tiny_model_dir), str(sft_adapter))
-    for role in ("policy", "reference"):
-        roles.act_as(role)
-        torch.testing.assert_close(logits_of(roles.model), logits_of(alone))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_are_those_of_each_reply_alone(roles, tiny_model_dir, sft_adapter, temperature):
-    roles.act_as("policy")
-    logps, entropies, _ = roles.logps(IDS, ATTENTION, MASK, temperature)
-    model = load_with_adapter(str(tiny_model_dir), str(sft_adapter)).eval()
-    for row in range(2):
-        ids = IDS[row][ATTENTION[row]]
-        n_reply = int(MASK[row].sum())
-        expected = (model(input_ids=ids[None]).logits[0] / temperature).log_softmax(dim=-1)[-n_reply - 1 : -1]
-        picked = expected.gather(1, ids[-n_reply:, None]).squeeze(1)
-        torch.testing.assert_close(logps[row, :n_reply], picked, atol=1e-5, rtol=1e-5)
-        entropy = torch.distributions.Categorical(logits=expected).entropy()
-        torch.testing.assert_close(entropies[row, :n_reply], entropy, atol=1e-5, rtol=1e-5)
-    assert not logps[~MASK].any()
-
-
-# What each class does between its last states and its logits besides the head.
-OWN_WAYS = {
-    "qwen2": {},
-    "gemma2": {"final_logit_softcapping": 1.5, "head_dim": 16},
-    "granite": {"logits_scaling": 4.0},
-    "cohere2": {"logit_scale": 0.25, "layer_types": ["full_attention"] * 2},
-    "minicpm3": {"dim_model_base": 128, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8}
-    | {"qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4},
-}
-
-
-def roles_of_class(model_type: str, target_modules: list[str]) -> Roles:
-    """A policy of a class of transformers, alone, with random weights and a random adapter."""
-    shape = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **(shape | heads | ids | OWN_WAYS[model_type]))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=target_modules, init_lora_weights=False)
-    return Roles(get_peft_model(model, lora), None, None)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "target_modules"),
-    [*((model_type, ["o_proj"]) for model_type in OWN_WAYS), ("qwen2", ["o_proj", "lm_head"])],
-)
-def test_log_probs_are_those_of_the_models_own_logits(model_type, target_modules, monkeypatch):
-    monkeypatch.setattr(ppo_math, "CHUNK", 3)
-    roles = roles_of_class(model_type, target_modules)
-    roles.act_as("policy", trained=True)
-    roles.model.eval()
-    rows_at_a_time = []
-    head = roles.model.get_output_embeddings()
-    hook = head.register_forward_hook(lambda module, args, out: rows_at_a_time.append(out.numel() // out.shape[-1]))
-    logps, *_ = roles.logps(IDS, ATTENTION, MASK, 0.7)
-    logps[MASK].sum().backward()
-    hook.remove()
-    assert max(rows_at_a_time) <= 3, "no more logits at a time than those of a chunk"
-    weights = [weights for weights in roles.model.parameters() if weights.requires_grad]
-    gradients = [weight.grad.clone() for weight in weights]
-    roles.model.zero_grad()
-
-    position_ids = ppo_math.position_ids(ATTENTION)
-    logits = roles.model(input_ids=IDS, attention_mask=ATTENTION.long(), position_ids=position_ids).logits[:, 3:-1]
-    own = (logits / 0.7).log_softmax(dim=-1).gather(2, IDS[:, 4:, None]).squeeze(2)
-    torch.testing.assert_close(logps[MASK], own[MASK], atol=1e-4, rtol=0)
-    own[MASK].sum().backward()
-    for weight, gradient in zip(weights, gradients, strict=True):
-        torch.testing.assert_close(gradient, weight.grad, atol=1e-3, rtol=1e-3)
-    roles.check_logps(IDS.tolist(), 0.7, "")
-
-
-def scale_by_position(roles: Roles) -> None:
-    """A head whose logits hang on the place in the row, which no single state shows."""
-    head = roles.model.get_output_embeddings()
-    head.register_forward_hook(lambda module, args, out: out * torch.linspace(0.5, 2, out.shape[-2])[:, None])
+# ---------------------------------------------------------------- before the first update
 
 
 def test_log_probs_that_are_not_the_models_own_stop_the_run(flags, tmp_path, monkeypatch):
-    roles = roles_of_class("qwen2", ["o_proj"])
-    scale_by_position(roles)
-    with pytest.raises(UserError, match=r"^here: PPO's log-probs differ .* by [\d.]+ nats a token, where rounding"):
-        roles.check_logps([list(range(5, 50))] * 2 + [[7, 8, 9]], 0.7, "here")
-
     def load(*args, **kwargs):
         roles, facts = load_roles(*args, **kwargs)
-        scale_by_position(roles)
+        # Logits that hang on the place in the row, which no single state shows.
+        head = roles.model.get_output_embeddings()
+        head.register_forward_hook(lambda module, args, out: out * torch.linspace(0.5, 2, out.shape[-2])[:, None])
         return roles, facts
 
     monkeypatch.setattr(ppo_training, "load_roles", load)
@@ -290,188 +180,6 @@ def test_log_probs_that_are_not_the_models_own_stop_the_run(flags, tmp_path, mon
         ppo_training.main(flags())
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists(), "before the first update"
-
-
-def test_no_gradient_comes_from_prompt_or_padding(roles):
-    roles.act_as("policy", trained=True)
-    logps, *_ = roles.logps(IDS, ATTENTION, MASK, 1.0)
-    embedded = []
-    layer = roles.model.get_input_embeddings()
-    handle = layer.register_forward_hook(lambda module, args, out: embedded.append(out.requires_grad_()) or out)
-    changed = IDS.masked_fill(~ATTENTION, 77)
-    again, *_ = roles.logps(changed, ATTENTION, MASK, 1.0)
-    handle.remove()
-    torch.testing.assert_close(again, logps)
-    (gradient,) = torch.autograd.grad(again.sum(), embedded[0])
-    assert not gradient[~ATTENTION].any()
-    assert not gradient[:, -1].any(), "the last token predicts nothing"
-    # A log-prob is a loss of a reply token alone: that of a prompt token stands nowhere.
-    assert logps.shape == MASK.shape
-    roles.model.zero_grad()
-
-
-@torch.no_grad()
-def test_scores_are_those_of_the_reward_model_alone_and_in_a_batch(roles, tiny_model_dir, rm_adapter):
-    texts = [IDS[row][ATTENTION[row]].tolist() for row in range(2)]
-    scores = roles.scores(texts)
-    model = load_reward_model(str(tiny_model_dir), str(rm_adapter))
-    for text, score in zip(texts, scores, strict=True):
-        torch.testing.assert_close(score, model(input_ids=torch.tensor([text])).logits[0, 0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(score, roles.scores([text])[0], atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_value_model_starts_as_the_reward_model(roles):
-    """The state before a reply's last token, scored, is the value of that token."""
-    roles.act_as("value")
-    values = roles.values(IDS, ATTENTION, MASK)
-    text = IDS[1].tolist()
-    torch.testing.assert_close(values[1], torch.cat([roles.scores([text[:n]]) for n in (4, 5, 6)]))
-    torch.testing.assert_close(ValueHead(roles.reward_head.weight, 2.5)(torch.ones(1, 128)).item() + 2.5,
-                               roles.reward_head(torch.ones(1, 128)).item())  # fmt: skip
-
-
-# ---------------------------------------------------------------- what the reward model reads
-
-QUESTION = [{"role": "user", "content": "发烧怎么办？"}]
-WITH_SYSTEM = [{"role": "system", "content": "你是医生。"}, *QUESTION]
-
-
-def reward_codec(tiny_model_dir: Path, name: str, own: bool) -> Codec:
-    """A ChatML policy, and a reward model with the tokens of another family, its template named or its own."""
-    tokenizer, reward_tokenizer = (AutoTokenizer.from_pretrained(tiny_model_dir) for _ in range(2))
-    tokens = EXPECTED[name][0]
-    reward_tokenizer.add_special_tokens({"additional_special_tokens": tokens})
-    reward_tokenizer.bos_token, reward_tokenizer.eos_token = tokens[0], tokens[-1]
-    reward_tokenizer.chat_template = named_template(name) if own else None
-    policy, template = (
-        load_chat_template(tokenizer, "chatml"),
-        load_chat_template(reward_tokenizer, None if own else name),
-    )
-    return Codec(tokenizer, policy, stop_token_ids(tokenizer, policy), reward_tokenizer, template)
-
-
-def read_of(codec: Codec, ids: list[int], messages: list[dict], tools: list[dict] | None = None) -> list[int]:
-    return codec.reward_ids({"prompt_ids": [], "messages": json.dumps([messages, tools])}, ids)
-
-
-@pytest.mark.parametrize("own", [False, True], ids=["named", "own"])
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_the_reward_model_reads_what_it_was_trained_on(tiny_model_dir, name, own):
-    codec = reward_codec(tiny_model_dir, name, own)
-
-    def trained(reply: str, messages: list[dict] = QUESTION) -> list[int]:
-        limits = {"max_prompt_length": 999, "max_reply_length": 999}
-        prompt_ids, chosen_ids, *_ = encode_pair(
-            codec.reward_tokenizer, codec.reward_template, messages, reply, "别管。", **limits
-        )
-        return prompt_ids + chosen_ids
-
-    def generated(reply: str) -> list[int]:
-        return codec.tokenizer(reply, add_special_tokens=False)["input_ids"]
-
-    end, reply = codec.stop_ids[:1], "感冒了请多喝水，注意休息。"
-    letters = [token for letter in reply for token in generated(letter)]
-    assert letters != generated(reply), "tokens that the tokenizer would not make of the text"
-    for ids in (generated(reply), letters, generated(f" \n{reply}\n\n")):
-        assert read_of(codec, ids + end, QUESTION) == trained(reply)
-        assert read_of(codec, ids, QUESTION) == trained(reply)[:-1], "a reply that was cut has no end token"
-    assert read_of(codec, generated(reply) + end, WITH_SYSTEM) == trained(reply, WITH_SYSTEM)
-    later = [*QUESTION, {"role": "assistant", "content": "多少度？"}, {"role": "user", "content": "39"}]
-    assert read_of(codec, generated(reply) + end, later) == trained(reply, later)
-    thought = "<think>\n先看时间。\n</think>\n\n多喝水。"
-    if name == "qwen3_nothink":
-        with pytest.raises(UserError, match=r"^--reward_model_path: its prompt template does not write the reply '<th"):
-            read_of(codec, generated(thought) + end, QUESTION)
-    else:
-        assert read_of(codec, generated(thought) + end, QUESTION) == trained(thought)
-    row = {"messages": json.dumps([QUESTION, None])}
-    assert codec.reward_ids_of_text(row, reply) == trained(reply), "a dialogue's own reply"
-
-
-@pytest.mark.parametrize("name", ["qwen", "qwen3", "qwen3_nothink", "glm4_moe"])
-def test_the_reward_model_reads_the_turns_of_tools_before(tiny_model_dir, name):
-    codec = reward_codec(tiny_model_dir, name, own=False)
-    messages = TOOL_TURNS[:6]
-    ids = codec.tokenizer("多喝水。", add_special_tokens=False)["input_ids"]
-    dialogue = [*messages, {"role": "assistant", "content": "多喝水。"}]
-    learned, labels = encode_dialogue(codec.reward_tokenizer, codec.reward_template, dialogue, TOOLS, max_length=9999)
-    end = max(index for index, label in enumerate(labels) if label != IGNORED_LABEL)
-    assert read_of(codec, ids + codec.stop_ids[:1], messages, TOOLS) == learned[: end + 1]
-    assert read_of(codec, ids, messages, TOOLS) == learned[:end]
-
-
-@pytest.mark.parametrize("name", ["qwen3", "chatml", "yi"])
-def test_templates_that_ask_alike_may_write_replies_differently(tiny_model_dir, tmp_path, name):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    reward_tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    reward_template = load_chat_template(reward_tokenizer, name)
-    reward_tokenizer.save_pretrained(tmp_path)
-    codec = load_codec(tokenizer, load_chat_template(tokenizer, "chatml"), None, str(tmp_path), {})
-    prompt_ids = encode_prompt(tokenizer, codec.chat_template, QUESTION)
-    assert prompt_ids == encode_prompt(reward_tokenizer, reward_template, QUESTION)
-    ids = tokenizer("多喝水。", add_special_tokens=False)["input_ids"] + codec.stop_ids[:1]
-    read = codec.reward_ids({"prompt_ids": prompt_ids, "messages": json.dumps([QUESTION, None])}, ids)
-    assert (codec.reward_tokenizer is None) == (name != "qwen3")
-    prompt_ids, reply_ids = encode_exchange(reward_tokenizer, reward_template, QUESTION, "多喝水。")
-    assert read == prompt_ids + reply_ids
-
-
-def test_a_reward_model_of_the_same_tokens_reads_the_policys_own(tiny_model_dir):
-    """Its ids as they are, so that nothing of a reply is lost, and the end token that was trained on."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    codec = Codec(tokenizer, load_chat_template(tokenizer, "qwen3"), [7, 9])
-    row = {"prompt_ids": [1, 2], "messages": json.dumps([QUESTION, None])}
-    assert codec.reward_ids(row, [3, 4, 7]) == codec.reward_ids(row, [3, 4, 9]) == [1, 2, 3, 4, 7]
-    assert codec.reward_ids(row, [3, 4]) == [1, 2, 3, 4]
-    whole = "<|im_start|>user\n发烧怎么办？<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n好。<|im_end|>"
-    assert tokenizer.decode(codec.reward_ids_of_text(row, "好。")) == whole
-
-
-# ---------------------------------------------------------------- sampling
-
-
-def test_sampler_draws_from_the_tempered_softmax():
-    logits = torch.tensor([[0.0, 1.0, 2.0, -50.0]]).repeat(4000, 1)
-    uniforms = draw_uniforms(1, seed=3, episodes=range(4000))
-    drawn = InverseTransformSampler(uniforms, n_prompt=5, temperature=0.5)(torch.zeros(4000, 5), logits).argmax(dim=1)
-    shares = torch.bincount(drawn, minlength=4) / 4000
-    torch.testing.assert_close(shares, (logits[0] / 0.5).softmax(dim=0), atol=0.02, rtol=0)
-    # By hand: cumulative 0.25, 0.75, 1 and the numbers 0.2, 0.25, 0.74, 0.99.
-    sampler = InverseTransformSampler(torch.tensor([[0.2], [0.25], [0.74], [0.99]]).double(), 0, 1.0)
-    chances = torch.tensor([0.25, 0.5, 0.25]).log().repeat(4, 1)
-    assert sampler(torch.zeros(4, 0), chances).argmax(dim=1).tolist() == [0, 1, 1, 2]
-
-
-def test_a_draw_belongs_to_its_episode():
-    together = draw_uniforms(5, 42, [3, 4, 5])
-    torch.testing.assert_close(together[1:2], draw_uniforms(5, 42, [4]))
-    assert not torch.equal(together[0], together[1])
-    assert not torch.equal(together[0], draw_uniforms(5, 43, [3])[0])
-
-
-def test_every_prompt_comes_once_before_one_comes_again():
-    order = episode_order(5, 12, seed=1)
-    assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4]
-    assert order[:5] != order[5:10]
-    assert episode_order(5, 7, seed=1) == order[:7]
-
-
-def test_rollouts_join_and_part_without_loss():
-    def make(n_prompt: int, n_reply: int, value: float) -> Rollout:
-        attention = torch.ones(1, n_prompt + n_reply, dtype=torch.bool)
-        per_token = torch.full((1, n_reply), value)
-        mask = torch.ones(1, n_reply, dtype=torch.bool)
-        ids = torch.arange(n_prompt + n_reply)[None]
-        return Rollout(ids, attention, mask, *([per_token] * 5), torch.tensor([value]), torch.tensor([True]))
-
-    parts = [make(2, 4, 1.0), make(5, 1, 2.0)]
-    joined = Rollout.join(parts)
-    assert joined.ids.tolist() == [[0, 0, 0, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 0, 0, 0]]
-    for row, part in enumerate(parts):
-        taken = joined.take(torch.tensor([row]))
-        for name, tensor in vars(part).items():
-            assert torch.equal(getattr(taken, name), tensor), name
 
 
 # ---------------------------------------------------------------- what an update does
@@ -654,7 +362,7 @@ def test_files_measures_and_lineage(flags, tmp_path, data_dir, sft_adapter, tiny
 def test_adapter_on_the_original_base_is_the_trained_policy_and_merges(flags, tmp_path, tiny_model_dir, kept_roles):
     ppo_training.main(flags(max_steps=1))
     best = tmp_path / "out/checkpoint-best"
-    kept_roles[0].act_as("policy")
+    kept_roles[0].model.set_adapter("default")
     policy = logits_of(kept_roles[0].model)
     torch.testing.assert_close(logits_of(load_with_adapter(str(tiny_model_dir), str(best))), policy)
     merged = tmp_path / "merged"
@@ -693,10 +401,14 @@ def test_finished_run_is_left_as_it_is(flags, tmp_path, rm_adapter, capfd):
     assert ppo_training.main(flags(max_steps=1, resume_from_checkpoint=True)) == {}
     assert "holds a finished run (1 updates): nothing is trained" in capfd.readouterr().err
     assert (tmp_path / "out/trainer_state.json").read_bytes() == before
-    for flag, value, was in (("seed", 7, "42; leave"), ("kl_coef", 0.5, "0.05; leave")):
-        with pytest.raises(UserError, match=rf"--{flag} {value}: the run in .* was started with {was} it as it was"):
+    for flag, value, was in (("seed", 7, 42), ("kl_coef", 0.5, 0.05)):
+        with pytest.raises(
+            UserError, match=rf"--{flag} {value}: the run in .* was started with {was}, .*; leave it as"
+        ):
             ppo_training.main(flags(max_steps=2, resume_from_checkpoint=True, **{flag: value}))
-    was = r"episodes an update 4: the run in .* was started with 8; leave it as it was \(on half the GPUs accumulate"
+    was = (
+        r"episodes an update 4: the run in .* was started with 8, .*; leave it as it was \(on half the GPUs accumulate"
+    )
     with pytest.raises(UserError, match=was):
         ppo_training.main(flags(max_steps=2, resume_from_checkpoint=True, gradient_accumulation_steps=1))
     with pytest.raises(UserError, match=r"is finished, with other flags: --cliprange 0\.3 \(not given then\)"):
@@ -814,7 +526,7 @@ def test_gradients_that_are_not_finite_are_noticed(flags, monkeypatch):
 
 def test_losses_that_are_not_finite_are_noticed(flags, monkeypatch):
     def infinite(*args):
-        losses, held = ppo_math.value_losses(*args)
+        losses, held = value_losses(*args)
         return losses + torch.inf, held
 
     monkeypatch.setattr(ppo_training, "value_losses", infinite)
@@ -823,13 +535,13 @@ def test_losses_that_are_not_finite_are_noticed(flags, monkeypatch):
 
 
 def test_matrices_without_gradient_are_noticed(flags, monkeypatch):
-    act_as = Roles.act_as
+    set_adapter = PeftModel.set_adapter
 
-    def freeze_one(self, role, trained=False):
-        act_as(self, role, trained)
-        next(w for name, w in self.model.named_parameters() if ".lora_B.default" in name).requires_grad_(False)
+    def freeze_one(self, *args, **options):
+        set_adapter(self, *args, **options)
+        next(w for name, w in self.named_parameters() if ".lora_B.default" in name).requires_grad_(False)
 
-    monkeypatch.setattr(Roles, "act_as", freeze_one)
+    monkeypatch.setattr(PeftModel, "set_adapter", freeze_one)
     with pytest.raises(UserError, match=r"^update 1: 1 adapter matrices of the policy get no gradient, such as "):
         ppo_training.main(flags())
 
@@ -883,41 +595,6 @@ def test_no_second_run_may_write_in_the_folder(flags, tmp_path, monkeypatch):
         pass
 
 
-def measures_of(kl: list[float], surprise: float = 0.0) -> list[list[float]]:
-    """Replies of 10 tokens with these KLs."""
-    return [[float(row), 1.0, 10.0 + row, value, 0.1, 20.0, surprise, 30.0] for row, value in enumerate(kl)]
-
-
-def test_surprisal_is_an_alarm_only_beyond_the_spread_that_the_policy_gives_it():
-    likeliest_by_chance = [[0.0, 1.0, 1.0, 0.0, 0.0, 1.4, -1.2, 6.0], [1.0, 1.0, 1.0, 0.0, 0.0, 1.4, -1.2, 6.0]] * 16
-    assert find_alarm(likeliest_by_chance, 50.0, 0) is None
-    assert "differs from its entropy by 3.00 nats a token" in find_alarm(measures_of([0.0] * 8, 40.5), 50.0, 0)
-
-
-def test_negative_kl_is_an_alarm_only_where_it_is_no_chance():
-    assert find_alarm(measures_of([-0.5, 0.6, -0.4, 0.2]), 50.0, 0) is None
-    assert find_alarm(measures_of([-9.0, 12.0, -15.0, 4.0]), 50.0, 0) is None  # -2 on average, with a wide spread
-    assert "-3.0 nats a reply, clearly below 0" in find_alarm(measures_of([-3.1, -2.9, -3.0, -3.0]), 50.0, 0)
-    assert "60.0 nats a reply, over --stop_at_kl 50" in find_alarm(measures_of([60.0, 60.0]), 50.0, 0)
-
-
-def test_measures_by_hand():
-    measures = [[2.0, 1.0, 4.0, 1.0, 0.5, 8.0, 0.0, 0.0], [4.0, 0.0, 8.0, 3.0, 1.5, 4.0, 0.0, 0.0]]
-    found = summarize(measures, kl_coef=0.1, missing_eos_penalty=1.0)
-    assert found == pytest.approx(
-        {
-            "objective/score": 3.0,
-            "objective/score_std": 1.0,
-            "objective/kl": 2.0,
-            "objective/kl_k3": 1.0,
-            "objective/entropy": 1.0,  # 12 nats over 12 tokens
-            "objective/rlhf_reward": 2.3,  # (2 - 0.1 + 4 - 1 - 0.3) / 2
-            "reply/mean_len": 6.0,
-            "reply/eos_frac": 0.5,
-        }
-    )
-
-
 # ---------------------------------------------------------------- errors
 
 
@@ -927,11 +604,13 @@ def test_measures_by_hand():
         ({"use_peft": False}, r"^--use_peft False: the four roles are adapters on one base"),
         ({"num_mini_batches": 3}, r"^--num_mini_batches 3: does not divide --gradient_accumulation_steps 2"),
         ({"do_train": None}, r"^--do_train is missing"),
-        ({"fp16": True, "use_cpu": False}, None),
-        ({"neftune_noise_alpha": 5}, r"^--neftune_noise_alpha: PPO does not heed it"),
-        ({"eval_steps": 0.5, "eval_strategy": "steps"}, r"^--eval_steps 0\.5: give a whole number of updates"),
-        ({"per_device_eval_batch_size": 2}, r"^--per_device_eval_batch_size: PPO does not heed it"),
-        ({"save_strategy": "epoch"}, r"^--eval_strategy and --save_strategy: say no or steps"),
+        ({"fp16": True}, r"^--fp16 is not a flag of this stage"),
+        ({"neftune_noise_alpha": 5}, r"^--neftune_noise_alpha is not a flag of this stage"),
+        ({"eval_steps": 0.5, "eval_strategy": "steps"}, r"^--eval_steps: invalid int value: '0\.5'"),
+        ({"save_steps": 0}, r"^--save_steps 0: give a number of updates of at least 1"),
+        ({"per_device_eval_batch_size": 2}, r"^--per_device_eval_batch_size is not a flag of this stage"),
+        ({"save_strategy": "epoch"}, r"^--save_strategy: invalid choice: 'epoch' \(choose from"),
+        ({"optim": "adamm"}, r"adamm is not a valid OptimizerNames"),
         ({"total_episodes": 8}, r"^--max_steps and --total_episodes both say how long"),
         ({"total_episodes": 0}, r"^--total_episodes 0: give at least 1"),
         ({"kl_coef": -1}, r"^--kl_coef -1: give 0 or more"),
@@ -948,12 +627,47 @@ def test_measures_by_hand():
     ids=str,
 )
 def test_errors_in_one_line(flags, changes, message):
-    if message is None:  # what the parser replaces on a machine without CUDA is said, not refused
-        ppo_training.main(flags(max_steps=1, **changes))
-        return
     with pytest.raises(UserError, match=message) as raised:
         ppo_training.main(flags(**changes))
     assert "\n" not in str(raised.value)
+
+
+def test_flags_of_transformers_have_its_defaults():
+    changed = {"adam_epsilon", "learning_rate", "logging_steps"}
+    others = {spec.name: spec.default for spec in fields(TrainingArguments)}
+    for spec in fields(PPOTrainingArguments):
+        assert spec.name in changed or (spec.default or None) == (others[spec.name] or None), spec.name
+    given = {"output_dir": "out", "do_train": True, "gradient_checkpointing": True, "lr_scheduler_type": "cosine"}
+    given |= {"gradient_checkpointing_kwargs": '{"use_reentrant": true}', "adam_beta2": 0.9, "warmup_ratio": 0.1}
+    given |= {"optim": "adafactor", "eval_steps": 3}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    (training_flags,) = StageArgumentParser([PPOTrainingArguments]).parse(words)
+    args = training_flags.training_arguments()
+    assert (args.gradient_checkpointing, args.gradient_checkpointing_kwargs) == (True, {"use_reentrant": True})
+    assert (args.lr_scheduler_type, args.adam_beta2, args.get_warmup_steps(20)) == ("cosine", 0.9, 2)
+    assert (args.optim, args.adam_epsilon, args.eval_steps) == ("adafactor", 1e-5, 3)
+
+
+def test_what_other_stages_are_told_is_noted(monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE", "1")
+    parser = StageArgumentParser([PPOTrainingArguments])
+    flags = "--fp16 False --logging_strategy steps --ddp_find_unused_parameters False --remove_unused_columns False"
+    parser.parse(["--output_dir", "out", "--do_train", *flags.split()])
+    assert "TORCH_COMPILE=1 in the environment: this stage does not compile" in parser.notes
+    assert [note for note in parser.notes if note.endswith("always so in this stage")] == [
+        f"{flag} {value}: always so in this stage" for flag, value in zip(*[iter(flags.split())] * 2, strict=True)
+    ]
+
+
+def test_docs_name_places_that_exist():
+    table = (ROOT / "docs/ppo.md").read_text(encoding="utf-8").partition("## Implementation details")[2]
+    places = re.findall(r"^\| .*? \| (`.*?) \|", table.partition("## Flags")[0], re.MULTILINE)
+    code = "".join(
+        path.read_text(encoding="utf-8") for path in [ROOT / "ppo_training.py", *ROOT.glob("medtune/rl/*.py")]
+    )
+    assert len(places) > 15
+    for name in re.findall(r"`([\w.]+)`", " ".join(places)):
+        assert re.search(rf"(def|class) {name.rpartition('.')[2]}\b|^    {name.rpartition('.')[2]}: ", code, re.M), name
 
 
 @pytest.mark.parametrize("name", ["zero3", "zero3_offload"])

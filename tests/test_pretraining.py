@@ -28,12 +28,13 @@ from medtune.errors import UserError
 from medtune.models.adapters import load_for_training, load_with_adapter
 from medtune.models.lineage import read_lineage
 from medtune.reading.blocks import cut_blocks, document_end_id, learned_bytes_per_token, token_byte_lengths
+from medtune.reading.encoders import DocumentEncoder
 from medtune.reading.finding import find_files
 from medtune.reading.record_sets import load_documents
 from medtune.reading.records import Document
-from medtune.reading.rows import cached_blocks, tokenize_documents
+from medtune.reading.rows import encode_records
 from medtune.training.causal_lm_trainer import IGNORED_LABEL, Collator, loss_statistics, token_losses
-from pretraining import PTArguments, last_tokens, stream_blocks, stream_training_part
+from pretraining import last_tokens, stream_blocks, stream_data
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"]
@@ -144,18 +145,15 @@ def test_the_end_of_joined_documents():
 def test_streaming_gives_the_blocks_of_the_whole_text(data_dir, tiny_tokenizer, monkeypatch, batch, across):
     monkeypatch.setattr(pretraining, "STREAM_BATCH", batch)
     files = [data_dir / "a.txt", data_dir / "deep/b.jsonl"]
-    streamed = list(stream_blocks(files, tiny_tokenizer, PTArguments(50, across, True), "error"))
-    tokenized, _ = tokenize_documents(load_documents(files)[0], tiny_tokenizer, num_workers=1)
-    whole = plain(cut_blocks(tokenized.with_format("numpy")[:], 50, across))
-    for name in whole:
-        assert [np.asarray(row[name]).tolist() for row in streamed] == whole[name], name
+    encoder = DocumentEncoder(tiny_tokenizer, 50, across)
+    whole, _ = encode_records(load_documents(files)[0], encoder)
+    assert list(stream_blocks(files, encoder, "error")) == whole.to_list()
 
 
 def test_two_processes_share_a_stream(data_dir, tiny_tokenizer):
     training_args = SimpleNamespace(max_steps=4, do_eval=False, seed=42, accelerator_config=SimpleNamespace())
-    stream, _ = stream_training_part(
-        DataArguments(train_file_dir=str(data_dir)), PTArguments(50, False, True), training_args, tiny_tokenizer
-    )
+    data_args = DataArguments(train_file_dir=str(data_dir))
+    stream = stream_data(DocumentEncoder(tiny_tokenizer, 50), data_args, training_args, None).train
 
     def first_batches(n_processes: int, index: int, n_batches: int) -> list[list[list[int]]]:
         loader = prepare_data_loader(
@@ -177,11 +175,8 @@ def test_two_workers_prepare_a_million_tokens_a_minute_from_thousands_of_files(q
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{n}.txt").write_text(f"{n}: " + TEXTS[n % 40] * 5, encoding="utf-8")
     files, _ = find_files(tmp_path / "data", "--train_file_dir", (".txt",))
-    whole = {"max_train_samples": None, "max_eval_samples": None, "held_out": False, "seed": 42, "num_workers": 2}
     start = cpu_seconds()
-    blocks, *_ = cached_blocks(
-        "train", files, qwen_tokenizer, tmp_path / "cache", block_size=1024, packing_across_documents=False, **whole
-    )
+    blocks, _ = encode_records(load_documents(files)[0], DocumentEncoder(qwen_tokenizer), num_workers=2)
     seconds = cpu_seconds() - start
     n_tokens = sum(blocks["length"])
     assert len(set(chain(*blocks["source"]))) == 2000
@@ -196,7 +191,7 @@ def cpu_seconds() -> float:
 
 def test_documents_end_with_the_base_models_end_token(tiny_tokenizer, qwen_tokenizer):
     for tokenizer in (tiny_tokenizer, qwen_tokenizer):
-        (ids,) = tokenize_documents([Document(TEXTS[0], "a:1")], tokenizer, num_workers=1)[0]["input_ids"]
+        ids = DocumentEncoder(tokenizer)(Document(TEXTS[0], "a:1"))["input_ids"]
         assert tokenizer.decode(ids) == TEXTS[0] + "<|endoftext|>"
         assert ids[-1] == document_end_id(tokenizer)
 
@@ -204,9 +199,9 @@ def test_documents_end_with_the_base_models_end_token(tiny_tokenizer, qwen_token
 def test_a_control_token_in_a_text_is_refused_or_left_out(tiny_tokenizer):
     texts = [Document("a good text", "a:1"), Document("a turn ends<|im_end|>", "a:2")]
     with pytest.raises(UserError, match=r"1 of 2 documents are bad.*\n.*a:2: it holds <\|im_end\|>"):
-        tokenize_documents(texts, tiny_tokenizer, num_workers=1)
-    rows, report = tokenize_documents(texts, tiny_tokenizer, num_workers=1, on_bad_data="drop")
-    assert rows["source"] == ["a:1"]
+        encode_records(texts, DocumentEncoder(tiny_tokenizer))
+    blocks, report = encode_records(texts, DocumentEncoder(tiny_tokenizer), on_bad_data="drop")
+    assert blocks["source"] == [["a:1"]]
     assert report.summary() == "kept 1 of 2 (1 control token)"
 
 
@@ -237,20 +232,21 @@ def test_bits_per_byte_of_a_uniform_guess(tiny_tokenizer):
 
 def test_a_document_in_a_block_has_the_losses_it_has_alone(tiny_model_dir, tiny_tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
-    tokenized, _ = tokenize_documents([Document(t, "a") for t in TEXTS[:5]], tiny_tokenizer, num_workers=1)
-    blocks = plain(cut_blocks(tokenized[:], 1000)), plain(cut_blocks(tokenized[:], 1000, packing_across_documents=True))
-    alone = torch.cat(
-        [learned_losses(model, tiny_tokenizer, plain(cut_blocks(tokenized[n : n + 1], 1000))) for n in range(5)]
-    )
-    together, across = (learned_losses(model, tiny_tokenizer, block) for block in blocks)
+
+    def document_losses(texts: list[str], across: bool = False) -> torch.Tensor:
+        documents = [Document(text, "a") for text in texts]
+        blocks, _ = encode_records(documents, DocumentEncoder(tiny_tokenizer, 1000, across))
+        return learned_losses(model, tiny_tokenizer, blocks.to_list())
+
+    alone = torch.cat([document_losses([text]) for text in TEXTS[:5]])
+    together, across = document_losses(TEXTS[:5]), document_losses(TEXTS[:5], across=True)
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
     assert len(across) == len(alone) + 4  # the first token of each document but the first
 
 
-def learned_losses(model, tokenizer, blocks: dict[str, list]) -> torch.Tensor:
+def learned_losses(model, tokenizer, blocks: list[dict]) -> torch.Tensor:
     """[learned] losses of blocks, in one batch, as the stage's collator hands them over."""
-    rows = [dict(zip(blocks, values, strict=True)) for values in zip(*blocks.values(), strict=True)]
-    batch = Collator(tokenizer.pad_token_id, rows_of_texts=True)(rows)
+    batch = Collator(tokenizer.pad_token_id, rows_of_texts=True)(blocks)
     labels = batch["labels"][:, 1:]
     with torch.no_grad():
         logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[:, :-1]

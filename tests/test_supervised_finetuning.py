@@ -288,10 +288,8 @@ def test_torch_compile_gives_the_same_loss(flags, tmp_path, monkeypatch):
 def test_second_start_tokenizes_nothing(flags, tmp_path, monkeypatch):
     supervised_finetuning.main(flags(max_steps=1))
     calls = []
-    tokenize = rows.tokenize_dialogues
-    monkeypatch.setattr(
-        rows, "tokenize_dialogues", lambda *args, **kwargs: calls.append(1) or tokenize(*args, **kwargs)
-    )
+    encode = rows.encode_records
+    monkeypatch.setattr(rows, "encode_records", lambda *args: calls.append(1) or encode(*args))
     supervised_finetuning.main(flags(max_steps=1, output_dir=tmp_path / "again"))
     assert calls == []
     supervised_finetuning.main(flags(max_steps=1, output_dir=tmp_path / "anew", overwrite_cache=True))
@@ -302,13 +300,13 @@ def test_second_start_tokenizes_nothing(flags, tmp_path, monkeypatch):
 
 def test_held_out_dialogues_are_not_trained_on(flags, tmp_path, monkeypatch):
     parts = []
-    tokenize = rows.tokenize_dialogues
+    encode = rows.encode_records
 
-    def recorded(chosen, *args, **kwargs):
+    def recorded(chosen, *args):
         parts.append({dialogue.source for dialogue in chosen})
-        return tokenize(chosen, *args, **kwargs)
+        return encode(chosen, *args)
 
-    monkeypatch.setattr(rows, "tokenize_dialogues", recorded)
+    monkeypatch.setattr(rows, "encode_records", recorded)
     supervised_finetuning.main(flags(max_steps=1))
     trained, held_out = parts
     assert (len(trained), len(held_out)) == (22, 2)

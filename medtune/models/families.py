@@ -21,7 +21,7 @@ def check_same_family(base_model: str, lora_model: str, **hub_options) -> None:
     recorded = lineage.base_model if lineage else config.base_model_name_or_path
     if _same_name(recorded, base_model):
         return
-    base_config = load_config(base_model, flag="--base_model", **hub_options)
+    base_config = load_config(base_model, flag="--base_model", **hub_options).get_text_config()
     if lineage is None:
         if Path(recorded).name == Path(base_model).name:
             logger.warning(f"{lora_model} was trained on {recorded}; {base_model} is taken for a copy of it")

@@ -108,13 +108,14 @@ def is_adapter(path: str | Path) -> bool:
     return Path(path, ADAPTER_CONFIG).is_file()
 
 
-def read_adapter_config(path: str | Path) -> LoraConfig:
+def read_adapter_config(path: str | Path, flag: str = "") -> LoraConfig:
     """The LoRA configuration of an adapter folder, or UserError where it is no complete LoRA adapter."""
+    where = f"{flag} {path}".lstrip()
     if not Path(path).is_dir():
-        raise UserError(f"{path}: no such folder")
+        raise UserError(f"{where}: no such folder")
     if not is_adapter(path):
-        raise UserError(f"{path}: no {ADAPTER_CONFIG} in it, so it is no LoRA adapter")
-    check_model_files(path, with_weights=True)
+        raise UserError(f"{where}: no {ADAPTER_CONFIG} in it, so it is no LoRA adapter")
+    check_model_files(path, flag, with_weights=True)
     try:
         config = PeftConfig.from_pretrained(str(path))
     except (ValueError, KeyError, TypeError) as error:
@@ -136,6 +137,17 @@ def read_adapter_config(path: str | Path) -> LoraConfig:
 def base_of(path: str) -> str:
     """The base model's hub name or folder: an adapter's recorded base, or the path itself."""
     return read_adapter_config(path).base_model_name_or_path if is_adapter(path) else path
+
+
+def tokenizer_source(path: str, base_model: str | None = None) -> str:
+    """Where the tokenizer of a model or adapter is: an adapter's own, with its template, goes before its base's.
+
+    Args:
+        base_model: an adapter's base where it is not the recorded one.
+    """
+    if not is_adapter(path) or Path(path, "tokenizer_config.json").is_file():
+        return path
+    return base_model or base_of(path)
 
 
 def check_model_path(path: str, flag: str, allow_pickle_weights: bool = False) -> None:

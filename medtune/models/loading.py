@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import cached_file, is_flash_attn_2_available
 
 from medtune.errors import UserError
-from medtune.models.lineage import base_of, is_adapter
+from medtune.models.lineage import is_adapter, tokenizer_source
 from medtune.models.load_errors import NO_TOKENIZER, NamingFile, explain_load_errors
 from medtune.models.model_files import ADAPTER_WEIGHTS, WEIGHTS_INDEX, check_model_files, indexed_files
 
@@ -33,13 +33,10 @@ def load_tokenizer(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or adapter, or the one that `--tokenizer_name_or_path` names, with a pad token.
-
-    An adapter's own tokenizer, which has the template it was trained with, goes before its base's.
-    """
+    """The tokenizer of a model or adapter, or the one that `--tokenizer_name_or_path` names, with a pad token."""
     if named:
         path, flag = named, "--tokenizer_name_or_path"
-    source = path if not is_adapter(path) or Path(path, "tokenizer_config.json").is_file() else base_of(path)
+    source = tokenizer_source(path)
     with (
         NamingFile(source, flag, "tokenizer.json, tokenizer_config.json or config.json"),
         explain_load_errors(source, flag),
@@ -186,6 +183,18 @@ def load_base_model(
             use_safetensors=None if allow_pickle_weights else True,
             **config_overrides,
         )
+
+
+def dtype_for_use(torch_dtype: str, use_cpu: bool = False) -> str:
+    """The type to load weights in for use, not for training: without a GPU float32, the CPU's fast one."""
+    return torch_dtype if torch.cuda.is_available() and not use_cpu else "float32"
+
+
+def place_for_use(model: torch.nn.Module, use_cpu: bool = False) -> torch.nn.Module:
+    """The model, ready to be asked, on the GPU if there is one; loading may have put it there already."""
+    if torch.cuda.is_available() and not (use_cpu or hasattr(model, "hf_device_map")):
+        model.to("cuda")
+    return model.eval()
 
 
 def _keep_bitsandbytes_weights_plain() -> None:

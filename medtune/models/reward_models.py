@@ -1,11 +1,11 @@
-"""Trained reward models, loaded for use."""
+"""Trained reward models, loaded for use, and what they read."""
 
 from pathlib import Path
 
 import torch
 from peft import PeftModel, TaskType
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medtune.errors import UserError
 from medtune.models.adapters import add_adapter, put_adapter_on, without_head
@@ -14,6 +14,8 @@ from medtune.models.lineage import read_adapter_config
 from medtune.models.loading import load_tokenizer
 from medtune.models.model_files import ADAPTER_WEIGHTS
 from medtune.models.score_heads import UNTRAINED_HEAD, check_score_head, is_head, load_scoring_base
+from medtune.reading.encoding import encode_exchange
+from template import ChatTemplate, Message
 
 
 def load_reward_model(
@@ -58,3 +60,21 @@ def add_reward_adapter(model: PeftModel, path: str, name: str, flag: str = "--re
     matrices = {key: tensor for key, tensor in weights.items() if not is_head(key)}
     add_adapter(model, name, config, matrices, f"{flag} {path}")
     return next(weights[key].float() for key in weights if "score" in key.split("."))
+
+
+def reward_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    messages: list[Message],
+    reply: str,
+    tools: list[dict] | None = None,
+    *,
+    ended: bool = True,
+) -> list[int]:
+    """What a reward model reads of a reply: the ids of training, without an end token for a reply that was cut.
+
+    Args:
+        tokenizer, chat_template: the reward model's own.
+    """
+    prompt_ids, reply_ids = encode_exchange(tokenizer, chat_template, messages, reply, tools, ended=ended)
+    return prompt_ids + reply_ids

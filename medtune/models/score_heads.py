@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, TaskType
+from peft import LoraConfig, PeftModel, TaskType
 from safetensors import safe_open
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from medtune.errors import UserError
@@ -16,6 +16,13 @@ from medtune.models.lora_layers import HEADS
 from medtune.models.model_files import ADAPTER_WEIGHTS
 
 UNTRAINED_HEAD = "its score head is all zeros, so it was never trained; take a later checkpoint, or train it longer"
+
+
+def is_reward_model(config: PretrainedConfig | LoraConfig) -> bool:
+    """Whether a model or an adapter with this configuration scores replies."""
+    if isinstance(config, LoraConfig):
+        return config.task_type == TaskType.SEQ_CLS
+    return any("SequenceClassification" in name for name in config.architectures or [])
 
 
 def is_head(tensor_name: str) -> bool:
@@ -42,7 +49,7 @@ def load_scoring_base(
     """
     hub_options = {name: base_options[name] for name in ("cache_dir", "trust_remote_code") if name in base_options}
     config = load_config(path, flag=flag, **hub_options)
-    scores_already = any("SequenceClassification" in name for name in config.architectures or [])
+    scores_already = is_reward_model(config)
     if scores_already and config.num_labels != 1:
         raise UserError(f"{flag} {path}: a classifier with {config.num_labels} classes; a reward model gives one score")
     if needs_head and not scores_already:
@@ -82,7 +89,7 @@ def has_untrained_head(model: PreTrainedModel | PeftModel) -> bool:
 def check_score_head(lora_model: str, flag: str) -> None:
     """Refuse an adapter whose file holds no trained score head; PEFT would go on with a random one."""
     config = read_adapter_config(lora_model)
-    if config.task_type != TaskType.SEQ_CLS:
+    if not is_reward_model(config):
         raise UserError(
             f"{flag} {lora_model}: no reward model: a {config.task_type} adapter has no score head; "
             "reward_modeling.py trains one"

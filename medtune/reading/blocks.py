@@ -23,22 +23,6 @@ def document_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return end_id
 
 
-def encode_documents(tokenizer: PreTrainedTokenizerBase, batch: dict[str, list]) -> dict[str, list]:
-    """Columns `text` and `source` to `input_ids`, `length`, `source` and `fault`; a faulty text has no ids."""
-    control_tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    end_id = document_end_id(tokenizer)
-    columns = {"input_ids": [], "length": [], "source": batch["source"], "fault": []}
-    encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    for text, ids in zip(batch["text"], encoded, strict=True):
-        token = next((token for token in control_tokens if token in text), None)
-        fault = f"control token\tit holds {token}, which is no word but a mark; take it out" if token else ""
-        ids = [] if fault else [*ids, end_id]
-        columns["input_ids"].append(ids)
-        columns["length"].append(len(ids))
-        columns["fault"].append(fault)
-    return columns
-
-
 def cut_blocks(
     documents: Dataset | dict[str, list], block_size: int, packing_across_documents: bool = False
 ) -> dict[str, list]:

@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,45 +20,47 @@ if TYPE_CHECKING:
 _IMPORTED_AT = time.time()
 
 
-def cached_dataset(
-    cache_dir: str | Path,
-    key_parts: dict,
-    build: Callable[[], tuple["Dataset", dict]],
-    overwrite: bool = False,
-) -> tuple["Dataset", dict, bool]:
-    """Load what `build` once made for these key parts, or build and save it.
+@dataclass
+class Cache:
+    """The rows and the report of a key; both None where they are still to be made and saved."""
 
-    Each process of a launch calls this: the first to get the file lock builds, the others wait and load. No
+    folder: Path
+    rows: "Dataset | None" = None
+    report: dict | None = None
+    built_at: float = 0.0  # seconds since the epoch
+
+    def save(self, rows: "Dataset", report: dict) -> None:
+        """Write both and load them again, memory-mapped; the report are JSON values."""
+        _save_cache(self.folder, rows, report)
+        written = _load_cache(self.folder)
+        assert written.rows is not None, f"{self.folder} was just written and does not load"
+        self.rows, self.report = written.rows, written.report
+
+
+@contextmanager
+def open_cache(cache_dir: str | Path, key_parts: dict, overwrite: bool = False) -> Iterator[Cache]:
+    """What was once saved for these key parts, or an empty cache to save it in before the block ends.
+
+    Each process of a launch opens it: the first to get the file lock builds, the others wait and load. No
     process group takes part, so a long tokenization cannot run into its time-out, and a process that dies
     frees the lock.
 
     Args:
         cache_dir: the folder of all caches, shared by every stage.
         key_parts: all that decides the result, as JSON values: data fingerprint, tokenizer, template, limits.
-        build: returns the dataset and a report as JSON values.
         overwrite: build again, once a launch.
-
-    Returns:
-        The dataset, memory-mapped from the cache; the report; whether it was found rather than built.
     """
     key = hashlib.sha256(json.dumps(key_parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
     folder = Path(cache_dir, key[:32])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        found = _load_cache(folder)
-        if found and overwrite:
+        cache = _load_cache(folder)
+        if overwrite:
             # Under a launcher, a cache finished after this process started is a sibling's rebuild. A process
             # that starts later than that builds once more, which costs time and does no harm.
-            *_, built_at = found
-            by_sibling = "LOCAL_RANK" in os.environ and built_at > _IMPORTED_AT
-            found = found if by_sibling else None
-        was_cached = found is not None
-        if not was_cached:
-            _save_cache(folder, *build())
-            found = _load_cache(folder)
-            assert found is not None, f"{folder} was just written and does not load"
-    dataset, report, _ = found
-    return dataset, report, was_cached
+            by_sibling = "LOCAL_RANK" in os.environ and cache.built_at > _IMPORTED_AT
+            cache = cache if by_sibling else Cache(folder)
+        yield cache
 
 
 _MANIFEST = "manifest.json"
@@ -75,18 +79,18 @@ def _save_cache(folder: Path, dataset: "Dataset", report: dict) -> None:
     partial.replace(folder)
 
 
-def _load_cache(folder: Path) -> tuple["Dataset", dict, float] | None:
-    """The dataset, its report and when it was built; None unless each file has the size it was written in."""
+def _load_cache(folder: Path) -> Cache:
+    """What was saved; an empty cache unless each file has the size it was written in."""
     from datasets import load_from_disk
 
     try:
         manifest = json.loads(Path(folder, _MANIFEST).read_text(encoding="utf-8"))
         # Others may come beside them: `datasets` keeps there what a stage maps a loaded dataset to, as packing does.
         if not manifest["sizes"].items() <= _sizes(folder).items():
-            return None
-        return load_from_disk(folder), manifest["report"], manifest["built_at"]
+            return Cache(folder)
+        return Cache(folder, load_from_disk(folder), manifest["report"], manifest["built_at"])
     except (FileNotFoundError, ValueError, KeyError):
-        return None
+        return Cache(folder)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

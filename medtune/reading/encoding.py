@@ -6,19 +6,17 @@ replies and the token that ends each. This is the only module that writes the ig
 """
 
 import json
-import sys
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 import template
 from medtune.errors import Unusable, UserError
-from medtune.reading.records import Pair
 from template import ChatTemplate, Message
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
@@ -298,16 +296,13 @@ def mark_learned(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels:
     return "".join(parts)
 
 
-def pair_lengths(pair: Pair, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> tuple[int, int]:
-    """Tokens of the whole prompt, and of the longer reply with its end token; Unusable for a fault."""
-    whole = {"max_prompt_length": sys.maxsize, "max_reply_length": sys.maxsize}
-    try:
-        prompt_ids, *replies, _ = encode_pair(
-            tokenizer, chat_template, pair.messages, pair.chosen, pair.rejected, pair.tools, **whole
-        )
-    except UserError as error:
-        raise Unusable("not renderable", str(error)) from None
-    return len(prompt_ids), max(map(len, replies))
+class PairIds(NamedTuple):
+    """Ids of a prompt and of both replies with their end tokens; how many replies were cut and have none."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    n_cut: int
 
 
 def encode_pair(
@@ -320,8 +315,8 @@ def encode_pair(
     *,
     max_prompt_length: int,
     max_reply_length: int,
-) -> tuple[list[int], list[int], list[int], int]:
-    """Ids of the prompt and of both replies with their end tokens, within the limits; how many replies were cut.
+) -> PairIds:
+    """Ids of the prompt and of both replies, within the limits.
 
     The prompt's ids are those before a reply in `encode_dialogue`, so prompt + reply is what SFT learns.
 
@@ -342,7 +337,7 @@ def encode_pair(
         raise Unusable(
             "same within the limit", f"both replies begin with the same --max_target_length {max_reply_length} tokens"
         )
-    return prompt_ids, chosen_ids, rejected_ids, n_cut
+    return PairIds(prompt_ids, chosen_ids, rejected_ids, n_cut)
 
 
 def encode_feedback(

@@ -79,17 +79,12 @@ def some_names(paths: Sequence[Path]) -> str:
     return names if len(paths) <= 5 else f"{names} and {len(paths) - 5} more"
 
 
-def are_same_files(train_path: str | None, eval_path: str | None, endings: Sequence[str] = RECORD_ENDINGS) -> bool:
-    """Whether both flags name the same files, however they are spelled; UserError where only some are the same."""
-    if train_path is None or eval_path is None:
-        return True
-    train_files, eval_files = (
-        {file.resolve() for file in find_files(path, flag, endings)[0]}
-        for path, flag in ((train_path, "--train_file_dir"), (eval_path, "--validation_file_dir"))
-    )
-    if train_files != eval_files and train_files & eval_files:
+def are_same_files(train_files: Sequence[Path], eval_files: Sequence[Path], eval_path: str) -> bool:
+    """Whether both are the same files, however their paths are spelled; UserError where only some are the same."""
+    train, evaluated = ({file.resolve() for file in files} for files in (train_files, eval_files))
+    if train != evaluated and train & evaluated:
         raise UserError(
-            f"--validation_file_dir {eval_path}: {min(train_files & eval_files)} is among the training files too; keep "
+            f"--validation_file_dir {eval_path}: {min(train & evaluated)} is among the training files too; keep "
             "them apart, or name the same folder for both and a part is held out"
         )
-    return train_files == eval_files
+    return train == evaluated

@@ -4,6 +4,7 @@ dialogues, report = load_dialogues(files, on_bad_data="error")
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -57,51 +58,17 @@ def _read(
 OnBadData = Literal["error", "drop"]
 
 
-def load_dialogues(
-    files: Sequence[Path], on_bad_data: OnBadData | None = "error", reading: Reading | None = None
-) -> tuple[list[Dialogue], Report]:
-    """Read all dialogues of the files, and refuse bad records ("error") or drop and count them ("drop").
-
-    None refuses them too, for a caller that has no such flag. Raises UserError, showing the first ten, on bad records
-    unless they are dropped, and whenever nothing is left to use.
-    """
-    return _load(read_dialogues, files, on_bad_data, reading)
-
-
-def load_prompts(
-    files: Sequence[Path], on_bad_data: OnBadData | None = "error", reading: Reading | None = None
-) -> tuple[list[Dialogue], Report]:
-    """The same for dialogues that may lack their last reply."""
-    return _load(read_prompts, files, on_bad_data, reading)
-
-
-def load_pairs(
-    files: Sequence[Path], on_bad_data: OnBadData | None = "error", reading: Reading | None = None
-) -> tuple[list[Pair], Report]:
-    """The same for the preference pairs of the files."""
-    return _load(read_pairs, files, on_bad_data, reading)
-
-
-def load_feedback(
-    files: Sequence[Path], on_bad_data: OnBadData | None = "error", reading: Reading | None = None
-) -> tuple[list[Feedback], Report]:
-    """The same for replies that are marked as good or bad ones."""
-    return _load(read_feedback, files, on_bad_data, reading)
-
-
-def load_documents(
-    files: Sequence[Path], on_bad_data: OnBadData | None = "error", reading: Reading | None = None
-) -> tuple[list[Document], Report]:
-    """The same for the documents of the files."""
-    return _load(read_documents, files, on_bad_data, reading)
-
-
-def _load(
+def load_records(
     read: Callable[[Sequence[Path], Reading], Iterable[T | BadRecord]],
     files: Sequence[Path],
-    on_bad_data: OnBadData | None,
-    reading: Reading | None,
+    on_bad_data: OnBadData | None = "error",
+    reading: Reading | None = None,
 ) -> tuple[list[T], Report]:
+    """What `read_dialogues` or another of them reads, all of it; bad records are refused, or dropped and counted.
+
+    on_bad_data: "error" refuses them, "drop" counts them; None refuses them too, for a caller that has no such flag.
+    Raises UserError, showing the first ten, on bad records unless they are dropped, and whenever nothing is left.
+    """
     reading = reading or Reading()
     records: list[T] = []
     report = Report()
@@ -126,3 +93,9 @@ def _load(
             hint = "mend them" + (", or go on without them: --on_bad_data drop" if on_bad_data else "")
         raise UserError("\n".join([f"{n_bad} of {report.read} records are bad{listed}:", *first_bad, hint]))
     return records, report
+
+
+load_dialogues = partial(load_records, read_dialogues)
+load_prompts = partial(load_records, read_prompts)
+load_pairs = partial(load_records, read_pairs)
+load_documents = partial(load_records, read_documents)

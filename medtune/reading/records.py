@@ -1,4 +1,4 @@
-"""What a record becomes: a dialogue, a pair or a document; or a bad record, counted in a report."""
+"""What a record becomes: a dialogue, a pair, a document or a prompt; or a bad record, counted in a report."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -54,6 +54,16 @@ class Feedback:
     is_desirable: bool
     source: str
     tools: list[dict] | None = None
+
+
+@dataclass(slots=True)
+class Prompt:
+    """What PPO asks: messages as in a dialogue, the person's turn the last; `reply` is the data's own, or ""."""
+
+    messages: list[dict]
+    tools: list[dict] | None
+    reply: str
+    source: str
 
 
 @dataclass(frozen=True)

@@ -4,47 +4,28 @@ import math
 
 import torch
 
+from medtune.rl.measures import EpisodeMeasures
+
 # Alarms: so many updates in a row without a reply that ends; so many standard errors from what should be; KL in nats
 # a token between the policy before an update and in it, which in sound updates stays below 0.1.
 UPDATES_WITHOUT_END = 5
-
-
 STANDARD_ERRORS = 5.0
-
-
 TOO_LARGE_A_STEP = 1.0
 
 
-def summarize(measures: list[list[float]], kl_coef: float, missing_eos_penalty: float) -> dict[str, float]:
-    """The means over replies under the names of the log."""
-    score, ended, tokens, kl, kl_k3, entropy, *_ = torch.tensor(measures, dtype=torch.float64).T
-    penalized = score - missing_eos_penalty * (1 - ended)
-    return {
-        "objective/score": score.mean().item(),
-        "objective/score_std": score.std(correction=0).item(),
-        "objective/kl": kl.mean().item(),
-        "objective/kl_k3": kl_k3.mean().item(),
-        "objective/entropy": (entropy.sum() / tokens.sum()).item(),
-        "objective/rlhf_reward": (penalized - kl_coef * kl).mean().item(),
-        "reply/mean_len": tokens.mean().item(),
-        "reply/eos_frac": ended.mean().item(),
-    }
-
-
-def find_alarm(measures: list[list[float]], stop_at_kl: float, updates_without_end: int) -> str | None:
+def find_alarm(measures: EpisodeMeasures, stop_at_kl: float, updates_without_end: int) -> str | None:
     """What the replies of an update show to be wrong with the run, before anything is learned from them; None if sound.
 
     Args:
-        measures: of `episode_measures`, of replies sampled from the policy.
+        measures: of replies sampled from the policy.
         updates_without_end: how many updates in a row, this one included, had no reply with an end token.
     """
-    score, _, tokens, kl, _, _, surprise, variance = torch.tensor(measures, dtype=torch.float64).T
-    n_replies = len(measures)
-    if not torch.isfinite(score).all():
+    scores, kl, n_replies = measures.scores, measures.kl, len(measures.scores)
+    if not torch.isfinite(scores).all():
         return "the reward model gives scores that are not finite: its weights are broken; train it anew"
-    if n_replies > 1 and tokens.std() > 0 and score.std() < 1e-6:
+    if n_replies > 1 and measures.n_tokens.std() > 0 and scores.std() < 1e-6:
         return (
-            f"the reward model gives {n_replies} different replies the same score, {score[0].item():g}: there is "
+            f"the reward model gives {n_replies} different replies the same score, {scores[0].item():g}: there is "
             "nothing to learn from; look at it with reward_modeling.py --do_eval"
         )
     if not torch.isfinite(kl).all():
@@ -56,7 +37,8 @@ def find_alarm(measures: list[list[float]], stop_at_kl: float, updates_without_e
             "has left what the reward model can judge; lower --learning_rate, or raise --kl_coef"
         )
     # For tokens drawn from the policy, surprisal less entropy has mean 0, and the variance that the policy gives it.
-    gap, error, n_tokens = surprise.sum().item(), math.sqrt(variance.sum().item()), tokens.sum().item()
+    gap, error = measures.surprise.sum().item(), math.sqrt(measures.variance.sum().item())
+    n_tokens = measures.n_tokens.sum().item()
     if abs(gap) > max(STANDARD_ERRORS * error, 0.1 * n_tokens):
         return (
             f"replies are not drawn from the policy: their tokens' surprisal differs from its entropy by "

@@ -58,11 +58,6 @@ class InverseTransformSampler:
 # ---------------------------------------------------------------- under a mask
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The mean of the [B, T] values where the mask is True; a scalar."""
-    return (values * mask).sum() / mask.sum()
-
-
 def masked_whiten(
     values: torch.Tensor,
     mask: torch.Tensor,

@@ -1,4 +1,4 @@
-"""The four roles of PPO on one base model, adapters and small heads on it, and how two of them learn.
+"""The four roles on one base model, adapters and small heads on it.
 
 role       weights                                                       trained
 policy     base + adapter "default": the SFT adapter continued           yes
@@ -7,18 +7,14 @@ reward     base + adapter "reward" + score head, or a model of its own   no
 value      base + adapter "value" + head: starts as the reward model     yes
 """
 
-import json
-import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from medtune.errors import UserError
@@ -30,6 +26,8 @@ from medtune.models.reward_models import add_reward_adapter, load_reward_model
 from medtune.models.score_heads import ScoreHead
 from medtune.rl.ppo_math import position_ids, token_logps
 
+# By role, the adapter's name in PEFT where it is another.
+ADAPTERS = {"policy": "default"}
 # The first tokens of the first prompts, on which log-probs are compared with the model's own.
 CHECKED_PROMPTS, CHECKED_TOKENS = 4, 32
 
@@ -52,7 +50,11 @@ class ValueHead(torch.nn.Module):
 
 @dataclass
 class Roles:
-    """One base model with an adapter for each role; a reward model of another base beside it."""
+    """One base model with an adapter for each role; a reward model of another base beside it.
+
+    A role learns where gradients are enabled. Its backward pass comes before the next role's forward pass, which
+    freezes this one's weights.
+    """
 
     model: PeftModel
     reward_model: PreTrainedModel | PeftModel | None
@@ -69,33 +71,28 @@ class Roles:
             head = ValueHead(self.reward_head.weight.detach(), score_shift)
         self.value_head = head.to(self.model.device)
 
-    def act_as(self, role: str, trained: bool = False) -> None:
-        self.model.set_adapter({"policy": "default"}.get(role, role), inference_mode=not trained)
-        self.model.train(trained)  # gradient checkpointing asks for it; there is no dropout
+    def enable_checkpointing(self, settings: dict | None) -> None:
+        self.model.get_base_model().gradient_checkpointing_enable(settings or {"use_reentrant": False})
 
-    def outputs(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> ModelOutput:
-        """What the backbone gives in the role that acts."""
-        return self.model.get_base_model().base_model(
-            input_ids=ids,
-            attention_mask=attention_mask.long(),
-            position_ids=position_ids(attention_mask),  # detail: positions from the mask, whatever the padding
-            use_cache=False,
+    def generate(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor, config: GenerationConfig, processors: list[Callable]
+    ) -> torch.Tensor:
+        """[B, P + T] ids: the [B, P] prompts, and what the policy writes behind them."""
+        self._switch_to("policy")
+        return self.model.get_base_model().generate(
+            input_ids=ids, attention_mask=attention_mask.long(), logits_processor=processors, generation_config=config
         )
 
-    def states(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """[B, L, hidden] last states of the role that acts."""
-        return self.outputs(ids, attention_mask).last_hidden_state
-
     def logps(
-        self, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, temperature: float
+        self, role: str, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[B, T] log-probs, entropies and variances of `token_logps` of the reply tokens, 0 outside the mask, by a
-        full forward pass.
+        """[B, T] log-probs, entropies and variances of `token_logps` of the reply tokens under policy or reference, 0
+        outside the mask, by a full forward pass.
 
         Sampling has log-probs too, but of a cache: learning compares like with like (detail).
         """
         n_reply = mask.shape[1]
-        outputs = self.outputs(ids, attention_mask)
+        outputs = self._outputs(role, ids, attention_mask)
         predicting = outputs.last_hidden_state[:, -n_reply - 1 : -1][mask]
         head = partial(own_logits, self.model.get_base_model(), type(outputs))
         # Detail: the temperature of sampling divides the logits here too.
@@ -108,8 +105,7 @@ class Roles:
         width = min(CHECKED_TOKENS, *map(len, prompts))
         ids = torch.tensor([prompt[:width] for prompt in prompts[:CHECKED_PROMPTS]], device=self.model.device)
         mask = torch.ones_like(ids, dtype=torch.bool)
-        self.act_as("policy")
-        logps, *_ = self.logps(ids, mask, mask[:, 1:], temperature)
+        logps, *_ = self.logps("policy", ids, mask, mask[:, 1:], temperature)
         logits = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
         own_logps = (logits.float() / temperature).log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
         difference = (logps - own_logps).abs().mean().item()
@@ -126,7 +122,8 @@ class Roles:
     def values(self, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[B, T] value before each reply token, 0 outside the mask: the policy's mask (detail)."""
         n_reply = mask.shape[1]
-        return self.value_head(self.states(ids, attention_mask)[:, -n_reply - 1 : -1]) * mask
+        states = self._outputs("value", ids, attention_mask).last_hidden_state
+        return self.value_head(states[:, -n_reply - 1 : -1]) * mask
 
     @torch.no_grad()
     def scores(self, texts: list[list[int]]) -> torch.Tensor:
@@ -141,15 +138,29 @@ class Roles:
         if self.reward_model is not None:
             states = self.reward_model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=False)
             return states.logits.float().squeeze(-1)
-        self.act_as("reward")
-        last = self.states(ids, mask)[torch.arange(len(texts), device=device), lengths - 1]
-        return self.reward_head(last).squeeze(-1)
+        states = self._outputs("reward", ids, mask).last_hidden_state
+        return self.reward_head(states[torch.arange(len(texts), device=device), lengths - 1]).squeeze(-1)
 
     def trained_weights(self, role: str) -> dict[str, torch.nn.Parameter]:
         """By name: the adapter of policy or value, and the value head."""
-        adapter = {"policy": "default"}.get(role, role)
+        adapter = ADAPTERS.get(role, role)
         weights = {name: weight for name, weight in self.model.named_parameters() if name.split(".")[-2] == adapter}
         return weights | (dict(self.value_head.named_parameters()) if role == "value" else {})
+
+    def _outputs(self, role: str, ids: torch.Tensor, attention_mask: torch.Tensor) -> ModelOutput:
+        """What the backbone gives in a role; [B, L, hidden] last states among it."""
+        self._switch_to(role)
+        return self.model.get_base_model().base_model(
+            input_ids=ids,
+            attention_mask=attention_mask.long(),
+            position_ids=position_ids(attention_mask),  # detail: positions from the mask, whatever the padding
+            use_cache=False,
+        )
+
+    def _switch_to(self, role: str) -> None:
+        learns = torch.is_grad_enabled()
+        self.model.set_adapter(ADAPTERS.get(role, role), inference_mode=not learns)
+        self.model.train(learns)  # gradient checkpointing asks for it; there is no dropout
 
 
 def load_roles(sft: str, rm: str, lora: dict, device: torch.device, **base_options) -> tuple[Roles, dict[str, str]]:
@@ -161,7 +172,7 @@ def load_roles(sft: str, rm: str, lora: dict, device: torch.device, **base_optio
         base_options: of `load_base_model`.
     """
     # Detail: no dropout in any role, or policy and reference would differ by chance.
-    lora = lora | {"lora_dropout": 0.0}
+    dropout, lora = lora.get("lora_dropout"), lora | {"lora_dropout": 0.0}
     model = load_for_training(sft, **lora, **base_options, **({} if is_adapter(sft) else {"flag": "--sft_model_path"}))
     policy = f"{sft}: {describe_trainable(model)}"
     for module in model.modules():
@@ -192,6 +203,8 @@ def load_roles(sft: str, rm: str, lora: dict, device: torch.device, **base_optio
         add_adapter(model, "value", config, start, f"--sft_model_path {sft}")
         facts["reward"] = f"{rm}, a model of its own: its base is not the policy's"
         facts["value"] = "starts as the policy, with a head of zeros: the reward model has another base"
+    if dropout:
+        facts["dropout"] = "off in all roles: it would blur what is compared"
     if not (base_options.get("load_in_4bit") or base_options.get("load_in_8bit")):
         model.to(device)
         if reward_model is not None:
@@ -199,105 +212,3 @@ def load_roles(sft: str, rm: str, lora: dict, device: torch.device, **base_optio
     if reward_head is not None:
         reward_head.to(device)
     return Roles(model, reward_model, reward_head), facts
-
-
-# ---------------------------------------------------------------- learning
-
-
-class Trained(torch.nn.Module):
-    """A model to DeepSpeed: the trained weights of a role, and any computation with them as the forward pass."""
-
-    def __init__(self, weights: list[torch.nn.Parameter], autocast: Callable[[], AbstractContextManager]):
-        super().__init__()
-        self.weights = torch.nn.ParameterList(weights)
-        self.autocast = autocast
-
-    def forward(self, compute: Callable, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        with self.autocast():  # in here, because DeepSpeed 0.19 switches off what is entered outside
-            return compute(*inputs)
-
-
-class Learner:
-    """The trained weights of a role with their optimizer and schedule, in one process or several, or with ZeRO.
-
-    A call is the forward pass: the computation, then its inputs.
-    """
-
-    def __init__(
-        self,
-        weights: dict[str, torch.nn.Parameter],
-        training_args: TrainingArguments,
-        n_updates: int,
-        accelerator: Accelerator,
-    ):
-        self.accelerator = accelerator
-        self.weights = list(weights.values())
-        self.max_grad_norm = training_args.max_grad_norm or math.inf
-        # Matrices B of adapters that no gradient has reached yet.
-        self.unreached = {name for name in weights if ".lora_B." in name}
-        for name, weight in weights.items():
-            weight.requires_grad_(True)  # roles take turns in it, but hooks are set here
-            if name in self.unreached:
-                weight.register_hook(partial(self._note_gradient, name))
-        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args)
-        self.optimizer = optimizer_class(self.weights, weight_decay=training_args.weight_decay, **options)
-        self.scheduler = get_scheduler(
-            training_args.lr_scheduler_type,
-            self.optimizer,
-            num_warmup_steps=training_args.get_warmup_steps(n_updates),
-            num_training_steps=n_updates,
-            scheduler_specific_kwargs=training_args.lr_scheduler_kwargs,
-        )
-        self.model, self.engine = Trained(self.weights, accelerator.autocast), None
-        if training_args.deepspeed:
-            self.model = self.engine = self._start_engine(training_args)
-
-    def _start_engine(self, training_args: TrainingArguments) -> torch.nn.Module:
-        import deepspeed
-
-        config = json.loads(Path(training_args.deepspeed).read_text(encoding="utf-8")) | {
-            "train_batch_size": self.accelerator.num_processes,
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "managed_gradient_accumulation": False,  # `step` says where a step ends
-            "gradient_clipping": training_args.max_grad_norm,
-            # What is trained is float32, and autocast says in what type it computes.
-            "bf16": {"enabled": False},
-            "fp16": {"enabled": False},
-        }
-        return deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=config)[0]
-
-    def __call__(self, compute: Callable, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        return self.model(compute, *inputs)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add to the gradients of a loss that has been divided by what all processes have."""
-        if self.engine is None:
-            loss.backward()
-        else:  # which takes the mean of the processes
-            self.engine.backward(loss * self.accelerator.num_processes)
-
-    def step(self) -> float:
-        """A step on the gradients of all processes; returns their norm before clipping."""
-        if self.engine is not None:
-            self.engine.step()
-            return float(self.engine.get_global_grad_norm())
-        self._share_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(norm)
-
-    def _share_gradients(self) -> None:
-        """Add up the gradients of all processes, in one message."""
-        if self.accelerator.num_processes == 1:
-            return
-        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]
-        flat = torch.cat([gradient.flatten().float() for gradient in gradients])
-        shared = self.accelerator.reduce(flat, reduction="sum").split([w.numel() for w in self.weights])
-        for weight, gradient in zip(self.weights, shared, strict=True):
-            weight.grad = gradient.view_as(weight).to(weight.dtype)
-
-    def _note_gradient(self, name: str, gradient: torch.Tensor) -> None:
-        if name in self.unreached and gradient.any():
-            self.unreached.discard(name)

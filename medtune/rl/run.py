@@ -1,10 +1,12 @@
-"""What surrounds PPO's algorithm: its flags, the processes, what is saved and logged."""
+"""What surrounds the algorithm: processes, signals, full memory, what is saved and logged."""
 
 import json
 import math
-import signal
 import time
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,69 +17,43 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from medtune.errors import UserError, end_at_next_signal
+from medtune.errors import UserError
 from medtune.models.lineage import Lineage
-from medtune.rl.roles import Learner, Roles
+from medtune.rl.arguments import EPISODES_AN_UPDATE
+from medtune.rl.learner import Learner, load_optimizers, save_optimizers
+from medtune.rl.roles import Roles
+from medtune.rl.rollout import StoppedInRolloutError
+from medtune.rl.zero import ZeroLearner, load_engines, save_engines
 from medtune.training.checkpoints import (
     BEST,
     UNFINISHED,
     delete_oldest,
     follow_schedule,
     n_bytes,
+    no_other_run,
     optimizer_bytes,
     put_in_place,
+    read_state,
+    refuse_changed,
     refuse_small_disk,
     unfinished_folder,
     write_manifest,
 )
+from medtune.training.interruption import SignalListener, exit_interrupted
+from medtune.training.log import plot_curves
+from medtune.training.out_of_memory import batch_remedies, explain_full_memory_or_disk
+from medtune.training.processes import leave_process_group
+from medtune.training.run import leave_finished_run
 
-# TrainingArguments that the loop heeds; another one that is given is refused.
-HEEDED = {
-    *("output_dir", "do_train", "do_eval", "eval_strategy", "eval_steps", "per_device_train_batch_size", "seed"),
-    *("gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate", "weight_decay", "adam_beta1"),
-    *("adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args", "lr_scheduler_type", "warmup_steps"),
-    *("lr_scheduler_kwargs", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "bf16", "tf32"),
-    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "use_cpu", "ddp_timeout", "ddp_backend"),
-    *("report_to", "run_name", "resume_from_checkpoint", "disable_tqdm", "local_rank", "log_level", "deepspeed"),
-    # These are settled elsewhere, by the parser or by transformers, and mean nothing here.
-    *("logging_first_step", "logging_nan_inf_filter", "ddp_find_unused_parameters", "remove_unused_columns"),
-    *("activation_checkpointing", "activation_checkpointing_kwargs", "include_num_input_tokens_seen", "debug"),
+CURVES = {
+    "score": {"objective/score": "sampled", "eval_score": "held-out, greedy"},
+    "KL a reply (nats)": {"objective/kl": "sampled", "eval_kl": "held-out, greedy"},
 }
 
-
-@dataclass
-class PPOTrainingArguments(TrainingArguments):
-    adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Highest learning rate, of policy and value model."})
-    logging_steps: float = field(default=1, metadata={"help": "A line in the log every so many updates."})
-
-    def __post_init__(self):
-        for spec in fields(TrainingArguments):
-            default = spec.default_factory() if callable(spec.default_factory) else spec.default
-            if spec.name not in HEEDED and getattr(self, spec.name) != default:
-                raise UserError(f"--{spec.name}: PPO does not heed it; leave it out")
-        if self.deepspeed:
-            zero = json.loads(Path(self.deepspeed).read_text(encoding="utf-8")).get("zero_optimization", {})
-            if zero.get("stage") not in (1, 2):
-                raise UserError(
-                    f"--deepspeed {self.deepspeed}: PPO takes ZeRO-1 and 2; ZeRO-3 would gather all weights for every "
-                    "token that is generated. Take ds_configs/zero2.json, and --load_in_4bit True where memory is short"
-                )
-        # DeepSpeed is `Learner`'s own: to accelerate, which would take one model for it, this is a run like any other.
-        deepspeed, self.deepspeed = self.deepspeed, None
-        super().__post_init__()
-        self.deepspeed = deepspeed
-        if not self.do_train:
-            raise UserError("--do_train is missing; scripts/evaluate_model.py measures a trained model")
-        for name in ("eval_steps", "save_steps", "logging_steps"):
-            value = getattr(self, name)
-            if value is not None and (value < 1 or value != int(value)):
-                raise UserError(f"--{name} {value:g}: give a whole number of updates")
-        if self.eval_strategy == "epoch" or self.save_strategy not in ("no", "steps"):
-            raise UserError("--eval_strategy and --save_strategy: say no or steps; a step is an update")
+# ---------------------------------------------------------------- before the loop
 
 
-def start_accelerator(training_args: PPOTrainingArguments, logging_dir: str | None) -> Accelerator:
+def start_accelerator(training_args: TrainingArguments, logging_dir: str | None) -> Accelerator:
     """Processes, autocast and trackers; says so where GPUs would be idle."""
     trackers = [name for name in training_args.report_to if name != "none"]
     accelerator = Accelerator(
@@ -98,11 +74,15 @@ def start_accelerator(training_args: PPOTrainingArguments, logging_dir: str | No
     return accelerator
 
 
+def count_episodes(training_args: TrainingArguments) -> int:
+    """Of an update, in all processes."""
+    args = training_args
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
 def count_updates(n_prompts: int, per_update: int, total_episodes: int | None, training_args: TrainingArguments) -> int:
     """--max_steps, or --total_episodes, or --num_train_epochs of the prompts, in whole updates."""
     if training_args.max_steps > 0:
-        if total_episodes is not None:
-            raise UserError("--max_steps and --total_episodes both say how long to train: give one of them")
         return training_args.max_steps
     if total_episodes is not None:
         logger.info(f"--total_episodes {total_episodes} decides how long to train, whatever --num_train_epochs says")
@@ -110,51 +90,7 @@ def count_updates(n_prompts: int, per_update: int, total_episodes: int | None, t
     return math.ceil(training_args.num_train_epochs * n_prompts / per_update)
 
 
-def out_of_memory_advice(training_args: TrainingArguments, rollout_batch_size: int, is_quantized: bool) -> str:
-    """The remedies that the run has not taken yet, mildest first, with its own values."""
-    batch, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
-    remedies = []
-    if rollout_batch_size > 1:
-        remedies.append(f"--rollout_batch_size {rollout_batch_size // 2} (now {rollout_batch_size})")
-    if batch > 1:
-        longer = math.ceil(accumulation * batch / (batch // 2))
-        remedies.append(
-            f"--per_device_train_batch_size {batch // 2} --gradient_accumulation_steps {longer} (now {batch} and "
-            f"{accumulation})"
-        )
-    if not training_args.gradient_checkpointing:
-        remedies.append("--gradient_checkpointing True")
-    if not is_quantized:
-        remedies.append("--load_in_4bit True")
-    remedies.append("a shorter --max_source_length or --response_length")
-    return f"out of memory; in this order: {'; '.join(remedies)}"
-
-
-class StopSignal:
-    """SIGTERM, SIGINT and a lost terminal's SIGHUP; a second one ends the process at once."""
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.received = 0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: object) -> None:
-        end_at_next_signal(number)
-        self.received = number
-        logger.warning(f"{signal.Signals(number).name}: saving a checkpoint and stopping; again to stop at once")
-
-    def check(self) -> None:
-        """Raise Stopped in all processes once a signal has reached one of them."""
-        received = torch.tensor([self.received], device=self.accelerator.device)
-        self.received = int(self.accelerator.gather(received).max())
-        if self.received:
-            raise Stopped
-
-
-class Stopped(Exception):  # noqa: N818 - it ends a rollout that a signal made useless
-    """A signal came while replies were written."""
+# ---------------------------------------------------------------- where a run is
 
 
 @dataclass
@@ -182,31 +118,41 @@ class State:
         return {entry["step"]: entry for entry in self.log_history if "eval_score" in entry}
 
 
-def read_state(checkpoint: str, settings: dict[str, object]) -> State:
+def resumed_state(checkpoint: str, settings: dict[str, object]) -> State:
     """The state in a checkpoint; UserError where the command asks for another run."""
-    values = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+    values = read_state(checkpoint)
     recorded = values.get("settings")
     if recorded is None:
         raise UserError(f"--resume_from_checkpoint {checkpoint}: not a checkpoint of PPO; name another --output_dir")
-    for flag, value in settings.items():
-        if recorded.get(flag, value) != value:
-            how = " (on half the GPUs accumulate twice as many)" if flag == "episodes an update" else ""
-            raise UserError(
-                f"{flag} {value}: the run in {Path(checkpoint).parent} was started with {recorded[flag]}; leave it as "
-                f"it was{how}, start again (--resume_from_checkpoint False --overwrite_output_dir True), or name "
-                "another --output_dir"
-            )
+    remedies = {EPISODES_AN_UPDATE: "leave it as it was (on half the GPUs accumulate twice as many)"}
+    refuse_changed(Path(checkpoint), recorded, settings, remedies)
     return State(**values)
+
+
+def is_done(state: State, lineage: Lineage, checkpoint: str, n_updates: int) -> bool:
+    """Whether the run to resume has ended with its results written; says so, since nothing would be trained.
+
+    Raises UserError where it started from other weights, or is finished with other flags.
+    """
+    output_dir = Path(checkpoint).parent
+    finished = state.global_step >= n_updates and (output_dir / "train_results.json").is_file()
+    lineage.refuse_other_run(checkpoint, finished)
+    if not finished:
+        return False
+    leave_finished_run(output_dir, f"{state.global_step} updates")
+    return True
+
+
+# ---------------------------------------------------------------- the run
 
 
 @dataclass
 class Run:
-    """What a run saves and says on its way, in all processes at once."""
+    """A run of the algorithm: who learns, where it stands, what it saves and logs, in all processes at once."""
 
-    training_args: PPOTrainingArguments
+    training_args: TrainingArguments
     accelerator: Accelerator
     roles: Roles
-    learners: dict[str, Learner]
     state: State
     tokenizer: PreTrainedTokenizerBase
     lineage: Lineage
@@ -216,12 +162,50 @@ class Run:
 
     def __post_init__(self):
         self.output_dir = Path(self.training_args.output_dir)
+        kind = ZeroLearner if self.training_args.deepspeed else Learner
+        self.learners: dict[str, Learner] = {
+            role: kind(self.roles.trained_weights(role), self.training_args, self.n_updates, self.accelerator)
+            for role in ("policy", "value")
+        }
         self.first = self.state.global_step
         self.started = time.monotonic()
 
+    @contextmanager
+    def guarded(self, rollout_batch_size: int) -> Iterator[SignalListener]:
+        """For the loop: alone in the output folder; a full memory or disk is explained.
+
+        A signal that ends a rollout saves the last whole update and exits with 128 + its number.
+        """
+        self._refuse_small_disk()
+        stop = SignalListener(self.training_args)
+        advice = partial(self._out_of_memory_advice, rollout_batch_size)
+        alone = no_other_run(self.output_dir) if self.accelerator.is_main_process else nullcontext()
+        with explain_full_memory_or_disk(self.output_dir, advice), alone:
+            stop.listen()
+            try:
+                yield stop
+            except StoppedInRolloutError:
+                self.save()
+                self.accelerator.end_training()
+                step = self.state.global_step
+                saved = self.output_dir / f"checkpoint-{step}"
+                exit_interrupted(stop.received, f"update {step}/{self.n_updates}", saved)
+            finally:
+                stop.stop_listening()
+
+    def _out_of_memory_advice(self, rollout_batch_size: int) -> str:
+        """The remedies that the run has not taken yet, mildest first, with its own values."""
+        half = f"--rollout_batch_size {rollout_batch_size // 2} (now {rollout_batch_size})"
+        remedies = [half] if rollout_batch_size > 1 else []
+        remedies += batch_remedies(self.training_args)
+        if not getattr(self.roles.model, "is_quantized", False):
+            remedies.append("--load_in_4bit True")
+        remedies.append("a shorter --max_source_length or --response_length")
+        return f"out of memory; in this order: {'; '.join(remedies)}"
+
     # ------------------------------------------------------------ checkpoints
 
-    def refuse_small_disk(self) -> None:
+    def _refuse_small_disk(self) -> None:
         """Raise UserError where the checkpoints of the run will not fit on the disk, by an estimate of their size."""
         args, policy, value = self.training_args, self.learners["policy"].weights, self.learners["value"].weights
         n_saves = math.ceil(self.n_updates / args.save_steps) if args.save_strategy == "steps" else 1
@@ -244,8 +228,7 @@ class Run:
             self._write_weights_and_states(unfinished)
         if self.training_args.deepspeed:
             self.accelerator.wait_for_everyone()
-            for role, learner in self.learners.items():  # every process has a part of the optimizer
-                learner.engine.save_checkpoint(self._engines_folder(place.parent / UNFINISHED / place.name), tag=role)
+            save_engines(self.learners, place.parent / UNFINISHED / place.name, self.state.global_step)
             self.accelerator.wait_for_everyone()
         if is_main:
             write_manifest(unfinished)
@@ -254,24 +237,13 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.saved_at = self.state.global_step
 
-    def save_interrupted(self, number: int) -> None:
-        self.save()
-        step = self.state.global_step
-        logger.warning(
-            f"{signal.Signals(number).name}: stopped at update {step}/{self.n_updates}, saved in "
-            f"{self.output_dir / f'checkpoint-{step}'}; the same command with --resume_from_checkpoint True goes on"
-        )
-
-    def _engines_folder(self, checkpoint: Path) -> str:
-        return str(checkpoint / f"global_step{self.state.global_step}")
-
     def _write_weights_and_states(self, folder: Path) -> None:
         self.save_policy(folder)
         value = get_peft_model_state_dict(self.roles.model, adapter_name="value")
         value |= {f"head.{name}": tensor for name, tensor in self.roles.value_head.state_dict().items()}
         save_file({name: tensor.contiguous() for name, tensor in value.items()}, folder / "value_model.safetensors")
         if not self.training_args.deepspeed:
-            torch.save({role: it.optimizer.state_dict() for role, it in self.learners.items()}, folder / "optimizer.pt")
+            save_optimizers(self.learners, folder)
         torch.save({role: it.scheduler.state_dict() for role, it in self.learners.items()}, folder / "scheduler.pt")
         # All draws come from seed, update and episode; this is for a model that draws by itself.
         torch.save(torch.get_rng_state(), folder / "rng_state.pth")
@@ -286,14 +258,12 @@ class Run:
         self.roles.value_head.load_state_dict(head)
         matrices = {name: tensor for name, tensor in value.items() if not name.startswith("head.")}
         set_peft_model_state_dict(model, matrices, adapter_name="value")
-        if not self.training_args.deepspeed:
-            optimizers = torch.load(folder / "optimizer.pt", map_location=model.device, weights_only=True)
+        if self.training_args.deepspeed:
+            load_engines(self.learners, folder, self.state.global_step)
+        else:
+            load_optimizers(self.learners, folder, model.device)
         schedulers = torch.load(folder / "scheduler.pt", weights_only=True)
         for role, learner in self.learners.items():
-            if self.training_args.deepspeed:
-                learner.engine.load_checkpoint(self._engines_folder(folder), tag=role)
-            else:
-                learner.optimizer.load_state_dict(optimizers[role])
             learner.scheduler.load_state_dict(schedulers[role])
         jumps = {
             follow_schedule(it.scheduler, self.state.global_step, self.output_dir) for it in self.learners.values()
@@ -357,17 +327,23 @@ class Run:
         if n_done == 3:
             logger.info(f"about {left} left, at the speed of the first three updates")
 
-    def write_results(self) -> dict[str, float]:
-        """The files of a run that is done; returns what was measured of checkpoint-best."""
+    def finish(self, next_command: str) -> dict[str, float]:
+        """Write the results of a run that is done, and name the next command; returns what was measured of
+        checkpoint-best."""
         state = self.state
         metrics = state.evaluations().get(state.best_step, {})
         if self.accelerator.is_main_process:
             results = {"updates": state.global_step, "episodes": state.global_step * self.per_update}
-            write_json(self.output_dir / "train_results.json", results | {"seconds": state.seconds})
+            _write_json(self.output_dir / "train_results.json", results | {"seconds": state.seconds})
             if metrics:
-                write_json(self.output_dir / "eval_results.json", metrics)
+                _write_json(self.output_dir / "eval_results.json", metrics)
             state.save(self.output_dir / "trainer_state.json")
-            plot_curves(state.log_history, self.output_dir / "curves.png")
+            plot_curves(state.log_history, self.output_dir / "curves.png", CURVES, xlabel="update")
+        logger.info(f"done: {self.output_dir / BEST} (update {state.best_step} of {state.global_step})")
+        logger.info(f"results: {self.output_dir}; curves: tensorboard --logdir {self.output_dir}")
+        logger.info(f"next: {next_command}")
+        self.accelerator.end_training()
+        leave_process_group()
         return metrics
 
 
@@ -389,26 +365,5 @@ def log_evaluation(metrics: dict[str, float], state: State) -> None:
     logger.info(f"update {state.global_step}  evaluation: {shown}")
 
 
-def plot_curves(log_history: list[dict], file: Path) -> None:
-    """Score and KL, of the updates and of the evaluations, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axes, name, label in zip(panels, ("score", "kl"), ("score", "KL a reply (nats)"), strict=True):
-        for key, who, style in ((f"objective/{name}", "sampled", "-"), (f"eval_{name}", "held-out, greedy", "o-")):
-            points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, label=who, markersize=4)
-        axes.set(xlabel="update", ylabel=label)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
-
-
-def write_json(file: Path, values: dict[str, float]) -> None:
+def _write_json(file: Path, values: dict[str, float]) -> None:
     file.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")

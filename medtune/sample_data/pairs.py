@@ -19,7 +19,7 @@ SHARE_OF_REWORDED = 0.6
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PairPrompt:
     """A question with its right answer, about an entry (then `aspect` says what of it) or told as a situation."""
 
     language: str
@@ -35,7 +35,7 @@ def build_pairs(
     entries: Sequence[Entry],
     n_pairs: int,
     part: str,
-    prompts: dict[str, Callable[..., Prompt]],
+    prompts: dict[str, Callable[..., PairPrompt]],
     seed: str,
     usable: Callable[[dict], bool] = lambda pair: True,
 ) -> list[dict]:
@@ -65,7 +65,7 @@ def build_pairs(
     return pairs
 
 
-def as_pair(knowledge: Knowledge, prompt: Prompt, rejected: str, part: str, rng: random.Random) -> dict:
+def as_pair(knowledge: Knowledge, prompt: PairPrompt, rejected: str, part: str, rng: random.Random) -> dict:
     """The guide's form; some with a system prompt, some after an earlier exchange about the same entry."""
     system_prompts = knowledge.phrasings[prompt.language]["system_prompts"][part]
     system = rng.choice(system_prompts) if rng.random() < 0.2 else ""
@@ -90,7 +90,7 @@ def prompt_on_aspect(
     rng: random.Random,
     aspects: Sequence[str] = (),
     share_of_reworded: float = 0.0,
-) -> Prompt:
+) -> PairPrompt:
     """A question on an aspect; the held-out ones have their right answer in other words than training's."""
     entry = rng.choice([e for e in entries if not aspects or set(aspects) & set(e.aspects)])
     aspect = rng.choice([aspect for aspect in entry.aspects if not aspects or aspect in aspects])
@@ -98,7 +98,9 @@ def prompt_on_aspect(
     wording = HELD_OUT if part == "held_out" else TRAINED
     if part == "train" and rng.random() < share_of_reworded:
         wording = rng.choice(REWORDED)
-    return Prompt(entry.language, entry, aspect, question, reply_in(knowledge, entry, aspect, wording, rng), wording)
+    return PairPrompt(
+        entry.language, entry, aspect, question, reply_in(knowledge, entry, aspect, wording, rng), wording
+    )
 
 
 def reply_in(knowledge: Knowledge, entry: Entry, frame: str, wording: int, rng: random.Random, **values: str) -> str:
@@ -108,21 +110,21 @@ def reply_in(knowledge: Knowledge, entry: Entry, frame: str, wording: int, rng: 
 
 def prompt_on_situation(
     knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random, category: str
-) -> Prompt:
+) -> PairPrompt:
     """An emergency or a request to refuse; their answers have one wording, so no held-out pair has them."""
     situation = rng.choice([situation for situation in knowledge.safety if situation["category"] == category])
     question = rng.choice(situation["questions"]["train"] + situation["questions"]["preference"])
-    return Prompt(situation["language"], None, category, question, situation["reply"], TRAINED)
+    return PairPrompt(situation["language"], None, category, question, situation["reply"], TRAINED)
 
 
-def prompt_on_care(knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random) -> Prompt:
+def prompt_on_care(knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random) -> PairPrompt:
     """What to do about something, or a request that is to be refused."""
     if part == "train" and rng.random() < SHARE_OF_SITUATIONS:
         return prompt_on_situation(knowledge, entries, part, rng, "refusal")
     return prompt_on_aspect(knowledge, entries, part, rng, aspects=CARE)
 
 
-def prompt_with_red_flag(knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random) -> Prompt:
+def prompt_with_red_flag(knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random) -> PairPrompt:
     """Somebody describes an emergency."""
     if part == "train" and rng.random() < SHARE_OF_SITUATIONS:
         return prompt_on_situation(knowledge, entries, part, rng, "emergency")
@@ -133,13 +135,13 @@ def prompt_with_red_flag(knowledge: Knowledge, entries: Sequence[Entry], part: s
         complaints = entry.fields["complaints"]
         complaint = complaints[2] if part == "held_out" else rng.choice(complaints[:2])
         question = rng.choice(phrasings["complaint_frames"][part]).format(c=complaint)
-        return Prompt(
+        return PairPrompt(
             entry.language, entry, "urgent", question, reply_in(knowledge, entry, "urgent", wording, rng), wording
         )
     flag = rng.choice(entry.fields["red_flags"])
     question = rng.choice(phrasings["red_flag_frames"][part]).format(n=rng.choice(entry.names), r=flag)
     chosen = reply_in(knowledge, entry, "red_flag", wording, rng, red_flag=flag)
-    return Prompt(entry.language, entry, "red_flag", question, chosen, wording)
+    return PairPrompt(entry.language, entry, "red_flag", question, chosen, wording)
 
 
 CARE = ("treatment", "medicines", "diet_and_care", "prevention", "advice", "dose", "overdose", "how_to_take")
@@ -172,7 +174,7 @@ def fill(sentences: Sequence[str], length: int, language: str, rng: random.Rando
     return text
 
 
-def reject_with(pool: str, knowledge: Knowledge, entries: Sequence[Entry], prompt: Prompt, length: int, rng) -> str:
+def reject_with(pool: str, knowledge: Knowledge, entries: Sequence[Entry], prompt: PairPrompt, length: int, rng) -> str:
     """Sentences that are bad in one way and true of nothing; for a situation also an answer off the point."""
     if not prompt.entry and rng.random() < SHARE_OFF_THE_POINT:
         return reject_off_the_point(knowledge, entries, prompt, length, rng)
@@ -186,7 +188,7 @@ def reject_with(pool: str, knowledge: Knowledge, entries: Sequence[Entry], promp
 
 
 def reject_off_the_point(
-    knowledge: Knowledge, entries: Sequence[Entry], prompt: Prompt, length: int, rng: random.Random
+    knowledge: Knowledge, entries: Sequence[Entry], prompt: PairPrompt, length: int, rng: random.Random
 ) -> str:
     """What fits an everyday question, said to somebody in an emergency or with a request to refuse."""
     calm = [e for e in entries if e.language == prompt.language and (e.is_medicine or not e.fields["urgent"])]
@@ -199,7 +201,7 @@ def reject_off_the_point(
     return min(answers, key=lambda answer: abs(len(answer) - length))
 
 
-def reject_wrong_condition(knowledge: Knowledge, entries: Sequence[Entry], prompt: Prompt, length: int, rng) -> str:
+def reject_wrong_condition(knowledge: Knowledge, entries: Sequence[Entry], prompt: PairPrompt, length: int, rng) -> str:
     """A sound answer to the same question about something else, its frame being the right answer's."""
     others = [
         entry
@@ -215,7 +217,7 @@ def reject_wrong_condition(knowledge: Knowledge, entries: Sequence[Entry], promp
     return min(answers, key=lambda answer: abs(len(answer) - length))
 
 
-def reject_cut_off(knowledge: Knowledge, entries: Sequence[Entry], prompt: Prompt, length: int, rng) -> str:
+def reject_cut_off(knowledge: Knowledge, entries: Sequence[Entry], prompt: PairPrompt, length: int, rng) -> str:
     """The answer, longer where there is need, that breaks off in the middle of a phrase."""
     more = [aspect for aspect in prompt.entry.aspects if aspect != prompt.aspect]
     space = "" if prompt.entry.language == "zh" else " "
@@ -225,7 +227,7 @@ def reject_cut_off(knowledge: Knowledge, entries: Sequence[Entry], prompt: Promp
     return text[:length]
 
 
-def reject_repetition(knowledge: Knowledge, entries: Sequence[Entry], prompt: Prompt, length: int, rng) -> str:
+def reject_repetition(knowledge: Knowledge, entries: Sequence[Entry], prompt: PairPrompt, length: int, rng) -> str:
     """The beginning of the answer over and over."""
     pieces = re.findall(r"[^，。；：、！？,.;:!?]+[，。；：、！？,.;:!?]*\s*", prompt.chosen)
     unit = pieces[0]
@@ -236,7 +238,7 @@ def reject_repetition(knowledge: Knowledge, entries: Sequence[Entry], prompt: Pr
     return (unit * max(2, round(length / len(unit)))).strip()
 
 
-def reject_dose(knowledge: Knowledge, entries: Sequence[Entry], prompt: Prompt, length: int, rng) -> str:
+def reject_dose(knowledge: Knowledge, entries: Sequence[Entry], prompt: PairPrompt, length: int, rng) -> str:
     """Doses out of the air."""
     fields = prompt.entry.fields
     medicines = [fields["name"]] if prompt.entry.is_medicine else [m["name"] for m in fields["medicines"]]

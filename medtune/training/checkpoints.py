@@ -235,6 +235,13 @@ def refuse_other_settings(
 ) -> None:
     """Compare with what `CheckpointKeeper` recorded; a checkpoint without a record (another tool's) passes."""
     recorded = recorded_attributes(read_state(checkpoint).get("stateful_callbacks", {}))
+    refuse_changed(checkpoint, recorded, wanted, remedies)
+
+
+def refuse_changed(
+    checkpoint: Path, recorded: dict, wanted: dict[str, float | int | str], remedies: dict[str, str] | None = None
+) -> None:
+    """Raise UserError where a setting of a resumed run is not the recorded one; `remedies` say what to do, by name."""
     for name, value in wanted.items():
         if recorded.get(name, value) != value:
             raise UserError(

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import torch
 from loguru import logger
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from medtune.errors import end_at_next_signal
 from medtune.training.processes import largest_of_processes, leave_process_group
@@ -21,8 +21,37 @@ class NothingLeftError(Exception):
     """The checkpoint that a run resumes from is its last step."""
 
 
-class StopSignals(TrainerCallback):
-    """SIGTERM, SIGINT and a lost terminal's SIGHUP: save the last whole step and stop; a second one kills at once.
+class SignalListener:
+    """Notes SIGTERM, SIGINT and a lost terminal's SIGHUP; a second one kills at once."""
+
+    def __init__(self, args: TrainingArguments):
+        self.args = args
+        self.received: int | None = None
+        self.previous: dict[int, object] = {}
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            ignored = number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN  # nohup
+            if number not in self.previous and not ignored:
+                self.previous[number] = signal.signal(number, self._receive)
+
+    def stop_listening(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def any_received(self) -> bool:
+        """Whether a signal has reached one of the processes, all of which must ask."""
+        self.received = largest_of_processes(self.received or 0, self.args) or None
+        return self.received is not None
+
+    def _receive(self, number: int, frame: object) -> None:
+        end_at_next_signal(number)
+        self.received = number
+        logger.warning(f"{signal.Signals(number).name}: saving a checkpoint and stopping; again to stop at once")
+
+
+class StopSignals(SignalListener, TrainerCallback):
+    """Saves the last whole step at a signal, and stops.
 
     Nobody waits for a step of many micro-batches or a long evaluation: both are given up, and done again by the
     resumed run with the random numbers they began with. Every process asks the others, since the signal reaches
@@ -30,9 +59,8 @@ class StopSignals(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer):
+        super().__init__(trainer.args)
         self.trainer = trainer
-        self.received: int | None = None
-        self.previous: dict[int, object] = {}
         self.loss_sum = torch.tensor(0.0)
         self.random_state: list[torch.Tensor] = []
         self.is_training = False
@@ -41,24 +69,11 @@ class StopSignals(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.is_training = True
         self._keep_random_state()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            ignored = number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN  # nohup
-            if number not in self.previous and not ignored:
-                self.previous[number] = signal.signal(number, self._receive)
+        self.listen()
 
     def on_train_end(self, args, state, control, **kwargs):
         self.is_training = False
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: object) -> None:
-        end_at_next_signal(number)
-        self.received = number
-        logger.warning(f"{signal.Signals(number).name}: saving a checkpoint and stopping; again to stop at once")
-
-    def _any_received(self, args) -> bool:
-        self.received = largest_of_processes(self.received or 0, args) or None
-        return self.received is not None
+        self.stop_listening()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
@@ -69,7 +84,7 @@ class StopSignals(TrainerCallback):
 
     def on_substep_end(self, args, state, control, **kwargs):
         # DeepSpeed keeps the sums of a step's gradients and counts its micro-batches in the checkpoint.
-        if not args.deepspeed and self._any_received(args):
+        if not args.deepspeed and self.any_received():
             control.should_training_stop = True
             self.trainer._tr_loss.copy_(self.loss_sum)
             self._restore_random_state()
@@ -77,7 +92,7 @@ class StopSignals(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self._keep_random_state()
         self.evaluation_is_due = False
-        if self._any_received(args):
+        if self.any_received():
             control.should_save = control.should_training_stop = True
             self.evaluation_is_due = control.should_evaluate
             control.should_evaluate = False
@@ -89,7 +104,7 @@ class StopSignals(TrainerCallback):
             control.should_save = state.global_step > 0 and not is_saved
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        if self.is_training and self._any_received(args):
+        if self.is_training and self.any_received():
             self.evaluation_is_due = True
             self._restore_random_state()
             raise StoppedInEvaluationError
@@ -109,11 +124,10 @@ class StopSignals(TrainerCallback):
             torch.cuda.set_rng_state_all(self.random_state[1:])
 
 
-def exit_interrupted(trainer: Trainer, number: int) -> NoReturn:
-    step, steps = trainer.state.global_step, trainer.state.max_steps
-    saved = Path(trainer.args.output_dir, f"checkpoint-{step}")
+def exit_interrupted(number: int, place: str, saved: Path) -> NoReturn:
+    """Say where a run stopped (step 3/10) and how it goes on, and end with 128 + signal number."""
     logger.warning(
-        f"{signal.Signals(number).name}: stopped at step {step}/{steps}, "
+        f"{signal.Signals(number).name}: stopped at {place}, "
         + (f"saved in {saved}" if saved.is_dir() else "before there was anything to save")
         + "; the same command with --resume_from_checkpoint True goes on"
     )

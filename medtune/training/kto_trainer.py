@@ -3,10 +3,7 @@
 import math
 
 import torch
-from datasets import Dataset, concatenate_datasets
 
-from medtune.errors import UserError
-from medtune.training.preference_arguments import PreferenceConfig
 from medtune.training.preference_trainer import PreferenceTrainer
 
 # ---------------------------------------------------------------- loss
@@ -42,56 +39,16 @@ def mismatched_kl(mismatched_ratios: torch.Tensor) -> torch.Tensor:
     return mismatched_ratios.detach().mean().clamp(min=0)
 
 
-# ---------------------------------------------------------------- data
-
-
-def with_mismatched_replies(dataset: Dataset, flag: str) -> Dataset:
-    """The rows, each with the reply to the next prompt that is another one in `mismatched_ids`.
-
-    So the estimate depends neither on batches nor on processes. Raises UserError, which begins with `flag`, where all
-    prompts are the same.
-    """
-    prompts, replies = dataset["prompt_ids"][:], dataset["reply_ids"][:]
-    n_rows = len(prompts)
-    partner = next((index for index in range(n_rows) if prompts[index] != prompts[-1]), None)
-    if partner is None:
-        raise UserError(f"{flag}: KTO sets replies against other prompts, and these {n_rows} have the same; add others")
-    partners = [partner]
-    for index in reversed(range(n_rows - 1)):
-        partner = index + 1 if prompts[index + 1] != prompts[index] else partner
-        partners.append(partner)
-    mismatched = [replies[partner] for partner in reversed(partners)]
-    lengths = [
-        len(prompt) + max(len(reply), len(other))
-        for prompt, reply, other in zip(prompts, replies, mismatched, strict=True)
-    ]
-    columns = Dataset.from_dict({"mismatched_ids": mismatched, "length": lengths})
-    return concatenate_datasets([dataset.remove_columns("length"), columns], axis=1)
-
-
 # ---------------------------------------------------------------- trainer
 
 
 class KTOTrainer(PreferenceTrainer):
-    """Trainer on rows of `prompt_ids`, `reply_ids` and `is_desirable`; needs `FeedbackCollator` as its collator."""
+    """Trainer on rows of `FeedbackEncoder`; needs `FeedbackCollator` as its collator."""
 
     columns = ("prompt_ids", "reply_ids", "mismatched_ids", "is_desirable", "ref_logps", "ref_mismatched_logps")
     ids_columns = ("prompt_ids", "reply_ids", "mismatched_ids")
     ref_columns = ("ref_logps", "ref_mismatched_logps")
     row_kind = "replies"
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        args: PreferenceConfig,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
-        **kwargs,
-    ):
-        train_dataset = with_mismatched_replies(train_dataset, "--train_file_dir")
-        if eval_dataset is not None:
-            eval_dataset = with_mismatched_replies(eval_dataset, "--validation_file_dir")
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
     def losses_and_figures(
         self, model: torch.nn.Module, batch: dict, ref_logps: torch.Tensor

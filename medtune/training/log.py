@@ -80,6 +80,10 @@ def log_facts(trainer: Trainer, facts: dict[str, str]) -> None:
         "gradient checkpointing": "on" if args.gradient_checkpointing else "off",
         "output": str(args.output_dir),
     }
+    log_block(facts)
+
+
+def log_block(facts: dict[str, str]) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         logger.info(f"  {name:<{width}}  {value}")
@@ -131,22 +135,32 @@ class QuietProgressBar(ProgressCallback):
         pass
 
 
-def plot_curves(log_history: list[dict], file: Path) -> None:
-    """Training and evaluation loss over steps as a PNG."""
+# Of a panel by the label of its y-axis: the figures of the log in it, and what the legend calls them.
+LOSS_PANEL = {"loss (nats)": {"loss": "training", "eval_loss": "evaluation"}}
+
+
+def plot_curves(
+    log_history: list[dict], file: Path, panels: dict[str, dict[str, str]] = LOSS_PANEL, xlabel: str = "step"
+) -> None:
+    """Figures of the log over steps as a PNG, with dots where they are evaluations."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel="loss (nats)")
-    axes.grid(alpha=0.3)
-    if axes.lines:  # a run shorter than --logging_steps has none
-        axes.legend()
+    figure, rows = pyplot.subplots(
+        1, len(panels), figsize=(2 + 6 * len(panels), 4.5), layout="constrained", squeeze=False
+    )
+    for axes, (ylabel, figures) in zip(rows[0], panels.items(), strict=True):
+        for key, label in figures.items():
+            points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+            if points:
+                style = "o-" if key.startswith("eval_") else "-"
+                axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.grid(alpha=0.3)
+        if axes.lines:  # a run shorter than --logging_steps has none
+            axes.legend()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 

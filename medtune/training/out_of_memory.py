@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from medtune.errors import UserError
 from medtune.training.checkpoints import UNFINISHED, mount_point, numbered_checkpoints
@@ -55,13 +55,9 @@ def _disk_full_advice(output_dir: Path) -> str:
     )
 
 
-def _out_of_memory_advice(trainer: Trainer) -> str:
-    """The remedies that this run has not taken yet, mildest first, with its own values."""
-    args, model = trainer.args, trainer.model
+def batch_remedies(args: TrainingArguments) -> list[str]:
+    """Half the batch with the rows of a step kept, and gradient checkpointing, where the run has not taken them."""
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    if not model.training and args.per_device_eval_batch_size > 1:
-        half = args.per_device_eval_batch_size // 2
-        return f"out of memory in an evaluation: --per_device_eval_batch_size {half}"
     remedies = []
     if batch > 1:
         longer = math.ceil(accumulation * batch / (batch // 2))
@@ -71,6 +67,16 @@ def _out_of_memory_advice(trainer: Trainer) -> str:
         )
     if not args.gradient_checkpointing:
         remedies.append("--gradient_checkpointing True")
+    return remedies
+
+
+def _out_of_memory_advice(trainer: Trainer) -> str:
+    """The remedies that this run has not taken yet, mildest first, with its own values."""
+    args, model = trainer.args, trainer.model
+    if not model.training and args.per_device_eval_batch_size > 1:
+        half = args.per_device_eval_batch_size // 2
+        return f"out of memory in an evaluation: --per_device_eval_batch_size {half}"
+    remedies = batch_remedies(args)
     is_adapter = hasattr(model, "peft_config")
     if not is_adapter:
         remedies.append("--use_peft True")

@@ -84,12 +84,17 @@ def is_finished(trainer: Trainer, lineage: Lineage, checkpoint: str | None) -> b
     lineage.refuse_other_run(checkpoint, finished)
     if not finished:
         return False
+    leave_finished_run(output_dir, f"{state['global_step']} steps")
+    return True
+
+
+def leave_finished_run(output_dir: Path, done: str) -> None:
+    """Say that nothing is trained, and how it would be."""
     logger.warning(
-        f"{output_dir} holds a finished run ({state['global_step']} steps): nothing is trained. To train it "
-        "again: --resume_from_checkpoint False --overwrite_output_dir True, or another --output_dir"
+        f"{output_dir} holds a finished run ({done}): nothing is trained. To train it again: "
+        "--resume_from_checkpoint False --overwrite_output_dir True, or another --output_dir"
     )
     leave_process_group()
-    return True
 
 
 def train(
@@ -145,7 +150,9 @@ def train(
             trainer._save_checkpoint(trainer.model, trial=None)
             keeper.on_save(trainer.args, trainer.state, trainer.control)
         if stop.received:
-            exit_interrupted(trainer, stop.received)
+            step, steps = trainer.state.global_step, trainer.state.max_steps
+            saved = Path(trainer.args.output_dir, f"checkpoint-{step}")
+            exit_interrupted(stop.received, f"step {step}/{steps}", saved)
         metrics["peak_memory_gib"] = round(peak_memory_gib(), 2)
         trainer.save_metrics("train", metrics, combined=False)
         trainer.save_state()

@@ -1,10 +1,12 @@
 """Replies with a label, for KTO: dialogues of any dialect, whose verdict is what is learned."""
 
 import pytest
+from datasets import Dataset
 
 from medtune.errors import UserError
+from medtune.reading.encoders import with_mismatched_replies
 from medtune.reading.keys import Reading
-from medtune.reading.record_sets import load_feedback, read_feedback
+from medtune.reading.record_sets import load_records, read_feedback
 from medtune.reading.records import Feedback
 
 TURNS = [{"role": "user", "content": "头疼"}, {"role": "assistant", "content": "休息"}]
@@ -47,15 +49,26 @@ def test_every_dialect_with_a_label(write_jsonl, record, key, value, is_desirabl
 def test_bad_feedback_is_named_in_one_line(write_jsonl, record, fault):
     path = write_jsonl("d.jsonl", [record])
     if not fault:  # earlier replies are read and not learned
-        assert load_feedback([path])[0][0].reply == "休息"
+        assert load_records(read_feedback, [path])[0][0].reply == "休息"
         return
     (found,) = read_feedback([path])
     assert str(found).startswith(f"{path}:1: {fault}")
     with pytest.raises(UserError, match="1 of 1 records are bad"):
-        load_feedback([path])
+        load_records(read_feedback, [path])
 
 
 def test_a_topic_under_the_name_of_the_label_can_be_ignored(write_jsonl):
     path = write_jsonl("d.jsonl", [{"messages": TURNS, "label": "内科", "kto_tag": False}])
     (feedback,) = read_feedback([path], Reading(("label",)))
     assert feedback.is_desirable is False
+
+
+def test_mismatched_replies_are_to_other_prompts():
+    prompts = [[1], [1], [2], [3], [3]]
+    rows = [
+        {"prompt_ids": prompt, "reply_ids": [10 + index] * (index + 1), "length": 0, "source": ""}
+        for index, prompt in enumerate(prompts)
+    ]
+    dataset = with_mismatched_replies(Dataset.from_list(rows))
+    assert [ids[0] - 10 for ids in dataset["mismatched_ids"]] == [2, 2, 3, 0, 0]
+    assert dataset["length"][:] == [4, 4, 5, 5, 6]

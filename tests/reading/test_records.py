@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -16,7 +17,7 @@ import pytest
 from datasets import Dataset
 
 from medtune.errors import UserError
-from medtune.reading.cache import cached_dataset
+from medtune.reading.cache import open_cache
 from medtune.reading.files import read_raw
 from medtune.reading.finding import content_fingerprint, find_files
 from medtune.reading.holdout import split_holdout, take_samples
@@ -871,6 +872,14 @@ def build_once_more() -> tuple[Dataset, dict]:
     with Path("builds.txt").open("a") as file:
         file.write("built\n")
     return Dataset.from_dict({"input_ids": [[1, 2], [3]]}), Report(read=2).as_dict()
+
+
+def cached_dataset(cache_dir, key: dict, build: Callable, overwrite: bool = False) -> tuple[Dataset, dict, bool]:
+    with open_cache(cache_dir, key, overwrite) as cache:
+        was_cached = cache.rows is not None
+        if not was_cached:
+            cache.save(*build())
+    return cache.rows, cache.report, was_cached
 
 
 def count_builds() -> int:

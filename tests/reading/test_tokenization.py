@@ -4,6 +4,7 @@ import copy
 import random
 import unicodedata
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from qwen_vocab import real_qwen_tokenizer
@@ -12,9 +13,10 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import template
+from medtune.arguments import DataArguments
 from medtune.errors import Unusable, UserError
 from medtune.reading import encoding, rows
-from medtune.reading.cache import cached_dataset
+from medtune.reading.encoders import DialogueEncoder, DocumentEncoder, PairEncoder, unlimited_encoder
 from medtune.reading.encoding import (
     IGNORED_LABEL,
     encode_dialogue,
@@ -23,19 +25,11 @@ from medtune.reading.encoding import (
     encode_prompt,
     load_chat_template,
     mark_learned,
-    pair_lengths,
     stop_token_ids,
 )
-from medtune.reading.finding import content_fingerprint
-from medtune.reading.record_sets import load_dialogues
+from medtune.reading.record_sets import read_dialogues
 from medtune.reading.records import Dialogue, Document, Pair
-from medtune.reading.rows import (
-    cached_dialogues,
-    token_length,
-    tokenize_dialogues,
-    tokenize_pairs,
-    tokenizer_fingerprint,
-)
+from medtune.reading.rows import encode_records, prepare_data, prepare_part, tokenizer_fingerprint
 from template import named_template
 
 NO_LIMIT = 100_000
@@ -525,9 +519,8 @@ def dialogues_of(conversations: list[list[dict]]) -> list[Dialogue]:
     return [Dialogue(messages, None, f"d.jsonl:{line}") for line, messages in enumerate(conversations, 1)]
 
 
-def tokenize(qwen, dialogues, **options):
-    options = {"max_length": NO_LIMIT, "truncation": "drop", "train_on_inputs": False, "num_workers": 1} | options
-    return tokenize_dialogues(dialogues, *qwen, **options)
+def tokenize(qwen, dialogues, max_length=NO_LIMIT, **options):
+    return encode_records(dialogues, DialogueEncoder(*qwen, max_length), **options)
 
 
 def test_dataset_rows_are_the_encoded_dialogues_in_order(qwen):
@@ -584,14 +577,21 @@ def test_faults_stop_the_run_or_are_counted(qwen, request):
     assert report.summary() == "kept 1 of 3 (1 control token, 1 not renderable)"
 
 
-def test_no_dialogue_left_is_an_empty_dataset_that_the_cache_takes(qwen, tmp_path):
-    def build():
-        dataset, report = tokenize(qwen, dialogues_of([[user("q"), assistant("a " * 50)]]), max_length=8)
-        return dataset, report.as_dict()
+def test_no_dialogue_left_is_an_empty_dataset_that_the_cache_takes(qwen, write_jsonl, tmp_path):
+    path = write_jsonl("d.jsonl", [{"question": "q", "answer": "a " * 50}])
+    for was_cached in (False, True):
+        part = prepare(DialogueEncoder(*qwen, 8), path, tmp_path)
+        assert (len(part.rows), part.encoded.dropped, part.was_cached) == (0, {"too long": 1}, was_cached)
+    args = DataArguments(train_file_dir=str(path)), SimpleNamespace(do_eval=False, seed=42)
+    with pytest.raises(
+        UserError, match=r"d\.jsonl: kept 0 of 1 \(1 too long\), so nothing is left: .*d\.jsonl:1: \d+ tokens"
+    ):
+        prepare_data(read_dialogues, DialogueEncoder(*qwen, 8), *args, str(tmp_path))
 
-    for found in (False, True):
-        dataset, report, was_cached = cached_dataset(tmp_path, {}, build)
-        assert (len(dataset), report["dropped"], was_cached) == (0, {"too long": 1}, found)
+
+def prepare(encoder, path, folder, part="train", held_out=False, seed=42, **data_args) -> rows.Part:
+    data_args = DataArguments(**data_args)
+    return prepare_part(part, [path], held_out, read_dialogues, encoder, data_args, seed, str(folder))
 
 
 # ---------------------------------------------------------------- the cache's key
@@ -627,39 +627,27 @@ def test_unchanged_data_is_tokenized_once(tiny_tokenizer, write_jsonl, tmp_path,
     calls = []
     encode = encoding._ids_and_labels
     monkeypatch.setattr(encoding, "_ids_and_labels", lambda *args: calls.append(args) or encode(*args))
-    pair = (tiny_tokenizer, load_chat_template(tiny_tokenizer, None))
+    encoder = DialogueEncoder(tiny_tokenizer, load_chat_template(tiny_tokenizer, None), NO_LIMIT)
     record = {"question": "感冒怎么办", "answer": "多休息"}
-
-    def load(path):
-        def build():
-            dataset, report = tokenize(pair, load_dialogues([path])[0])
-            return dataset, report.as_dict()
-
-        key = {"files": content_fingerprint([path]), "tokenizer": tokenizer_fingerprint(tiny_tokenizer)}
-        return cached_dataset(tmp_path / "cache", key, build)
-
     path = write_jsonl("d.jsonl", [record] * 5)
-    first, _, was_cached = load(path)
-    assert (len(calls), was_cached) == (5, False)
-    again, _, was_cached = load(path)
-    assert (len(calls), was_cached) == (5, True)
-    assert again.to_dict() == first.to_dict()
+    first = prepare(encoder, path, tmp_path)
+    assert (len(calls), first.was_cached) == (5, False)
+    again = prepare(encoder, path, tmp_path)
+    assert (len(calls), again.was_cached) == (5, True)
+    assert again.rows.to_dict() == first.rows.to_dict()
     path = write_jsonl("d.jsonl", [record] * 4 + [{**record, "answer": "多休憩"}])
-    changed, _, was_cached = load(path)
-    assert (len(calls), was_cached) == (10, False)
-    assert changed[4]["labels"] != first[4]["labels"]
+    changed = prepare(encoder, path, tmp_path)
+    assert (len(calls), changed.was_cached) == (10, False)
+    assert changed.rows[4]["labels"] != first.rows[4]["labels"]
 
 
 def test_only_what_decides_a_part_is_in_its_key(tiny_tokenizer, write_jsonl, tmp_path):
     path = write_jsonl("d.jsonl", [{"question": f"第{n}问", "answer": "多休息"} for n in range(20)])
     template = load_chat_template(tiny_tokenizer, None)
-    settings = {"held_out": False, "max_train_samples": None, "max_eval_samples": None, "seed": 42, "max_length": 128}
-    settings |= {"truncation": "drop", "train_on_inputs": False}
 
-    def load(part: str, **changes) -> tuple[int, bool]:
-        values = settings | changes
-        dataset, *_, was_cached = cached_dialogues(part, [path], tiny_tokenizer, template, tmp_path / "cache", **values)
-        return len(dataset), was_cached
+    def load(part: str, max_length: int = 128, **changes) -> tuple[int, bool]:
+        prepared = prepare(DialogueEncoder(tiny_tokenizer, template, max_length), path, tmp_path, part, **changes)
+        return len(prepared.rows), prepared.was_cached
 
     assert load("train") == (20, False)
     assert load("train", seed=7, max_eval_samples=3) == (20, True)  # of another file
@@ -731,9 +719,7 @@ def test_pairs_that_the_limits_leave_nothing_of_are_counted(qwen):
         Pair([user("疼")], "多喝水，多喝水，再就诊。", "多喝水，多喝水，再喝酒。", None, "d.jsonl:2"),
         Pair([{"role": "system", "content": "长" * 60}, user("疼")], "休息。", "不管。", None, "d.jsonl:3"),
     ]
-    rows, report = tokenize_pairs(
-        pairs, tokenizer, chat_template, max_prompt_length=40, max_reply_length=4, num_workers=1
-    )
+    rows, report = encode_records(pairs, PairEncoder(tokenizer, chat_template, 40, 4))
     assert rows["source"] == ["d.jsonl:1"]
     assert rows["margin"] == [0.5]
     assert report.summary() == "kept 1 of 3 (1 same within the limit, 1 prompt too long)"
@@ -749,25 +735,22 @@ def test_the_length_of_a_record_is_that_of_its_ids(tiny_tokenizer):
     n_prompt = len(encode_prompt(tiny_tokenizer, template, messages[:1]))
     for chosen, rejected in (("好", "多喝水。" * 200), ("多喝水。" * 200, "好")):
         pair = Pair(messages[:1], chosen, rejected, None, "")
-        prompt, reply = pair_lengths(pair, tiny_tokenizer, template)
-        assert prompt == n_prompt
-        assert len(ids) - 2 <= prompt + reply <= len(ids)  # the template may write a line break behind the end token
-    assert token_length(Dialogue(messages, None, ""), tiny_tokenizer, template) == len(ids)
+        row = unlimited_encoder("pairs", tiny_tokenizer, None)(pair)
+        assert len(row["prompt_ids"]) == n_prompt
+        assert len(ids) - 2 <= row["length"] <= len(ids)  # the template may write a line break behind the end token
+    assert unlimited_encoder("dialogues", tiny_tokenizer, None)(Dialogue(messages, None, ""))["length"] == len(ids)
     words = tiny_tokenizer.encode("感冒", add_special_tokens=False)
-    assert token_length(Document("感冒", ""), tiny_tokenizer, None) == len(words) + 1  # the end token
+    assert DocumentEncoder(tiny_tokenizer)(Document("感冒", ""))["length"] == len(words) + 1  # the end token
 
 
 def test_a_record_with_a_fault_has_no_length(tiny_tokenizer):
-    template = load_chat_template(tiny_tokenizer, None)
     faulty = [
-        (Document("a<|im_end|>", ""), "control token"),
-        (Dialogue([user("a"), assistant("b<|im_end|>")], None, ""), "control token"),
-        (Dialogue([assistant("a")], None, ""), "not renderable"),
+        ("documents", Document("a<|im_end|>", ""), "control token"),
+        ("dialogues", Dialogue([user("a"), assistant("b<|im_end|>")], None, ""), "control token"),
+        ("dialogues", Dialogue([assistant("a")], None, ""), "not renderable"),
+        ("pairs", Pair([user("a")], "b", "c<|im_end|>", None, ""), "control token"),
     ]
-    for record, reason in faulty:
+    for kind, record, reason in faulty:
         with pytest.raises(Unusable) as fault:
-            token_length(record, tiny_tokenizer, template)
+            unlimited_encoder(kind, tiny_tokenizer, None)(record)
         assert fault.value.reason == reason
-    with pytest.raises(Unusable) as fault:
-        pair_lengths(Pair([user("a")], "b", "c<|im_end|>", None, ""), tiny_tokenizer, template)
-    assert fault.value.reason == "control token"

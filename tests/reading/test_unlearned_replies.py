@@ -9,6 +9,7 @@ from test_template import EXPECTED, WORDY
 
 from medtune.errors import Unusable
 from medtune.reading.conversations import to_dialogue
+from medtune.reading.encoders import LEFT_OUT_THOUGHTS, DialogueEncoder, PromptEncoder
 from medtune.reading.encoding import (
     IGNORED_LABEL,
     encode_dialogue,
@@ -17,7 +18,7 @@ from medtune.reading.encoding import (
     n_thoughts_left_out,
 )
 from medtune.reading.records import Dialogue
-from medtune.reading.rows import LEFT_OUT_THOUGHTS, tokenize_dialogues, tokenize_prompts
+from medtune.reading.rows import encode_records
 
 NO_LIMIT = 100_000
 
@@ -91,10 +92,8 @@ def test_thoughts_that_the_template_leaves_out_are_counted(tokenizer, name, n_le
     template = load_chat_template(tokenizer, name)
     assert n_thoughts_left_out(template, THOUGHTS, None) == n_left_out
     assert n_thoughts_left_out(template, ASKED, None) == 0
-    rows, report = tokenize_dialogues(
-        [Dialogue(THOUGHTS, None, "d.jsonl:1"), Dialogue(ASKED, None, "d.jsonl:2")], tokenizer, template,
-        max_length=NO_LIMIT, truncation="drop", train_on_inputs=False, num_workers=1,
-    )  # fmt: skip
+    dialogues = [Dialogue(THOUGHTS, None, "d.jsonl:1"), Dialogue(ASKED, None, "d.jsonl:2")]
+    rows, report = encode_records(dialogues, DialogueEncoder(tokenizer, template, NO_LIMIT))
     assert set(rows.column_names) == {"input_ids", "labels", "length", "source"}
     expected = f"{LEFT_OUT_THOUGHTS}: 2, the first in d.jsonl:1"
     assert report.notes == ([expected] if n_left_out else [])
@@ -109,9 +108,7 @@ def test_check_data_counts_thoughts_too(tiny_model_dir, write_jsonl, capsys):
 def test_prompts_of_ppo_may_have_no_reply(tiny_tokenizer):
     template = load_chat_template(tiny_tokenizer, "chatml")
     dialogues = [Dialogue([user("一"), assistant("二"), user("三")], None, "d:1"), Dialogue([user("四")], None, "d:2")]
-    rows, report = tokenize_prompts(
-        dialogues, tiny_tokenizer, template, max_prompt_length=NO_LIMIT, truncation="drop", num_workers=1
-    )
+    rows, report = encode_records(dialogues, PromptEncoder(tiny_tokenizer, template, NO_LIMIT, "drop"))
     assert rows["reply"] == ["二", "", ""]
     assert [len(json.loads(messages)[0]) for messages in rows["messages"]] == [1, 3, 1]
     assert report.kept == 3

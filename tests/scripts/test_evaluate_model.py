@@ -22,7 +22,7 @@ def dialogue(question: str, answer: str, **extras) -> dict:
 
 def prediction(reply: str, reference: str, ended: bool = True, **extras) -> dict:
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": reference}]
-    said = {"messages": messages, "reply": reply, "ended": ended}
+    said = {"messages": messages, "tools": None, "reply": reply, "ended": ended}
     return {"model": "m", "file": "questions.jsonl", "kind": "dialogue"} | said | extras
 
 
@@ -425,7 +425,7 @@ class CountingRewardModel:
     def __init__(self):
         self.scored: list[list[int]] = []
 
-    def encode(self, messages: list[dict], reply: str, ended: bool = True) -> list[int]:
+    def encode(self, messages: list[dict], reply: str, ended: bool = True, tools: None = None) -> list[int]:
         return [*map(ord, reply), int(ended)]
 
     def score(self, rows: list[list[int]], batch_size: int) -> list[float]:

@@ -1,6 +1,5 @@
 """Rejected replies have the failure they are named by, lengths tell nothing, and the stages read the pairs."""
 
-import argparse
 import json
 import random
 import statistics
@@ -9,9 +8,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import generate_preference_data as tool
 import pytest
-from generate_preference_data import VAGUE, Answers, draw_prompts, likeness, main
+from generate_preference_data import FAILURES, VAGUE, Answers, draw_prompts, likeness, main
 
 from medtune.errors import UserError
 from medtune.models.loading import load_tokenizer
@@ -83,7 +81,7 @@ def test_each_failure_is_as_frequent_and_lengths_overlap(capsys):
     assert [(pair.messages[-1]["content"], pair.chosen) for pair in pairs] == list(reference.items())
 
     counts = Counter(failure_of(pair, set(reference.values())) for pair in pairs)
-    assert counts.keys() == tool.FAILURES.keys()
+    assert counts.keys() == FAILURES.keys()
     assert all(95 <= count <= 105 for count in counts.values())
     chosen, rejected = ([len(getattr(pair, side)) for pair in pairs] for side in ("chosen", "rejected"))
     assert 0.42 < statistics.mean(r > c for c, r in zip(chosen, rejected, strict=True)) < 0.58
@@ -323,8 +321,7 @@ def test_a_cut_reply_is_judged_as_cut(tiny_model_dir, reward_models, monkeypatch
     """By a judge that likes an end token: a reply without one loses, though its words are as good."""
     import torch
 
-    from medtune.models import generation
-    from medtune.models import reward_models as reward_models_module
+    from medtune.models import chat_models, generation
 
     class LikesEnds(torch.nn.Module):
         config = device = None
@@ -335,22 +332,12 @@ def test_a_cut_reply_is_judged_as_cut(tiny_model_dir, reward_models, monkeypatch
             return type("Output", (), {"logits": ends.float()[:, None]})
 
     end_id = load_tokenizer(str(tiny_model_dir)).convert_tokens_to_ids("<|im_end|>")
-    monkeypatch.setattr(reward_models_module, "load_reward_model", lambda *args, **options: LikesEnds())
+    monkeypatch.setattr(chat_models, "load_reward_model", lambda *args, **options: LikesEnds())
     given = [("好", True), ("坏", False), ("好", False)]
     monkeypatch.setattr(generation, "generate_replies", lambda *args, **_: [generation.Reply(*r, 1) for r in given])
     flags = ["--model", str(tiny_model_dir), "--reward_model", reward_models["whole"], "--num_replies", "3"]
     (pair,) = generate(dialogues(1), *flags)
     assert (pair.chosen, pair.rejected, pair.margin) == ("好", "坏", 1.0)
-
-
-def test_a_reward_model_keeps_its_template(reward_models):
-    args = argparse.Namespace(cache_dir=None, template_name="plain")
-    prompts = [
-        tool.load_words(reward_models["whole"], flag, args)[1].prompt([{"role": "user", "content": "疼"}])
-        for flag in ("--model", "--reward_model")
-    ]
-    assert prompts[0] == "疼\n"
-    assert prompts[1].endswith("<|im_start|>user\n疼<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_replies_that_cannot_be_ranked_are_counted(tiny_model_dir, reward_models, monkeypatch, capsys):

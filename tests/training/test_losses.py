@@ -22,10 +22,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from medtune.models import logps
 from medtune.models.logps import SparseHead, in_chunks, log_probs
+from medtune.reading.encoders import with_mismatched_replies
 from medtune.reading.encoding import IGNORED_LABEL
 from medtune.training.batches import FeedbackCollator, PairCollator
 from medtune.training.causal_lm_trainer import losses_and_hits, token_losses
-from medtune.training.kto_trainer import KTOTrainer, kto_losses, mismatched_kl, with_mismatched_replies
+from medtune.training.kto_trainer import KTOTrainer, kto_losses, mismatched_kl
 from medtune.training.preference_arguments import PreferenceConfig
 from medtune.training.preference_trainer import (
     PreferenceTrainer,
@@ -289,7 +290,7 @@ def kto_loss(model: torch.nn.Module, rows: list[dict], moved: torch.Tensor, acce
 @pytest.mark.parametrize("kl_moved", [[0.5, 1.0, -0.2, 2.0], [-1.0, -1.0, -1.0, 0.1]], ids=["kl", "kl below 0"])
 def test_kto_is_that_of_trl(kl_moved):
     model = tiny_model("qwen3")
-    rows = list(with_mismatched_replies(Dataset.from_list(FEEDBACK), "--train_file_dir"))
+    rows = list(with_mismatched_replies(Dataset.from_list(FEEDBACK)))
     moved = torch.tensor([1.0, -0.5, 2.0, 0.7, *kl_moved])
     weights = {"desirable_weight": 1.3, "undesirable_weight": 0.8}
     losses, batch = kto_loss(model, rows, moved, beta=0.3, **weights)
@@ -307,17 +308,6 @@ def test_kto_is_that_of_trl(kl_moved):
     assert_alike(losses.mean(), wanted, model, their_model)
 
 
-def test_mismatched_replies_are_to_other_prompts():
-    prompts = [[1], [1], [2], [3], [3]]
-    rows = [
-        {"prompt_ids": prompt, "reply_ids": [10 + index] * (index + 1), "length": 0, "source": ""}
-        for index, prompt in enumerate(prompts)
-    ]
-    dataset = with_mismatched_replies(Dataset.from_list(rows), "--train_file_dir")
-    assert [ids[0] - 10 for ids in dataset["mismatched_ids"]] == [2, 2, 3, 0, 0]
-    assert dataset["length"][:] == [4, 4, 5, 5, 6]
-
-
 TWO_PROCESSES = """
 import sys
 import torch
@@ -332,7 +322,7 @@ def gather(tensor):
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
 dist.init_process_group("gloo")
-rows = list(with_mismatched_replies(Dataset.from_list(FEEDBACK), ""))
+rows = list(with_mismatched_replies(Dataset.from_list(FEEDBACK)))
 moved = torch.tensor([1.0, -0.5, 2.0, 0.7, 0.5, 1.0, -0.2, 2.0])
 mine = [2 * dist.get_rank(), 2 * dist.get_rank() + 1]
 torch.manual_seed(0)
@@ -362,7 +352,7 @@ def test_two_processes_give_kto_of_one_with_twice_the_rows(tmp_path):
     assert n_processes == 2
     model = tiny_model("qwen3")
     model.load_state_dict(weights)
-    rows = list(with_mismatched_replies(Dataset.from_list(FEEDBACK), ""))
+    rows = list(with_mismatched_replies(Dataset.from_list(FEEDBACK)))
     losses, _ = kto_loss(model, rows, torch.tensor([1.0, -0.5, 2.0, 0.7, 0.5, 1.0, -0.2, 2.0]), beta=0.3)
     assert losses.mean().item() == pytest.approx(loss.item(), abs=1e-6)
     for name, gradient in gradients(losses.mean(), model).items():

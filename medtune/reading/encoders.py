@@ -1,0 +1,334 @@
+"""What a record becomes in a stage: one encoder for each kind of rows, with its limits.
+
+row = DialogueEncoder(tokenizer, chat_template, max_length=2048)(dialogue)
+"""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import numpy as np
+from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import List as ListFeature
+from transformers import PreTrainedTokenizerBase
+
+from medtune.errors import Unusable, UserError
+from medtune.reading.blocks import cut_blocks, document_end_id
+from medtune.reading.encoding import (
+    Truncation,
+    encode_dialogue,
+    encode_feedback,
+    encode_pair,
+    encode_prompt,
+    load_chat_template,
+    n_thoughts_left_out,
+    refuse_control_tokens,
+    shorten_prompt,
+)
+from medtune.reading.finding import RECORD_ENDINGS, TEXT_ENDINGS
+from medtune.reading.keys import Reading
+from medtune.reading.kinds import Kind
+from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Prompt, Report, T
+from template import ChatTemplate
+
+# Counted of replies before the last, whose thoughts many templates leave out.
+LEFT_OUT_THOUGHTS = "thoughts of earlier replies, left out by the template while the replies are learned"
+
+_IDS, _LENGTH, _TEXT = ListFeature(Value("int32")), Value("int32"), Value("string")
+
+
+@dataclass
+class Encoder:
+    """Turns one record into one row; its fields besides tokenizer and template are the limits that decide the row."""
+
+    kind: ClassVar[str]  # what the records are called
+    features: ClassVar[Features]  # of a row; every row has `source` ("file:line") and `length` (of what it costs)
+    endings: ClassVar[Sequence[str]] = RECORD_ENDINGS  # of the files that hold such records
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, record: T) -> dict:
+        """The row of a record. Raises Unusable for a fault, and where nothing is left within the limits."""
+        (row,) = self.rows([record])
+        if isinstance(row, Unusable):
+            raise row
+        return row
+
+    def rows(self, records: Sequence[T]) -> list[dict | Unusable]:
+        """The row of each record, or why it has none."""
+        rows: list[dict | Unusable] = []
+        for record in records:
+            try:
+                rows.append(self.row(record))
+            except Unusable as fault:
+                rows.append(fault)
+            except UserError as error:
+                rows.append(Unusable("not renderable", str(error)))
+        return rows
+
+    def row(self, record: T) -> dict:
+        raise NotImplementedError
+
+    def examples(self, record: T) -> list:
+        """What gives a row each: the record itself, or its parts."""
+        return [record]
+
+    def finish(self, rows: Dataset, report: Report) -> Dataset:
+        """What becomes of all rows together; adds to the report what only shows then."""
+        return rows
+
+    def describe(self, rows: Dataset) -> str:
+        """The tokens of the finished rows, in words."""
+        raise NotImplementedError
+
+    @property
+    def limits(self) -> dict:
+        """The flags that decide the rows, as JSON values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if name not in ("tokenizer", "chat_template")}
+
+
+@dataclass
+class DialogueEncoder(Encoder):
+    """Rows of `input_ids` and `labels`, as `encode_dialogue` makes them."""
+
+    kind = "dialogues"
+    features = Features(input_ids=_IDS, labels=_IDS, length=_LENGTH, n_thoughts_left_out=_LENGTH, source=_TEXT)
+
+    chat_template: ChatTemplate
+    max_length: int
+    truncation: Truncation = "drop"
+    train_on_inputs: bool = False
+
+    def row(self, record: Dialogue) -> dict:
+        ids, labels = encode_dialogue(self.tokenizer, self.chat_template, record.messages, record.tools, **self.limits)
+        n_left_out = n_thoughts_left_out(self.chat_template, record.messages, record.tools)
+        return {"input_ids": ids, "labels": labels, "length": len(ids), "n_thoughts_left_out": n_left_out}
+
+    def finish(self, rows: Dataset, report: Report) -> Dataset:
+        notes = Reading()
+        for n_left_out, source in zip(rows["n_thoughts_left_out"], rows["source"], strict=True):
+            for _ in range(n_left_out):
+                notes.note(LEFT_OUT_THOUGHTS, source)
+        report.notes = notes.lines()
+        return rows.remove_columns("n_thoughts_left_out")
+
+    def describe(self, rows: Dataset) -> str:
+        return f"{sum(rows['length']):,}, the longest dialogue {max(rows['length'])}"
+
+
+@dataclass
+class PairEncoder(Encoder):
+    """Rows of a prompt's ids and those of both replies; `length` is that of the prompt and the longer reply.
+
+    A prompt over its limit loses its oldest exchanges, then the start of the question; a reply over its limit is cut
+    and gets no end token. `margin` is NaN where the data has none.
+    """
+
+    kind = "pairs"
+    features = Features(
+        prompt_ids=_IDS,
+        chosen_ids=_IDS,
+        rejected_ids=_IDS,
+        margin=Value("float32"),
+        n_cut=_LENGTH,
+        length=_LENGTH,
+        source=_TEXT,
+    )
+
+    chat_template: ChatTemplate
+    max_prompt_length: int
+    max_reply_length: int
+
+    def row(self, record: Pair) -> dict:
+        ids = encode_pair(
+            self.tokenizer,
+            self.chat_template,
+            record.messages,
+            record.chosen,
+            record.rejected,
+            record.tools,
+            **self.limits,
+        )
+        margin = math.nan if record.margin is None else record.margin
+        length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
+        return ids._asdict() | {"margin": margin, "length": length}
+
+    def describe(self, rows: Dataset) -> str:
+        n_cut = sum(rows["n_cut"])
+        cut = f", {n_cut} of {2 * len(rows)} replies cut at {self.max_reply_length}" if n_cut else ""
+        return f"the longest prompt and reply {max(rows['length'])}{cut}"
+
+
+class ScoredPairEncoder(PairEncoder):
+    """The same rows for the reward model, whose loss knows margins."""
+
+    def describe(self, rows: Dataset) -> str:
+        margins = [margin for margin in rows["margin"] if not math.isnan(margin)]
+        stated = f"; {len(margins)} with a margin, {np.mean(margins):.3g} on average" if margins else ""
+        return super().describe(rows) + stated
+
+
+@dataclass
+class FeedbackEncoder(Encoder):
+    """Rows of a prompt, its reply and whether that is a good one, and the reply to another prompt in `mismatched_ids`.
+
+    The limits are those of pairs; `length` is that of the prompt and the longer reply.
+    """
+
+    kind = "replies"
+    features = Features(
+        prompt_ids=_IDS, reply_ids=_IDS, is_desirable=Value("bool"), is_cut=Value("bool"), length=_LENGTH, source=_TEXT
+    )
+
+    chat_template: ChatTemplate
+    max_prompt_length: int
+    max_reply_length: int
+
+    def row(self, record: Feedback) -> dict:
+        prompt_ids, reply_ids, is_cut = encode_feedback(
+            self.tokenizer, self.chat_template, record.messages, record.reply, record.tools, **self.limits
+        )
+        length = len(prompt_ids) + len(reply_ids)
+        columns = {"prompt_ids": prompt_ids, "reply_ids": reply_ids, "is_cut": is_cut, "length": length}
+        return columns | {"is_desirable": record.is_desirable}
+
+    def finish(self, rows: Dataset, report: Report) -> Dataset:
+        return with_mismatched_replies(rows) if len(rows) else rows
+
+    def describe(self, rows: Dataset) -> str:
+        n_good, n_cut = sum(rows["is_desirable"]), sum(rows["is_cut"])
+        cut = f", {n_cut} of {len(rows)} replies cut at {self.max_reply_length}" if n_cut else ""
+        counts = f"{n_good} replies desirable, {len(rows) - n_good} undesirable"
+        return f"the longest prompt and reply {max(rows['length'])}{cut}; {counts}"
+
+
+def with_mismatched_replies(rows: Dataset) -> Dataset:
+    """The rows, each with the reply to the next prompt that is another one, from which KTO estimates its KL term.
+
+    So the estimate depends neither on batches nor on processes. Raises UserError where all prompts are the same.
+    """
+    prompts, replies = rows["prompt_ids"][:], rows["reply_ids"][:]
+    partner = next((index for index in range(len(rows)) if prompts[index] != prompts[-1]), None)
+    if partner is None:
+        raise UserError(f"KTO sets replies against other prompts, and these {len(rows)} have the same: add others")
+    partners = [partner]
+    for index in reversed(range(len(rows) - 1)):
+        partner = index + 1 if prompts[index + 1] != prompts[index] else partner
+        partners.append(partner)
+    mismatched = [replies[partner] for partner in reversed(partners)]
+    longest = [max(len(reply), len(other)) for reply, other in zip(replies, mismatched, strict=True)]
+    lengths = [len(prompt) + length for prompt, length in zip(prompts, longest, strict=True)]
+    columns = Dataset.from_dict(
+        {"mismatched_ids": mismatched, "length": lengths}, Features(mismatched_ids=_IDS, length=_LENGTH)
+    )
+    return concatenate_datasets([rows.remove_columns("length"), columns], axis=1)
+
+
+@dataclass
+class PromptEncoder(Encoder):
+    """The prompt before each answer to a user's turn, with its history; each prompt once.
+
+    A dialogue that ends with the user asks too. Rows of `prompt_ids`, `messages` (JSON of the messages that these ids
+    stand for, and the tools) and `reply` (the dialogue's own answer, "" without). "cut_prompt_start" leaves out the
+    oldest exchanges of a prompt over the limit, then the start of its question.
+    """
+
+    kind = "prompts"
+    features = Features(prompt_ids=_IDS, messages=_TEXT, reply=_TEXT, length=_LENGTH, source=_TEXT)
+
+    chat_template: ChatTemplate
+    max_prompt_length: int
+    truncation: Literal["drop", "cut_prompt_start"]
+
+    def examples(self, record: Dialogue) -> list[Prompt]:
+        return [
+            Prompt(record.messages[: index + 1], record.tools, reply["content"], record.source)
+            for index, (message, reply) in enumerate(pairwise([*record.messages, {"role": "", "content": ""}]))
+            if message["role"] == "user"
+        ]
+
+    def row(self, record: Prompt) -> dict:
+        messages, tools, limit = record.messages, record.tools, self.max_prompt_length
+        refuse_control_tokens(self.chat_template, messages, tools)
+        ids = encode_prompt(self.tokenizer, self.chat_template, messages, tools)
+        while len(ids) > limit:
+            shorter = None
+            if self.truncation == "cut_prompt_start":
+                shorter = shorten_prompt(self.tokenizer, messages, n_excess=len(ids) - limit)
+            if shorter is None:
+                raise Unusable("prompt too long", f"{len(ids)} tokens, over --max_source_length {limit}")
+            messages = shorter
+            ids = encode_prompt(self.tokenizer, self.chat_template, messages, tools)
+        dialogue = json.dumps([messages, tools], ensure_ascii=False)
+        return {"prompt_ids": ids, "messages": dialogue, "reply": record.reply, "length": len(ids)}
+
+    def finish(self, rows: Dataset, report: Report) -> Dataset:
+        first: dict[tuple[int, ...], str] = {}
+        distinct = []
+        for index, (ids, source) in enumerate(zip(rows["prompt_ids"], rows["source"], strict=True)):
+            if tuple(ids) in first:
+                report.drop(BadRecord(source, "same prompt", f"as {first[tuple(ids)]}"))
+            else:
+                first[tuple(ids)] = source
+                distinct.append(index)
+        return rows.select(distinct)
+
+    def describe(self, rows: Dataset) -> str:
+        return f"the longest prompt {max(rows['length'])}"
+
+
+@dataclass
+class DocumentEncoder(Encoder):
+    """The ids of each document and its end token; all of them joined and cut by `cut_blocks` into the final rows."""
+
+    kind = "documents"
+    features = Features(input_ids=_IDS, length=_LENGTH, source=_TEXT)
+    block_features = Features(input_ids=_IDS, labels=_IDS, seq_lengths=_IDS, length=_LENGTH, source=ListFeature(_TEXT))
+    endings = TEXT_ENDINGS
+
+    block_size: int = 1024
+    packing_across_documents: bool = False
+
+    def __post_init__(self):
+        self.end_id = document_end_id(self.tokenizer)
+
+    @cached_property
+    def _control_tokens(self) -> list[str]:
+        return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+
+    def rows(self, records: Sequence[Document]) -> list[dict | Unusable]:
+        texts = [record.text for record in records]  # together, so that the tokenizer uses its threads
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        rows: list[dict | Unusable] = []
+        for text, ids in zip(texts, encoded, strict=True):
+            if token := next((token for token in self._control_tokens if token in text), None):
+                rows.append(Unusable("control token", f"it holds {token}, which is no word but a mark; take it out"))
+            else:
+                rows.append({"input_ids": [*ids, self.end_id], "length": len(ids) + 1})
+        return rows
+
+    def finish(self, rows: Dataset, report: Report) -> Dataset:
+        return Dataset.from_dict(self.blocks(rows.with_format("numpy")[:]), self.block_features)
+
+    def blocks(self, documents: dict[str, list]) -> dict[str, list]:
+        """`cut_blocks` of columns `input_ids` and `source`."""
+        return cut_blocks(documents, **self.limits)
+
+    def describe(self, rows: Dataset) -> str:
+        return f"{sum(rows['length']):,} in {len(rows):,} blocks of at most {self.block_size}"
+
+
+def unlimited_encoder(kind: Kind, tokenizer: PreTrainedTokenizerBase, template_name: str | None) -> Encoder:
+    """The encoder of a kind of records without limits, for the tools that measure them."""
+    if kind == "documents":
+        return DocumentEncoder(tokenizer)
+    chat_template = load_chat_template(tokenizer, template_name)
+    if kind == "pairs":
+        return PairEncoder(tokenizer, chat_template, max_prompt_length=sys.maxsize, max_reply_length=sys.maxsize)
+    return DialogueEncoder(tokenizer, chat_template, max_length=sys.maxsize)

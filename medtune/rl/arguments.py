@@ -1,0 +1,213 @@
+"""PPO's flags: the models, the algorithm, and those of transformers that the loop reads."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from transformers import TrainingArguments
+
+from medtune.arguments import LoraArguments, ModelArguments, RunArguments
+from medtune.errors import UserError
+
+EPISODES_AN_UPDATE = "episodes an update"
+
+
+@dataclass(kw_only=True)
+class PPOModelArguments(ModelArguments):
+    sft_model_path: str = field(
+        metadata={"help": "Hub name or folder of the model to start from, or the folder of a LoRA adapter."}
+    )
+    reward_model_path: str = field(
+        metadata={"help": "Folder of a reward model of reward_modeling.py: an adapter, or a model of its own."}
+    )
+    model_name_or_path: str = field(default="", init=False)
+    device_map: str | None = field(default=None, init=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.model_name_or_path = self.sft_model_path
+
+
+@dataclass
+class PPORunArguments(RunArguments):
+    max_bad_steps: int = field(default=1, init=False)  # a loss that is not finite stops the run at once
+
+
+@dataclass
+class PPOArguments:
+    template_name: str | None = field(
+        default=None, metadata={"help": "Named prompt template of template.py instead of the tokenizer's own."}
+    )
+    max_source_length: int = field(default=1024, metadata={"help": "Longest prompt in tokens."})
+    truncation: Literal["drop", "cut_prompt_start"] = field(
+        default="cut_prompt_start",
+        metadata={
+            "help": "A prompt over --max_source_length: left out, or without its oldest exchanges and its start."
+        },
+    )
+    response_length: int = field(default=512, metadata={"help": "A reply is cut after so many tokens."})
+    total_episodes: int | None = field(
+        default=None, metadata={"help": "Replies to learn from in all; without it --num_train_epochs of the prompts."}
+    )
+    rollout_batch_size: int = field(default=16, metadata={"help": "Replies that a device generates at a time."})
+    stop_token: str | None = field(
+        default=None, metadata={"help": "The token that ends a reply; without it the template's and the tokenizer's."}
+    )
+    missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "Taken off the score of a reply that has no end token."}
+    )
+    kl_coef: float = field(default=0.05, metadata={"help": "Reward lost for a nat of KL from the reference."})
+    adaptive_kl: bool = field(default=False, metadata={"help": "Steer --kl_coef so that the KL nears --target_kl."})
+    target_kl: float = field(default=6.0, metadata={"help": "Adaptive: KL of a reply in nats to steer to."})
+    kl_horizon: int = field(default=10000, metadata={"help": "Adaptive: episodes over which --kl_coef adapts."})
+    stop_at_kl: float = field(default=50.0, metadata={"help": "Stop when the mean KL of a reply exceeds it, in nats."})
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over the replies of an update."})
+    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in a pass."})
+    cliprange: float = field(default=0.2, metadata={"help": "Clip of the probability ratio."})
+    cliprange_value: float = field(
+        default=0.2, metadata={"help": "Clip of a value's change, in standard deviations of the returns."}
+    )
+    vf_coef: float = field(default=0.1, metadata={"help": "Factor of the value loss."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount of later rewards."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
+    temperature: float = field(default=0.7, metadata={"help": "Of sampling, and of the log-probs learned from."})
+    whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to variance 1."})
+
+    def __post_init__(self):
+        positive = ("response_length", "rollout_batch_size", "stop_at_kl", "num_ppo_epochs", "num_mini_batches")
+        positive += ("cliprange", "cliprange_value", "temperature", "target_kl", "kl_horizon")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: give more than 0")
+        for name in ("missing_eos_penalty", "kl_coef", "vf_coef"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name):g}: give 0 or more")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} {getattr(self, name):g}: give a number from 0 to 1")
+        if self.max_source_length < 8:
+            raise UserError(f"--max_source_length {self.max_source_length}: no prompt fits; give a number of tokens")
+        if self.total_episodes is not None and self.total_episodes < 1:
+            raise UserError(f"--total_episodes {self.total_episodes}: give at least 1")
+
+
+@dataclass
+class PPOTrainingArguments:
+    """The flags that the loop shares with transformers' TrainingArguments, with the same meaning.
+
+    A step is an update. `training_arguments` makes transformers' own of them.
+    """
+
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for checkpoints and results."})
+    do_train: bool = field(default=False, metadata={"help": "Train; without it there is nothing to do."})
+    do_eval: bool = field(default=False, metadata={"help": "Reply to held-out prompts before and after training."})
+    eval_strategy: Literal["no", "steps"] = field(default="no", metadata={"help": "steps: every --eval_steps too."})
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "An evaluation every so many updates; without it every --logging_steps."}
+    )
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Episodes of a device at a time."})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "An update has so many times --per_device_train_batch_size episodes on a device."}
+    )
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the prompts."})
+    max_steps: int = field(default=-1, metadata={"help": "Updates in all, in place of --num_train_epochs."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Highest learning rate, of policy and value model."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
+    lr_scheduler_kwargs: str | None = field(default=None, metadata={"help": "Its settings, as JSON."})
+    warmup_steps: float = field(default=0, metadata={"help": "Updates of warmup; below 1 a share of all updates."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "Beta1 of Adam."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "Beta2 of Adam."})
+    adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam."})  # detail
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm; 0 for never."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimizer, by transformers' name."})
+    optim_args: str | None = field(default=None, metadata={"help": "Its settings, name=value with commas."})
+    logging_steps: int = field(default=1, metadata={"help": "A line in the log every so many updates."})
+    logging_first_step: bool = field(default=False, metadata={"help": "A line for the first update too."})
+    save_strategy: Literal["no", "steps"] = field(default="steps", metadata={"help": "no: a checkpoint at the end."})
+    save_steps: int = field(default=500, metadata={"help": "A checkpoint every so many updates."})
+    save_total_limit: int | None = field(default=None, metadata={"help": "Keep so many checkpoints."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "True goes on from the newest checkpoint, a folder from that one."}
+    )
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16; on a GPU that has it the default."})
+    tf32: bool | None = field(default=None, metadata={"help": "TF32 in float32 products."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory, more time."})
+    gradient_checkpointing_kwargs: str | None = field(default=None, metadata={"help": "Its settings, as JSON."})
+    use_cpu: bool = field(default=False, metadata={"help": "The CPU, though there is a GPU."})
+    seed: int = field(default=42, metadata={"help": "Of the order of prompts and of all draws."})
+    report_to: str = field(default="none", metadata={"help": "Trackers: tensorboard, wandb, ..."})
+    run_name: str | None = field(default=None, metadata={"help": "The run's name there."})
+    disable_tqdm: bool | None = field(default=None, metadata={"help": "No progress bars."})
+    ddp_timeout: int = field(default=1800, metadata={"help": "Seconds that processes wait for each other."})
+    ddp_backend: str | None = field(default=None, metadata={"help": "How processes talk: nccl or gloo."})
+    deepspeed: str | None = field(default=None, metadata={"help": "A configuration of ZeRO-1 or 2: ds_configs/."})
+
+    def __post_init__(self):
+        if self.deepspeed:
+            zero = json.loads(Path(self.deepspeed).read_text(encoding="utf-8")).get("zero_optimization", {})
+            if zero.get("stage") not in (1, 2):
+                raise UserError(
+                    f"--deepspeed {self.deepspeed}: PPO takes ZeRO-1 and 2; ZeRO-3 would gather all weights for every "
+                    "token that is generated. Take ds_configs/zero2.json, and --load_in_4bit True where memory is short"
+                )
+        if not self.do_train:
+            raise UserError("--do_train is missing; scripts/evaluate_model.py measures a trained model")
+        for name in ("eval_steps", "save_steps", "logging_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value}: give a number of updates of at least 1")
+
+    def training_arguments(self) -> TrainingArguments:
+        """transformers' own of these, which starts the processes and knows optimizers and schedules."""
+        values = dict(vars(self))
+        for kind in ("", "_kwargs"):  # transformers 5.24 warns of the old name
+            values[f"activation_checkpointing{kind}"] = values.pop(f"gradient_checkpointing{kind}")
+        try:
+            # To accelerate, which would take one model for it, a run under DeepSpeed is a run like any other.
+            training_args = TrainingArguments(**values | {"deepspeed": None})
+        except (ValueError, ImportError) as error:
+            raise UserError(" ".join(str(error).split())) from error
+        training_args.deepspeed = self.deepspeed
+        return training_args
+
+
+def check_combination(lora_args: LoraArguments, ppo_args: PPOArguments, training_args: TrainingArguments) -> None:
+    """Refuse flags that contradict each other."""
+    if not lora_args.use_peft:
+        raise UserError(
+            "--use_peft False: the four roles are adapters on one base, so the policy is one too; a model of full "
+            "weights is welcome as --sft_model_path"
+        )
+    if training_args.gradient_accumulation_steps % ppo_args.num_mini_batches:
+        raise UserError(
+            f"--num_mini_batches {ppo_args.num_mini_batches}: does not divide --gradient_accumulation_steps "
+            f"{training_args.gradient_accumulation_steps}, so minibatches would differ in size"
+        )
+    if training_args.max_steps > 0 and ppo_args.total_episodes is not None:
+        raise UserError("--max_steps and --total_episodes both say how long to train: give one of them")
+
+
+def fixed_settings(
+    model_args: PPOModelArguments,
+    ppo_args: PPOArguments,
+    training_args: TrainingArguments,
+    reward_weights: str,
+    per_update: int,
+    n_prompts: int,
+) -> dict[str, object]:
+    """What a resumed run must have as it was; `reward_weights` is the reward model's fingerprint."""
+    return {
+        "--sft_model_path": model_args.sft_model_path,
+        "--reward_model_path": model_args.reward_model_path,
+        "weights of the reward model": reward_weights[:12],
+        "--seed": training_args.seed,
+        "--learning_rate": training_args.learning_rate,
+        "--weight_decay": training_args.weight_decay,
+        "--optim": str(training_args.optim.value),
+        "--kl_coef": ppo_args.kl_coef,
+        EPISODES_AN_UPDATE: per_update,
+        "training prompts": n_prompts,
+        "processes under DeepSpeed": training_args.world_size if training_args.deepspeed else 0,
+    }

@@ -1,0 +1,87 @@
+"""What a reward model reads of a prompt and a reply to it, so that it is what the model was trained on."""
+
+import json
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from medtune.errors import Unusable, UserError
+from medtune.models.model_folder import choose_template, describe_folder
+from medtune.models.reward_models import reward_ids
+from medtune.reading.encoding import stop_token_ids
+from template import ChatTemplate
+
+
+@dataclass
+class RewardTexts:
+    """From the policy's ids, or a dialogue's words, to the ids that the reward model reads.
+
+    stop_ids: the tokens that end a reply; the reward model was trained on the first.
+    reward_tokenizer, reward_template: of a reward model that reads other ids than the policy writes; None otherwise.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: ChatTemplate
+    stop_ids: list[int]
+    reward_tokenizer: PreTrainedTokenizerBase | None = None
+    reward_template: ChatTemplate | None = None
+
+    def of_ids(self, row: dict, reply_ids: list[int]) -> list[int]:
+        """What the reward model reads for a prompt and the reply that the policy wrote to it."""
+        ended = bool(reply_ids) and reply_ids[-1] in self.stop_ids
+        words = reply_ids[:-1] if ended else reply_ids
+        if self.reward_tokenizer is None:
+            return row["prompt_ids"] + words + self.stop_ids[:1] * ended
+        text = self.tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.of_text(row, text.strip(), ended)
+
+    def of_text(self, row: dict, reply: str, ended: bool = True) -> list[int]:
+        """What the reward model reads for a prompt and a reply that is words, such as the dialogue's own."""
+        messages, tools = json.loads(row["messages"])
+        tokenizer, chat_template = self.reward_tokenizer, self.reward_template
+        if tokenizer is None:
+            tokenizer, chat_template = self.tokenizer, self.chat_template
+        try:
+            return reward_ids(tokenizer, chat_template, messages, reply, tools, ended=ended)
+        except (Unusable, UserError) as error:
+            raise UserError(
+                f"--reward_model_path: its prompt template does not write the reply {reply!r:.60} "
+                f"({error.args[-1]}), so it was never trained on one like it; take another reward model"
+            ) from error
+
+
+def load_reward_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: ChatTemplate,
+    stop_ids: list[int],
+    reward_model_path: str,
+    **folder_options,
+) -> RewardTexts:
+    """The policy's tokens, and the reward model's where a conversation has other ids there.
+
+    folder_options: of `describe_folder`.
+    """
+    reward_texts = RewardTexts(tokenizer, chat_template, stop_ids)
+    own = describe_folder(reward_model_path, "--reward_model_path", **folder_options)
+    own_template = choose_template(own, None)
+    reads_the_same = (
+        tokenizer.get_vocab() == own.tokenizer.get_vocab()
+        and _probe(tokenizer, chat_template) == _probe(own.tokenizer, own_template)
+        and stop_ids[:1] == stop_token_ids(own.tokenizer, own_template)[:1]
+    )
+    if reads_the_same:
+        return reward_texts
+    return replace(reward_texts, reward_tokenizer=own.tokenizer, reward_template=own_template)
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> list:
+    """The ids of a conversation and the reply to it, without and with a system prompt; None where that is refused."""
+    messages = [{"role": "user", "content": "发烧38.5℃ fever?"}, {"role": "assistant", "content": "请就诊。"}]
+    messages += [{"role": "user", "content": "谢谢 thank you"}]
+    exchanges = []
+    for system in ([], [{"role": "system", "content": "你是医生。"}]):
+        try:
+            exchanges.append(reward_ids(tokenizer, chat_template, [*system, *messages], "不客气 you're welcome"))
+        except (Unusable, UserError):
+            exchanges.append(None)
+    return exchanges

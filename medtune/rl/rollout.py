@@ -1,0 +1,214 @@
+"""Rollouts: the policy's replies to prompts, and what the roles say of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from medtune.errors import UserError
+from medtune.reading.encoding import stop_token_ids
+from medtune.rl.arguments import PPOArguments
+from medtune.rl.ppo_math import InverseTransformSampler, draw_uniforms, reply_mask
+from medtune.rl.reward_texts import RewardTexts
+from medtune.rl.roles import Roles
+from medtune.training.interruption import SignalListener
+from template import ChatTemplate
+
+
+class StoppedInRolloutError(Exception):
+    """A signal came while replies were written, which are given up."""
+
+
+# ---------------------------------------------------------------- the tensors
+
+
+@dataclass(kw_only=True)
+class Replies:
+    """Replies to N prompts: P prompt columns, padded on the left, then T reply columns, padded on the right.
+
+    ids: [N, P + T] int64; attention_mask: the same shape, True on real tokens.
+    mask: [N, T] True on a reply's tokens, its end token included.
+    ended: [N] True where the reply has an end token.
+    """
+
+    ids: torch.Tensor
+    attention_mask: torch.Tensor
+    mask: torch.Tensor
+    ended: torch.Tensor
+
+    @property
+    def n_prompt(self) -> int:
+        return self.ids.shape[1] - self.mask.shape[1]
+
+    def reply_ids(self) -> list[list[int]]:
+        """The tokens of each reply, without padding."""
+        return [row[mask].tolist() for row, mask in zip(self.ids[:, self.n_prompt :], self.mask, strict=True)]
+
+    def take(self, rows: torch.Tensor) -> Self:
+        """Some rows, without the columns that are padding in all of them."""
+        left = int((~self.attention_mask[rows, : self.n_prompt]).long().sum(dim=1).min())
+        right = int(self.mask[rows].sum(dim=1).max())
+        whole, reply = slice(left, self.n_prompt + right), slice(0, right)
+
+        def part(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[rows] if tensor.dim() == 1 else tensor[rows, whole if self._has_prompt(tensor) else reply]
+
+        return type(self)(**{spec.name: part(getattr(self, spec.name)) for spec in fields(self)})
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Several as one, padded to the widest."""
+        n_prompt = max(part.n_prompt for part in parts)
+        n_reply = max(part.mask.shape[1] for part in parts)
+
+        def padded(part: Self, tensor: torch.Tensor) -> torch.Tensor:
+            left = n_prompt - part.n_prompt if part._has_prompt(tensor) else 0
+            return tensor if tensor.dim() == 1 else F.pad(tensor, (left, n_reply - part.mask.shape[1]))
+
+        names = [spec.name for spec in fields(cls)]
+        return cls(**{name: torch.cat([padded(part, getattr(part, name)) for part in parts]) for name in names})
+
+    def _has_prompt(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor has the columns of prompt and reply, not those of the reply alone."""
+        return tensor.shape == self.ids.shape
+
+
+@dataclass(kw_only=True)
+class Rollout(Replies):
+    """Replies with what the roles say of them.
+
+    policy_logps, ref_logps, values, entropies, variances (of the surprisal): [N, T] float32, 0 outside the mask.
+    scores: [N] float32, less the mean of the dialogues' own replies, the penalty for a missing end not yet taken off.
+    """
+
+    policy_logps: torch.Tensor
+    ref_logps: torch.Tensor
+    values: torch.Tensor
+    entropies: torch.Tensor
+    variances: torch.Tensor
+    scores: torch.Tensor
+
+
+# ---------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How replies are written: `batch_size` at a time, of at most `max_tokens` tokens each."""
+
+    temperature: float
+    max_tokens: int
+    batch_size: int
+    stop_ids: list[int]
+    pad_id: int
+    seed: int
+
+
+def choose_sampling(
+    ppo_args: PPOArguments, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate, seed: int
+) -> Sampling:
+    """What the flags say of it; a reply ends at --stop_token, or at the template's and the tokenizer's end tokens."""
+    stop_ids = stop_token_ids(tokenizer, chat_template)
+    if ppo_args.stop_token is not None:
+        stop_ids = tokenizer.encode(ppo_args.stop_token, add_special_tokens=False)
+        if len(stop_ids) != 1:
+            n_tokens = f"{len(stop_ids)} tokens of this tokenizer"
+            raise UserError(f"--stop_token {ppo_args.stop_token}: {n_tokens}; name a single one")
+    return Sampling(
+        temperature=ppo_args.temperature,
+        max_tokens=ppo_args.response_length,
+        batch_size=ppo_args.rollout_batch_size,
+        stop_ids=stop_ids,
+        pad_id=tokenizer.pad_token_id,
+        seed=seed,
+    )
+
+
+@torch.no_grad()
+def sample_replies(
+    roles: Roles, prompts: Sequence[list[int]], episodes: Sequence[int] | None, sampling: Sampling
+) -> Replies:
+    """The policy's replies to B prompts.
+
+    Args:
+        episodes: the number of each, which decides its random draws; None takes the likeliest tokens.
+    """
+    device = roles.model.device
+    # Detail: prompts are padded on the left, so that all replies start at one column.
+    n_prompt = max(map(len, prompts))
+    prompt_ids = torch.tensor([[sampling.pad_id] * (n_prompt - len(ids)) + ids for ids in prompts], device=device)
+    lengths = torch.tensor([len(ids) for ids in prompts], device=device)
+    prompt_mask = torch.arange(n_prompt, device=device) >= n_prompt - lengths[:, None]
+    processors = []
+    if episodes is not None:
+        uniforms = draw_uniforms(sampling.max_tokens, sampling.seed, episodes).to(device)
+        processors = [InverseTransformSampler(uniforms, n_prompt, sampling.temperature)]
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_tokens, eos_token_id=sampling.stop_ids, pad_token_id=sampling.pad_id, use_cache=True
+    )
+    ids = roles.generate(prompt_ids, prompt_mask, config, processors)
+    # Cut at the end token; the mask says what is reply (detail: one mask for policy and value).
+    mask, ended = reply_mask(ids[:, n_prompt:], sampling.stop_ids)
+    return Replies(ids=ids, attention_mask=torch.cat([prompt_mask, mask], dim=1), mask=mask, ended=ended)
+
+
+@torch.no_grad()
+def collect_rollout(
+    roles: Roles,
+    rows: Sequence[dict],
+    episodes: Sequence[int] | None,
+    sampling: Sampling,
+    reward_texts: RewardTexts,
+    stop: SignalListener,
+) -> Rollout:
+    """Reply to the prompts and measure the replies; the rows of the result are in the order given.
+
+    Args:
+        rows: of `PromptEncoder`.
+        episodes: of `sample_replies`.
+
+    Raises StoppedInRolloutError in all processes once a signal has reached one of them.
+    """
+    # Like lengths together waste little padding; the longest first, so that too large a batch fails at once.
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["prompt_ids"]), reverse=True)
+    parts = []
+    for begin in range(0, len(order), sampling.batch_size):
+        if stop.any_received():
+            raise StoppedInRolloutError
+        chosen = order[begin : begin + sampling.batch_size]
+        prompts = [rows[index]["prompt_ids"] for index in chosen]
+        replies = sample_replies(roles, prompts, episodes and [episodes[index] for index in chosen], sampling)
+        text = replies.ids, replies.attention_mask, replies.mask
+        # Detail: the old log-probs are computed anew by a full forward pass.
+        policy_logps, entropies, variances = roles.logps("policy", *text, sampling.temperature)
+        ref_logps, *_ = roles.logps("reference", *text, sampling.temperature)
+        values = roles.values(*text)
+        read = [reward_texts.of_ids(rows[index], ids) for index, ids in zip(chosen, replies.reply_ids(), strict=True)]
+        parts.append(
+            Rollout(
+                **vars(replies),
+                policy_logps=policy_logps,
+                ref_logps=ref_logps,
+                values=values,
+                entropies=entropies,
+                variances=variances,
+                scores=roles.scores(read) - roles.score_shift,
+            )
+        )
+    back = torch.tensor(order).argsort()
+    return Rollout.join(parts).take(back.to(roles.model.device))
+
+
+def center_scores(roles: Roles, rows: Sequence[dict], reward_texts: RewardTexts, batch_size: int) -> float:
+    """The mean score of the dialogues' own replies, which becomes 0 (detail: scores alone have no fixed origin).
+
+    Prompts alone have none: then scores stay as they are.
+    """
+    texts = [reward_texts.of_text(row, row["reply"]) for row in rows if row["reply"]]
+    if not texts:
+        return 0.0
+    batches = [texts[begin : begin + batch_size] for begin in range(0, len(texts), batch_size)]
+    return torch.cat([roles.scores(batch) for batch in batches]).mean().item()
