@@ -80,26 +80,30 @@ class SparseHead:
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
         self.one_pass = one_pass
         self.mask: torch.Tensor | None = None
-        self.later: torch.Tensor | None = None
+        self.states: torch.Tensor | None = None  # [batch, length, hidden], of the backbone
+        self.later: torch.Tensor | None = None  # [positions after the first chunk, hidden] of these
+        self.model.base_model.register_forward_hook(self._note_states)
         self.model.get_output_embeddings().register_forward_pre_hook(self._keep_positions)
-        self.model.base_model.register_forward_hook(self._note_output_class)
 
-    def _note_output_class(self, backbone: torch.nn.Module, inputs: tuple, outputs: ModelOutput) -> None:
-        self.output_class = type(outputs)
+    def _note_states(self, backbone: torch.nn.Module, inputs: tuple, outputs: ModelOutput) -> None:
+        if self.mask is not None:
+            self.output_class, self.states = type(outputs), getattr(outputs, "last_hidden_state", None)
 
     def _keep_positions(self, head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple | None:
         """[batch, length, hidden] to [at most a chunk of positions, hidden]; the rest is kept for later."""
         if self.mask is None:
             return None
-        states = inputs[0][self.mask.to(inputs[0].device)]
-        if self.one_pass or len(states) <= CHUNK_POSITIONS:
-            return (states,)
-        device = states.device.type
+        mask = self.mask.to(inputs[0].device)
+        scored = inputs[0][mask]
+        # Without states the model's own forward passes its backbone by, and later chunks could not.
+        if self.one_pass or self.states is None or len(scored) <= CHUNK_POSITIONS:
+            return (scored,)
+        device = scored.device.type
         self.autocast = partial(
             torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         )
-        self.later = states[CHUNK_POSITIONS:]
-        return (states[:CHUNK_POSITIONS],)
+        self.later = self.states[mask][CHUNK_POSITIONS:]
+        return (scored[:CHUNK_POSITIONS],)
 
     def __call__(
         self,
@@ -121,7 +125,8 @@ class SparseHead:
         try:
             logits = model(**inputs, use_cache=False).logits
         finally:
-            self.mask, later, self.later = None, self.later, None
+            later = self.later
+            self.mask = self.states = self.later = None
         figures = in_chunks(lambda logits: logits, logits, ids[: len(logits)].to(logits.device), compute)
         if later is None:
             return figures.to(mask.device)

@@ -92,13 +92,13 @@ def as_trl(trainer_class: type, model: torch.nn.Module, **attributes) -> SimpleN
 
 
 @pytest.mark.parametrize("chunk", [3, 1000])
-@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text", "granitemoehybrid"])
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text", "granitemoehybrid", "opt", "gpt2"])
 def test_token_log_probs_are_those_of_the_whole_forward_pass(model_type, chunk, monkeypatch):
     """Granite scales its logits, Gemma may cap them; more positions than a chunk come after the pass."""
     monkeypatch.setattr(logps, "CHUNK_POSITIONS", chunk)
     changes = {"final_logit_softcapping": 2.0} if model_type == "gemma3_text" else {}
     changes |= {"logits_scaling": 3.0} if model_type == "granitemoehybrid" else {}
-    model = tiny_model(model_type, **changes)
+    model = tiny_model(model_type, **changes).eval()
     ids = torch.arange(60, 84).reshape(2, 12)
     mask = torch.rand(2, 11, generator=torch.Generator().manual_seed(0)) < 0.5
     plain = model(ids, use_cache=False).logits[:, :-1][mask].float().log_softmax(dim=-1)
