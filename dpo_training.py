@@ -34,16 +34,17 @@ from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunA
 from medtune.measuring.text_metrics import repetition_rate
 from medtune.models.adapters import load_for_training
 from medtune.models.generation import Decoding, generate_replies
-from medtune.models.lineage import Lineage, base_of, check_model_path, is_adapter, read_lineage
-from medtune.models.loading import load_base_model, load_tokenizer, weights_fingerprint
+from medtune.models.lineage import base_of, check_model_path, is_adapter, read_lineage
+from medtune.models.loading import load_base_model, load_tokenizer
 from medtune.models.lora_layers import describe_trainable
+from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary, warn_of_dead_tokens
 from medtune.reading.encoders import FeedbackEncoder, PairEncoder
 from medtune.reading.encoding import IGNORED_LABEL, load_chat_template, mark_learned, stop_token_ids, turn_token_ids
 from medtune.reading.record_sets import read_feedback, read_pairs
 from medtune.reading.rows import prepare_data
 from medtune.training.batches import FeedbackCollator, PairCollator
-from medtune.training.checkpoints import BEST, find_checkpoint
+from medtune.training.checkpoints import BEST
 from medtune.training.kto_trainer import KTOTrainer
 from medtune.training.log import log_facts
 from medtune.training.preference_arguments import PreferenceConfig
@@ -180,6 +181,29 @@ class DegenerationAlarm(TrainerCallback):
             )
 
 
+# ---------------------------------------------------------------- what the log shows
+
+
+def describe_loss(training_args: PreferenceConfig, lora_args: LoraArguments) -> dict[str, str]:
+    losses = [f"{weight:g} x {name}" for name, weight in training_args.weighted_losses.items()]
+    facts = {"loss": f"{' + '.join(losses)}, beta {training_args.beta:g}"}
+    if lora_args.use_peft and lora_args.lora_dropout:
+        facts["dropout"] = f"off, not --lora_dropout {lora_args.lora_dropout:g}: it would blur what is compared"
+    return facts
+
+
+def log_first(tokenizer: PreTrainedTokenizerBase, row: dict) -> None:
+    """The first pair, or the first reply with its verdict, and which of their tokens count."""
+    texts = {name: row[f"{name}_ids"] for name in ("chosen", "rejected", "reply") if f"{name}_ids" in row}
+    for name, reply_ids in texts.items():
+        labels = [IGNORED_LABEL] * len(row["prompt_ids"]) + reply_ids
+        marked = mark_learned(tokenizer, row["prompt_ids"] + reply_ids, labels)
+        what = f"pair, its {name} reply"
+        if name == "reply":
+            what = f"reply, {'desirable' if row['is_desirable'] else 'undesirable'}"
+        logger.info(f"the first {what}, between « and »:\n{marked}")
+
+
 # ---------------------------------------------------------------- main
 
 
@@ -192,95 +216,65 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     check_model_path(model_args.model_name_or_path, "--model_name_or_path", model_args.allow_pickle_weights)
 
     # ------------------------------------------------------------ run
-    start_run("direct preference optimization", training_args, parser.notes)
-    checkpoint = find_checkpoint(training_args, run_args.overwrite_output_dir)
+    checkpoint = start_run("direct preference optimization", training_args, run_args, parser.notes)
     check_same_start(checkpoint, model_args.model_name_or_path)
 
     # ------------------------------------------------------------ tokenizer and template
-    hub_options = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.tokenizer_name_or_path, **hub_options)
+    path = model_args.model_name_or_path
+    tokenizer = load_tokenizer(path, model_args.tokenizer_name_or_path, **model_args.hub_options)
     chat_template = load_chat_template(tokenizer, dpo_args.template_name)
 
     # ------------------------------------------------------------ data
-    cache_dir = Path(model_args.cache_dir or "cache")
-    unpaired = training_args.is_unpaired
-    read, encoder_class = (read_feedback, FeedbackEncoder) if unpaired else (read_pairs, PairEncoder)
+    read, encoder_class, collator_class, trainer_class = read_pairs, PairEncoder, PairCollator, PreferenceTrainer
+    if training_args.is_unpaired:
+        read, encoder_class, collator_class, trainer_class = (
+            read_feedback,
+            FeedbackEncoder,
+            FeedbackCollator,
+            KTOTrainer,
+        )
     encoder = encoder_class(tokenizer, chat_template, dpo_args.max_source_length, dpo_args.max_target_length)
     data = prepare_data(read, encoder, data_args, training_args, model_args.cache_dir)
-    train_dataset, eval_dataset = data.train, data.eval
 
     # ------------------------------------------------------------ model
-    base_options = {
-        "torch_dtype": model_args.torch_dtype,
-        "load_in_4bit": model_args.load_in_4bit,
-        "load_in_8bit": model_args.load_in_8bit,
-        "device_map": model_args.device_map,
-        "flash_attn": model_args.flash_attn,
-        "allow_pickle_weights": model_args.allow_pickle_weights,
-        **hub_options,
-    }
-    model = load_for_training(model_args.model_name_or_path, **vars(lora_args), **base_options)
+    model = load_for_training(path, **vars(lora_args), **model_args.loading_options)
     check_vocabulary(tokenizer, model)
     warn_of_dead_tokens(model, tokenizer, *turn_token_ids(tokenizer, chat_template))
-    base_model = base_of(model_args.model_name_or_path)
-    lineage = Lineage(
-        base_model=base_model,
-        parent=model_args.model_name_or_path if base_model != model_args.model_name_or_path else None,
-        stage="dpo",
-        template=dpo_args.template_name or "",
-        data=str(data_args.train_file_dir),
-        hidden_size=model.config.hidden_size,
-        vocab_size=model.config.vocab_size,
-        base_weights=weights_fingerprint(base_model, **hub_options),
-        start_weights=weights_fingerprint(model_args.model_name_or_path, **hub_options),
-        flags=parser.given,
-    )
-    reference = name_reference(model_args.model_name_or_path, lora_args.use_peft, training_args)
+    template = dpo_args.template_name
+    lineage = lineage_of(model.config, model_args, data_args, stage="dpo", template=template, flags=parser.given)
+    reference = name_reference(path, lora_args.use_peft, training_args)
+    ref_model = None
+    if training_args.has_reference and not lora_args.use_peft and not training_args.precompute_ref_log_probs:
+        ref_model = load_base_model(lineage.base_model, **model_args.loading_options).requires_grad_(False)
 
     # ------------------------------------------------------------ train
-    # Log-probs computed beforehand need no second model.
-    needs_copy = training_args.has_reference and not lora_args.use_peft and not training_args.precompute_ref_log_probs
-    trainer_class, collator_class = (KTOTrainer, FeedbackCollator) if unpaired else (PreferenceTrainer, PairCollator)
+    max_new_tokens = dpo_args.max_target_length
     trainer = trainer_class(
         model=model,
         args=training_args,
         reference=reference,
-        continues_adapter=is_adapter(model_args.model_name_or_path),
-        ref_model=load_base_model(base_model, **base_options).requires_grad_(False) if needs_copy else None,
-        ref_logps_dir=cache_dir / "ref_logps",
+        continues_adapter=is_adapter(path),
+        ref_model=ref_model,
+        ref_logps_dir=Path(model_args.cache_dir or "cache", "ref_logps"),
         overwrite_ref_logps=data_args.overwrite_cache,
-        sample=GreedySamples(eval_dataset, tokenizer, chat_template, dpo_args.max_target_length)
-        if eval_dataset
-        else None,
+        sample=GreedySamples(data.eval, tokenizer, chat_template, max_new_tokens) if data.eval else None,
         data_collator=collator_class(tokenizer.pad_token_id),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
         processing_class=tokenizer,
         callbacks=[DegenerationAlarm()],
     )
-    facts = {"model": f"{model_args.model_name_or_path}: {describe_trainable(model)}", "reference": reference}
-    losses = [f"{weight:g} x {name}" for name, weight in training_args.weighted_losses.items()]
-    facts["loss"] = f"{' + '.join(losses)}, beta {training_args.beta:g}"
-    if lora_args.use_peft and lora_args.lora_dropout:
-        facts["dropout"] = f"off, not --lora_dropout {lora_args.lora_dropout:g}: it would blur what is compared"
-    log_facts(trainer, facts | {"template": dpo_args.template_name or "the tokenizer's own"} | data.facts)
-    first = train_dataset[0]
-    for name in ("reply",) if unpaired else ("chosen", "rejected"):
-        ids, n_prompt = first["prompt_ids"] + first[f"{name}_ids"], len(first["prompt_ids"])
-        text = mark_learned(tokenizer, ids, [IGNORED_LABEL] * n_prompt + ids[n_prompt:])
-        marked = f"{'desirable' if first['is_desirable'] else 'undesirable'}" if unpaired else f"its {name} reply"
-        logger.info(f"the first {'reply' if unpaired else 'pair'}, {marked}, between « and »:\n{text}")
+    facts = {"model": f"{path}: {describe_trainable(model)}", "reference": reference}
+    facts |= describe_loss(training_args, lora_args) | {"template": template or "the tokenizer's own"} | data.facts
+    log_facts(trainer, facts)
+    log_first(tokenizer, data.train[0])
     if training_args.do_train and is_finished(trainer, lineage, checkpoint):
         return {}
-    keeper = (
-        train(trainer, lineage, checkpoint, run_args.logging_dir, run_args.max_bad_steps)
-        if training_args.do_train
-        else None
-    )
+    keeper = train(trainer, lineage, checkpoint, run_args)
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)
-    flags = f"--base_model {base_model} --lora_model {best}" if lora_args.use_peft else f"--base_model {best}"
+    flags = f"--base_model {lineage.base_model} --lora_model {best}" if lora_args.use_peft else f"--base_model {best}"
     return finish_run(trainer, keeper, next_command=f"{Path(sys.executable).name} inference.py {flags}")
 
 

@@ -88,7 +88,7 @@ from medtune.rl.run import (
     resumed_state,
     start_accelerator,
 )
-from medtune.training.checkpoints import BEST, find_checkpoint
+from medtune.training.checkpoints import BEST
 from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
 from medtune.training.run import start_run
@@ -330,8 +330,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     check_combination(lora_args, ppo_args, training_args)
 
     # ------------------------------------------------------------ run
-    start_run("proximal policy optimization", training_args, parser.notes)
-    checkpoint = find_checkpoint(training_args, run_args.overwrite_output_dir)
+    checkpoint = start_run("proximal policy optimization", training_args, run_args, parser.notes)
     accelerator = start_accelerator(training_args, run_args.logging_dir)
 
     # ------------------------------------------------------------ tokenizer and template

@@ -29,9 +29,10 @@ from loguru import logger
 
 from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from medtune.models.adapters import load_for_training
-from medtune.models.lineage import Lineage, base_of, check_model_path
-from medtune.models.loading import load_tokenizer, weights_fingerprint
+from medtune.models.lineage import check_model_path
+from medtune.models.loading import load_tokenizer
 from medtune.models.lora_layers import describe_trainable
+from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.blocks import learned_bytes_per_token
 from medtune.reading.encoders import DocumentEncoder
@@ -41,7 +42,7 @@ from medtune.reading.record_sets import read_documents
 from medtune.reading.records import BadRecord
 from medtune.reading.rows import Data, prepare_data
 from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
-from medtune.training.checkpoints import BEST, find_checkpoint
+from medtune.training.checkpoints import BEST
 from medtune.training.log import log_facts
 from medtune.training.run import finish_run, is_finished, start_run, train
 
@@ -168,12 +169,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     check_model_path(model_args.model_name_or_path, "--model_name_or_path", model_args.allow_pickle_weights)
 
     # ------------------------------------------------------------ run
-    start_run("continued pretraining", training_args, parser.notes)
-    checkpoint = find_checkpoint(training_args, run_args.overwrite_output_dir)
+    checkpoint = start_run("continued pretraining", training_args, run_args, parser.notes)
 
     # ------------------------------------------------------------ tokenizer
-    hub_options = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.tokenizer_name_or_path, **hub_options)
+    path = model_args.model_name_or_path
+    tokenizer = load_tokenizer(path, model_args.tokenizer_name_or_path, **model_args.hub_options)
 
     # ------------------------------------------------------------ data
     encoder = DocumentEncoder(tokenizer, pt_args.block_size, pt_args.packing_across_documents)
@@ -181,36 +181,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         data = stream_data(encoder, data_args, training_args, model_args.cache_dir)
     else:
         data = prepare_data(read_documents, encoder, data_args, training_args, model_args.cache_dir)
-    train_dataset, eval_dataset = data.train, data.eval
-    first = next(iter(train_dataset))
+    first = next(iter(data.train))
     example = mark_learned(tokenizer, first["input_ids"][:EXAMPLE_TOKENS], first["labels"][:EXAMPLE_TOKENS])
 
     # ------------------------------------------------------------ model
-    model = load_for_training(
-        model_args.model_name_or_path,
-        **vars(lora_args),
-        torch_dtype=model_args.torch_dtype,
-        load_in_4bit=model_args.load_in_4bit,
-        load_in_8bit=model_args.load_in_8bit,
-        device_map=model_args.device_map,
-        flash_attn=model_args.flash_attn,
-        allow_pickle_weights=model_args.allow_pickle_weights,
-        **hub_options,
-    )
+    model = load_for_training(path, **vars(lora_args), **model_args.loading_options)
     check_vocabulary(tokenizer, model)
-    base_model = base_of(model_args.model_name_or_path)
-    lineage = Lineage(
-        base_model=base_model,
-        parent=model_args.model_name_or_path if base_model != model_args.model_name_or_path else None,
-        stage="pt",
-        template="",
-        data=str(data_args.train_file_dir),
-        hidden_size=model.config.hidden_size,
-        vocab_size=model.config.vocab_size,
-        base_weights=weights_fingerprint(base_model, **hub_options),
-        start_weights=weights_fingerprint(model_args.model_name_or_path, **hub_options),
-        flags=parser.given,
-    )
+    lineage = lineage_of(model.config, model_args, data_args, stage="pt", flags=parser.given)
 
     # ------------------------------------------------------------ train
     is_one_row = needs_one_row(model)
@@ -221,24 +198,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         model=model,
         args=training_args,
         data_collator=Collator(tokenizer.pad_token_id, padding_free=is_one_row, rows_of_texts=not is_one_row),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        bytes_per_token=learned_bytes_per_token(tokenizer, eval_dataset["labels"]) if eval_dataset else None,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        bytes_per_token=learned_bytes_per_token(tokenizer, data.eval["labels"]) if data.eval else None,
         texts_of_row=None if pt_args.packing_across_documents else alone,
         processing_class=tokenizer,
     )
-    facts = {"model": f"{model_args.model_name_or_path}: {describe_trainable(model)}"} | data.facts
+    facts = {"model": f"{path}: {describe_trainable(model)}"} | data.facts
     if pt_args.packing_across_documents:
         facts["a document sees"] = "the ones before it in its block"
     log_facts(trainer, facts)
     logger.info(f"the first block begins, learned tokens between « and »:\n{example}")
     if training_args.do_train and is_finished(trainer, lineage, checkpoint):
         return {}
-    keeper = (
-        train(trainer, lineage, checkpoint, run_args.logging_dir, run_args.max_bad_steps)
-        if training_args.do_train
-        else None
-    )
+    keeper = train(trainer, lineage, checkpoint, run_args)
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)

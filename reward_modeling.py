@@ -37,9 +37,10 @@ from transformers import PreTrainedTokenizerBase
 from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from medtune.measuring.intervals import wilson_interval
 from medtune.models.adapters import load_for_training
-from medtune.models.lineage import Lineage, base_of, check_model_path
-from medtune.models.loading import load_tokenizer, weights_fingerprint
+from medtune.models.lineage import check_model_path
+from medtune.models.loading import load_tokenizer
 from medtune.models.lora_layers import describe_trainable
+from medtune.models.model_folder import lineage_of
 from medtune.models.score_heads import has_untrained_head
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoders import ScoredPairEncoder
@@ -47,7 +48,7 @@ from medtune.reading.encoding import IGNORED_LABEL, load_chat_template, mark_lea
 from medtune.reading.record_sets import read_pairs
 from medtune.reading.rows import prepare_data
 from medtune.training.batches import PairCollator
-from medtune.training.checkpoints import BEST, find_checkpoint
+from medtune.training.checkpoints import BEST
 from medtune.training.log import log_facts
 from medtune.training.reward_trainer import RewardTrainer, RMTrainingArguments
 from medtune.training.run import finish_run, is_finished, start_run, train
@@ -125,77 +126,52 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     check_model_path(model_args.model_name_or_path, "--model_name_or_path", model_args.allow_pickle_weights)
 
     # ------------------------------------------------------------ run
-    start_run("reward modelling", training_args, parser.notes)
-    checkpoint = find_checkpoint(training_args, run_args.overwrite_output_dir)
+    checkpoint = start_run("reward modelling", training_args, run_args, parser.notes)
 
     # ------------------------------------------------------------ tokenizer and template
-    hub_options = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.tokenizer_name_or_path, **hub_options)
+    path = model_args.model_name_or_path
+    tokenizer = load_tokenizer(path, model_args.tokenizer_name_or_path, **model_args.hub_options)
     chat_template = load_chat_template(tokenizer, rm_args.template_name)
     set_pad_token(tokenizer, chat_template)
 
     # ------------------------------------------------------------ data
     encoder = ScoredPairEncoder(tokenizer, chat_template, rm_args.max_source_length, rm_args.max_target_length)
     data = prepare_data(read_pairs, encoder, data_args, training_args, model_args.cache_dir)
-    train_dataset, eval_dataset = data.train, data.eval
 
     # ------------------------------------------------------------ model
     model = load_for_training(
-        model_args.model_name_or_path,
+        path,
         **vars(lora_args),
         task_type=TaskType.SEQ_CLS,
         pad_token_id=tokenizer.pad_token_id,
-        torch_dtype=model_args.torch_dtype,
-        load_in_4bit=model_args.load_in_4bit,
-        load_in_8bit=model_args.load_in_8bit,
-        device_map=model_args.device_map,
-        flash_attn=model_args.flash_attn,
-        allow_pickle_weights=model_args.allow_pickle_weights,
-        **hub_options,
+        **model_args.loading_options,
     )
     check_vocabulary(tokenizer, model)
     if not training_args.do_train and has_untrained_head(model):
-        raise UserError(
-            f"--model_name_or_path {model_args.model_name_or_path}: no trained score head to evaluate; add --do_train"
-        )
-    base_model = base_of(model_args.model_name_or_path)
-    lineage = Lineage(
-        base_model=base_model,
-        parent=model_args.model_name_or_path if base_model != model_args.model_name_or_path else None,
-        stage="rm",
-        template=rm_args.template_name or "",
-        data=str(data_args.train_file_dir),
-        hidden_size=model.config.hidden_size,
-        vocab_size=model.config.vocab_size,
-        base_weights=weights_fingerprint(base_model, **hub_options),
-        start_weights=weights_fingerprint(model_args.model_name_or_path, **hub_options),
-        flags=parser.given,
-    )
+        raise UserError(f"--model_name_or_path {path}: no trained score head to evaluate; add --do_train")
+    template = rm_args.template_name
+    lineage = lineage_of(model.config, model_args, data_args, stage="rm", template=template, flags=parser.given)
 
     # ------------------------------------------------------------ train
     trainer = RewardTrainer(
         model=model,
         args=training_args,
         data_collator=PairCollator(tokenizer.pad_token_id),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
         processing_class=tokenizer,
     )
-    facts = {"model": f"{model_args.model_name_or_path}: {describe_trainable(model)}"}
-    facts |= {"template": rm_args.template_name or "the tokenizer's own"} | data.facts
+    facts = {"model": f"{path}: {describe_trainable(model)}"}
+    facts |= {"template": template or "the tokenizer's own"} | data.facts
     log_facts(trainer, facts)
-    first = train_dataset[0]
+    first = data.train[0]
     texts = (first["prompt_ids"] + first["chosen_ids"], first["rejected_ids"])
     chosen, rejected = (mark_learned(tokenizer, ids, [IGNORED_LABEL] * (len(ids) - 1) + ids[-1:]) for ids in texts)
     logger.info(f"the first example, scored at the tokens in « »:\n{chosen}\nagainst\n{rejected}")
     if training_args.do_train and is_finished(trainer, lineage, checkpoint):
         return {}
     # checkpoint-best is the lowest loss: among a hundred held-out pairs many checkpoints have the same accuracy.
-    keeper = (
-        train(trainer, lineage, checkpoint, run_args.logging_dir, run_args.max_bad_steps)
-        if training_args.do_train
-        else None
-    )
+    keeper = train(trainer, lineage, checkpoint, run_args)
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)

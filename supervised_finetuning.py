@@ -27,16 +27,17 @@ from loguru import logger
 
 from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from medtune.models.adapters import load_for_training
-from medtune.models.lineage import Lineage, base_of, check_model_path
-from medtune.models.loading import load_tokenizer, weights_fingerprint
+from medtune.models.lineage import check_model_path
+from medtune.models.loading import load_tokenizer
 from medtune.models.lora_layers import describe_trainable
+from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary, warn_of_dead_tokens
 from medtune.reading.encoders import DialogueEncoder
 from medtune.reading.encoding import load_chat_template, mark_learned, turn_token_ids
 from medtune.reading.record_sets import read_dialogues
 from medtune.reading.rows import prepare_data
 from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
-from medtune.training.checkpoints import BEST, find_checkpoint
+from medtune.training.checkpoints import BEST
 from medtune.training.log import log_facts
 from medtune.training.run import finish_run, is_finished, start_run, train
 
@@ -99,12 +100,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     check_model_path(model_args.model_name_or_path, "--model_name_or_path", model_args.allow_pickle_weights)
 
     # ------------------------------------------------------------ run
-    start_run("supervised fine-tuning", training_args, parser.notes)
-    checkpoint = find_checkpoint(training_args, run_args.overwrite_output_dir)
+    checkpoint = start_run("supervised fine-tuning", training_args, run_args, parser.notes)
 
     # ------------------------------------------------------------ tokenizer and template
-    hub_options = {"cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.tokenizer_name_or_path, **hub_options)
+    path = model_args.model_name_or_path
+    tokenizer = load_tokenizer(path, model_args.tokenizer_name_or_path, **model_args.hub_options)
     chat_template = load_chat_template(tokenizer, sft_args.template_name)
 
     # ------------------------------------------------------------ data
@@ -112,39 +112,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         tokenizer, chat_template, sft_args.model_max_length, sft_args.truncation, sft_args.train_on_inputs
     )
     data = prepare_data(read_dialogues, encoder, data_args, training_args, model_args.cache_dir)
-    train_dataset, eval_dataset = data.train, data.eval
+    train_dataset = data.train
     example = mark_learned(tokenizer, train_dataset[0]["input_ids"], train_dataset[0]["labels"])
     if sft_args.packing:
         train_dataset = pack(train_dataset, sft_args.model_max_length)
         data.facts["packed rows"] = f"{len(train_dataset)} of at most {sft_args.model_max_length} tokens"
 
     # ------------------------------------------------------------ model
-    model = load_for_training(
-        model_args.model_name_or_path,
-        **vars(lora_args),
-        torch_dtype=model_args.torch_dtype,
-        load_in_4bit=model_args.load_in_4bit,
-        load_in_8bit=model_args.load_in_8bit,
-        device_map=model_args.device_map,
-        flash_attn=model_args.flash_attn,
-        allow_pickle_weights=model_args.allow_pickle_weights,
-        **hub_options,
-    )
+    model = load_for_training(path, **vars(lora_args), **model_args.loading_options)
     check_vocabulary(tokenizer, model)
     warn_of_dead_tokens(model, tokenizer, *turn_token_ids(tokenizer, chat_template))
-    base_model = base_of(model_args.model_name_or_path)
-    lineage = Lineage(
-        base_model=base_model,
-        parent=model_args.model_name_or_path if base_model != model_args.model_name_or_path else None,
-        stage="sft",
-        template=sft_args.template_name or "",
-        data=str(data_args.train_file_dir),
-        hidden_size=model.config.hidden_size,
-        vocab_size=model.config.vocab_size,
-        base_weights=weights_fingerprint(base_model, **hub_options),
-        start_weights=weights_fingerprint(model_args.model_name_or_path, **hub_options),
-        flags=parser.given,
-    )
+    template = sft_args.template_name
+    lineage = lineage_of(model.config, model_args, data_args, stage="sft", template=template, flags=parser.given)
 
     # ------------------------------------------------------------ train
     flag = "--packing" if sft_args.packing else "--padding_free" if sft_args.padding_free else None
@@ -153,25 +132,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         args=training_args,
         data_collator=Collator(tokenizer.pad_token_id, padding_free=flag is not None),
         train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        eval_dataset=data.eval,
         texts_of_row=TextsOfRow("dialogue", f"{flag} False gives each a row of its own") if flag else None,
         processing_class=tokenizer,
     )
-    facts = {"model": f"{model_args.model_name_or_path}: {describe_trainable(model)}"}
-    facts |= {"template": sft_args.template_name or "the tokenizer's own"} | data.facts
+    facts = {"model": f"{path}: {describe_trainable(model)}"}
+    facts |= {"template": template or "the tokenizer's own"} | data.facts
     log_facts(trainer, facts)
     logger.info(f"the first example, learned tokens between « and »:\n{example}")
     if training_args.do_train and is_finished(trainer, lineage, checkpoint):
         return {}
-    keeper = (
-        train(trainer, lineage, checkpoint, run_args.logging_dir, run_args.max_bad_steps)
-        if training_args.do_train
-        else None
-    )
+    keeper = train(trainer, lineage, checkpoint, run_args)
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)
-    flags = f"--base_model {base_model} --lora_model {best}" if lora_args.use_peft else f"--base_model {best}"
+    flags = f"--base_model {lineage.base_model} --lora_model {best}" if lora_args.use_peft else f"--base_model {best}"
     return finish_run(trainer, keeper, next_command=f"{Path(sys.executable).name} inference.py {flags}")
 
 

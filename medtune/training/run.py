@@ -15,8 +15,16 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
+from medtune.arguments import RunArguments
 from medtune.models.lineage import Lineage
-from medtune.training.checkpoints import BEST, no_other_run, read_state, recorded_attributes, refuse_other_settings
+from medtune.training.checkpoints import (
+    BEST,
+    find_checkpoint,
+    no_other_run,
+    read_state,
+    recorded_attributes,
+    refuse_other_settings,
+)
 from medtune.training.guards import AdapterMovementCheck, BadSteps
 from medtune.training.interruption import NothingLeftError, StoppedInEvaluationError, StopSignals, exit_interrupted
 from medtune.training.keeper import CheckpointKeeper
@@ -35,8 +43,8 @@ from medtune.training.processes import leave_process_group
 from medtune.training.steps import check_disk, count_steps, data_settings
 
 
-def start_run(stage: str, training_args: TrainingArguments, notes: list[str]) -> None:
-    """Set up the log (main process only) and the seeds, and say what runs on what.
+def start_run(stage: str, training_args: TrainingArguments, run_args: RunArguments, notes: list[str]) -> str | None:
+    """Set up the log (main process only) and the seeds, say what runs on what, and find the checkpoint to resume from.
 
     Args:
         notes: what the parser did otherwise than the command says.
@@ -58,6 +66,7 @@ def start_run(stage: str, training_args: TrainingArguments, notes: list[str]) ->
     logger.info(f"{stage}: {training_args.world_size} process(es) on {device_name(training_args)}")
     for line in [*notes, *version_notes()]:
         logger.info(line)
+    return find_checkpoint(training_args, run_args.overwrite_output_dir)
 
 
 def _start_deepspeed_on_the_cpu() -> None:
@@ -101,21 +110,21 @@ def train(
     trainer: Trainer,
     lineage: Lineage,
     checkpoint: str | None,
-    logging_dir: str | None = None,
-    max_bad_steps: int = 3,
-) -> CheckpointKeeper:
-    """Train with the callbacks of this module and write `train_results.json`.
+    run_args: RunArguments,
+) -> CheckpointKeeper | None:
+    """Train with the callbacks of this room and write `train_results.json`; None without --do_train.
 
     Args:
         lineage: recorded in every checkpoint.
-        checkpoint: what `find_checkpoint` returned.
-        logging_dir: of TensorBoard's events; None for runs/ in the output folder.
-        max_bad_steps: bad steps in a row that stop the run.
+        checkpoint: what `start_run` returned.
 
     Exits with 128 + signal number when a signal stopped the run after its checkpoint was saved. Raises UserError
     where memory or disk are full, or too many steps are bad.
     """
+    if not trainer.args.do_train:
+        return None
     check_disk(trainer)
+    logging_dir = run_args.logging_dir  # of TensorBoard's events; None for runs/ in the output folder
     # Trainer then keeps the best loss in its state, which a resumed run reads.
     trainer.args.metric_for_best_model = "eval_loss"
     trainer.args.greater_is_better = False
@@ -130,7 +139,7 @@ def train(
     stop = StopSignals(trainer)
     keeper = CheckpointKeeper(trainer, lineage, stop)
     movement_check = AdapterMovementCheck()
-    bad_steps = BadSteps(trainer, max_bad_steps, movement_check)
+    bad_steps = BadSteps(trainer, run_args.max_bad_steps, movement_check)
     for callback in (ProgressLines(), movement_check, bad_steps, keeper, stop):
         trainer.add_callback(callback)
     if checkpoint:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from medtune.arguments import RunArguments
 from medtune.errors import UserError
 from medtune.training import log
 from medtune.training.causal_lm_trainer import CausalLMConfig
@@ -27,7 +28,7 @@ def arguments(tmp_path):
 def test_versions_other_than_the_tested_ones_are_named(arguments, capfd, monkeypatch):
     found = {"torch": "2.13.0+cu130", "transformers": "5.23.0"}
     monkeypatch.setattr(log, "version", lambda package: found.get(package, "1.0"))
-    start_run("a stage", arguments(), ["a note"])
+    start_run("a stage", arguments(), RunArguments(), ["a note"])
     lines = capfd.readouterr().err
     assert "a note" in lines
     assert "transformers 5.23.0 (tested: 5.24.0)" in lines
@@ -36,7 +37,7 @@ def test_versions_other_than_the_tested_ones_are_named(arguments, capfd, monkeyp
 
 
 def test_progress_line_has_all_that_tail_needs(arguments, capfd):
-    start_run("a stage", arguments(), [])
+    start_run("a stage", arguments(), RunArguments(), [])
     lines, state = ProgressLines(), SimpleNamespace(global_step=1, max_steps=111, epoch=0.5, is_world_process_zero=True)
     for step in range(1, 13):
         state.global_step = step
@@ -52,7 +53,7 @@ def test_progress_line_has_all_that_tail_needs(arguments, capfd):
 def test_other_processes_are_silent(arguments, capfd, monkeypatch):
     training_args = arguments()
     monkeypatch.setattr(type(training_args), "process_index", 1)
-    start_run("a stage", training_args, ["a note"])
+    start_run("a stage", training_args, RunArguments(), ["a note"])
     assert "a note" not in capfd.readouterr().err
 
 
@@ -122,7 +123,7 @@ def test_adapter_check_waits_for_the_warm_up():
     [(0.1, 3.0, False), (0.1, 3.2, True), (5.0, 9.9, False), (5.0, 10.1, True), (-0.5, 2.4, False), (-0.5, 2.6, True)],
 )
 def test_a_loss_explodes_by_factor_and_by_nats(arguments, capfd, largest, loss, is_bad):
-    start_run("a stage", arguments(), [])
+    start_run("a stage", arguments(), RunArguments(), [])
     trainer = SimpleNamespace(training_step=lambda model, inputs: inputs["loss"], _get_learning_rate=lambda: 1e-3)
     bad_steps = BadSteps(trainer, 3, AdapterMovementCheck())
     model, state = TwoMatrices(1.0), SimpleNamespace(global_step=0)
