@@ -132,7 +132,7 @@ class SparseHead:
             return figures.to(mask.device)
         head = partial(own_logits, self.model, self.output_class)
         with self.autocast():
-            of_later = in_chunks(head, later, ids[len(logits) :].to(later.device), compute)
+            of_later = in_chunks(head, later, ids[len(logits) :].to(later.device), compute, CHUNK_POSITIONS)
         return torch.cat([figures.to(mask.device), of_later.to(mask.device)], dim=1)
 
     def logps(

@@ -104,7 +104,7 @@ class StageTrainer(Trainer):
             text_config.output_router_logits = False  # a model would add its routers' loss to ours
         if args.gradient_checkpointing and isinstance(model, PeftModel):
             if _zero_stage(args) == 3:
-                # DeepSpeed 0.19 releases an adapter's weights before the other kind computes with them again.
+                # The other kind fails with PEFT under ZeRO-3: https://github.com/huggingface/trl/issues/2514.
                 args.gradient_checkpointing_kwargs = {
                     **(args.gradient_checkpointing_kwargs or {}),
                     "use_reentrant": True,
