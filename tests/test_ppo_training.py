@@ -662,7 +662,12 @@ def test_what_other_stages_are_told_is_noted(monkeypatch):
 def test_docs_name_places_that_exist():
     table = (ROOT / "docs/ppo.md").read_text(encoding="utf-8").partition("## Implementation details")[2]
     places = re.findall(r"^\| .*? \| (`.*?) \|", table.partition("## Flags")[0], re.MULTILINE)
-    files = [ROOT / "ppo_training.py", ROOT / "medtune/models/logps.py", *ROOT.glob("medtune/rl/*.py")]
+    files = [
+        ROOT / "ppo_training.py",
+        ROOT / "medtune/models/logps.py",
+        *ROOT.glob("medtune/rl/*.py"),
+        ROOT / "medtune/models/logps.py",
+    ]
     code = "".join(path.read_text(encoding="utf-8") for path in files)
     assert len(places) > 15
     for name in re.findall(r"`([\w.]+)`", " ".join(places)):
