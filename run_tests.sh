@@ -25,4 +25,4 @@ ruff check .
 ruff format --check .
 shellcheck "${shell_scripts[@]}"
 for script in "${shell_scripts[@]}"; do bash -n "$script"; done
-python -m pytest -n auto --dist loadfile --durations 20 "${selection[@]}" "${pytest_args[@]}"
+python -m pytest -n auto --maxprocesses 8 --dist loadfile --durations 20 "${selection[@]}" "${pytest_args[@]}"
