@@ -124,7 +124,7 @@ def stream_blocks(files: Sequence[Path], encoder: DocumentEncoder, on_bad_data: 
             except Unusable as fault:
                 bad = BadRecord(result.source, fault.reason, fault.detail)
                 if on_bad_data == "error":
-                    raise UserError(f"{bad}; mend it, or go on without: --on_bad_data drop") from None
+                    raise UserError(f"{bad}; fix it, or go on without: --on_bad_data drop") from None
                 logger.warning(f"left out: {bad}")
         if waiting["input_ids"]:
             *whole, tail = rows_of(encoder.blocks(waiting))

@@ -43,7 +43,7 @@ def cpu_reason(use_cpu: bool) -> str:
     # The driver's file of the first GPU. So it is after an update of the driver, until the machine is restarted.
     if Path("/dev/nvidia0").exists():
         raise UserError(
-            f"there is a GPU (/dev/nvidia0) but nvidia-smi fails: {fault}; restart the machine or mend its driver; "
+            f"there is a GPU (/dev/nvidia0) but nvidia-smi fails: {fault}; restart the machine or fix its driver; "
             f"{WITHOUT}"
         )
     return f"no CUDA device (nvidia-smi: {fault})"

@@ -1,4 +1,4 @@
-"""The exceptions that mean "the user can mend this", and how a script ends: on one, by signals, with its launcher."""
+"""The exceptions that mean "the user can fix this", and how a script ends: on one, by signals, with its launcher."""
 
 import atexit
 import ctypes
@@ -31,7 +31,7 @@ for name, line in MISLEADING.items():
 
 
 class UserError(ValueError):
-    """A mistake the user can mend, as one line: what is wrong, where (`file:line` or flag), what to do."""
+    """A mistake the user can fix, as one line: what is wrong, where (`file:line` or flag), what to do."""
 
 
 class Unusable(Exception):  # noqa: N818 - it ends one record, not the run

@@ -6,7 +6,7 @@
 
 Reads what a stage reads, dialogues, preference pairs or pretraining text, and prints each fault as file:line, then
 copies, training questions that the evaluation asks too, lengths, what the limit would cut, languages, and the shortest
-and longest replies. Nothing is changed; scripts/preprocess_data.py mends much of it.
+and longest replies. Nothing is changed; scripts/preprocess_data.py fixes much of it.
 
 Exit code 0: a stage can train on it. 1: it would refuse a record, questions of the evaluation are trained on, or
 nothing fits the limit. 2: a mistake in the command.
@@ -327,12 +327,12 @@ def describe(found: Survey, unit: str, evaluation: Evaluation | None) -> Iterato
 
 
 def verdict(found: Survey, evaluation: Evaluation | None) -> list[str]:
-    """What must be mended, none if the data can be trained on."""
+    """What must be fixed, none if the data can be trained on."""
     report, wrong = found.report, []
     faults = report.dropped + (evaluation.report.dropped if evaluation else Counter())
     if faults:
         way_out = "" if UNREADABLE in faults else ", or start the stage with --on_bad_data drop"
-        wrong.append(f"{faults.total():,} faults, listed above: mend them{way_out}")
+        wrong.append(f"{faults.total():,} faults, listed above: fix them{way_out}")
     if not report.kept:
         wrong.append("no record can be used")
     elif found.over_limit.count == report.kept:
@@ -345,7 +345,7 @@ def verdict(found: Survey, evaluation: Evaluation | None) -> list[str]:
 
 
 def advice(found: Survey) -> list[str]:
-    """What preprocess_data.py would mend, in a line."""
+    """What preprocess_data.py would fix, in a line."""
     parts = []
     if found.copies.count + found.near_copies.count:
         parts.append("leaves out copies and near copies")

@@ -42,7 +42,7 @@ def explain_load_errors(path: str, flag: str) -> Iterator[None]:
         raise UserError(f"{flag} {path}: {reason}") from error
 
 
-class NamingFile:
+class explain_bad_file:  # noqa: N801 - called as a function, as contextlib.suppress is
     """Turns what a loader raises over the values in a local folder's file into one line with the file's name.
 
     As a class, because `tokenizers` raises bare Exception, which is caught by no narrower name.

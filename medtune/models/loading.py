@@ -21,7 +21,7 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 
 from medtune.errors import UserError
 from medtune.models.lineage import is_adapter, tokenizer_source
-from medtune.models.load_errors import NO_TOKENIZER, NamingFile, explain_load_errors
+from medtune.models.load_errors import NO_TOKENIZER, explain_bad_file, explain_load_errors
 from medtune.models.model_files import ADAPTER_WEIGHTS, WEIGHTS_INDEX, check_model_files, indexed_files
 
 
@@ -38,7 +38,7 @@ def load_tokenizer(
         path, flag = named, "--tokenizer_name_or_path"
     source = tokenizer_source(path)
     with (
-        NamingFile(source, flag, "tokenizer.json, tokenizer_config.json or config.json"),
+        explain_bad_file(source, flag, "tokenizer.json, tokenizer_config.json or config.json"),
         explain_load_errors(source, flag),
     ):
         tokenizer = AutoTokenizer.from_pretrained(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
@@ -57,7 +57,7 @@ def load_tokenizer(
 
 def load_config(path: str, *, flag: str = "--model_name_or_path", **hub_options) -> PretrainedConfig:
     """The configuration of a model (not an adapter), without its weights."""
-    with NamingFile(path, flag, "config.json"), explain_load_errors(path, flag):
+    with explain_bad_file(path, flag, "config.json"), explain_load_errors(path, flag):
         return AutoConfig.from_pretrained(path, **hub_options)
 
 

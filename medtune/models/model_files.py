@@ -75,7 +75,7 @@ def _fault_of(file: Path) -> str:
 
 @cache
 def _json_fault(file: Path, changed_at: int) -> str:
-    """Why a file holds no JSON object with what it needs; `changed_at` so that one that was mended is read again."""
+    """Why a file holds no JSON object with what it needs; `changed_at` so that one that was fixed is read again."""
     again = "copy or download it again"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

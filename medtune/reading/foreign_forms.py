@@ -293,7 +293,7 @@ class ForeignReader:
         for source, record in read_raw(path, encoding):
             if isinstance(record, Unusable) and record.reason == "not UTF-8":
                 reason = record.reason if encoding == UTF8 else f"not {encoding}"
-                record = Unusable(reason, "a byte has no meaning there; mend it, or name the file's --encoding")
+                record = Unusable(reason, "a byte has no meaning there; fix it, or name the file's --encoding")
             rows = rows_of(record)
             if rows is None:
                 yield source, record

@@ -82,7 +82,7 @@ def _read_json_list(chunks: Iterator[str], name: str, needs_commas: bool = True)
         if fault := text.utf8_fault():  # a GBK character may hold the byte of a backslash
             raise UserError(f"{name}:{text.line_of(error.pos)}: {fault.reason}: {fault.detail}") from None
         raise UserError(
-            f"{name}:{text.line_of(error.pos)}: broken JSON: {error.msg} (column {text.column_of(error.pos)}); mend "
+            f"{name}:{text.line_of(error.pos)}: broken JSON: {error.msg} (column {text.column_of(error.pos)}); fix "
             "it, the rest of the file cannot be read"
         ) from None
     except UnicodeDecodeError:

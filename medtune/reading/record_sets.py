@@ -90,7 +90,7 @@ def load_records(
         listed = "" if n_bad <= 10 else "; the first ten"
         hint = "no record can be used"
         if records:
-            hint = "mend them" + (", or go on without them: --on_bad_data drop" if on_bad_data else "")
+            hint = "fix them" + (", or go on without them: --on_bad_data drop" if on_bad_data else "")
         raise UserError("\n".join([f"{n_bad} of {report.read} records are bad{listed}:", *first_bad, hint]))
     return records, report
 

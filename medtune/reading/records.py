@@ -68,7 +68,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that cannot be used: where it stands, a category to count by, and what to mend."""
+    """A record that cannot be used: where it stands, a category to count by, and what to fix."""
 
     source: str
     reason: str

@@ -183,7 +183,7 @@ def encode_records(
     faults = [line for reason, lines in report.examples.items() if reason not in OVER_LIMIT for line in lines]
     if faults and on_bad_data == "error":
         n_bad = sum(count for reason, count in report.dropped.items() if reason not in OVER_LIMIT)
-        hint = "mend them, or go on without them: --on_bad_data drop"
+        hint = "fix them, or go on without them: --on_bad_data drop"
         raise UserError(
             "\n  ".join([f"{n_bad} of {report.read} {encoder.kind} are bad, such as", *faults]) + f"\n{hint}"
         )

@@ -432,18 +432,17 @@ def test_nothing_to_read_is_an_error_that_names_the_flag():
         (
             "d.json",
             f'[\n{GOOD},\n{{"question": "a" "answer": "b"}},\n{GOOD}]',
-            "d.json:3: broken JSON: Expecting ',' delimiter (column 18); mend it, the rest of the file cannot be read",
+            "d.json:3: broken JSON: Expecting ',' delimiter (column 18); fix it, the rest of the file cannot be read",
         ),
         (
             "d.json",
             f"[{GOOD}\n{GOOD}]",
-            "d.json:2: broken JSON: Expecting ',' or ']' (column 1); mend it, the rest of the file cannot be read",
+            "d.json:2: broken JSON: Expecting ',' or ']' (column 1); fix it, the rest of the file cannot be read",
         ),
         (
             "d.jsonl",
             f"[{GOOD}]\n{GOOD}",
-            "d.jsonl:2: broken JSON: Text after the list's end (column 1); mend it, "
-            "the rest of the file cannot be read",
+            "d.jsonl:2: broken JSON: Text after the list's end (column 1); fix it, the rest of the file cannot be read",
         ),
         (
             "d.csv",
@@ -762,7 +761,7 @@ def test_bad_records_stop_the_run_with_the_first_ten_and_the_count():
     assert lines[0] == "12 of 14 records are bad; the first ten:"
     assert lines[1] == "  d.jsonl:2: empty reply: turn 2 (assistant) is empty; write it or delete the record"
     assert [line.split(": ")[0] for line in lines[1:-1]] == [f"  d.jsonl:{n}" for n in range(2, 12)]
-    assert lines[-1] == "mend them, or go on without them: --on_bad_data drop"
+    assert lines[-1] == "fix them, or go on without them: --on_bad_data drop"
 
 
 def test_dropped_records_are_counted_by_reason():

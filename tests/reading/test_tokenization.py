@@ -571,7 +571,7 @@ def test_faults_stop_the_run_or_are_counted(qwen, request):
     assert first == "2 of 3 dialogues are bad, such as"
     assert bad[0].startswith("  d.jsonl:2: message 2 (assistant) holds <|im_end|>, which the model takes for")
     assert bad[1].startswith("  d.jsonl:3: the chat template refuses the dialogue: template chatml has no place for")
-    assert hint == "mend them, or go on without them: --on_bad_data drop"
+    assert hint == "fix them, or go on without them: --on_bad_data drop"
     dataset, report = tokenize(chatml, dialogues_of(BAD), on_bad_data="drop")
     assert len(dataset) == 1
     assert report.summary() == "kept 1 of 3 (1 control token, 1 not renderable)"

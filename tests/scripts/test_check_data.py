@@ -88,7 +88,7 @@ def test_every_fault_is_printed_with_file_and_line(check, write_jsonl):
     assert "is 'conversation' meant as 'conversations'?" in printed[9]
     assert printed[-1].startswith("in/a.jsonl:34: broken JSON: ")
     assert value_of(lines, "records") == "kept 3 of 34 (28 no reply, 1 empty reply, 1 unknown keys, 1 broken JSON)"
-    assert lines[-1] == "wrong: 31 faults, listed above: mend them, or start the stage with --on_bad_data drop"
+    assert lines[-1] == "wrong: 31 faults, listed above: fix them, or start the stage with --on_bad_data drop"
 
 
 def test_after_a_file_that_cannot_be_read_on_come_the_others(check, write_jsonl, tmp_path):
@@ -104,7 +104,7 @@ def test_after_a_file_that_cannot_be_read_on_come_the_others(check, write_jsonl,
     assert any(line.startswith("in/d.jsonl.gz: unreadable: not a whole gzip file") for line in lines)
     assert "in: dialogues in 4 files" in lines
     assert value_of(lines, "records") == "kept 3 of 6 (3 unreadable)"
-    assert lines[-1] == "wrong: 3 faults, listed above: mend them"
+    assert lines[-1] == "wrong: 3 faults, listed above: fix them"
 
 
 def test_nothing_usable_is_wrong(check, write_jsonl):

@@ -1,4 +1,4 @@
-"""Bad days: runs that are killed, stopped, out of disk or memory, or go wrong, and what is left of them."""
+"""Reliability: runs that are killed, stopped, out of disk or memory, or go wrong, and what is left of them."""
 
 import errno
 import importlib
