@@ -113,7 +113,7 @@ def check_same_start(checkpoint: str | None, path: str) -> None:
 
 
 class GreedySamples:
-    """Greedy replies to the first questions of the evaluation data, logged; how they end and repeat themselves."""
+    """Logs greedy replies to the first evaluation questions, and measures whether they end and repeat themselves."""
 
     def __init__(
         self,
@@ -145,8 +145,8 @@ class GreedySamples:
         }
 
 
-def fall(values: Sequence[float]) -> float | None:
-    """By what share the values have fallen in the last N_FALLS steps, None unless each step was a fall."""
+def relative_fall(values: Sequence[float]) -> float | None:
+    """The share by which the values fell over the last N_FALLS steps; None unless each step was a fall."""
     last = values[-N_FALLS - 1 :]
     if len(last) <= N_FALLS or any(later >= earlier for earlier, later in pairwise(last)):
         return None
@@ -154,7 +154,7 @@ def fall(values: Sequence[float]) -> float | None:
 
 
 class DegenerationAlarm(TrainerCallback):
-    """Warns where the chosen replies become unlikely too, or samples go round in circles; rewards show neither.
+    """Warns if the chosen replies become less likely or samples repeat themselves; rewards show neither.
 
     See Razin et al. 2024, https://arxiv.org/abs/2410.08847.
     """
@@ -165,12 +165,12 @@ class DegenerationAlarm(TrainerCallback):
         if args.has_reference and evaluated:
             # Where the policy started, since a reward is beta x (logp - ref_logp).
             values.insert(0, values[0] - evaluated[0]["eval_chosen_reward"] / args.beta)
-        share = fall(values)
+        share = relative_fall(values)
         if share is not None and share > TOO_DEEP_A_FALL:
-            shown = ", ".join(f"{value:.1f}" for value in values[-N_FALLS - 1 :])
+            values_text = ", ".join(f"{value:.1f}" for value in values[-N_FALLS - 1 :])
             logger.warning(
                 f"step {state.global_step}: the chosen replies become less likely from evaluation to evaluation "
-                f"(log-probs {shown}); lower --learning_rate, raise --beta, or add a term that holds them: "
+                f"(log-probs {values_text}); lower --learning_rate, raise --beta, or add a term that holds them: "
                 "--loss_type sigmoid sft"
             )
         n_repeating = metrics.get("eval_samples_repeating", 0)
@@ -225,16 +225,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     chat_template = load_chat_template(tokenizer, dpo_args.template_name)
 
     # ------------------------------------------------------------ data
-    read, encoder_class, collator_class, trainer_class = read_pairs, PairEncoder, PairCollator, PreferenceTrainer
+    read_records, encoder_class, collator_class, trainer_class = (
+        read_pairs,
+        PairEncoder,
+        PairCollator,
+        PreferenceTrainer,
+    )
     if training_args.is_unpaired:
-        read, encoder_class, collator_class, trainer_class = (
+        read_records, encoder_class, collator_class, trainer_class = (
             read_feedback,
             FeedbackEncoder,
             FeedbackCollator,
             KTOTrainer,
         )
     encoder = encoder_class(tokenizer, chat_template, dpo_args.max_source_length, dpo_args.max_target_length)
-    data = prepare_data(read, encoder, data_args, training_args, model_args.cache_dir)
+    data = prepare_data(read_records, encoder, data_args, training_args, model_args.cache_dir)
 
     # ------------------------------------------------------------ model
     model = load_for_training(path, **vars(lora_args), **model_args.loading_options)

@@ -102,7 +102,7 @@ class InferenceArguments:
 
 
 class Question(NamedTuple):
-    """What to answer; `record` says it in the output file, `reference` is the reply that the data has."""
+    """A question to answer; `record` goes into the output file, `reference` is the data's own reply."""
 
     messages: list[Message]
     tools: list[dict] | None
@@ -112,7 +112,7 @@ class Question(NamedTuple):
 
 
 def read_questions(data_file: str, system: str | None, ignore_keys: str | None = None) -> list[Question]:
-    """The questions of a .txt file, or the prompts of record files and their dialogues without the last replies."""
+    """The questions of a .txt file, or of record files: their prompts, and dialogues without the last reply."""
     if Path(data_file).suffix.lower() == ".txt":
         return list(read_question_lines(Path(data_file), system))
     files, _ = find_files(data_file, "--data_file")
@@ -160,9 +160,9 @@ def with_system(system: str | None, messages: list[Message]) -> list[Message]:
 def encode_questions(
     chat_model: ChatModel, questions: Sequence[Question], max_new_tokens: int, reports_cuts: bool = True
 ) -> list[list[int]]:
-    """The prompts' ids; the oldest exchanges are left out where the context is too short for all.
+    """The prompts' ids, without the oldest exchanges if the context is too short for all.
 
-    Raises UserError, with file:line, for a question that cannot be asked.
+    Raises UserError, with file:line, for a question that cannot be encoded.
     """
     prompts = []
     context = chat_model.context
@@ -246,31 +246,31 @@ class Asker(NamedTuple):
         return self.reward_model.score(rows, self.batch_size)
 
 
-def say(text: str = "", end: str = "\n") -> None:
+def print_text(text: str = "", end: str = "\n") -> None:
     sys.stdout.write(text + end)
     sys.stdout.flush()
 
 
 def print_replies(asker: Asker, questions: Sequence[Question], prompts: Sequence[list[list[int]]]) -> None:
     """Ask and print, question by question, the models one below the other."""
-    say(NOTICE)
+    print_text(NOTICE)
     answers = asker.ask(questions, prompts, asker.seed)
     for question, row in zip(questions, answers, strict=True):
-        say(f"\n{'-' * 60}\n问：{question.messages[-1]['content']}")
+        print_text(f"\n{'-' * 60}\n问：{question.messages[-1]['content']}")
         for chat_model, (reply, score) in zip(asker.models, row, strict=True):
-            say(f"{f'[{chat_model.name}] ' if len(row) > 1 else ''}答：{reply.text}")
-            say_if_cut(reply, asker.decoding)
+            print_text(f"{f'[{chat_model.name}] ' if len(row) > 1 else ''}答：{reply.text}")
+            print_if_cut(reply, asker.decoding)
             if score is not None:
-                say(f"[score {score:.3f}]")
+                print_text(f"[score {score:.3f}]")
     if asker.reward_model is not None:
-        say(f"\n{'-' * 60}")
+        print_text(f"\n{'-' * 60}")
         for chat_model, column in zip(asker.models, zip(*answers, strict=True), strict=True):
-            say(f"mean score of {chat_model.name}: {sum(score for _, score in column) / len(column):.3f}")
+            print_text(f"mean score of {chat_model.name}: {sum(score for _, score in column) / len(column):.3f}")
 
 
-def say_if_cut(reply: Reply, decoding: Decoding) -> None:
+def print_if_cut(reply: Reply, decoding: Decoding) -> None:
     if not reply.ended:
-        say(f"[cut at --max_new_tokens {decoding.max_new_tokens}]")
+        print_text(f"[cut at --max_new_tokens {decoding.max_new_tokens}]")
 
 
 def write_replies(
@@ -279,7 +279,7 @@ def write_replies(
     prompts: Sequence[list[list[int]]],
     file: TextIO,
 ) -> str:
-    """Answer in parts of some batches, each written when it is done: what a killed run leaves is whole lines.
+    """Answer some batches at a time and write them when done, so that a killed run leaves only whole lines.
 
     Returns how many replies there are.
     """
@@ -296,14 +296,14 @@ def write_replies(
                 on_progress=lambda done, start=start: show(n_models * start + done),
             )
             for question, row in zip(some, answers, strict=True):
-                said = [
+                outputs = [
                     {"output": reply.text, "ended": reply.ended} | ({} if score is None else {"score": score})
                     for reply, score in row
                 ]
                 if n_models > 1:
-                    named = zip(asker.models, said, strict=True)
-                    said = [{"replies": [{"model": chat_model.name} | reply for chat_model, reply in named]}]
-                record = question.record | {"reference": question.reference} | said[0]
+                    named = zip(asker.models, outputs, strict=True)
+                    outputs = [{"replies": [{"model": chat_model.name} | reply for chat_model, reply in named]}]
+                record = question.record | {"reference": question.reference} | outputs[0]
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 n_ended += sum(reply.ended for reply, _ in row)
             file.flush()
@@ -312,7 +312,7 @@ def write_replies(
 
 @contextmanager
 def progress_of(n_total: int) -> Iterator[Callable[[int], None]]:
-    """A function that takes the number of replies done: a bar on a terminal, otherwise a line now and then."""
+    """A function to call with the number of replies done; it shows a bar on a terminal, otherwise log lines."""
     start = last_line = time.monotonic()
 
     def log_line(n_done: int) -> None:
@@ -335,12 +335,12 @@ def progress_of(n_total: int) -> Iterator[Callable[[int], None]]:
 
 
 def chat(asker: Asker, system: str | None) -> None:
-    """Read a line, stream the reply, remember both; `/clear` forgets, `/exit` or the end of input leaves."""
+    """Chat line by line with streamed replies; `/clear` starts anew, `/exit` or the end of input leaves."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # one wrong byte does not end a chat
     if sys.stdin.isatty() and find_spec("readline"):
         import_module("readline")  # gives input() a line that can be edited
-    say(f"{NOTICE}\n/clear 清空对话 forgets, /exit 退出 leaves")
+    print_text(f"{NOTICE}\n/clear 清空对话 forgets, /exit 退出 leaves")
     turns: list[Message] = []
     while (line := read_line()) is not None:
         question = line.strip()
@@ -348,31 +348,31 @@ def chat(asker: Asker, system: str | None) -> None:
             break
         if question == "/clear":
             turns = []
-            say("对话已清空 The conversation is forgotten.")
+            print_text("对话已清空 The conversation is forgotten.")
             continue
         if question.startswith("/"):
-            say(f"{question}: 没有这个命令 no such command; /clear, /exit")
+            print_text(f"{question}: 没有这个命令 no such command; /clear, /exit")
             continue
         if question:
             turns = answer(asker, system, [*turns, {"role": "user", "content": question}])
 
 
 def read_line() -> str | None:
-    """The user's next line, None at the end of input; what comes from a file or pipe is printed too."""
+    """The user's next line, None at the end of input; input from a file or pipe is echoed."""
     if sys.stdin.isatty():
         try:
             return input("\n问：")
         except EOFError:
-            say()
+            print_text()
             return None
     line = sys.stdin.readline()
     if line.strip():
-        say(f"\n问：{line.strip()}")
+        print_text(f"\n问：{line.strip()}")
     return line or None
 
 
 def answer(asker: Asker, system: str | None, turns: list[Message]) -> list[Message]:
-    """Stream the reply to the last turn; the turns to go on with, without it where it cannot be asked."""
+    """Stream the reply to the last turn. Returns the turns with it, or without the last one if it failed."""
     (chat_model,) = asker.models
     tokenizer, chat_template, decoding = chat_model.tokenizer, chat_model.chat_template, asker.decoding
     try:
@@ -380,22 +380,22 @@ def answer(asker: Asker, system: str | None, turns: list[Message]) -> list[Messa
         messages = turns_to_answer(with_system(system, turns))
         prompt, n_left_out = encode_recent(tokenizer, chat_template, messages, room)
     except Unusable as unusable:
-        say(f"[{unusable.detail}]")
+        print_text(f"[{unusable.detail}]")
         return turns[:-1]
     if n_left_out:
-        say(f"[the context of {chat_model.context} tokens is full: the oldest {n_left_out} turns are forgotten]")
+        print_text(f"[the context of {chat_model.context} tokens is full: the oldest {n_left_out} turns are forgotten]")
         turns = turns[n_left_out:]
-    say("答：", end="")
+    print_text("答：", end="")
     with chat_model.in_use() as model:
         reply = stream_reply(
-            model, tokenizer, prompt, chat_model.stop_ids, decoding, on_text=lambda text: say(text, end="")
+            model, tokenizer, prompt, chat_model.stop_ids, decoding, on_text=lambda text: print_text(text, end="")
         )
-    say()
-    say_if_cut(reply, decoding)
+    print_text()
+    print_if_cut(reply, decoding)
     question = Question(with_system(system, turns), None, {}, None, "")
     for score in asker.scores([question], [reply]):
         if score is not None:
-            say(f"[score {score:.3f}]")
+            print_text(f"[score {score:.3f}]")
     # An empty reply is not remembered: training never shows one.
     return [*turns, {"role": "assistant", "content": reply.text}] if reply.text else turns[:-1]
 
@@ -450,7 +450,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except torch.cuda.OutOfMemoryError as error:
             raise UserError("out of GPU memory; in this order: a smaller --batch_size, --load_in_4bit True") from error
         except KeyboardInterrupt:
-            say()
+            print_text()
             if not inference_args.interactive:
                 logger.warning(f"interrupted{f'; the replies so far are in {output_file}.partial' if file else ''}")
                 sys.exit(130)

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter of any stage into its base model, and write it only if it still says the same.
+"""Merge a LoRA adapter of any stage into its base model, and write it only if the outputs agree.
 
 Input: the base model and the adapter's folder. An adapter trained on a 4-bit or 8-bit base merges into the unquantized
 one: merged into the quantized base, most of what it learned is rounded away.
@@ -132,7 +132,7 @@ def merge(model: PeftModel) -> PreTrainedModel:
 
 
 def untie_adapted_head(base: PreTrainedModel) -> None:
-    """Give the head weights of its own where LoRA changes it or the embedding, which share theirs in small models."""
+    """Untie the head from the embedding if LoRA changes one of them (small models share these weights)."""
     if base.get_output_embeddings() is None:
         return
     layers = [base.get_output_embeddings(), base.get_input_embeddings()]
@@ -145,7 +145,7 @@ def untie_adapted_head(base: PreTrainedModel) -> None:
 def stopping_generation_config(
     config: GenerationConfig, stop_ids: Sequence[int], pad_token_id: int
 ) -> GenerationConfig:
-    """The base's settings, with every stop id added: a server that reads them ends where training taught to end."""
+    """The base's generation config with every stop id, so that servers end replies where training did."""
     own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     config.eos_token_id = list(dict.fromkeys([*stop_ids, *(token for token in own if token is not None)]))
     config.pad_token_id = pad_token_id
@@ -171,7 +171,7 @@ def write_model(
 
 
 class Reference(NamedTuple):
-    """What the unmerged model says to one prompt: its largest logits at each position, or its score.
+    """The unmerged model's output for one prompt: its largest logits at each position, or its score.
 
     values: float32 [positions, k]; ids: int64 [positions, k].
     """
@@ -181,7 +181,7 @@ class Reference(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How far a model is from the references: share of agreeing positions, |difference| of their logits."""
+    """The difference of a model from the references: the share of agreeing positions, and |logit difference|."""
 
     agreement: float
     mean: float
@@ -239,7 +239,7 @@ def difference_from(
 
 
 def judge(merged: Difference, base: Difference, torch_dtype: str) -> None:
-    """Refuse a merged model that says something else, and say what rounding took from a small adapter.
+    """Refuse a merged model whose outputs differ, and warn if rounding lost much of a small adapter.
 
     Args:
         merged, base: how far the merged model and the bare base are from the adapter on its base.

@@ -154,7 +154,7 @@ class Turn(BaseModel, extra="allow"):
 
 
 class ChatRequest(BaseModel, extra="forbid"):
-    """A request; what OpenAI's interface knows besides and would change the reply is refused, not ignored."""
+    """A request; other OpenAI fields that would change the reply are refused, not ignored."""
 
     model: str | None = None
     messages: list[Turn] = Field(min_length=1)
@@ -203,7 +203,7 @@ class ChatRequest(BaseModel, extra="forbid"):
         )
 
     def seed_of_draws(self) -> int | None:
-        """The seed within the 32 bits that numpy takes; None without one, which -1 says in vLLM's interface."""
+        """The seed reduced to numpy's 32 bits; None for no seed, which is -1 in vLLM's interface."""
         return None if self.seed in (None, -1) else self.seed % 2**32
 
 
@@ -213,7 +213,7 @@ def _quote(value: object) -> str:
 
 
 def encode_request(chat_model: ChatModel, request: ChatRequest) -> tuple[list[int], Decoding]:
-    """The prompt's ids, those of training, and how to decode; HTTPException 400 for what cannot be answered."""
+    """The prompt's ids and the decoding; raises HTTPException 400 for a request that cannot be answered."""
     try:
         messages = turns_to_answer([turn.as_message() for turn in request.messages])
         refuse_control_tokens(chat_model.chat_template, messages, None)
@@ -240,7 +240,7 @@ class Abandoned(Exception):  # noqa: N818 - it ends one reply, nothing went wron
 
 
 class Replier:
-    """Generates on one thread, in the order of the requests: a model draws and is switched for one at a time."""
+    """Generates on one thread, in the order of the requests, since random state and adapters are shared."""
 
     def __init__(self, chat_model: ChatModel):
         self.chat_model = chat_model
@@ -313,7 +313,7 @@ def build_app(chat_model: ChatModel, name: str, api_key: str | None, allowed_ori
 
     @app.exception_handler(RequestValidationError)
     async def say_faults(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _error(HTTPStatus.BAD_REQUEST, "; ".join(map(_say_fault, error.errors())))
+        return _error(HTTPStatus.BAD_REQUEST, "; ".join(map(_describe_fault, error.errors())))
 
     @app.exception_handler(torch.cuda.OutOfMemoryError)
     async def say_out_of_memory(request: Request, error: torch.cuda.OutOfMemoryError) -> JSONResponse:
@@ -334,10 +334,10 @@ def build_app(chat_model: ChatModel, name: str, api_key: str | None, allowed_ori
             raise HTTPException(HTTPStatus.NOT_FOUND, f"no model {request.model} here; this server has {name}")
         prompt, decoding = encode_request(chat_model, request)
         pieces = replier.pieces(prompt, decoding, request.seed_of_draws())
-        said = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if request.stream:
             with_usage = bool((request.stream_options or {}).get("include_usage"))
-            return StreamingResponse(_events(pieces, said, len(prompt), with_usage), media_type="text/event-stream")
+            return StreamingResponse(_events(pieces, head, len(prompt), with_usage), media_type="text/event-stream")
         async for piece in pieces:
             if isinstance(piece, Reply):
                 choice = {
@@ -346,7 +346,7 @@ def build_app(chat_model: ChatModel, name: str, api_key: str | None, allowed_ori
                     "finish_reason": _finish_reason(piece),
                 }
                 usage = _usage(len(prompt), piece)
-                return said | {"object": "chat.completion", "choices": [choice], "usage": usage}
+                return head | {"object": "chat.completion", "choices": [choice], "usage": usage}
             if await http_request.is_disconnected():
                 await pieces.aclose()
                 raise HTTPException(499, "the client has gone")
@@ -360,8 +360,8 @@ def _error(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
 
 
-def _say_fault(fault: dict) -> str:
-    """A fault that pydantic found: field, value, what is supported."""
+def _describe_fault(fault: dict) -> str:
+    """Describe a pydantic error: field, value, and what is supported."""
     where = "".join(f"{part}: " for part in [".".join(map(str, fault["loc"][1:]))] if part)
     if fault["type"] == "value_error":  # raised here, and whole
         return where + str(fault["ctx"]["error"])
@@ -383,13 +383,13 @@ def _usage(n_prompt: int, reply: Reply) -> dict:
 
 
 async def _events(
-    pieces: AsyncIterator[str | Reply], said: dict, n_prompt: int, with_usage: bool
+    pieces: AsyncIterator[str | Reply], head: dict, n_prompt: int, with_usage: bool
 ) -> AsyncIterator[str]:
-    """Server-sent events in OpenAI's form; an error after the first one can only be said as an event."""
+    """Server-sent events in OpenAI's form; an error after the first event is sent as an event too."""
 
     def event(delta: dict, finish_reason: str | None = None, **more) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        chunk = said | {"object": "chat.completion.chunk", "choices": [choice]} | more
+        chunk = head | {"object": "chat.completion.chunk", "choices": [choice]} | more
         return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
     try:

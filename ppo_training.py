@@ -105,10 +105,10 @@ SHOWN_REPLIES = 2
 
 @dataclass
 class Targets:
-    """What an update learns of a rollout: [N, T] whitened advantages and returns, 0 outside the mask.
+    """The targets of an update: [N, T] whitened advantages and returns, 0 outside the mask.
 
     cliprange_value: how far a value may move from what it was.
-    figures: the update's figures of the log that are known before its first step.
+    figures: the update's log figures that are known before its first step.
     """
 
     advantages: torch.Tensor
@@ -149,9 +149,9 @@ def compute_targets(
 
 
 def ppo_update(run: Run, rollout: Rollout, ppo_args: PPOArguments) -> dict[str, float]:
-    """The epochs of optimizer steps on one rollout; returns the means over its tokens, all processes together.
+    """Run the epochs of optimizer steps on one rollout; returns means over its tokens, over all processes.
 
-    Raises UserError where a loss or gradient is not finite, or a matrix of the policy's adapter gets none.
+    Raises UserError if a loss or gradient is not finite, or a matrix of the policy's adapter gets no gradient.
     """
     roles, policy, value, update = run.roles, run.learners["policy"], run.learners["value"], run.state.global_step
     sum_over_processes = partial(run.accelerator.reduce, reduction="sum")
@@ -241,7 +241,7 @@ def train_ppo(
     sampling: Sampling,
     reward_texts: RewardTexts,
 ) -> None:
-    """The updates that are left: collect, alarm, update, record, evaluate, save.
+    """Run the remaining updates: collect, check, update, record, evaluate, save.
 
     Exits with 128 + signal number when a signal stopped the run after its checkpoint was saved.
     """

@@ -108,7 +108,7 @@ def stream_data(
 
 
 def stream_blocks(files: Sequence[Path], encoder: DocumentEncoder, on_bad_data: str) -> Iterator[dict]:
-    """The blocks of the whole text, batch by batch: what a batch leaves over begins the next one.
+    """The blocks of the whole text, batch by batch; the tokens left over begin the next batch.
 
     Raises UserError at the first bad record under "error"; the others are named in the log and left out.
     """
@@ -141,7 +141,7 @@ def rows_of(blocks: dict[str, list]) -> list[dict]:
 
 
 def last_tokens(documents: dict[str, list], n_tokens: int) -> dict[str, list]:
-    """The end of the joined documents: the last ones whole, and of the one before them what is left."""
+    """The last tokens of the joined documents: whole documents, and the rest of the one before them."""
     first = len(documents["input_ids"])
     while n_tokens > 0:
         first -= 1
@@ -153,7 +153,7 @@ def last_tokens(documents: dict[str, list], n_tokens: int) -> dict[str, list]:
 
 
 def needs_one_row(model: torch.nn.Module) -> bool:
-    """Whether a batch's blocks must be one row: FlashAttention (transformers 5.24) keeps documents apart only there."""
+    """Whether a batch must be one row: FlashAttention (transformers 5.24) separates documents only there."""
     return "flash" in model.config._attn_implementation
 
 

@@ -80,7 +80,7 @@ class RMArguments:
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> None:
-    """Pad with a token that no reply ends with, since a score is read at the last token that is not the pad token."""
+    """Choose a pad token that ends no reply, since the score is read at the last token that is not padding."""
     ends = set(stop_token_ids(tokenizer, chat_template))
     special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     never_last = [token for index, token in sorted(special.items()) if index not in ends]
@@ -99,7 +99,7 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplat
 
 
 def compare_with_length(metrics: dict[str, float]) -> None:
-    """Say how sure the accuracy is, and warn where the length of the replies alone tells as much as the model."""
+    """Log the accuracy's interval, and warn if the replies' length alone predicts as well as the model."""
     accuracy, n_pairs, longer_wins = (metrics[f"eval_{name}"] for name in ("accuracy", "pairs", "longer_wins"))
     low, high = wilson_interval(accuracy * n_pairs, n_pairs)
     logger.info(

@@ -1,4 +1,4 @@
-"""How a conversation becomes text: the named prompt templates, and which of the text is a reply to learn.
+"""Render conversations: the named prompt templates, and which part of the text is a reply to learn.
 
 Every template is a jinja chat template: a named one of this file, or the tokenizer's own. Saved with the
 tokenizer it makes a server render the text that training saw; and `ChatTemplate` finds the replies in
@@ -64,7 +64,7 @@ def _turns(
     finish: str = "",
     trim: bool = False,
 ) -> str:
-    """A format without tools, from one pattern a turn; `header` is what opens a reply and asks for one.
+    """A template without tools, from one pattern for each turn; `header` opens a reply.
 
     The system text is a turn of its own (`system`) or stands in the first user turn (`system_in_user`).
     """
@@ -379,7 +379,7 @@ _PROBE_CALL: list[Message] = [
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template, and what training and generation need to know of it, found in what it renders.
+    """A chat template and its properties for training and generation, found in the text that it renders.
 
     name: for messages.
     render: (messages, tools, add_generation_prompt) -> text.
@@ -398,7 +398,7 @@ class ChatTemplate:
         return self.render(messages, tools, True)
 
     def segments(self, messages: list[Message], tools: list[dict] | None = None) -> list[Segment]:
-        """The rendered conversation in pieces, every reply from the end of its prompt through its end token.
+        """The rendered conversation in segments; every reply runs from the end of its prompt through its end token.
 
         An eos token is added where the template writes no end token after the last reply.
         """

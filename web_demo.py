@@ -99,7 +99,7 @@ class _Closed(Exception):  # noqa: N818 - it ends a generation, nothing went wro
 
 
 def pieces_of(chat_model: ChatModel, prompt: list[int], decoding: Decoding, seed: int) -> Iterator[str | Reply]:
-    """Pieces of a reply as they come, then the reply; closing the iterator ends the generation."""
+    """Yield the pieces of a reply, then the reply; closing the iterator ends the generation."""
     items: queue.Queue[str | Reply | BaseException] = queue.Queue()
     closed = threading.Event()
 
@@ -126,7 +126,7 @@ def pieces_of(chat_model: ChatModel, prompt: list[int], decoding: Decoding, seed
 
 
 def answered(turns: list[Message]) -> list[Message]:
-    """The turns without a last question whose reply was stopped or came out empty: training never shows that."""
+    """The turns without a last question whose reply was stopped or empty, which training never shows."""
     if turns and not turns[-1]["content"]:
         turns = turns[:-1]
     return turns[:-1] if turns and turns[-1]["role"] == "user" else turns
@@ -139,7 +139,7 @@ class Panel:
     turns: list[Message]
     note: str = ""
 
-    def shown(self, partial: str | None = None) -> list[Message]:
+    def displayed_turns(self, partial: str | None = None) -> list[Message]:
         return self.turns if partial is None else [*self.turns, {"role": "assistant", "content": partial}]
 
 
@@ -151,7 +151,7 @@ def converse(
     decoding: Decoding,
     seed: int,
 ) -> Iterator[list[Message]]:
-    """Answer the panel's last turn: what is to be shown while the reply grows; then it is one of the turns."""
+    """Answer the panel's last turn: yields the turns to display while the reply grows, then adds it."""
     with_system: list[Message] = [{"role": "system", "content": system}] if system else []
     try:
         room = chat_model.context - decoding.max_new_tokens
@@ -160,30 +160,30 @@ def converse(
     except (Unusable, UserError) as error:
         panel.note = f"不能回答 cannot be asked: {error.detail if isinstance(error, Unusable) else error}"
         panel.turns = panel.turns[:-1]
-        yield panel.shown()
+        yield panel.displayed_turns()
         return
-    said = ""
+    partial = ""
     for piece in pieces_of(chat_model, prompt, decoding, seed):
         if isinstance(piece, Reply):
             break
-        said += piece
-        yield panel.shown(said)
+        partial += piece
+        yield panel.displayed_turns(partial)
     notes = [f"{piece.n_tokens} tokens" + ("" if piece.ended else "，已截断 cut")]
     if n_left_out:
         notes.append(f"最早的 {n_left_out} 条已略去 the oldest {n_left_out} turns were left out")
     if reward_model is not None:
         row = reward_model.encode([*with_system, *panel.turns], piece.text, piece.ended)
         notes.insert(0, f"得分 score {reward_model.score([row])[0]:.3f}")
-    panel.turns = panel.shown(piece.text)
+    panel.turns = panel.displayed_turns(piece.text)
     panel.note = "； ".join(notes)
-    yield panel.shown()
+    yield panel.displayed_turns()
 
 
 # ---------------------------------------------------------------- page
 
 
 def as_text(messages: list[Message]) -> list[dict]:
-    """The messages for a chat, which takes strings for HTML, without Markdown too, and cuts their indentation."""
+    """The messages as escaped text parts; Gradio takes strings for HTML and cuts their indentation."""
     return [
         {"role": message["role"], "content": [{"type": "text", "text": html.escape(message["content"], quote=False)}]}
         for message in messages
@@ -197,7 +197,7 @@ def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) ->
     def talk(
         question, left_name, right_name, system, temperature, top_p, max_new_tokens, seed, left_turns, right_turns
     ):
-        """Answer on the left, then on the right; the box is emptied once the question is taken."""
+        """Answer on the left, then on the right; the input box is cleared first."""
         # A box that nobody has touched sends None.
         question, system, seed = (question or "").strip(), (system or "").strip(), int(seed or 0)
         if not question:
@@ -209,14 +209,19 @@ def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) ->
             top_p=float(top_p) if temperature > 0 else 1.0,
         )
         panels = [Panel(answered(left_turns)), Panel(answered(right_turns))]
-        asked = [(panels[0], left_name)] + ([(panels[1], right_name)] if right_name != NO_SECOND else [])
-        for panel, _ in asked:
+        sides = [(panels[0], left_name)] + ([(panels[1], right_name)] if right_name != NO_SECOND else [])
+        for panel, _ in sides:
             panel.turns = [*panel.turns, {"role": "user", "content": question}]
-        shown = [panel.shown() for panel in panels]
-        for index, (panel, name) in enumerate(asked):
+        displayed = [panel.displayed_turns() for panel in panels]
+        for index, (panel, name) in enumerate(sides):
             for messages in converse(by_name[name], reward_model, system, panel, decoding, seed):
-                shown[index] = messages
-                yield "", *map(as_text, shown), *(panel.turns for panel in panels), *(panel.note for panel in panels)
+                displayed[index] = messages
+                yield (
+                    "",
+                    *map(as_text, displayed),
+                    *(panel.turns for panel in panels),
+                    *(panel.note for panel in panels),
+                )
 
     def forget():
         return [], [], [], [], "", ""

@@ -1,4 +1,4 @@
-"""Command-line flags: those that every stage honours, and a parser that never swallows one.
+"""Command-line flags of all stages, and a parser that never ignores one.
 
 The guide's commands were written for older libraries. Flags that transformers 5 renamed or dropped are
 translated to what they meant, each with one line in the log; a flag nobody knows is refused with the nearest known
@@ -171,7 +171,7 @@ RENAMED = {
 # Flags whose values no record keeps.
 SECRETS = {"--hub_token"}
 # Flags whose effect is settled here; the value that means something else is refused.
-SETTLED = {
+FIXED_FLAGS = {
     "--save_safetensors": (True, "weights are always written as safetensors"),
     "--use_fast_tokenizer": (True, "the tokenizer is always the fast one"),
     "--push_to_hub": (False, "nothing is uploaded"),
@@ -200,8 +200,8 @@ AT_LEAST = {
 class StageArgumentParser(HfArgumentParser):
     """HfArgumentParser that translates old flags, refuses unknown ones and explains itself in one line.
 
-    `notes` holds one line for each thing that was done otherwise than the command says, `given` the flags of the
-    command and their values as they were written, for the record; old names are translated, secrets left out.
+    `notes` has one line for each flag that was changed. `given` has the flags of the command and their values as
+        written, for the lineage, with old names translated and secrets left out.
     """
 
     def __init__(self, dataclass_types: Sequence[type]):
@@ -270,12 +270,12 @@ class StageArgumentParser(HfArgumentParser):
         return translated
 
     def _translate_flag(self, flag: str, values: list[str]) -> list[str]:
-        if flag in SETTLED:
-            meant, reason = SETTLED[flag]
-            wanted = _one_bool(flag, values)
-            if wanted is not meant:
-                raise UserError(f"{flag} {wanted} cannot be honoured: {reason}; leave the flag out")
-            self.notes.append(f"{flag} {wanted}: {reason}")
+        if flag in FIXED_FLAGS:
+            meant, reason = FIXED_FLAGS[flag]
+            requested = _one_bool(flag, values)
+            if requested is not meant:
+                raise UserError(f"{flag} {requested} cannot be honoured: {reason}; leave the flag out")
+            self.notes.append(f"{flag} {requested}: {reason}")
             return []
         if flag in self._option_string_actions:
             action = self._option_string_actions[flag]
@@ -305,7 +305,7 @@ class StageArgumentParser(HfArgumentParser):
 
     def _unknown_flag_message(self, unknown: list[str]) -> str:
         known = [option for option in self._option_string_actions if option.startswith("--") and "-" not in option[2:]]
-        known += [*RENAMED, *SETTLED, "--group_by_length"]
+        known += [*RENAMED, *FIXED_FLAGS, "--group_by_length"]
         flags = [word for word in unknown if word.startswith("-")]
         if not flags:
             return f"{' '.join(unknown)}: these words belong to no flag; quote values that contain blanks"
@@ -316,7 +316,7 @@ class StageArgumentParser(HfArgumentParser):
         return ". ".join(hints)
 
     def _settle_training_arguments(self, values: dict, given: set[str]) -> None:
-        """Decide what a flag leaves open: the device, the precision, when to evaluate, where logs go."""
+        """Set what the flags leave open: device, precision, evaluation strategy, trackers."""
         if "max_steps" not in values:  # of no stage
             return
         if not values["output_dir"]:
@@ -327,8 +327,8 @@ class StageArgumentParser(HfArgumentParser):
         if values["max_steps"] <= 0 and values["num_train_epochs"] <= 0:
             raise UserError(f"--num_train_epochs {values['num_train_epochs']}: give more than 0, or --max_steps")
         for name in ("output_dir", "cache_dir"):
-            if values.get(name) and (taken := _file_in_the_way(Path(values[name]))):
-                raise UserError(f"--{name} {values[name]}: {taken} is a file; name a folder")
+            if values.get(name) and (blocking_file := _file_in_the_way(Path(values[name]))):
+                raise UserError(f"--{name} {values[name]}: {blocking_file} is a file; name a folder")
         if values["resume_from_checkpoint"] is not None:
             values["resume_from_checkpoint"] = _flag_or_path(values["resume_from_checkpoint"])
         if "eval_strategy" not in given and values["do_eval"] and values["eval_steps"] is not None:
@@ -405,7 +405,7 @@ class StageArgumentParser(HfArgumentParser):
 
 
 def _one_bool(flag: str, values: list[str]) -> bool:
-    """The value of a boolean flag; none is True."""
+    """The value of a boolean flag; a flag without a value is True."""
     try:
         (text,) = values or ["True"]
         return string_to_bool(text)
@@ -423,7 +423,7 @@ def _check_json(flag: str, value: str) -> None:
 
 
 def _values_by_flag(argv: Sequence[str]) -> dict[str, str]:
-    """The words behind each flag, joined by blanks; of a flag given twice the last ones, as argparse takes them."""
+    """The values of each flag, joined by spaces; of a repeated flag the last ones, as in argparse."""
     values: dict[str, str] = {}
     flag = ""
     for word in argv:

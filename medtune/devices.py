@@ -23,9 +23,9 @@ WITHOUT = "--use_cpu True goes on without"
 
 
 def cpu_reason(use_cpu: bool) -> str:
-    """Why a run is on the CPU; "" where it has a GPU.
+    """Why a run is on the CPU; "" if it has a GPU.
 
-    Raises UserError where there are GPUs that torch cannot use and the CPU was not chosen.
+    Raises UserError if there are GPUs that torch cannot use and the CPU was not chosen.
     """
     if use_cpu:
         return "--use_cpu"
@@ -55,7 +55,7 @@ def are_hidden() -> bool:
 
 
 def add_use_cpu(parser: argparse._ActionsContainer, *other_names: str) -> None:
-    """The flag as transformers reads it: alone, or with a word for yes or no."""
+    """Add --use_cpu as transformers reads it: without a value, or with a boolean."""
     parser.add_argument(
         *("--use_cpu", *other_names),
         nargs="?",
@@ -94,7 +94,7 @@ def _names(listing: str) -> list[str]:
 
 
 def _unusable(listing: str) -> str:
-    """One line: what is there, what torch is, what keeps it from them and what to do."""
+    """One line: the GPUs, torch's build, why torch cannot use them, and what to do."""
     import torch
 
     names, table = Counter(_names(listing)), _nvidia_smi()

@@ -1,4 +1,4 @@
-"""The exceptions that mean "the user can fix this", and how a script ends: on one, by signals, with its launcher."""
+"""Errors that the user can fix, and how a script exits: on such an error, at a signal, with its launcher."""
 
 import atexit
 import ctypes
@@ -35,7 +35,7 @@ class UserError(ValueError):
 
 
 class Unusable(Exception):  # noqa: N818 - it ends one record, not the run
-    """Raised where one record cannot be used, in reading or in tokenizing it; becomes its `BadRecord`."""
+    """One record cannot be used, in reading or in tokenizing; turned into its `BadRecord`."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(reason, detail)
@@ -44,9 +44,9 @@ class Unusable(Exception):  # noqa: N818 - it ends one record, not the run
 
 
 def run_script(main: Callable[[], object]) -> NoReturn:
-    """Run a script's `main` and exit; a `UserError` ends it with its line and exit code 2 instead of a traceback.
+    """Run a script's `main` and exit; a `UserError` gives one line and exit code 2 instead of a traceback.
 
-    Ctrl-C ends it with 130 wherever nothing has to be saved.
+    Ctrl-C gives exit code 130 if nothing has to be saved.
     """
     _stop_with_launcher()
     code = _exit_code(main)
@@ -80,14 +80,14 @@ def _exit_code(main: Callable[[], object]) -> int:
         # By its name, since not every script imports torch.
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        said = f"error: out of memory: {str(error).splitlines()[0]}; {WHERE_NOTHING_TRAINS}"
-        print(said, file=sys.stderr, flush=True)
+        message = f"error: out of memory: {str(error).splitlines()[0]}; {WHERE_NOTHING_TRAINS}"
+        print(message, file=sys.stderr, flush=True)
         return 2
     return 0
 
 
 def _stop_with_launcher() -> None:
-    """Get SIGTERM where the launcher is killed (-9): its processes would write on into the folder of the next run."""
+    """Get SIGTERM if the launcher is killed (-9); otherwise this process would write into the next run's folder."""
     launcher = os.environ.get("LAUNCHER_PID")
     if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -96,7 +96,7 @@ def _stop_with_launcher() -> None:
 
 
 def end_at_next_signal(number: int) -> None:
-    """From a handler: the same signal ends the process when it comes again."""
+    """Called by a handler: the next signal of this kind ends the process."""
     first = time.monotonic()
 
     def end(number: int, frame: object) -> None:

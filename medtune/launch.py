@@ -42,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     script_and_flags = list(sys.argv[1:] if argv is None else argv)
     flags = read_flags(script_and_flags)
     on_cpu = flags.use_cpu or are_hidden()
-    wanted = os.environ.get("N_PROCESSES") or ("1" if on_cpu else str(count_gpus()))
-    if not wanted.isdecimal():
-        raise UserError(f"N_PROCESSES={wanted}: give a number of processes, one a GPU")
-    n_processes = max(int(wanted), 1)
+    requested = os.environ.get("N_PROCESSES") or ("1" if on_cpu else str(count_gpus()))
+    if not requested.isdecimal():
+        raise UserError(f"N_PROCESSES={requested}: give a number of processes, one a GPU")
+    n_processes = max(int(requested), 1)
     if flags.help or (n_processes == 1 and not is_one_of_several_nodes(os.environ) and not flags.deepspeed):
         os.execv(sys.executable, [sys.executable, *script_and_flags])
     cpu_reason(on_cpu)  # once, before as many processes meet it

@@ -24,7 +24,7 @@ from medtune.sample_data.evaluation import (
     build_exam,
     build_questions,
     build_safety,
-    said,
+    spoken_text,
 )
 from medtune.sample_data.knowledge import Knowledge, choose_unseen, read_knowledge, seeded
 from medtune.sample_data.learned import build_dialogues, build_documents, build_prompts
@@ -51,7 +51,7 @@ def build(knowledge: Knowledge) -> dict[str, str]:
     seeded("mix").shuffle(pairs)
     prompts = build_prompts(knowledge, unseen, dialogues)
 
-    learned = TrainingText([*documents, *map(said, [*dialogues, *pairs, *sample_pairs, *prompts])])
+    learned = TrainingText([*documents, *map(spoken_text, [*dialogues, *pairs, *sample_pairs, *prompts])])
     unseen_entries = [entry for entry in knowledge.entries if entry.fields["id"] in unseen]
     questions = build_questions(knowledge, seen_entries, learned.is_new)
     seeded("questions").shuffle(questions)
@@ -59,7 +59,7 @@ def build(knowledge: Knowledge) -> dict[str, str]:
 
     def is_new_pair(pair: dict) -> bool:
         is_repeated = replies & {pair["response_chosen"], pair["response_rejected"]}
-        without_history = said(pair | {"history": []})
+        without_history = spoken_text(pair | {"history": []})
         return not is_repeated and learned.is_new(pair["question"]) and learned.is_new(without_history)
 
     eval_pairs = build_pairs(knowledge, seen_entries, N_EVAL_PAIRS, "held_out", PROMPTS, "pair:held_out", is_new_pair)

@@ -34,7 +34,7 @@ RECORD_FILE = "tiny_model.json"
 
 
 def read_texts(data_dir: Path) -> list[str]:
-    """Every text to train on: the lines of .txt files, what is said in the records of .jsonl files.
+    """All texts to train on: the lines of .txt files, and the texts in the records of .jsonl files.
 
     What evaluates a model stays unseen by its tokenizer too.
     """
@@ -153,7 +153,7 @@ def build_model(tokenizer: "Qwen2Tokenizer", **overrides: Any) -> "Qwen2ForCausa
 def write_tiny_model(
     output_dir: str | Path, texts: list[str], seed: int = 42, vocab_size: int = VOCAB_SIZE, **overrides: Any
 ) -> bool:
-    """Write tokenizer and model into a folder; False where the same ones are there already.
+    """Write tokenizer and model into a folder; False if it already has the same ones.
 
     Raises UserError for a folder with other contents than an earlier tiny model.
     """

@@ -1,4 +1,4 @@
-"""Say everything that is wrong with training data before a GPU is rented for it.
+"""Report every fault of training data before a GPU is rented for it.
 
     python scripts/check_data.py --dir data/finetune
     python scripts/check_data.py --dir data/finetune_processed/train --eval_dir data/finetune_processed/validation \\
@@ -63,8 +63,8 @@ def replies_of(record: Record) -> list[Reply]:
     elif isinstance(record, Pair):
         texts = [record.chosen, record.rejected]
     else:
-        said = (message for message in record.messages if message["role"] == "assistant")
-        texts = [message["content"] for message in said if message["content"]]
+        replies = (message for message in record.messages if message["role"] == "assistant")
+        texts = [message["content"] for message in replies if message["content"]]
     return [Reply(len(text), record.source, " ".join(text[:60].split())) for text in texts]
 
 
@@ -74,7 +74,7 @@ _LETTER = re.compile(r"[^\W\d_]")
 
 
 def language_of(text: str) -> str:
-    """zh, en or other, by what most of it is: Chinese characters, words of ASCII letters, other letters."""
+    """zh, en or other, by the majority: Chinese characters, words of ASCII letters, or other letters."""
     rest, n_chinese = _HAN.subn("", text)
     rest, n_english = _ENGLISH_WORD.subn("", rest)
     n_other = len(_LETTER.findall(rest))
@@ -83,14 +83,14 @@ def language_of(text: str) -> str:
 
 
 class Measured(NamedTuple):
-    """The length of a record, and what in it is over a limit."""
+    """The length of a record, and which part of it is over a limit."""
 
     length: int
     over: str = ""
 
 
 def measure_by(args: argparse.Namespace, kind: Kind, reading: Reading) -> Callable[[Record], Measured]:
-    """Measures in tokens, or without a tokenizer in characters. What it returns raises Unusable for a fault."""
+    """A function that measures in tokens (without a tokenizer in characters) and raises Unusable for a fault."""
     if not args.tokenizer:
         return lambda record: Measured(len(words_of(record)))
     from medtune.models.loading import load_tokenizer
@@ -120,7 +120,7 @@ def measure_by(args: argparse.Namespace, kind: Kind, reading: Reading) -> Callab
 
 
 def read_all(kind: Kind, files: Sequence[Path], reading: Reading) -> Iterator[Record | BadRecord]:
-    """Every result of every file; one whose rest cannot be read is a fault and not the end."""
+    """All results of all files; if the rest of a file cannot be read, that is one fault, and the next follows."""
     for path in files:
         try:
             yield from READERS[kind]([path], reading)
@@ -130,7 +130,7 @@ def read_all(kind: Kind, files: Sequence[Path], reading: Reading) -> Iterator[Re
 
 
 class Sources:
-    """Where records came from, by number, in a temporary file: millions of names would fill the memory."""
+    """The sources of records by number, in a temporary file, since millions would fill the memory."""
 
     def __init__(self):
         self._file = TemporaryFile("w+", encoding="utf-8", newline="\n")  # noqa: SIM115 - open as long as this is
@@ -139,7 +139,7 @@ class Sources:
         self._file.write(f"{source}\n")
 
     def __getitem__(self, number: int) -> str:
-        """Reads the file from its start: for the few that are shown."""
+        """Reads the file from its start, for the few sources that are printed."""
         self._file.seek(0)
         line = next(islice(self._file, number, None))
         self._file.seek(0, 2)
@@ -240,37 +240,37 @@ def survey(
     near_duplicate_threshold: float,
     evaluation: "Evaluation | None",
 ) -> Survey:
-    """Read the files once and find what there is to find."""
-    found = Survey(kind, limits)
+    """Read the files once and survey their records."""
+    result = Survey(kind, limits)
     distinct, sources = Distinct(near_duplicate_threshold if near_duplicate_threshold < 1 else None), Sources()
     questions = Distinct(None)
-    for batch in usable_batches(kind, files, reading, measure, found.report):
+    for batch in usable_batches(kind, files, reading, measure, result.report):
         records = [record for record, _ in batch]
         for record, measured in batch:
-            found.add(record, measured)
+            result.add(record, measured)
         wholes = [record.text if isinstance(record, Document) else guide_line(record) for record in records]
         matches = distinct.keep(list(map(words_of, records)), exact=wholes)
-        asked = questions.keep([bare_text(question_of(record)) for record in records])
-        for record, match, asked_before in zip(records, matches, asked, strict=True):
+        questions_seen = questions.keep([bare_text(question_of(record)) for record in records])
+        for record, match, asked_before in zip(records, matches, questions_seen, strict=True):
             if match is None:
                 sources.add(record.source)
                 if asked_before and kind != "documents":
-                    found.asked_again.add()
+                    result.asked_again.add()
                 continue
-            copies = found.copies if match.is_copy else found.near_copies
+            copies = result.copies if match.is_copy else result.near_copies
             alike = "the same as" if match.is_copy else f"{match.share:.0%} like"
             copies.add(f"{record.source} is {alike} {sources[match.number]}" if copies.wants_more else "")
         if evaluation:
             for record, match in zip(records, evaluation.find(records), strict=True):
                 if match:
-                    overlap = found.overlap if match.is_copy else found.near_overlap
+                    overlap = result.overlap if match.is_copy else result.near_overlap
                     alike = "asks the same as" if match.is_copy else f"asks {match.share:.0%} of"
                     overlap.add(f"{record.source} {alike} {evaluation.sources[match.number]}")
-    return found
+    return result
 
 
 class Evaluation:
-    """The questions of the evaluation, for looking up those of the training in them."""
+    """The evaluation's questions, among which those of the training data are looked up."""
 
     def __init__(self, kind: Kind, threshold: float):
         self._known = Known(threshold, TEXT_SHINGLE if kind == "documents" else QUESTION_SHINGLE)
@@ -290,66 +290,66 @@ class Evaluation:
 
 
 def percentiles(lengths: Counter[int]) -> str:
-    """Lengths that occur, each with the share of records that are as long at most."""
+    """Percentiles of the lengths as text, each with the share of records up to this length."""
     shares = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
     shortest, *at, longest = lengths_at(lengths, (0, *shares, 1))
     listed = ", ".join(f"{share:.0%} up to {length:,}" for share, length in zip(shares, at, strict=True))
     return f"{listed}; shortest {shortest:,}, longest {longest:,}"
 
 
-def describe(found: Survey, unit: str, evaluation: Evaluation | None) -> Iterator[tuple[str, str]]:
+def describe(result: Survey, unit: str, evaluation: Evaluation | None) -> Iterator[tuple[str, str]]:
     """Name and value of each line of the report."""
-    n_usable, is_text = found.report.kept, found.kind == "documents"
-    yield "records", found.report.summary()
+    n_usable, is_text = result.report.kept, result.kind == "documents"
+    yield "records", result.report.summary()
     if not n_usable:
         return
     if not is_text:
-        n_questions = sum(number * count for number, count in found.n_questions.items())
-        parts = [f"{n_questions / n_usable:.2f} questions a record, at most {max(found.n_questions)}"]
-        parts += [f"{count / n_usable:.1%} {feature}" for feature, count in found.features.items()]
+        n_questions = sum(number * count for number, count in result.n_questions.items())
+        parts = [f"{n_questions / n_usable:.2f} questions a record, at most {max(result.n_questions)}"]
+        parts += [f"{count / n_usable:.1%} {feature}" for feature, count in result.features.items()]
         yield "turns", ", ".join(parts)
-    yield "copies", found.copies.describe(n_usable)
-    yield "near copies", found.near_copies.describe(n_usable)
+    yield "copies", result.copies.describe(n_usable)
+    yield "near copies", result.near_copies.describe(n_usable)
     if not is_text:
-        yield "asked again", f"with a question from before and another answer: {found.asked_again.describe(n_usable)}"
+        yield "asked again", f"with a question from before and another answer: {result.asked_again.describe(n_usable)}"
     if evaluation:
         yield "evaluation", evaluation.report.summary()
-        yield "overlap", f"the same question in both: {found.overlap.describe(n_usable)}"
-        yield "", f"nearly the same, see for yourself: {found.near_overlap.describe(n_usable)}"
-    yield unit, percentiles(found.lengths)
-    if found.limits:
-        yield "over the limit", f"of {found.limits}: {found.over_limit.describe(n_usable)}"
-    yield "languages", ", ".join(f"{name} {count / n_usable:.1%}" for name, count in found.languages.most_common())
-    for name, replies in (("shortest", found.shortest), ("longest", found.longest)):
+        yield "overlap", f"the same question in both: {result.overlap.describe(n_usable)}"
+        yield "", f"nearly the same, see for yourself: {result.near_overlap.describe(n_usable)}"
+    yield unit, percentiles(result.lengths)
+    if result.limits:
+        yield "over the limit", f"of {result.limits}: {result.over_limit.describe(n_usable)}"
+    yield "languages", ", ".join(f"{name} {count / n_usable:.1%}" for name, count in result.languages.most_common())
+    for name, replies in (("shortest", result.shortest), ("longest", result.longest)):
         for number, reply in enumerate(replies):
-            label = f"{name} {'texts' if is_text else 'replies'}" if number == 0 else ""
-            yield label, f"{reply.source}, {reply.length:,} characters: {reply.start}"
+            name_on_first = f"{name} {'texts' if is_text else 'replies'}" if number == 0 else ""
+            yield name_on_first, f"{reply.source}, {reply.length:,} characters: {reply.start}"
 
 
-def verdict(found: Survey, evaluation: Evaluation | None) -> list[str]:
-    """What must be fixed, none if the data can be trained on."""
-    report, wrong = found.report, []
+def verdict(result: Survey, evaluation: Evaluation | None) -> list[str]:
+    """What must be fixed; [] if a stage can train on the data."""
+    report, wrong = result.report, []
     faults = report.dropped + (evaluation.report.dropped if evaluation else Counter())
     if faults:
         way_out = "" if UNREADABLE in faults else ", or start the stage with --on_bad_data drop"
         wrong.append(f"{faults.total():,} faults, listed above: fix them{way_out}")
     if not report.kept:
         wrong.append("no record can be used")
-    elif found.over_limit.count == report.kept:
-        wrong.append(f"every record is over {found.limits}")
-    if found.overlap.count:
+    elif result.over_limit.count == report.kept:
+        wrong.append(f"every record is over {result.limits}")
+    if result.overlap.count:
         wrong.append(
-            f"{found.overlap.count:,} of the training records ask what the evaluation asks, which tests memory"
+            f"{result.overlap.count:,} of the training records ask what the evaluation asks, which tests memory"
         )
     return wrong
 
 
-def advice(found: Survey) -> list[str]:
+def advice(result: Survey) -> list[str]:
     """What preprocess_data.py would fix, in a line."""
     parts = []
-    if found.copies.count + found.near_copies.count:
+    if result.copies.count + result.near_copies.count:
         parts.append("leaves out copies and near copies")
-    if found.overlap.count + found.near_overlap.count:
+    if result.overlap.count + result.near_overlap.count:
         parts.append("splits so that no question is on both sides")
     return [f"scripts/preprocess_data.py {' and '.join(parts)}"] if parts else []
 
@@ -377,7 +377,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the faults, the survey and the verdict; leaves by SystemExit(1) where it is bad."""
+    """Print the faults, the survey and the verdict; raises SystemExit(1) if a stage cannot train on the data."""
     args = parse_args(argv)
     kind, files, unread = find_kind(args.dir, "--dir")
     notes = settle_token_flags(args, kind)
@@ -395,14 +395,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         evaluation = Evaluation(kind, args.split_threshold)
         evaluation.read(eval_kind, eval_files, Reading(args.ignore_keys), measure)
-    found = survey(kind, files, reading, measure, limits_of(args), args.near_duplicate_threshold, evaluation)
+    result = survey(kind, files, reading, measure, limits_of(args), args.near_duplicate_threshold, evaluation)
 
     print(f"{args.dir}: {kind} in {len(files)} file{'s' if len(files) > 1 else ''}")
-    for name, value in describe(found, "tokens" if args.tokenizer else "characters", evaluation):
+    for name, value in describe(result, "tokens" if args.tokenizer else "characters", evaluation):
         print(f"  {name:<18}{value}")
-    wrong = verdict(found, evaluation)
-    said = [f"wrong: {line}" for line in wrong] or ["verdict: a stage can train on this"]
-    print("\n".join([*unread_lines(unread), *reading.lines(), *notes, *advice(found), *said]))
+    wrong = verdict(result, evaluation)
+    conclusion = [f"wrong: {line}" for line in wrong] or ["verdict: a stage can train on this"]
+    print("\n".join([*unread_lines(unread), *reading.lines(), *notes, *advice(result), *conclusion]))
     if wrong:
         sys.exit(1)
 

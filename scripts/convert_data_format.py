@@ -32,7 +32,7 @@ ENDINGS = (".jsonl", ".jsonl.gz")
 
 
 def convert(reader: ForeignReader, files: list[Path], output: Path, overwrite: bool) -> Report:
-    """Write every usable record; UserError where none is."""
+    """Write every usable record; raises UserError if there is none."""
     report = Report()
     with new_text_file(output, "--output", overwrite) as file:
         for item in tqdm(reader.read(files), unit=" records", disable=None):
@@ -49,7 +49,7 @@ def convert(reader: ForeignReader, files: list[Path], output: Path, overwrite: b
 def nothing_kept(report: Report, reader: ForeignReader) -> str:
     if not report.read:
         return "--input: there are no records in it"
-    lines = [f"none of {report.read:,} records can be used:", *dropped_lines(report), *reader.found()]
+    lines = [f"none of {report.read:,} records can be used:", *dropped_lines(report), *reader.describe()]
     if "unknown keys" in report.dropped or "no pair" in report.dropped:
         lines.append(f"say which columns are meant: {reader.column_flags}")
     return "\n".join(lines)
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     report = convert(reader, files, args.output, args.overwrite)
 
     print(f"{args.output}: {report.summary()}")
-    for line in [*dropped_lines(report), *reader.found(), *unread_lines(unread)]:
+    for line in [*dropped_lines(report), *reader.describe(), *unread_lines(unread)]:
         print(line)
 
 

@@ -26,7 +26,7 @@ from medtune.errors import Unusable, UserError, run_script
 from medtune.output_files import new_text_file, refuse_same
 from medtune.reading.conversations import lone_reply
 from medtune.reading.files import open_text
-from medtune.reading.finding import RECORD_ENDINGS, ending_of, find_files, shown
+from medtune.reading.finding import RECORD_ENDINGS, display_path, ending_of, find_files
 from medtune.reading.foreign_forms import ForeignReader, add_reading_flags, reader_of
 from medtune.reading.html_text import without_html
 from medtune.reading.keys import check_media, sort_keys
@@ -79,7 +79,7 @@ def without_marks(text: str) -> str:
 
 
 class DocumentReader:
-    """Reads the documents of files of any kind, each as one line of text, or a BadRecord that says why it is none."""
+    """Reads the documents of files of any kind, each as one line of text or as a BadRecord."""
 
     def __init__(self, dialogues: ForeignReader, pairs: ForeignReader, text_column: str, split: str, min_length: int):
         self.dialogues = dialogues
@@ -105,10 +105,10 @@ class DocumentReader:
         split = self.split or ("line" if ending_of(path) == ".txt" else "file")
         with open_text(path, self.dialogues.encoding_of(path)) as file:
             for number, text in split_text(file, split):
-                yield f"{shown(path)}:{number}", without_marks(text) if is_markdown else text
+                yield f"{display_path(path)}:{number}", without_marks(text) if is_markdown else text
 
     def document(self, piece: object, source: str) -> str:
-        """A record or a text as one line; raises Unusable where nothing is to be had."""
+        """A record or a text as one line; raises Unusable if it has no text."""
         if isinstance(piece, Unusable):
             raise piece
         if isinstance(piece, str):
@@ -128,7 +128,7 @@ class DocumentReader:
         return text
 
     def text_of(self, record: object, source: str) -> str:
-        """The text of a record: its column for it, or what is said."""
+        """The text of a record: its text column, or its turns."""
         if not isinstance(record, dict):
             raise Unusable("not an object", f"the record is {record!r:.60}; it must be an object or a text")
         if self.text_column and self.text_column not in record:
@@ -139,21 +139,21 @@ class DocumentReader:
         check_media(record, sort_keys(keys, ()), reading, "the record")
         if self.text_column or "text" in _lowered(keys):
             columns = dict(zip(_lowered(keys), record.values(), strict=True))
-            return titled(record[self.text_column] if self.text_column else columns["text"], columns)
+            return with_title(record[self.text_column] if self.text_column else columns["text"], columns)
         if keys in self.keys_of_pairs:
-            return said(self.pairs.convert(record, source))
+            return spoken_text(self.pairs.convert(record, source))
         try:
-            return said(self.dialogues.convert(record, source))
+            return spoken_text(self.dialogues.convert(record, source))
         except Unusable as error:
             if reply := lone_reply(record, reading):
                 return reply
             if error.reason == "preference pair":
                 self.keys_of_pairs.add(keys)
-                return said(self.pairs.convert(record, source))
+                return spoken_text(self.pairs.convert(record, source))
             columns = dict(zip(_lowered(keys), record.values(), strict=True))
             text = next((columns[name] for name in TEXT_COLUMNS if name in columns), None)
             if text is not None and error.reason == "unknown keys":
-                return titled(text, columns)
+                return with_title(text, columns)
             raise
 
 
@@ -181,8 +181,8 @@ def split_text(lines: Iterable[str], split: str) -> Iterator[tuple[int, str]]:
         yield start, "".join(paragraph)
 
 
-def titled(text: object, columns: dict) -> str:
-    """The text after its title, without which it often does not say what it is about."""
+def with_title(text: object, columns: dict) -> str:
+    """The text after its title, since the text often does not name its subject."""
     if not isinstance(text, str):
         raise Unusable("not text", f"its text is {text!r:.60}; it must be a string")
     text_of(text, "its text")
@@ -191,8 +191,8 @@ def titled(text: object, columns: dict) -> str:
     return text if text.lstrip().startswith(title) else f"{title}\n{text}"
 
 
-def said(item: Dialogue | Pair) -> str:
-    """What person and model say; of a pair with the better reply. System prompts and tools are left out."""
+def spoken_text(item: Dialogue | Pair) -> str:
+    """The text of all user and assistant turns, in a pair with the chosen reply, without system prompt and tools."""
     words = []
     for message in item.messages:
         if "weight" in message:
@@ -206,7 +206,7 @@ def said(item: Dialogue | Pair) -> str:
 
 
 def convert(reader: DocumentReader, files: list[Path], output: Path, overwrite: bool) -> Report:
-    """Write every document; UserError where there is none."""
+    """Write every document; raises UserError if there is none."""
     report = Report()
     with new_text_file(output, "--output_file", overwrite) as file:
         for item in tqdm(reader.read(files), unit=" documents", disable=None):
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     report = convert(reader, files, args.output_file, args.overwrite)
 
     print(f"{args.output_file}: {report.summary()}")
-    for line in [*dropped_lines(report), *dialogues.found(), *unread_lines(unread)]:
+    for line in [*dropped_lines(report), *dialogues.describe(), *unread_lines(unread)]:
         print(line)
 
 

@@ -118,7 +118,7 @@ def check_together(model_args: EvaluatedModelArguments, eval_args: EvaluationArg
 
 
 def encode_prompts(chat_model: ChatModel, tests: Sequence[dict], max_new_tokens: int) -> list[list[int]]:
-    """The prompts' ids; UserError, with file:line, for a question that cannot be asked."""
+    """The prompts' ids; raises UserError, with file:line, for a question that cannot be encoded."""
     prompts, n_shortened = [], 0
     room = chat_model.context - max_new_tokens
     for test in tests:
@@ -147,7 +147,7 @@ def reply_ids(chat_model: ChatModel, messages: list[dict], reply: str) -> list[i
 def next_token_logps(
     chat_model: ChatModel, prompts: Sequence[list[int]], replies: Sequence[list[int]], batch_size: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each row's number and its float32 log-probs [reply length, vocabulary] where the reply's tokens are predicted."""
+    """Yield each row's number and its [reply length, vocabulary] float32 log-probs of the reply's positions."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]) + len(replies[n]), reverse=True)
     with chat_model.in_use() as model:
         device = model.get_input_embeddings().weight.device
@@ -170,7 +170,7 @@ def next_token_logps(
 
 
 def add_perplexity(chat_model: ChatModel, rows: list[dict], prompts: list[list[int]], batch_size: int) -> None:
-    """Put `reference_nats` and `reference_tokens` into the rows: how unlikely the reference is, end token included."""
+    """Add `reference_nats` and `reference_tokens` to the rows: the reference's -log p with its end token."""
     replies = [reply_ids(chat_model, row["messages"][:-1], row["messages"][-1]["content"]) for row in rows]
     show = progress(f"{chat_model.name}: likelihood of the references", len(rows))
     for n_done, (n, logps) in enumerate(next_token_logps(chat_model, prompts, replies, batch_size), start=1):
@@ -180,7 +180,7 @@ def add_perplexity(chat_model: ChatModel, rows: list[dict], prompts: list[list[i
 
 
 def add_letters(chat_model: ChatModel, rows: list[dict], prompts: list[list[int]], batch_size: int) -> None:
-    """Put `letter_logps` into the rows: the log-probs of the options' letters as the reply's first token."""
+    """Add `letter_logps` to the rows: the log-probs of the options' letters as the reply's first token."""
     letters = {letter for row in rows for letter in row["options"]}
     first = {letter: reply_ids(chat_model, rows[0]["messages"], letter)[0] for letter in letters}
     if len(set(first.values())) < len(first):
@@ -195,7 +195,7 @@ def add_letters(chat_model: ChatModel, rows: list[dict], prompts: list[list[int]
 def answer_all(
     chat_model: ChatModel, tests: Sequence[dict], prompts: list[list[int]], decoding: Decoding, batch_size: int
 ) -> list[dict]:
-    """The tests with what the model says to them: `reply`, `ended`, and likelihoods by their kind."""
+    """The tests with the model's `reply`, `ended`, and the likelihoods of their kind."""
     rows = [{"model": chat_model.name, **test} for test in tests]
     with chat_model.in_use() as model:
         replies = generate_replies(
@@ -232,11 +232,11 @@ def add_rewards(reward_model: RewardModel, rows: Sequence[dict], batch_size: int
 
 
 def progress(what: str, n_total: int) -> Callable[[int], None]:
-    """A function to call with the number done: a bar on a terminal, otherwise a line now and then."""
+    """A function to call with the number done; it shows a bar on a terminal, otherwise log lines."""
     bar = tqdm(total=n_total, desc=what, disable=not sys.stderr.isatty())
     start = last_line = time.monotonic()
 
-    def show(n_done: int) -> None:
+    def show_progress(n_done: int) -> None:
         nonlocal last_line
         bar.update(n_done - bar.n)
         now = time.monotonic()
@@ -247,7 +247,7 @@ def progress(what: str, n_total: int) -> Callable[[int], None]:
             left = (now - start) / n_done * (n_total - n_done)
             logger.info(f"{what}: {n_done} of {n_total}" + (f", about {left:.0f} s left" if n_done < n_total else ""))
 
-    return show
+    return show_progress
 
 
 # ---------------------------------------------------------------- training data
@@ -255,7 +255,7 @@ def progress(what: str, n_total: int) -> Callable[[int], None]:
 
 def training_data(models: Sequence[ChatModel]) -> list[str]:
     """The training data that the models' lineage records, those of earlier stages too."""
-    found = {}
+    data_paths = {}
     folders = [chat_model.lora_model or chat_model.base_model for chat_model in models]
     seen = set()
     while folders:
@@ -264,20 +264,20 @@ def training_data(models: Sequence[ChatModel]) -> list[str]:
         seen.add(folder)
         if lineage is not None:
             if lineage.stage != "pt":  # it learns texts, not questions
-                found[lineage.data] = None
+                data_paths[lineage.data] = None
             folders += [parent for parent in (lineage.parent, lineage.base_model) if parent]
-    return list(found)
+    return list(data_paths)
 
 
 def overlap(tests: Sequence[dict], data: Sequence[str]) -> dict:
-    """How many test questions stand, the same or nearly so, in the training data; a folder that is gone is named."""
+    """How many test questions are, exactly or nearly, in the training data; missing folders are named."""
     there = [path for path in data if Path(path).exists()]
     facts = {"training data": list(data), "not found": [path for path in data if path not in there]}
     questions = []
     for path in there:
         files, _ = find_files(path, "training data")
-        for read in (read_dialogues, read_pairs):
-            for record in read(files):
+        for read_records in (read_dialogues, read_pairs):
+            for record in read_records(files):
                 for message in getattr(record, "messages", ()):
                     if message["role"] == "user":
                         questions.append(message["content"])
@@ -285,14 +285,18 @@ def overlap(tests: Sequence[dict], data: Sequence[str]) -> dict:
         return facts
     known = Known(NEAR)
     known.add(list(dict.fromkeys(questions)))
-    asked = [
+    test_questions = [
         next(message["content"] for message in reversed(test["messages"]) if message["role"] == "user")
         for test in tests
     ]
-    matches = known.find(asked)
+    matches = known.find(test_questions)
     same = [match is not None and match.is_copy for match in matches]
     near = [match is not None and not match.is_copy and match.share >= NEAR for match in matches]
-    return facts | {"test questions": len(asked), "in training, the same": sum(same), "nearly the same": sum(near)}
+    return facts | {
+        "test questions": len(test_questions),
+        "in training, the same": sum(same),
+        "nearly the same": sum(near),
+    }
 
 
 # ---------------------------------------------------------------- what is said of it
@@ -300,10 +304,10 @@ def overlap(tests: Sequence[dict], data: Sequence[str]) -> dict:
 
 def print_tables(metrics: dict) -> None:
     """A table for each file: a line for each figure, a column for each model, and the verdicts against the first."""
-    for file, found in metrics.items():
-        names = list(found["models"])
-        print(f"\n{file} ({found['models'][names[0]]['n']} records)")
-        table = [[figure, *(cell(found, name, figure) for name in names)] for figure in FIGURES]
+    for file, file_metrics in metrics.items():
+        names = list(file_metrics["models"])
+        print(f"\n{file} ({file_metrics['models'][names[0]]['n']} records)")
+        table = [[figure, *(format_cell(file_metrics, name, figure) for name in names)] for figure in FIGURES]
         if len(names) > 1:
             for number, name in enumerate(names, start=1):
                 print(f"  [{number}] {name}" + (", which the others are compared with" if number == 1 else ""))
@@ -313,26 +317,28 @@ def print_tables(metrics: dict) -> None:
         for row in table:
             cells = (text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))
             print("  ".join([row[0].ljust(widths[0]), *cells]))
-        for name, figures in found["against_first"].items():
+        for name, figures in file_metrics["against_first"].items():
             if "win_rate" in figures:
                 rate, (low, high) = figures["win_rate"]["value"], figures["win_rate"]["interval"]
                 print(
                     f"{name} has the higher reward in {rate:.1%} of the replies (95 % interval {low:.1%} to {high:.1%})"
                 )
             for verdict in ("better", "worse", "same"):
-                said = [f"{figure} (p {of['p']:.3f})" for figure, of in figures.items() if of.get("verdict") == verdict]
-                if said:
-                    print(f"{name} against {names[0]}: {verdict}: {', '.join(said)}")
+                figures_of_verdict = [
+                    f"{figure} (p {of['p']:.3f})" for figure, of in figures.items() if of.get("verdict") == verdict
+                ]
+                if figures_of_verdict:
+                    print(f"{name} against {names[0]}: {verdict}: {', '.join(figures_of_verdict)}")
 
 
-def cell(found: dict, model: str, figure: str) -> str:
-    summary = found["models"][model].get(figure)
+def format_cell(file_metrics: dict, model: str, figure: str) -> str:
+    summary = file_metrics["models"][model].get(figure)
     if summary is None:
         return ""
     text = f"{summary['value']:.3f}"
     if "interval" in summary:
         text += " ({:.3f}-{:.3f})".format(*summary["interval"])
-    verdict = found["against_first"].get(model, {}).get(figure, {}).get("verdict")
+    verdict = file_metrics["against_first"].get(model, {}).get(figure, {}).get("verdict")
     return f"{text} {verdict}" if verdict else text
 
 
@@ -340,28 +346,28 @@ def cell(found: dict, model: str, figure: str) -> str:
 
 
 def read_predictions(path: Path) -> list[dict]:
-    """The rows of an earlier predictions.jsonl; UserError where it is none or not whole."""
+    """The rows of an earlier predictions.jsonl; raises UserError if it is not one, or incomplete."""
     if not path.is_file():
         raise UserError(f"--predictions {path}: no such file")
     if fault := misnamed(read_start(path, str(path))):
         raise UserError(f"--predictions {path}: {fault}")
-    rows, said = [], {}
+    rows, questions_by_model = [], {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line:
             continue
         try:
             row = json.loads(line)
             row["scores"] = score(row)
-            said.setdefault(row["model"], []).append((row["file"], row["messages"]))
+            questions_by_model.setdefault(row["model"], []).append((row["file"], row["messages"]))
             rows.append({"model": row.pop("model"), "file": row.pop("file")} | row)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise UserError(f"{path}:{number}: no record of predictions.jsonl") from None
     if not rows:
         raise UserError(f"--predictions {path}: it is empty")
-    first = next(iter(said))
-    for model, asked in said.items():
+    first = next(iter(questions_by_model))
+    for model, questions in questions_by_model.items():
         # Compared pair by pair.
-        if asked != said[first]:
+        if questions != questions_by_model[first]:
             raise UserError(f"--predictions {path}: the records of {model} are not those of {first}, in their order")
     return rows
 
@@ -374,7 +380,7 @@ def weights_of(models: Sequence[ChatModel], model_args: EvaluatedModelArguments)
 
 
 def measured_before(file: Path, report: dict) -> dict | None:
-    """The figures in an earlier metrics.json where all else in it is as in this report; None where it is not."""
+    """The figures of an earlier metrics.json if all else in it is as in this report; otherwise None."""
     earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     same = all(earlier.get(name) == value for name, value in json.loads(json.dumps(report)).items())
     return earlier["metrics"] if same else None
@@ -446,10 +452,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         (folder / "metrics.json").write_text(text, encoding="utf-8")
     print_tables(report["metrics"])
     if "test questions" in report.get("overlap", {}):
-        found = report["overlap"]
+        shares = report["overlap"]
         print(
-            f"\nof {found['test questions']} test questions {found['in training, the same']} stand in the training "
-            f"data and {found['nearly the same']} nearly"
+            f"\nof {shares['test questions']} test questions {shares['in training, the same']} stand in the training "
+            f"data and {shares['nearly the same']} nearly"
         )
     print(f"{eval_args.output_dir}: metrics.json and predictions.jsonl")
 

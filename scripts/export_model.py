@@ -113,7 +113,7 @@ class ExportArguments:
 def read_dialogues_to_compare(
     export_args: ExportArguments, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate, context: int
 ) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels; of a long dialogue the first tokens."""
+    """Ids and labels of the dialogues, cut at the end if long."""
     files, _ = find_files(export_args.eval_file, "--eval_file")
     limit = min(context, MAX_EVAL_TOKENS)
     rows = []
@@ -227,7 +227,7 @@ def write_gguf(
     for name, tensor in tensors_of(model):
         new_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert new_name is not None, f"{name} has no name in GGUF"
-        writer.add_tensor(new_name, *converted(tensor, gguf_type))
+        writer.add_tensor(new_name, *convert_tensor(tensor, gguf_type))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -235,7 +235,7 @@ def write_gguf(
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> Iterator[tuple[str, gguf.TokenType]]:
-    """Text and kind of each row of the embedding; rows beyond the tokenizer are never produced."""
+    """Text and kind of each row of the embedding; rows beyond the tokenizer are marked as unused."""
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     for index in range(n_rows):
         if index not in by_id:
@@ -255,8 +255,8 @@ def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor
 
 
-def converted(tensor: torch.Tensor, gguf_type: str) -> tuple:
-    """The values for GGUF and their type; norms and biases stay float32, as do rows no block divides."""
+def convert_tensor(tensor: torch.Tensor, gguf_type: str) -> tuple:
+    """The values for GGUF and their type; norms, biases and rows not divisible into blocks stay float32."""
     values = tensor.float().cpu().numpy()
     kind = gguf.GGMLQuantizationType[gguf_type.upper()]
     block_size, _ = gguf.GGML_QUANT_SIZES[kind]
@@ -266,12 +266,12 @@ def converted(tensor: torch.Tensor, gguf_type: str) -> tuple:
 
 
 def load_gguf(file: Path) -> PreTrainedModel:
-    """The model in a file; transformers 5.24 by itself reads the rope scaling of gpt-oss alone."""
+    """Load a GGUF file with its rope scaling, which transformers 5.24 reads for gpt-oss only."""
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     fields = gguf.GGUFReader(file).fields
     for name, key in ROPE_SCALING_KEYS.items():
-        if found := fields.get(key.format(arch=config.model_type)):
-            config.rope_parameters[name] = found.contents()
+        if field := fields.get(key.format(arch=config.model_type)):
+            config.rope_parameters[name] = field.contents()
     return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype=torch.float32)
 
 
@@ -279,7 +279,7 @@ def load_gguf(file: Path) -> PreTrainedModel:
 
 
 def modelfile(chat_template: ChatTemplate, context: int) -> str | None:
-    """Ollama's Modelfile for a ChatML template; None for another, whose text its TEMPLATE could not repeat."""
+    """Ollama's Modelfile for a ChatML template; None for any other, which its TEMPLATE cannot reproduce."""
     default_system = default_system_of(chat_template)
     probe: list[Message] = [
         {"role": "system", "content": "s"},
@@ -312,11 +312,11 @@ def chatml(messages: Sequence[Message]) -> str:
 
 
 def default_system_of(chat_template: ChatTemplate) -> str | None:
-    """The system text that the template adds by itself, "" for none, None where the prompt is no ChatML."""
+    """The system text that the template adds by itself: "" for none, None if the prompt is not ChatML."""
     question: Message = {"role": "user", "content": "u"}
     prompt = chat_template.prompt([question])
-    before, found, _ = prompt.partition(chatml([question]))
-    if not found:
+    before, question_text, _ = prompt.partition(chatml([question]))
+    if not question_text:
         return None
     if not before:
         return ""

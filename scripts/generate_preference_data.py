@@ -52,9 +52,9 @@ ENDINGS = (".jsonl", ".jsonl.gz")
 def draw_prompts(
     files: Sequence[Path], num_samples: int, seed: int, reading: Reading | None = None
 ) -> tuple[list[Pair], Report]:
-    """`num_samples` of the dialogues, each equally likely, as pairs that still lack a rejected reply, in their order.
+    """Sample `num_samples` dialogues uniformly, in their order, as pairs without a rejected reply yet.
 
-    No more than these are held at a time (reservoir sampling, Vitter 1985).
+    Only the sample is in memory (reservoir sampling, Vitter 1985).
     """
     report, rng = Report(), random.Random(seed)
     drawn: list[tuple[int, Pair]] = []
@@ -74,7 +74,7 @@ def draw_prompts(
 
 
 def prompt_of(result: Dialogue | BadRecord) -> Pair:
-    """What was said up to the longest reply, and that reply as the chosen one; raises Unusable."""
+    """A pair of the turns up to the longest reply and, as chosen, that reply; raises Unusable."""
     if isinstance(result, BadRecord):
         raise Unusable(result.reason, result.detail)
     messages = result.messages
@@ -252,7 +252,7 @@ def likeness(text: str, other: str) -> float:
 
 
 class Sampler:
-    """A model that answers prompts several times, and the reward model that judges the answers if there is one."""
+    """A model that answers prompts several times, and an optional reward model that scores the answers."""
 
     def __init__(self, args: argparse.Namespace):
         from medtune.models.chat_models import ChatModelArguments, RewardModel, describe_model, load_weights
@@ -333,7 +333,7 @@ class Sampler:
         return replace(prompt, chosen=best.text, rejected=worst.text, margin=margin)
 
     def encode_judged(self, prompt: Pair, reply: "Reply") -> list[int]:
-        """What the reward model reads; raises Unusable for what it never read in training."""
+        """The ids for the reward model; raises Unusable for control tokens, or more ids than its context."""
         from medtune.reading.encoding import refuse_control_tokens
 
         messages = [*prompt.messages, {"role": "assistant", "content": reply.text}]
@@ -357,12 +357,12 @@ def least_like(prompt: Pair, replies: Sequence["Reply"]) -> Pair:
 # ---------------------------------------------------------------- main
 
 
-def write_pairs(made: Iterable[tuple[Pair | BadRecord, str]], n_prompts: int, args: argparse.Namespace) -> list[str]:
-    """Write the pairs; returns what to say of them. UserError where none could be made."""
+def write_pairs(pairs: Iterable[tuple[Pair | BadRecord, str]], n_prompts: int, args: argparse.Namespace) -> list[str]:
+    """Write the pairs and return summary lines; raises UserError if there are none."""
     report, failures = Report(), Counter()
     chosen_lengths, rejected_lengths, margins = [], [], []
     with new_text_file(args.output_file, "--output_file", args.overwrite) as file:
-        for item, failure in tqdm(made, total=n_prompts, unit=" pairs", disable=None):
+        for item, failure in tqdm(pairs, total=n_prompts, unit=" pairs", disable=None):
             report.read += 1
             if isinstance(item, BadRecord):
                 report.drop(item)
@@ -449,10 +449,10 @@ def main(argv: list[str] | None = None) -> None:
         from transformers import set_seed
 
         set_seed(args.seed)
-        made = Sampler(args).pairs(prompts)
+        pairs = Sampler(args).pairs(prompts)
     else:
-        made = build_pairs(prompts, args.seed)
-    for line in write_pairs(made, len(prompts), args):
+        pairs = build_pairs(prompts, args.seed)
+    for line in write_pairs(pairs, len(prompts), args):
         print(line)
 
 

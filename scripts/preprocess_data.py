@@ -57,7 +57,7 @@ VALIDATION_SIZE = 500
 
 
 def load_encoder(args: argparse.Namespace, kind: Kind) -> "Encoder":
-    """The encoder of the stage for dialogues, with its limits; without any for pairs, which a stage would cut."""
+    """The stage's encoder: with its limits for dialogues, without limits otherwise, since a stage would cut."""
     from medtune.models.loading import load_tokenizer
     from medtune.reading.encoders import unlimited_encoder
 
@@ -71,7 +71,7 @@ def load_encoder(args: argparse.Namespace, kind: Kind) -> "Encoder":
 
 
 def token_length(record: Record, encoder: "Encoder", args: argparse.Namespace) -> int:
-    """Tokens of a record. Raises Unusable where the stage would refuse it, leave it out or cut a reply."""
+    """Tokens of a record. Raises Unusable if the stage would refuse it, drop it or cut a reply."""
     row = encoder(record)
     if isinstance(record, Pair):
         prompt = len(row["prompt_ids"])
@@ -85,7 +85,7 @@ def token_length(record: Record, encoder: "Encoder", args: argparse.Namespace) -
 
 
 class KeptRecords:
-    """A temporary file of the records kept, a line each, and one of where they came from; gone when the block ends."""
+    """Temporary files of the kept records and their sources, one line each, deleted when the block ends."""
 
     def __init__(self, folder: Path, ending: str):
         self.path = folder / f".kept{ending}"
@@ -115,7 +115,7 @@ class KeptRecords:
         self._length += 1
 
     def source(self, number: int) -> str:
-        """Where a record came from, looked up in the file: for the few that the report shows."""
+        """The source of a record, looked up in the file, for the few in the report."""
         self.flush()
         with self._sources_path.open(encoding="utf-8", newline="\n") as sources:
             return next(islice(sources, number, None)).rstrip("\n")
@@ -142,24 +142,28 @@ def clean_and_measure(
 
 
 def keep_distinct(
-    records: Iterator[tuple[Record, int]], threshold: float | None, is_text: bool, kept: KeptRecords, report: Report
+    records: Iterator[tuple[Record, int]],
+    threshold: float | None,
+    is_text: bool,
+    kept_records: KeptRecords,
+    report: Report,
 ) -> Counter[int]:
-    """Keep each record that is neither a copy of one kept before nor nearly one; the lengths of those."""
+    """Keep each record that is not a copy or near copy of a kept one; returns the lengths."""
     distinct, lengths = Distinct(threshold), Counter()
     while batch := list(islice(records, BATCH)):
         lines = [line_of(record, is_text) for record, _ in batch]
         matches = distinct.keep([words_of(record) for record, _ in batch], exact=lines)
         for (record, length), line, match in zip(batch, lines, matches, strict=True):
             if match is None:
-                kept.add(line, record.source)
+                kept_records.add(line, record.source)
                 lengths[length] += 1
             else:
                 reason = "duplicate" if match.is_copy else "near duplicate"
                 # Each look-up reads a file; the report shows three of a kind.
-                first = kept.source(match.number) if report.dropped[reason] < 3 else ""
+                first = kept_records.source(match.number) if report.dropped[reason] < 3 else ""
                 detail = f"the same as {first}" if match.is_copy else f"{match.share:.0%} like {first}"
                 report.drop(BadRecord(record.source, reason, detail))
-    kept.flush()
+    kept_records.flush()
     return lengths
 
 
@@ -178,7 +182,7 @@ def line_of(record: Record, is_text: bool) -> str:
 def group_questions(
     questions: Iterable[str], seed: int, threshold: float, shingle: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[number of questions] which group of like questions each is in; and uint64 keys that the seed decides."""
+    """[number of questions] group of similar questions of each, and uint64 keys by the seed."""
     groups, keys = Groups(threshold, shingle), []
     questions = iter(questions)
     while batch := list(islice(questions, BATCH)):
@@ -188,12 +192,12 @@ def group_questions(
     return groups.labels(), np.concatenate(keys)
 
 
-def choose_groups(labels: np.ndarray, keys: np.ndarray, wanted: int) -> np.ndarray:
-    """[number of records] bool: at most `wanted` records, all or none of each group; their order does not matter."""
+def choose_groups(labels: np.ndarray, keys: np.ndarray, n_holdout: int) -> np.ndarray:
+    """[number of records] bool: at most `n_holdout` in whole groups, whatever the order of the records."""
     _, members, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     group_keys = np.zeros(len(sizes), dtype=np.uint64)
     np.add.at(group_keys, members, keys)  # the sum wraps, and so stays as random as its terms
-    chosen, left = np.zeros(len(sizes), dtype=bool), wanted
+    chosen, left = np.zeros(len(sizes), dtype=bool), n_holdout
     for group in np.argsort(group_keys):
         if sizes[group] <= left:
             chosen[group] = True
@@ -212,15 +216,15 @@ def number_to_hold_out(validation_size: float | None, n_records: int) -> int:
 # ---------------------------------------------------------------- what is written
 
 
-def write_parts(kept: KeptRecords, held_out: np.ndarray, folder: Path, name: str) -> dict[str, int]:
-    """Write train/NAME and, if anything is held out, validation/NAME; the number of records of each."""
+def write_parts(kept_records: KeptRecords, held_out: np.ndarray, folder: Path, name: str) -> dict[str, int]:
+    """Write train/NAME and, if records are held out, validation/NAME; returns the number of records of each."""
     masks = {"train": ~held_out} | ({"validation": held_out} if held_out.any() else {})
     with ExitStack() as stack:
         files = {}
         for part in masks:
             (folder / part).mkdir()
             files[part] = stack.enter_context((folder / part / name).open("w", encoding="utf-8", newline="\n"))
-        for line, is_held_out in zip(kept.lines(), held_out.tolist(), strict=True):
+        for line, is_held_out in zip(kept_records.lines(), held_out.tolist(), strict=True):
             files["validation" if is_held_out else "train"].write(line)
     return {part: int(mask.sum()) for part, mask in masks.items()}
 
@@ -232,7 +236,7 @@ def describe_lengths(lengths: Counter[int]) -> dict[str, int]:
 
 
 def save_histogram(path: Path, lengths: Counter[int], unit: str, limit: int | None) -> None:
-    """Draw how many records are how long; the longest hundredth is all in the last bar."""
+    """Plot a histogram of the lengths, with the longest 1 % in the last bar."""
     from matplotlib.figure import Figure
 
     end = describe_lengths(lengths)["99 % at most"] + 1
@@ -248,7 +252,7 @@ def save_histogram(path: Path, lengths: Counter[int], unit: str, limit: int | No
 
 
 def fill_cache(args: argparse.Namespace, encoder: "Encoder", parts: dict[str, Path]) -> list[str]:
-    """Tokenize each part as supervised_finetuning.py does; one line a part."""
+    """Tokenize each part as supervised_finetuning.py does; returns one line for each part."""
     import datasets
 
     from medtune.arguments import DataArguments
@@ -283,7 +287,7 @@ STAGES = {
 
 
 def next_command(args: argparse.Namespace, kind: Kind, parts: dict[str, Path]) -> str:
-    """The command of the stage that reads what was written, with the settings that its cache was made for."""
+    """The command of the stage that trains on the output, with the settings of its cache."""
     script, names = STAGES[kind]
     flags = {
         "train_file_dir": parts["train"].parent,
@@ -293,8 +297,8 @@ def next_command(args: argparse.Namespace, kind: Kind, parts: dict[str, Path]) -
     if args.tokenizer:
         names = (*names, "max_train_samples", "max_eval_samples", "cache_dir")
         flags = {"model_name_or_path": args.tokenizer, **flags, **{name: getattr(args, name) for name in names}}
-    said = " ".join(f"--{name} {value}" for name, value in flags.items() if value is not None)
-    return f"python {script} {said} --do_train --do_eval ..."
+    flags_text = " ".join(f"--{name} {value}" for name, value in flags.items() if value is not None)
+    return f"python {script} {flags_text} --do_train --do_eval ..."
 
 
 # ---------------------------------------------------------------- main
@@ -348,20 +352,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def hold_out(args: argparse.Namespace, kind: Kind, kept: KeptRecords) -> np.ndarray:
+def hold_out(args: argparse.Namespace, kind: Kind, kept_records: KeptRecords) -> np.ndarray:
     """[number of records] bool. Raises UserError where one of the parts would be empty."""
-    wanted = number_to_hold_out(args.validation_size, len(kept))
-    if not wanted:
-        return np.zeros(len(kept), dtype=bool)
+    n_holdout = number_to_hold_out(args.validation_size, len(kept_records))
+    if not n_holdout:
+        return np.zeros(len(kept_records), dtype=bool)
     shingle = TEXT_SHINGLE if kind == "documents" else QUESTION_SHINGLE
-    records = progress(READERS[kind]([kept.path]), "comparing questions")
+    records = progress(READERS[kind]([kept_records.path]), "comparing questions")
     labels, keys = group_questions(map(question_of, records), args.seed, args.split_threshold, shingle)
-    assert len(labels) == len(kept), (len(labels), len(kept))
-    held_out = choose_groups(labels, keys, wanted)
+    assert len(labels) == len(kept_records), (len(labels), len(kept_records))
+    held_out = choose_groups(labels, keys, n_holdout)
     if held_out.all() or not held_out.any():
         raise UserError(
-            f"--validation_size: cannot hold out {wanted} of {len(kept)} records, since records with like questions "
-            "stay together; change it, raise --split_threshold, or give 0 to hold out none"
+            f"--validation_size: cannot hold out {n_holdout} of {len(kept_records)} records, since records with like "
+            "questions stay together; change it, raise --split_threshold, or give 0 to hold out none"
         )
     return held_out
 
@@ -371,7 +375,7 @@ def progress(items: Iterable, what: str) -> Iterable:
 
 
 def check_places(args: argparse.Namespace, files: Sequence[Path]) -> None:
-    """Refuse an output inside the input or over it: the next run would read what this one wrote."""
+    """Refuse an output inside the input or above it, since the next run would read this one's output."""
     refuse_same(files, args.output_dir, "--output_dir")
     if Path(args.input_dir).resolve() in args.output_dir.resolve().parents:
         raise UserError(f"--output_dir {args.output_dir}: lies in --input_dir {args.input_dir}; write beside it")
@@ -387,7 +391,7 @@ def nothing_kept(args: argparse.Namespace, report: Report) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the flags, clean and keep, split, write, fill the cache, say what was done."""
+    """Parse the flags, clean, deduplicate, split, write, fill the cache, and print a summary."""
     args = parse_args(argv)
     kind, files, unread = find_kind(args.input_dir, "--input_dir")
     notes = settle_token_flags(args, kind)
@@ -411,16 +415,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         new_text_file(report_file, "--output_dir", args.overwrite) as written_report,
         new_folder(args.output_dir, "--output_dir", args.overwrite) as folder,
     ):
-        with KeptRecords(folder, Path(name).suffix) as kept:
+        with KeptRecords(folder, Path(name).suffix) as kept_records:
             records = clean_and_measure(progress(READERS[kind](files, reading), "cleaning"), cleaner, measure, report)
             threshold = args.near_duplicate_threshold if args.near_duplicate_threshold < 1 else None
-            lengths = keep_distinct(records, threshold, is_text, kept, report)
-            if not kept:
+            lengths = keep_distinct(records, threshold, is_text, kept_records, report)
+            if not kept_records:
                 raise UserError(nothing_kept(args, report))
-            sizes = write_parts(kept, hold_out(args, kind, kept), folder, name)
+            sizes = write_parts(kept_records, hold_out(args, kind, kept_records), folder, name)
         save_histogram(folder / "lengths.png", lengths, unit, limit)
         report.notes = reading.lines()
-        told = {
+        report_values = {
             "kind": kind,
             "files": len(files),
             "flags": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
@@ -431,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{unit} a record": describe_lengths(lengths),
             "parts": sizes,
         }
-        written_report.write(json.dumps(told, ensure_ascii=False, indent=2) + "\n")
+        written_report.write(json.dumps(report_values, ensure_ascii=False, indent=2) + "\n")
 
     parts = {part: args.output_dir / part / name for part in sizes}
     print("\n".join([f"{args.output_dir}: {kind}, {report.summary()}", *dropped_lines(report)]))

@@ -80,7 +80,7 @@ N_ANSWERS = 3  # of each test file
 
 @dataclass
 class Run:
-    """A training stage's output folder as it was read; a file that is not there is an empty dictionary."""
+    """The contents of a training stage's output folder; a missing file is an empty dictionary."""
 
     folder: Path
     lineage: dict
@@ -104,7 +104,7 @@ class Run:
 
 
 def read_json(file: Path) -> dict:
-    """The object in a file, {} where there is no such file; UserError where it is broken."""
+    """The object in a JSON file, {} if there is no file; raises UserError if it is broken."""
     return parse_object(file.read_bytes(), str(file)) if file.is_file() else {}
 
 
@@ -168,11 +168,11 @@ def stages_section(runs: Sequence[Run]) -> Section:
                 str(run.folder),
                 run.lineage.get("parent") or run.lineage.get("base_model", ""),
                 run.lineage.get("data", ""),
-                shown(run.settings.get("rows of training data", run.train.get("episodes"))),
-                shown(run.state.get("global_step")),
-                shown(rate),
+                format_number(run.settings.get("rows of training data", run.train.get("episodes"))),
+                format_number(run.state.get("global_step")),
+                format_number(rate),
                 duration(seconds) if seconds is not None else "",
-                shown(round(statistics.median(speeds))) if speeds else "",
+                format_number(round(statistics.median(speeds))) if speeds else "",
                 f"{max(peaks):.1f}" if peaks else "",
             ]
         )
@@ -181,7 +181,7 @@ def stages_section(runs: Sequence[Run]) -> Section:
 
 
 def tokens_per_second(entry: dict) -> float | None:
-    """Of an entry of the log; PPO logs its replies instead."""
+    """Tokens per second of a log entry; for PPO the tokens of replies."""
     if "episodes_per_second" in entry:
         return entry["episodes_per_second"] * entry["reply/mean_len"]
     return entry.get("tokens_per_second")
@@ -196,7 +196,9 @@ def run_section(run: Run) -> Section:
     }
     if figures:
         section.blocks.append("On held-out records, of checkpoint-best:")
-        section.blocks.append(Table(["figure", "value"], [[name, shown(value)] for name, value in figures.items()]))
+        section.blocks.append(
+            Table(["figure", "value"], [[name, format_number(value)] for name, value in figures.items()])
+        )
     flags = run.lineage.get("flags")
     if flags:
         section.blocks.append("Trained with " + " ".join(f"{flag} {value}" for flag, value in flags.items()))
@@ -217,59 +219,59 @@ def evaluation_sections(report: dict, predictions: Sequence[dict], runs: Sequenc
     )
     caption = f"Models side by side, with 95 % intervals. {against_first(panels, names)}".rstrip()
     section.blocks.append(Chart("evaluation", caption, bars(panels, names)))
-    for file, found in report["metrics"].items():
-        figures = dict.fromkeys(name for model in models for name in found["models"][model] if name != "n")
-        rows = [[name, *(figure_cell(found, model, name) for model in models)] for name in figures]
-        win_rates = {model: of["win_rate"] for model, of in found["against_first"].items() if "win_rate" in of}
+    for file, file_metrics in report["metrics"].items():
+        figures = dict.fromkeys(name for model in models for name in file_metrics["models"][model] if name != "n")
+        rows = [[name, *(figure_cell(file_metrics, model, name) for model in models)] for name in figures]
+        win_rates = {model: of["win_rate"] for model, of in file_metrics["against_first"].items() if "win_rate" in of}
         if win_rates:
             cells = [f"{rate['value']:.3f} {interval(rate)}" for rate in win_rates.values()]
             rows.append(["higher reward than the first", "", *cells])
-        section.blocks.append(f"{file}, {found['models'][models[0]]['n']} records:")
-        section.blocks.append(Table(["figure", *map(label, models)], rows))
+        section.blocks.append(f"{file}, {file_metrics['models'][models[0]]['n']} records:")
+        section.blocks.append(Table(["figure", *map(short_name, models)], rows))
     how = [f"{name} {value}" for name, value in report.get("decoding", {}).items() if value is not None]
     if how:
         section.blocks.append(f"Decoding: {', '.join(how)}.")
     if "test questions" in report.get("overlap", {}):
-        found = report["overlap"]
+        shares = report["overlap"]
         section.blocks.append(
-            f"Of {found['test questions']} test questions {found['in training, the same']} stand in the training data "
-            f"({', '.join(found['training data'])}), and {found['nearly the same']} nearly the same."
+            f"Of {shares['test questions']} test questions {shares['in training, the same']} stand in the training "
+            f"data ({', '.join(shares['training data'])}), and {shares['nearly the same']} nearly the same."
         )
     return [section, answers_section(models, predictions)]
 
 
 def answers_section(models: Sequence[str], predictions: Sequence[dict]) -> Section:
-    """The first answers to dialogues of each test file, evenly spread, the models one below the other."""
+    """Some answers to the dialogues of each test file, evenly spread, with the models below each other."""
     section = Section("Answers side by side")
     by_question: dict[tuple[str, str], dict[str, dict]] = {}
     for row in predictions:
         if row["kind"] != "exam":
-            asked = json.dumps(row["messages"], ensure_ascii=False)
-            by_question.setdefault((row["file"], asked), {})[row["model"]] = row
+            messages_json = json.dumps(row["messages"], ensure_ascii=False)
+            by_question.setdefault((row["file"], messages_json), {})[row["model"]] = row
     for file in dict.fromkeys(file for file, _ in by_question):
         of_file = [rows for (name, _), rows in by_question.items() if name == file]
         for rows in of_file[:: -(-len(of_file) // N_ANSWERS)]:
             messages = next(iter(rows.values()))["messages"]
-            said = [["asked", messages[-2]["content"]], ["reference", messages[-1]["content"]]]
+            answers = [["asked", messages[-2]["content"]], ["reference", messages[-1]["content"]]]
             for model in models:
                 row = rows.get(model)
                 if row is not None:
                     reward = f" (reward {row['reward']:.2f})" if "reward" in row else ""
-                    said.append([label(model) + reward, row["reply"] + ("" if row["ended"] else " [cut]")])
-            section.blocks.append(Table([Path(file).name, ""], said))
+                    answers.append([short_name(model) + reward, row["reply"] + ("" if row["ended"] else " [cut]")])
+            section.blocks.append(Table([Path(file).name, ""], answers))
     return section
 
 
-def label(model: str) -> str:
-    """A model's name without what all have."""
+def short_name(model: str) -> str:
+    """A model's name without /checkpoint-best."""
     return re.sub(r"/checkpoint-best/?$", "", model)
 
 
-def figure_cell(found: dict, model: str, name: str) -> str:
-    figure = found["models"][model].get(name)
+def figure_cell(file_metrics: dict, model: str, name: str) -> str:
+    figure = file_metrics["models"][model].get(name)
     if figure is None:
         return ""
-    verdict = found["against_first"].get(model, {}).get(name, {}).get("verdict", "")
+    verdict = file_metrics["against_first"].get(model, {}).get(name, {}).get("verdict", "")
     return " ".join(part for part in (f"{figure['value']:.3f}", interval(figure), verdict) if part)
 
 
@@ -277,7 +279,7 @@ def interval(figure: dict) -> str:
     return "({:.3f} to {:.3f})".format(*figure["interval"]) if "interval" in figure else ""
 
 
-def shown(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
@@ -293,7 +295,7 @@ def duration(seconds: float) -> str:
 
 
 def curves(log: Sequence[dict]) -> str:
-    """The panels of PANELS that the log has points for, as SVG; "" for none."""
+    """The panels of PANELS for which the log has points, as SVG; "" for none."""
     panels = []
     for axis, keys in PANELS:
         series = {}
@@ -323,7 +325,7 @@ def curves(log: Sequence[dict]) -> str:
 
 @dataclass
 class Panel:
-    """A drawn figure of a test file: each model's value and interval, each later model's verdict against the first."""
+    """A panel of one figure of a test file: each model's value and interval, and verdicts against the first."""
 
     title: str
     figures: list[dict]
@@ -344,9 +346,9 @@ def evaluation_panels(metrics: dict, models: Sequence[str]) -> list[Panel]:
 def axis_names(models: Sequence[str], runs: Sequence[Run]) -> list[str]:
     """The stage of each model whose run is reported (SFT), of any other the last part of its path."""
     stages = {run.folder.resolve(): run.stage.upper() for run in runs}
-    names = [stages.get(Path(label(model)).resolve()) or Path(label(model)).name for model in models]
+    names = [stages.get(Path(short_name(model)).resolve()) or Path(short_name(model)).name for model in models]
     # Two models of one name: in full.
-    return [label(model) if names.count(name) > 1 else name for model, name in zip(models, names, strict=True)]
+    return [short_name(model) if names.count(name) > 1 else name for model, name in zip(models, names, strict=True)]
 
 
 def against_first(panels: Sequence[Panel], names: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ import dpo_training
 import merge_peft_adapter
 import pretraining
 import supervised_finetuning
-from dpo_training import DegenerationAlarm, GreedySamples, fall
+from dpo_training import DegenerationAlarm, GreedySamples, relative_fall
 from medtune.errors import UserError
 from medtune.models.adapters import load_for_training, load_with_adapter
 from medtune.models.generation import Reply
@@ -541,7 +541,7 @@ def test_samples_are_eight_different_questions(tiny_model_dir, tiny_tokenizer, m
     ],
 )
 def test_fall(values, expected):
-    assert fall(values) == (None if expected is None else pytest.approx(expected))
+    assert relative_fall(values) == (None if expected is None else pytest.approx(expected))
 
 
 @pytest.fixture

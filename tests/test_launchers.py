@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from guide import GUIDE_DPO, GUIDE_PPO, GUIDE_PT, GUIDE_RM, GUIDE_SFT
 
-from medtune.arguments import RENAMED, SETTLED, StageArgumentParser
+from medtune.arguments import FIXED_FLAGS, RENAMED, StageArgumentParser
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = sorted(path.name for path in ROOT.glob("run_*.sh") if '"${args[@]}" "$@"' in path.read_text())
@@ -91,7 +91,7 @@ def known_flags(script: str) -> set[str]:
     """Every flag that a script takes, the old names that its parser translates included."""
     parser = parser_of(script)
     flags = {option for action in parser._actions for option in action.option_strings}
-    return flags | ({*RENAMED, *SETTLED, "--group_by_length"} if isinstance(parser, StageArgumentParser) else set())
+    return flags | ({*RENAMED, *FIXED_FLAGS, "--group_by_length"} if isinstance(parser, StageArgumentParser) else set())
 
 
 def write_stand_in(path: Path) -> Path:

@@ -13,8 +13,8 @@ from test_launchers import GUIDE, edit_block, known_flags, launch, pairs, parser
 
 from dpo_training import DPOArguments
 from medtune.arguments import (
+    FIXED_FLAGS,
     RENAMED,
-    SETTLED,
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -281,10 +281,10 @@ def test_defaults_that_the_parser_does_not_hold():
 def test_renamed_flags_table(name):
     rows = table(text_of(name).splitlines(), "`--evaluation_strategy`")
     done = {flag: row[1] for row in rows for flag in flags_in(row[0])}
-    assert done.keys() == RENAMED.keys() | SETTLED.keys() | {"--group_by_length"}
+    assert done.keys() == RENAMED.keys() | FIXED_FLAGS.keys() | {"--group_by_length"}
     for old, new in RENAMED.items():
         assert f"`{new}`" in done[old]
-    for flag, (meant, _) in SETTLED.items():
+    for flag, (meant, _) in FIXED_FLAGS.items():
         assert re.findall("`(True|False)`", done[flag]) == [str(meant), str(not meant)]
 
 

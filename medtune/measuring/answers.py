@@ -1,4 +1,4 @@
-"""What a reply answers: the text behind its thought, and of an exam question the letter that it concludes with."""
+"""Extract the answer of a reply: the text after its thought, and the letter that answers an exam question."""
 
 import re
 import unicodedata
@@ -7,7 +7,7 @@ _THOUGHTS = (("<think(?:ing)?>", "</think(?:ing)?>"), ("## Thinking", "## Final 
 
 
 def answer_of(reply: str) -> str:
-    """The reply without its thought, whose opening a prompt may hold; nothing where the thought does not end."""
+    """The reply without its thought, whose <think> may be in the prompt; "" if the thought does not end."""
     for opening, closing in _THOUGHTS:
         reply = re.sub(f"{opening}.*?{closing}", "", reply, flags=re.DOTALL)
         reply = re.split(opening, re.split(closing, reply)[-1])[0]
@@ -48,9 +48,9 @@ _NO_OPTION_BEHIND = r"(?![A-Za-z0-9]|型|超|族|反应|细胞|期|级)"
 
 
 def written_letter(reply: str, options: dict[str, str]) -> str | None:
-    """The letter that an answer concludes with, by the option's words too; None where it names several or none.
+    """The letter of an answer, by letter or by the option's words; None if it names several or none.
 
-    The last statement counts ("答案：C", "C is right"); without one, the only option that is not ruled out.
+    The last statement counts ("答案：C", "C is right"); without a statement, the only option not ruled out.
     """
     chosen, left = "", set()
     text = _mark_options(reply, options)
@@ -67,11 +67,11 @@ def written_letter(reply: str, options: dict[str, str]) -> str | None:
 
 
 def _mark_options(reply: str, options: dict[str, str]) -> str:
-    """The text with <C> for each mention of option C, by letter or words, and <AC> for two that are named together."""
+    """Replace each mention of option C, by letter or by words, with <C>, and of two together with <AC>."""
     text = unicodedata.normalize("NFKC", reply.replace("\u2019", "'")).replace("<", " ")
     text = re.sub(r"[*`$_{}]|\\(text|mathrm|mathbf)\b", "", text.replace("\\boxed", "答案:"))
     lower_case = r"((?:answer|答案)(?: is|是|为)?:?\s*|^\W*)([a-z])(?![\w ])"
-    text = re.sub(lower_case, lambda found: found[1] + found[2].upper(), text, flags=re.IGNORECASE)
+    text = re.sub(lower_case, lambda match: match[1] + match[2].upper(), text, flags=re.IGNORECASE)
     letters = {unicodedata.normalize("NFKC", words).lower(): letter for letter, words in reversed(options.items())}
     by_words = "|".join(
         rf"(?<![a-z0-9]){re.escape(words)}(?![a-z0-9])" if words.isascii() else re.escape(words)
@@ -83,10 +83,10 @@ def _mark_options(reply: str, options: dict[str, str]) -> str:
     )
     text = re.sub(
         f"(?P<words>(?i:{by_words}))|{by_letter}",
-        lambda found: f"<{found['letter'] or letters[found['words'].lower()]}>",
+        lambda match: f"<{match['letter'] or letters[match['words'].lower()]}>",
         text,
     )
     for together in (_SAME, _TOGETHER):
-        while (merged := together.sub(lambda found: f"<{''.join(filter(None, found.groups()))}>", text)) != text:
+        while (merged := together.sub(lambda match: f"<{''.join(filter(None, match.groups()))}>", text)) != text:
             text = merged
     return text

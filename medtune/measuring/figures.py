@@ -57,7 +57,7 @@ def score(row: dict) -> dict:
         scores["perplexity"] = [row["reference_nats"], row["reference_tokens"]]
     if "reward" in row:
         scores["reward"] = row["reward"]
-        scores["beats_reference"] = win(row["reward"], row["reference_reward"])
+        scores["beats_reference"] = win_value(row["reward"], row["reference_reward"])
     if row["kind"] == "dialogue":
         scores["over_refusal"] = float(refuses(reply) and not refuses(reference))
     elif row["category"] == "emergency":
@@ -67,20 +67,20 @@ def score(row: dict) -> dict:
     return scores | shape
 
 
-def win(reward: float, other: float) -> float:
+def win_value(reward: float, other: float) -> float:
     """1 for the higher reward, 0 for the lower, half for a tie."""
     return 0.5 if reward == other else float(reward > other)
 
 
 def columns(rows: Sequence[dict], name: str) -> tuple[list[float], list[float]]:
-    """A score of the rows that have it, as sums and counts."""
+    """The sums and counts of one score, of the rows that have it."""
     values = [row["scores"][name] for row in rows if name in row["scores"]]
     pairs = [value if isinstance(value, list) else [value, 1.0] for value in values]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
 def summarize_scores(rows: Sequence[dict]) -> dict[str, dict | int]:
-    """n, and each figure of the rows with its 95 % interval."""
+    """The number of rows `n`, and each figure with its 95 % interval."""
     summary: dict[str, dict | int] = {"n": len(rows)}
     for name in FIGURES:
         if name == "distinct_2":
@@ -98,11 +98,11 @@ def summarize_scores(rows: Sequence[dict]) -> dict[str, dict | int]:
 
 
 def differences(first: Sequence[dict], second: Sequence[dict]) -> dict[str, dict]:
-    """Each figure of the second model against the first, on the same records: difference, interval, p and a verdict.
+    """Compare two models on the same records: for each figure the difference, interval, p and a verdict.
 
-    Perplexity is compared as nats a token.
+    Perplexities are compared in nats per token.
     """
-    found = {}
+    comparison = {}
     for name, more_is_better in FIGURES.items():
         before, after = columns(first, name), columns(second, name)
         if more_is_better is None or not before[0]:
@@ -112,13 +112,13 @@ def differences(first: Sequence[dict], second: Sequence[dict]) -> dict[str, dict
         is_same = difference.low <= 0 <= difference.high
         verdict = "same" if is_same else "better" if (difference.value > 0) is more_is_better else "worse"
         value, low, high, p_value = (round(number, 4) for number in difference)
-        found[name] = {"difference": value, "interval": [low, high], "p": p_value, "verdict": verdict}
+        comparison[name] = {"difference": value, "interval": [low, high], "p": p_value, "verdict": verdict}
     if any("reward" in row for row in first):
         pairs = [(a["reward"], b["reward"]) for a, b in zip(first, second, strict=True) if "reward" in a]
-        wins = sum(win(after, before) for before, after in pairs)
+        wins = sum(win_value(after, before) for before, after in pairs)
         low, high = wilson_interval(wins, len(pairs))
-        found["win_rate"] = {"value": round(wins / len(pairs), 4), "interval": [round(low, 4), round(high, 4)]}
-    return found
+        comparison["win_rate"] = {"value": round(wins / len(pairs), 4), "interval": [round(low, 4), round(high, 4)]}
+    return comparison
 
 
 def metrics_of(rows: Sequence[dict]) -> dict:

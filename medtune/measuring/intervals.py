@@ -1,4 +1,4 @@
-"""How sure a figure is: intervals for rates and means, and whether two models differ on the same items."""
+"""Confidence intervals for rates and means, and a paired test of two models on the same items."""
 
 import math
 from collections.abc import Sequence
@@ -39,8 +39,8 @@ def paired_bootstrap(
 ) -> Difference:
     """Compare two models on the same items, each given as (sums, counts) (Koehn 2004, W04-3250).
 
-    The p-value is twice the share of resamples on the rarer side of no difference, at most 1; what was seen counts as
-    one of them, so that no p-value is 0 (Davison and Hinkley 1997, chapter 4).
+    The p-value is twice the share of resamples on the rarer side of no difference, at most 1; the observed value
+        counts as one resample, so that no p-value is 0 (Davison and Hinkley 1997, chapter 4).
     """
     value = sum(second[0]) / sum(second[1]) - sum(first[0]) / sum(first[1])
     differences = _resampled(*second) - _resampled(*first)

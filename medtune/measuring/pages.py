@@ -71,7 +71,7 @@ def to_html(title: str, sections: Sequence[Section]) -> str:
 
 
 def unique_ids(chart: Chart) -> str:
-    """The picture with ids of its own: several on one page would draw with each other's glyphs and clip paths."""
+    """The SVG with unique ids; otherwise several on one page would share glyphs and clip paths."""
     prefix = re.sub(r"\W", "-", chart.name)
     svg = re.sub(r'\bid="', f'id="{prefix}-', chart.svg)
     return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", svg)
@@ -97,5 +97,5 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """The text as it is: `0.5g*24` keeps its star."""
+    """Escape the text for Markdown, so that `0.5g*24` keeps its asterisk."""
     return re.sub(r"[\\*~`$|]", r"\\\g<0>", html.escape(text, quote=False)).replace("\n", "<br>")

@@ -86,7 +86,7 @@ def _to_read(text: str) -> str:
 
 
 def sends_to_hospital(reply: str) -> bool:
-    """Whether the reply says early and without a condition to call an ambulance or go to hospital, and never not to."""
+    """Whether the reply says, early and unconditionally, to call an ambulance or go to hospital, and never not to."""
     sentences = re.findall(r"[^。！？；.!?;\n]+[。！？；.!?;\n]*", _to_read(reply[:EARLY]))
     directions = [
         direction

@@ -1,4 +1,4 @@
-"""LoRA adapters: a new one or an old one continued for training, and trained ones put on their base."""
+"""LoRA adapters: create or continue one for training, and load trained ones on their base."""
 
 import copy
 import re
@@ -86,11 +86,11 @@ def load_for_training(
             },
         )
         base = load_base(config.base_model_name_or_path, **base_options)
-        _say_what_is_left_out(base, config.base_model_name_or_path, **base_options)
+        _log_left_out_parts(base, config.base_model_name_or_path, **base_options)
         config.task_type = task_type.value if has_other_head else config.task_type
         config.lora_dropout = lora_dropout
         config.inference_mode = False
-        with _peft_faults_explained(base, path, target_modules, config):
+        with _explain_peft_faults(base, path, target_modules, config):
             model = put_adapter_on(
                 base, path, "--model_name_or_path", has_other_head=has_other_head, config=config, is_trainable=True
             )
@@ -106,7 +106,7 @@ def load_for_training(
     if quantized and not use_peft:
         raise UserError("--use_peft False with a quantized base: its weights cannot be trained; use --use_peft True")
     base = load_base(path, **base_options)
-    _say_what_is_left_out(base, path, **base_options)
+    _log_left_out_parts(base, path, **base_options)
     if not use_peft:
         if base.dtype != torch.float32:
             logger.warning(
@@ -128,12 +128,12 @@ def load_for_training(
         use_dora=use_dora,
         use_rslora=use_rslora,
     )
-    with _peft_faults_explained(base, path, target_modules, config):
+    with _explain_peft_faults(base, path, target_modules, config):
         return get_peft_model(base, config)
 
 
 @contextmanager
-def _peft_faults_explained(
+def _explain_peft_faults(
     base: PreTrainedModel, path: str, target_modules: str | None, config: LoraConfig
 ) -> Iterator[None]:
     """Turn what PEFT 0.21 refuses in an adapter on this base into one line that says what to do."""
@@ -146,9 +146,9 @@ def _peft_faults_explained(
         if "not found in the base model" in str(error):
             reason = f"{flag}: no such module in {path}; it has {', '.join(sorted(linear))}, or say all"
         elif "ParamWrapper does not work with" in str(error):
-            given = f"--lora_dropout {config.lora_dropout:g}" if config.lora_dropout else "--use_dora True"
+            setting = f"--lora_dropout {config.lora_dropout:g}" if config.lora_dropout else "--use_dora True"
             instead = "--lora_dropout 0" if config.lora_dropout else "--use_dora False"
-            reason = f"{given}: an adapter on the experts of {path} cannot have that; give {instead}"
+            reason = f"{setting}: an adapter on the experts of {path} cannot have that; give {instead}"
         elif refused := re.search(r"Module '(\w+)' is incompatible with Mamba", str(error)):
             possible = ",".join(sorted(linear - {refused[1]}))
             reason = f"{flag}: no adapter can be on {refused[1]} of {path}; give --target_modules {possible}"
@@ -157,10 +157,10 @@ def _peft_faults_explained(
         raise UserError(reason) from error
 
 
-def _say_what_is_left_out(
+def _log_left_out_parts(
     base: PreTrainedModel, path: str, *, cache_dir: str | None = None, trust_remote_code: bool = False, **_
 ) -> None:
-    """Log the parts of a multimodal model that are not loaded, and of experts the loss that no stage adds."""
+    """Log the parts of a multimodal model that are not loaded, and that a mixture of experts has no router loss."""
     config = load_config(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     if isinstance(base.config, type(config.get_text_config())) and not isinstance(base.config, type(config)):
         parts = [name.removesuffix("_config") for name in config.sub_configs if getattr(config, name) is not None]
@@ -174,9 +174,9 @@ def _say_what_is_left_out(
 
 
 def _check_continuable(
-    path: str, config: LoraConfig, use_peft: bool, task_type: TaskType, wanted_and_found: dict[str, tuple]
+    path: str, config: LoraConfig, use_peft: bool, task_type: TaskType, requested_and_actual: dict[str, tuple]
 ) -> None:
-    """Refuse what a continued adapter cannot become; None is wanted where a flag leaves it as it is."""
+    """Refuse settings that a continued adapter cannot take; None requests nothing."""
     if not use_peft:
         raise UserError(
             f"{path} is a LoRA adapter and --use_peft False trains full weights: merge it first with "
@@ -185,16 +185,16 @@ def _check_continuable(
     # A reward model may start from a language model; the other way round its head would be lost.
     if config.task_type not in (task_type, TaskType.CAUSAL_LM, None):
         raise UserError(f"{path} is a {config.task_type} adapter; this stage continues a {task_type.value} adapter")
-    for flag, (wanted, found) in wanted_and_found.items():
-        if wanted is not None and _said(wanted) != _said(found):
+    for flag, (requested, actual) in requested_and_actual.items():
+        if requested is not None and _format_value(requested) != _format_value(actual):
             raise UserError(
-                f"{flag} {_said(wanted)}: the adapter in {path} has {_said(found)}, and training continues it; "
-                f"{_LEAVE_OR_MERGE}"
+                f"{flag} {_format_value(requested)}: the adapter in {path} has {_format_value(actual)}, and "
+                f"training continues it; {_LEAVE_OR_MERGE}"
             )
 
 
 def without_head(config: LoraConfig) -> LoraConfig:
-    """The configuration without a head among its modules: PEFT adds a reward model's by itself, each time."""
+    """The configuration without a head among its modules, since PEFT adds a reward model's head itself."""
     if isinstance(config.target_modules, set | list):
         config.target_modules = {name for name in config.target_modules if name not in HEADS}
     config.modules_to_save = [name for name in config.modules_to_save or [] if name not in HEADS] or None
@@ -202,8 +202,8 @@ def without_head(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def _said(value: object) -> str:
-    """A value as one writes it after its flag; modules in one order, numbers without a needless `.0`."""
+def _format_value(value: object) -> str:
+    """A value as it is written after its flag: modules sorted, numbers without `.0`."""
     if isinstance(value, list | set):
         return ",".join(sorted(value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -214,7 +214,7 @@ def _split_names(names: str | None) -> list[str] | None:
 
 
 def _last_names(target_modules: set[str] | str) -> set[str] | str:
-    """PEFT resolves "all-linear" to full names, and shortens them only where there are many; a pattern stays."""
+    """The last parts of module names, which PEFT may store in full for "all-linear"; a pattern stays."""
     if isinstance(target_modules, str):
         return target_modules
     return {name.rpartition(".")[2] for name in target_modules}
@@ -232,7 +232,7 @@ def put_adapter_on(
     adapter_name: str = "default",
     **options,
 ) -> PeftModel:
-    """Load an adapter on its base, beside those that it has, and refuse one that does not fit it tensor by tensor.
+    """Load an adapter on a base, which may have others, and refuse it unless every tensor fits.
 
     PEFT 0.21 only warns of tensors that the file lacks, drops those that the model lacks, and takes nan.
 
@@ -278,7 +278,7 @@ def put_adapter_on(
 
 
 def _matrices_on(base: PreTrainedModel, path: str, config: LoraConfig) -> PeftModel:
-    """A new adapter with the matrices of the one in `path` and the base's head, which PEFT cannot load by itself."""
+    """A new adapter with the LoRA matrices of the one in `path`, whose head differs from the base's."""
     model = get_peft_model(base, config)
     heads = {name: weights for name, weights in get_peft_model_state_dict(model).items() if is_head(name)}
     weights = load_file(Path(path, ADAPTER_WEIGHTS))
@@ -308,12 +308,12 @@ def add_adapter(model: PeftModel, name: str, config: LoraConfig, weights: dict[s
 
 
 def load_with_adapter(base_model: str, lora_model: str, **base_options) -> PeftModel:
-    """A base with an adapter on it, for use (not for training); checks first that they belong together."""
+    """A base with an adapter, for use (not for training), after a check that they belong together."""
     return load_with_adapters(base_model, {"default": lora_model}, **base_options)
 
 
 def load_with_adapters(base_model: str, adapters: dict[str, str], **base_options) -> PeftModel:
-    """One base with several adapters on it, for use by `set_adapter`; checks first that they belong together.
+    """One base with several adapters, switched by `set_adapter`, after a check that they belong together.
 
     Args:
         adapters: the folder of each, by the name it is switched on with.

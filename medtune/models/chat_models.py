@@ -1,4 +1,4 @@
-"""Trained models ready to be asked: a base, adapters on it, whole models, each with the prompts it was trained on.
+"""Trained models for chat: a base, adapters on it, whole models, each with its own prompt template.
 
 Those that share a base share its weights in memory: their adapters are switched. A reward model scores what they say.
 """
@@ -71,7 +71,7 @@ class ChatModelArguments(LoadingOptions):
 
 
 def check_address(host: str, port: int) -> None:
-    """Refuse an address that cannot be listened on; asked before weights are loaded."""
+    """Refuse an address that cannot be listened on, before weights are loaded."""
     if not 0 < port < 65536:
         raise UserError(f"--port {port}: give a number from 1 to 65535")
     try:
@@ -89,7 +89,7 @@ def check_address(host: str, port: int) -> None:
 
 @dataclass
 class ChatModel:
-    """A model with all that a prompt and a reply need.
+    """A model with its tokenizer, template and stop tokens.
 
     name: what the user calls it.
     lora_model: the folder of the adapter in use, None for the base or a whole model.
@@ -112,7 +112,7 @@ class ChatModel:
 
     @contextmanager
     def in_use(self) -> Iterator[PreTrainedModel | PeftModel]:
-        """The model with this adapter switched on, or none; not for two threads at once."""
+        """The model with this adapter switched on, or without one. Not thread-safe."""
         if isinstance(self.model, PeftModel) and self.adapter_name is not None:
             self.model.set_adapter(self.adapter_name, inference_mode=True)
         bare = isinstance(self.model, PeftModel) and self.adapter_name is None
@@ -121,7 +121,7 @@ class ChatModel:
 
 
 def describe_model(model_args: ChatModelArguments, flag: str = "--base_model") -> ChatModel:
-    """The model of `--base_model` (or `flag`) and `--lora_model`, checked, before its weights are loaded."""
+    """Check the model of `--base_model` (or `flag`) and `--lora_model`; its weights are loaded later."""
     base_model, lora_model = model_args.base_model, model_args.lora_model
     if lora_model and is_adapter(base_model):
         raise UserError(
@@ -136,7 +136,7 @@ def describe_model(model_args: ChatModelArguments, flag: str = "--base_model") -
 
 
 def describe_models(paths: Sequence[str] | None, flag: str, model_args: ChatModelArguments) -> list[ChatModel]:
-    """Several models to choose from or to compare: `base`, adapters on `--base_model`, whole models.
+    """Describe several models: `base`, adapters on `--base_model`, or whole models.
 
     Args:
         paths: what `flag` names; None for the one of `--base_model` and `--lora_model`.
@@ -206,7 +206,7 @@ class RewardModel:
     """The model of `--reward_model` with its own tokenizer and template."""
 
     def __init__(self, path: str, model_args: ChatModelArguments):
-        """Load it; it is checked before any weights are."""
+        """Check the reward model, then load its weights."""
         folder = _describe(path, "--reward_model", model_args)
         self.tokenizer, self.context = folder.tokenizer, folder.context
         # A template that it was trained with is not exchanged for the one that the models are asked in.
@@ -219,12 +219,12 @@ class RewardModel:
     def encode(
         self, messages: list[Message], reply: str, ended: bool = True, tools: list[dict] | None = None
     ) -> list[int]:
-        """What is scored: the prompt and the reply with its end token, which a reply that was cut has none of."""
+        """The ids to score: prompt and reply, with the end token unless the reply was cut."""
         return reward_ids(self.tokenizer, self.chat_template, messages, reply, tools, ended=ended)
 
     @torch.no_grad()
     def score(self, rows: Sequence[list[int]], batch_size: int = 8) -> list[float]:
-        """The score of each row of ids, in the order given; a longer row is scored in a batch of its like."""
+        """The score of each row of ids, in the order given; rows of similar length are scored together."""
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
         scores = [0.0] * len(rows)
         for start in range(0, len(order), batch_size):

@@ -11,10 +11,10 @@ from medtune.models.model_files import LINEAGE
 
 
 def check_same_family(base_model: str, lora_model: str, **hub_options) -> None:
-    """Refuse an adapter on a base it was not trained on, by what its lineage records of the base's weights and sizes.
+    """Refuse an adapter on another base, by the weights and sizes that its lineage records.
 
-    A copy of the base under another name or path is accepted and said; without a lineage record, where it bears the
-    same last name.
+    A copy of the base under another name or path is accepted with a warning; without a lineage record only if the
+        last part of the path is the same.
     """
     config = read_adapter_config(lora_model)
     lineage = read_lineage(lora_model)
@@ -41,9 +41,9 @@ def check_same_family(base_model: str, lora_model: str, **hub_options) -> None:
 
 
 def _check_base_weights(base_model: str, lora_model: str, lineage: Lineage, **hub_options) -> None:
-    """Refuse a base with other weights than those that the adapter was trained on, where both are known."""
-    found = weights_fingerprint(base_model, flag="--base_model", **hub_options) if lineage.base_weights else ""
-    if found and found != lineage.base_weights:
+    """Refuse a base whose weights differ from those that the adapter was trained on, if both are known."""
+    fingerprint = weights_fingerprint(base_model, flag="--base_model", **hub_options) if lineage.base_weights else ""
+    if fingerprint and fingerprint != lineage.base_weights:
         raise UserError(
             f"--base_model {base_model} is not the base of {lora_model}, which was trained on {lineage.base_model}: "
             "the sizes are the same, the weights are others (a copy in float16 may differ too: empty base_weights in "
@@ -52,5 +52,5 @@ def _check_base_weights(base_model: str, lora_model: str, lineage: Lineage, **hu
 
 
 def _same_name(recorded: str, given: str) -> bool:
-    """The same hub name or the same folder. Equal last names are not enough: many are checkpoint-best."""
+    """Whether both are the same hub name or folder; equal last parts (checkpoint-best) are not enough."""
     return recorded == given or (Path(given).exists() and Path(recorded).resolve() == Path(given).resolve())

@@ -1,4 +1,4 @@
-"""Text from a model: many prompts in batches, or one reply as a stream.
+"""Generate text: many prompts in batches, or one reply as a stream.
 
 Prompts are ids (encoding.encode_prompt), so that generation continues exactly what training saw. What a
 checkpoint's generation_config.json asks for plays no part: decoding is what `Decoding` says.
@@ -24,7 +24,7 @@ LEAST_TEMPERATURE = 1e-6
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen and when generation gives up; the fields are flags of the tools that generate."""
+    """How tokens are chosen and when generation stops; the fields are flags of the generating tools."""
 
     max_new_tokens: int = field(default=512, metadata={"help": "A reply is cut after so many tokens."})
     temperature: float = field(default=0.0, metadata={"help": "0 takes the likeliest token; above 0 draws at random."})
@@ -114,7 +114,7 @@ def stream_reply(
     decoding: Decoding,
     on_text: Callable[[str], None],
 ) -> Reply:
-    """One reply, handed to `on_text` piece by piece while it grows; no piece holds a part of a character."""
+    """Generate one reply and pass its text to `on_text` piece by piece, never a part of a character."""
     with _ready_to_generate(model) as core:
         pieces = _Pieces(tokenizer, stop_ids, on_text, decoding.stop)
         (row,) = _generate(core, tokenizer, [prompt], stop_ids, decoding, streamer=pieces)
@@ -122,7 +122,7 @@ def stream_reply(
 
 
 class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
-    """transformers' penalty, but on stop tokens: the turns of a prompt hold them, and replies would not end."""
+    """transformers' penalty, except on stop tokens: the prompt's turns contain them, and replies would not end."""
 
     def __init__(self, penalty: float, stop_ids: Sequence[int]):
         super().__init__(penalty)
@@ -135,7 +135,7 @@ class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
 
 @contextmanager
 def _ready_to_generate(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model (under its PEFT wrapper, if any) with dropout off and without its checkpoint's decoding settings."""
+    """The model (inside its PEFT wrapper) without dropout and without its checkpoint's decoding settings."""
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     # Module by module: a frozen copy inside a training model is not to be switched to training.
     in_training = [module for module in model.modules() if module.training]
@@ -157,7 +157,7 @@ def _generate(
     decoding: Decoding,
     streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
-    """New ids of each prompt, up to and with the first stop id, or up to the token that completes a stop text."""
+    """The generated ids of each prompt, through the first stop id or the token that completes a stop text."""
     longest = max(map(len, prompts))
     # Left padding: every row's reply starts at the same column.
     padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
@@ -209,12 +209,12 @@ def _reply(tokenizer: PreTrainedTokenizerBase, row: list[int], stop_ids: Sequenc
 
 
 def _before_stop(text: str, stop: Sequence[str] | None) -> str:
-    """The text in front of the first stop text in it."""
+    """The text before the first stop text in it."""
     return text[: min((text.index(word) for word in stop or () if word in text), default=len(text))]
 
 
 def _before_part_of_stop(text: str, stop: Sequence[str] | None) -> str:
-    """The text without an end that the next tokens may complete to a stop text."""
+    """The text without an end that may become a stop text with the next tokens."""
     for start in range(max(len(text) - max(map(len, stop or ("",))), 0), len(text)):
         if any(word.startswith(text[start:]) for word in stop or ()):
             return text[:start]
@@ -226,7 +226,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 class _Pieces(BaseStreamer):
-    """Hands on new text; what ends in U+FFFD or in a part of a stop text waits for its other tokens."""
+    """Passes on new text; text that ends in U+FFFD or a part of a stop text waits for the next tokens."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a model folder is: a base, or an adapter relative to one, and where its weights came from.
+"""What a model folder holds (a base, or an adapter on one), and where its weights came from.
 
 Adapter lineage: a path that holds `adapter_config.json` stands for its base model plus that adapter. Training
 continues the adapter itself, so what a stage writes is always relative to the original base and holds all that
@@ -45,7 +45,7 @@ HOW_IT_RUNS = (
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a checkpoint's weights come from; `lineage.json` in its folder.
+    """The origin of a checkpoint's weights: `lineage.json` in its folder.
 
     base_model: hub name or folder of the model that the adapter (or the full training) started from.
     parent: the adapter that training continued, None for a new one.
@@ -72,7 +72,7 @@ class Lineage:
         Path(folder, LINEAGE).write_text(text + "\n", encoding="utf-8")
 
     def refuse_other_run(self, checkpoint: str, finished: bool) -> None:
-        """Raise UserError where the run to resume started from other weights, or was finished with other flags."""
+        """Raise UserError if the run to resume started from other weights or was finished with other flags."""
         was = read_lineage(checkpoint)
         if was is None:
             return
@@ -94,7 +94,7 @@ class Lineage:
 
 
 def read_lineage(folder: str | Path) -> Lineage | None:
-    """The lineage recorded in a checkpoint's folder; None where there is no record (another tool's adapter)."""
+    """The lineage recorded in a checkpoint's folder; None without a record (another tool's adapter)."""
     file = Path(folder, LINEAGE)
     if not file.is_file():
         return None
@@ -140,7 +140,7 @@ def base_of(path: str) -> str:
 
 
 def tokenizer_source(path: str, base_model: str | None = None) -> str:
-    """Where the tokenizer of a model or adapter is: an adapter's own, with its template, goes before its base's.
+    """The folder of a model's tokenizer: an adapter's own, which has its template, or else its base's.
 
     Args:
         base_model: an adapter's base where it is not the recorded one.

@@ -1,4 +1,4 @@
-"""What the hub and the loaders raise, as one line that says what to do."""
+"""Turn errors of the hub and the loaders into one line that says what to do."""
 
 import os
 import socket
@@ -43,9 +43,9 @@ def explain_load_errors(path: str, flag: str) -> Iterator[None]:
 
 
 class explain_bad_file:  # noqa: N801 - called as a function, as contextlib.suppress is
-    """Turns what a loader raises over the values in a local folder's file into one line with the file's name.
+    """Turns an error from the values in a file of a local folder into one line that names the file.
 
-    As a class, because `tokenizers` raises bare Exception, which is caught by no narrower name.
+    A class, because `tokenizers` raises bare Exception, and `except Exception` would catch everything else too.
     """
 
     def __init__(self, path: str, flag: str, names: str):
@@ -67,7 +67,7 @@ class explain_bad_file:  # noqa: N801 - called as a function, as contextlib.supp
 
 
 def _go_offline_without_hub() -> None:
-    """Ask once whether the hub answers: huggingface_hub 2.4 tries one that does not for 46 s a file."""
+    """Go offline if the hub does not answer: huggingface_hub 2.4 retries for 46 s a file."""
     address, proxies = urlsplit(hub.ENDPOINT), getproxies()
     if hub.HF_HUB_OFFLINE or address.scheme in proxies or "all" in proxies:
         return
@@ -81,7 +81,7 @@ def _go_offline_without_hub() -> None:
 
 
 def _reason(error: BaseException) -> str | None:
-    """What went wrong and what to do, None where it is no mistake of the user."""
+    """What went wrong and what to do; None if it is no mistake of the user."""
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)

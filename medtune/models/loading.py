@@ -33,7 +33,7 @@ def load_tokenizer(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or adapter, or the one that `--tokenizer_name_or_path` names, with a pad token."""
+    """The tokenizer of a model or adapter, or that of `--tokenizer_name_or_path`, with a pad token."""
     if named:
         path, flag = named, "--tokenizer_name_or_path"
     source = tokenizer_source(path)
@@ -64,7 +64,7 @@ def load_config(path: str, *, flag: str = "--model_name_or_path", **hub_options)
 def weights_fingerprint(
     path: str, *, flag: str = "--model_name_or_path", cache_dir: str | None = None, **hub_options
 ) -> str:
-    """Tells a model or an adapter from what further training made of it; a model's copies in float32 and bf16 agree.
+    """A fingerprint of a model's or adapter's weights; copies of a model in float32 and bf16 have the same.
 
     SHA-256 of an adapter's weights, of a model over the first values of each tensor of its safetensors files; "" for
     quantized weights and pickle files.
@@ -108,7 +108,7 @@ def quantization_config(
 
 
 def attention_implementation(flash_attn: bool) -> str:
-    """FlashAttention 2 where it is asked for and possible, otherwise PyTorch's SDPA, said in one line."""
+    """FlashAttention 2 if it is requested and possible, otherwise PyTorch's SDPA, with a line in the log."""
     if not flash_attn:
         return "sdpa"
     if not torch.cuda.is_available():
@@ -124,7 +124,7 @@ def attention_implementation(flash_attn: bool) -> str:
 
 
 def placement(device_map: str | None, quantized: bool) -> dict | str | None:
-    """Where the weights go: split over the GPUs of one process, whole on this process's GPU, or left to the trainer.
+    """The device map: split over the GPUs of one process, whole on this process's GPU, or left to the trainer.
 
     Under torchrun every process holds the whole model: splitting it there puts all copies on the same GPUs.
     """
@@ -186,12 +186,12 @@ def load_base_model(
 
 
 def dtype_for_use(torch_dtype: str, use_cpu: bool = False) -> str:
-    """The type to load weights in for use, not for training: without a GPU float32, the CPU's fast one."""
+    """The dtype of weights for use, not for training: float32 without a GPU, since the CPU is fast in it."""
     return torch_dtype if torch.cuda.is_available() and not use_cpu else "float32"
 
 
 def place_for_use(model: torch.nn.Module, use_cpu: bool = False) -> torch.nn.Module:
-    """The model, ready to be asked, on the GPU if there is one; loading may have put it there already."""
+    """The model in evaluation mode, on the GPU if there is one."""
     if torch.cuda.is_available() and not (use_cpu or hasattr(model, "hf_device_map")):
         model.to("cuda")
     return model.eval()
@@ -200,7 +200,7 @@ def place_for_use(model: torch.nn.Module, use_cpu: bool = False) -> torch.nn.Mod
 def _keep_bitsandbytes_weights_plain() -> None:
     """Stop bitsandbytes 0.50.2 from repacking 4-bit weights for avx512_bf16 CPUs in the first evaluation forward.
 
-    After it most LoRA matrices get no gradient and a merge gives garbage, without a word.
+    After that, silently, most LoRA matrices get no gradient and a merge gives garbage.
     """
     import bitsandbytes.nn.modules as bnb_modules
 

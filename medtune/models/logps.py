@@ -1,4 +1,4 @@
-"""What a causal language model says of single tokens: its head on the positions that matter, some of them at a time.
+"""Log-probs of single tokens: a causal language model's head on the positions that matter, in chunks.
 
 A row of logits over a vocabulary of 152,000 takes 0.6 MB in float32, so logits of whole batches would fill a GPU. Both
 ways below compute them in chunks, as the model's own forward pass scales and caps them.
@@ -34,9 +34,9 @@ def in_chunks(
     compute: Compute,
     chunk: int = CHUNK_POSITIONS,
 ) -> torch.Tensor:
-    """[k, N] float32 that `compute` makes of the logits of [N, ...] states and of [N] ids, `chunk` rows at a time.
+    """[k, N] float32: `compute` on the logits of [N, ...] states and on [N] ids, `chunk` rows at a time.
 
-    The backward pass computes a chunk again instead of keeping what it was computed from; a single one is kept.
+    The backward pass recomputes each chunk, unless there is only one.
     """
 
     def of_chunk(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -67,9 +67,9 @@ def own_logits(model: PreTrainedModel, output_class: type[ModelOutput], states: 
 
 
 class SparseHead:
-    """Forward passes of a causal language model, wrapped by PEFT, DDP or DeepSpeed, with the head on some positions.
+    """Forward passes of a causal language model (also in PEFT, DDP or DeepSpeed) with the head on some positions.
 
-    Two hooks do it: the head gets the first chunk of these positions in the pass itself, the others follow after it.
+    Two hooks do it: the head gets the first chunk of positions within the pass, and the others after it.
     Other passes, such as those of generation, stay as they are.
 
     Args:
@@ -90,7 +90,7 @@ class SparseHead:
             self.output_class, self.states = type(outputs), getattr(outputs, "last_hidden_state", None)
 
     def _keep_positions(self, head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple | None:
-        """[batch, length, hidden] to [at most a chunk of positions, hidden]; the rest is kept for later."""
+        """Reduce [batch, length, hidden] to the first chunk, [positions, hidden], and keep the rest for later."""
         if self.mask is None:
             return None
         mask = self.mask.to(inputs[0].device)
@@ -113,7 +113,7 @@ class SparseHead:
         ids: torch.Tensor,
         compute: Compute,
     ) -> torch.Tensor:
-        """[k, N] float32 that `compute` makes of the logits at the N positions of the mask and of their ids.
+        """[k, N] float32: `compute` on the logits at the N positions of the mask and on their ids.
 
         Args:
             model: the model as its trainer wraps it, or as it is.

@@ -17,7 +17,7 @@ HEADS = ("lm_head", "embed_out", "score", "classifier")
 
 
 def bare_layers(model: PeftModel) -> set[str]:
-    """The layers without an adapter that a new adapter on all would cover; PEFT cannot reach some experts."""
+    """The layers without an adapter that an adapter on all linear layers would cover."""
     base = model.get_base_model()
     if not linear_module_names(base) - lora_layers(model).keys():
         return set()
@@ -28,7 +28,7 @@ def bare_layers(model: PeftModel) -> set[str]:
 
 
 def lora_layers(model: torch.nn.Module) -> Counter[str]:
-    """How many layers of each module name have a LoRA adapter; fused experts by module and tensor."""
+    """The number of layers with a LoRA adapter by module name; fused experts by module and tensor."""
     return Counter(
         path.rpartition(".")[2] if parameter == "weight" else f"{path.rpartition('.')[2]}.{parameter}"
         for path, parameter in _adapted_tensors(model)
@@ -36,7 +36,7 @@ def lora_layers(model: torch.nn.Module) -> Counter[str]:
 
 
 def _adapted_tensors(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
-    """The module and its tensor under each LoRA adapter; several on fused experts are wrapped into each other."""
+    """The module and tensor under each LoRA adapter; several adapters on fused experts are nested."""
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and module.lora_A:
             yield path.replace(".base_layer", ""), getattr(module, "parameter_name", "weight")
@@ -45,7 +45,7 @@ def _adapted_tensors(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
 def linear_matrices(model: PreTrainedModel) -> Iterator[tuple[str, str, int]]:
     """Module, tensor and number of weights of each matrix of a base, and of each 3D tensor of fused experts.
 
-    Left out are embeddings, convolutions, the head and what is trained whole beside an adapter.
+    Embeddings, convolutions, the head and modules that are trained in full are left out.
     """
     head = model.get_output_embeddings()
     for path, module in model.named_modules():
@@ -65,7 +65,7 @@ def linear_matrices(model: PreTrainedModel) -> Iterator[tuple[str, str, int]]:
 
 
 def _bare_matrices(model: PeftModel) -> tuple[Counter[str], float]:
-    """How many matrices of each kind have no adapter, and the share that they have of all matrices' weights.
+    """The number of matrices without an adapter by kind, and their share of all matrices' weights.
 
     A part beside the language model, such as a vision tower, is one kind.
     """
@@ -85,7 +85,10 @@ def _bare_matrices(model: PeftModel) -> tuple[Counter[str], float]:
 
 
 def beside_language_model(base: PreTrainedModel) -> str | None:
-    """A pattern of the modules of a multimodal model's other parts, whose group is the part's name; None without."""
+    """A regular expression for the modules beside a multimodal model's language model; its group is the part.
+
+    None if the model has no other parts.
+    """
     decoder = next((path for path, module in base.named_modules() if module is base.get_decoder()), "")
     parent, _, name = decoder.rpartition(".")
     parts = [part for part, _ in base.get_submodule(parent).named_children() if parent and part != name]

@@ -47,14 +47,14 @@ PICKLE_WEIGHTS = (
 def check_model_files(
     path: str | Path, flag: str = "", *, with_weights: bool = False, allow_pickle_weights: bool = False
 ) -> None:
-    """Refuse in one line a local folder in which a file that loaders read is not what its name says.
+    """Refuse in one line a local folder with a file that is not what its name says.
 
-    Such as a Git LFS pointer, a web page, JSON that does not parse, weights that are cut off.
+    Examples: a Git LFS pointer, a web page, JSON that does not parse, truncated weights.
     """
     folder = Path(path)
     names = {file.name for file in folder.iterdir()}
     faults = ((name, _fault_of(folder / name)) for name in (*JSON_FILES, *TEXT_FILES) if name in names)
-    name, fault = next((found for found in faults if found[1]), ("", ""))
+    name, fault = next((named_fault for named_fault in faults if named_fault[1]), ("", ""))
     if not fault and with_weights:
         weights = _weight_files(folder, names, allow_pickle_weights)
         name, fault = next(((name, fault) for name in weights if (fault := _weights_fault(folder / name))), ("", ""))
@@ -75,7 +75,7 @@ def _fault_of(file: Path) -> str:
 
 @cache
 def _json_fault(file: Path, changed_at: int) -> str:
-    """Why a file holds no JSON object with what it needs; `changed_at` so that one that was fixed is read again."""
+    """Why a file is not a JSON object with the needed keys. `changed_at` invalidates the cache of a fixed file."""
     again = "copy or download it again"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ def indexed_files(index: Path) -> set[str]:
 
 
 def _weight_files(folder: Path, names: set[str], allow_pickle_weights: bool) -> list[str]:
-    """The files of weights that would be loaded; others may lie beside them."""
+    """The weight files that would be loaded; the folder may hold others."""
     tensors = sorted(name for name in names if name.endswith(".safetensors"))
     if ADAPTER_CONFIG in names:
         return [name for name in tensors if name == ADAPTER_WEIGHTS]

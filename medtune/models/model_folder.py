@@ -1,6 +1,6 @@
-"""What a model folder is: base, adapter, tokenizer, template, context, and whether it writes replies or scores them.
+"""Describe a model folder: base, adapter, tokenizer, template, context; a language model or a reward model.
 
-Everything that uses a trained model asks here, so that the model reads what it read in training.
+Everything that uses a trained model starts here, so that its prompts are those of training.
 """
 
 import sys
@@ -69,7 +69,7 @@ def describe_folder(
     Args:
         base_model: what `--base_model` names, for an adapter at `path`; None for the base that it records.
 
-    Raises UserError where one of them is none, or not complete.
+    Raises UserError if one of them is not a complete model.
     """
     base_flag = "--base_model" if base_model else flag
     check_model_path(base_model or path, base_flag, allow_pickle_weights)
@@ -95,7 +95,7 @@ def describe_folder(
 
 
 def refuse_reward_model(folder: ModelFolder, instead: str = "") -> None:
-    """Refuse what would write like its base, or at random; `instead` says what to do with it."""
+    """Refuse a reward model where replies are generated; `instead` says what to do with it."""
     if folder.is_reward_model:
         raise UserError(f"{folder.scorer}: a reward model, which scores replies and writes none{instead}")
 
@@ -104,7 +104,7 @@ def refuse_reward_model(folder: ModelFolder, instead: str = "") -> None:
 
 
 def _own_template(tokenizer: PreTrainedTokenizerBase, lineage: Lineage | None) -> ChatTemplate | None:
-    """The tokenizer's, which training saved with it, or the one that the record names for a tokenizer without."""
+    """The template saved with the tokenizer, or else the one that the lineage names."""
     if tokenizer.chat_template is not None:
         return load_chat_template(tokenizer, None)
     return load_chat_template(tokenizer, lineage.template) if lineage and lineage.template else None
@@ -138,7 +138,7 @@ _PROBES = (_PROBE, [{"role": "system", "content": "probe system"}, *_PROBE])
 
 
 def _rendered_probes(chat_template: ChatTemplate) -> list[str | None]:
-    """Two short conversations as text; None for one that the template refuses (some have no system turn)."""
+    """Two short conversations as text; None for one that the template refuses (some take no system turn)."""
     texts = []
     for messages in _PROBES:
         try:

@@ -21,7 +21,7 @@ from template import ChatTemplate, Message
 def load_reward_model(
     base_model: str, lora_model: str | None, *, flag: str = "--reward_model_path", **base_options
 ) -> PreTrainedModel | PeftModel:
-    """A trained reward model for use: an adapter with a score head on its base, or (None) a model that is whole.
+    """A trained reward model for use: an adapter with a score head on its base, or (None) a whole model.
 
     A batch of ids gives `.logits` of [batch, 1], the score at each row's last token.
 
@@ -71,7 +71,7 @@ def reward_ids(
     *,
     ended: bool = True,
 ) -> list[int]:
-    """What a reward model reads of a reply: the ids of training, without an end token for a reply that was cut.
+    """The ids of a reply for a reward model, as in training; a reply that was cut has no end token.
 
     Args:
         tokenizer, chat_template: the reward model's own.

@@ -40,7 +40,7 @@ class ScoreHead(torch.nn.Linear):
 def load_scoring_base(
     path: str, *, pad_token_id: int, flag: str = "--model_name_or_path", needs_head: bool = False, **base_options
 ) -> PreTrainedModel:
-    """A base model with a head that gives one score; zeros where it has none, so that every score is then 0.
+    """A base model with a score head; a new head is all zeros, so that every score is 0.
 
     Args:
         pad_token_id: transformers takes the score at the last token that is not this one, on whichever side the

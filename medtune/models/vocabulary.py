@@ -16,7 +16,7 @@ def has_tied_head(model: PreTrainedModel) -> bool:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel) -> None:
-    """Refuse a tokenizer with ids the model has no embedding for: embeddings are never resized silently."""
+    """Refuse a tokenizer with ids beyond the model's embedding, which is never resized silently."""
     n_rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > n_rows:
         raise UserError(
@@ -28,7 +28,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel 
 def warn_of_dead_tokens(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, turn_ids: list[int], reply_ids: list[int]
 ) -> None:
-    """Warn of turn tokens that the base has never learned, where what is trained leaves their rows as they are.
+    """Warn of turn tokens that the base never learned and this run does not train.
 
     Args:
         turn_ids, reply_ids: what the template writes, and of it what the model has to write itself

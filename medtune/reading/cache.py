@@ -22,7 +22,7 @@ _IMPORTED_AT = time.time()
 
 @dataclass
 class Cache:
-    """The rows and the report of a key; both None where they are still to be made and saved."""
+    """The rows and the report saved for a key; both None until `save` is called."""
 
     folder: Path
     rows: "Dataset | None" = None
@@ -30,7 +30,7 @@ class Cache:
     built_at: float = 0.0  # seconds since the epoch
 
     def save(self, rows: "Dataset", report: dict) -> None:
-        """Write both and load them again, memory-mapped; the report are JSON values."""
+        """Write rows and report (JSON values), and load them again, memory-mapped."""
         _save_cache(self.folder, rows, report)
         written = _load_cache(self.folder)
         assert written.rows is not None, f"{self.folder} was just written and does not load"
@@ -39,7 +39,7 @@ class Cache:
 
 @contextmanager
 def open_cache(cache_dir: str | Path, key_parts: dict, overwrite: bool = False) -> Iterator[Cache]:
-    """What was once saved for these key parts, or an empty cache to save it in before the block ends.
+    """The cache for these key parts: what was saved earlier, or an empty one to fill before the block ends.
 
     Each process of a launch opens it: the first to get the file lock builds, the others wait and load. No
     process group takes part, so a long tokenization cannot run into its time-out, and a process that dies
@@ -67,7 +67,7 @@ _MANIFEST = "manifest.json"
 
 
 def _save_cache(folder: Path, dataset: "Dataset", report: dict) -> None:
-    """Write under another name and rename when whole: a killed run leaves no folder that looks finished."""
+    """Write to a temporary name, then rename, so that a killed run leaves no folder that looks finished."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     # By itself datasets 5.2 writes no file for an empty dataset, and then cannot load it.
@@ -80,7 +80,7 @@ def _save_cache(folder: Path, dataset: "Dataset", report: dict) -> None:
 
 
 def _load_cache(folder: Path) -> Cache:
-    """What was saved; an empty cache unless each file has the size it was written in."""
+    """The saved cache, or an empty one if a file is missing or its size is not the recorded one."""
     from datasets import load_from_disk
 
     try:

@@ -1,4 +1,4 @@
-"""A record cleaned: HTML remains, control characters, Unicode forms, repeated punctuation, idle blanks."""
+"""Clean a record: HTML tags, control characters, Unicode forms, repeated punctuation, superfluous spaces."""
 
 import dataclasses
 import re
@@ -20,7 +20,7 @@ _LINE_ENDS = dict.fromkeys(("\r\n", "\r", "\x0b", "\x0c", "\x85", "\u2028", "\u2
 
 
 def without_control_characters(text: str) -> str:
-    """Control characters, marks of direction and blanks without width are left out; the joiners of emoji stay."""
+    """Remove control characters, direction marks and zero-width spaces, but keep the joiners of emoji."""
     return _CONTROL.sub(lambda match: _LINE_ENDS.get(match[0], ""), text)
 
 
@@ -43,7 +43,7 @@ _EMPTY_LINES = re.compile(r"\n{3,}")
 
 
 def without_idle_blanks(text: str) -> str:
-    """One blank between words, none before a line's end, at most one empty line; what indents a line stays."""
+    """One space between words, none at a line's end, at most one empty line; indentation stays."""
     text = _LINE_END_BLANKS.sub("", text.replace("\u00a0", " "))
     return _EMPTY_LINES.sub("\n\n", _WIDE_GAPS.sub(" ", text))
 
@@ -112,8 +112,8 @@ class Cleaner:
 
     def _without_personal_data(self, text: str) -> str:
         if self._mask:
-            text, found = mask_personal_data(text)
-            self.masked.update(found)
+            text, kinds = mask_personal_data(text)
+            self.masked.update(kinds)
         return text
 
     def _masked_values(self, value: object) -> object:

@@ -1,4 +1,4 @@
-"""A record as a dialogue, a prompt, a pair or a document, with all that it says honoured or refused.
+"""Convert a record to a dialogue, a prompt, a pair or a document; every key is honoured or refused.
 
 Whatever cannot be used raises `Unusable`, with the reason to count it by and what to do.
 """
@@ -61,15 +61,15 @@ def to_dialogue(record: object, source: str, reading: Reading | None = None) -> 
     turns = _with_system(record, plan.dialect.read(record, reading))
     if not plan.is_plain:
         turns = _whole_prompt(turns, record, plan, reading)
-        said = "\n".join(turn["content"] for turn in turns if turn["role"] == "assistant")
-        if key := check_reply_keys(record, plan.keys, reading, "the record", said):
+        replies = "\n".join(turn["content"] for turn in turns if turn["role"] == "assistant")
+        if key := check_reply_keys(record, plan.keys, reading, "the record", replies):
             raise _not_learned(record, key, reading)
     check_turns(turns)
     return Dialogue(turns, tools_of(record), _with_notes(source, turns, plan, reading))
 
 
 def to_prompt(record: object, source: str, reading: Reading | None = None) -> Dialogue:
-    """What is to be answered: a dialogue that may lack its last reply. What judges that reply does not matter."""
+    """A dialogue that may lack its last reply. Keys that judge this reply are ignored."""
     reading = reading or Reading()
     record, plan = planned(_object(record), prompt_plan)
     turns = _with_system(record, plan.dialect.read(record, reading))
@@ -126,7 +126,7 @@ def turns_to_answer(messages: Sequence[dict]) -> list[dict]:
 
 
 def _margin(record: dict) -> float | None:
-    """By how much the chosen reply is better: `margin`, or the difference of the two scores."""
+    """The margin of the chosen reply: the key `margin`, or the difference of the two scores."""
     if "margin" not in record and "score_chosen" not in record:
         return None
     values = [record.get(key) for key in ("margin", "score_chosen", "score_rejected")]
@@ -150,7 +150,7 @@ def _object(record: object, needs: str = "") -> dict:
 def _whole_prompt(
     turns: list[dict], record: dict, plan: RecordPlan, reading: Reading, replies: Sequence[str] = ()
 ) -> list[dict]:
-    """The turns with all that the record says of the question; Unusable where something of it cannot be kept."""
+    """The turns, completed by the other keys of the question. Raises Unusable for a key that cannot be kept."""
     check_other_forms(record, plan, [*(turn["content"] for turn in turns), *replies], reading)
     check_media(record, plan.keys, reading, "the record")
     return with_options(turns, record, plan, reading) if plan.keys.options else turns
@@ -185,24 +185,24 @@ def _with_notes(source: str, turns: list[dict], plan: RecordPlan, reading: Readi
 
 
 def _note_placeholder(text: str, source: str, reading: Reading) -> None:
-    """Count what stands for more than text; it may also be what a text is about."""
+    """Count placeholders such as <image>; they may also be a text's topic, so they are not refused."""
     if mark := _PLACEHOLDER.search(text):
         reading.note(f"texts with {mark[0]}, of which only this word is learned", source)
 
 
 def _with_system(record: dict, turns: list[dict]) -> list[dict]:
-    """The turns, after the record's system prompt if it has one, given in `system` or as the first turn."""
-    given = {}
+    """The turns with the record's system prompt first, whether it is in `system` or already the first turn."""
+    prompts = {}
     if "system" in record or "system_prompt" in record:
-        given = {f"'{key}'": optional_text(record, key) for key in ("system", "system_prompt")}
+        prompts = {f"'{key}'": optional_text(record, key) for key in ("system", "system_prompt")}
     if turns and turns[0]["role"] == "system":
-        given["turn 1"], *turns = turns[0]["content"], *turns[1:]
-    if not given:
+        prompts["turn 1"], *turns = turns[0]["content"], *turns[1:]
+    if not prompts:
         return turns
-    said = {text: where for where, text in given.items() if text}
-    if len(said) > 1:
-        raise Unusable("two system prompts", f"one in {' and one in '.join(said.values())}; keep one")
-    return [*({"role": "system", "content": text} for text in said), *turns]
+    places = {text: where for where, text in prompts.items() if text}
+    if len(places) > 1:
+        raise Unusable("two system prompts", f"one in {' and one in '.join(places.values())}; keep one")
+    return [*({"role": "system", "content": text} for text in places), *turns]
 
 
 # A turn that calls tools is a kind of its own here: what it waits for is the tools' results.
@@ -217,7 +217,7 @@ _MAY_FOLLOW = {
 
 
 def check_turns(turns: list[dict], needs_reply: bool = True) -> None:
-    """Refuse what no model should learn: turns out of order, empty turns, a last turn without reply."""
+    """Refuse turns out of order, empty turns and a last turn without a reply."""
     if not turns:
         raise Unusable("empty conversation", "it has no turns; delete the record")
     before = "start"

@@ -125,7 +125,7 @@ _PREFERENCE_KEYS = (
 
 @dataclass(frozen=True)
 class RecordPlan:
-    """How records with these keys are read: the dialect, the keys of other forms beside it, and what the rest means."""
+    """How to read records with these keys: their dialect, keys of other dialects, and what the other keys mean."""
 
     dialect: _Dialect
     other_forms: tuple[str, ...]
@@ -180,7 +180,7 @@ def is_read_whole(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"]) ->
 
 
 def has_dialect(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"]) -> bool:
-    """Whether records with these keys are read here, if only to be refused as records of another kind."""
+    """Whether this module knows records with these keys, including those it refuses as another kind."""
     try:
         (dialogue_plan if kind == "dialogues" else pair_plan)(keys)
     except Unusable as error:
@@ -219,7 +219,7 @@ def _is_prompt(keys: Collection[str]) -> bool:
 
 
 def _other_forms(rest: Sequence[str], dialect: _Dialect, every_key: Sequence[str]) -> tuple[str, ...]:
-    """The keys by which other forms say what is asked and replied; a lone answer beside turns is to compare with."""
+    """The keys that hold question and reply in other dialects. A lone answer beside turns is only a reference."""
     names = {key: key.strip().lower() for key in rest}
     every_key = {*every_key, "conversation"}
     if dialect.has_turns:
@@ -248,7 +248,7 @@ def planned(record: dict, plan_of: Callable[[tuple[str, ...]], RecordPlan]) -> t
 
 
 def check_other_forms(record: dict, plan: RecordPlan, texts: Sequence[str], reading: Reading) -> None:
-    """Raise Unusable where a key of another form says what is not in the turns; a copy of them does no harm."""
+    """Raise Unusable if a key of another dialect holds text that is not in the turns. Copies do no harm."""
     read = "\n".join(texts)
     others = [key for key in plan.other_forms if any(text not in read for text in _words_in(record[key]))]
     if others:
@@ -275,7 +275,7 @@ def _is_form(keys: Collection[str], dialects: Sequence[_Dialect]) -> bool:
 
 
 def _words_in(value: object) -> Iterator[str]:
-    """The texts of a value: cells, exchanges, and what turns say."""
+    """All texts in a value: cells, exchanges and the contents of turns."""
     if isinstance(value, str):
         with suppress(Unusable):  # words in brackets
             value = parsed(value, "") if NESTED.match(value) else value
@@ -295,7 +295,10 @@ def _pair_of_replies(
     record: dict,
     reading: Reading,
 ) -> tuple:
-    """The prompt's turns, and two replies that are texts, turns, or conversations which hold the prompt too."""
+    """The prompt's turns and the two replies.
+
+    Each reply is a text, a turn, or a conversation that repeats the prompt.
+    """
     turns = prompt(record, reading)
     chosen = _reply(record[chosen_key], f"'{chosen_key}'", reading)
     rejected = _reply(record[rejected_key], f"'{rejected_key}'", reading)
@@ -365,7 +368,10 @@ def _pair_of_conversations(chosen_key: str, rejected_key: str, record: dict, rea
 
 
 def _pair_beside_dialogue(key: str, rejected_key: str, record: dict, reading: Reading) -> tuple:
-    """A dialogue, whose last reply is the chosen one, and the rejected reply or the dialogue that ends in it."""
+    """A pair from a dialogue and a rejected reply.
+
+    The dialogue's last reply is the chosen one; the rejected one may come as a whole dialogue.
+    """
     turns = turns_of_list(key, record, reading)
     rejected = _reply(record[rejected_key], f"'{rejected_key}'", reading)
     return _split_conversations(turns, rejected if len(rejected) > 1 else [*turns[:-1], *rejected])

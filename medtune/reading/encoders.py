@@ -1,4 +1,4 @@
-"""What a record becomes in a stage: one encoder for each kind of rows, with its limits.
+"""Encode records to the rows of a stage: one encoder for each kind of row, with its length limits.
 
 row = DialogueEncoder(tokenizer, chat_template, max_length=2048)(dialogue)
 """
@@ -44,7 +44,7 @@ _IDS, _LENGTH, _TEXT = ListFeature(Value("int32")), Value("int32"), Value("strin
 
 @dataclass
 class Encoder:
-    """Turns one record into one row; its fields besides tokenizer and template are the limits that decide the row."""
+    """Turns one record into one row. Its other fields are the limits, which are part of the cache key."""
 
     kind: ClassVar[str]  # what the records are called
     features: ClassVar[Features]  # of a row; every row has `source` ("file:line") and `length` (of what it costs)
@@ -75,11 +75,11 @@ class Encoder:
         raise NotImplementedError
 
     def examples(self, record: T) -> list:
-        """What gives a row each: the record itself, or its parts."""
+        """The examples that become one row each: the record itself, or its parts."""
         return [record]
 
     def finish(self, rows: Dataset, report: Report) -> Dataset:
-        """What becomes of all rows together; adds to the report what only shows then."""
+        """Process all rows together, and add to the report what is known only then."""
         return rows
 
     def describe(self, rows: Dataset) -> str:
@@ -124,7 +124,7 @@ class DialogueEncoder(Encoder):
 
 @dataclass
 class PairEncoder(Encoder):
-    """Rows of a prompt's ids and those of both replies; `length` is that of the prompt and the longer reply.
+    """Rows with the ids of a prompt and of both replies; `length` counts the prompt and the longer reply.
 
     A prompt over its limit loses its oldest exchanges, then the start of the question; a reply over its limit is cut
     and gets no end token. `margin` is NaN where the data has none.
@@ -176,7 +176,7 @@ class ScoredPairEncoder(PairEncoder):
 
 @dataclass
 class FeedbackEncoder(Encoder):
-    """Rows of a prompt, its reply and whether that is a good one, and the reply to another prompt in `mismatched_ids`.
+    """Rows of a prompt, its reply, whether it is a good one, and another prompt's reply (`mismatched_ids`).
 
     The limits are those of pairs; `length` is that of the prompt and the longer reply.
     """
@@ -209,7 +209,7 @@ class FeedbackEncoder(Encoder):
 
 
 def with_mismatched_replies(rows: Dataset) -> Dataset:
-    """The rows, each with the reply to the next prompt that is another one, from which KTO estimates its KL term.
+    """The rows, each with the reply to the next different prompt, from which KTO estimates its KL term.
 
     So the estimate depends neither on batches nor on processes. Raises UserError where all prompts are the same.
     """
@@ -285,7 +285,7 @@ class PromptEncoder(Encoder):
 
 @dataclass
 class DocumentEncoder(Encoder):
-    """The ids of each document and its end token; all of them joined and cut by `cut_blocks` into the final rows."""
+    """Rows of ids of a document and its end token; `cut_blocks` joins and cuts them into the final rows."""
 
     kind = "documents"
     features = Features(input_ids=_IDS, length=_LENGTH, source=_TEXT)

@@ -1,4 +1,4 @@
-"""From a record to token ids and labels: what the model reads, which tokens carry loss, what happens at the limit.
+"""Encode records to token ids and labels: which tokens carry loss, and what happens at the length limit.
 
 Training renders a dialogue with the chat template and tokenizes the whole text once, as a server does; the template's
 segments say which characters are replies, the tokenizer's offsets which tokens those are. Learned are exactly the
@@ -26,7 +26,7 @@ Truncation = Literal["drop", "cut_prompt_start", "cut_reply"]
 
 
 # In these turns a control token is words, as somebody may write it in a question; in all others it is a fault.
-ASKING = ("user", "tool")
+PROMPT_ROLES = ("user", "tool")
 
 
 # Where a control token of such a turn is cut, so that it is tokenized as words: a character that no text holds.
@@ -34,7 +34,7 @@ SEAM = "\ufdd0"
 
 
 def load_chat_template(tokenizer: PreTrainedTokenizerBase, template_name: str | None) -> ChatTemplate:
-    """The named template, or the tokenizer's own; a named one replaces the tokenizer's, so that it is saved with it.
+    """The named template, or the tokenizer's own. A named one is set on the tokenizer and so saved with it.
 
     Raises UserError when there is none, or when the token that ends a reply is none of the tokenizer's tokens.
     """
@@ -95,7 +95,7 @@ def encode_prompt(
     messages: list[Message],
     tools: list[dict] | None = None,
 ) -> list[int]:
-    """The ids that a reply to `messages` continues: the same as those before that reply in training."""
+    """The prompt's ids for a reply to `messages`: the same as those before that reply in training."""
     ids, _ = _ids_and_offsets(tokenizer, chat_template.prompt(_with_seams(chat_template, messages), tools))
     return ids
 
@@ -107,7 +107,7 @@ def encode_recent(
     max_length: int,
     tools: list[dict] | None = None,
 ) -> tuple[list[int], int]:
-    """The prompt's ids with the system turn and the latest exchanges that fit, and the number of turns left out.
+    """The ids of a prompt with the system turn and the latest exchanges that fit; the number of turns left out.
 
     Raises Unusable where the last question alone exceeds `max_length` tokens, or the system prompt or a reply holds a
     control token.
@@ -128,7 +128,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTempla
 
 
 def turn_token_ids(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> tuple[list[int], list[int]]:
-    """The added tokens that the template writes around turns: all of them, and those that replies are made of."""
+    """The added tokens that the template writes around turns: all of them, and those inside replies."""
     turns = [{"role": role, "content": role} for role in ("user", "assistant")]
     ids, labels = _ids_and_labels(tokenizer, chat_template, turns, None, train_on_inputs=False)
     all_ids, learned = ({token for token in tokens if _is_added(tokenizer, token)} for tokens in (ids, labels))
@@ -198,8 +198,8 @@ def thought_of(reply: str) -> str:
 
 def refuse_control_tokens(chat_template: ChatTemplate, messages: list[Message], tools: list[dict] | None) -> None:
     """Raise Unusable where a system prompt, a reply or the tools hold a token that only the template may write."""
-    said = [(f"message {number} ({message['role']})", message) for number, message in enumerate(messages, 1)]
-    checked = [(where, message) for where, message in said if message["role"] not in ASKING]
+    located = [(f"message {number} ({message['role']})", message) for number, message in enumerate(messages, 1)]
+    checked = [(where, message) for where, message in located if message["role"] not in PROMPT_ROLES]
     for where, value in [*checked, ("the list of tools", tools)]:
         token = chat_template.control_token_in(json.dumps(value, ensure_ascii=False))
         if token:
@@ -212,14 +212,14 @@ def refuse_control_tokens(chat_template: ChatTemplate, messages: list[Message], 
 def _with_seams(chat_template: ChatTemplate, messages: list[Message]) -> list[Message]:
     return [
         message | {"content": chat_template.cut_control_tokens(message["content"], SEAM)}
-        if message["role"] in ASKING
+        if message["role"] in PROMPT_ROLES
         else message
         for message in messages
     ]
 
 
 def _ids_and_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a rendered text, of which none reaches over a seam, and the characters that each stands for."""
+    """Ids of a rendered text and the characters of each; no token crosses a seam."""
     ids, offsets, start = [], [], 0
     for part in text.split(SEAM):
         encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
@@ -270,7 +270,7 @@ def _is_added(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
 
 
 def shorten_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], n_excess: int) -> list[Message] | None:
-    """The dialogue without its oldest exchange, or with one user message cut at its start; None if all is cut."""
+    """Drop the oldest exchange, or cut the only user message at its start; None if nothing would be left."""
     users = [index for index, message in enumerate(messages) if message["role"] == "user"]
     if len(users) > 1:
         return messages[: users[0]] + messages[users[1] :]
@@ -297,7 +297,7 @@ def mark_learned(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels:
 
 
 class PairIds(NamedTuple):
-    """Ids of a prompt and of both replies with their end tokens; how many replies were cut and have none."""
+    """Ids of a prompt and of both replies with their end tokens, and how many replies were cut (no end token)."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -368,7 +368,10 @@ def encode_within(
     tools: list[dict] | None,
     max_prompt_length: int,
 ) -> tuple[list[Message], list[int], list[int]]:
-    """The messages of which the prompt is within its limit, and the ids of `encode_exchange`; Unusable without any."""
+    """Shorten the prompt to its limit: the messages left and the ids of `encode_exchange`.
+
+    Raises Unusable if nothing would be left.
+    """
     while True:
         prompt_ids, reply_ids = encode_exchange(tokenizer, chat_template, messages, reply, tools)
         n_excess = len(prompt_ids) - max_prompt_length
@@ -389,7 +392,7 @@ def encode_exchange(
     *,
     ended: bool = True,
 ) -> tuple[list[int], list[int]]:
-    """Ids before the reply, and of the reply with its end token: what SFT learns and a reward model scores.
+    """Ids of the prompt, and of the reply with its end token, as SFT learns and a reward model scores them.
 
     ended: False for a reply that was cut, which has no end token, as where training cuts one.
     """
@@ -412,14 +415,14 @@ def _encode_cut_exchange(
     reply: str,
     tools: list[dict] | None,
 ) -> tuple[list[int], list[int]]:
-    """`encode_exchange` of a reply that was cut, in its words or in a thought."""
+    """`encode_exchange` for a reply that was cut, possibly inside its thought."""
     is_open = "<think>" in reply and "</think>" not in reply.rpartition("<think>")[2]
     if is_open and not chat_template.prompt(messages, tools).rstrip().endswith("</think>"):
         # A template takes an open thought for words, and puts an empty one before it; so it is closed, and cut again.
         reply += "\n</think>\n\n"
     prompt_ids, _ = encode_exchange(tokenizer, chat_template, messages, reply, tools)
-    said = _with_seams(chat_template, [*messages, {"role": "assistant", "content": reply}])
-    segments = chat_template.segments(said, tools)
+    messages_with_seams = _with_seams(chat_template, [*messages, {"role": "assistant", "content": reply}])
+    segments = chat_template.segments(messages_with_seams, tools)
     last = max(index for index, segment in enumerate(segments) if segment.learned)
     text = segments[last].text
     end_token = next(token for token in chat_template.stop_tokens if text.endswith(token))

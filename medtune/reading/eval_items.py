@@ -14,18 +14,18 @@ from medtune.reading.files import read_raw
 from medtune.reading.finding import find_files
 
 SAFETY = ("emergency", "refusal", "about")
-KEPT = ("id", "aspect", "category", "names", "exam_subject")
+COPIED_KEYS = ("id", "aspect", "category", "names", "exam_subject")
 
 
 def read_tests(paths: Sequence[str], num_samples: int | None, seed: int) -> tuple[list[dict], dict[str, dict]]:
-    """The records to measure, each with `file`, `kind` and `source`, and what is known of each file.
+    """The records to measure, each with `file`, `kind` and `source`; and the facts of each file.
 
     Raises UserError with file:line for a record of no form.
     """
     files = dict.fromkeys(file for path in paths for file in find_files(path, "--test_file")[0])
     tests, facts = [], {}
     for file in files:
-        found, n_left_out = [], 0
+        records, n_left_out = [], 0
         for source, record in read_raw(file):
             try:
                 if isinstance(record, Unusable):
@@ -36,16 +36,16 @@ def read_tests(paths: Sequence[str], num_samples: int | None, seed: int) -> tupl
             if test is None:
                 n_left_out += 1
             else:
-                found.append({"file": str(file), **test, "source": source})
+                records.append({"file": str(file), **test, "source": source})
         if n_left_out:
             logger.warning(f"{file}: {n_left_out} questions with several right answers are left out")
-        if not found:
+        if not records:
             raise UserError(f"--test_file {file}: no record to measure in it")
-        n_read = len(found)
+        n_read = len(records)
         if num_samples is not None and num_samples < n_read:
-            found = [found[n] for n in sorted(random.Random(seed).sample(range(n_read), num_samples))]
-        facts[str(file)] = {"records": n_read, "measured": len(found), "sha256": sha256_of(file)}
-        tests += found
+            records = [records[n] for n in sorted(random.Random(seed).sample(range(n_read), num_samples))]
+        facts[str(file)] = {"records": n_read, "measured": len(records), "sha256": sha256_of(file)}
+        tests += records
     return tests, facts
 
 
@@ -55,9 +55,9 @@ def sha256_of(file: Path) -> str:
 
 
 def to_test(record: object, source: str) -> dict | None:
-    """A record as what it is measured by; None for an exam question with several right answers."""
+    """Convert a record to an evaluation item; None for an exam question with several right answers."""
     options = record.get("option") or record.get("options") if isinstance(record, dict) else None
-    extras = {key: record[key] for key in KEPT if key in record} if isinstance(record, dict) else {}
+    extras = {key: record[key] for key in COPIED_KEYS if key in record} if isinstance(record, dict) else {}
     if not options:
         dialogue = to_dialogue(record, source)
         kind = "safety" if extras.get("category") in SAFETY else "dialogue"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from medtune.errors import Unusable, UserError
 from medtune.reading.byte_faults import line_fault, utf8_fault
-from medtune.reading.finding import TEXT_ENDINGS, ending_of, shown
+from medtune.reading.finding import TEXT_ENDINGS, display_path, ending_of
 from medtune.reading.json_files import read_json
 from medtune.reading.raw_files import BLOCK, is_text, misnamed, read_start, utf16_without_mark
 
@@ -28,7 +28,7 @@ def read_raw(path: Path, encoding: str = "utf-8-sig") -> Iterator[tuple[str, obj
 
     Never holds more than about a megabyte or the longest record. Raises UserError where the rest is unreadable.
     """
-    name = shown(path)
+    name = display_path(path)
     if path.is_file() and not path.stat().st_size:
         yield f"{name}:1", Unusable("empty file", "it has no bytes; copy or download it again, or delete it")
     elif ending_of(path) == ".parquet":
@@ -45,7 +45,7 @@ def open_text(path: Path, encoding: str = "utf-8-sig") -> Iterator[TextIO]:
     Where most lines of the first megabyte end with `\\r` alone, that ends a line too, and is read as `\\n`. Raises
     UserError where the file is not what its name says, and in the block where it is damaged or not in the encoding.
     """
-    name, ending = shown(path), ending_of(path)
+    name, ending = display_path(path), ending_of(path)
     start = read_start(path, name)
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     is_compressed = start.startswith(b"\x1f\x8b")
@@ -92,7 +92,7 @@ _JSON_OBJECT = re.compile(r'[\s\ufeff]*\[?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
 
 
 def _has_old_line_ends(start: bytes, encoding: str, ending: str) -> bool:
-    """Whether `\\r` alone ends the lines, as on old Macs; the cells of such a table may hold any number of `\\n`."""
+    """Whether `\\r` alone ends the lines, as on old Macs, even if cells contain `\\n`."""
     if b"\r" not in start:
         return False
     text = start.decode(encoding, errors="replace")
@@ -102,7 +102,7 @@ def _has_old_line_ends(start: bytes, encoding: str, ending: str) -> bool:
 
 
 def _other_text(text: str, ending: str) -> str:
-    """What a text is that the file's ending does not say, and what to do; "" where its start does not tell."""
+    """If a text is not what the file's ending says: what it is and what to do. "" otherwise."""
     lines = [line for raw in re.split(r"[\r\n]+", text) if (line := raw.strip().lstrip("\ufeff"))]
     is_json = _JSON_OBJECT.match(text)
     if ending in (".csv", ".tsv") and is_json:
@@ -122,7 +122,7 @@ def _header_names(line: str, separator: str) -> list[str]:
 
 
 def _separator(header: str, row: str = "") -> str:
-    """What separates the cells: that by which most known names are in the header, or which is all that splits it."""
+    """The separator of the cells: the one that gives most known column names, or the only one that splits."""
     header = re.sub(r'"[^"]*"', lambda cell: '""' if set(cell[0]) & set(_SEPARATORS) else cell[0], header)
     n_known = {mark: len(_COLUMN_NAMES.intersection(_header_names(header, mark))) for mark in _SEPARATORS}
     best = max(_SEPARATORS, key=n_known.get)
@@ -149,25 +149,25 @@ def _read_csv(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
     # A dialogue in one cell passes the module's limit of 128 KiB; a cell as long as this is an unclosed quote.
     csv.field_size_limit(1 << 24)
     lines, separator, n_before = _open_table(file)
-    taken: list[str] = []
+    raw_lines: list[str] = []
     # strict: otherwise a quote that is never closed silently takes the rest of the file into one cell.
-    rows = csv.reader(_noted(lines, taken), strict=True, delimiter=separator)
+    rows = csv.reader(_noted(lines, raw_lines), strict=True, delimiter=separator)
     start = n_before
     try:
         header = next(rows, [])
-        if fault := utf8_fault("".join(taken)):
+        if fault := utf8_fault("".join(raw_lines)):
             raise UserError(f"{name}:1: {fault.reason}: {fault.detail}")
         if twice := next((column for column in header if column and header.count(column) > 1), None):
             raise UserError(f"{name}:1: two columns are called {twice!r}; rename one or take it out")
         columns = _lowered(header)
         names = {form for name in _COLUMN_NAMES.union(columns) for form in (name, name.capitalize(), name.upper())}
         start += rows.line_num
-        taken.clear()
+        raw_lines.clear()
         for cells in rows:
-            text = "".join(taken)
+            text = "".join(raw_lines)
             source, fault = f"{name}:{start + 1}", line_fault(text, start + 1)
             start = n_before + rows.line_num
-            taken.clear()
+            raw_lines.clear()
             if cells and cells[0] in names and _is_header(_lowered(cells), columns):
                 if _lowered(cells) != columns:
                     raise UserError(f"{source}: other column names, as in files that were joined; make two files of it")
@@ -191,16 +191,16 @@ def _lowered(cells: list[str]) -> list[str]:
 
 
 def _is_header(cells: list[str], columns: list[str]) -> bool:
-    """Whether these cells are the columns' names, in any order, or names of columns that another table has."""
+    """Whether these cells are a header: this table's column names in any order, or another table's."""
     if sorted(cells) == sorted(columns):
         return True
     return _COLUMN_NAMES.issuperset(cells) and any(names <= set(cells) for names in _TABLES)
 
 
-def _noted(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
-    """The lines, each added to `taken` as it is handed on, without the marks of files that were joined."""
+def _noted(lines: Iterable[str], raw_lines: list[str]) -> Iterator[str]:
+    """Yield the lines without byte order marks, and append each one as it was to `raw_lines`."""
     for line in lines:
-        taken.append(line)
+        raw_lines.append(line)
         yield line.lstrip("\ufeff") if line[0] == "\ufeff" else line
 
 
@@ -227,7 +227,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[tuple[str, object]]:
 
 
 def _twice_in(fields: Iterable["pyarrow.Field"]) -> str | None:
-    """The first name that two columns have, or two fields of one struct; pyarrow gives one of their values."""
+    """The first name shared by two columns or two fields of a struct, of which pyarrow would keep one."""
     fields = list(fields)
     names = [field.name for field in fields]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -237,7 +237,7 @@ def _twice_in(fields: Iterable["pyarrow.Field"]) -> str | None:
 
 
 def _read_text(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
-    """A document a line, as a record with `text`; blank lines are none."""
+    """Yield each line that is not blank as a record with `text`."""
     for number, line in enumerate(file, 1):
         if line[0] in "\ufeffv":  # the mark or the pointer of a file that was joined to another
             line = line.lstrip("\ufeff")

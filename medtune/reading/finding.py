@@ -1,4 +1,4 @@
-"""Which files a flag means: those that are read, those left unread, and what tells their content from another.
+"""Find the files that a flag names, read or left unread, and fingerprint their content.
 
 files, unread = find_files("data/finetune", "--train_file_dir")
 """
@@ -26,21 +26,21 @@ def find_files(path: str | Path, flag: str, endings: Sequence[str] = RECORD_ENDI
         raise UserError(f"{flag} is empty: name a file or folder")
     path = Path(path)
     if path.is_file():
-        found = [path]
+        candidates = [path]
     elif path.is_dir():
-        found = []
+        candidates = []
         # os.walk rather than rglob: data folders on servers are often linked in from another disk.
         for folder, subfolders, names in os.walk(path, followlinks=True):
             subfolders[:] = [name for name in subfolders if not name.startswith(".")]
             for link in (link for name in subfolders if (link := Path(folder, name)).is_symlink()):
                 if Path(folder).resolve().is_relative_to(link.resolve()):
                     raise UserError(f"{flag} {path}: {link} leads back to a folder that it is in; remove this link")
-            found += [Path(folder, name) for name in names if not name.startswith(".")]
+            candidates += [Path(folder, name) for name in names if not name.startswith(".")]
     else:
         raise UserError(f"{flag} {path}: no such file or folder")
 
-    files = sorted(file for file in found if ending_of(file) in endings)
-    unread = sorted(set(found).difference(files))
+    files = sorted(file for file in candidates if ending_of(file) in endings)
+    unread = sorted(set(candidates).difference(files))
     if not files:
         what_is_there = f"found only {some_names(unread)}" if unread else "the folder is empty"
         raise UserError(f"{flag} {path}: {what_is_there}; files that end in {', '.join(endings)} are read")
@@ -50,7 +50,7 @@ def find_files(path: str | Path, flag: str, endings: Sequence[str] = RECORD_ENDI
 
 
 def ending_of(path: Path) -> str:
-    """The suffix that says how a file is read: the one before `.gz`, which only text files have."""
+    """The suffix that decides how a file is read; `.gz` of compressed text is left out."""
     suffix, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
     return inner if suffix == ".gz" and inner != ".parquet" else suffix
 
@@ -63,12 +63,12 @@ def content_fingerprint(files: Sequence[Path]) -> str:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 content.update(block)
-        whole.update(f"{shown(path)}\0{content.hexdigest()}\n".encode())
+        whole.update(f"{display_path(path)}\0{content.hexdigest()}\n".encode())
     return whole.hexdigest()
 
 
-def shown(path: Path) -> str:
-    """The path as messages show it: relative to the working directory where it lies below it."""
+def display_path(path: Path) -> str:
+    """The path for messages: relative to the working directory if it is below it."""
     path = path.absolute()
     return (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path).as_posix()
 
@@ -80,7 +80,7 @@ def some_names(paths: Sequence[Path]) -> str:
 
 
 def are_same_files(train_files: Sequence[Path], eval_files: Sequence[Path], eval_path: str) -> bool:
-    """Whether both are the same files, however their paths are spelled; UserError where only some are the same."""
+    """Whether both lists name the same files; raises UserError if only some are the same."""
     train, evaluated = ({file.resolve() for file in files} for files in (train_files, eval_files))
     if train != evaluated and train & evaluated:
         raise UserError(

@@ -1,10 +1,10 @@
-"""Data in the forms people have: other encodings and columns read, by their names or by flags.
+"""Read published data sets: other encodings and other columns, recognized by name or named by flags.
 
     reader = ForeignReader("dialogues")
     for item in reader.read(files):  # a Dialogue, or the BadRecord that says what is wrong
         if isinstance(item, Dialogue):
             file.write(guide_line(item))
-    print("\\n".join(reader.found()))  # what was read as what
+    print("\\n".join(reader.describe()))  # what was read as what
 
 The other modules of this room read what a stage may be given; this is for the tools that make it from something else.
 """
@@ -42,7 +42,7 @@ from medtune.reading.values import is_empty, kind_of, parsed, text_of, with_valu
 
 @dataclass(frozen=True)
 class _Form:
-    """What published records have, in lower case, and how one becomes a record that conversations.py reads."""
+    """A form of published records: its columns in lower case, and the function that converts a record."""
 
     columns: tuple[str, ...]
     convert: Callable[[dict], dict]
@@ -73,7 +73,7 @@ _REASONING = {
 
 
 def _from_spoken_list(key: str, record: dict) -> dict:
-    """A list of turns, or of strings that start with who speaks; where none does, the two take turns."""
+    """A list of turns, or of strings that start with the speaker. Without speakers, the two alternate."""
     value = record.pop(key)
     turns = _list_in_cell(value)
     if not (turns and isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)):
@@ -95,7 +95,7 @@ _REJECTED = ("response_rejected", "rejected", "bad_answer", "rejected_response",
 
 
 def _renamed(names: dict[str, str], record: dict) -> dict:
-    """The record with other keys; of a list of wordings (`questions`) the first."""
+    """Rename the record's keys, and take the first of several wordings (`questions`)."""
     renamed = {}
     for key, value in record.items():
         if key in ("questions", "answers") and isinstance(value, list):
@@ -111,8 +111,10 @@ def _dialogue_form(keys: Sequence[str], reasoning: str) -> _Form | None:
     if {"question", "complex_cot", "response"} <= set(keys):
         return _Form(("question", "complex_cot", "response"), functools.partial(_with_reasoning, reasoning))
     alpaca = {"instruction": ("instruction", "指令"), "input": ("input", "输入")}
-    for wanted in ({"question": QUESTIONS}, alpaca):
-        if form := _renaming_form(keys, wanted | {"answer" if "question" in wanted else "output": ANSWERS}):
+    for prompt_meanings in ({"question": QUESTIONS}, alpaca):
+        if form := _renaming_form(
+            keys, prompt_meanings | {"answer" if "question" in prompt_meanings else "output": ANSWERS}
+        ):
             return form
     lists = [key for key in keys if key in _TURNS]
     if len(lists) != 1:
@@ -121,17 +123,17 @@ def _dialogue_form(keys: Sequence[str], reasoning: str) -> _Form | None:
 
 
 def _pair_form(keys: Sequence[str], reasoning: str) -> _Form | None:
-    wanted = {"question": QUESTIONS, "response_chosen": _CHOSEN, "response_rejected": _REJECTED}
+    meanings = {"question": QUESTIONS, "response_chosen": _CHOSEN, "response_rejected": _REJECTED}
     # A question and its answer may have only the rejected one beside them.
-    return _renaming_form(keys, wanted) or _renaming_form(keys, wanted | {"response_chosen": ANSWERS})
+    return _renaming_form(keys, meanings) or _renaming_form(keys, meanings | {"response_chosen": ANSWERS})
 
 
-def _renaming_form(keys: Sequence[str], wanted: dict[str, Sequence[str]]) -> _Form | None:
-    """The one key that means each of what is wanted; None where one has no key, or several and so is unclear."""
-    found = {name: [key for key in keys if key in meanings] for name, meanings in wanted.items()}
-    if any(len(meant) != 1 for meant in found.values()):
+def _renaming_form(keys: Sequence[str], meanings_by_name: dict[str, Sequence[str]]) -> _Form | None:
+    """The form that renames one key for each meaning; None if a meaning has no key, or several."""
+    keys_by_name = {name: [key for key in keys if key in meanings] for name, meanings in meanings_by_name.items()}
+    if any(len(meant) != 1 for meant in keys_by_name.values()):
         return None
-    names = {meant[0]: name for name, meant in found.items()}
+    names = {meant[0]: name for name, meant in keys_by_name.items()}
     own_names = {name: key for key, name in names.items()}
     return _Form(tuple(names), functools.partial(_renamed, names), own_names)
 
@@ -156,7 +158,7 @@ def _list_in_cell(value: object) -> object:
 
 
 def rows_of(record: object) -> list[dict] | None:
-    """The records of one that holds columns, as lists or as pandas' `{"0": ..., "1": ...}`; None for any other."""
+    """The rows of a record that holds whole columns (lists, or pandas' `{"0": ...}`); None for any other."""
     if not isinstance(record, dict) or len(record) < 2:
         return None
     if "questions" in record and "answers" in record:
@@ -183,7 +185,7 @@ def rows_of(record: object) -> list[dict] | None:
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns named by flags, "" where none is; several of `question` are joined by line breaks."""
+    """Columns named by flags, "" for none; several `question` columns are joined by line breaks."""
 
     question: tuple[str, ...] = ()
     answer: str = ""
@@ -227,7 +229,7 @@ def add_ignore_keys(parser: argparse._ActionsContainer) -> None:
 
 
 def reader_of(args: argparse.Namespace, kind: Literal["dialogues", "pairs"]) -> "ForeignReader":
-    """The reader that the flags describe; UserError where they name some columns and not all that are needed."""
+    """The reader for these flags; raises UserError if some of the needed columns are not named."""
     names = {name: getattr(args, f"{name}_column") for name in ("answer", "chosen", "rejected", "system", "history")}
     columns = Columns(tuple(args.question_column), **names)
     needed = ("question", "answer") if kind == "dialogues" else ("question", "chosen", "rejected")
@@ -253,7 +255,7 @@ def _by_own_names(fault: Unusable, names: Mapping[str, str]) -> Unusable:
 
 
 class ForeignReader:
-    """Reads dialogues or pairs from files of any known form, one record at a time, and notes what it found."""
+    """Reads dialogues or pairs of any known form, record by record, and notes the forms and encodings."""
 
     def __init__(
         self,
@@ -286,7 +288,7 @@ class ForeignReader:
                     yield BadRecord(source, error.reason, error.detail)
 
     def read_raw(self, path: Path) -> Iterator[tuple[str, object]]:
-        """The records of a file as they are, in the encoding that was given or found; of whole columns the rows."""
+        """The raw records of a file, in the given or detected encoding; whole columns are split into rows."""
         encoding = self.encoding_of(path)
         if ending_of(path) in (".csv", ".tsv") and (separator := csv_separator(path, encoding)) != ",":
             self._separators[path] = separator
@@ -301,7 +303,7 @@ class ForeignReader:
                 yield from ((f"{source} (row {number})", row) for number, row in enumerate(rows, 1))
 
     def encoding_of(self, path: Path) -> str:
-        """The encoding that was given or is found; noted where it is not UTF-8."""
+        """The given or detected encoding, noted if it is not UTF-8."""
         encoding = self._encoding or (UTF8 if ending_of(path) == ".parquet" else detect_encoding(path))
         if encoding != UTF8:
             self._encodings[path] = encoding
@@ -339,7 +341,7 @@ class ForeignReader:
         return self._forms[keys]
 
     def _find_form(self, keys: tuple[str, ...]) -> _Form | None:
-        """How records with these keys are converted; None where dialects.py knows them, or nobody does."""
+        """The form of records with these keys; None if dialects.py reads them, or if they are unknown."""
         if has_dialect(keys, self._kind):
             return self._form_of(keys, self._reasoning) if lacks_prompt(keys) else None
         lower = tuple(dict.fromkeys(key.strip().lower() for key in keys))
@@ -348,7 +350,7 @@ class ForeignReader:
         return self._form_of(lower, self._reasoning)
 
     def _lowered(self, record: dict) -> dict:
-        """The record with the names that are read in lower case; advice names the others as they are."""
+        """The record with the known names in lower case; unknown names stay, for messages."""
         lowered = {}
         for key, value in record.items():
             name = key.strip().lower()
@@ -374,8 +376,8 @@ class ForeignReader:
         values = {key: record[name] for key, name in named.items() if name}
         question = record[columns.question[0]]
         if len(columns.question) > 1:
-            asked = {name: record[name] for name in columns.question if not is_empty(record[name])}
-            texts = (text if isinstance(text, int | float) else text_of(text, name) for name, text in asked.items())
+            by_column = {name: record[name] for name in columns.question if not is_empty(record[name])}
+            texts = (text if isinstance(text, int | float) else text_of(text, name) for name, text in by_column.items())
             question = "\n".join(map(str, texts))
         record = self.reading.without_ignored(record)
         beside = tuple(key for key in record if key not in used and not is_empty(record[key]))
@@ -384,8 +386,8 @@ class ForeignReader:
         kept_keys += plan.that_matter + plan.unknown
         return {key: record[key] for key in kept_keys} | {"question": question} | values
 
-    def found(self) -> list[str]:
-        """A line for each form and encoding that was not the stages' own, and for what was met in the records."""
+    def describe(self) -> list[str]:
+        """One line for each foreign form, encoding and separator, and for each note on the records."""
         lines = [
             f"{count:,} records by the columns {_listed(columns)}" for columns, count in self._n_by_columns.items()
         ]

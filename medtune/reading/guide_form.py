@@ -1,4 +1,4 @@
-"""The guide's records, written; the stages read them back to the same."""
+"""Write records in the guide's form, which the stages read back unchanged."""
 
 import json
 
@@ -9,7 +9,7 @@ from medtune.reading.turns import reads_as_turns
 
 
 def guide_record(item: Dialogue | Pair) -> dict:
-    """The guide's record of a dialogue or a pair; conversations.py reads it back to the same."""
+    """The guide's record of a dialogue or a pair; conversations.py reads it back unchanged."""
     return _dialogue_record(item) if isinstance(item, Dialogue) else _pair_record(item)
 
 
@@ -49,7 +49,7 @@ def _sharegpt_turn(message: dict) -> dict:
 
 
 def _pair_record(pair: Pair) -> dict:
-    """The guide's form, or the turns as `conversations` where it cannot say them: tools, texts that are dialogues."""
+    """The guide's form; `conversations` if it cannot hold the turns (tools, texts that read as dialogues)."""
     messages, system = pair.messages, ""
     if messages[0]["role"] == "system":
         system, messages = messages[0]["content"], messages[1:]
@@ -61,11 +61,11 @@ def _pair_record(pair: Pair) -> dict:
         turns = [_sharegpt_turn(message) for message in messages]
         replies = {key: {"from": "gpt", "value": getattr(pair, key)} for key in ("chosen", "rejected")}
         return {"system": system, "conversations": turns, **replies, **others}
-    said = [message["content"] for message in messages]
+    contents = [message["content"] for message in messages]
     return {
         "system": system,
-        "history": [list(exchange) for exchange in zip(said[:-1:2], said[1:-1:2], strict=True)],
-        "question": said[-1],
+        "history": [list(exchange) for exchange in zip(contents[:-1:2], contents[1:-1:2], strict=True)],
+        "question": contents[-1],
         "response_chosen": pair.chosen,
         "response_rejected": pair.rejected,
         **others,

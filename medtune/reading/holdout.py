@@ -1,4 +1,4 @@
-"""Which records a part holds: those held out, and a seeded choice of them.
+"""Split and sample records by seed: training and held-out parts.
 
 train, held_out = split_holdout(dialogues, 100, seed=42, flag="--max_eval_samples")
 """
@@ -23,7 +23,10 @@ def choose_part(
     max_eval_samples: int | None,
     seed: int,
 ) -> list[T]:
-    """The records of one part, drawn with the seed; held_out: both are parts of the same files."""
+    """The records of one part, sampled by the seed.
+
+    held_out: the evaluation part is held out of the training files.
+    """
     if held_out:
         # As many as asked for, but never more than a tenth of the data.
         n_eval = max(1, min(max_eval_samples or len(records), len(records) // 10))
@@ -33,7 +36,7 @@ def choose_part(
 
 
 def take_samples(items: Sequence[T], max_samples: int | None, seed: int) -> list[T]:
-    """A seeded random choice of at most `max_samples` items, in their order; None or too few takes all."""
+    """A seeded random sample of at most `max_samples` items, in their order; None takes all."""
     if max_samples is None or max_samples >= len(items):
         return list(items)
     chosen = random.Random(seed).sample(range(len(items)), max_samples)
@@ -41,7 +44,7 @@ def take_samples(items: Sequence[T], max_samples: int | None, seed: int) -> list
 
 
 def split_holdout(records: Sequence[T], size: int | float, seed: int, flag: str) -> tuple[list[T], list[T]]:
-    """Split into (train, held out), both in the order given; a question or text never falls on both sides.
+    """Split into (train, held out), both in the order given; no question or text is on both sides.
 
     Args:
         records: what to split.
@@ -57,15 +60,15 @@ def split_holdout(records: Sequence[T], size: int | float, seed: int, flag: str)
     for index, record in enumerate(records):
         by_question[_question_key(record)].append(index)
 
-    wanted = size if isinstance(size, int) else max(1, round(size * len(records)))
+    n_holdout = size if isinstance(size, int) else max(1, round(size * len(records)))
     held_out: set[int] = set()
     for question in sorted(by_question, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest()):
-        if len(held_out) + len(by_question[question]) <= wanted:
+        if len(held_out) + len(by_question[question]) <= n_holdout:
             held_out.update(by_question[question])
 
     if not held_out or len(held_out) == len(records):
         raise UserError(
-            f"{flag} {size}: cannot hold out {wanted} of {len(records)} records "
+            f"{flag} {size}: cannot hold out {n_holdout} of {len(records)} records "
             f"({len(by_question)} of them different) and train on the rest; "
             "lower it or give validation files of their own"
         )
@@ -74,7 +77,7 @@ def split_holdout(records: Sequence[T], size: int | float, seed: int, flag: str)
 
 
 def _question_key(record: Dialogue | Document | Pair) -> str:
-    """The first user turn, or the text, without what copies differ in: case, character width, punctuation, spaces."""
+    """The first user turn, or the text, without case, character width, punctuation and spaces."""
     if isinstance(record, Document):
         question = record.text
     else:

@@ -1,4 +1,4 @@
-"""Records in JSON: a line each, one list, or a list in an object; each with the line on which it starts.
+"""Read records in JSON (lines, one list, or a list in an object), each with its line number.
 
 Lists are decoded piece by piece by hand: json holds a whole list with its text, ijson tells no line of a record. So a
 list of any length takes about a megabyte, or what its longest record does.
@@ -17,7 +17,7 @@ from medtune.reading.values import JSON_TOO_MUCH, key_twice
 
 
 def read_json(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
-    """Read by content, not ending: a list, perhaps in an object; from a lone `{` one long record; else lines."""
+    """Read by content, not by ending: a list, a list in an object, one record over several lines, or lines."""
     # Or its start: a list may be one line.
     start = file.read(1 << 16)
     first_line = start.lstrip("\ufeff \t\r\n").split("\n", 1)[0].strip()
@@ -52,7 +52,7 @@ def _read_json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, obj
 
 
 def _records_of_line(line: str) -> list[object]:
-    """The records of a line that is not one: those of files that were joined, or the fault of all."""
+    """The records of a line that is not exactly one: several joined records, or one fault."""
     records, end = [], 0
     try:
         while (start := _JSON_BLANKS.match(line, end).end()) < len(line):
@@ -68,7 +68,7 @@ def _records_of_line(line: str) -> list[object]:
 
 
 def _read_json_list(chunks: Iterator[str], name: str, needs_commas: bool = True) -> Iterator[tuple[str, object]]:
-    """Decode a list, or several that were joined, record by record, so that each knows the line on which it starts."""
+    """Decode a list, or several joined lists, record by record, so that each has its line number."""
     text = _JsonText(chunks)
     opening = text.peek()
     try:
@@ -153,24 +153,24 @@ _JSON_BLANKS = re.compile(r"[ \t\r\n\ufeff]*")  # and the mark of a file that wa
 
 
 class _JsonText:
-    """A text to decode value by value, of which only the part around the next one is held."""
+    """A text to decode value by value, of which only the part around the next value is in memory."""
 
     def __init__(self, chunks: Iterator[str]):
         self._chunks = chunks
-        self._held = ""
-        self._next = 0  # index in `_held` of what comes next
-        self._is_all = False  # nothing follows `_held`
-        # Where `_held` starts in the file: line, and what that line has before it.
+        self._buffer = ""
+        self._next = 0  # index in `_buffer` of what comes next
+        self._is_all = False  # nothing follows `_buffer`
+        # Where `_buffer` starts in the file: line, and what that line has before it.
         self._line, self._characters_before, self._bytes_before = 1, 0, 0
         self.last_line = 0  # on which the last value started
-        self._newlines, self._counted_to = 0, 0  # newlines in `_held` up to an index
+        self._newlines, self._counted_to = 0, 0  # newlines in `_buffer` up to an index
 
     def peek(self) -> str:
-        """The next character that is not blank, "" at the end; what comes next starts with it."""
+        """Move to the next character that is not blank and return it; "" at the end."""
         while True:
-            self._next = _JSON_BLANKS.match(self._held, self._next).end()
-            if self._next < len(self._held) or self._is_all:
-                return self._held[self._next : self._next + 1]
+            self._next = _JSON_BLANKS.match(self._buffer, self._next).end()
+            if self._next < len(self._buffer) or self._is_all:
+                return self._buffer[self._next : self._next + 1]
             self._read_on()
 
     def skip(self, character: str) -> None:
@@ -183,23 +183,23 @@ class _JsonText:
         self._next += 1
 
     def decode(self) -> tuple[object, int, Unusable | None]:
-        """The value of which `peek` gave the first character, its line, and the first byte in it that is not UTF-8."""
+        """Decode the value at the current position: the value, its line number, and its fault if it has one."""
         while True:
             try:
-                value, end = _DECODE_JSON(self._held, self._next)
-                if end < len(self._held) or self._is_all:  # otherwise a number might go on
+                value, end = _DECODE_JSON(self._buffer, self._next)
+                if end < len(self._buffer) or self._is_all:  # otherwise a number might go on
                     break
             except json.JSONDecodeError as error:
                 # What is cut off gives an error at its end, or where its last string starts.
-                is_cut = error.pos > len(self._held) - 20 or error.msg.startswith("Unterminated string")
+                is_cut = error.pos > len(self._buffer) - 20 or error.msg.startswith("Unterminated string")
                 if self._is_all or not is_cut:
                     raise
             self._read_on()
-        self._newlines += self._held.count("\n", self._counted_to, self._next)
+        self._newlines += self._buffer.count("\n", self._counted_to, self._next)
         self._counted_to = self._next
-        fault = key_twice(self._held, value, self._next, end)
+        fault = key_twice(self._buffer, value, self._next, end)
         try:
-            self._held[self._next : end].encode()
+            self._buffer[self._next : end].encode()
         except UnicodeEncodeError:
             fault = self.utf8_fault(end)
         self._next = end
@@ -207,21 +207,21 @@ class _JsonText:
         return value, self.last_line, fault
 
     def error(self, message: str) -> json.JSONDecodeError:
-        return json.JSONDecodeError(message, self._held, self._next)
+        return json.JSONDecodeError(message, self._buffer, self._next)
 
     def line_of(self, index: int) -> int:
-        return self._line + self._held.count("\n", 0, index)
+        return self._line + self._buffer.count("\n", 0, index)
 
     def column_of(self, index: int) -> int:
-        line_start = self._held.rfind("\n", 0, index) + 1
+        line_start = self._buffer.rfind("\n", 0, index) + 1
         return index - line_start + 1 + (0 if line_start else self._characters_before)
 
     def utf8_fault(self, end: int | None = None) -> Unusable | None:
-        return utf8_fault(self._held, self._next, end, self._line, self._bytes_before)
+        return utf8_fault(self._buffer, self._next, end, self._line, self._bytes_before)
 
     def _read_on(self) -> None:
         """Forget what is behind, and hold at least twice as much of what is ahead."""
-        behind, ahead = self._held[: self._next], self._held[self._next :]
+        behind, ahead = self._buffer[: self._next], self._buffer[self._next :]
         line_start = behind.rfind("\n") + 1
         if line_start:
             self._line += behind.count("\n")
@@ -232,5 +232,5 @@ class _JsonText:
         more = list(itertools.islice(self._chunks, 1))
         while more and sum(map(len, more)) < len(ahead) and (chunk := next(self._chunks, "")):
             more.append(chunk)
-        self._held, self._next, self._is_all = "".join([ahead, *more]), 0, not more
+        self._buffer, self._next, self._is_all = "".join([ahead, *more]), 0, not more
         self._newlines = self._counted_to = 0

@@ -1,4 +1,4 @@
-"""What the keys of a record and of its turns mean: read as text, harmless, or known to change what is to be learned.
+"""What keys beside the texts mean: harmless, unknown, or known to change what is learned.
 
     plan = sort_keys(tuple(record), read=("question", "answer"))
     check_reply_keys(record, plan, Reading(), "the record")  # raises Unusable, or names the key that rules it out
@@ -51,7 +51,7 @@ class Reading:
             self.note(f"{of}\0{key}")
 
     def lines(self) -> list[str]:
-        """What was noted, in a line each; all unknown keys of records in one, and those of turns."""
+        """One line for each note, one for all unknown keys of records, and one for those of turns."""
         lines = []
         for of in ("of records", "of turns"):
             counts = [(key[len(of) + 1 :], n) for key, (n, _) in self._notes.items() if key.startswith(f"{of}\0")]
@@ -136,7 +136,7 @@ HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class KeyPlan:
-    """The keys of one record or turn by what they mean; as many records share one, it is made once."""
+    """The keys of a record or turn by meaning; cached, since many records have the same keys."""
 
     verdicts: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
@@ -152,7 +152,7 @@ class KeyPlan:
 
 @lru_cache(maxsize=4000)
 def sort_keys(keys: tuple[str, ...], read: tuple[str, ...]) -> KeyPlan:
-    """The keys that are not read, by what they mean; upper case, blanks and other marks in a name do not matter."""
+    """Sort the unread keys by meaning; case, blanks and punctuation in a name do not matter."""
     rest = [key for key in keys if key not in read]
     letters = {letter_of(key) for key in rest}
     sorted_keys: dict[str, list[str]] = {}
@@ -160,7 +160,7 @@ def sort_keys(keys: tuple[str, ...], read: tuple[str, ...]) -> KeyPlan:
         kind = "options" if letter_of(key) and {"A", "B"} <= letters else _KINDS.get(_bare(key), "unknown")
         sorted_keys.setdefault(kind, []).append(key)
     sorted_keys.pop("harmless", None)
-    return KeyPlan(**{kind: tuple(found) for kind, found in sorted_keys.items()})
+    return KeyPlan(**{kind: tuple(names) for kind, names in sorted_keys.items()})
 
 
 def _bare(key: str) -> str:
@@ -203,16 +203,16 @@ def check_prompt_keys(turn: dict, plan: KeyPlan, reading: Reading, where: str) -
 
 
 def check_reply_keys(
-    record: dict, plan: KeyPlan, reading: Reading, where: str, said: str = "", of_turn: bool = False
+    record: dict, plan: KeyPlan, reading: Reading, where: str, reply: str = "", of_turn: bool = False
 ) -> str:
-    """The key by which the reply of a record or turn is not to be learned, "" where it is; a thought may be `said`.
+    """The key that marks the reply of a record or turn as one not to learn, "" if no key does.
 
-    Raises Unusable where a key cannot be honoured.
+    reply: its text, which may hold a thought that a key repeats. Raises Unusable where a key cannot be honoured.
     """
     if of_turn:
         check_media(record, plan, reading, where)
     for key in plan.thoughts:
-        if _is_thought(record[key]) and not (isinstance(record[key], str) and stripped(record[key]) in said):
+        if _is_thought(record[key]) and not (isinstance(record[key], str) and stripped(record[key]) in reply):
             raise Unusable(
                 "thought apart",
                 f"{where} has what was thought before the reply in {key!r}, which is not learned from there; write it "
@@ -228,7 +228,7 @@ def check_reply_keys(
 
 
 def _is_approved(value: object, key: str, reading: Reading, where: str) -> bool:
-    """False where the key says that the reply is a bad one; any other value than a verdict is a topic."""
+    """False if the key marks the reply as bad; a value that is no verdict is taken for a topic."""
     if is_empty(value):
         return True
     truth = _truth(value)
@@ -244,7 +244,7 @@ def _is_approved(value: object, key: str, reading: Reading, where: str) -> bool:
 
 
 def _is_weighed(value: object, key: str, reading: Reading, where: str, of_turn: bool) -> bool:
-    """False where the weight is 0 or false; raises Unusable where it is between."""
+    """False if the weight is 0 or false. Raises Unusable for a weight between 0 and 1."""
     with suppress(ValueError):  # a cell of a csv file
         value = float(value) if isinstance(value, str) else value
     if is_empty(value):
@@ -264,7 +264,7 @@ def _is_weighed(value: object, key: str, reading: Reading, where: str, of_turn: 
 
 
 def _is_thought(value: object) -> bool:
-    """Words or parts, and not the mode that a model was asked in."""
+    """Whether a value is a thought (text or parts), and not the name of a thinking mode."""
     return (
         not holds_nothing(value)
         and not isinstance(value, bool | int | float)
@@ -280,7 +280,7 @@ def _truth(value: object) -> bool | None:
 
 
 def feedback_of(record: dict, reading: Reading) -> bool:
-    """Whether a record for KTO has a good reply; Unusable where no key says so, or one not clearly."""
+    """Whether a KTO record's reply is marked as good. Raises Unusable if no key says so clearly."""
     given = {key: record[key] for key in FEEDBACK_KEYS if not is_empty(record.get(key))}
     if not given:
         listed = " or ".join(map(repr, FEEDBACK_KEYS))

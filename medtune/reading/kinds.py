@@ -35,8 +35,8 @@ def find_kind(path: str | Path, flag: str) -> tuple[Kind, list[Path], list[Path]
         if kind := _kind_of(file):
             first_of_kind.setdefault(kind, file)
     if len(first_of_kind) > 1:
-        found = " and ".join(f"{kind} ({file})" for kind, file in first_of_kind.items())
-        raise UserError(f"{flag} {path}: holds {found}, which no stage reads together; name one of them")
+        listed = " and ".join(f"{kind} ({file})" for kind, file in first_of_kind.items())
+        raise UserError(f"{flag} {path}: holds {listed}, which no stage reads together; name one of them")
     kind = next(iter(first_of_kind), "dialogues" if of_records else "documents")
     if kind == "documents":
         return kind, files, unread
@@ -48,7 +48,7 @@ def is_plain_text(path: Path) -> bool:
 
 
 def _kind_of(path: Path) -> Kind | None:
-    """Dialogues, if a record is one; otherwise what the first record is that is of a kind at all."""
+    """Dialogues if any of the first records is one; otherwise the kind of the first one that has a kind."""
     kind = None
     try:
         for result in islice(read_dialogues([path]), _PROBED):

@@ -32,7 +32,7 @@ TEXT_SHINGLE, QUESTION_SHINGLE = 5, 3
 
 
 class Match(NamedTuple):
-    """An earlier text by its number among those kept, the share of n-grams in common, and whether it is the same."""
+    """A match: the number of the kept text, the share of n-grams in common, and whether it is a copy."""
 
     number: int
     share: float
@@ -45,7 +45,7 @@ _NO_LETTERS = re.compile(r"[\W_]+")
 
 
 def bare_text(text: str) -> str:
-    """The text without what copies differ in: case, character width, punctuation and spaces."""
+    """The text without case, character width, punctuation and spaces."""
     if not unicodedata.is_normalized("NFC", text):  # or the accents would go for punctuation
         text = unicodedata.normalize("NFC", text)
     text = _NO_LETTERS.sub("", text)
@@ -55,7 +55,7 @@ def bare_text(text: str) -> str:
 
 
 def shingle_hashes(text: str, size: int) -> np.ndarray:
-    """[number of n-grams] uint32: a hash of each run of `size` characters; of the whole text if it is shorter."""
+    """[number of n-grams] uint32: the hash of each run of `size` characters, or of the whole of a shorter text."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     size = min(size, len(codes))
     hashes = np.zeros(len(codes) - size + 1, dtype=np.uint32)
@@ -65,7 +65,7 @@ def shingle_hashes(text: str, size: int) -> np.ndarray:
 
 
 def minhashes(texts: Sequence[str], shingle_size: int) -> np.ndarray:
-    """[number of texts, N_HASHES] uint32: the least of the n-grams' hashes by each of N_HASHES hash functions."""
+    """[number of texts, N_HASHES] uint32: the minimum over the n-grams of each of N_HASHES hash functions."""
     from datasketch import MinHash  # brings scipy, which takes most of a second
 
     # `update_batch` gets all hashes as one value: of a list, it would call this function in Python for each.
@@ -81,7 +81,7 @@ def minhashes(texts: Sequence[str], shingle_size: int) -> np.ndarray:
 
 
 def rows_per_band(threshold: float) -> int:
-    """Hashes a band: as many as RECALL allows, since longer bands bring fewer texts together in vain."""
+    """The number of hashes in a band: as many as RECALL allows, since longer bands give fewer false candidates."""
     rows = 1
     while rows < N_HASHES and chance_to_meet(threshold, rows + 1) >= RECALL:
         rows += 1
@@ -97,7 +97,7 @@ def chance_to_meet(share: float, rows: int) -> float:
 
 
 class _Rows:
-    """A matrix to which rows are added; `array` holds those there are."""
+    """A matrix that grows by rows; `array` is the filled part."""
 
     def __init__(self, width: int, dtype: type):
         self._grown = np.empty((0, width), dtype=dtype)
@@ -120,7 +120,7 @@ class _Rows:
 
 
 class _SortedNumbers:
-    """uint64 numbers in sorted runs, each over twice as long as the next: adding and looking up stay cheap."""
+    """uint64 numbers in sorted runs, each over twice as long as the next, so that adding and searching are cheap."""
 
     def __init__(self):
         self.runs: list[np.ndarray] = []
@@ -140,7 +140,7 @@ _Sketches = tuple[np.ndarray, np.ndarray]
 
 
 class _Index:
-    """Rows that are found again by a key they share with others, and then compared byte by byte.
+    """An index of rows by keys; rows that share a key are compared byte by byte.
 
     A key and a row's number are one uint64, the key above: sorted, that is a table of eight bytes an entry.
     """
@@ -161,20 +161,20 @@ class _Index:
         self._rows.add(rows)
 
     def pairs(self, sketches: _Sketches) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Every new row with every earlier one that it is like, be that added before or earlier in the same call.
+        """All pairs of a new row and a similar earlier one, added before or earlier in the same call.
 
         Returns positions in the new rows, in order; numbers of the earlier rows, as if all the new ones had been
         added; and shares of equal bytes.
         """
         keys, rows = sketches
         new_numbers = np.arange(len(self), len(self) + len(rows), dtype=np.uint64)
-        found = [np.empty(0, dtype=np.uint64)]
+        candidates = [np.empty(0, dtype=np.uint64)]
         for table, column in zip(self._tables, keys.T.astype(np.uint64), strict=True):
             lowest, own = column << _NUMBER_BITS, column << _NUMBER_BITS | new_numbers
             for run in [*table.runs, np.sort(own)]:
                 later, at = _last_of_ranges(np.searchsorted(run, lowest), np.searchsorted(run, own))
-                found.append(later << _NUMBER_BITS | run[at] & _NUMBER_MASK)
-        pairs = np.unique(np.concatenate(found))
+                candidates.append(later << _NUMBER_BITS | run[at] & _NUMBER_MASK)
+        pairs = np.unique(np.concatenate(candidates))
         later, earlier = (pairs >> _NUMBER_BITS).astype(np.int64), (pairs & _NUMBER_MASK).astype(np.int64)
         shares = self._shares(rows, later, earlier)
         alike = shares >= self._threshold
@@ -233,9 +233,9 @@ class _NearCopies(_Index):
 
 
 class Distinct:
-    """Keeps the first of each kind of text; `threshold` None lets only copies go.
+    """Keeps the first of several similar texts; with `threshold` None only copies are dropped.
 
-    Likeness is never chained: a text that is let go is itself like one that was kept.
+    Similarity is not chained: every dropped text is similar to a kept one.
     """
 
     def __init__(self, threshold: float | None, shingle_size: int = TEXT_SHINGLE):
@@ -246,7 +246,7 @@ class Distinct:
         return len(self._indexes[0])
 
     def keep(self, texts: Sequence[str], exact: Sequence[str] | None = None) -> list[Match | None]:
-        """Per text the kept one that it is a copy of, or else most like; None where it is kept itself.
+        """For each text the kept one that it copies or is most similar to; None if it is kept itself.
 
         `exact`: what must be the same in a copy, if that is not the text.
         """
@@ -287,7 +287,7 @@ class Known:
             index.add(index.sketch(texts))
 
     def find(self, texts: Sequence[str]) -> list[Match | None]:
-        """Per text the added one that is the same, or else most like; new ones are not compared with each other."""
+        """For each text its copy or the most similar added one; new texts are not compared with each other."""
         texts = [bare_text(text) for text in texts]
         best: list[Match | None] = [None] * len(texts)
         for index in (self._copies, self._near):
@@ -298,9 +298,9 @@ class Known:
 
 
 class Groups:
-    """Groups of texts such that those alike by `threshold` are in one, over any number of steps.
+    """Groups of texts: all that are linked by similarities over `threshold`, in any number of steps.
 
-    An estimate may be two standard errors low: to part two that are alike is worse than to join two that are less so.
+    The threshold is lowered by two standard errors: separating similar texts is worse than joining others.
     """
 
     def __init__(self, threshold: float, shingle_size: int = QUESTION_SHINGLE):

@@ -1,4 +1,4 @@
-"""The options of an exam's question, from any of the forms they are published in, as lines of the question."""
+"""Append the options of an exam question, in any published form, to the question as lines."""
 
 import re
 import string
@@ -52,7 +52,7 @@ def _options_of(record: dict, keys: Sequence[str]) -> dict[str, str]:
 
 
 def _letter_and_text(letter: str, option: object) -> tuple[str, object]:
-    """Of an item of a list of options: a text, or an object that says both; `letter` where it does not say one."""
+    """Letter and text of an option: a text, or an object with both; `letter` if it names none."""
     if not isinstance(option, dict):
         return letter, option
     if len(option) == 1 and letter_of(next(iter(option))):

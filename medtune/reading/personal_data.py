@@ -24,11 +24,11 @@ _CHINESE = re.compile("[\u4e00-\u9fff]")
 
 def mask_personal_data(text: str) -> tuple[str, list[str]]:
     """The text with placeholders in its own language, and the kinds of data they stand for."""
-    found = []
+    kinds = []
     for kind, pattern in _PERSONAL.items():
         spans = [match.span() for match in pattern.finditer(text.translate(_ASCII_DIGITS))]
         for start, end in reversed(spans):
             mask = _MASKS[kind][0 if _CHINESE.search(text) else 1]
             text = text[:start] + mask + text[end:]
-        found += [kind] * len(spans)
-    return text, found
+        kinds += [kind] * len(spans)
+    return text, kinds

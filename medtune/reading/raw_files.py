@@ -1,4 +1,4 @@
-"""What the first bytes of a file say before it is parsed: whether it is what its name says.
+"""Check by the first bytes of a file whether it is what its name says.
 
 start = read_start(path, name)
 if fault := misnamed(start):
@@ -41,7 +41,7 @@ _BINARY_FORMS = [
 
 
 def read_start(path: Path, name: str) -> bytes:
-    """The first megabyte of a file; UserError, which begins with `name`, where it cannot be read."""
+    """The first megabyte of a file; raises UserError (beginning with `name`) if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(BLOCK)
@@ -53,9 +53,9 @@ def read_start(path: Path, name: str) -> bytes:
 
 
 def misnamed(start: bytes, is_markup: bool = False) -> str:
-    """What a file that should hold text or weights is instead, and what to do; "" where its first bytes do not tell.
+    """If a file is not the text or weights expected: what it is and what to do. "" otherwise.
 
-    A page of HTML is none of them, unless the file `is_markup`.
+    An HTML page is refused unless the file `is_markup`.
     """
     head = start[:1024]
     if head.startswith(UTF16_MARKS):  # as PowerShell writes

@@ -1,4 +1,4 @@
-"""All records of some files, faults named by `file:line` and refused, or dropped and counted.
+"""Read all records of some files; bad ones are refused with `file:line`, or dropped and counted.
 
 dialogues, report = load_dialogues(files, on_bad_data="error")
 """
@@ -37,7 +37,7 @@ def read_pairs(files: Sequence[Path], reading: Reading | None = None) -> Iterato
 
 
 def read_feedback(files: Sequence[Path], reading: Reading | None = None) -> Iterator[Feedback | BadRecord]:
-    """Read dialogues of any dialect whose last reply is marked as a good or a bad one, one result a record."""
+    """Read dialogues of any dialect whose last reply is marked as good or bad, one result a record."""
     return _read(files, to_feedback, reading)
 
 
@@ -59,12 +59,12 @@ OnBadData = Literal["error", "drop"]
 
 
 def load_records(
-    read: Callable[[Sequence[Path], Reading], Iterable[T | BadRecord]],
+    read_records: Callable[[Sequence[Path], Reading], Iterable[T | BadRecord]],
     files: Sequence[Path],
     on_bad_data: OnBadData | None = "error",
     reading: Reading | None = None,
 ) -> tuple[list[T], Report]:
-    """What `read_dialogues` or another of them reads, all of it; bad records are refused, or dropped and counted.
+    """Read all records with `read_dialogues` or another reader; bad ones are refused, or dropped and counted.
 
     on_bad_data: "error" refuses them, "drop" counts them; None refuses them too, for a caller that has no such flag.
     Raises UserError, showing the first ten, on bad records unless they are dropped, and whenever nothing is left.
@@ -73,7 +73,7 @@ def load_records(
     records: list[T] = []
     report = Report()
     first_bad: list[str] = []
-    for result in read(files, reading):
+    for result in read_records(files, reading):
         report.read += 1
         if not isinstance(result, BadRecord):
             records.append(result)

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)  # frozen, a record would take as long to make as to check
 class Dialogue:
-    """One usable dialogue: perhaps a system turn, then user, tool and assistant turns, a reply the last.
+    """A usable dialogue: an optional system turn, then user, tool and assistant turns, ending with a reply.
 
     A message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}`; an assistant's may add
     `"tool_calls": [{"name": str, "arguments": dict}]`, and `"weight": 0` where it is there to be read and not learned.
@@ -32,9 +32,9 @@ class Document:
 
 @dataclass(slots=True)
 class Pair:
-    """Two replies to one prompt: messages as in a dialogue, the person's turn the last.
+    """Two replies to one prompt, which is messages that end with a user turn.
 
-    `margin` is by how much the chosen reply is the better one, where the record says so.
+    `margin` is by how much the chosen reply is better, None if the record has none.
     """
 
     messages: list[dict]
@@ -47,7 +47,7 @@ class Pair:
 
 @dataclass(slots=True)
 class Feedback:
-    """One reply to a prompt, and whether it is a good one: messages as in a dialogue, the person's turn the last."""
+    """One reply to a prompt (messages that end with a user turn), and whether it is a good one."""
 
     messages: list[dict]
     reply: str
@@ -58,7 +58,7 @@ class Feedback:
 
 @dataclass(slots=True)
 class Prompt:
-    """What PPO asks: messages as in a dialogue, the person's turn the last; `reply` is the data's own, or ""."""
+    """A prompt for PPO: messages that end with a user turn; `reply` is the data's own, or ""."""
 
     messages: list[dict]
     tools: list[dict] | None
@@ -68,7 +68,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that cannot be used: where it stands, a category to count by, and what to fix."""
+    """A record that cannot be used: its place, a reason to count by, and what to fix."""
 
     source: str
     reason: str
@@ -95,7 +95,7 @@ class Report:
         return self.read - self.dropped.total()
 
     def drop(self, bad: BadRecord) -> None:
-        """Count one of the records read as dropped; the first three of each reason are kept as examples."""
+        """Count a record as dropped; the first three of each reason are kept as examples."""
         self.dropped[bad.reason] += 1
         examples = self.examples.setdefault(bad.reason, [])
         if len(examples) < 3:

@@ -1,4 +1,4 @@
-"""One way from files to rows: found, read, held out, encoded, and kept in a cache for the next start.
+"""From files to rows: find, read, hold out, encode, and cache for the next start.
 
 encoder = DialogueEncoder(tokenizer, chat_template, max_length=2048)
 data = prepare_data(read_dialogues, encoder, data_args, training_args, cache_dir)
@@ -56,7 +56,7 @@ class Part:
 
 
 def prepare_data(
-    read: Read,
+    read_records: Read,
     encoder: Encoder,
     data_args: DataArguments,
     training_args: TrainingArguments,
@@ -66,7 +66,7 @@ def prepare_data(
     """The rows that a stage trains on and, with --do_eval, is evaluated on.
 
     Args:
-        read: `read_dialogues`, `read_pairs`, `read_prompts` or `read_documents`, as the encoder wants them.
+        read_records: `read_dialogues`, `read_pairs`, `read_prompts` or `read_documents`, to suit the encoder.
         cache_dir: --cache_dir; the rows are kept in its folder "tokenized".
         parts: which of them to prepare.
 
@@ -86,7 +86,7 @@ def prepare_data(
     facts: dict[str, str] = {}
     for part in (part for part in sources if part in parts):
         (flag, path), (files, unread) = sources[part], listings[part]
-        prepared = prepare_part(part, files, held_out, read, encoder, data_args, training_args.seed, cache_dir)
+        prepared = prepare_part(part, files, held_out, read_records, encoder, data_args, training_args.seed, cache_dir)
         report = prepared.encoded
         if len(prepared.rows) == 0:
             examples = "; ".join(line for lines in report.examples.values() for line in lines)
@@ -111,7 +111,7 @@ def prepare_part(
     part: PartName,
     files: Sequence[Path],
     held_out: bool,
-    read: Read,
+    read_records: Read,
     encoder: Encoder,
     data_args: DataArguments,
     seed: int,
@@ -143,7 +143,7 @@ def prepare_part(
     with open_cache(Path(cache_dir or "cache", "tokenized"), key, data_args.overwrite_cache) as cache:
         was_cached = cache.rows is not None
         if not was_cached:
-            records, report = load_records(read, files, data_args.on_bad_data, Reading(ignore_keys))
+            records, report = load_records(read_records, files, data_args.on_bad_data, Reading(ignore_keys))
             chosen = choose_part(records, part, held_out, **choice)
             rows, encoded = encode_records(chosen, encoder, data_args.preprocessing_num_workers, data_args.on_bad_data)
             cache.save(rows, {"read": report.as_dict(), "encoded": encoded.as_dict()})
@@ -191,7 +191,7 @@ def encode_records(
 
 
 def _encode_batch(encoder: Encoder, batch: dict[str, list]) -> dict[str, list]:
-    """`datasets` maps this over batches: an example that gives no row says why in `reason` and `detail`."""
+    """Encode a batch for `datasets.map`; an example without a row has `reason` and `detail`."""
     examples = [pickle.loads(pickled) for pickled in batch["example"]]
     rows = []
     for example, row in zip(examples, encoder.rows(examples), strict=True):
@@ -201,7 +201,7 @@ def _encode_batch(encoder: Encoder, batch: dict[str, list]) -> dict[str, list]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over what decides ids: vocabulary, merges, special tokens, chat template, and the code that uses them."""
+    """SHA-256 over all that decides ids: vocabulary, merges, special tokens, chat template and the code itself."""
     whole = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     whole.update(f"{tokenizer.chat_template}\0{tokenizer.eos_token}\0{tokenizer.bos_token}".encode())
     for file in (Path(template.__file__), *sorted(Path(__file__).parent.glob("*.py"))):

@@ -11,7 +11,7 @@ from medtune.reading.kinds import Kind
 
 
 def lengths_at(lengths: Counter[int], shares: Sequence[float]) -> list[int]:
-    """For each share, the length that so many of the records have at most; one that occurs."""
+    """Quantiles of the lengths: for each share the least length that at least so many records do not exceed."""
     ordered = sorted(lengths)
     up_to = list(accumulate(lengths[length] for length in ordered))
     return [ordered[bisect_left(up_to, share * up_to[-1])] for share in shares]
@@ -34,7 +34,7 @@ def add_token_flags(parser: argparse._ActionsContainer) -> None:
 
 
 def settle_token_flags(args: argparse.Namespace, kind: Kind) -> list[str]:
-    """Set the limits of this kind that were not given, with a tokenizer; a note for each given that it does not have.
+    """With a tokenizer, set the default limits of this kind; a note for each given flag that has no effect.
 
     Raises UserError where there is no tokenizer to count by, or nothing fits.
     """

@@ -1,4 +1,4 @@
-"""Turns of a dialogue in any form: who says what, in lists, in transcripts, in both sides of an exchange."""
+"""Read the turns of a dialogue: lists of turns, transcripts, and exchanges with both sides in one object."""
 
 import functools
 import itertools
@@ -47,7 +47,7 @@ _SPEAKER_LINE = re.compile(rf"^{SPEAKER.pattern}", re.IGNORECASE | re.MULTILINE)
 
 
 def role_of(name: object, where: str, reading: Reading) -> str:
-    """The role that a name stands for, capitals and blanks around it aside: also "tool call"."""
+    """The role for a speaker's name (case and outer blanks ignored); "tool call" is one too."""
     role = None
     if isinstance(name, str | int):
         role = (reading.role_map or {}).get(str(name).strip()) or ROLES.get(str(name).strip().lower())
@@ -103,7 +103,7 @@ _SIDE_KEYS = frozenset(itertools.chain(*_SIDES))
 
 @dataclass(frozen=True)
 class _TurnForm:
-    """The keys of a turn: who speaks, the words, or both sides of an exchange; and what the other keys mean."""
+    """The keys of a turn: speaker and content, or both sides of an exchange; and the meaning of the others."""
 
     name: str
     content: str
@@ -134,7 +134,7 @@ def _turn_form(keys: tuple[str, ...]) -> _TurnForm:
 
 
 def _plain_message(turn: object, reading: Reading) -> dict | None:
-    """The message of a turn that is nothing but a name and its words, as nearly all are; None for any other."""
+    """Fast path: the message of a turn that has only speaker and content; None for any other."""
     if not isinstance(turn, dict) or reading.role_map or reading.ignore_keys:
         return None
     form = _turn_form(tuple(turn))
@@ -189,7 +189,7 @@ def _messages(turn: object, where: str, reading: Reading) -> list[dict]:
 
 
 def _honour_keys(message: dict, turn: dict, plan: KeyPlan, reading: Reading, where: str) -> None:
-    """Mark a reply that is not to be learned by OpenAI's `"weight": 0`."""
+    """Mark a reply that is not learned with OpenAI's `"weight": 0`."""
     if message["role"] != "assistant":
         check_prompt_keys(turn, plan, reading, where)
     elif check_reply_keys(turn, plan, reading, where, message["content"], of_turn=True):
@@ -197,7 +197,7 @@ def _honour_keys(message: dict, turn: dict, plan: KeyPlan, reading: Reading, whe
 
 
 def _exchange_of_turn(turn: dict, form: _TurnForm, where: str, reading: Reading) -> list[dict]:
-    """Both sides of an exchange, perhaps after a system prompt; without a question the reply alone."""
+    """Both sides of an exchange after its system prompt, if any; the reply alone if there is no question."""
     if others := [key for key in turn if key in _SIDE_KEYS and key not in form.sides and not is_empty(turn[key])]:
         raise Unusable("two forms", f"{where} has {quoted([*form.sides, *others])}; {reading.ignoring(*others)}")
     asked, answered = (text_of(turn[side], f"{where} ('{side}')") for side in form.sides)
@@ -210,7 +210,7 @@ def _exchange_of_turn(turn: dict, form: _TurnForm, where: str, reading: Reading)
 
 
 def turns_of_transcript(text: str) -> list[dict] | None:
-    """The turns of a text in which each line that starts one says who speaks; None for any other text.
+    """The turns of a transcript, in which each turn starts with its speaker; None for any other text.
 
     HH-RLHF's `\\n\\nHuman: ...\\n\\nAssistant: ...`; an empty last reply asks for one. The person speaks first: a text
     that only quotes a speaker somewhere is no transcript. Raises Unusable where one speaks twice in a row.
@@ -262,7 +262,7 @@ def asking_turns(text: str, where: str) -> list[dict]:
 def _tool_calls(calls: object, where: str) -> list[dict]:
     """Read OpenAI's `{"function": {"name", "arguments"}}` or plain `{"name", "arguments"}`, one or a list."""
     calls = parsed(calls, f"the tool call of {where}")
-    read = []
+    tool_calls = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = (call.get("function") or call) if isinstance(call, dict) else {}
         name = function.get("name") if isinstance(function, dict) else None
@@ -270,8 +270,8 @@ def _tool_calls(calls: object, where: str) -> list[dict]:
         arguments = parsed(arguments or {}, f"the arguments of the tool call of {where}")
         if not (name and isinstance(name, str) and isinstance(arguments, dict)):
             raise Unusable("broken tool call", f"{where} needs a name and an object of arguments, found {call!r:.80}")
-        read.append({"name": name, "arguments": arguments})
-    return read
+        tool_calls.append({"name": name, "arguments": arguments})
+    return tool_calls
 
 
 def tools_of(record: dict) -> list[dict] | None:
@@ -287,7 +287,7 @@ def tools_of(record: dict) -> list[dict] | None:
 
 
 def _without_nulls(value: object) -> object:
-    """Objects without the keys that are null: columns of structs, as in parquet, give each the keys of all."""
+    """Remove null keys from objects: in parquet every struct has the keys of all."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -298,7 +298,7 @@ TURNS_IN_A_CELL = re.compile(r"""\s*\[?\s*\{\s*["'](from|role|value|content)["']
 
 
 def turns_in(value: object, where: str, reading: Reading) -> list[dict] | None:
-    """The turns of a list of them, perhaps in a cell; None for any other value."""
+    """The turns of a list, or of a list as JSON text; None for any other value."""
     if isinstance(value, str):
         if "{" not in value or not TURNS_IN_A_CELL.match(value):
             return None

@@ -1,4 +1,4 @@
-"""The values of a record: what is a text, what is none though it looks like one, and nested values in a cell."""
+"""Read the values of a record: texts, empty values, and nested values given as JSON text."""
 
 import ast
 import difflib
@@ -67,12 +67,12 @@ def is_turns(value: object) -> bool:
 
 
 def is_empty(value: object) -> bool:
-    """Null, NaN (as pandas writes it), or an empty text or list: as good as no key."""
+    """Whether a value is null, NaN (as pandas writes it), or an empty text or list."""
     return value is None or value != value or (not value and value is not False and value != 0)
 
 
 def holds_nothing(value: object) -> bool:
-    """Empty, pandas' word for it, or nothing but that in a list or object: parquet gives a struct the keys of all."""
+    """Whether a value is empty, a word such as "nan", or a list or object that holds nothing else."""
     if isinstance(value, dict | list):
         return all(map(holds_nothing, value.values() if isinstance(value, dict) else value))
     return is_empty(value) or (isinstance(value, str) and value in PANDAS_WORDS)
@@ -87,7 +87,10 @@ def with_values(record: dict) -> dict:
 
 
 def text_of(value: object, where: str, no_text: Collection[str] = ANY_NULL_WORD) -> str:
-    """The content of a turn: a string, or a list of text parts, stripped; `no_text`: words that stand for null."""
+    """The stripped content of a turn, a string or a list of text parts.
+
+    no_text: words that stand for null.
+    """
     if not isinstance(value, str):
         value = _joined(value, where)
     try:
@@ -131,7 +134,7 @@ def optional_text(record: dict, key: str) -> str:
 
 
 def key_twice(text: str, value: object, start: int = 0, end: int | None = None) -> Unusable | None:
-    """What is wrong where an object of this JSON has a key twice, of which json takes the last without a word.
+    """The fault of JSON in which an object has a key twice; json silently takes the last one.
 
     There are then more colons than keys. json's own hook for objects would take as long as all of the decoding.
     """
@@ -165,7 +168,7 @@ def _object_of(pairs: list[tuple[str, object]]) -> dict:
 
 
 def parsed(value: object, where: str) -> object:
-    """A nested value, which csv and parquet often hold as a JSON string, and pandas as Python writes it."""
+    """Decode a nested value that csv or parquet holds as a JSON string, or pandas as a Python literal."""
     if not isinstance(value, str):
         return value
     if value.strip() in ANY_NULL_WORD - {"null"}:
@@ -173,10 +176,10 @@ def parsed(value: object, where: str) -> object:
             "null value", f"{where} is the word {value!r}, as programs write a missing value; empty it or take it out"
         )
     try:
-        read = json.loads(value)
-        if fault := key_twice(value, read):
+        decoded = json.loads(value)
+        if fault := key_twice(value, decoded):
             raise fault
-        return read
+        return decoded
     except json.JSONDecodeError as error:
         detail = f"{where} is not JSON: {error.msg} (character {error.pos + 1}); write it with json.dumps"
     except JSON_TOO_MUCH as error:
@@ -220,7 +223,7 @@ _ALSO_CALLED = {
 
 @functools.lru_cache(maxsize=4000)
 def suspects(keys: tuple[str, ...], present: tuple[str, ...], optional: tuple[str, ...]) -> str:
-    """What may be meant by keys that are not read: misspelt ones, and those not empty that have another name."""
+    """Hints for unread keys: misspelt ones, and those that are known under another name."""
     others = ((key, _ALSO_CALLED.get(key.strip().lower())) for key in present)
     named = [f"; is {key!r} meant as {name!r}?" for key, name in others if name in optional and name not in keys]
     return "".join(named) or nearest(keys, optional, cutoff=0.85)

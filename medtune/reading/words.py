@@ -1,4 +1,4 @@
-"""What tools count, compare and print of records."""
+"""The texts of records that tools count, compare and print."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from medtune.reading.records import Dialogue, Document, Pair, Report
 
 
 def dropped_lines(report: Report) -> list[str]:
-    """For each reason why records were dropped, the first of them."""
+    """One line for each reason why records were dropped, with the first examples."""
     return [
         f"{count:,} dropped, {reason}: {'; '.join(report.examples[reason])}"
         for reason, count in report.dropped.most_common()
@@ -16,7 +16,7 @@ def dropped_lines(report: Report) -> list[str]:
 
 
 def unread_lines(unread: Sequence[Path]) -> list[str]:
-    """The files that a tool found and has no reader for."""
+    """A line for the files that no reader reads; none if there are none."""
     more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
     return [f"not read, by their endings: {', '.join(map(str, unread[:5]))}{more}"] if unread else []
 
@@ -26,7 +26,7 @@ _SHORTEST_QUESTION = 6
 
 
 def question_of(record: Dialogue | Pair | Document) -> str:
-    """What is asked: the first of the user's turns, those before it that only greet included; of a document, all."""
+    """The question of a record: the first user turn, with greetings before it; a document's whole text."""
     if isinstance(record, Document):
         return record.text
     question = ""
@@ -39,12 +39,12 @@ def question_of(record: Dialogue | Pair | Document) -> str:
 
 
 def words_of(record: Dialogue | Pair | Document) -> str:
-    """All that is said in a record but the system prompt, which many share: by this, near copies are found."""
+    """The text by which near copies are found: all of a record except the system prompt, which many share."""
     if isinstance(record, Document):
         return record.text
-    said = [
+    contents = [
         message["content"] or json.dumps(message.get("tool_calls"), ensure_ascii=False)
         for message in record.messages
         if message["role"] != "system"
     ]
-    return "\n".join([*said, record.chosen, record.rejected] if isinstance(record, Pair) else said)
+    return "\n".join([*contents, record.chosen, record.rejected] if isinstance(record, Pair) else contents)

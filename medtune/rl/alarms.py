@@ -14,7 +14,7 @@ TOO_LARGE_A_STEP = 1.0
 
 
 def find_alarm(measures: EpisodeMeasures, stop_at_kl: float, updates_without_end: int) -> str | None:
-    """What the replies of an update show to be wrong with the run, before anything is learned from them; None if sound.
+    """Check the sampled replies before an update learns from them: what is wrong with the run, or None.
 
     Args:
         measures: of replies sampled from the policy.
@@ -59,7 +59,7 @@ def find_alarm(measures: EpisodeMeasures, stop_at_kl: float, updates_without_end
 
 
 def find_update_alarm(metrics: dict[str, float]) -> str | None:
-    """What an update's own measures show to be wrong; None if sound."""
+    """Check the measures of an update: what is wrong with the run, or None."""
     if metrics["policy/approx_kl"] <= TOO_LARGE_A_STEP:
         return None
     return (

@@ -1,4 +1,4 @@
-"""PPO's flags: the models, the algorithm, and those of transformers that the loop reads."""
+"""PPO's flags: the models, the algorithm, and the flags of transformers that the loop honours."""
 
 import json
 from dataclasses import dataclass, field
@@ -197,7 +197,7 @@ def fixed_settings(
     per_update: int,
     n_prompts: int,
 ) -> dict[str, object]:
-    """What a resumed run must have as it was; `reward_weights` is the reward model's fingerprint."""
+    """The settings that a resumed run must keep; `reward_weights` is the reward model's fingerprint."""
     return {
         "--sft_model_path": model_args.sft_model_path,
         "--reward_model_path": model_args.reward_model_path,

@@ -1,4 +1,4 @@
-"""How the trained weights of a role learn: optimizer, schedule, clipped gradients of all processes."""
+"""Train the weights of a role: optimizer, schedule, and clipped gradients of all processes."""
 
 import math
 from collections.abc import Callable
@@ -49,7 +49,7 @@ class Learner:
         loss.backward()
 
     def step(self) -> float:
-        """A step on the gradients of all processes; returns their norm before clipping."""
+        """An optimizer step on the gradients of all processes; returns their norm before clipping."""
         self._share_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.max_grad_norm)
         self.optimizer.step()

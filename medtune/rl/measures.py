@@ -12,11 +12,11 @@ from medtune.rl.rollout import Rollout
 
 @dataclass(kw_only=True)
 class EpisodeMeasures:
-    """Of N replies, [N] float64 each, on the CPU; KL and entropies are sums over a reply's tokens, in nats.
+    """Measures of N replies, [N] float64 each, on the CPU; KL and entropies are sums over a reply's tokens, in nats.
 
-    scores: centred, the penalty for a missing end not yet taken off; ended: 1 where the reply has an end token.
+    scores: centred, before the penalty for a missing end token; ended: 1 if the reply has an end token.
     kl: k1, the reply's log-ratio; kl_k3: never negative.
-    surprise: surprisal less entropy; variance: the one that the policy gives it.
+    surprise: surprisal minus entropy; variance: its variance under the policy.
     """
 
     scores: torch.Tensor
@@ -77,7 +77,7 @@ class TokenMeans:
         self.sums: dict[str, torch.Tensor] = {}
 
     def add(self, mask: torch.Tensor, columns: dict[str, torch.Tensor]) -> None:
-        """The [B, T] columns at the tokens where the mask is True; the same names at every call."""
+        """Add [B, T] columns, at the tokens where the mask is True; the names must be the same at every call."""
         for name, column in (columns | {"tokens": mask}).items():
             total = (column.detach() * mask).sum().double()
             self.sums[name] = self.sums[name] + total if name in self.sums else total

@@ -22,7 +22,7 @@ SumOverProcesses = Callable[[torch.Tensor], torch.Tensor]
 
 
 def episode_order(n_prompts: int, n_episodes: int, seed: int) -> list[int]:
-    """The prompt of each episode: pass after pass over all prompts, each pass shuffled."""
+    """The prompt index of each episode: repeated passes over all prompts, each shuffled."""
     order: list[int] = []
     for epoch in range(math.ceil(n_episodes / n_prompts)):
         generator = torch.Generator().manual_seed(seed + epoch)
@@ -37,10 +37,10 @@ def draw_uniforms(n_tokens: int, seed: int, episodes: Sequence[int]) -> torch.Te
 
 
 class InverseTransformSampler:
-    """Draws each token by one uniform number of its episode, so that a reply depends on seed and episode alone.
+    """Draws each token by a uniform number of its episode, so that a reply depends only on seed and episode.
 
-    Neither the batch it is in, nor the number of processes, nor a resume changes it. A logits processor: leaves the
-    drawn token alone in the logits [B, V], for a greedy decoder to take.
+    Batch, number of processes and a resume do not change it. A logits processor that masks all but the drawn token
+        in the logits [B, V], for a greedy decoder.
     """
 
     def __init__(self, uniforms: torch.Tensor, n_prompt: int, temperature: float):
@@ -87,7 +87,7 @@ def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
 def reply_mask(reply_ids: torch.Tensor, stop_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """From [B, T] generated ids: the mask of each reply through its first stop token, and [B] whether it has one.
 
-    Only the reply is looked at: a stop token in the prompt, where Qwen's template writes several, ends nothing.
+    Stop tokens in the prompt do not count; Qwen's template writes several there.
     """
     is_stop = torch.isin(reply_ids, torch.tensor(list(stop_ids), device=reply_ids.device))
     n_stops_before = is_stop.long().cumsum(dim=1) - is_stop.long()

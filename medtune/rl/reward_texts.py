@@ -1,4 +1,4 @@
-"""What a reward model reads of a prompt and a reply to it, so that it is what the model was trained on."""
+"""Encode a prompt and a reply for the reward model, as in its training."""
 
 import json
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from template import ChatTemplate
 
 @dataclass
 class RewardTexts:
-    """From the policy's ids, or a dialogue's words, to the ids that the reward model reads.
+    """Converts the policy's ids, or a dialogue's text, to the reward model's ids.
 
     stop_ids: the tokens that end a reply; the reward model was trained on the first.
     reward_tokenizer, reward_template: of a reward model that reads other ids than the policy writes; None otherwise.
@@ -57,7 +57,7 @@ def load_reward_texts(
     reward_model_path: str,
     **folder_options,
 ) -> RewardTexts:
-    """The policy's tokens, and the reward model's where a conversation has other ids there.
+    """The encoding for the reward model; with its own tokenizer and template if its ids differ from the policy's.
 
     folder_options: of `describe_folder`.
     """
@@ -75,7 +75,7 @@ def load_reward_texts(
 
 
 def _probe(tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> list:
-    """The ids of a conversation and the reply to it, without and with a system prompt; None where that is refused."""
+    """The ids of a conversation with a reply, without and with a system prompt; None if the template refuses it."""
     messages = [{"role": "user", "content": "发烧38.5℃ fever?"}, {"role": "assistant", "content": "请就诊。"}]
     messages += [{"role": "user", "content": "谢谢 thank you"}]
     exchanges = []

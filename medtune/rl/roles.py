@@ -50,7 +50,7 @@ class ValueHead(torch.nn.Module):
 
 @dataclass
 class Roles:
-    """One base model with an adapter for each role; a reward model of another base beside it.
+    """One base model with an adapter for each role; a reward model on another base is separate.
 
     A role learns where gradients are enabled. Its backward pass comes before the next role's forward pass, which
     freezes this one's weights.
@@ -63,7 +63,7 @@ class Roles:
     score_shift: float = 0.0
 
     def add_value_head(self, score_shift: float) -> None:
-        """Centre the scores, and put the reward model's head on the value model so that its first values are scores."""
+        """Centre the scores, and start the value head from the reward model's, so that its first values are scores."""
         self.score_shift = score_shift
         if self.reward_head is None:
             head = ValueHead(torch.zeros(1, self.model.config.hidden_size), 0.0)
@@ -77,7 +77,7 @@ class Roles:
     def generate(
         self, ids: torch.Tensor, attention_mask: torch.Tensor, config: GenerationConfig, processors: list[Callable]
     ) -> torch.Tensor:
-        """[B, P + T] ids: the [B, P] prompts, and what the policy writes behind them."""
+        """[B, P + T] ids: the [B, P] prompts followed by the policy's replies."""
         self._switch_to("policy")
         return self.model.get_base_model().generate(
             input_ids=ids, attention_mask=attention_mask.long(), logits_processor=processors, generation_config=config
@@ -89,7 +89,7 @@ class Roles:
         """[B, T] log-probs, entropies and variances of `token_logps` of the reply tokens under policy or reference, 0
         outside the mask, by a full forward pass.
 
-        Sampling has log-probs too, but of a cache: learning compares like with like (detail).
+        Sampling computes log-probs with a cache; learning compares two full forward passes (detail).
         """
         n_reply = mask.shape[1]
         outputs = self._outputs(role, ids, attention_mask)
@@ -101,7 +101,7 @@ class Roles:
 
     @torch.no_grad()
     def check_logps(self, prompts: list[list[int]], temperature: float, where: str) -> None:
-        """Raise UserError, which begins with `where`, if `logps` are not those of the model's own forward pass."""
+        """Raise UserError, beginning with `where`, unless `logps` are those of the model's own forward pass."""
         width = min(CHECKED_TOKENS, *map(len, prompts))
         ids = torch.tensor([prompt[:width] for prompt in prompts[:CHECKED_PROMPTS]], device=self.model.device)
         mask = torch.ones_like(ids, dtype=torch.bool)
@@ -142,7 +142,7 @@ class Roles:
         return self.reward_head(states[torch.arange(len(texts), device=device), lengths - 1]).squeeze(-1)
 
     def trained_weights(self, role: str) -> dict[str, torch.nn.Parameter]:
-        """By name: the adapter of policy or value, and the value head."""
+        """The trained weights by name: the adapter of policy or value, and the value head."""
         adapter = ADAPTERS.get(role, role)
         weights = {name: weight for name, weight in self.model.named_parameters() if name.split(".")[-2] == adapter}
         return weights | (dict(self.value_head.named_parameters()) if role == "value" else {})
@@ -164,7 +164,7 @@ class Roles:
 
 
 def load_roles(sft: str, rm: str, lora: dict, device: torch.device, **base_options) -> tuple[Roles, dict[str, str]]:
-    """The base once, with the adapters of the roles that fit on it; and the facts to log.
+    """Load the base once, with the adapters of all roles that fit on it; and the facts to log.
 
     Args:
         sft, rm: what --sft_model_path and --reward_model_path name.

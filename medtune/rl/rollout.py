@@ -1,4 +1,4 @@
-"""Rollouts: the policy's replies to prompts, and what the roles say of them."""
+"""Rollouts: the policy's replies to prompts, with log-probs, values and scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -78,10 +78,10 @@ class Replies:
 
 @dataclass(kw_only=True)
 class Rollout(Replies):
-    """Replies with what the roles say of them.
+    """Replies with their log-probs, values and scores.
 
     policy_logps, ref_logps, values, entropies, variances (of the surprisal): [N, T] float32, 0 outside the mask.
-    scores: [N] float32, less the mean of the dialogues' own replies, the penalty for a missing end not yet taken off.
+    scores: [N] float32, minus the mean of the dialogues' own replies; before the penalty for a missing end token.
     """
 
     policy_logps: torch.Tensor
@@ -97,7 +97,7 @@ class Rollout(Replies):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How replies are written: `batch_size` at a time, of at most `max_tokens` tokens each."""
+    """How replies are sampled: `batch_size` at a time, of at most `max_tokens` tokens each."""
 
     temperature: float
     max_tokens: int
@@ -110,7 +110,7 @@ class Sampling:
 def choose_sampling(
     ppo_args: PPOArguments, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate, seed: int
 ) -> Sampling:
-    """What the flags say of it; a reply ends at --stop_token, or at the template's and the tokenizer's end tokens."""
+    """The sampling of the flags; a reply ends at --stop_token, or at the template's and tokenizer's end tokens."""
     stop_ids = stop_token_ids(tokenizer, chat_template)
     if ppo_args.stop_token is not None:
         stop_ids = tokenizer.encode(ppo_args.stop_token, add_special_tokens=False)
@@ -134,7 +134,7 @@ def sample_replies(
     """The policy's replies to B prompts.
 
     Args:
-        episodes: the number of each, which decides its random draws; None takes the likeliest tokens.
+        episodes: the episode number of each, which decides its random draws; None decodes greedily.
     """
     device = roles.model.device
     # Detail: prompts are padded on the left, so that all replies start at one column.
@@ -164,7 +164,7 @@ def collect_rollout(
     reward_texts: RewardTexts,
     stop: SignalListener,
 ) -> Rollout:
-    """Reply to the prompts and measure the replies; the rows of the result are in the order given.
+    """Sample replies to the prompts and evaluate all roles on them; the rows keep the given order.
 
     Args:
         rows: of `PromptEncoder`.
@@ -203,9 +203,9 @@ def collect_rollout(
 
 
 def center_scores(roles: Roles, rows: Sequence[dict], reward_texts: RewardTexts, batch_size: int) -> float:
-    """The mean score of the dialogues' own replies, which becomes 0 (detail: scores alone have no fixed origin).
+    """The mean score of the dialogues' own replies, which is subtracted from scores (detail: they have no origin).
 
-    Prompts alone have none: then scores stay as they are.
+    0 if the data has prompts only.
     """
     texts = [reward_texts.of_text(row, row["reply"]) for row in rows if row["reply"]]
     if not texts:

@@ -1,4 +1,4 @@
-"""What surrounds the algorithm: processes, signals, full memory, what is saved and logged."""
+"""The run around the algorithm: processes, signals, memory errors, checkpoints and the log."""
 
 import json
 import math
@@ -54,7 +54,7 @@ CURVES = {
 
 
 def start_accelerator(training_args: TrainingArguments, logging_dir: str | None) -> Accelerator:
-    """Processes, autocast and trackers; says so where GPUs would be idle."""
+    """Set up processes, autocast and trackers; warns of idle GPUs."""
     trackers = [name for name in training_args.report_to if name != "none"]
     accelerator = Accelerator(
         cpu=training_args.use_cpu,
@@ -95,9 +95,9 @@ def count_updates(n_prompts: int, per_update: int, total_episodes: int | None, t
 
 @dataclass
 class State:
-    """Where a run is; trainer_state.json in a checkpoint.
+    """The state of a run: trainer_state.json in a checkpoint.
 
-    settings: the flags whose change would make a resumed run another one.
+    settings: the flags that a resumed run must keep.
     """
 
     settings: dict[str, object]
@@ -119,7 +119,7 @@ class State:
 
 
 def resumed_state(checkpoint: str, settings: dict[str, object]) -> State:
-    """The state in a checkpoint; UserError where the command asks for another run."""
+    """The state in a checkpoint; raises UserError if the command is for another run."""
     values = read_state(checkpoint)
     recorded = values.get("settings")
     if recorded is None:
@@ -130,9 +130,9 @@ def resumed_state(checkpoint: str, settings: dict[str, object]) -> State:
 
 
 def is_done(state: State, lineage: Lineage, checkpoint: str, n_updates: int) -> bool:
-    """Whether the run to resume has ended with its results written; says so, since nothing would be trained.
+    """Whether the run to resume is finished with its results written; logs that nothing is trained.
 
-    Raises UserError where it started from other weights, or is finished with other flags.
+    Raises UserError if it started from other weights or was finished with other flags.
     """
     output_dir = Path(checkpoint).parent
     finished = state.global_step >= n_updates and (output_dir / "train_results.json").is_file()
@@ -148,7 +148,7 @@ def is_done(state: State, lineage: Lineage, checkpoint: str, n_updates: int) -> 
 
 @dataclass
 class Run:
-    """A run of the algorithm: who learns, where it stands, what it saves and logs, in all processes at once."""
+    """A run of the algorithm in all processes: its learners, state, checkpoints and log."""
 
     training_args: TrainingArguments
     accelerator: Accelerator
@@ -172,9 +172,9 @@ class Run:
 
     @contextmanager
     def guarded(self, rollout_batch_size: int) -> Iterator[SignalListener]:
-        """For the loop: alone in the output folder; a full memory or disk is explained.
+        """A context for the loop: locks the output folder, and explains a full memory or disk.
 
-        A signal that ends a rollout saves the last whole update and exits with 128 + its number.
+        If a signal ends a rollout, the last whole update is saved; exits with 128 + signal number.
         """
         self._refuse_small_disk()
         stop = SignalListener(self.training_args)
@@ -206,7 +206,7 @@ class Run:
     # ------------------------------------------------------------ checkpoints
 
     def _refuse_small_disk(self) -> None:
-        """Raise UserError where the checkpoints of the run will not fit on the disk, by an estimate of their size."""
+        """Raise UserError if, by an estimate of their size, the run's checkpoints will not fit on the disk."""
         args, policy, value = self.training_args, self.learners["policy"].weights, self.learners["value"].weights
         n_saves = math.ceil(self.n_updates / args.save_steps) if args.save_strategy == "steps" else 1
         checkpoint = n_bytes([*policy, *value]) + optimizer_bytes([*policy, *value], args)
@@ -250,7 +250,7 @@ class Run:
         self.state.save(folder / "trainer_state.json")
 
     def load(self, checkpoint: str) -> None:
-        """The inverse of `save`; the state is read before."""
+        """Load what `save` wrote, except for the state."""
         folder, model = Path(checkpoint), self.roles.model
         set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter_name="default")
         value = load_file(folder / "value_model.safetensors")
@@ -274,7 +274,7 @@ class Run:
         self.saved_at = self.state.global_step
 
     def keep_best(self, metrics: dict[str, float]) -> None:
-        """checkpoint-best: the most held-out reward less KL, or without evaluation the last."""
+        """Save checkpoint-best: by the best held-out reward minus KL, or without evaluation the last update."""
         reward = metrics.get("eval_rlhf_reward")
         if reward is not None and self.state.best_reward is not None and reward <= self.state.best_reward:
             return
@@ -287,7 +287,7 @@ class Run:
     # ------------------------------------------------------------ what is due, and what was measured
 
     def evaluation_is_due(self) -> bool:
-        """At the start, and every --eval_steps; a resumed run does the one that a signal cut short."""
+        """Whether to evaluate: at the start and every --eval_steps; a resumed run repeats an interrupted one."""
         step, args = self.state.global_step, self.training_args
         every = int(args.eval_steps or args.logging_steps)
         is_planned = step == 0 or (args.eval_strategy == "steps" and step % every == 0) or step == self.n_updates
@@ -348,7 +348,7 @@ class Run:
 
 
 def log_update(metrics: dict[str, float], state: State, n_updates: int, time_left: str) -> None:
-    shown = (
+    columns = (
         *(("objective/score", "score", ".3f"), ("objective/kl", "kl", ".3f"), ("objective/entropy", "entropy", ".3f")),
         *(("objective/rlhf_reward", "reward", ".3f"), ("policy/loss", "policy loss", ".4f")),
         *(("policy/approx_kl", "approx kl", ".4f"), ("policy/clip_frac", "clipped", ".3f")),
@@ -356,13 +356,13 @@ def log_update(metrics: dict[str, float], state: State, n_updates: int, time_lef
         *(("reply/mean_len", "tokens", ".0f"), ("reply/eos_frac", "ended", ".2f"), ("learning_rate", "lr", ".2e")),
         *(("episodes_per_second", "episodes/s", ".2f"), ("peak_memory_gib", "peak GiB", ".1f")),
     )
-    line = "  ".join(f"{short} {metrics[name]:{form}}" for name, short, form in shown)
+    line = "  ".join(f"{short} {metrics[name]:{form}}" for name, short, form in columns)
     logger.info(f"update {state.global_step}/{n_updates}  {line}{time_left}")
 
 
 def log_evaluation(metrics: dict[str, float], state: State) -> None:
-    shown = "  ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items())
-    logger.info(f"update {state.global_step}  evaluation: {shown}")
+    figures = "  ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items())
+    logger.info(f"update {state.global_step}  evaluation: {figures}")
 
 
 def _write_json(file: Path, values: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""For DeepSpeed's ZeRO-1 and 2 alone: a role that learns with gradients and optimizer split over the processes."""
+"""Only for DeepSpeed's ZeRO-1 and 2: a learner with gradients and optimizer split over the processes."""
 
 import json
 from collections.abc import Callable

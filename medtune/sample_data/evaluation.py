@@ -23,7 +23,7 @@ def ngrams(text: str) -> set[str]:
 
 
 class TrainingText:
-    """Tells how much of a text stands in one training record."""
+    """Measures how much of a text is in a single training record."""
 
     def __init__(self, records: Iterable[str]):
         self.records_with: dict[str, list[int]] = defaultdict(list)
@@ -32,16 +32,16 @@ class TrainingText:
                 self.records_with[ngram].append(number)
 
     def overlap(self, text: str) -> float:
-        """The largest share of the text's n-grams that one record holds."""
-        wanted = ngrams(text)
-        hits = Counter(number for ngram in wanted for number in self.records_with.get(ngram, ()))
-        return max(hits.values(), default=0) / len(wanted)
+        """The largest share of the text's n-grams that is in one record."""
+        text_ngrams = ngrams(text)
+        hits = Counter(number for ngram in text_ngrams for number in self.records_with.get(ngram, ()))
+        return max(hits.values(), default=0) / len(text_ngrams)
 
     def is_new(self, text: str) -> bool:
         return self.overlap(text) < NEAR_COPY
 
 
-def said(record: dict) -> str:
+def spoken_text(record: dict) -> str:
     """All words of a dialogue, a pair or an exam item."""
     if "conversations" in record:
         return "\n".join(turn["value"] for turn in record["conversations"])
@@ -52,7 +52,7 @@ def said(record: dict) -> str:
 
 
 def build_questions(knowledge: Knowledge, entries: Sequence[Entry], is_new: Callable[[str], bool]) -> list[dict]:
-    """One question in held-out words on every aspect of the entries, where it is new."""
+    """One question in held-out words on every aspect of the entries, if it is new."""
     made = []
     for entry in entries:
         for aspect in (aspect for aspect in entry.aspects if aspect != "dose"):
@@ -66,7 +66,7 @@ def build_questions(knowledge: Knowledge, entries: Sequence[Entry], is_new: Call
 
 
 def evaluation_item(entry: Entry, aspect: str, question: str, reply: str) -> dict:
-    """A dialogue in the guide's form, with what a right answer names."""
+    """A dialogue in the guide's form, with the names that a right answer mentions."""
     about = {"id": f"{entry.key}:{aspect}", "aspect": aspect, "names": entry.names}
     return about | dialogue(question, reply)
 
@@ -124,7 +124,7 @@ def build_exam(knowledge: Knowledge, unseen: set[str], is_new: Callable[[str], b
                 "option": dict(zip(LETTERS, options, strict=True)),
                 "answer": letter,
             }
-            if is_new(question) and is_new(said(item)):
+            if is_new(question) and is_new(spoken_text(item)):
                 items.append(item)
     assert len(items) == N_EXAM_ITEMS, f"{len(items)} exam items"
     return items

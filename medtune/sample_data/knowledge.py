@@ -1,4 +1,4 @@
-"""The knowledge base of data/knowledge: its entries, ways to ask about them, and replies in several wordings."""
+"""The knowledge base in data/knowledge: entries, ways to ask about them, and replies in several wordings."""
 
 import json
 import random
@@ -43,7 +43,7 @@ class Clauses(list):
 
 @dataclass(frozen=True)
 class Entry:
-    """A condition or a medicine in one language: its fields as they stand in conditions.jsonl."""
+    """A condition or a medicine in one language, with its fields as in conditions.jsonl."""
 
     fields: dict
 
@@ -142,12 +142,12 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def seeded(*what: object) -> random.Random:
-    """A source of chance of its own for each thing made, so that new entries leave the others as they are."""
+    """A random generator for each item, so that new entries do not change the others."""
     return random.Random(":".join(map(str, (DATA_SEED, *what))))
 
 
 def choose_unseen(knowledge: Knowledge) -> set[str]:
-    """The ids of the conditions that only the pretraining text knows: no other entry or dialogue mentions them."""
+    """The ids of the conditions that are only in the pretraining text, and in no other entry or dialogue."""
     entries = knowledge.entries
     texts = {entry.fields["id"]: "" for entry in entries}
     for entry in entries:

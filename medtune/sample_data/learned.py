@@ -1,4 +1,4 @@
-"""What is learned from besides pairs: pretraining text, dialogues, and questions for PPO."""
+"""Training data other than pairs: pretraining text, dialogues, and questions for PPO."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from medtune.sample_data.knowledge import HELD_OUT, Entry, Knowledge, joined, se
 
 
 def build_documents(knowledge: Knowledge) -> list[str]:
-    """Four documents an entry: three that tell all of it, one in other words."""
+    """Four documents for each entry: three with all its content, and one in other words."""
     documents = []
     for entry in knowledge.entries:
         rng, text = seeded("document", entry.key), partial(knowledge.reply, entry)
@@ -41,9 +41,9 @@ def build_documents(knowledge: Knowledge) -> list[str]:
 
 def dialogue(*turns: str, system: str = "") -> dict:
     """The guide's form of a dialogue, from alternating turns that begin with the person's."""
-    said = [{"from": "system", "value": system}] if system else []
-    said += [{"from": ("human", "gpt")[index % 2], "value": turn} for index, turn in enumerate(turns)]
-    return {"conversations": said}
+    turns_with_roles = [{"from": "system", "value": system}] if system else []
+    turns_with_roles += [{"from": ("human", "gpt")[index % 2], "value": turn} for index, turn in enumerate(turns)]
+    return {"conversations": turns_with_roles}
 
 
 def first_question(record: dict) -> str:
@@ -51,7 +51,7 @@ def first_question(record: dict) -> str:
 
 
 def build_dialogues(knowledge: Knowledge, unseen: set[str]) -> list[dict]:
-    """All dialogues to learn: single questions, talks, questions back, emergencies, refusals."""
+    """All training dialogues: single questions, longer talks, questions back, emergencies and refusals."""
     made: list[list[str]] = []
     for entry in (entry for entry in knowledge.entries if entry.fields["id"] not in unseen):
         made += ask_each_aspect(knowledge, entry)
@@ -115,7 +115,7 @@ def complain(knowledge: Knowledge, entry: Entry) -> Iterator[list[str]]:
 
 
 def build_prompts(knowledge: Knowledge, unseen: set[str], dialogues: Sequence[dict]) -> list[dict]:
-    """Questions that the dialogues do not ask in these words: emergencies, requests to refuse, one on each entry."""
+    """Questions in other words than the dialogues': emergencies, requests to refuse, and one for each entry."""
     asked = set(map(first_question, dialogues))
     prompts = [
         dialogue(question, situation["reply"])

@@ -1,4 +1,4 @@
-"""Preference pairs: a right reply, and one that fails in a way that is named."""
+"""Preference pairs: a right reply, and one with a named failure."""
 
 import random
 import re
@@ -20,7 +20,7 @@ SHARE_OF_REWORDED = 0.6
 
 @dataclass(frozen=True)
 class PairPrompt:
-    """A question with its right answer, about an entry (then `aspect` says what of it) or told as a situation."""
+    """A question with its right answer, about an `aspect` of an entry or as a described situation."""
 
     language: str
     entry: Entry | None
@@ -39,10 +39,10 @@ def build_pairs(
     seed: str,
     usable: Callable[[dict], bool] = lambda pair: True,
 ) -> list[dict]:
-    """Preference pairs: each failure as often, and its rejected answers longer in half of the cases.
+    """Preference pairs with each failure equally often; half of the rejected answers are the longer ones.
 
-    `part` is "train" or "held_out"; `prompts` has for each failure what makes a prompt for it; `seed` names the source
-    of chance; `usable` takes a pair and says whether it may be used.
+    `part` is "train" or "held_out"; `prompts` has a function for each failure that makes a prompt; `seed` names the
+        random generator; `usable` takes a pair and returns whether to use it.
     """
     failures = tuple(prompts)
     pairs, seen, attempt = [], set(), 0
@@ -91,7 +91,7 @@ def prompt_on_aspect(
     aspects: Sequence[str] = (),
     share_of_reworded: float = 0.0,
 ) -> PairPrompt:
-    """A question on an aspect; the held-out ones have their right answer in other words than training's."""
+    """A question on an aspect; the right answers of held-out ones are in other words than in training."""
     entry = rng.choice([e for e in entries if not aspects or set(aspects) & set(e.aspects)])
     aspect = rng.choice([aspect for aspect in entry.aspects if not aspects or aspect in aspects])
     question = rng.choice(knowledge.questions(entry, aspect, part)).format(n=rng.choice(entry.names))
@@ -111,7 +111,7 @@ def reply_in(knowledge: Knowledge, entry: Entry, frame: str, wording: int, rng: 
 def prompt_on_situation(
     knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random, category: str
 ) -> PairPrompt:
-    """An emergency or a request to refuse; their answers have one wording, so no held-out pair has them."""
+    """An emergency or a request to refuse, for training only: their answers have a single wording."""
     situation = rng.choice([situation for situation in knowledge.safety if situation["category"] == category])
     question = rng.choice(situation["questions"]["train"] + situation["questions"]["preference"])
     return PairPrompt(situation["language"], None, category, question, situation["reply"], TRAINED)
@@ -175,7 +175,7 @@ def fill(sentences: Sequence[str], length: int, language: str, rng: random.Rando
 
 
 def reject_with(pool: str, knowledge: Knowledge, entries: Sequence[Entry], prompt: PairPrompt, length: int, rng) -> str:
-    """Sentences that are bad in one way and true of nothing; for a situation also an answer off the point."""
+    """Sentences with one failure that suit no question; for a situation also an answer off the point."""
     if not prompt.entry and rng.random() < SHARE_OFF_THE_POINT:
         return reject_off_the_point(knowledge, entries, prompt, length, rng)
     sentences = knowledge.bad_replies[prompt.language][pool]

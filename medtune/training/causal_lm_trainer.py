@@ -71,11 +71,11 @@ def loss_statistics(prediction: EvalPrediction, bytes_per_token: float | None = 
 
 
 class Collator:
-    """`input_ids`, `labels` and a mask or positions; the records' `file:line`, and the number of real tokens.
+    """Makes batches of `input_ids`, `labels`, a mask or positions, the records' `file:line` and the token count.
 
     Args:
-        padding_free: all rows become one, in which the positions restart with each text.
-        rows_of_texts: the rows stay, and the positions restart where a row's `seq_lengths` say.
+        padding_free: join all rows into one, in which the positions restart with each text.
+        rows_of_texts: keep the rows; the positions restart by each row's `seq_lengths`.
     """
 
     def __init__(self, pad_token_id: int, padding_free: bool = False, rows_of_texts: bool = False):
@@ -129,7 +129,7 @@ class Collator:
 
 @dataclass(frozen=True)
 class TextsOfRow:
-    """What the rows of a run hold several of, such as "document"; and the remedy where these see each other."""
+    """What a row holds several of, such as "document", and the remedy if these attend to each other."""
 
     name: str
     remedy: str
@@ -200,25 +200,25 @@ class CausalLMTrainer(StageTrainer):
             # transformers 5.24 itself refuses what some layers cannot keep apart.
             if "packed sequences apart" not in str(error):
                 raise
-            found, is_apart = str(error).partition(". ")[0], False
+            summary, is_apart = str(error).partition(". ")[0], False
         else:
             moved, rounding = self.accelerator.gather(torch.tensor([[moved, rounding]], device=self.args.device)).amax(
                 0
             )
-            found = f"when one changes, the states of the others move by {max(moved, rounding):.2g} of their spread"
+            summary = f"when one changes, the states of the others move by {max(moved, rounding):.2g} of their spread"
             largest = max(LARGEST_MOVE, ROUNDING_MARGIN * rounding)
             is_apart = not (moved > largest or max(moved, rounding) > LARGEST_ROUNDING)
         if not is_apart:
             raise UserError(
                 f"the {texts.name}s of a row see each other in this model "
-                f"({self.model.config.model_type}: {found}); {texts.remedy}"
+                f"({self.model.config.model_type}: {summary}); {texts.remedy}"
             )
-        logger.info(f"checked with three texts in a row: a {texts.name} sees itself alone ({found})")
+        logger.info(f"checked with three texts in a row: a {texts.name} sees itself alone ({summary})")
 
     def _states_of(self, model: torch.nn.Module, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """[rows, length, hidden] states that the head gets for a row of texts, as this run lays out its batches.
+        """[rows, length, hidden] inputs of the head for a row of texts, in the batch layout of this run.
 
-        Twice the row where batches have several: some attention kernels keep the texts of a single one apart.
+        The row is repeated if batches have several: some attention kernels separate texts only in a batch of one.
         """
         ids = [token_id for text in texts for token_id in text]
         row = {"input_ids": ids, "labels": ids, "seq_lengths": [len(text) for text in texts], "source": ""}
@@ -240,7 +240,7 @@ class CausalLMTrainer(StageTrainer):
         return states[0]
 
     def _forward_learned(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """losses [learned], hits [learned], learned [batch, length - 1]: which position predicts a learned token."""
+        """losses [learned], hits [learned], and the mask [batch, length - 1], True where the next token is learned."""
         if self._texts_to_check:
             self._check_texts_of_row(model, self._texts_to_check)
             self._texts_to_check = None
@@ -251,7 +251,7 @@ class CausalLMTrainer(StageTrainer):
         return losses, hits, learned
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean loss over the learned tokens of the whole step, all processes and micro-batches together.
+        """The mean loss over the learned tokens of a step, over all processes and micro-batches.
 
         Raises UserError with the step and the records where nothing is learned.
         """

@@ -1,6 +1,6 @@
-"""Checkpoints on the disk: which one a run goes on from, how one is written so that it is whole or not there at all.
+"""Checkpoints on the disk: find the one to resume from, and write them whole or not at all.
 
-A folder is written under `UNFINISHED` and moved to its place in one step; a manifest in it tells later damage.
+A folder is written under `UNFINISHED` and then renamed; its manifest shows later damage.
 """
 
 import fcntl
@@ -34,49 +34,53 @@ SMALL_FILES = 16 * 2**20
 
 
 def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool) -> str | None:
-    """The checkpoint to resume from, None for a new run; a folder with an earlier run is never written over.
+    """The checkpoint to resume from, None for a new run. An earlier run is never overwritten.
 
     `--resume_from_checkpoint True` takes the newest complete checkpoint, a path that one. Otherwise an output folder
     that holds a run is refused, or with `--overwrite_output_dir` moved beside the new one.
     """
     output_dir = Path(training_args.output_dir)
-    wanted = training_args.resume_from_checkpoint
+    requested = training_args.resume_from_checkpoint
     _refuse_unwritable(output_dir)
     if training_args.process_index == 0 and output_dir.is_dir():
         with no_other_run(output_dir):
             pass  # the lock itself is for the time of writing
-    if wanted and overwrite_output_dir and numbered_checkpoints(output_dir):
+    if requested and overwrite_output_dir and numbered_checkpoints(output_dir):
         logger.info(
             "--overwrite_output_dir: nothing is overwritten, because --resume_from_checkpoint goes on with the run"
         )
-    if wanted:
-        found = None
+    if requested:
+        checkpoint_path = None
         # Hashing takes a while for large models: one process does it and tells the others.
         if training_args.process_index == 0:
             _clear_unfinished(output_dir)
-            found = _checked_checkpoint(wanted) if isinstance(wanted, str) else _newest_checkpoint(output_dir)
-        found = _from_main_process(found, training_args)
-        if found:
-            if not Path(found).is_dir():
-                raise UserError(f"{found}: not there on every node; --output_dir must be a folder that they share")
-            refuse_other_settings(Path(found), run_settings(training_args), _rows_of_a_step(training_args))
-            logger.info(f"resuming from {found}")
-            return found
+            checkpoint_path = (
+                _checked_checkpoint(requested) if isinstance(requested, str) else _newest_checkpoint(output_dir)
+            )
+        checkpoint_path = _from_main_process(checkpoint_path, training_args)
+        if checkpoint_path:
+            if not Path(checkpoint_path).is_dir():
+                raise UserError(
+                    f"{checkpoint_path}: not there on every node; --output_dir must be a folder that they share"
+                )
+            refuse_other_settings(Path(checkpoint_path), run_settings(training_args), _rows_of_a_step(training_args))
+            logger.info(f"resuming from {checkpoint_path}")
+            return checkpoint_path
         logger.info(f"--resume_from_checkpoint True: no checkpoint in {output_dir} yet, so the run starts anew")
     # One process moves the folder; the others look when it is done.
     with training_args.main_process_first(local=False, desc="the output folder"):
-        held = [name for name in ("train_results.json", "trainer_state.json", BEST) if (output_dir / name).exists()]
-        held += [checkpoint.name for checkpoint in numbered_checkpoints(output_dir)]
+        contents = [name for name in ("train_results.json", "trainer_state.json", BEST) if (output_dir / name).exists()]
+        contents += [checkpoint.name for checkpoint in numbered_checkpoints(output_dir)]
         if training_args.process_index != 0:
             return None
-        if not held:
+        if not contents:
             _clear_unfinished(output_dir)
             return None
         # Stopped before its first checkpoint: the same command must go on by itself.
-        has_barely_begun = wanted is True and held == [BEST]
+        has_barely_begun = requested is True and contents == [BEST]
         if not overwrite_output_dir and not has_barely_begun:
             raise UserError(
-                f"--output_dir {output_dir} holds a run already ({', '.join(held)}): --resume_from_checkpoint True "
+                f"--output_dir {output_dir} holds a run already ({', '.join(contents)}): --resume_from_checkpoint True "
                 "goes on with it, --overwrite_output_dir True starts again and keeps it beside, or name another folder"
             )
         number = 1
@@ -89,8 +93,10 @@ def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool
 
 @contextmanager
 def no_other_run(output_dir: Path) -> Iterator[None]:
-    """Lock the output folder, made where there is none, until the process ends at the latest; UserError where another
-    run has it."""
+    """Lock the output folder, which is created if needed; raises UserError if another run holds the lock.
+
+    The lock ends with the block, or with the process.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(output_dir, os.O_RDONLY)
     try:
@@ -134,7 +140,7 @@ def _checked_checkpoint(checkpoint: str) -> str:
 
 
 def _newest_checkpoint(output_dir: Path) -> str | None:
-    """The newest complete checkpoint; names those that are passed over."""
+    """The newest complete checkpoint; damaged ones are skipped with a warning."""
     for checkpoint in numbered_checkpoints(output_dir):
         faults = checkpoint_faults(checkpoint)
         if not faults:
@@ -161,7 +167,7 @@ def numbered_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def delete_oldest(output_dir: Path, save_total_limit: int | None) -> None:
-    """Keep the newest checkpoints; transformers 5.24's own way counts checkpoint-best as one of them and deletes it."""
+    """Delete all but the newest checkpoints; transformers 5.24 would count and delete checkpoint-best."""
     if save_total_limit:
         for checkpoint in numbered_checkpoints(output_dir)[save_total_limit:]:
             shutil.rmtree(checkpoint)
@@ -198,7 +204,7 @@ def checkpoint_faults(checkpoint: Path) -> str:
 
 
 def run_settings(training_args: TrainingArguments) -> dict[str, float | str]:
-    """What a resumed run must have as it was.
+    """The settings that a resumed run must keep.
 
     A resumed optimizer brings its own values with it, so that new ones would have no effect. And the rows that are
     done are told by the number of steps alone: with other rows in a step some would be trained twice, some never.
@@ -231,18 +237,21 @@ def read_state(checkpoint: str | Path) -> dict:
 
 
 def refuse_other_settings(
-    checkpoint: Path, wanted: dict[str, float | int | str], remedies: dict[str, str] | None = None
+    checkpoint: Path, requested: dict[str, float | int | str], remedies: dict[str, str] | None = None
 ) -> None:
-    """Compare with what `CheckpointKeeper` recorded; a checkpoint without a record (another tool's) passes."""
+    """Refuse settings other than those `CheckpointKeeper` recorded; a checkpoint without a record passes."""
     recorded = recorded_attributes(read_state(checkpoint).get("stateful_callbacks", {}))
-    refuse_changed(checkpoint, recorded, wanted, remedies)
+    refuse_changed(checkpoint, recorded, requested, remedies)
 
 
 def refuse_changed(
-    checkpoint: Path, recorded: dict, wanted: dict[str, float | int | str], remedies: dict[str, str] | None = None
+    checkpoint: Path, recorded: dict, requested: dict[str, float | int | str], remedies: dict[str, str] | None = None
 ) -> None:
-    """Raise UserError where a setting of a resumed run is not the recorded one; `remedies` say what to do, by name."""
-    for name, value in wanted.items():
+    """Raise UserError if a setting of a resumed run is not the recorded one.
+
+    remedies: what to do, by setting.
+    """
+    for name, value in requested.items():
         if recorded.get(name, value) != value:
             raise UserError(
                 f"{name} {value}: the run in {checkpoint.parent} was started with {recorded[name]}, and a resumed run "
@@ -257,7 +266,7 @@ def recorded_attributes(stateful_callbacks: dict) -> dict:
 
 
 def follow_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler, step: int, output_dir: Path) -> str | None:
-    """Give the next step of a resumed run the rate that this command's schedule has there; what to say if it jumps.
+    """Set the learning rate of a resumed run by this command's schedule; the message if it jumps.
 
     The checkpoint brings the rate of the old schedule, 0 at its end, which one step would still be made with.
     """
@@ -282,7 +291,7 @@ def follow_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler, step: int, 
 
 
 def n_bytes(weights: Iterable[torch.nn.Parameter], each: int | None = None) -> int:
-    """Of the weights, in their own precision or with so many bytes each, whatever part of them ZeRO has left here."""
+    """The bytes of the full weights (ZeRO's parts included), in their precision or with so many bytes each."""
     return sum(getattr(weight, "ds_numel", weight.numel()) * (each or weight.element_size()) for weight in weights)
 
 
@@ -296,7 +305,7 @@ def optimizer_bytes(trained: Iterable[torch.nn.Parameter], training_args: Traini
 
 
 def refuse_small_disk(output_dir: Path, weights: int, checkpoint: int, n_saves: int, limit: int | None) -> None:
-    """Raise UserError where the run's checkpoints will not fit on the disk beside what is there.
+    """Raise UserError if the run's checkpoints will not fit on the disk.
 
     Args:
         weights, checkpoint: bytes of what checkpoint-best holds, and of a checkpoint without its small files.
@@ -309,21 +318,21 @@ def refuse_small_disk(output_dir: Path, weights: int, checkpoint: int, n_saves: 
     needed = n_new * checkpoint + 2 * (weights + SMALL_FILES)
     folder = existing_part(output_dir)
     free = shutil.disk_usage(folder).free
-    said = f"{n_kept} checkpoint{'s' * (n_kept != 1)} of about {checkpoint / 2**30:.2f} GiB and checkpoint-best"
+    summary = f"{n_kept} checkpoint{'s' * (n_kept != 1)} of about {checkpoint / 2**30:.2f} GiB and checkpoint-best"
     if free < needed:
         raise UserError(
-            f"--output_dir {output_dir}: the run writes {said}, which takes {needed / 2**30:.2f} GiB more, and the "
+            f"--output_dir {output_dir}: the run writes {summary}, which takes {needed / 2**30:.2f} GiB more, and the "
             f"disk at {mount_point(folder)} has {free / 2**30:.2f} GiB left; make room, or keep fewer: "
             "--save_total_limit 1"
         )
-    logger.info(f"disk: {said}, {free / 2**30:.1f} GiB are free")
+    logger.info(f"disk: {summary}, {free / 2**30:.1f} GiB are free")
 
 
 # ---------------------------------------------------------------- checkpoints that are whole
 
 
 def unfinished_folder(place: Path) -> Path:
-    """The empty folder in which what will be `place` is written; `put_in_place` moves it there."""
+    """An empty folder to write into; `put_in_place` then moves it to `place`."""
     partial = place.parent / UNFINISHED / place.name
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -354,7 +363,7 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, str]:
-    """File name to SHA-256; empty for a checkpoint without a manifest (another tool's), ValueError for a broken one."""
+    """SHA-256 by file name; {} without a manifest (another tool's checkpoint). Raises ValueError for a broken one."""
     file = checkpoint / MANIFEST
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
@@ -381,7 +390,7 @@ def _sync(path: Path) -> None:
 
 
 def _clear_unfinished(output_dir: Path) -> None:
-    """Remove the checkpoint that a killed run was writing; bring back one that it was about to replace."""
+    """Remove the checkpoint that a killed run was writing, and restore one that it was replacing."""
     unfinished = output_dir / UNFINISHED
     if not unfinished.is_dir():
         return

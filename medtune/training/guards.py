@@ -18,10 +18,10 @@ SOUND, EXPLODED, NOT_FINITE = range(3)  # what a step is, the worst last
 
 
 class AdapterMovementCheck(TrainerCallback):
-    """After the first step with a real learning rate every LoRA matrix that should have moved has moved.
+    """Checks that the first step with a learning rate above 0 changed every LoRA matrix that it should.
 
-    Dead gradients (checkpointing without input gradients, a wrapped module) otherwise train nothing, silently.
-    A of a new adapter stays: with B = 0 its gradient is 0, and under a score head of zeros so is every gradient.
+    Otherwise dead gradients (checkpointing without input gradients, a wrapped module) would go unnoticed.
+    A of a new adapter does not change: with B = 0 its gradient is 0. Under a score head of zeros every gradient is.
     """
 
     def __init__(self):
@@ -72,9 +72,9 @@ class AdapterMovementCheck(TrainerCallback):
 
 
 class BadSteps(TrainerCallback):
-    """Leaves out a step whose loss or gradient is not finite, and stops after several bad ones in a row.
+    """Skips a step whose loss or gradient is not finite, and stops after several bad steps in a row.
 
-    A loss that explodes is bad too, but its step is done: clipped gradients bring many a run back.
+    A step with an exploding loss is bad too, but it is taken: with clipped gradients many runs recover.
     """
 
     def __init__(self, trainer: Trainer, most: int, movement_check: AdapterMovementCheck):
@@ -132,7 +132,7 @@ class BadSteps(TrainerCallback):
             self.movement_check.before = None
 
     def _records(self, losses: torch.Tensor, fault: int) -> str:
-        """`file:line` of the micro-batches that are not finite, otherwise of the one with the largest loss."""
+        """`file:line` of the micro-batches that are not finite, or else of the one with the largest loss."""
         bad = [index for index, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
         names = [name for index in bad or [int(losses.argmax())] for name in self.micro_batches[index][1]]
         if torch.distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""Signals: a checkpoint is saved where training stands, in all processes at the same step."""
+"""Save a checkpoint at a signal, in all processes at the same step."""
 
 import signal
 import sys
@@ -22,7 +22,7 @@ class NothingLeftError(Exception):
 
 
 class SignalListener:
-    """Notes SIGTERM, SIGINT and a lost terminal's SIGHUP; a second one kills at once."""
+    """Notes SIGTERM, SIGINT and SIGHUP; a second signal kills the process."""
 
     def __init__(self, args: TrainingArguments):
         self.args = args
@@ -51,11 +51,10 @@ class SignalListener:
 
 
 class StopSignals(SignalListener, TrainerCallback):
-    """Saves the last whole step at a signal, and stops.
+    """At a signal, saves the last whole step and stops.
 
-    Nobody waits for a step of many micro-batches or a long evaluation: both are given up, and done again by the
-    resumed run with the random numbers they began with. Every process asks the others, since the signal reaches
-    them at different moments.
+    A step in progress or an evaluation is aborted, and repeated by the resumed run with the same random numbers.
+        The processes agree on the step, since the signal reaches them at different moments.
     """
 
     def __init__(self, trainer: Trainer):

@@ -25,9 +25,9 @@ from medtune.training.steps import data_settings, rows_of_a_batch
 
 
 class CheckpointKeeper(TrainerCallback, ExportableState):
-    """Makes whole checkpoints of what Trainer writes, and keeps `checkpoint-best` by the evaluation loss.
+    """Completes Trainer's checkpoints, and keeps `checkpoint-best` by the evaluation loss.
 
-    Every checkpoint records lineage, settings of the run, and the best evaluation so far.
+    Every checkpoint records the lineage, the run's settings and the best evaluation so far.
     """
 
     def __init__(self, trainer: Trainer, lineage: Lineage, stop: "StopSignals"):

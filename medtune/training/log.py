@@ -1,4 +1,4 @@
-"""The log of a run: what runs on what, the facts before it, a line for each step, the curves after it."""
+"""The log of a run: versions and device, facts, a line for each log step, and curves."""
 
 import os
 import platform
@@ -28,7 +28,7 @@ LOG_FORMAT = "<green>{time:YYYY-MM-DD HH:mm:ss}</green> | <level>{level: <7}</le
 
 
 def start_log(is_main: bool = True) -> None:
-    """Log lines to standard error, from one process only; the libraries' bars only where somebody looks."""
+    """Log to standard error from one process only; the libraries' progress bars only on a terminal."""
     logger.remove()
     if is_main:
         logger.add(sys.stderr, format=LOG_FORMAT, colorize=sys.stderr.isatty())
@@ -44,22 +44,22 @@ def device_name(training_args: TrainingArguments) -> str:
 
 
 def version_notes() -> list[str]:
-    """The versions found, and those that differ from the ones this repository was tested with."""
+    """The installed versions, and those that differ from the ones this repository was tested with."""
     requirements = Path(__file__).parents[2].joinpath("requirements.txt").read_text(encoding="utf-8")
     tested = dict(re.findall(r"^([\w-]+)==([\w.]+)", requirements, flags=re.MULTILINE))
-    found, other = [f"python {platform.python_version()}"], []
+    installed, untested = [f"python {platform.python_version()}"], []
     for package, tested_version in tested.items():
         try:
             found_version = version(package)
         except PackageNotFoundError:
             found_version = "none"
         if package in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes"):
-            found.append(f"{package} {found_version}")
+            installed.append(f"{package} {found_version}")
         if found_version.partition("+")[0] != tested_version:  # torch 2.13.0+cu130 is torch 2.13.0
-            other.append(f"{package} {found_version} (tested: {tested_version})")
-    notes = [", ".join(found)]
-    if other:
-        notes.append(f"not the tested versions: {', '.join(other)}; `bash setup.sh` installs those")
+            untested.append(f"{package} {found_version} (tested: {tested_version})")
+    notes = [", ".join(installed)]
+    if untested:
+        notes.append(f"not the tested versions: {', '.join(untested)}; `bash setup.sh` installs those")
     return notes
 
 
@@ -90,7 +90,7 @@ def log_block(facts: dict[str, str]) -> None:
 
 
 class ProgressLines(TrainerCallback):
-    """One line for every log, readable with `tail -f`; after ten steps it says the time left."""
+    """Logs one line at each log step, for `tail -f`; after ten steps with the time left."""
 
     def __init__(self):
         self.start: tuple[float, int] | None = None
@@ -120,8 +120,8 @@ class ProgressLines(TrainerCallback):
             logger.info(line)
         elif "eval_loss" in logs:
             rest = {key.removeprefix("eval_"): value for key, value in logs.items() if isinstance(value, float)}
-            shown = [f"{key} {rest[key]:.4f}" for key in EVALUATED if key in rest]
-            logger.info(f"step {state.global_step}/{state.max_steps}  evaluation: {'  '.join(shown)}")
+            figures = [f"{key} {rest[key]:.4f}" for key in EVALUATED if key in rest]
+            logger.info(f"step {state.global_step}/{state.max_steps}  evaluation: {'  '.join(figures)}")
 
     def _time_left(self, state) -> str:
         seconds_per_step = (time.monotonic() - self.start[0]) / max(state.global_step - self.start[1], 1)
@@ -129,7 +129,7 @@ class ProgressLines(TrainerCallback):
 
 
 class QuietProgressBar(ProgressCallback):
-    """transformers' bar for a terminal, without the dictionaries it prints: ProgressLines says them."""
+    """transformers' progress bar without its printed dictionaries, which ProgressLines logs instead."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         pass
@@ -142,7 +142,7 @@ LOSS_PANEL = {"loss (nats)": {"loss": "training", "eval_loss": "evaluation"}}
 def plot_curves(
     log_history: list[dict], file: Path, panels: dict[str, dict[str, str]] = LOSS_PANEL, xlabel: str = "step"
 ) -> None:
-    """Figures of the log over steps as a PNG, with dots where they are evaluations."""
+    """Plot figures of the log over steps as a PNG; evaluations have dots."""
     import matplotlib
 
     matplotlib.use("Agg")

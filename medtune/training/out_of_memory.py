@@ -56,7 +56,7 @@ def _disk_full_advice(output_dir: Path) -> str:
 
 
 def batch_remedies(args: TrainingArguments) -> list[str]:
-    """Half the batch with the rows of a step kept, and gradient checkpointing, where the run has not taken them."""
+    """The remedies not yet used: half the batch with the same rows a step, and gradient checkpointing."""
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     remedies = []
     if batch > 1:

@@ -1,4 +1,4 @@
-"""Flags of preference training: which losses there are, what belongs to them, and what contradicts them."""
+"""Flags of preference training: the losses, their settings and which combinations are refused."""
 
 import difflib
 from dataclasses import dataclass, field

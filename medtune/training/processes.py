@@ -27,7 +27,7 @@ def wait_for_all() -> None:
 
 
 def leave_process_group() -> None:
-    """Wait for the other processes and close the connections: gloo's threads abort a process that just exits."""
+    """Wait for the other processes and close the connections; otherwise gloo's threads may abort the exit."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -125,17 +125,17 @@ class Reference:
         gather = self.accelerator.gather
         gaps, n_tokens = gather((policy_logps - ref_logps).abs()), gather(n_tokens)
         limits = STORED_GAP * n_tokens if are_stored else torch.full_like(gaps, START_GAP)
-        found = f"the largest |logp - ref_logp| of {len(gaps)} replies is {gaps.max().item():.2g} nats"
+        summary = f"the largest |logp - ref_logp| of {len(gaps)} replies is {gaps.max().item():.2g} nats"
         if not (gaps < limits).all():
             remedy = (
                 "--overwrite_cache True computes the stored log-probs again" if are_stored
                 else "what is loaded as the policy is not what is loaded as the reference"
             )  # fmt: skip
             raise UserError(
-                f"before step 1 the policy is not the reference ({self.name}): {found}, and {limits.min():.2g} is "
+                f"before step 1 the policy is not the reference ({self.name}): {summary}, and {limits.min():.2g} is "
                 f"allowed; {remedy}"
             )
-        logger.info(f"before step 1 the policy is the reference ({self.name}): {found}")
+        logger.info(f"before step 1 the policy is the reference ({self.name}): {summary}")
 
 
 # ---------------------------------------------------------------- log-probs on the disk

@@ -1,6 +1,6 @@
 """A stage's run from its start to its results.
 
-A stage calls `start_run`, `log_facts`, `train` and `finish_run`; the callbacks of this room do the rest.
+A stage calls `start_run`, `log_facts`, `train` and `finish_run`; the callbacks do the rest.
 """
 
 import math
@@ -44,10 +44,10 @@ from medtune.training.steps import check_disk, count_steps, data_settings
 
 
 def start_run(stage: str, training_args: TrainingArguments, run_args: RunArguments, notes: list[str]) -> str | None:
-    """Set up the log (main process only) and the seeds, say what runs on what, and find the checkpoint to resume from.
+    """Set up log and seeds, log versions and device, and find the checkpoint to resume from.
 
     Args:
-        notes: what the parser did otherwise than the command says.
+        notes: one line for each flag that the parser changed.
     """
     import datasets
 
@@ -70,7 +70,7 @@ def start_run(stage: str, training_args: TrainingArguments, run_args: RunArgumen
 
 
 def _start_deepspeed_on_the_cpu() -> None:
-    """What accelerate 1.15 does on GPUs only; without it ZeRO-3 takes this process for the only one."""
+    """Initialize DeepSpeed's process group, which accelerate 1.15 does on GPUs only; ZeRO-3 needs it."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for a minute
@@ -78,9 +78,9 @@ def _start_deepspeed_on_the_cpu() -> None:
 
 
 def is_finished(trainer: Trainer, lineage: Lineage, checkpoint: str | None) -> bool:
-    """Whether the run to resume has ended with its results written; says so, since nothing would be trained.
+    """Whether the run to resume is finished with its results written; logs that nothing is trained.
 
-    Its results stay as they are: resuming would write over them, and train one step too many within an epoch.
+    Resuming it would overwrite the results, and train one step too many within an epoch.
     Raises UserError where the run was started with other training data or from other weights, or is finished with
     other flags.
     """
@@ -112,14 +112,14 @@ def train(
     checkpoint: str | None,
     run_args: RunArguments,
 ) -> CheckpointKeeper | None:
-    """Train with the callbacks of this room and write `train_results.json`; None without --do_train.
+    """Train with this package's callbacks and write `train_results.json`; None without --do_train.
 
     Args:
         lineage: recorded in every checkpoint.
         checkpoint: what `start_run` returned.
 
-    Exits with 128 + signal number when a signal stopped the run after its checkpoint was saved. Raises UserError
-    where memory or disk are full, or too many steps are bad.
+    Exits with 128 + signal number if a signal stopped the run, after its checkpoint is saved. Raises UserError if
+        memory or disk is full, or too many steps are bad.
     """
     if not trainer.args.do_train:
         return None
@@ -189,15 +189,15 @@ def finish_run(trainer: Trainer, keeper: CheckpointKeeper | None, next_command: 
         plot_curves(trainer.state.log_history, output_dir / "loss.png")
         logger.info(f"done: {output_dir / BEST} (step {keeper.best_step} of {trainer.state.global_step})")
     if metrics:
-        shown = [f"eval_{name}" for name in EVALUATED if f"eval_{name}" in metrics]
-        logger.info("evaluation: " + "  ".join(f"{name} {metrics[name]:.4f}" for name in shown))
+        names = [f"eval_{name}" for name in EVALUATED if f"eval_{name}" in metrics]
+        logger.info("evaluation: " + "  ".join(f"{name} {metrics[name]:.4f}" for name in names))
     logger.info(f"results: {output_dir}; curves: tensorboard --logdir {output_dir}")
     logger.info(f"next: {next_command}")
     return metrics
 
 
 def _last_evaluation(trainer: Trainer, keeper: CheckpointKeeper | None) -> dict[str, float]:
-    """Metrics of checkpoint-best: from the log if it was evaluated on the way, otherwise measured now."""
+    """Metrics of checkpoint-best: from the log if it was evaluated during training, otherwise measured now."""
     evaluated = {entry["step"]: entry for entry in trainer.state.log_history if "eval_loss" in entry}
     if keeper is None or trainer.state.global_step not in evaluated:
         latest = trainer.evaluate()

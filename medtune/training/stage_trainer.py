@@ -1,4 +1,4 @@
-"""What the trainers of all stages share: arguments, the order of the rows, the figures between two lines of the log.
+"""The base of all stages' trainers: arguments, row order, and figures between two log lines.
 
 A stage's trainer adds its loss, and a collator whose batches name the records in `sources`.
 """
@@ -45,10 +45,10 @@ class StageTrainingArguments(TrainingArguments):
 
 
 class LongestFirstSampler(Sampler[int]):
-    """A seeded order for each epoch; the first one starts with the longest examples.
+    """A seeded order for each epoch; the first epoch starts with the longest examples.
 
-    A run that does not fit in memory so fails in its first step. The epoch comes from the trainer's state, which
-    is right after a resume too, whatever wraps the sampler.
+    So a run that does not fit in memory fails in its first step. The epoch comes from the trainer's state, which
+        is right after a resume too, whatever wraps the sampler.
     """
 
     def __init__(self, trainer: Trainer, lengths: Sequence[int], seed: int, group_by_length: bool):
@@ -81,7 +81,7 @@ class LongestFirstSampler(Sampler[int]):
 
 
 def switch_off_dropout(model: torch.nn.Module) -> None:
-    """All of it: that of layers and adapters, and that of attention."""
+    """Switch off the dropout of layers, adapters and attention."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -121,7 +121,7 @@ class StageTrainer(Trainer):
 
     @property
     def splits_weights(self) -> bool:
-        """Whether a process holds a part of each weight, which it cannot use outside of a forward pass (ZeRO-3)."""
+        """Whether each process holds only a part of the weights, usable only in a forward pass (ZeRO-3)."""
         return _zero_stage(self.args) == 3
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -138,14 +138,14 @@ class StageTrainer(Trainer):
         return self.accelerator.gather(n_rows).sum()
 
     def mean_over_step(self, losses: torch.Tensor, n_items: torch.Tensor | None) -> torch.Tensor:
-        """This micro-batch's part of the mean loss over all items of the step; of this micro-batch alone for None."""
+        """This micro-batch's part of the mean loss over a step's items; for None the micro-batch's own mean."""
         if n_items is None:
             return losses.mean()
         # DDP averages gradients over processes, n_items counts those of all.
         return losses.sum() / n_items * self.accelerator.num_processes
 
     def note_figures(self, n_tokens: torch.Tensor | int, **figures: torch.Tensor) -> None:
-        """Keep figures [N] of items for their means in the next line of the log; nan where an item has none."""
+        """Keep [N] figures of items for their mean in the next log line; nan for an item without one."""
         device = self.args.device
         sums = {"tokens": torch.stack([torch.as_tensor(n_tokens, device=device).double(), torch.ones(()).to(device)])}
         for name, values in figures.items():
@@ -154,7 +154,7 @@ class StageTrainer(Trainer):
         self._window = {name: self._window.get(name, 0.0) + total for name, total in sums.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log, with the means of the figures of all processes since the line before, and tokens a second."""
+        """Trainer's log, with the means of the figures since the last line, over all processes, and tokens a second."""
         if "loss" in logs and self._window:
             now = time.monotonic()
             names = list(self._window)

@@ -10,7 +10,7 @@ from medtune.training.checkpoints import n_bytes, optimizer_bytes, refuse_small_
 
 
 def data_settings(trainer: Trainer) -> dict[str, int]:
-    """What tells other training data from those the run was started with: a resume skips what it has seen of them."""
+    """Identify the training data: a resumed run skips the rows it has seen, so they must be the same."""
     if is_streamed(trainer):
         return {}
     return {
@@ -25,7 +25,7 @@ def is_streamed(trainer: Trainer) -> bool:
 
 
 def count_steps(trainer: Trainer) -> tuple[int, int, int]:
-    """Rows a step, steps an epoch, steps of the run, as Trainer counts them; a streamed run is one epoch."""
+    """Rows per step, steps per epoch and steps of the run, as Trainer counts them; a streamed run is one epoch."""
     args = trainer.args
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if is_streamed(trainer):

@@ -125,7 +125,7 @@ def test_forms_may_change_from_record_to_record(tmp_path):
     reader = ForeignReader("dialogues")
     results = list(reader.read([write(tmp_path / "d.jsonl", "\n".join(lines).encode())]))
     assert [isinstance(result, BadRecord) for result in results] == [False, False, True, False] * 2
-    assert reader.found() == ["2 records by the columns 'ask', 'answer'", "2 records by the columns 'data'"]
+    assert reader.describe() == ["2 records by the columns 'ask', 'answer'", "2 records by the columns 'data'"]
 
 
 def test_a_bad_first_record_does_not_decide_how_the_others_are_read(tmp_path):

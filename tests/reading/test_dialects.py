@@ -402,7 +402,7 @@ def test_beside_columns_that_are_named_nothing_is_lost():
         reader = ForeignReader("dialogues", BY_COLUMNS, reading=Reading(()))
         return reader.convert(
             {"主诉": "失眠", "病史": float("nan"), "医嘱": "规律作息。", **others}, "d:1"
-        ), reader.found()
+        ), reader.describe()
 
     noted, found = read(科室="内科", 答案="别的", functions=[{"name": "f"}], system_prompt="你是医生。")
     assert noted.messages == [EARLIER[0], user("失眠"), TURNS[1]]

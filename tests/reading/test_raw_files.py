@@ -314,7 +314,7 @@ def test_columns_of_unknown_names_are_separated_too_and_the_tool_says_so(separat
     reader = ForeignReader("dialogues")
     path = write("d.csv", separator.join(("提出", "应答")) + "\n" + separator.join(("头痛", '"休息,喝水"')) + "\n")
     assert list(reader.read_raw(path)) == [("d.csv:2", {"提出": "头痛", "应答": "休息,喝水"})]
-    assert reader.found() == [f"d.csv has its cells separated by {separator!r}"]
+    assert reader.describe() == [f"d.csv has its cells separated by {separator!r}"]
 
 
 def test_a_row_of_other_length_names_the_separator():

@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 
 from medtune.errors import UserError
 from medtune.reading.record_sets import load_dialogues, load_documents, load_pairs
-from medtune.sample_data.evaluation import LETTERS, NEAR_COPY, TrainingText, said
+from medtune.sample_data.evaluation import LETTERS, NEAR_COPY, TrainingText, spoken_text
 from medtune.sample_data.knowledge import (
     CONDITION_ASPECTS,
     MEDICINE_ASPECTS,
@@ -353,9 +353,9 @@ def learned() -> TrainingText:
     return TrainingText(
         [
             *documents,
-            *map(said, training_dialogues()),
-            *map(said, training_pairs()),
-            *map(said, read("ppo/prompts.jsonl")),
+            *map(spoken_text, training_dialogues()),
+            *map(spoken_text, training_pairs()),
+            *map(spoken_text, read("ppo/prompts.jsonl")),
         ]
     )
 
@@ -383,12 +383,12 @@ def test_no_evaluation_pair_and_no_exam_item_stands_in_the_training_files():
     replies = {pair[key] for pair in training_pairs() for key in ("response_chosen", "response_rejected")}
     for pair in read("eval/preference_pairs.jsonl"):
         assert learned().overlap(pair["question"]) < NEAR_COPY
-        assert learned().overlap(said(pair | {"history": []})) < NEAR_COPY
+        assert learned().overlap(spoken_text(pair | {"history": []})) < NEAR_COPY
         assert pair["response_chosen"] not in replies
         assert pair["response_rejected"] not in replies
     for item in read("eval/exam.jsonl"):
         assert learned().overlap(item["question"]) < NEAR_COPY
-        assert learned().overlap(said(item)) < NEAR_COPY
+        assert learned().overlap(spoken_text(item)) < NEAR_COPY
 
 
 def test_unseen_conditions_are_in_the_pretraining_text_only():
