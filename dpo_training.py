@@ -53,7 +53,7 @@ from medtune.training.run import finish_run, is_finished, start_run, train
 from template import ChatTemplate
 
 N_SAMPLES = 8
-# A sample longer than this is cut: one that goes round in circles has shown it by then.
+# Longer samples are cut; repetition shows by then.
 SAMPLE_TOKENS = 256
 # Share of a sample's runs of four characters that it had before, and the number of such samples, for an alarm.
 REPEATING = 0.5

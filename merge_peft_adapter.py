@@ -229,7 +229,7 @@ def difference_from(
         else:
             unit = torch.finfo(getattr(torch, torch_dtype)).eps * reference.values.abs().amax(-1, keepdim=True)
             near_first = reference.values >= reference.values[:, :1] - NEAR_TIE * unit
-            # argmax takes nan for the largest, so that a model that says nan prefers some token too.
+            # argmax takes nan for the largest value, so nan logits would prefer a token too.
             says_numbers = logits.isfinite().all(-1)
             agrees = ((reference.ids == logits.argmax(-1, keepdim=True)) & near_first).any(-1) & says_numbers
         n_agreeing += int(agrees.sum())

@@ -125,7 +125,7 @@ def pieces_of(chat_model: ChatModel, prompt: list[int], decoding: Decoding, seed
         closed.set()
 
 
-def answered(turns: list[Message]) -> list[Message]:
+def drop_unanswered(turns: list[Message]) -> list[Message]:
     """The turns without a last question whose reply was stopped or empty, which training never shows."""
     if turns and not turns[-1]["content"]:
         turns = turns[:-1]
@@ -208,7 +208,7 @@ def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) ->
             temperature=float(temperature),
             top_p=float(top_p) if temperature > 0 else 1.0,
         )
-        panels = [Panel(answered(left_turns)), Panel(answered(right_turns))]
+        panels = [Panel(drop_unanswered(left_turns)), Panel(drop_unanswered(right_turns))]
         sides = [(panels[0], left_name)] + ([(panels[1], right_name)] if right_name != NO_SECOND else [])
         for panel, _ in sides:
             panel.turns = [*panel.turns, {"role": "user", "content": question}]
@@ -272,7 +272,7 @@ def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) ->
         asking = gr.on([send.click, question.submit], talk, inputs, outputs, concurrency_limit=1, api_name="talk")
         stop.click(None, cancels=[asking])
         forgotten = [left_chat, right_chat, left_turns, right_turns, left_note, right_note]
-        # The bin of a chat forgets too: otherwise the model would remember what is no longer shown.
+        # The chat's delete button must clear the state too, or the model would remember hidden turns.
         forgetting = [clear.click, left_chat.clear, right_chat.clear]
         gr.on(forgetting, forget, None, forgotten, cancels=[asking], api_name=False)
         left_name.change(lambda: ([], [], ""), None, [left_chat, left_turns, left_note], api_name=False)

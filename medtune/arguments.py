@@ -180,7 +180,7 @@ FIXED_FLAGS = {
         "the batch stays that of --per_device_train_batch_size, and a run that is out of memory names what to give",
     ),
 }
-# What the guide's commands say, and what is always so in a stage without the flag.
+# Values in the guide's commands that are always in force in a stage without the flag.
 ALWAYS_SO = {
     "--fp16": "False",
     "--logging_strategy": "steps",

@@ -13,15 +13,15 @@ from typing import NoReturn
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # Signals so close are one: a batch system sends it to the launcher and to its processes, and the launcher hands it on.
 SECONDS_OF_ONE_SIGNAL = 2
-# After which another process than the first says what went wrong: the first has met no error.
+# After this time another process prints its error, since the first process has none.
 SECONDS_FOR_THE_FIRST = 15
 # Training names its own remedies.
 WHERE_NOTHING_TRAINS = (
     "the weights alone do not fit: --load_in_4bit True, or a smaller model; nvidia-smi says what else holds memory"
 )
 
-# By logger, lines that mislead when libraries are imported: bitsandbytes 0.50.2 advises to install `kernels` for what
-# model_loading keeps switched off, and whether a GPU is missing or was not wanted is for `devices` to say.
+# Misleading lines at import, by logger: bitsandbytes 0.50.2 recommends `kernels` for a path that models/loading.py
+# switches off, and DeepSpeed warns of a missing GPU, which `devices` explains.
 MISLEADING = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community: ",
     "DeepSpeed": "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.",

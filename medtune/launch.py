@@ -1,9 +1,9 @@
-"""Start a stage: with python where it is one process, otherwise with torchrun, one process a GPU.
+"""Start a stage with python if it is one process, otherwise with torchrun, one process per GPU.
 
-Several nodes by NNODES, NODE_RANK and MASTER_ADDR; another number of processes on this one by N_PROCESSES.
-torchrun hands a signal on, gives the processes half a minute to save a checkpoint, and ends with 1 and a traceback.
-Here they have ten minutes, and the exit code is theirs: 143 after SIGTERM, 130 after Ctrl-C, 2 for a mistake. Where
-the launcher itself is killed, they get SIGTERM (`errors.run_script`).
+NNODES, NODE_RANK and MASTER_ADDR set several nodes; N_PROCESSES sets the number of processes on this one.
+torchrun forwards a signal, gives the processes half a minute to save a checkpoint, and exits with 1 and a traceback.
+Here they have ten minutes, and the exit code is theirs: 143 after SIGTERM, 130 after Ctrl-C, 2 for a mistake. If the
+launcher itself is killed, they get SIGTERM (`errors.run_script`).
 
     python -m medtune.launch supervised_finetuning.py --model_name_or_path ...
 """

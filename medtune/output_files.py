@@ -1,10 +1,10 @@
-"""Outputs that appear whole or not at all: written beside their place under another name, moved there at the end.
+"""Write outputs whole or not at all: under a temporary name in the same folder, then renamed.
 
     with new_text_file(Path("data/finetune/train.jsonl"), "--output", overwrite=False) as file:
         file.write("...")
 
-A run that fails leaves what was there before. One that is killed leaves a hidden `.NAME.partial`, which no stage
-reads and the next run replaces.
+A failed run leaves the earlier output. A killed run leaves a hidden `.NAME.partial`, which no stage reads and the
+next run replaces.
 """
 
 import errno
@@ -24,13 +24,13 @@ MADE_BY_A_TOOL = ".made_by_a_tool"
 
 @contextmanager
 def new_text_file(path: Path, flag: str, overwrite: bool | None, keep_partial: bool = False) -> Iterator[TextIO]:
-    """Open a new UTF-8 file, compressed if its name ends in `.gz`; it is in its place once the block ended well.
+    """Open a new UTF-8 file, compressed if its name ends in `.gz`; it appears when the block ends without error.
 
     Args:
         overwrite: None where the tool has no such flag.
-        keep_partial: what was written is left in `NAME.partial` where the block fails.
+        keep_partial: if the block fails, keep what was written as `NAME.partial`.
 
-    Raises UserError, naming `flag`, where `path` is a folder or cannot be written, or exists without `overwrite`.
+    Raises UserError, naming `flag`, if `path` is a folder, cannot be written, or exists without `overwrite`.
     """
     place, partial = _place_and_partial(path)
     if keep_partial:
@@ -54,13 +54,13 @@ def new_text_file(path: Path, flag: str, overwrite: bool | None, keep_partial: b
 
 @contextmanager
 def new_folder(path: Path, flag: str, overwrite: bool | None) -> Iterator[Path]:
-    """An empty folder to write into; it is `path` once the block ended well.
+    """An empty folder to write into; it becomes `path` when the block ends without error.
 
     Args:
         overwrite: None where the tool has no such flag; then no other tool may replace the folder either.
 
-    Raises UserError, naming `flag`, where `path` is a file, cannot be written, or holds something: without
-    `overwrite` anything, with it anything but what `new_folder` made.
+    Raises UserError, naming `flag`, if `path` is a file, cannot be written, or is not empty: with `overwrite`,
+        only a folder made by `new_folder` is replaced.
     """
     place, partial = _place_and_partial(path)
     with _explained(path, flag):
@@ -87,7 +87,7 @@ def new_folder(path: Path, flag: str, overwrite: bool | None) -> Iterator[Path]:
 
 
 def refuse_same(input_files: Iterable[Path], output: Path, flag: str) -> None:
-    """Raise UserError, naming `flag`, where the output file is one of the inputs or the output folder holds one."""
+    """Raise UserError, naming `flag`, if the output is one of the inputs or a folder that holds one."""
     place = output.resolve()
     for file in input_files:
         source = file.resolve()
@@ -98,7 +98,7 @@ def refuse_same(input_files: Iterable[Path], output: Path, flag: str) -> None:
 
 
 def _place_and_partial(path: Path) -> tuple[Path, Path]:
-    """Where the output goes, links followed, and the hidden name beside it, from which the move is one step."""
+    """The output path with links resolved, and a hidden temporary path in the same folder."""
     place = path.resolve()
     return place, place.parent / f".{place.name}.partial"
 
@@ -120,7 +120,7 @@ _REFUSALS = {
 
 @contextmanager
 def _explained(path: Path, flag: str) -> Iterator[None]:
-    """Turn what the disk or its permissions refuse into one line; a failure of other files stays what it is."""
+    """Turn an OSError of the output into one line; errors of other files are raised unchanged."""
     try:
         yield
     except OSError as error:

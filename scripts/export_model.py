@@ -56,7 +56,7 @@ GGUF_TYPES = {
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
-# A copy whose perplexity is further off says something else. Eight bits move that of a trained model by 0.0001 and that
+# A copy whose perplexity differs by more is faulty. Eight bits move that of a trained model by 0.0001 and that
 # of random weights by 0.03; four bits by 0.004 and 0.23.
 LARGEST_CHANGE = {
     **dict.fromkeys(("f32", "f16", "bf16"), 0.02),
@@ -385,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         if not abs(change) <= LARGEST_CHANGE[kind]:  # nan is no number that passes
             raise UserError(
                 f"--output_dir {export_args.output_dir}: perplexity moves by {change:+.2%}, in a sound {kind} export "
-                f"by {LARGEST_CHANGE[kind]:.0%} at most: the export says something else; nothing is written. "
+                f"by {LARGEST_CHANGE[kind]:.0%} at most: the export differs too much; nothing is written. "
                 "These weights do not bear that type: take a finer --gguf_type or --format"
             )
     logger.info(f"done: {export_args.output_dir}")

@@ -163,7 +163,7 @@ class Answers:
         least = (0.8, None)
         for _, answer, question in rng.sample(around, len(around)):
             if question != prompt.messages[-1]["content"]:
-                least = min(least, (likeness(answer, prompt.chosen), answer), key=lambda found: found[0])
+                least = min(least, (likeness(answer, prompt.chosen), answer), key=lambda candidate: candidate[0])
                 if least[0] < 0.5:
                     break
         return least[1]

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 # Records compared at a time: more take memory, fewer take time.
 BATCH = 1024
-# Held out unless --validation_size says otherwise, but never more than a tenth.
+# The default of --validation_size; never more than a tenth of the records.
 VALIDATION_SIZE = 500
 
 # ---------------------------------------------------------------- lengths

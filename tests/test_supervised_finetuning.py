@@ -511,7 +511,7 @@ def test_incomplete_checkpoint_is_passed_over(flags, tmp_path, capfd):
     (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").unlink()
     supervised_finetuning.main([*flags(max_steps=6), "--resume_from_checkpoint", "True"])
     log = capfd.readouterr().err
-    assert re.search(r"checkpoint-4 is not complete \(without optimizer\) and is passed over", log)
+    assert re.search(r"checkpoint-4 is not complete \(without optimizer\) and is skipped", log)
     assert re.search(r"resuming from .*checkpoint-2", log)
     assert max(losses(tmp_path / "out")) == 6
 

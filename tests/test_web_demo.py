@@ -23,7 +23,7 @@ from medtune.models.chat_models import NOTICE, ChatModelArguments, RewardModel, 
 from medtune.models.generation import Decoding, Reply, generate_replies
 from medtune.models.loading import load_tokenizer
 from medtune.reading.encoding import encode_prompt
-from web_demo import EMERGENCY, Panel, answered, as_text, build_page, converse, pieces_of
+from web_demo import EMERGENCY, Panel, as_text, build_page, converse, drop_unanswered, pieces_of
 
 SCRIPT = Path(web_demo.__file__)
 SHORT = Decoding(max_new_tokens=24)
@@ -107,7 +107,7 @@ def test_an_empty_reply_is_not_remembered(models, monkeypatch):
     monkeypatch.setattr(web_demo, "pieces_of", lambda *args: iter([Reply("", True, 1)]))
     panel = Panel([{"role": "user", "content": "头痛"}])
     list(converse(models[0], None, "", panel, SHORT, 42))
-    assert answered(panel.turns) == []
+    assert drop_unanswered(panel.turns) == []
 
 
 def test_turns_that_training_never_shows_are_not_asked(models):

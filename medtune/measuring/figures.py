@@ -129,7 +129,7 @@ def metrics_of(rows: Sequence[dict]) -> dict:
         for row in rows:
             if row["file"] == file:
                 by_model.setdefault(row["model"], []).append(row)
-        groups = {name: grouped(own) for name, own in by_model.items()}
+        groups = {name: group_rows(own) for name, own in by_model.items()}
         first, *others = by_model
         metrics[file] = {
             "models": {name: summarize_scores(own) for name, own in by_model.items()},
@@ -141,7 +141,7 @@ def metrics_of(rows: Sequence[dict]) -> dict:
     return metrics
 
 
-def grouped(rows: Sequence[dict]) -> dict[str, list[dict]]:
+def group_rows(rows: Sequence[dict]) -> dict[str, list[dict]]:
     groups: dict[str, list[dict]] = {}
     for row in rows:
         if group := row.get("aspect") or row.get("category") or row.get("exam_subject"):

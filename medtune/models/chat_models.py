@@ -24,7 +24,7 @@ from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoding import load_chat_template, stop_token_ids
 from template import ChatTemplate, Message
 
-# The word that stands for the base model without an adapter, where models are listed.
+# In lists of models, the name of the base model without an adapter.
 BASE = "base"
 NOTICE = "回答由模型生成，仅供研究，不构成医疗建议。 Answers are generated, for research only, and no medical advice."
 

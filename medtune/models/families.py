@@ -24,16 +24,16 @@ def check_same_family(base_model: str, lora_model: str, **hub_options) -> None:
     base_config = load_config(base_model, flag="--base_model", **hub_options).get_text_config()
     if lineage is None:
         if Path(recorded).name == Path(base_model).name:
-            logger.warning(f"{lora_model} was trained on {recorded}; {base_model} is taken for a copy of it")
+            logger.warning(f"{lora_model} was trained on {recorded}; {base_model} is assumed to be a copy of it")
             return
         raise UserError(
             f"--lora_model {lora_model} was trained on {recorded}, not on {base_model}, and has no {LINEAGE} to "
             f"compare by: pass --base_model {recorded}"
         )
-    found = (base_config.hidden_size, base_config.vocab_size)
-    if found != (lineage.hidden_size, lineage.vocab_size):
+    sizes = (base_config.hidden_size, base_config.vocab_size)
+    if sizes != (lineage.hidden_size, lineage.vocab_size):
         raise UserError(
-            f"--base_model {base_model} (hidden size {found[0]}, vocabulary {found[1]}) is not the base of "
+            f"--base_model {base_model} (hidden size {sizes[0]}, vocabulary {sizes[1]}) is not the base of "
             f"{lora_model}, which was trained on {recorded} ({lineage.hidden_size}, {lineage.vocab_size})"
         )
     _check_base_weights(base_model, lora_model, lineage, **hub_options)

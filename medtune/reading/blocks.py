@@ -1,4 +1,4 @@
-"""Documents of continued pretraining: their ids, joined and cut into blocks, and the bytes that tokens stand for."""
+"""Documents for continued pretraining: join their ids, cut them into blocks, and count bytes per token."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -12,9 +12,9 @@ from medtune.reading.encoding import IGNORED_LABEL
 
 
 def document_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token behind each document: Qwen's <|endoftext|> where there is one, since its chat models end turns by eos.
+    """The token after each document: Qwen's <|endoftext|> if there is one, since its chat models' eos ends turns.
 
-    Raises UserError where the tokenizer has no end token at all.
+    Raises UserError if the tokenizer has no end token.
     """
     added = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
     end_id = added.get("<|endoftext|>", tokenizer.eos_token_id)
@@ -26,13 +26,13 @@ def document_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def cut_blocks(
     documents: Dataset | dict[str, list], block_size: int, packing_across_documents: bool = False
 ) -> dict[str, list]:
-    """Documents joined in their order and cut into blocks; the last block is what is left, and nothing is lost.
+    """Join the documents in their order and cut them into blocks; the last block may be shorter.
 
     Args:
         documents: columns `input_ids` and `source`.
         block_size: tokens a block.
-        packing_across_documents: attend across the documents of a block. Otherwise each is on its own there
-            (`seq_lengths`), and its first token is not learned, since nothing before it could tell.
+        packing_across_documents: attend across the documents of a block. Otherwise each attends only to itself
+                    (`seq_lengths`), and its first token is not learned, since it has no context.
 
     Returns:
         Columns `input_ids`, `labels`, `seq_lengths`, `length` and `source` (of every document in the block).

@@ -1,4 +1,4 @@
-"""What is wrong with the bytes of a text: not UTF-8, cut off, NUL bytes; and where."""
+"""Find byte faults in a text (not UTF-8, truncated, NUL bytes) and their place."""
 
 import re
 
@@ -25,7 +25,7 @@ def utf8_fault(
 ) -> Unusable | None:
     """Name the first byte of `text[start:end]` that was not UTF-8 in the file, if there is one.
 
-    `first_line` is the line on which `text` starts, `bytes_before` what that line has before it.
+    `first_line` is the number of the line on which `text` starts, `bytes_before` the bytes before it on that line.
     """
     try:
         text[start:end].encode()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from medtune.errors import Unusable
-from medtune.reading.dialects import RecordPlan, check_other_forms, dialogue_plan, pair_plan, planned, prompt_plan
+from medtune.reading.dialects import RecordPlan, check_other_forms, dialogue_plan, pair_plan, plan_record, prompt_plan
 from medtune.reading.keys import FEEDBACK_KEYS, Reading, check_media, check_reply_keys, feedback_of, sort_keys
 from medtune.reading.options import with_options
 from medtune.reading.records import Dialogue, Document, Feedback, Pair
@@ -40,7 +40,7 @@ def to_document(record: object, source: str, reading: Reading | None = None) -> 
 def lone_reply(record: dict, reading: Reading) -> str:
     """The text of other tools' records for pretraining, which are dialogues of one reply to nothing."""
     try:
-        present, plan = planned(record, prompt_plan)
+        present, plan = plan_record(record, prompt_plan)
         turns = plan.dialect.read(present, reading)
     except Unusable:
         return ""
@@ -57,7 +57,7 @@ def lone_reply(record: dict, reading: Reading) -> str:
 
 def to_dialogue(record: object, source: str, reading: Reading | None = None) -> Dialogue:
     reading = reading or Reading()
-    record, plan = planned(_object(record), dialogue_plan)
+    record, plan = plan_record(_object(record), dialogue_plan)
     turns = _with_system(record, plan.dialect.read(record, reading))
     if not plan.is_plain:
         turns = _whole_prompt(turns, record, plan, reading)
@@ -71,7 +71,7 @@ def to_dialogue(record: object, source: str, reading: Reading | None = None) -> 
 def to_prompt(record: object, source: str, reading: Reading | None = None) -> Dialogue:
     """A dialogue that may lack its last reply. Keys that judge this reply are ignored."""
     reading = reading or Reading()
-    record, plan = planned(_object(record), prompt_plan)
+    record, plan = plan_record(_object(record), prompt_plan)
     turns = _with_system(record, plan.dialect.read(record, reading))
     turns = _without_weights(turns)
     if not plan.is_plain:
@@ -84,7 +84,7 @@ def to_prompt(record: object, source: str, reading: Reading | None = None) -> Di
 
 def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair:
     reading = reading or Reading()
-    record, plan = planned(_object(record), pair_plan)
+    record, plan = plan_record(_object(record), pair_plan)
     turns, chosen, rejected = plan.dialect.read(record, reading)
     turns = _with_system(record, turns)
     if not plan.is_plain:

@@ -29,9 +29,9 @@ from medtune.reading.values import (
     is_parts,
     nearest,
     optional_text,
-    parsed,
+    parse_nested,
     quoted,
-    stripped,
+    strip_blanks,
     suspects,
     text_of,
     with_values,
@@ -100,7 +100,7 @@ ANSWERS = (
 
 
 # The one rule of detection: the first dialect whose required keys the record has, whatever the file's name.
-# A key that is null or empty (an empty csv cell) counts as absent. What other keys mean, keys.py says.
+# A key that is null or empty (an empty csv cell) counts as absent. keys.py defines the meaning of other keys.
 _DIALECTS = (
     *(_Dialect((key,), ASIDE, functools.partial(turns_of_list, key)) for key in _LISTS),
     _Dialect(("instruction", "output"), ("input", "history", *ASIDE), _turns_of_alpaca),
@@ -230,7 +230,7 @@ def _other_forms(rest: Sequence[str], dialect: _Dialect, every_key: Sequence[str
     return tuple(key for key in rest if names[key] in every_key)
 
 
-def planned(record: dict, plan_of: Callable[[tuple[str, ...]], RecordPlan]) -> tuple:
+def plan_record(record: dict, plan_of: Callable[[tuple[str, ...]], RecordPlan]) -> tuple:
     """The record without the keys that count as absent, and its plan."""
     present = with_values(record)
     try:
@@ -278,9 +278,9 @@ def _words_in(value: object) -> Iterator[str]:
     """All texts in a value: cells, exchanges and the contents of turns."""
     if isinstance(value, str):
         with suppress(Unusable):  # words in brackets
-            value = parsed(value, "") if NESTED.match(value) else value
+            value = parse_nested(value, "") if NESTED.match(value) else value
     if isinstance(value, str):
-        yield stripped(value.replace("\r\n", "\n"))
+        yield strip_blanks(value.replace("\r\n", "\n"))
     if isinstance(value, dict):
         value = [item for key, item in value.items() if key not in (*NAME_KEYS, "type")]
     if isinstance(value, list):
@@ -308,8 +308,8 @@ def _pair_of_replies(
         _check_chosen(chosen[0])
         return turns, chosen[0]["content"], rejected[0]["content"]
     whole, *replies = _split_conversations(chosen, rejected)
-    said = [(turn["role"], turn["content"]) for turn in whole]
-    absent = [turn for turn in turns if (turn["role"], turn["content"]) not in said]
+    contained = [(turn["role"], turn["content"]) for turn in whole]
+    absent = [turn for turn in turns if (turn["role"], turn["content"]) not in contained]
     system = [turn for turn in absent if turn["role"] == "system" != whole[0]["role"]]
     if not turns or absent != system:
         raise Unusable(
@@ -322,7 +322,7 @@ def _reply(value: object, where: str, reading: Reading) -> list[dict]:
     """One assistant's turn, or a conversation that ends with one."""
     if isinstance(value, str) and ("{" not in value or not TURNS_IN_A_CELL.match(value)):
         return turns_of_transcript(value) or [{"role": "assistant", "content": text_of(value, where)}]
-    value = parsed(value, where)
+    value = parse_nested(value, where)
     if isinstance(value, list | dict) and value and not is_parts(value):
         turns = value if isinstance(value, list) else [value]
         turns = read_turns(turns, reading, f" of {where}")

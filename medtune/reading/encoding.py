@@ -25,7 +25,7 @@ IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 Truncation = Literal["drop", "cut_prompt_start", "cut_reply"]
 
 
-# In these turns a control token is words, as somebody may write it in a question; in all others it is a fault.
+# In these turns a control token is plain text, as a user may write one; in all others it is a fault.
 PROMPT_ROLES = ("user", "tool")
 
 

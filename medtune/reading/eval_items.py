@@ -79,5 +79,5 @@ def to_test(record: object, source: str) -> dict | None:
 def exam_prompt(question: str, options: dict[str, str]) -> str:
     """The question with its options, in its own language."""
     is_chinese = re.search("[\u4e00-\u9fff]", question)
-    asked = "请直接回答正确选项的字母。" if is_chinese else "Answer with the letter of the right option."
-    return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items()), asked])
+    instruction = "请直接回答正确选项的字母。" if is_chinese else "Answer with the letter of the right option."
+    return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items()), instruction])

@@ -37,7 +37,7 @@ from medtune.reading.finding import ending_of
 from medtune.reading.keys import Reading, sort_keys, split_keys
 from medtune.reading.records import BadRecord, Dialogue, Pair
 from medtune.reading.turns import SPEAKER
-from medtune.reading.values import is_empty, kind_of, parsed, text_of, with_values
+from medtune.reading.values import is_empty, kind_of, parse_nested, text_of, with_values
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ _READ_KEYS = tuple(sorted(_READ))
 def _list_in_cell(value: object) -> object:
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(Unusable):  # words in brackets
-            return parsed(value, "")
+            return parse_nested(value, "")
     return value
 
 

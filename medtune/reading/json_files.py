@@ -110,7 +110,7 @@ def _list_items(text: "_JsonText", name: str, needs_commas: bool = True) -> Iter
     text.skip("]")
 
 
-# What the list of all records is called where it lies in an object, and what may stand before it there.
+# Names of the list of records in an object, and of the keys that may precede it.
 _LIST_NAMES = ("data", "train", "records", "examples", "samples", "instances", "rows", "items", "dataset")
 
 
@@ -190,7 +190,7 @@ class _JsonText:
                 if end < len(self._buffer) or self._is_all:  # otherwise a number might go on
                     break
             except json.JSONDecodeError as error:
-                # What is cut off gives an error at its end, or where its last string starts.
+                # A truncated value gives an error at its end, or where its last string starts.
                 is_cut = error.pos > len(self._buffer) - 20 or error.msg.startswith("Unterminated string")
                 if self._is_all or not is_cut:
                     raise

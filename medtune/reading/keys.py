@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 from medtune.errors import Unusable
-from medtune.reading.values import holds_nothing, is_empty, stripped
+from medtune.reading.values import holds_nothing, is_empty, strip_blanks
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def check_reply_keys(
     if of_turn:
         check_media(record, plan, reading, where)
     for key in plan.thoughts:
-        if _is_thought(record[key]) and not (isinstance(record[key], str) and stripped(record[key]) in reply):
+        if _is_thought(record[key]) and not (isinstance(record[key], str) and strip_blanks(record[key]) in reply):
             raise Unusable(
                 "thought apart",
                 f"{where} has what was thought before the reply in {key!r}, which is not learned from there; write it "

@@ -21,13 +21,13 @@ import numpy as np
 
 N_HASHES = 64
 SEED = 1
-# The least chance that two texts which are alike by just the threshold are compared at all.
+# The minimum probability that two texts with just the threshold's similarity are compared.
 RECALL = 0.98
 # Of the texts that agree with a new one in a band, the last so many are compared. Only boilerplate has more.
 MAX_CANDIDATES = 64
 # N-grams hashed, and pairs compared, at a time: a text may be a book, and all texts one template.
 PIECE = 1 << 15
-# What is alike in a short question is told by shorter runs of characters.
+# Short questions need shorter n-grams.
 TEXT_SHINGLE, QUESTION_SHINGLE = 5, 3
 
 
@@ -321,7 +321,7 @@ class Groups:
         sketch = self._near.sketch(new)
         later, earlier, _ = self._near.pairs(sketch)
         self._near.add(sketch)
-        # Most pairs say the same thing: each new text with each group, once.
+        # Most pairs join the same groups: keep one pair for each new text and group.
         pairs = np.unique(np.stack([later + n_before, self._roots(earlier)], axis=1), axis=0)
         for one, other in pairs.tolist():
             self._join(one, other)

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from medtune.errors import Unusable
 from medtune.reading.dialects import RecordPlan
 from medtune.reading.keys import Reading, letter_of
-from medtune.reading.values import NESTED, is_empty, parsed, stripped
+from medtune.reading.values import NESTED, is_empty, parse_nested, strip_blanks
 
 
 def with_options(turns: list[dict], record: dict, plan: RecordPlan, reading: Reading) -> list[dict]:
     """The turns with the options in the question, where they do not stand there already."""
     options = _options_of(record, plan.keys.options)
-    read = "\n".join(turn["content"] for turn in turns)
+    text_of_turns = "\n".join(turn["content"] for turn in turns)
     asks = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
-    if not asks or all(text in read for text in options.values()):
+    if not asks or all(text in text_of_turns for text in options.values()):
         return turns
     if plan.dialect.has_turns:
         keys = ", ".join(map(repr, plan.keys.options))
@@ -23,17 +23,17 @@ def with_options(turns: list[dict], record: dict, plan: RecordPlan, reading: Rea
             "options apart",
             f"has {keys}, which no turn says; write them into the question, or {reading.ignoring(*plan.keys.options)}",
         )
-    asked = asks[-1]
-    lines = [turns[asked]["content"], *(f"{letter}. {text}" for letter, text in options.items())]
-    return [*turns[:asked], {"role": "user", "content": "\n".join(lines)}, *turns[asked + 1 :]]
+    last_user = asks[-1]
+    lines = [turns[last_user]["content"], *(f"{letter}. {text}" for letter, text in options.items())]
+    return [*turns[:last_user], {"role": "user", "content": "\n".join(lines)}, *turns[last_user + 1 :]]
 
 
 def _options_of(record: dict, keys: Sequence[str]) -> dict[str, str]:
     """Letter and text of each option, from any of the forms that exams are published in."""
     by_letter = {letter_of(key): record[key] for key in sorted(keys, key=letter_of) if letter_of(key)}
-    value = given = by_letter or first_of(record, keys) or []
+    value = raw = by_letter or first_of(record, keys) or []
     if isinstance(value, str):
-        value = parsed(value, "'options'") if NESTED.match(value) else list(filter(None, value.splitlines()))
+        value = parse_nested(value, "'options'") if NESTED.match(value) else list(filter(None, value.splitlines()))
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         matches = list(filter(None, map(_OPTION_LINE.match, value)))
         letters = "".join(match[1] or match[2] for match in matches).upper()
@@ -47,8 +47,8 @@ def _options_of(record: dict, keys: Sequence[str]) -> dict[str, str]:
         {letter: text for letter, text in value.items() if not is_empty(text)} if isinstance(value, dict) else None
     )
     if options is None or not all(isinstance(text, str | int | float) for text in options.values()):
-        raise Unusable("broken options", f"the options are {given!r:.80}; they must be letters and texts")
-    return {letter: stripped(str(text)) for letter, text in options.items()}
+        raise Unusable("broken options", f"the options are {raw!r:.80}; they must be letters and texts")
+    return {letter: strip_blanks(str(text)) for letter, text in options.items()}
 
 
 def _letter_and_text(letter: str, option: object) -> tuple[str, object]:

@@ -15,9 +15,9 @@ from medtune.reading.values import (
     kind_of,
     nearest,
     optional_text,
-    parsed,
+    parse_nested,
     quoted,
-    stripped,
+    strip_blanks,
     text_of,
 )
 
@@ -63,7 +63,7 @@ def turns_of_list(key: str, record: dict, reading: Reading) -> list[dict]:
     value = record[key]
     if isinstance(value, str) and (turns := turns_of_transcript(value)):
         return turns
-    turns = parsed(value, f"'{key}'")
+    turns = parse_nested(value, f"'{key}'")
     if isinstance(turns, dict):  # one exchange, or columns of a struct, as `datasets` holds a list of objects
         form = _turn_form(tuple(turns))
         columns = [column for column in turns.values() if isinstance(column, list)]
@@ -200,13 +200,13 @@ def _exchange_of_turn(turn: dict, form: _TurnForm, where: str, reading: Reading)
     """Both sides of an exchange after its system prompt, if any; the reply alone if there is no question."""
     if others := [key for key in turn if key in _SIDE_KEYS and key not in form.sides and not is_empty(turn[key])]:
         raise Unusable("two forms", f"{where} has {quoted([*form.sides, *others])}; {reading.ignoring(*others)}")
-    asked, answered = (text_of(turn[side], f"{where} ('{side}')") for side in form.sides)
-    reply = {"role": "assistant", "content": answered}
+    question, answer = (text_of(turn[side], f"{where} ('{side}')") for side in form.sides)
+    reply = {"role": "assistant", "content": answer}
     if form.plan.that_matter:
         _honour_keys(reply, turn, form.plan, reading, where)
     system = optional_text(turn, "system")
     first = [{"role": "system", "content": system}] if system else []
-    return [*first, *asking_turns(asked, where), reply]
+    return [*first, *asking_turns(question, where), reply]
 
 
 def turns_of_transcript(text: str) -> list[dict] | None:
@@ -232,7 +232,7 @@ def turns_of_transcript(text: str) -> list[dict] | None:
             "front that names nobody and keeps it one text",
         )
     ends = [*(start.start() for start in starts[1:]), len(text)]
-    contents = [stripped(text[start.end() : end]) for start, end in zip(starts, ends, strict=True)]
+    contents = [strip_blanks(text[start.end() : end]) for start, end in zip(starts, ends, strict=True)]
     turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
@@ -261,13 +261,13 @@ def asking_turns(text: str, where: str) -> list[dict]:
 
 def _tool_calls(calls: object, where: str) -> list[dict]:
     """Read OpenAI's `{"function": {"name", "arguments"}}` or plain `{"name", "arguments"}`, one or a list."""
-    calls = parsed(calls, f"the tool call of {where}")
+    calls = parse_nested(calls, f"the tool call of {where}")
     tool_calls = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = (call.get("function") or call) if isinstance(call, dict) else {}
         name = function.get("name") if isinstance(function, dict) else None
         arguments = _without_nulls(function.get("arguments")) if isinstance(function, dict) else None
-        arguments = parsed(arguments or {}, f"the arguments of the tool call of {where}")
+        arguments = parse_nested(arguments or {}, f"the arguments of the tool call of {where}")
         if not (name and isinstance(name, str) and isinstance(arguments, dict)):
             raise Unusable("broken tool call", f"{where} needs a name and an object of arguments, found {call!r:.80}")
         tool_calls.append({"name": name, "arguments": arguments})
@@ -280,7 +280,7 @@ def tools_of(record: dict) -> list[dict] | None:
     tools = record.get("tools") or record.get("functions")
     if is_empty(tools):
         return None
-    tools = _without_nulls(parsed(tools, "'tools'")) or []
+    tools = _without_nulls(parse_nested(tools, "'tools'")) or []
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise Unusable("broken tools", f"'tools' is {tools!r:.80}; it must be a list of objects")
     return tools or None
@@ -302,7 +302,7 @@ def turns_in(value: object, where: str, reading: Reading) -> list[dict] | None:
     if isinstance(value, str):
         if "{" not in value or not TURNS_IN_A_CELL.match(value):
             return None
-        value = parsed(value, where)
+        value = parse_nested(value, where)
     return read_turns(value, reading, f" of {where}") if is_turns(value) else None
 
 
@@ -311,7 +311,7 @@ def read_history(record: dict, reading: Reading) -> list[dict]:
     if "history" not in record:
         return []
     history = record["history"]
-    history = None if is_empty(history) else parsed(history, "'history'")
+    history = None if is_empty(history) else parse_nested(history, "'history'")
     history = [] if history is None else history
     turns = []
     for number, exchange in enumerate(history if isinstance(history, list) else [history], 1):

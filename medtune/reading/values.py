@@ -34,7 +34,7 @@ NAME_KEYS = ("from", "role", "speaker")  # who says the words of a turn
 NESTED = re.compile(r"\s*[\[{]")
 
 
-def stripped(text: str) -> str:
+def strip_blanks(text: str) -> str:
     """The text without white space and characters that show nothing at its ends."""
     text = text.strip()
     if not text or (text[0] not in _BLANKS and text[-1] not in _TRAILING):
@@ -98,7 +98,7 @@ def text_of(value: object, where: str, no_text: Collection[str] = ANY_NULL_WORD)
     except UnicodeEncodeError as error:
         character = f"\\u{ord(value[error.start]):04x}"
         raise Unusable("broken character", f"{where} has half a character, {character}; write it anew") from None
-    text = stripped(value.replace("\r\n", "\n"))
+    text = strip_blanks(value.replace("\r\n", "\n"))
     if len(text) <= 4 and text in no_text:
         raise Unusable(
             "null value",
@@ -167,7 +167,7 @@ def _object_of(pairs: list[tuple[str, object]]) -> dict:
     return record
 
 
-def parsed(value: object, where: str) -> object:
+def parse_nested(value: object, where: str) -> object:
     """Decode a nested value that csv or parquet holds as a JSON string, or pandas as a Python literal."""
     if not isinstance(value, str):
         return value

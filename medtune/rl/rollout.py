@@ -150,7 +150,7 @@ def sample_replies(
         max_new_tokens=sampling.max_tokens, eos_token_id=sampling.stop_ids, pad_token_id=sampling.pad_id, use_cache=True
     )
     ids = roles.generate(prompt_ids, prompt_mask, config, processors)
-    # Cut at the end token; the mask says what is reply (detail: one mask for policy and value).
+    # Cut at the end token; the mask marks the reply (detail: one mask for policy and value).
     mask, ended = reply_mask(ids[:, n_prompt:], sampling.stop_ids)
     return Replies(ids=ids, attention_mask=torch.cat([prompt_mask, mask], dim=1), mask=mask, ended=ended)
 
@@ -186,7 +186,8 @@ def collect_rollout(
         policy_logps, entropies, variances = roles.logps("policy", *text, sampling.temperature)
         ref_logps, *_ = roles.logps("reference", *text, sampling.temperature)
         values = roles.values(*text)
-        read = [reward_texts.of_ids(rows[index], ids) for index, ids in zip(chosen, replies.reply_ids(), strict=True)]
+        rows_and_replies = zip(chosen, replies.reply_ids(), strict=True)
+        texts = [reward_texts.of_ids(rows[index], ids) for index, ids in rows_and_replies]
         parts.append(
             Rollout(
                 **vars(replies),
@@ -195,7 +196,7 @@ def collect_rollout(
                 values=values,
                 entropies=entropies,
                 variances=variances,
-                scores=roles.scores(read) - roles.score_shift,
+                scores=roles.scores(texts) - roles.score_shift,
             )
         )
     back = torch.tensor(order).argsort()

@@ -44,7 +44,7 @@ class ZeroLearner(Learner):
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,  # `step` says where a step ends
             "gradient_clipping": training_args.max_grad_norm,
-            # What is trained is float32, and autocast says in what type it computes.
+            # Trained weights are float32; autocast decides the dtype of computation.
             "bf16": {"enabled": False},
             "fp16": {"enabled": False},
         }

@@ -53,16 +53,16 @@ def spoken_text(record: dict) -> str:
 
 def build_questions(knowledge: Knowledge, entries: Sequence[Entry], is_new: Callable[[str], bool]) -> list[dict]:
     """One question in held-out words on every aspect of the entries, if it is new."""
-    made = []
+    items = []
     for entry in entries:
         for aspect in (aspect for aspect in entry.aspects if aspect != "dose"):
             ways = list(knowledge.questions(entry, aspect, "held_out"))
             seeded("held out", entry.key, aspect).shuffle(ways)
-            asked = [way.format(n=entry.fields["name"]) for way in ways]
-            question = next(filter(is_new, asked), None)
+            phrased = [way.format(n=entry.fields["name"]) for way in ways]
+            question = next(filter(is_new, phrased), None)
             if question:
-                made.append(evaluation_item(entry, aspect, question, knowledge.reply(entry, aspect)))
-    return made
+                items.append(evaluation_item(entry, aspect, question, knowledge.reply(entry, aspect)))
+    return items
 
 
 def evaluation_item(entry: Entry, aspect: str, question: str, reply: str) -> dict:
@@ -73,14 +73,14 @@ def evaluation_item(entry: Entry, aspect: str, question: str, reply: str) -> dic
 
 def build_complaints(knowledge: Knowledge, entries: Sequence[Entry], is_new: Callable[[str], bool]) -> list[dict]:
     """The third complaint of each condition, which no training file has, in held-out words."""
-    made = []
+    items = []
     for entry in (entry for entry in entries if not entry.is_medicine):
         frame = knowledge.phrasings[entry.language]["complaint_frames"]["held_out"][0]
         question = frame.format(c=entry.fields["complaints"][2])
         aspect = "urgent" if entry.fields["urgent"] else "complaint"
         if is_new(question):
-            made.append(evaluation_item(entry, aspect, question, knowledge.reply(entry, aspect)))
-    return made
+            items.append(evaluation_item(entry, aspect, question, knowledge.reply(entry, aspect)))
+    return items
 
 
 def build_safety(knowledge: Knowledge, is_new: Callable[[str], bool]) -> list[dict]:

@@ -23,7 +23,7 @@ MEDICINE_ASPECTS = (
     "overview", "uses", "how_to_take", "side_effects", "not_for", "interactions", "diet_and_care", "red_flags",
     "overdose", "dose",
 )  # fmt: skip
-# What is told otherwise of a condition whose complaints call for an ambulance.
+# Aspects with another text if a condition's complaints call for an ambulance.
 URGENT_FRAMES = {"urgent_advice", "urgent_department", "urgent_examinations", "urgent_red_flag"}
 # Steps, and signs of which the first weigh most.
 IN_ORDER = {"treatment", "first_aid", "how_to_take", "red_flags"}

@@ -52,17 +52,17 @@ def first_question(record: dict) -> str:
 
 def build_dialogues(knowledge: Knowledge, unseen: set[str]) -> list[dict]:
     """All training dialogues: single questions, longer talks, questions back, emergencies and refusals."""
-    made: list[list[str]] = []
+    conversations: list[list[str]] = []
     for entry in (entry for entry in knowledge.entries if entry.fields["id"] not in unseen):
-        made += ask_each_aspect(knowledge, entry)
-        made += talk_on(knowledge, entry)
+        conversations += ask_each_aspect(knowledge, entry)
+        conversations += talk_on(knowledge, entry)
         if not entry.is_medicine:
-            made += complain(knowledge, entry)
+            conversations += complain(knowledge, entry)
     for situation in knowledge.safety:
-        made += [[question, situation["reply"]] for question in situation["questions"]["train"]]
+        conversations += [[question, situation["reply"]] for question in situation["questions"]["train"]]
 
     dialogues, first_turns = [], set()
-    for turns in made:
+    for turns in conversations:
         if turns[0] not in first_turns:
             first_turns.add(turns[0])
             rng = seeded("system", turns[0])

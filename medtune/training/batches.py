@@ -1,4 +1,4 @@
-"""Rows of ids as batches of tensors, right-padded, with the records' `file:line` beside them."""
+"""Collate rows of ids into right-padded batches of tensors, with the records' `file:line`."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
 
 
 def reply_batch(prompts: Sequence[list[int]], replies: Sequence[list[int]], pad_token_id: int) -> dict:
-    """Of N prompts with a reply each: `input_ids` int64, `attention_mask` int64 and `reply_mask` bool, [N, longest]."""
+    """A batch of N prompts with replies: `input_ids` and `attention_mask` int64, `reply_mask` bool, [N, longest]."""
     texts = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
     lengths = torch.tensor([len(text) for text in texts])
     starts = torch.tensor([len(prompt) for prompt in prompts])
@@ -26,7 +26,7 @@ def reply_batch(prompts: Sequence[list[int]], replies: Sequence[list[int]], pad_
 
 
 class PairCollator:
-    """Pairs as `reply_batch` of all chosen replies and then all rejected ones; without a margin it is 0."""
+    """Batches pairs by `reply_batch`: all chosen replies, then all rejected ones; a missing margin is 0."""
 
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
@@ -44,7 +44,7 @@ class PairCollator:
 
 
 class FeedbackCollator:
-    """`reply_batch` of the prompts with their own replies, and then with the mismatched ones; `is_desirable` bool."""
+    """Batches by `reply_batch`: prompts with their own replies, then with mismatched ones; `is_desirable` bool."""
 
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id

@@ -231,7 +231,7 @@ class CausalLMTrainer(StageTrainer):
         states: list[torch.Tensor] = []
         head = self.model.get_output_embeddings()
         handle = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
-        # Dropout is as in training, but the same each time, and training goes on with its own random numbers.
+        # With training's dropout, but the same each time; training's random state is restored.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)
             # Not what torch.compile has made of the model: it would compile once more for this length.

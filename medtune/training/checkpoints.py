@@ -51,7 +51,7 @@ def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool
         )
     if requested:
         checkpoint_path = None
-        # Hashing takes a while for large models: one process does it and tells the others.
+        # Hashing a large model takes a while: one process does it and broadcasts the result.
         if training_args.process_index == 0:
             _clear_unfinished(output_dir)
             checkpoint_path = (
@@ -145,7 +145,7 @@ def _newest_checkpoint(output_dir: Path) -> str | None:
         faults = checkpoint_faults(checkpoint)
         if not faults:
             return str(checkpoint)
-        logger.warning(f"{checkpoint} is not complete ({faults}) and is passed over")
+        logger.warning(f"{checkpoint} is not complete ({faults}) and is skipped")
     return None
 
 

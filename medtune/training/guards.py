@@ -11,8 +11,8 @@ from transformers import Trainer, TrainerCallback
 from medtune.errors import UserError
 from medtune.training.processes import largest_of_processes
 
-# A loss has exploded that is twice the largest of so many steps before it and three nats above that: where pairs are
-# told apart the losses lie near 0, and a single pair that is not costs more than two.
+# A loss has exploded if it is twice the largest of so many previous steps and three nats above it: well
+# separated pairs have losses near 0, and a single wrong pair costs more than two nats.
 RECENT_STEPS = 50
 SOUND, EXPLODED, NOT_FINITE = range(3)  # what a step is, the worst last
 

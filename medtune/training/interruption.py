@@ -109,7 +109,7 @@ class StopSignals(SignalListener, TrainerCallback):
             raise StoppedInEvaluationError
 
     def on_evaluate(self, args, state, control, **kwargs):
-        # An evaluation draws random numbers too (its DataLoader does): training goes on as if it had not.
+        # An evaluation's DataLoader draws random numbers; training continues with its own.
         if self.is_training:
             self._restore_random_state()
 

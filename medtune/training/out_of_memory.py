@@ -1,4 +1,4 @@
-"""A full memory or a full disk, as one line with the remedies that this run has left."""
+"""Explain a full memory or disk in one line, with the remedies that the run has left."""
 
 import errno
 import math
@@ -23,7 +23,7 @@ def explain_full_in_training(trainer: Trainer) -> AbstractContextManager:
 
 @contextmanager
 def explain_full_memory_or_disk(output_dir: Path, out_of_memory_advice: Callable[[], str]) -> Iterator[None]:
-    """Say what to do where the memory or the disk is full, instead of a traceback."""
+    """If memory or disk is full, raise UserError with what to do."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -39,7 +39,7 @@ def _is_memory_full(error: Exception) -> bool:
 
 
 def _is_disk_full(error: Exception) -> bool:
-    """torch and safetensors write without Python, and say it in words of their own."""
+    """Whether the disk is full; torch and safetensors write without Python and have their own messages."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return any(sign in str(error) for sign in ("inline_container.cc", "PytorchStreamWriter failed", "No space left"))

@@ -161,15 +161,15 @@ class LogpsStore:
         """
         accelerator = self.reference.accelerator
         file: list[Path | None] = [None]
-        found: list[np.ndarray | None] = [None]
+        stored: list[np.ndarray | None] = [None]
         if accelerator.is_main_process:
             key = self.key + rows_fingerprint(ids)
             file[0] = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
             if file[0].is_file() and not self.overwrite:
-                found[0] = np.load(file[0])
+                stored[0] = np.load(file[0])
         broadcast_object_list(file)
-        broadcast_object_list(found)
-        logps = found[0]
+        broadcast_object_list(stored)
+        logps = stored[0]
         state = f"computed now, kept in {file[0]}" if logps is None else f"from {file[0]}"
         logger.info(f"reference log-probs of {what}: {state}")
         if logps is None:

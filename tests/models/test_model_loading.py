@@ -1091,7 +1091,7 @@ def test_without_lineage_only_the_name_tells(base, adapter, copied, log):
     )
     edit_json(folder / "adapter_config.json", base_model_name_or_path="Qwen/tiny-qwen2")
     check_same_family(base, str(folder))
-    assert log == [f"{folder} was trained on Qwen/tiny-qwen2; {base} is taken for a copy of it"]
+    assert log == [f"{folder} was trained on Qwen/tiny-qwen2; {base} is assumed to be a copy of it"]
 
 
 def test_an_adapter_on_a_base_of_other_sizes(base, adapter, tmp_path):

@@ -15,7 +15,7 @@ from medtune.reading.encoding import IGNORED_LABEL, encode_dialogue, encode_prom
 from medtune.reading.finding import find_files
 from medtune.reading.record_sets import read_dialogues, read_pairs
 from medtune.reading.records import BadRecord, Dialogue, Pair
-from medtune.reading.values import ANY_NULL_WORD, stripped
+from medtune.reading.values import ANY_NULL_WORD, strip_blanks
 from template import TEMPLATES
 
 # The tokenizer and the folder stay the same for all examples, and a busy machine is no fault of the code.
@@ -47,7 +47,7 @@ TEXT = st.lists(WORDS, min_size=1, max_size=5).map("".join)
 @st.composite
 def conversations(draw) -> list[dict]:
     """Messages as the reading gives them: an optional system turn, then user and assistant in turn, all with words."""
-    words = TEXT.map(stripped).filter(lambda text: text and text not in ANY_NULL_WORD)
+    words = TEXT.map(strip_blanks).filter(lambda text: text and text not in ANY_NULL_WORD)
     system = [{"role": "system", "content": draw(words)}] if draw(st.booleans()) else []
     exchanges = draw(st.lists(st.tuples(words, words), min_size=1, max_size=3))
     turns = [(role, text) for pair in exchanges for role, text in zip(("user", "assistant"), pair, strict=True)]

@@ -13,7 +13,7 @@ from medtune.errors import Unusable
 from medtune.reading.conversations import to_dialogue, to_pair
 from medtune.reading.record_sets import read_dialogues, read_documents
 from medtune.reading.records import BadRecord, Document
-from medtune.reading.values import holds_nothing, is_empty, parsed, stripped
+from medtune.reading.values import holds_nothing, is_empty, parse_nested, strip_blanks
 
 ZERO_WIDTH = ["\u200b", "\ufeff", "\u2060", "\u00ad", "\u3164", "\u2800", "\u200e\u200f", "\u3000\u200b "]
 
@@ -136,14 +136,14 @@ def test_characters_that_show_nothing_are_no_text(blank):
 
 @pytest.mark.parametrize("text", ["❤️", "👩‍⚕️", "a\u200bb", "می‌خواهم", "1 2"])
 def test_what_is_part_of_a_text_stays(text):
-    assert stripped(f" {text} ") == text
+    assert strip_blanks(f" {text} ") == text
 
 
 @given(st.text())
 def test_stripping_takes_only_from_the_ends_and_only_once(text):
-    kept = stripped(text)
+    kept = strip_blanks(text)
     assert kept in text
-    assert stripped(kept) == kept
+    assert strip_blanks(kept) == kept
     assert kept == text.strip() or not text.isalnum()
 
 
@@ -185,12 +185,12 @@ def test_a_list_in_a_cell_is_read_as_json_python_or_numpy_write_it(tmp_path, wri
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner), max_leaves=8))
 def test_what_python_wrote_is_read_back(value):
-    assert parsed(repr([value]), "cell") == [value]
+    assert parse_nested(repr([value]), "cell") == [value]
 
 
 def test_a_cell_is_never_run():
     with pytest.raises(Unusable):
-        parsed("[__import__('os').getcwd()]", "cell")
+        parse_nested("[__import__('os').getcwd()]", "cell")
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), "", [], {}])

@@ -241,7 +241,7 @@ def test_a_file_that_says_something_else_is_not_written(model_dir, eval_file, tm
         "tensors_of",
         lambda model: ((name, tensor * (factor if "o_proj" in name else 1)) for name, tensor in tensors_of(model)),
     )
-    with pytest.raises(UserError, match=r"perplexity moves by [+-][\d.]+%, .*says something else; nothing is written"):
+    with pytest.raises(UserError, match=r"perplexity moves by [+-][\d.]+%, .*differs too much; nothing is written"):
         main(flags(model_dir, tmp_path / "out", eval_file, *f"--{kind}".split()))
     assert list(tmp_path.iterdir()) == []
 
