@@ -174,7 +174,9 @@ def _without_weights(turns: list[dict]) -> list[dict]:
 
 
 def _not_learned(record: dict, key: str, reading: Reading) -> Unusable:
-    return Unusable("not to be learned", f"{key!r} is {record[key]!r}; delete the record, or {reading.ignoring(key)}")
+    both = "; dpo_training.py --loss_type kto learns from good and bad replies" if key in FEEDBACK_KEYS else ""
+    advice = f"delete the record, or {reading.ignoring(key)}{both}"
+    return Unusable("not to be learned", f"{key!r} is {record[key]!r}; {advice}")
 
 
 # What stands in a text for a picture, a film or a sound.
