@@ -18,6 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from medtune.errors import UserError, run_script
 # isort: split
 import torch
 from loguru import logger
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -45,6 +47,7 @@ from medtune.models.chat_models import (
 from medtune.models.generation import Decoding, generate_replies
 from medtune.models.lineage import read_lineage
 from medtune.models.loading import weights_fingerprint
+from medtune.models.logps import Compute, SparseHead, log_probs
 from medtune.output_files import new_folder
 from medtune.reading.encoding import encode_exchange, encode_recent
 from medtune.reading.eval_items import read_tests
@@ -144,51 +147,62 @@ def reply_ids(chat_model: ChatModel, messages: list[dict], reply: str) -> list[i
 
 
 @torch.no_grad()
-def next_token_logps(
-    chat_model: ChatModel, prompts: Sequence[list[int]], replies: Sequence[list[int]], batch_size: int
+def score_replies(
+    chat_model: ChatModel,
+    prompts: Sequence[list[int]],
+    replies: Sequence[list[int]],
+    batch_size: int,
+    compute: Compute,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield each row's number and its [reply length, vocabulary] float32 log-probs of the reply's positions."""
+    """Yield each row's number and `compute` of the logits that predict its reply, [k, reply length] float32."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]) + len(replies[n]), reverse=True)
-    with chat_model.in_use() as model:
+    with chat_model.in_use() as model, closing(SparseHead(model)) as head:
         device = model.get_input_embeddings().weight.device
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            rows = [prompts[n] + replies[n] for n in batch]
-            longest = max(map(len, rows))
-            # Left padding: the replies end at one column, and only the last columns need logits.
-            padded = [[chat_model.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
-            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-            logits = model(
-                input_ids=torch.tensor(padded, device=device),
-                attention_mask=mask,
-                position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-                logits_to_keep=max(len(replies[n]) for n in batch) + 1,
-                use_cache=False,
-            ).logits
-            for n, row in zip(batch, logits, strict=True):
-                yield n, row[-len(replies[n]) - 1 : -1].float().log_softmax(dim=-1)
+            lengths = [len(replies[n]) for n in batch]
+            rows = [torch.tensor(prompts[n] + replies[n], device=device) for n in batch]
+            # A reply's tokens are predicted from the prompt's last token on, to the one before its own last.
+            predicts = [
+                torch.tensor([False] * (len(prompts[n]) - 1) + [True] * len(replies[n]) + [False], device=device)
+                for n in batch
+            ]
+            inputs = {
+                "input_ids": pad_sequence(rows, batch_first=True, padding_value=chat_model.tokenizer.pad_token_id),
+                "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            }
+            ids = torch.tensor([token for n in batch for token in replies[n]], device=device)
+            figures = head(model, inputs, pad_sequence(predicts, batch_first=True), ids, compute)
+            yield from zip(batch, figures.split(lengths, dim=1), strict=True)
 
 
 def add_perplexity(chat_model: ChatModel, rows: list[dict], prompts: list[list[int]], batch_size: int) -> None:
     """Add `reference_nats` and `reference_tokens` to the rows: the reference's -log p with its end token."""
     replies = [reply_ids(chat_model, row["messages"][:-1], row["messages"][-1]["content"]) for row in rows]
     show = progress(f"{chat_model.name}: likelihood of the references", len(rows))
-    for n_done, (n, logps) in enumerate(next_token_logps(chat_model, prompts, replies, batch_size), start=1):
-        ids = torch.tensor(replies[n], device=logps.device)
-        rows[n] |= {"reference_nats": -logps.gather(1, ids[:, None]).sum().item(), "reference_tokens": len(ids)}
+    scored = score_replies(chat_model, prompts, replies, batch_size, log_probs)
+    for n_done, (n, logps) in enumerate(scored, start=1):
+        rows[n] |= {"reference_nats": -logps.sum().item(), "reference_tokens": len(replies[n])}
         show(n_done)
 
 
 def add_letters(chat_model: ChatModel, rows: list[dict], prompts: list[list[int]], batch_size: int) -> None:
     """Add `letter_logps` to the rows: the log-probs of the options' letters as the reply's first token."""
-    letters = {letter for row in rows for letter in row["options"]}
+    letters = sorted({letter for row in rows for letter in row["options"]})
     first = {letter: reply_ids(chat_model, rows[0]["messages"], letter)[0] for letter in letters}
     if len(set(first.values())) < len(first):
         raise UserError(f"{rows[0]['source']}: the tokenizer begins {', '.join(sorted(first))} with the same token")
     show = progress(f"{chat_model.name}: likelihood of the letters", len(rows))
     replies = [[first[row["answer"]]] for row in rows]
-    for n_done, (n, logps) in enumerate(next_token_logps(chat_model, prompts, replies, batch_size), start=1):
-        rows[n]["letter_logps"] = {letter: logps[0, first[letter]].item() for letter in rows[n]["options"]}
+    ids_of_letters = list(first.values())
+
+    def letter_logps(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return logits.float().log_softmax(dim=-1)[:, ids_of_letters].T
+
+    scored = score_replies(chat_model, prompts, replies, batch_size, letter_logps)
+    for n_done, (n, logps) in enumerate(scored, start=1):
+        by_letter = dict(zip(first, logps[:, 0].tolist(), strict=True))
+        rows[n]["letter_logps"] = {letter: by_letter[letter] for letter in rows[n]["options"]}
         show(n_done)
 
 

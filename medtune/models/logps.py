@@ -82,8 +82,15 @@ class SparseHead:
         self.mask: torch.Tensor | None = None
         self.states: torch.Tensor | None = None  # [batch, length, hidden], of the backbone
         self.later: torch.Tensor | None = None  # [positions after the first chunk, hidden] of these
-        self.model.base_model.register_forward_hook(self._note_states)
-        self.model.get_output_embeddings().register_forward_pre_hook(self._keep_positions)
+        self.hooks = [
+            self.model.base_model.register_forward_hook(self._note_states),
+            self.model.get_output_embeddings().register_forward_pre_hook(self._keep_positions),
+        ]
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        for hook in self.hooks:
+            hook.remove()
 
     def _note_states(self, backbone: torch.nn.Module, inputs: tuple, outputs: ModelOutput) -> None:
         if self.mask is not None:

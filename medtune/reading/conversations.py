@@ -4,10 +4,18 @@ Whatever cannot be used raises `Unusable`, with the reason to count it by and wh
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from medtune.errors import Unusable
-from medtune.reading.dialects import RecordPlan, check_other_forms, dialogue_plan, pair_plan, plan_record, prompt_plan
+from medtune.reading.dialects import (
+    RecordPlan,
+    check_other_forms,
+    dialogue_plan,
+    feedback_plan,
+    pair_plan,
+    plan_record,
+    prompt_plan,
+)
 from medtune.reading.keys import FEEDBACK_KEYS, Reading, check_media, check_reply_keys, feedback_of, sort_keys
 from medtune.reading.options import with_options
 from medtune.reading.records import Dialogue, Document, Feedback, Pair
@@ -55,9 +63,11 @@ def lone_reply(record: dict, reading: Reading) -> str:
     return turns[0]["content"]
 
 
-def to_dialogue(record: object, source: str, reading: Reading | None = None) -> Dialogue:
+def to_dialogue(
+    record: object, source: str, reading: Reading | None = None, plan_of: Callable = dialogue_plan
+) -> Dialogue:
     reading = reading or Reading()
-    record, plan = plan_record(_object(record), dialogue_plan)
+    record, plan = plan_record(_object(record), plan_of)
     turns = _with_system(record, plan.dialect.read(record, reading))
     if not plan.is_plain:
         turns = _whole_prompt(turns, record, plan, reading)
@@ -102,12 +112,12 @@ def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair
 
 
 def to_feedback(record: object, source: str, reading: Reading | None = None) -> Feedback:
-    """A dialogue of any dialect with a label of its last reply."""
+    """A dialogue of any dialect, or TRL's prompt and completion, with a label of its last reply."""
     reading = reading or Reading()
     record = _object(record)
     is_desirable = feedback_of(record, reading)
     rest = {key: value for key, value in record.items() if key not in FEEDBACK_KEYS}
-    dialogue = to_dialogue(rest, source, reading)
+    dialogue = to_dialogue(rest, source, reading, feedback_plan)
     *turns, reply = dialogue.messages
     if "tool_calls" in reply or "weight" in reply:
         raise Unusable("not a reply", "the last turn calls tools or has a weight; feedback is on a reply in words")
@@ -164,7 +174,9 @@ def _without_weights(turns: list[dict]) -> list[dict]:
 
 
 def _not_learned(record: dict, key: str, reading: Reading) -> Unusable:
-    return Unusable("not to be learned", f"{key!r} is {record[key]!r}; delete the record, or {reading.ignoring(key)}")
+    both = "; dpo_training.py --loss_type kto learns from good and bad replies" if key in FEEDBACK_KEYS else ""
+    advice = f"delete the record, or {reading.ignoring(key)}{both}"
+    return Unusable("not to be learned", f"{key!r} is {record[key]!r}; {advice}")
 
 
 # What stands in a text for a picture, a film or a sound.

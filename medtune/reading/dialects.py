@@ -1,6 +1,6 @@
 """The dialects of records: which form one has, by its keys alone, and how it becomes turns.
 
-    present, plan = planned(record, dialogue_plan)
+    present, plan = plan_record(record, dialogue_plan)
     turns = plan.dialect.read(present, Reading())
 
 A turn is a message as records.Dialogue holds it. Whoever cannot be read raises Unusable.
@@ -51,6 +51,10 @@ def _prompt_of_alpaca(record: dict, reading: Reading) -> list[dict]:
 
 def _turns_of_question(record: dict, reading: Reading) -> list[dict]:
     return [*_prompt_of_text("question", record, reading), *_reply_turns("answer", record, reading)]
+
+
+def _turns_of_completion(record: dict, reading: Reading) -> list[dict]:
+    return [*_prompt_of_text("prompt", record, reading), *_reply_turns("completion", record, reading)]
 
 
 def _prompt_of_text(key: str, record: dict, reading: Reading) -> list[dict]:
@@ -108,6 +112,8 @@ _DIALECTS = (
 )
 
 
+# Feedback may also have TRL's form.
+_FEEDBACK_DIALECTS = (*_DIALECTS, _Dialect(("prompt", "completion"), ("history", *ASIDE), _turns_of_completion))
 # What is to be answered may also come without a reply, and a text for pretraining without a question.
 _PROMPT_DIALECTS = (
     *_DIALECTS,
@@ -140,6 +146,11 @@ class RecordPlan:
 @functools.lru_cache(maxsize=4000)
 def dialogue_plan(keys: tuple[str, ...]) -> RecordPlan:
     return _plan_of_dialogue(keys, _DIALECTS)
+
+
+@functools.lru_cache(maxsize=4000)
+def feedback_plan(keys: tuple[str, ...]) -> RecordPlan:
+    return _plan_of_dialogue(keys, _FEEDBACK_DIALECTS)
 
 
 @functools.lru_cache(maxsize=4000)

@@ -19,8 +19,10 @@ TURNS = [{"role": "user", "content": "头疼"}, {"role": "assistant", "content":
         {"conversations": [{"from": "human", "value": "头疼"}, {"from": "gpt", "value": "休息"}]},
         {"instruction": "头疼", "input": "", "output": "休息"},
         {"question": "头疼", "answer": "休息"},
+        {"prompt": "头疼", "completion": "休息"},
+        {"prompt": TURNS[:1], "completion": TURNS[1:]},
     ],
-    ids=lambda record: next(iter(record)),
+    ids=str,
 )
 @pytest.mark.parametrize("key", ["label", "kto_tag"])
 @pytest.mark.parametrize(

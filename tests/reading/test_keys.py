@@ -47,7 +47,10 @@ def test_a_reply_that_is_called_bad_is_not_learned(record, key, value):
     make = to_pair if record is PAIR else to_dialogue
     refused = fault(make, record | {key: value})
     assert refused.reason == "not to be learned"
-    assert refused.detail == f"{key!r} is {value!r}; delete the record, or --ignore_keys {key} reads on without it"
+    assert refused.detail.startswith(
+        f"{key!r} is {value!r}; delete the record, or --ignore_keys {key} reads on without it"
+    )
+    assert ("--loss_type kto" in refused.detail) == (key in ("label", "kto_tag"))
     assert read_without(make, record | {key: value}, key)
 
 
