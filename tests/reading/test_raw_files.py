@@ -611,7 +611,7 @@ def test_a_model_file_that_is_a_link_to_nothing_is_named(model, spoiled):
     )
 
 
-def test_a_file_that_was_mended_is_read_again(model, spoiled):
+def test_a_file_that_was_fixed_is_read_again(model, spoiled):
     folder = spoiled(model, "config.json", "{")
     fault_of(check_path, folder)
     shutil.copy(model / "config.json", folder)
