@@ -228,7 +228,7 @@ def test_a_signal_reaches_the_stage_once_and_its_checkpoint_is_waited_for(projec
     running = start_until(project, "dpo_training.py", log)
     # As the terminal does: to the whole process group.
     os.killpg(running.pid, number)
-    lines, errors = running.communicate(timeout=30)
+    lines, errors = running.communicate(timeout=120)
     assert running.returncode == 130
     assert errors == "interrupted: the same command goes on from the last checkpoint\n"
     assert log.read_text(encoding="utf-8") == "the log of dpo_training.py\nsaved\n"
@@ -242,7 +242,7 @@ def test_a_terminal_that_is_lost_is_a_signal_too(project):
     os.close(follower)
     os.close(leader)
     os.killpg(running.pid, signal.SIGHUP)
-    assert running.wait(timeout=30) == 130
+    assert running.wait(timeout=120) == 130
     assert log.read_text(encoding="utf-8") == "the log of dpo_training.py\nsaved\n"
 
 
@@ -256,7 +256,7 @@ def test_two_runs_at_once_are_refused_also_where_a_stage_outlived_the_script(pro
         first.kill()
         first.wait()
     (project / "go").touch()
-    subprocess.run(["flock", project / "logs/.run_all.lock", "true"], timeout=30, check=True)
+    subprocess.run(["flock", project / "logs/.run_all.lock", "true"], timeout=120, check=True)
     assert run(project)[0].returncode == 0
 
 

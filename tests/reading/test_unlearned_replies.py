@@ -106,7 +106,7 @@ def test_check_data_counts_thoughts_too(tiny_model_dir, write_jsonl, capsys):
 
 
 def test_prompts_of_ppo_may_have_no_reply(tiny_tokenizer):
-    template = load_chat_template(tiny_tokenizer, "chatml")
+    template = load_chat_template(tiny_tokenizer, None)
     dialogues = [Dialogue([user("一"), assistant("二"), user("三")], None, "d:1"), Dialogue([user("四")], None, "d:2")]
     rows, report = encode_records(dialogues, PromptEncoder(tiny_tokenizer, template, NO_LIMIT, "drop"))
     assert rows["reply"] == ["二", "", ""]
