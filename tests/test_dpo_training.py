@@ -713,6 +713,24 @@ def test_kto_needs_other_prompts(flags, write_jsonl):
 # ---------------------------------------------------------------- interruption, several processes, the guide
 
 
+@pytest.mark.parametrize("losses", [["sigmoid", "sft"], ["orpo"], ["kto"]], ids="-".join)
+def test_steps_and_evaluations_are_the_same_however_they_are_cut(flags, write_jsonl, tmp_path, losses):
+    """With replies of several lengths, for what is a mean over tokens, and a KL that is not clipped at each row."""
+    rows = [pair | {"response_chosen": pair["response_chosen"] * (1 + n % 3)} for n, pair in enumerate(make_pairs(16))]
+    rows = make_feedback(16) if losses == ["kto"] else rows
+    data = {"train_file_dir": write_jsonl("train/rows.jsonl", rows[:8])}  # one step an epoch, of all rows
+    data |= {"validation_file_dir": write_jsonl("eval/rows.jsonl", rows[8:])}
+    options = data | {"loss_type": losses, "do_eval": True, "max_steps": 3, "learning_rate": 1e-2, "eval_steps": 3}
+    for output, (batch, accumulation) in (("whole", (8, 1)), ("cut", (2, 4)), ("rows", (1, 8))):
+        sizes = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch}
+        cut = {"gradient_accumulation_steps": accumulation, "output_dir": tmp_path / output}
+        dpo_training.main(flags(**options | sizes | cut))
+    for output in ("cut", "rows"):
+        for name in ("loss", "grad_norm", "eval_loss"):
+            whole = list(logged(tmp_path / "whole", name).values())
+            assert list(logged(tmp_path / output, name).values()) == pytest.approx(whole, abs=2e-4, rel=2e-4)
+
+
 @pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}, {"loss_type": "kto"}], ids=str)
 def test_resume_gives_the_losses_of_an_uninterrupted_run(flags, feedback, tmp_path, tiny_model_dir, options):
     options = (feedback if options.get("loss_type") == "kto" else options) | {

@@ -1,9 +1,12 @@
 """The KTO loss: a policy learns from single replies that are marked as good or bad ones."""
 
 import math
+from collections.abc import Sequence
 
 import torch
+from datasets import Dataset
 
+from medtune.errors import UserError
 from medtune.training.preference_trainer import PreferenceTrainer
 
 # ---------------------------------------------------------------- loss
@@ -43,31 +46,69 @@ def mismatched_kl(mismatched_ratios: torch.Tensor) -> torch.Tensor:
 
 
 class KTOTrainer(PreferenceTrainer):
-    """Trainer on rows of `FeedbackEncoder`; needs `FeedbackCollator` as its collator."""
+    """Trainer on rows of `FeedbackEncoder`; needs `FeedbackCollator` as its collator.
+
+    The KL term is that of all rows of a step or of an evaluation, however they are cut into batches.
+    """
 
     columns = ("prompt_ids", "reply_ids", "mismatched_ids", "is_desirable", "ref_logps", "ref_mismatched_logps")
     ids_columns = ("prompt_ids", "reply_ids", "mismatched_ids")
     ref_columns = ("ref_logps", "ref_mismatched_logps")
     row_kind = "replies"
+    kl: torch.Tensor | None = None
+
+    # ------------------------------------------------------------ the KL term
+
+    def note_step(self, batches: Sequence[dict]) -> None:
+        gather = self.accelerator.gather
+        self.kl = mismatched_kl(torch.cat([gather(self._ratios_of(batch)) for batch in batches]))
+
+    def note_evaluation(self, dataset: Dataset) -> None:
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            raise UserError("--loss_type kto evaluates under DeepSpeed while it trains: add --do_train")
+        gather = self.accelerator.gather_for_metrics  # which leaves out the rows that fill the last batch up
+        was_training = self.model.training
+        self.model.eval()
+        ratios = [gather(self._ratios_of(batch)) for batch in self.get_eval_dataloader(dataset)]
+        self.model.train(was_training)
+        self.kl = mismatched_kl(torch.cat(ratios))
+
+    def _ratios_of(self, batch: dict) -> torch.Tensor:
+        with self.compute_loss_context_manager():
+            return self.mismatched_ratios(self.model_wrapped, self._prepare_inputs(batch))
+
+    @torch.no_grad()
+    def mismatched_ratios(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
+        """[rows] log-ratios of the mismatched replies."""
+        n_rows = len(batch["is_desirable"])
+        rows = {name: batch[name][n_rows:] for name in ("input_ids", "attention_mask", "reply_mask")}
+        ref_logps = batch["ref_logps"][n_rows:] if "ref_logps" in batch else self.reference.logps(rows)
+        return self.reply_logps(model, rows) - ref_logps
+
+    # ------------------------------------------------------------ loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, self.matched(inputs), return_outputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        return super().prediction_step(model, self.matched(inputs), prediction_loss_only, ignore_keys)
+
+    def matched(self, batch: dict) -> dict:
+        """The rows of a batch with their own replies."""
+        n_rows = len(batch["is_desirable"])
+        of_both = ("input_ids", "attention_mask", "reply_mask", "ref_logps")
+        return batch | {name: batch[name][:n_rows] for name in of_both if name in batch}
 
     def losses_and_figures(
         self, model: torch.nn.Module, batch: dict, ref_logps: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """[rows] losses, and what the log shows the means of, [rows] each; nan where a row has none.
 
-        ref_logps: [2 x rows], of the replies and then of the mismatched ones.
+        ref_logps: [rows], of the replies.
         """
-        args, is_desirable = self.args, batch["is_desirable"]
-        n_rows = len(is_desirable)
-        matched, mismatched = (
-            {name: batch[name][rows] for name in ("input_ids", "attention_mask", "reply_mask")}
-            for rows in (slice(n_rows), slice(n_rows, None))
-        )
-        with torch.no_grad():
-            mismatched_ratios = self.reply_logps(model, mismatched) - ref_logps[n_rows:]
-        kl = mismatched_kl(self.accelerator.gather(mismatched_ratios))
-        logps = self.reply_logps(model, matched)
-        ratios = logps - ref_logps[:n_rows]
+        args, is_desirable, kl = self.args, batch["is_desirable"], self.kl
+        logps = self.reply_logps(model, batch)
+        ratios = logps - ref_logps
         losses = kto_losses(ratios, is_desirable, kl, args.beta, args.desirable_weight, args.undesirable_weight)
         logps, rewards = logps.detach(), args.beta * ratios.detach()
         # By how much a reward is on the right side of the KL term.
@@ -79,5 +120,5 @@ class KTOTrainer(PreferenceTrainer):
             "rejected_reward": rewards.where(~is_desirable, math.nan),
             "chosen_logps": logps.where(is_desirable, math.nan),
             "rejected_logps": logps.where(~is_desirable, math.nan),
-            "kl": kl.expand(n_rows),
+            "kl": kl.expand(len(ratios)),
         }

@@ -4,7 +4,7 @@ Of a reply y to a prompt x with log-prob log p(y|x) under the policy, its log-ra
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -63,9 +63,12 @@ def robust_losses(
     return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
 
-def sft_losses(chosen_logps: torch.Tensor, chosen_lengths: torch.Tensor) -> torch.Tensor:
-    """[pairs] times the mean of -log p over all tokens of the chosen replies: [pairs] log-probs and lengths."""
-    return (-chosen_logps.sum() / chosen_lengths.sum()).expand(len(chosen_logps))
+def sft_losses(chosen_logps: torch.Tensor, mean_length: torch.Tensor | float) -> torch.Tensor:
+    """[pairs] losses -log p(chosen) / mean_length, whose mean over pairs is the cross entropy a token.
+
+    chosen_logps: [pairs] in nats; mean_length: tokens of a chosen reply, on average over all pairs of the mean.
+    """
+    return -chosen_logps / mean_length
 
 
 # ---------------------------------------------------------------- losses without one
@@ -147,6 +150,7 @@ class PreferenceTrainer(StageTrainer):
         self.start_is_checked = not args.has_reference
         self.sample = sample
         self.sampled: dict[str, float] = {}
+        self.mean_sft_length: torch.Tensor | float = 1.0
         if args.precompute_ref_log_probs:
             self._precompute(ref_logps_dir, overwrite_ref_logps)
 
@@ -165,6 +169,32 @@ class PreferenceTrainer(StageTrainer):
             columns = Dataset.from_dict(dict(zip(self.ref_columns, logps.T, strict=True)))
             setattr(self, f"{part}_dataset", concatenate_datasets([dataset, columns], axis=1))
 
+    # ------------------------------------------------------------ what a loss has to know of all rows
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
+        if batch_samples:
+            self.note_step(batch_samples)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def note_step(self, batches: Sequence[dict]) -> None:
+        """Before a step, from all its micro-batches: a loss must not depend on how a step is cut into them."""
+        lengths = torch.cat([self._sft_mask(batch).sum(dim=1) for batch in batches]).double()
+        sums = torch.stack([lengths.sum(), torch.tensor(float(len(lengths))).double()]).to(self.args.device)
+        total, n_pairs = self.accelerator.gather(sums[None]).sum(dim=0)
+        self.mean_sft_length = (total / n_pairs).float()
+
+    def note_evaluation(self, dataset: Dataset) -> None:
+        """The same before an evaluation, of all its rows."""
+        lengths = [len(ids) for ids in dataset["chosen_ids"]]
+        if self.args.loss_type == ["orpo"]:
+            lengths = [n + len(ids) - 1 for n, ids in zip(lengths, dataset["prompt_ids"], strict=True)]
+        self.mean_sft_length = sum(lengths) / len(lengths)
+
+    def _sft_mask(self, batch: dict) -> torch.Tensor:
+        """[pairs, length - 1] True on the tokens under the cross entropy, in ORPO those of the prompt too."""
+        mask = batch["attention_mask"] if self.args.loss_type == ["orpo"] else batch["reply_mask"]
+        return mask[: len(mask) // 2, 1:].bool()
+
     # ------------------------------------------------------------ loss
 
     def reply_logps(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
@@ -180,9 +210,8 @@ class PreferenceTrainer(StageTrainer):
         ref_logps: [2 x pairs], of the chosen replies and then of the rejected ones.
         """
         args, is_reply = self.args, batch["reply_mask"][:, 1:]
-        n_pairs, lengths, scored = len(is_reply) // 2, is_reply.sum(dim=1), is_reply
-        if args.loss_type == ["orpo"]:  # whose cross entropy is that of the chosen replies' prompts too
-            scored = torch.cat([batch["attention_mask"][:n_pairs, 1:].bool(), is_reply[n_pairs:]])
+        n_pairs, lengths = len(is_reply) // 2, is_reply.sum(dim=1)
+        scored = torch.cat([self._sft_mask(batch), is_reply[n_pairs:]])
         by_token = self.head.logps(model, batch["input_ids"], batch["attention_mask"], scored)
         logps = (by_token * is_reply).sum(dim=1)
         if ref_logps is None:
@@ -200,12 +229,14 @@ class PreferenceTrainer(StageTrainer):
             elif name == "robust":
                 term = robust_losses(chosen, rejected, args.beta, args.label_smoothing)
             elif name == "sft":
-                term = sft_losses(logps[:n_pairs], lengths[:n_pairs])
+                term = sft_losses(logps[:n_pairs], self.mean_sft_length)
             elif name == "orpo":
                 term = orpo_losses(chosen, rejected, args.beta)
-                term = term + sft_losses(by_token[:n_pairs].sum(dim=1), scored[:n_pairs].sum(dim=1))
-            else:
+                term = term + sft_losses(by_token[:n_pairs].sum(dim=1), self.mean_sft_length)
+            elif name == "simpo":
                 term = simpo_losses(chosen, rejected, args.beta, args.simpo_gamma, args.label_smoothing)
+            else:
+                raise AssertionError(name)
             losses = losses + weight * term
         rewards = args.beta * ratios.detach()
         chosen_rewards, rejected_rewards = rewards.chunk(2)
@@ -246,9 +277,10 @@ class PreferenceTrainer(StageTrainer):
 
     # ------------------------------------------------------------ evaluation
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Dataset | None = None, **kwargs) -> dict[str, float]:
         self.sampled = self.sample(self.model) if self.sample else {}
-        return super().evaluate(*args, **kwargs)
+        self.note_evaluation(self.eval_dataset if eval_dataset is None else eval_dataset)
+        return super().evaluate(eval_dataset, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """[rows, figures] with the loss first, instead of logits."""

@@ -183,6 +183,7 @@ def our_pair_loss(model: torch.nn.Module, moved: torch.Tensor = MOVED, **options
     batch = PairCollator(pad_token_id=0)(PAIRS)
     trainer = without_init(PreferenceTrainer, args=args, head=SparseHead(model))
     ref_logps = trainer.reply_logps(model, batch).detach() - moved
+    trainer.note_step([batch])
     losses, _ = trainer.losses_and_figures(model, batch, ref_logps if args.has_reference else None)
     ref_chosen, ref_rejected = ref_logps.chunk(2)
     theirs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -282,9 +283,10 @@ def kto_loss(model: torch.nn.Module, rows: list[dict], moved: torch.Tensor, acce
     """[rows] losses where the log-ratios of replies and mismatched replies are `moved`; and the batch."""
     batch = FeedbackCollator(pad_token_id=0)(rows)
     trainer = without_init(KTOTrainer, args=config(loss_type=["kto"], **options), head=SparseHead(model))
-    trainer.accelerator = accelerator
     ref_logps = trainer.reply_logps(model, batch).detach() - moved
-    return trainer.losses_and_figures(model, batch, ref_logps)[0], batch | {"ref_logps": ref_logps}
+    batch["ref_logps"] = ref_logps
+    trainer.kl = mismatched_kl(accelerator.gather(trainer.mismatched_ratios(model, batch)))
+    return trainer.losses_and_figures(model, trainer.matched(batch), ref_logps[: len(rows)])[0], batch
 
 
 @pytest.mark.parametrize("kl_moved", [[0.5, 1.0, -0.2, 2.0], [-1.0, -1.0, -1.0, 0.1]], ids=["kl", "kl below 0"])
