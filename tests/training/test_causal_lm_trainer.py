@@ -149,8 +149,10 @@ def main():
     trainer = make_trainer({model!r}, tokenizer, {out!r}, make_rows(8), per_device_train_batch_size=2,
                            gradient_accumulation_steps=2, **ONE_STEP)
     loss, gradients = trained_loss_and_gradients(trainer)
+    joined = make_trainer({model!r}, tokenizer, {out!r}, make_rows(5), padding_free=True, per_device_eval_batch_size=2)
+    evaluated = joined.evaluate()["eval_loss"]
     if trainer.args.process_index == 0:
-        torch.save((trainer.args.world_size, loss, gradients), {out!r} + "/result.pt")
+        torch.save((trainer.args.world_size, loss, gradients, evaluated), {out!r} + "/result.pt")
     leave_process_group()
 run_script(main)
 """
@@ -164,12 +166,14 @@ def test_two_processes_equal_the_plain_loss_and_gradients(tiny_model_dir, tmp_pa
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     finished = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    world_size, loss, gradients = torch.load(tmp_path / "result.pt")
+    world_size, loss, gradients, evaluated = torch.load(tmp_path / "result.pt")
     expected_loss, expected = plain_loss_and_gradients(tiny_model_dir, make_rows(8))
     assert world_size == 2
     assert loss == pytest.approx(expected_loss, abs=1e-5)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
+    # Five rows in batches of two times two: what fills the last one up counts once.
+    assert evaluated == pytest.approx(plain_loss_and_gradients(tiny_model_dir, make_rows(5))[0], abs=1e-5)
 
 
 def test_evaluation_is_a_mean_over_tokens():
@@ -238,7 +242,7 @@ def test_packed_rows_name_all_their_sources(tiny_tokenizer):
     packed = pack(rows, max_length=80)
     batch = Collator(tiny_tokenizer.pad_token_id, padding_free=True)([packed[index] for index in range(len(packed))])
     assert sorted(batch["sources"]) == sorted(rows["source"])
-    assert batch["n_tokens"] == sum(rows["length"]) == batch["input_ids"].numel()
+    assert batch["row_lengths"] == packed["length"][:]
     assert (batch["position_ids"] == 0).sum() == 6
     assert json.dumps(packed["length"][:]) == json.dumps([len(ids) for ids in packed["input_ids"]])
 
