@@ -373,7 +373,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         roles.enable_checkpointing(training_args.gradient_checkpointing_kwargs)
     if not checkpoint:
         dialogues = data.train.select(range(min(CENTERING_REPLIES, n_prompts))).to_list()
-        state.score_shift = center_scores(roles, dialogues, reward_texts, sampling.batch_size)
+        with accelerator.autocast():
+            state.score_shift = center_scores(roles, dialogues, reward_texts, sampling.batch_size)
     roles.add_value_head(state.score_shift)
 
     # ------------------------------------------------------------ train

@@ -217,7 +217,9 @@ def test_orpo_and_simpo_worked_by_hand(make_trainer, loss_type):
         float(np.mean(plain_logps(trainer.model, ROW["prompt_ids"], ROW[f"{name}_ids"])))
         for name in ("chosen", "rejected")
     )
-    loss = trainer.compute_loss(trainer.model, trainer.data_collator([ROW])).item()
+    batch = trainer.data_collator([ROW])
+    trainer.note_step([batch])
+    loss = trainer.compute_loss(trainer.model, batch).item()
     if loss_type == "simpo":
         expected = log1pexp(-(2.0 * (chosen - rejected) - 1.0))
     else:
@@ -689,7 +691,7 @@ def test_kto_learns_from_single_replies(flags, feedback, tmp_path, sft_adapter, 
     assert re.search(r"train replies +kept 22 of 22", log)
     assert re.search(r"train tokens .*; 1\d replies desirable, \d undesirable", log)
     assert re.search(r"the first reply, (un)?desirable, between « and »", log)
-    assert re.search(r"before step 1 the policy is the reference .* of 4 replies is \S+ nats", log)
+    assert re.search(r"before step 1 the policy is the reference .* of 2 replies is \S+ nats", log)
     losses = logged(tmp_path / "out")
     good = logged(tmp_path / "out", "kl")
     assert good[1] == pytest.approx(0, abs=1e-5)
@@ -705,7 +707,7 @@ def test_kto_needs_other_prompts(flags, write_jsonl):
     same = [{"question": "头疼", "answer": answer, "label": answer == "休息"} for answer in ("休息", "喝酒")]
     data = write_jsonl("same/rows.jsonl", same)
     with pytest.raises(
-        UserError, match=r"^KTO sets replies against other prompts, and these 2 have the same: add others"
+        UserError, match=r"^KTO sets replies against other prompts, and the 2 of a part have the same: add others"
     ):
         dpo_training.main(flags(loss_type="kto", train_file_dir=data))
 

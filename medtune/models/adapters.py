@@ -303,7 +303,7 @@ def add_adapter(model: PeftModel, name: str, config: LoraConfig, weights: dict[s
         )
     set_peft_model_state_dict(model, weights, adapter_name=name)
     for key, parameter in model.named_parameters():
-        if key.split(".")[-2] == name:
+        if name in key.split(".")[-2:]:  # matrices are modules, those of embeddings parameters
             parameter.requires_grad_(False)
 
 

@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from loguru import logger
 from peft import LoraConfig, PeftConfig
 
 from medtune.errors import UserError
@@ -81,6 +82,11 @@ class Lineage:
             for flag in sorted(self.flags.keys() | was.flags.keys())
             if self.flags.get(flag) != was.flags.get(flag) and not flag.startswith(HOW_IT_RUNS)
         }
+        if not was.start_weights:
+            logger.warning(
+                f"the run in {Path(checkpoint).parent} does not record the weights it started from, as older versions "
+                f"wrote it: make sure that {self.parent or self.base_model} is what it was"
+            )
         if was.start_weights and self.start_weights != was.start_weights:
             fault = f"started from other weights than {self.parent or self.base_model} has now"
         elif finished and was.flags and changes:

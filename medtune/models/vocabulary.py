@@ -17,7 +17,8 @@ def has_tied_head(model: PreTrainedModel) -> bool:
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel) -> None:
     """Refuse a tokenizer with ids beyond the model's embedding, which is never resized silently."""
-    n_rows = model.get_input_embeddings().num_embeddings
+    embeddings = model.get_input_embeddings()
+    n_rows = getattr(embeddings, "base_layer", embeddings).num_embeddings  # LoRA may be on it
     if len(tokenizer) > n_rows:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} entries and the model embeddings for "

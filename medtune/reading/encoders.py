@@ -199,6 +199,9 @@ class FeedbackEncoder(Encoder):
         return columns | {"is_desirable": record.is_desirable}
 
     def finish(self, rows: Dataset, report: Report) -> Dataset:
+        if len(kinds := set(rows["is_desirable"])) == 1:
+            kind = "desirable" if kinds.pop() else "undesirable"
+            report.notes.append(f"all replies are {kind}: KTO learns from the difference, so add some that are not")
         return with_mismatched_replies(rows) if len(rows) else rows
 
     def describe(self, rows: Dataset) -> str:
@@ -216,7 +219,9 @@ def with_mismatched_replies(rows: Dataset) -> Dataset:
     prompts, replies = rows["prompt_ids"][:], rows["reply_ids"][:]
     partner = next((index for index in range(len(rows)) if prompts[index] != prompts[-1]), None)
     if partner is None:
-        raise UserError(f"KTO sets replies against other prompts, and these {len(rows)} have the same: add others")
+        raise UserError(
+            f"KTO sets replies against other prompts, and the {len(rows)} of a part have the same: add others"
+        )
     partners = [partner]
     for index in reversed(range(len(rows) - 1)):
         partner = index + 1 if prompts[index + 1] != prompts[index] else partner

@@ -2,7 +2,7 @@
 
 Training renders a dialogue with the chat template and tokenizes the whole text once, as a server does; the template's
 segments say which characters are replies, the tokenizer's offsets which tokens those are. Learned are exactly the
-replies and the token that ends each. This is the only module that writes the ignored label.
+replies and the token that ends each.
 """
 
 import json

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from medtune.errors import Unusable, UserError
+from medtune.reading.charsets import UTF8, detect_encoding, known_encoding
 from medtune.reading.conversations import to_dialogue, to_pair
 from medtune.reading.dialects import (
     ANSWERS,
@@ -31,7 +32,6 @@ from medtune.reading.dialects import (
     is_read_whole,
     lacks_prompt,
 )
-from medtune.reading.encodings import UTF8, detect_encoding, known_encoding
 from medtune.reading.files import csv_separator, read_raw
 from medtune.reading.finding import ending_of
 from medtune.reading.keys import Reading, sort_keys, split_keys

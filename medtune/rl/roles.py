@@ -25,6 +25,7 @@ from medtune.models.lora_layers import describe_trainable
 from medtune.models.reward_models import add_reward_adapter, load_reward_model
 from medtune.models.score_heads import ScoreHead
 from medtune.rl.ppo_math import position_ids, token_logps
+from medtune.training.stage_trainer import switch_off_dropout
 
 # By role, the adapter's name in PEFT where it is another.
 ADAPTERS = {"policy": "default"}
@@ -144,7 +145,7 @@ class Roles:
     def trained_weights(self, role: str) -> dict[str, torch.nn.Parameter]:
         """The trained weights by name: the adapter of policy or value, and the value head."""
         adapter = ADAPTERS.get(role, role)
-        weights = {name: weight for name, weight in self.model.named_parameters() if name.split(".")[-2] == adapter}
+        weights = {name: weight for name, weight in self.model.named_parameters() if adapter in name.split(".")[-2:]}
         return weights | (dict(self.value_head.named_parameters()) if role == "value" else {})
 
     def _outputs(self, role: str, ids: torch.Tensor, attention_mask: torch.Tensor) -> ModelOutput:
@@ -175,11 +176,7 @@ def load_roles(sft: str, rm: str, lora: dict, device: torch.device, **base_optio
     dropout, lora = lora.get("lora_dropout"), lora | {"lora_dropout": 0.0}
     model = load_for_training(sft, **lora, **base_options, **({} if is_adapter(sft) else {"flag": "--sft_model_path"}))
     policy = f"{sft}: {describe_trainable(model)}"
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    switch_off_dropout(model)
     model.get_base_model().generation_config = GenerationConfig()  # decoding is what this script says
     start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
     config = model.peft_config["default"]

@@ -126,7 +126,7 @@ def resumed_state(checkpoint: str, settings: dict[str, object]) -> State:
         raise UserError(f"--resume_from_checkpoint {checkpoint}: not a checkpoint of PPO; name another --output_dir")
     remedies = {EPISODES_AN_UPDATE: "leave it as it was (on half the GPUs accumulate twice as many)"}
     refuse_changed(Path(checkpoint), recorded, settings, remedies)
-    return State(**values)
+    return State(**values | {"settings": recorded | settings})
 
 
 def is_done(state: State, lineage: Lineage, checkpoint: str, n_updates: int) -> bool:

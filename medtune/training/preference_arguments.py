@@ -106,6 +106,10 @@ class PreferenceConfig(StageTrainingArguments):
                 raise UserError(f"--{name} {getattr(self, name):g}: give a number above 0, or leave those replies out")
             if getattr(self, name) != 1 and not self.is_unpaired:
                 raise UserError(f"--{name}: --loss_type {listed} has no use for it; kto does")
+        if self.simpo_gamma != type(self).simpo_gamma and losses != ["simpo"]:
+            raise UserError(f"--simpo_gamma: --loss_type {listed} has no use for it; simpo does")
+        if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:
+            raise UserError("--precompute_ref_batch_size: for --precompute_ref_log_probs True, which is not given")
         if self.label_smoothing_factor:
             raise UserError("--label_smoothing_factor: pairs have no labels to smooth; --label_smoothing is for them")
         if not 0 <= self.label_smoothing < 0.5:

@@ -85,6 +85,7 @@ def orpo_losses(chosen_means: torch.Tensor, rejected_means: torch.Tensor, beta: 
     """
 
     def log_odds(means: torch.Tensor) -> torch.Tensor:
+        means = means.clamp(max=-torch.finfo(means.dtype).eps)  # where p is 1 the odds are infinite
         # log(1 - e^x): of the two forms the one that keeps the digits.
         near_zero = means > -math.log(2)
         return means - torch.where(

@@ -73,7 +73,8 @@ class LongestFirstSampler(Sampler[int]):
         if epoch == 0:
             n_longest = getattr(self.trainer, "n_longest_first", None) or step_size  # of a resumed run as it began
             longest = sorted(order, key=self.lengths.__getitem__, reverse=True)[:n_longest]
-            order = longest + [index for index in order if index not in set(longest)]
+            are_first = set(longest)
+            order = longest + [index for index in order if index not in are_first]
         return iter(order)
 
 

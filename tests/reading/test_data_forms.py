@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from stage_runs import PARTS, STAGES, stage_flags
 
+from medtune.reading.charsets import detect_encoding
 from medtune.reading.conversations import to_dialogue, to_pair
-from medtune.reading.encodings import detect_encoding
 from medtune.reading.foreign_forms import ForeignReader
 from medtune.reading.guide_form import guide_line, guide_record
 from medtune.reading.html_text import without_html

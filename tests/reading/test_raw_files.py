@@ -23,7 +23,7 @@ from medtune.errors import Unusable, UserError
 from medtune.models.adapters import load_for_training
 from medtune.models.lineage import check_model_path, read_adapter_config
 from medtune.models.loading import load_base_model, load_config, load_tokenizer
-from medtune.reading.encodings import detect_encoding
+from medtune.reading.charsets import detect_encoding
 from medtune.reading.files import read_raw
 from medtune.reading.finding import find_files
 from medtune.reading.foreign_forms import ForeignReader
