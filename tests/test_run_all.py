@@ -202,6 +202,12 @@ def test_a_failure_stops_it_and_names_stage_and_log_and_the_same_command_goes_on
     assert (project / "logs/dpo.log").read_text(encoding="utf-8").count("the log of dpo_training.py") == 2
 
 
+def trap_again() -> None:
+    """Tests in the background or under nohup inherit ignored signals, which bash cannot trap."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start_until(project, script: str, log: Path, **streams: int) -> subprocess.Popen:
     """run_all.sh, waiting in that script."""
     running = subprocess.Popen(
@@ -212,8 +218,7 @@ def start_until(project, script: str, log: Path, **streams: int) -> subprocess.P
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams,
         text=True,
         start_new_session=True,
-        # Tests that run in the background inherit an ignored SIGINT, which bash cannot trap.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=trap_again,
     )
     deadline = time.monotonic() + 30
     while not (log.is_file() and log.read_text(encoding="utf-8")):
