@@ -6,6 +6,7 @@ row = DialogueEncoder(tokenizer, chat_template, max_length=2048)(dialogue)
 import json
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -43,7 +44,7 @@ _IDS, _LENGTH, _TEXT = ListFeature(Value("int32")), Value("int32"), Value("strin
 
 
 @dataclass
-class Encoder:
+class Encoder(ABC):
     """Turns one record into one row. Its other fields are the limits, which are part of the cache key."""
 
     kind: ClassVar[str]  # what the records are called
@@ -71,8 +72,9 @@ class Encoder:
                 rows.append(Unusable("not renderable", str(error)))
         return rows
 
+    @abstractmethod
     def row(self, record: T) -> dict:
-        raise NotImplementedError
+        """As a call, but where the template cannot render the record UserError."""
 
     def examples(self, record: T) -> list:
         """The examples that become one row each: the record itself, or its parts."""
@@ -82,9 +84,9 @@ class Encoder:
         """Process all rows together, and add to the report what is known only then."""
         return rows
 
+    @abstractmethod
     def describe(self, rows: Dataset) -> str:
         """The tokens of the finished rows, in words."""
-        raise NotImplementedError
 
     @property
     def limits(self) -> dict:
@@ -306,6 +308,9 @@ class DocumentEncoder(Encoder):
     @cached_property
     def _control_tokens(self) -> list[str]:
         return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+
+    def row(self, record: Document) -> dict:
+        return self(record)
 
     def rows(self, records: Sequence[Document]) -> list[dict | Unusable]:
         texts = [record.text for record in records]  # together, so that the tokenizer uses its threads
