@@ -368,7 +368,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     check_vocabulary(tokenizer, roles.model)
     with accelerator.autocast():
         first_prompts = data.train[:CHECKED_PROMPTS]["prompt_ids"]
-        roles.check_logps(first_prompts, ppo_args.temperature, f"--sft_model_path {sft}")
+        where = f"--sft_model_path {sft}"
+        roles.check_logps(first_prompts, ppo_args.temperature, where, ppo_args.padding_free)
     if training_args.gradient_checkpointing:
         roles.enable_checkpointing(training_args.gradient_checkpointing_kwargs)
     if not checkpoint:

@@ -23,7 +23,6 @@ from pathlib import Path
 from medtune.errors import Unusable, UserError, run_script
 
 # isort: split
-import torch
 from datasets import IterableDataset
 from loguru import logger
 
@@ -41,8 +40,9 @@ from medtune.reading.finding import TEXT_ENDINGS, are_same_files, find_files
 from medtune.reading.record_sets import read_documents
 from medtune.reading.records import BadRecord
 from medtune.reading.rows import Data, prepare_data
-from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
+from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator
 from medtune.training.checkpoints import BEST
+from medtune.training.layout import TextsOfRow
 from medtune.training.log import log_facts
 from medtune.training.run import finish_run, is_finished, start_run, train
 
@@ -152,11 +152,6 @@ def last_tokens(documents: dict[str, list], n_tokens: int) -> dict[str, list]:
     return {"input_ids": ids, "source": documents["source"][first:]}
 
 
-def needs_one_row(model: torch.nn.Module) -> bool:
-    """Whether a batch must be one row: FlashAttention (transformers 5.24) separates documents only there."""
-    return "flash" in model.config._attn_implementation
-
-
 # ---------------------------------------------------------------- main
 
 
@@ -190,14 +185,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     lineage = lineage_of(model.config, model_args, data_args, stage="pt", flags=parser.given)
 
     # ------------------------------------------------------------ train
-    is_one_row = needs_one_row(model)
     alone = TextsOfRow(
         "document", "--packing_across_documents True goes on, and lets a document see the ones before it in its block"
     )
     trainer = CausalLMTrainer(
         model=model,
         args=training_args,
-        data_collator=Collator(tokenizer.pad_token_id, padding_free=is_one_row, rows_of_texts=not is_one_row),
+        data_collator=Collator(tokenizer.pad_token_id),
         train_dataset=data.train,
         eval_dataset=data.eval,
         bytes_per_token=learned_bytes_per_token(tokenizer, data.eval["labels"]) if data.eval else None,

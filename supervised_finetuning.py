@@ -36,8 +36,9 @@ from medtune.reading.encoders import DialogueEncoder
 from medtune.reading.encoding import load_chat_template, mark_learned, turn_token_ids
 from medtune.reading.record_sets import read_dialogues
 from medtune.reading.rows import prepare_data
-from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
+from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator
 from medtune.training.checkpoints import BEST
+from medtune.training.layout import TextsOfRow
 from medtune.training.log import log_facts
 from medtune.training.run import finish_run, is_finished, start_run, train
 
@@ -60,9 +61,6 @@ class SFTArguments:
     train_on_inputs: bool = field(default=False, metadata={"help": "Learn the prompts too, not the replies alone."})
     packing: bool = field(
         default=False, metadata={"help": "Several dialogues a row, of at most --model_max_length tokens in all."}
-    )
-    padding_free: bool = field(
-        default=False, metadata={"help": "The dialogues of a batch in one row, so that none is padded."}
     )
 
     def __post_init__(self):
@@ -126,14 +124,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     lineage = lineage_of(model.config, model_args, data_args, stage="sft", template=template, flags=parser.given)
 
     # ------------------------------------------------------------ train
-    flag = "--packing" if sft_args.packing else "--padding_free" if sft_args.padding_free else None
+    alone = TextsOfRow("dialogue", "--packing False gives each a row of its own")
     trainer = CausalLMTrainer(
         model=model,
         args=training_args,
-        data_collator=Collator(tokenizer.pad_token_id, padding_free=flag is not None),
+        data_collator=Collator(tokenizer.pad_token_id),
         train_dataset=train_dataset,
         eval_dataset=data.eval,
-        texts_of_row=TextsOfRow("dialogue", f"{flag} False gives each a row of its own") if flag else None,
+        texts_of_row=alone if sft_args.packing else None,
         processing_class=tokenizer,
     )
     facts = {"model": f"{path}: {describe_trainable(model)}"}

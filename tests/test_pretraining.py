@@ -246,23 +246,23 @@ def test_a_document_in_a_block_has_the_losses_it_has_alone(tiny_model_dir, tiny_
 
 def learned_losses(model, tokenizer, blocks: list[dict]) -> torch.Tensor:
     """[learned] losses of blocks, in one batch, as the stage's collator hands them over."""
-    batch = Collator(tokenizer.pad_token_id, rows_of_texts=True)(blocks)
+    batch = Collator(tokenizer.pad_token_id)(blocks)
     labels = batch["labels"][:, 1:]
     with torch.no_grad():
         logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[:, :-1]
     return token_losses(logits[labels != IGNORED_LABEL], labels[labels != IGNORED_LABEL])
 
 
-def test_rows_of_different_length_are_padded_without_a_mask(tiny_tokenizer):
+def test_rows_of_several_documents_have_positions_that_restart(tiny_tokenizer):
     rows = cut_blocks(documents_of([1, 2, 3], [4, 5]), 3)
     rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-    batch = Collator(tiny_tokenizer.pad_token_id, rows_of_texts=True)(rows)
+    batch = Collator(tiny_tokenizer.pad_token_id)(rows)
     pad, x = tiny_tokenizer.pad_token_id, IGNORED_LABEL
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, pad]]
     assert batch["labels"].tolist() == [[x, 2, 3], [x, 5, x]]
     assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 0]]
-    assert "attention_mask" not in batch
-    assert (batch["sources"], sum(batch["row_lengths"])) == (["d:1", "d:2"], 5)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["sources"] == ["d:1", "d:2"]
 
 
 # ---------------------------------------------------------------- a run
@@ -311,31 +311,13 @@ def test_documents_see_each_other_where_the_user_says_so(flags, tmp_path, tiny_m
     assert "itself alone" not in log
 
 
-@pytest.mark.parametrize(("attention", "expected"), [("sdpa", False), ("eager", False), ("flash_attention_2", True)])
-def test_flash_attention_needs_one_row(attention, expected):
-    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention))
-    assert pretraining.needs_one_row(model) is expected
-
-
-def test_blocks_in_one_row_have_the_same_losses(flags, tmp_path, monkeypatch):
+def test_blocks_in_one_row_have_the_same_losses(flags, tmp_path):
     """In an evaluation too."""
     short = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "lora_dropout": 0}
-    apart = pretraining.main(flags(**short))
-    shapes = set()
-
-    class Recorded(Collator):
-        def __call__(self, examples):
-            batch = super().__call__(examples)
-            shapes.add((len(examples), len(batch["input_ids"])))
-            return batch
-
-    monkeypatch.setattr(pretraining, "Collator", Recorded)
-    monkeypatch.setattr(pretraining, "needs_one_row", lambda model: True)
-    one_row = pretraining.main(flags(**short, output_dir=tmp_path / "flat"))
-    assert losses(tmp_path / "flat") == pytest.approx(losses(tmp_path / "out"), abs=1e-4)
-    assert (2, 1) in shapes
-    assert {n_rows for _, n_rows in shapes} == {1}
-    assert one_row["eval_loss"] == pytest.approx(apart["eval_loss"], abs=1e-4)
+    apart = pretraining.main(flags(**short, padding_free=False))
+    one_row = pretraining.main(flags(**short, padding_free=True, output_dir=tmp_path / "flat"))
+    assert losses(tmp_path / "flat") == pytest.approx(losses(tmp_path / "out"), abs=1e-5)
+    assert one_row["eval_loss"] == pytest.approx(apart["eval_loss"], abs=1e-5)
 
 
 def test_full_weights_learn_the_text(flags, tmp_path):

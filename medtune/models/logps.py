@@ -16,9 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-# Positions whose float32 logits exist at a time: 1024 x 152k x 4 bytes = 0.6 GB.
-CHUNK_POSITIONS = 1024
-# From [n, vocabulary] logits and [n] int64 ids to [k, n] float32: k figures of each position.
+from medtune.models.text_attention import forward_inputs, of_tokens
+
+# Positions whose float32 logits exist at a time: 256 x 152k x 4 bytes = 0.15 GB.
+CHUNK_POSITIONS = 256
+# From [n, vocabulary] logits and [n] int64 ids to [k, n] float32: k figures of each position, the first of which may
+# have a gradient.
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -27,23 +30,50 @@ def log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return -F.cross_entropy(logits.float(), ids, reduction="none")[None]
 
 
+class _WithGradient(torch.autograd.Function):
+    """Figures of positions with the gradient of each by its state, computed together, so that no logits have to be kept
+    or computed again: a position's figure depends on its own state alone, and a frozen head needs no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, ids: torch.Tensor, of_chunk: Compute, chunk: int) -> torch.Tensor:
+        figures, gradients = [], []
+        for part, part_ids in zip(states.split(chunk), ids.split(chunk), strict=True):
+            with torch.enable_grad():
+                part = part.detach().requires_grad_()
+                of_part = of_chunk(part, part_ids)
+                gradients += torch.autograd.grad(of_part[0].sum(), part)
+            figures.append(of_part.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(figures, dim=1)
+
+    @staticmethod
+    def backward(ctx, of_figures: torch.Tensor) -> tuple:
+        (gradients,) = ctx.saved_tensors
+        return (of_figures[0][:, None] * gradients).to(gradients.dtype), None, None, None
+
+
 def in_chunks(
     head: Callable[[torch.Tensor], torch.Tensor],
     states: torch.Tensor,
     ids: torch.Tensor,
     compute: Compute,
     chunk: int = CHUNK_POSITIONS,
+    is_frozen: bool = False,
 ) -> torch.Tensor:
-    """[k, N] float32: `compute` on the logits of [N, ...] states and on [N] ids, `chunk` rows at a time.
+    """[k, N] float32: `compute` on the logits of [N, hidden] states and on [N] ids, `chunk` rows at a time.
 
-    The backward pass recomputes each chunk, unless there is only one.
+    For the gradient of the weights of a head that is not frozen, the backward pass computes each chunk again.
     """
 
     def of_chunk(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return compute(head(states), ids)
 
+    learns = torch.is_grad_enabled() and len(ids) > 0
+    if learns and is_frozen and states.requires_grad:
+        return _WithGradient.apply(states, ids, of_chunk, chunk)
     chunks = list(zip(states.split(chunk), ids.split(chunk), strict=True))
-    if torch.is_grad_enabled() and len(chunks) > 1:
+    if learns and len(chunks) > 1:
         return torch.cat([checkpoint(of_chunk, *each, use_reentrant=False) for each in chunks], dim=1)
     return torch.cat([of_chunk(*each) for each in chunks], dim=1)
 
@@ -69,7 +99,7 @@ def own_logits(model: PreTrainedModel, output_class: type[ModelOutput], states: 
 class SparseHead:
     """Forward passes of a causal language model (also in PEFT, DDP or DeepSpeed) with the head on some positions.
 
-    Two hooks do it: the head gets the first chunk of positions within the pass, and the others after it.
+    Two hooks do it: within the pass the head gets one position, and after it the others in chunks.
     Other passes, such as those of generation, stay as they are.
 
     Args:
@@ -81,7 +111,7 @@ class SparseHead:
         self.one_pass = one_pass
         self.mask: torch.Tensor | None = None
         self.states: torch.Tensor | None = None  # [batch, length, hidden], of the backbone
-        self.later: torch.Tensor | None = None  # [positions after the first chunk, hidden] of these
+        self.scored: torch.Tensor | None = None  # [positions, hidden] of these
         self.hooks = [
             self.model.base_model.register_forward_hook(self._note_states),
             self.model.get_output_embeddings().register_forward_pre_hook(self._keep_positions),
@@ -97,61 +127,67 @@ class SparseHead:
             self.output_class, self.states = type(outputs), getattr(outputs, "last_hidden_state", None)
 
     def _keep_positions(self, head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple | None:
-        """Reduce [batch, length, hidden] to the first chunk, [positions, hidden], and keep the rest for later."""
+        """Reduce [batch, length, hidden] to one position of the mask, and keep the states of all for later."""
         if self.mask is None:
             return None
         mask = self.mask.to(inputs[0].device)
-        scored = inputs[0][mask]
-        # Without states the model's own forward passes its backbone by, and later chunks could not.
-        if self.one_pass or self.states is None or len(scored) <= CHUNK_POSITIONS:
-            return (scored,)
-        device = scored.device.type
+        # Without states the model's own forward passes its backbone by, and nothing could be computed later.
+        if self.one_pass or self.states is None:
+            return (inputs[0][mask],)
+        device = mask.device.type
         self.autocast = partial(
             torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         )
-        self.later = self.states[mask][CHUNK_POSITIONS:]
-        return (scored[:CHUNK_POSITIONS],)
+        self.scored = self.states[mask]
+        return (inputs[0][mask][:1],)
 
     def __call__(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
+        batch: dict[str, torch.Tensor],
         mask: torch.Tensor,
         ids: torch.Tensor,
         compute: Compute,
+        padding_free: bool = False,
     ) -> torch.Tensor:
         """[k, N] float32: `compute` on the logits at the N positions of the mask and on their ids.
 
         Args:
             model: the model as its trainer wraps it, or as it is.
-            inputs: keywords of its forward pass.
+            batch: padded rows, as `forward_inputs` takes them.
             mask: [batch, length] bool, True at a position that predicts one of the ids.
             ids: [N] int64, in the order of the mask.
+            padding_free: pass the rows through the model as one.
         """
-        self.mask = mask
+        self.mask = of_tokens(mask, batch, padding_free)
         try:
-            logits = model(**inputs, use_cache=False).logits
+            logits = model(**forward_inputs(batch, padding_free), use_cache=False).logits
         finally:
-            later = self.later
-            self.mask = self.states = self.later = None
-        figures = in_chunks(lambda logits: logits, logits, ids[: len(logits)].to(logits.device), compute)
-        if later is None:
-            return figures.to(mask.device)
+            states = self.scored
+            self.mask = self.states = self.scored = None
+        if states is None:
+            return in_chunks(lambda logits: logits, logits, ids.to(logits.device), compute).to(mask.device)
         head = partial(own_logits, self.model, self.output_class)
+        is_frozen = not any(weight.requires_grad for weight in self.model.get_output_embeddings().parameters())
         with self.autocast():
-            of_later = in_chunks(head, later, ids[len(logits) :].to(later.device), compute, CHUNK_POSITIONS)
-        return torch.cat([figures.to(mask.device), of_later.to(mask.device)], dim=1)
+            figures = in_chunks(head, states, ids.to(states.device), compute, CHUNK_POSITIONS, is_frozen)
+        return figures.to(mask.device)
 
     def logps(
-        self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor
+        self,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        mask: torch.Tensor,
+        padding_free: bool = False,
     ) -> torch.Tensor:
         """[batch, length - 1] float32 log-probs in nats of the tokens from the second on; 0 outside the mask.
 
         Args:
-            model: as for a call.
+            model, padding_free: as for a call.
             input_ids, attention_mask: [batch, length] int64.
             mask: [batch, length - 1] bool.
         """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        (logps,) = self(model, inputs, F.pad(mask, (0, 1), value=False), input_ids[:, 1:][mask], log_probs)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        (logps,) = self(model, batch, F.pad(mask, (0, 1), value=False), input_ids[:, 1:][mask], log_probs, padding_free)
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logps)

@@ -14,6 +14,7 @@ from medtune.models.lineage import read_adapter_config
 from medtune.models.loading import load_base_model, load_config
 from medtune.models.lora_layers import HEADS
 from medtune.models.model_files import ADAPTER_WEIGHTS
+from medtune.models.text_attention import forward_inputs, of_tokens
 
 UNTRAINED_HEAD = "its score head is all zeros, so it was never trained; take a later checkpoint, or train it longer"
 
@@ -35,6 +36,39 @@ class ScoreHead(torch.nn.Linear):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(self.weight.device, torch.float32), self.weight)
+
+
+class LastScores:
+    """Scores of the rows of padded batches at their last tokens, by a reward model's forward pass (also in PEFT, DDP or
+    DeepSpeed).
+
+    A hook takes what its head gives for all tokens, since transformers has one score a row of the batch that the model
+    reads, and rows may be joined there.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel):
+        self.scores: torch.Tensor | None = None
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base.score.register_forward_hook(self._note_scores)
+
+    def _note_scores(self, head: torch.nn.Module, inputs: tuple, scores: torch.Tensor) -> None:
+        self.scores = scores
+
+    def __call__(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], padding_free: bool = False
+    ) -> torch.Tensor:
+        """[rows] float32.
+
+        Args:
+            model: as its trainer wraps it, or as it is.
+            batch: `input_ids` and `attention_mask`, [rows, length] int64.
+            padding_free: pass the rows through the model as one.
+        """
+        model(**forward_inputs(batch, padding_free), use_cache=False)
+        is_last = batch["attention_mask"].cumsum(dim=1) * batch["attention_mask"]
+        is_last = is_last == batch["attention_mask"].sum(dim=1, keepdim=True)
+        scores, self.scores = self.scores, None
+        return scores[of_tokens(is_last, batch, padding_free)].squeeze(-1).float()
 
 
 def load_scoring_base(

@@ -50,6 +50,13 @@ class PPOArguments:
     total_episodes: int | None = field(
         default=None, metadata={"help": "Replies to learn from in all; without it --num_train_epochs of the prompts."}
     )
+    padding_free: Literal["auto", "True", "False"] = field(
+        default="auto",
+        metadata={
+            "help": "Join rows into one, so that none is padded; auto: with FlashAttention or on a CPU, if log-probs "
+            "stay the same."
+        },
+    )
     rollout_batch_size: int = field(default=16, metadata={"help": "Replies that a device generates at a time."})
     stop_token: str | None = field(
         default=None, metadata={"help": "The token that ends a reply; without it the template's and the tokenizer's."}

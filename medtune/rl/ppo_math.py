@@ -98,7 +98,11 @@ def reply_mask(reply_ids: torch.Tensor, stop_ids: Sequence[int]) -> tuple[torch.
 
 
 def token_logps(
-    hidden: torch.Tensor, ids: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], temperature: float
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    temperature: float,
+    is_frozen: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probs of ids, entropies of their distributions and variances of the surprisal under these, without [N, V]
     logits of more than CHUNK rows.
@@ -108,6 +112,7 @@ def token_logps(
         ids: [N] int64.
         head: [n, H] to [n, V] logits.
         temperature: divides the logits, as in sampling.
+        is_frozen: the head's weights have no gradient.
 
     Returns:
         [N] float32 each; entropies and variances carry no gradient.
@@ -122,7 +127,7 @@ def token_logps(
             variances = torch.einsum("nv,nv,nv->n", probabilities, fixed, fixed) - entropies**2
         return torch.stack([logps.gather(1, ids[:, None]).squeeze(1), entropies, variances.clamp(min=0)])
 
-    return tuple(in_chunks(head, hidden, ids, compute, CHUNK))
+    return tuple(in_chunks(head, hidden, ids, compute, CHUNK, is_frozen))
 
 
 # ---------------------------------------------------------------- rewards and advantages

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from loguru import logger
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -24,6 +25,7 @@ from medtune.models.logps import own_logits
 from medtune.models.lora_layers import describe_trainable
 from medtune.models.reward_models import add_reward_adapter, load_reward_model
 from medtune.models.score_heads import ScoreHead
+from medtune.models.text_attention import attend_by_text, forward_inputs, gains_from_joining
 from medtune.rl.ppo_math import position_ids, token_logps
 from medtune.training.stage_trainer import switch_off_dropout
 
@@ -62,6 +64,7 @@ class Roles:
     reward_head: ScoreHead | None
     value_head: ValueHead | None = None
     score_shift: float = 0.0
+    padding_free: bool = False  # rows pass through the base model joined into one
 
     def add_value_head(self, score_shift: float) -> None:
         """Centre the scores, and start the value head from the reward model's, so that its first values are scores."""
@@ -97,27 +100,51 @@ class Roles:
         predicting = outputs.last_hidden_state[:, -n_reply - 1 : -1][mask]
         head = partial(own_logits, self.model.get_base_model(), type(outputs))
         # Detail: the temperature of sampling divides the logits here too.
-        flat = token_logps(predicting, ids[:, -n_reply:][mask], head, temperature)
+        is_frozen = not any(weight.requires_grad for weight in self.model.get_output_embeddings().parameters())
+        flat = token_logps(predicting, ids[:, -n_reply:][mask], head, temperature, is_frozen)
         return tuple(torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, values) for values in flat)
 
     @torch.no_grad()
-    def check_logps(self, prompts: list[list[int]], temperature: float, where: str) -> None:
-        """Raise UserError, beginning with `where`, unless `logps` are those of the model's own forward pass."""
+    def check_logps(
+        self, prompts: list[list[int]], temperature: float, where: str, padding_free: str = "False"
+    ) -> None:
+        """Raise UserError, beginning with `where`, unless `logps` are those of the model's own forward pass.
+
+        padding_free: the flag; with auto rows are joined if that gives the same.
+        """
         width = min(CHECKED_TOKENS, *map(len, prompts))
         ids = torch.tensor([prompt[:width] for prompt in prompts[:CHECKED_PROMPTS]], device=self.model.device)
         mask = torch.ones_like(ids, dtype=torch.bool)
-        logps, *_ = self.logps("policy", ids, mask, mask[:, 1:], temperature)
         logits = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
         own_logps = (logits.float() / temperature).log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
-        difference = (logps - own_logps).abs().mean().item()
         # The same operations in chunks of other sizes: a few logits round to a neighbour.
         rounding = max(1e-4, 2 * torch.finfo(logits.dtype).eps)
-        if difference > rounding:
-            name = type(self.model.get_base_model()).__name__
+
+        def difference() -> float:
+            logps, *_ = self.logps("policy", ids, mask, mask[:, 1:], temperature)
+            return (logps - own_logps).abs().mean().item()
+
+        base = self.model.get_base_model()
+        if (apart := difference()) > rounding:
             raise UserError(
-                f"{where}: PPO's log-probs differ from those of the model's own forward pass by {difference:.2g} nats "
-                f"a token, where rounding explains {rounding:.2g}: {name} makes its logits in a way that PPO does not "
-                "follow, and would be trained on wrong probabilities; take another model"
+                f"{where}: PPO's log-probs differ from those of the model's own forward pass by {apart:.2g} nats "
+                f"a token, where rounding explains {rounding:.2g}: {type(base).__name__} makes its logits in a way "
+                "that PPO does not follow, and would be trained on wrong probabilities; take another model"
+            )
+        if padding_free == "False" or (padding_free == "auto" and not gains_from_joining(base, ids.device)):
+            return
+        self.padding_free = True
+        attend_by_text(base)
+        apart = difference()
+        if apart <= rounding:
+            logger.info(f"rows are joined into one without padding; their log-probs are the same to {apart:.2g} nats")
+        elif padding_free == "auto":
+            self.padding_free = False
+            attend_by_text(base, False)
+        else:
+            raise UserError(
+                f"--padding_free True: the rows do not stay apart in {type(base).__name__} (log-probs move by "
+                f"{apart:.2g} nats a token); leave it out"
             )
 
     def values(self, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -151,12 +178,16 @@ class Roles:
     def _outputs(self, role: str, ids: torch.Tensor, attention_mask: torch.Tensor) -> ModelOutput:
         """What the backbone gives in a role; [B, L, hidden] last states among it."""
         self._switch_to(role)
-        return self.model.get_base_model().base_model(
-            input_ids=ids,
-            attention_mask=attention_mask.long(),
-            position_ids=position_ids(attention_mask),  # detail: positions from the mask, whatever the padding
-            use_cache=False,
-        )
+        backbone = self.model.get_base_model().base_model
+        batch = {"input_ids": ids, "attention_mask": attention_mask.long()}
+        if not self.padding_free:
+            # Detail: positions from the mask, whatever the padding.
+            return backbone(**batch, position_ids=position_ids(attention_mask), use_cache=False)
+        outputs = backbone(**forward_inputs(batch, padding_free=True), use_cache=False)
+        (joined,) = outputs.last_hidden_state
+        states = joined.new_zeros(*ids.shape, joined.shape[-1])
+        outputs.last_hidden_state = states.index_put(tuple(attention_mask.bool().nonzero(as_tuple=True)), joined)
+        return outputs
 
     def _switch_to(self, role: str) -> None:
         learns = torch.is_grad_enabled()

@@ -22,6 +22,7 @@ from medtune.errors import UserError
 
 BEST = "checkpoint-best"
 ROWS_A_STEP = "rows a step"
+PADDING_FREE = "--padding_free"
 # In a checkpoint: the SHA-256 of its files, as `sha256sum --check` reads it.
 MANIFEST = "manifest.sha256"
 # In the output folder: checkpoints are written in it, and moved out of it once they are whole.
@@ -63,6 +64,9 @@ def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool
                 raise UserError(
                     f"{checkpoint_path}: not there on every node; --output_dir must be a folder that they share"
                 )
+            if getattr(training_args, "padding_free", None) == "auto":
+                # As the run began, which before this flag was with padding: dropout draws by the layout.
+                training_args.padding_free = recorded_settings(checkpoint_path).get(PADDING_FREE, "False")
             refuse_other_settings(Path(checkpoint_path), run_settings(training_args), _rows_of_a_step(training_args))
             logger.info(f"resuming from {checkpoint_path}")
             return checkpoint_path
@@ -217,6 +221,7 @@ def run_settings(training_args: TrainingArguments) -> dict[str, float | str]:
         "--seed or --data_seed": seed,
         "--train_sampling_strategy": str(training_args.train_sampling_strategy),
         # Each has a part of the optimizer, and without DeepSpeed those parts would be left unread.
+        PADDING_FREE: getattr(training_args, "padding_free", None),
         "processes under DeepSpeed": training_args.world_size if training_args.deepspeed else 0,
     }
 
@@ -240,8 +245,12 @@ def refuse_other_settings(
     checkpoint: Path, requested: dict[str, float | int | str], remedies: dict[str, str] | None = None
 ) -> None:
     """Refuse settings other than those `CheckpointKeeper` recorded; a checkpoint without a record passes."""
-    recorded = recorded_attributes(read_state(checkpoint).get("stateful_callbacks", {}))
-    refuse_changed(checkpoint, recorded, requested, remedies)
+    refuse_changed(checkpoint, recorded_settings(checkpoint), requested, remedies)
+
+
+def recorded_settings(checkpoint: str | Path) -> dict:
+    """What `CheckpointKeeper` recorded in a checkpoint on the disk; {} without a record."""
+    return recorded_attributes(read_state(checkpoint).get("stateful_callbacks", {}))
 
 
 def refuse_changed(

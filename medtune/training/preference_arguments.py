@@ -39,8 +39,11 @@ class PreferenceConfig(StageTrainingArguments):
     undesirable_weight: float = field(
         default=1.0, metadata={"help": "kto: how much a reply with the label false counts."}
     )
-    precompute_ref_log_probs: bool = field(
-        default=False, metadata={"help": "The reference's log-probs once before training, kept in --cache_dir."}
+    precompute_ref_log_probs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "The reference's log-probs once before training, kept in --cache_dir; on if epochs are several."
+        },
     )
     precompute_ref_batch_size: int | None = field(
         default=None, metadata={"help": "Rows at a time for that; the batch sizes of training and evaluation without."}
@@ -56,6 +59,8 @@ class PreferenceConfig(StageTrainingArguments):
             )
         self._check_losses()
         super().__post_init__()
+        if self.precompute_ref_log_probs is None:
+            self.precompute_ref_log_probs = self.has_reference and self.max_steps <= 0 and self.num_train_epochs > 1
         if not self.do_train and self.has_reference:
             raise UserError(
                 "--do_eval without --do_train: the model would be compared with itself as the reference, and every "
@@ -108,8 +113,8 @@ class PreferenceConfig(StageTrainingArguments):
                 raise UserError(f"--{name}: --loss_type {listed} has no use for it; kto does")
         if self.simpo_gamma != type(self).simpo_gamma and losses != ["simpo"]:
             raise UserError(f"--simpo_gamma: --loss_type {listed} has no use for it; simpo does")
-        if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:
-            raise UserError("--precompute_ref_batch_size: for --precompute_ref_log_probs True, which is not given")
+        if self.precompute_ref_batch_size is not None and self.precompute_ref_log_probs is False:
+            raise UserError("--precompute_ref_batch_size: it has no effect beside --precompute_ref_log_probs False")
         if self.label_smoothing_factor:
             raise UserError("--label_smoothing_factor: pairs have no labels to smooth; --label_smoothing is for them")
         if not 0 <= self.label_smoothing < 0.5:

@@ -159,6 +159,7 @@ class PreferenceTrainer(StageTrainer):
         """Give the rows the reference's log-probs, before the policy is trained."""
         args = self.args
         store = LogpsStore(folder, f"bf16 {args.bf16} fp16 {args.fp16} ", overwrite, self.reference)
+        self.choose_layout_once(self.reference.model)
         for part in ("train", "eval"):
             dataset: Dataset | None = getattr(self, f"{part}_dataset")
             if dataset is None:
@@ -201,7 +202,11 @@ class PreferenceTrainer(StageTrainer):
     def reply_logps(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
         """[rows] log-probs in nats of the replies under the policy."""
         mask = batch["reply_mask"][:, 1:]
-        return self.head.logps(model, batch["input_ids"], batch["attention_mask"], mask).sum(dim=1)
+        return self.token_logps(model, batch, mask).sum(dim=1)
+
+    def token_logps(self, model: torch.nn.Module, batch: dict, mask: torch.Tensor) -> torch.Tensor:
+        """[rows, length - 1] log-probs in nats of the mask's tokens under the policy."""
+        return self.head.logps(model, batch["input_ids"], batch["attention_mask"], mask, self.padding_free)
 
     def losses_and_figures(
         self, model: torch.nn.Module, batch: dict, ref_logps: torch.Tensor | None
@@ -213,7 +218,7 @@ class PreferenceTrainer(StageTrainer):
         args, is_reply = self.args, batch["reply_mask"][:, 1:]
         n_pairs, lengths = len(is_reply) // 2, is_reply.sum(dim=1)
         scored = torch.cat([self._sft_mask(batch), is_reply[n_pairs:]])
-        by_token = self.head.logps(model, batch["input_ids"], batch["attention_mask"], scored)
+        by_token = self.token_logps(model, batch, scored)
         logps = (by_token * is_reply).sum(dim=1)
         if ref_logps is None:
             logps = logps / lengths
@@ -255,6 +260,10 @@ class PreferenceTrainer(StageTrainer):
         if not self.args.has_reference:
             return None
         return batch["ref_logps"] if self.args.precompute_ref_log_probs else self.reference.logps(batch)
+
+    def choose_layout_once(self, model: torch.nn.Module) -> None:
+        super().choose_layout_once(model)
+        self.reference.use_layout(self.padding_free)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean loss over the rows of the whole step, all processes and micro-batches together."""

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from medtune.errors import UserError
 from medtune.models.logps import SparseHead
+from medtune.models.text_attention import attend_by_text
 from medtune.training.stage_trainer import switch_off_dropout
 
 REFERENCE = "ref"
@@ -93,7 +94,7 @@ class Reference:
         model: PreTrainedModel | None = None,
     ):
         self.name, self.policy, self.accelerator = name, policy, accelerator
-        self.model, self.head = policy, policy_head
+        self.model, self.head, self.padding_free = policy, policy_head, False
         self.uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         if model is not None:
             switch_off_dropout(model)
@@ -104,6 +105,12 @@ class Reference:
                 else accelerator.prepare_model(model, evaluation_mode=True)
             )
 
+    def use_layout(self, padding_free: bool) -> None:
+        """Pass batches through the model as the policy does."""
+        self.padding_free = padding_free
+        if padding_free:
+            attend_by_text(self.head.model)
+
     @torch.no_grad()
     def logps(self, batch: dict) -> torch.Tensor:
         """[rows] log-probs in nats of the replies of a `reply_batch`."""
@@ -111,7 +118,8 @@ class Reference:
         self.policy.eval()  # or gradient checkpointing warns that there are no gradients
         with as_reference(self.policy):
             mask = batch["reply_mask"][:, 1:]
-            logps = self.head.logps(self.model, batch["input_ids"], batch["attention_mask"], mask).sum(dim=1)
+            by_token = self.head.logps(self.model, batch["input_ids"], batch["attention_mask"], mask, self.padding_free)
+            logps = by_token.sum(dim=1)
         self.policy.train(was_training)
         return logps
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import EvalPrediction
 
 from medtune.errors import UserError
+from medtune.models.score_heads import LastScores
 from medtune.training.stage_trainer import StageTrainer, StageTrainingArguments, switch_off_dropout
 
 
@@ -75,11 +76,11 @@ class RewardTrainer(StageTrainer):
         if args.disable_dropout:
             switch_off_dropout(model)
         super().__init__(model=model, args=args, compute_metrics=pair_statistics, **kwargs)
+        self.last_scores = LastScores(self.model)
 
     def _losses_and_scores(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[pairs] float32 each: losses, scores of the chosen and of the rejected replies."""
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        chosen, rejected = outputs.logits.float().squeeze(-1).chunk(2)
+        chosen, rejected = self.last_scores(model, inputs, self.padding_free).chunk(2)
         centering = self.args.center_rewards_coefficient
         losses = bradley_terry_losses(chosen, rejected, inputs["margin"], centering)
         return losses, chosen.detach(), rejected.detach()

@@ -22,7 +22,7 @@ from medtune.training.checkpoints import (
     find_checkpoint,
     no_other_run,
     read_state,
-    recorded_attributes,
+    recorded_settings,
     refuse_other_settings,
 )
 from medtune.training.guards import AdapterMovementCheck, BadSteps
@@ -143,7 +143,7 @@ def train(
     for callback in (ProgressLines(), movement_check, bad_steps, keeper, stop):
         trainer.add_callback(callback)
     if checkpoint:
-        recorded = recorded_attributes(read_state(checkpoint).get("stateful_callbacks", {}))
+        recorded = recorded_settings(checkpoint)
         # LongestFirstSampler keeps the order that the run began with, whatever a step is now made of.
         trainer.n_longest_first = recorded.get("n_longest_first")
         trainer.args.eval_on_start |= bool(trainer.eval_dataset) and recorded.get("evaluation_is_due", False)

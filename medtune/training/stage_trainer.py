@@ -6,7 +6,7 @@ A stage's trainer adds its loss, and a collator whose batches name the records i
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from peft import PeftModel
@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from medtune.errors import UserError
+from medtune.training.layout import TextsOfRow, choose_layout
 
 # ---------------------------------------------------------------- arguments
 
@@ -31,6 +32,13 @@ class StageTrainingArguments(TrainingArguments):
     )
     bf16: bool | None = field(
         default=None, metadata={"help": "bfloat16 mixed precision; on unless --fp16 is, or the GPU has none."}
+    )
+    padding_free: Literal["auto", "True", "False"] = field(
+        default="auto",
+        metadata={
+            "help": "Join the rows of a batch into one, so that none is padded; auto: with FlashAttention or on a CPU, "
+            "if the model keeps them apart."
+        },
     )
     use_liger_kernel: bool = field(default=False, init=False)  # it would compute another loss than ours
 
@@ -86,20 +94,31 @@ def switch_off_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name in ("attention_dropout", "activation_dropout", "dropout"):  # of layers that call the function
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 class StageTrainer(Trainer):
     """Trainer on rows with `length` and `source`, in which each row of a step counts the same.
 
     A subclass has `compute_loss`, `prediction_step` and `columns`, the columns of a row that its collator reads.
+
+    Args:
+        texts_of_row: rows hold several texts that must not see each other, which is checked before the first step.
     """
 
     columns: ClassVar[tuple[str, ...]]
+    padding_free = layout_is_chosen = False  # until the first batch
     loss_is_scaled_for_ga = True  # `mean_over_step` has divided by all micro-batches
 
-    def __init__(self, model: torch.nn.Module, args: StageTrainingArguments, **kwargs):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: StageTrainingArguments,
+        texts_of_row: TextsOfRow | None = None,
+        **kwargs,
+    ):
         text_config = model.config.get_text_config()
         if hasattr(text_config, "output_router_logits"):
             text_config.output_router_logits = False  # a model would add its routers' loss to ours
@@ -117,6 +136,7 @@ class StageTrainer(Trainer):
                 f"{args.n_gpu} GPUs for one process that has the model on one of them: start with torchrun "
                 f"--nproc_per_node {args.n_gpu}, or give --device_map auto or CUDA_VISIBLE_DEVICES=0"
             )
+        self.texts_of_row = texts_of_row
         self._window: dict[str, list[torch.Tensor]] = {}
         self._window_start = time.monotonic()
 
@@ -127,6 +147,21 @@ class StageTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*self.columns, "source"]
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        """Trainer's, of each batch of training and evaluation; before the first one the layout is chosen."""
+        self.choose_layout_once(self.model_wrapped)
+        return super()._prepare_inputs(inputs)
+
+    def choose_layout_once(self, model: torch.nn.Module) -> None:
+        """Choose the layout of batches, and record it in the arguments for a resume.
+
+        model: as its forward passes are called.
+        """
+        if not self.layout_is_chosen:
+            self.padding_free = choose_layout(self, model, self.texts_of_row)
+            self.args.padding_free = str(self.padding_free)
+            self.layout_is_chosen = True
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed

@@ -22,6 +22,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from medtune.models import logps
 from medtune.models.logps import SparseHead, in_chunks, log_probs
+from medtune.models.text_attention import attend_by_text
 from medtune.reading.encoders import with_mismatched_replies
 from medtune.reading.encoding import IGNORED_LABEL
 from medtune.training.batches import FeedbackCollator, PairCollator
@@ -52,7 +53,7 @@ ON_THE_CPU = SimpleNamespace(
 def gradients(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss.backward()
-    return {name: weights.grad.clone() for name, weights in model.named_parameters()}
+    return {name: weights.grad.clone() for name, weights in model.named_parameters() if weights.requires_grad}
 
 
 def assert_alike(loss: torch.Tensor, wanted: torch.Tensor, model: torch.nn.Module, their_model=None) -> None:
@@ -91,14 +92,15 @@ def as_trl(trainer_class: type, model: torch.nn.Module, **attributes) -> SimpleN
 # ---------------------------------------------------------------- cross entropy
 
 
-@pytest.mark.parametrize("chunk", [3, 1000])
+@pytest.mark.parametrize(("chunk", "is_frozen"), [(3, False), (3, True), (1000, True)])
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text", "granitemoehybrid", "opt", "gpt2"])
-def test_token_log_probs_are_those_of_the_whole_forward_pass(model_type, chunk, monkeypatch):
-    """Granite scales its logits, Gemma may cap them; more positions than a chunk come after the pass."""
+def test_token_log_probs_are_those_of_the_whole_forward_pass(model_type, chunk, is_frozen, monkeypatch):
+    """Granite scales its logits, Gemma may cap them; a frozen head's gradient comes without a second pass."""
     monkeypatch.setattr(logps, "CHUNK_POSITIONS", chunk)
     changes = {"final_logit_softcapping": 2.0} if model_type == "gemma3_text" else {}
     changes |= {"logits_scaling": 3.0} if model_type == "granitemoehybrid" else {}
     model = tiny_model(model_type, **changes).eval()
+    model.get_output_embeddings().requires_grad_(not is_frozen)
     ids = torch.arange(60, 84).reshape(2, 12)
     mask = torch.rand(2, 11, generator=torch.Generator().manual_seed(0)) < 0.5
     plain = model(ids, use_cache=False).logits[:, :-1][mask].float().log_softmax(dim=-1)
@@ -177,11 +179,14 @@ def test_bradley_terry_is_that_of_trl(centering):
 # ---------------------------------------------------------------- pairs
 
 
-def our_pair_loss(model: torch.nn.Module, moved: torch.Tensor = MOVED, **options) -> tuple[torch.Tensor, dict]:
+def our_pair_loss(
+    model: torch.nn.Module, moved: torch.Tensor = MOVED, padding_free: bool = False, **options
+) -> tuple[torch.Tensor, dict]:
     """The loss where the policy's log-probs lie `moved` above the reference's; and the batch with these."""
     args = config(**options)
     batch = PairCollator(pad_token_id=0)(PAIRS)
-    trainer = without_init(PreferenceTrainer, args=args, head=SparseHead(model))
+    attend_by_text(model, padding_free)
+    trainer = without_init(PreferenceTrainer, args=args, head=SparseHead(model), padding_free=padding_free)
     ref_logps = trainer.reply_logps(model, batch).detach() - moved
     trainer.note_step([batch])
     losses, _ = trainer.losses_and_figures(model, batch, ref_logps if args.has_reference else None)
@@ -191,6 +196,7 @@ def our_pair_loss(model: torch.nn.Module, moved: torch.Tensor = MOVED, **options
     return losses.mean(), theirs | {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize(
     "options",
     [
@@ -200,9 +206,9 @@ def our_pair_loss(model: torch.nn.Module, moved: torch.Tensor = MOVED, **options
     ],
     ids=lambda options: "-".join(options["loss_type"]),
 )
-def test_losses_with_a_reference_are_those_of_trl(options):
+def test_losses_with_a_reference_are_those_of_trl(options, padding_free):
     model = tiny_model("qwen3")
-    loss, batch = our_pair_loss(model, **options)
+    loss, batch = our_pair_loss(model, padding_free=padding_free, **options)
     names = options["loss_type"]
     their_model = copy.deepcopy(model)
     their_trainer = as_trl(
@@ -220,6 +226,7 @@ def test_losses_with_a_reference_are_those_of_trl(options):
     assert_alike(loss, wanted, model, their_model)
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize(
     ("trainer_class", "options"),
     [
@@ -228,9 +235,9 @@ def test_losses_with_a_reference_are_those_of_trl(options):
     ],
     ids=["orpo", "simpo"],
 )
-def test_losses_without_a_reference_are_those_of_trl(trainer_class, options):
+def test_losses_without_a_reference_are_those_of_trl(trainer_class, options, padding_free):
     model = tiny_model("qwen3")
-    loss, batch = our_pair_loss(model, **options)
+    loss, batch = our_pair_loss(model, padding_free=padding_free, **options)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED_LABEL)
     ready = {f"concatenated_{name}": batch[name] for name in ("input_ids", "attention_mask")}
     theirs = SimpleNamespace(
@@ -279,23 +286,33 @@ FEEDBACK = [
 ]
 
 
-def kto_loss(model: torch.nn.Module, rows: list[dict], moved: torch.Tensor, accelerator=ON_THE_CPU, **options):
+def kto_loss(
+    model: torch.nn.Module,
+    rows: list[dict],
+    moved: torch.Tensor,
+    accelerator=ON_THE_CPU,
+    padding_free: bool = False,
+    **options,
+):
     """[rows] losses where the log-ratios of replies and mismatched replies are `moved`; and the batch."""
     batch = FeedbackCollator(pad_token_id=0)(rows)
-    trainer = without_init(KTOTrainer, args=config(loss_type=["kto"], **options), head=SparseHead(model))
+    attend_by_text(model, padding_free)
+    args = config(loss_type=["kto"], **options)
+    trainer = without_init(KTOTrainer, args=args, head=SparseHead(model), padding_free=padding_free)
     ref_logps = trainer.reply_logps(model, batch).detach() - moved
     batch["ref_logps"] = ref_logps
     trainer.kl = mismatched_kl(accelerator.gather(trainer.mismatched_ratios(model, batch)))
     return trainer.losses_and_figures(model, trainer.matched(batch), ref_logps[: len(rows)])[0], batch
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("kl_moved", [[0.5, 1.0, -0.2, 2.0], [-1.0, -1.0, -1.0, 0.1]], ids=["kl", "kl below 0"])
-def test_kto_is_that_of_trl(kl_moved):
+def test_kto_is_that_of_trl(kl_moved, padding_free):
     model = tiny_model("qwen3")
     rows = list(with_mismatched_replies(Dataset.from_list(FEEDBACK)))
     moved = torch.tensor([1.0, -0.5, 2.0, 0.7, *kl_moved])
     weights = {"desirable_weight": 1.3, "undesirable_weight": 0.8}
-    losses, batch = kto_loss(model, rows, moved, beta=0.3, **weights)
+    losses, batch = kto_loss(model, rows, moved, beta=0.3, padding_free=padding_free, **weights)
     theirs = {
         "label": batch["is_desirable"],
         "ref_logps": batch["ref_logps"][:4],

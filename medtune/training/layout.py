@@ -1,0 +1,188 @@
+"""Whether the rows of a batch are padded or joined into one, and the proof that texts of one row do not see each other.
+
+Models and attention kernels differ in what they make of borders, so the model itself is asked before the first step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from loguru import logger
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer
+
+from medtune.errors import UserError
+from medtune.models.text_attention import attend_by_text, forward_inputs, gains_from_joining
+from medtune.training.batches import pad_right
+
+# Tokens of the three texts in a row that show whether texts see each other.
+PROBE_LENGTHS = (32, 16, 16)
+# By how much of their spread states may move when a text changes that they must not see: so much, or ten times what
+# rounding does, which is not more than a tenth. Sound models measure 0, leaks of untrained ones 7e-4 to 1.
+LARGEST_MOVE = 5e-4
+ROUNDING_MARGIN = 10
+LARGEST_ROUNDING = 0.1
+
+
+@dataclass(frozen=True)
+class TextsOfRow:
+    """What a row holds several of, such as "document", and the remedy if these attend to each other."""
+
+    name: str
+    remedy: str
+
+
+JOINED_ROWS = TextsOfRow("text", "--padding_free False gives each a row of its own")
+
+
+def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | None) -> bool:
+    """Whether the rows of a batch are joined into one, by the trainer's --padding_free.
+
+    auto joins them where attention takes their borders and where that was measured to be faster: with FlashAttention,
+    and on a CPU. Models with recurrent layers keep rows, and so do models that the probe finds leaks in.
+
+    Args:
+        model: as its forward passes are called now, in DeepSpeed's engine for example.
+        texts: what rows hold several of.
+
+    Raises:
+        UserError, in every process: texts of a row see each other in a layout that was asked for, or that the data has.
+    """
+    setting, plain = trainer.args.padding_free, _base(trainer.model)
+    is_auto = setting == "auto"
+    padding_free = gains_from_joining(plain, trainer.args.device) if is_auto else setting == "True"
+    if padding_free:
+        attend_by_text(plain)
+        fault, summary = look_at_texts(trainer, model, padding_free)
+        if fault and is_auto:
+            logger.info(f"rows are padded, since they would not stay apart if they were joined ({summary})")
+            attend_by_text(plain, False)
+            padding_free = False
+        elif fault:
+            raise _leak(texts or JOINED_ROWS, plain, summary)
+        else:
+            drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in plain.modules())
+            logger.info(
+                f"the rows of a batch are joined into one without padding: a {(texts or JOINED_ROWS).name} sees itself "
+                f"alone ({summary})" + ("; dropout draws other numbers than with padding" if drops else "")
+            )
+    if texts and not padding_free:
+        fault, summary = look_at_texts(trainer, model, padding_free)
+        if fault:
+            raise _leak(texts, plain, summary)
+        logger.info(f"checked with three texts in a row: a {texts.name} sees itself alone ({summary})")
+    return padding_free
+
+
+def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _leak(texts: TextsOfRow, model: PreTrainedModel, summary: str) -> UserError:
+    name = model.config.model_type
+    return UserError(f"the {texts.name}s of a row see each other in this model ({name}: {summary}); {texts.remedy}")
+
+
+# ---------------------------------------------------------------- the probe
+
+
+def moved_states(plain: torch.Tensor, first_changed: torch.Tensor, last_changed: torch.Tensor) -> tuple[float, float]:
+    """How far later texts move when the first one changes, and earlier ones when the last one does.
+
+    Both are root mean squares in units of the spread of all states. The second is rounding, since nothing sees what
+    comes after it: experts, for example, then get other tokens to multiply together.
+
+    Args:
+        plain, first_changed, last_changed: [rows, sum(PROBE_LENGTHS), hidden], any float type.
+    """
+    later, earlier = slice(PROBE_LENGTHS[0], None), slice(-PROBE_LENGTHS[-1])
+    spread = _spread(plain)
+    return (
+        _root_mean_square((first_changed - plain)[:, later]) / spread,
+        _root_mean_square((last_changed - plain)[:, earlier]) / spread,
+    )
+
+
+def _root_mean_square(states: torch.Tensor) -> float:
+    return states.double().square().sum(dim=-1).mean().sqrt().item()
+
+
+def _spread(states: torch.Tensor) -> float:
+    return _root_mean_square(states - states.mean(dim=(0, 1), dtype=torch.float32)) or 1.0
+
+
+@torch.no_grad()
+def look_at_texts(trainer: Trainer, model: torch.nn.Module, padding_free: bool) -> tuple[bool, str]:
+    """Whether texts of a row are something else there than alone, in any process, and what shows it."""
+    tokenizer = trainer.processing_class
+    ordinary = [token_id for token_id in range(len(tokenizer)) if token_id not in tokenizer.added_tokens_decoder]
+    generator = torch.Generator().manual_seed(0)
+    *plain, other_first, other_last = (
+        [ordinary[index] for index in torch.randint(len(ordinary), (length,), generator=generator)]
+        for length in (*PROBE_LENGTHS, PROBE_LENGTHS[0], PROBE_LENGTHS[-1])
+    )
+    rows = plain, [other_first, *plain[1:]], [*plain[:-1], other_last]
+    try:
+        moved, rounding = moved_states(*(_states_of_row(trainer, model, row, padding_free) for row in rows))
+        apart = _apart_from_alone(trainer, model, plain) if padding_free else 0.0
+    except ValueError as error:
+        # transformers 5.24 itself refuses what some layers cannot keep apart.
+        if "packed sequences apart" not in str(error):
+            raise
+        return True, str(error).partition(". ")[0]
+    figures = torch.tensor([[moved, rounding, apart]], device=trainer.args.device)
+    moved, rounding, apart = trainer.accelerator.gather(figures).amax(0).tolist()
+    largest = max(LARGEST_MOVE, ROUNDING_MARGIN * rounding)
+    if not (moved <= largest and max(moved, rounding) <= LARGEST_ROUNDING):  # nan is a fault
+        return True, f"when one changes, the states of the others move by {max(moved, rounding):.2g} of their spread"
+    args = trainer.args
+    is_exact = (
+        args.device.type == "cpu" and _base(trainer.model).dtype == torch.float32 and not (args.bf16 or args.fp16)
+    )
+    fault = not apart <= (LARGEST_MOVE if is_exact else LARGEST_ROUNDING)
+    return fault, f"its states are those that it has alone, to {max(apart, moved):.2g} of their spread"
+
+
+def _states_of_row(
+    trainer: Trainer, model: torch.nn.Module, texts: Sequence[Sequence[int]], padding_free: bool
+) -> torch.Tensor:
+    """[rows, length, hidden] inputs of the head for a row of texts, in a layout.
+
+    The row is repeated if batches have several: some attention kernels separate texts only in a batch of one.
+    """
+    args = trainer.args
+    n_rows = 1 if padding_free or max(args.train_batch_size, args.eval_batch_size) == 1 else 2
+    ids = torch.tensor([[token_id for text in texts for token_id in text]] * n_rows, device=args.device)
+    positions = torch.tensor([[position for text in texts for position in range(len(text))]] * n_rows)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions.to(args.device)}
+    return _states_of(trainer, model, batch, padding_free)
+
+
+def _apart_from_alone(trainer: Trainer, model: torch.nn.Module, texts: Sequence[Sequence[int]]) -> float:
+    """How far the texts' states in one row are from those in padded rows, in units of their spread, without dropout."""
+    device = trainer.args.device
+    batch = {"input_ids": pad_right(texts, texts[0][0]), "attention_mask": pad_right([[1] * len(t) for t in texts], 0)}
+    batch = {name: values.to(device) for name, values in batch.items()}
+    modes = [(module, module.training) for module in trainer.model.modules()]
+    trainer.model.eval()
+    joined, padded = (_states_of(trainer, model, batch, padding_free) for padding_free in (True, False))
+    for module, mode in modes:
+        module.training = mode
+    alone = padded[batch["attention_mask"].bool()][None]
+    return _root_mean_square(joined - alone) / _spread(alone)
+
+
+def _states_of(trainer: Trainer, model: torch.nn.Module, batch: dict, padding_free: bool) -> torch.Tensor:
+    """Inputs of the head, [rows, length, hidden] or [1, tokens, hidden]."""
+    plain, states = _base(trainer.model), []
+    head = plain.get_output_embeddings() or plain.score
+    handle = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+    # With training's dropout, but the same each time; training's random state is restored.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), trainer.compute_loss_context_manager():
+        torch.manual_seed(0)
+        # Not what torch.compile has made of the model: it would compile once more for this length.
+        (model if trainer.is_deepspeed_enabled else trainer.model)(
+            **forward_inputs(batch, padding_free), use_cache=False
+        )
+    handle.remove()
+    return states[0]

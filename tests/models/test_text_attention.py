@@ -1,0 +1,94 @@
+"""Rows joined into one give what they give padded: states, scores and gradients."""
+
+import pytest
+import torch
+from tiny_families import tiny_model
+from transformers import AutoModelForSequenceClassification, Qwen2Config
+
+from medtune.models.score_heads import LastScores
+from medtune.models.text_attention import attend_by_text, forward_inputs, of_tokens
+from medtune.training.stage_trainer import switch_off_dropout
+
+IDS = torch.tensor(
+    [[7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [20, 21, 0, 0, 0, 0, 0, 0, 0, 0, 0], [30, 31, 32, 33] + [0] * 7]
+)
+BATCH = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
+
+
+def test_one_row_has_all_tokens_and_the_borders_of_the_texts():
+    inputs = forward_inputs(BATCH, padding_free=True)
+    assert inputs["input_ids"].tolist() == [[*range(7, 18), 20, 21, 30, 31, 32, 33]]
+    assert inputs["position_ids"].tolist() == [[*range(11), 0, 1, 0, 1, 2, 3]]
+    assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == [0, 11, 13, 17]
+    assert (inputs["max_length_q"], inputs["max_length_k"]) == (11, 11)
+    assert inputs["seq_idx"].tolist() == [[0] * 11 + [1] * 2 + [2] * 4]
+    # Two texts in the first row.
+    positions = torch.tensor([[*range(5), *range(6)], [0, 1] + [0] * 9, [0, 1, 2, 3] + [0] * 7])
+    inputs = forward_inputs(BATCH | {"position_ids": positions}, padding_free=True)
+    assert inputs["cu_seq_lens_q"].tolist() == [0, 5, 11, 13, 17]
+
+
+def test_padded_rows_pass_as_they_are():
+    assert forward_inputs(BATCH, padding_free=False) == BATCH
+    assert list(forward_inputs(BATCH | {"position_ids": IDS}, padding_free=False)) == ["input_ids", "position_ids"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text", "gpt2", "opt", "qwen3_moe", "glm4_moe", "afmoe"])
+def test_logits_and_gradients_are_those_of_padded_rows(model_type, checkpointing):
+    """Gemma's window is shorter than the longest text, and GPT-2 and OPT have learned positions."""
+    model = tiny_model(model_type).train()
+    switch_off_dropout(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    weights = torch.randn(int(BATCH["attention_mask"].sum()), 640, generator=torch.Generator().manual_seed(0))
+    found = []
+    for padding_free in (False, True):
+        attend_by_text(model, padding_free)
+        model.zero_grad()
+        logits = model(**forward_inputs(BATCH, padding_free), use_cache=False).logits
+        logits = logits[of_tokens(BATCH["attention_mask"].bool(), BATCH, padding_free)]
+        (logits * weights).mean().backward()
+        found.append((logits.detach(), [weight.grad for weight in model.parameters()]))
+    (padded, of_padded), (joined, of_joined) = found
+    torch.testing.assert_close(joined, padded, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(of_joined, of_padded, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_by_text_makes_no_mask_of_the_whole_row(monkeypatch):
+    """The row of a large batch would take gigabytes."""
+    seen = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query, key, value, attn_mask=None, **kwargs):
+        seen.append((query.shape[2], attn_mask))
+        return attention(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    model = tiny_model("qwen3")
+    attend_by_text(model)
+    model(**forward_inputs(BATCH, padding_free=True), use_cache=False)
+    assert seen == [(11, None), (2, None), (4, None)] * 4
+
+
+def test_generation_with_attention_by_text_is_that_of_sdpa():
+    model = tiny_model("qwen3").eval()
+    left = torch.tensor([[0, 0, 7, 8], [7, 8, 9, 10]])
+    prompts = {"input_ids": left, "attention_mask": (left > 0).long()}
+    plain = model.generate(**prompts, max_new_tokens=6, do_sample=False)
+    attend_by_text(model)
+    assert torch.equal(model.generate(**prompts, max_new_tokens=6, do_sample=False), plain)
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_last_scores_are_those_of_each_text_alone(padding_free):
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    alone = [model(row[row > 0][None]).logits.item() for row in IDS]
+    attend_by_text(model, padding_free)
+    assert LastScores(model)(model, BATCH, padding_free).tolist() == pytest.approx(alone, abs=1e-5)
