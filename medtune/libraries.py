@@ -26,10 +26,13 @@ def _set(mapping: MutableMapping, key: str, value: object) -> Iterator[None]:
 
 # They make 700,000 objects that all stay: the collector would look through them time and again.
 gc.disable()
-# None hides scipy, which datasketch brings: transformers 5.24 would import it for the losses of object detection.
-# bitsandbytes 0.50 compiles what stands in for kernels that CUDA and the CPU have, for which all of torch's compiler
-# would be imported. Both come with Trainer, the second by way of PEFT 0.21.
-with _set(sys.modules, "scipy", None), _set(os.environ, "TORCHDYNAMO_DISABLE", "1"):
+# transformers 5.24 looks once for scipy, which datasketch brings and None hides: Trainer would import it for the losses
+# of object detection.
+with _set(sys.modules, "scipy", None):
+    import transformers
+# Trainer brings PEFT 0.21, and that bitsandbytes 0.50, which compiles what stands in for kernels that CUDA and the CPU
+# have: for this all of torch's compiler would be imported.
+with _set(os.environ, "TORCHDYNAMO_DISABLE", "1"):
     import transformers.trainer  # noqa: F401
 gc.freeze()
 gc.enable()
