@@ -25,8 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-# Before the libraries: it keeps one of them from a misleading line.
-from medtune.errors import Unusable, UserError, run_script
+import medtune.libraries  # noqa: F401 - first: it imports the libraries in half of their time
 
 # isort: split
 import torch
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from medtune.arguments import StageArgumentParser
+from medtune.errors import Unusable, UserError, run_script
 from medtune.models.chat_models import (
     NOTICE,
     ChatModel,

@@ -22,8 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-# Before the libraries: it keeps one of them from a misleading line.
-from medtune.errors import UserError, run_script
+import medtune.libraries  # noqa: F401 - first: it imports the libraries in half of their time
 
 # isort: split
 import torch
@@ -39,6 +38,7 @@ from transformers import (
 )
 
 from medtune.arguments import StageArgumentParser
+from medtune.errors import UserError, run_script
 from medtune.models.adapters import load_with_adapter
 from medtune.models.families import check_same_family
 from medtune.models.lineage import Lineage, is_adapter, read_adapter_config, read_lineage

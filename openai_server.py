@@ -23,8 +23,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Literal
 
-# Before the libraries: it keeps one of them from a misleading line.
-from medtune.errors import UserError, run_script
+import medtune.libraries  # noqa: F401 - first: it imports the libraries in half of their time
 
 # isort: split
 import torch
@@ -39,7 +38,7 @@ from starlette.middleware.cors import CORSMiddleware
 from transformers import set_seed
 
 from medtune.arguments import StageArgumentParser
-from medtune.errors import Unusable
+from medtune.errors import Unusable, UserError, run_script
 from medtune.models.chat_models import (
     LOOPBACK,
     NOTICE,

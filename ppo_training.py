@@ -37,8 +37,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-# Before the libraries: it keeps one of them from a misleading line.
-from medtune.errors import UserError, run_script
+import medtune.libraries  # noqa: F401 - first: it imports the libraries in half of their time
 
 # isort: split
 import torch
@@ -47,6 +46,7 @@ from datasets import Dataset
 from loguru import logger
 
 from medtune.arguments import DataArguments, LoraArguments, StageArgumentParser
+from medtune.errors import UserError, run_script
 from medtune.models.lineage import base_of, check_model_path
 from medtune.models.loading import load_config, load_tokenizer, weights_fingerprint
 from medtune.models.model_folder import lineage_of

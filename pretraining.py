@@ -19,14 +19,14 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-# Before the libraries: it keeps one of them from a misleading line.
-from medtune.errors import Unusable, UserError, run_script
+import medtune.libraries  # noqa: F401 - first: it imports the libraries in half of their time
 
 # isort: split
 from datasets import IterableDataset
 from loguru import logger
 
 from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from medtune.errors import Unusable, UserError, run_script
 from medtune.models.adapters import load_for_training
 from medtune.models.lineage import check_model_path
 from medtune.models.loading import load_tokenizer

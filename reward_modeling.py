@@ -26,8 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Before the libraries: it keeps one of them from a misleading line.
-from medtune.errors import UserError, run_script
+import medtune.libraries  # noqa: F401 - first: it imports the libraries in half of their time
 
 # isort: split
 from loguru import logger
@@ -35,6 +34,7 @@ from peft import TaskType
 from transformers import PreTrainedTokenizerBase
 
 from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from medtune.errors import UserError, run_script
 from medtune.measuring.intervals import wilson_interval
 from medtune.models.adapters import load_for_training
 from medtune.models.lineage import check_model_path

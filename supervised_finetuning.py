@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-# Before the libraries: it keeps one of them from a misleading line.
-from medtune.errors import UserError, run_script
+import medtune.libraries  # noqa: F401 - first: it imports the libraries in half of their time
 
 # isort: split
 from datasets import Dataset
 from loguru import logger
 
 from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
+from medtune.errors import UserError, run_script
 from medtune.models.adapters import load_for_training
 from medtune.models.lineage import check_model_path
 from medtune.models.loading import load_tokenizer

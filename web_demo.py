@@ -17,8 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-# Before the libraries: it keeps one of them from a misleading line.
-from medtune.errors import UserError, run_script
+import medtune.libraries  # noqa: F401 - first: it imports the libraries in half of their time
 
 # isort: split
 import gradio as gr
@@ -26,7 +25,7 @@ from loguru import logger
 from transformers import set_seed
 
 from medtune.arguments import StageArgumentParser
-from medtune.errors import Unusable
+from medtune.errors import Unusable, UserError, run_script
 from medtune.models.chat_models import (
     LOOPBACK,
     NOTICE,

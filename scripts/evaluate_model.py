@@ -24,8 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# Before the libraries: it keeps one of them from a misleading line.
-from medtune.errors import UserError, run_script
+import medtune.libraries  # noqa: F401 - first: it imports the libraries in half of their time
 
 # isort: split
 import torch
@@ -35,7 +34,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from medtune.arguments import StageArgumentParser
-from medtune.errors import Unusable
+from medtune.errors import Unusable, UserError, run_script
 from medtune.measuring.figures import FIGURES, metrics_of, score
 from medtune.models.chat_models import (
     ChatModel,

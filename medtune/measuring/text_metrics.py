@@ -6,9 +6,11 @@ reads Chinese and English alike.
 
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU, CHRF
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import BLEU
 
 # ---------------------------------------------------------------- likeness to a reference
 
@@ -21,7 +23,9 @@ class _Characters:
 
 
 @functools.cache
-def _scorer() -> RougeScorer:
+def _scorer() -> "RougeScorer":
+    from rouge_score.rouge_scorer import RougeScorer  # brings nltk and scipy, which take a second
+
     return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Characters())
 
 
@@ -36,7 +40,9 @@ def rouge(reply: str, reference: str) -> dict[str, float]:
 
 
 @functools.cache
-def _bleu() -> BLEU:
+def _bleu() -> "BLEU":
+    from sacrebleu.metrics import BLEU
+
     # Chinese by characters, the rest by words; a text under four tokens is compared by the orders that it has.
     return BLEU(tokenize="zh", effective_order=True)
 
@@ -48,6 +54,8 @@ def bleu_4(reply: str, reference: str) -> float:
 
 def chrf(reply: str, reference: str) -> float:
     """F2 of character n-grams up to 6, 0 to 100 (Popovic 2015, W15-3049)."""
+    from sacrebleu.metrics import CHRF
+
     return CHRF().sentence_score(reply, [reference]).score
 
 
