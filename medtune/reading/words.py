@@ -10,7 +10,7 @@ from medtune.reading.records import Dialogue, Document, Pair, Report
 def dropped_lines(report: Report) -> list[str]:
     """One line for each reason why records were dropped, with the first examples."""
     return [
-        f"{count:,} dropped, {reason}: {'; '.join(report.examples[reason])}"
+        f"{count:,} dropped, {reason}: {'; '.join(report.examples(reason))}"
         for reason, count in report.dropped.most_common()
     ]
 

@@ -753,15 +753,28 @@ def test_utf16_is_recognized():
 # --- load and report ------------------------------------------------------------------------------
 
 
-def test_bad_records_stop_the_run_with_the_first_ten_and_the_count():
+def test_bad_records_stop_the_run_and_the_same_fault_is_one_line():
     path = write("d.jsonl", "\n".join([GOOD, *['{"question": "a", "answer": ""}'] * 11, "{", GOOD]))
     with pytest.raises(UserError) as error:
         load_dialogues([path])
+    assert str(error.value).split("\n") == [
+        "12 of 14 records are bad:",
+        "  d.jsonl:2, d.jsonl:3, d.jsonl:4 and 8 more: empty reply: turn 2 (assistant) is empty; write it or "
+        "delete the record",
+        "  d.jsonl:13: broken JSON: Expecting property name enclosed in double quotes (column 2); write one whole "
+        "record a line",
+        "fix them, or go on without them: --on_bad_data drop",
+    ]
+
+
+def test_the_first_ten_faults_hold_every_reason():
+    path = write("d.jsonl", "\n".join([GOOD, *(f'{{"question": "a", "answr{n}": ""}}' for n in range(12)), "{"]))
+    with pytest.raises(UserError) as error:
+        load_dialogues([path])
     lines = str(error.value).split("\n")
-    assert lines[0] == "12 of 14 records are bad; the first ten:"
-    assert lines[1] == "  d.jsonl:2: empty reply: turn 2 (assistant) is empty; write it or delete the record"
-    assert [line.split(": ")[0] for line in lines[1:-1]] == [f"  d.jsonl:{n}" for n in range(2, 12)]
-    assert lines[-1] == "fix them, or go on without them: --on_bad_data drop"
+    assert lines[0] == "13 of 14 records are bad; the first ten faults:"
+    places = [line.split(": ")[0].strip() for line in lines[1:-1]]
+    assert places == ["d.jsonl:2", "d.jsonl:14", *(f"d.jsonl:{n}" for n in range(3, 11))]
 
 
 def test_dropped_records_are_counted_by_reason():
@@ -769,8 +782,8 @@ def test_dropped_records_are_counted_by_reason():
     dialogues, report = load_dialogues([path], "drop")
     assert [dialogue.source for dialogue in dialogues] == ["d.jsonl:1", "d.jsonl:7"]
     assert report.summary() == "kept 2 of 7 (4 empty reply, 1 broken JSON)"
-    assert report.examples["empty reply"] == [
-        f"d.jsonl:{n}: turn 2 (assistant) is empty; write it or delete the record" for n in (2, 3, 4)
+    assert report.examples("empty reply") == [
+        "d.jsonl:2, d.jsonl:3, d.jsonl:4 and 1 more: turn 2 (assistant) is empty; write it or delete the record"
     ]
 
 
