@@ -24,6 +24,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 
 from medtune.devices import cpu_reason
 from medtune.errors import UserError
+from medtune.output_files import refuse_unwritable
 
 
 class LoadingOptions:
@@ -326,9 +327,9 @@ class StageArgumentParser(HfArgumentParser):
                 raise UserError(f"--{name} {values[name]}: give at least {least}")
         if values["max_steps"] <= 0 and values["num_train_epochs"] <= 0:
             raise UserError(f"--num_train_epochs {values['num_train_epochs']}: give more than 0, or --max_steps")
-        for name in ("output_dir", "cache_dir"):
-            if values.get(name) and (blocking_file := _file_in_the_way(Path(values[name]))):
-                raise UserError(f"--{name} {values[name]}: {blocking_file} is a file; name a folder")
+        for name, default in (("output_dir", ""), ("cache_dir", "cache"), ("logging_dir", "")):
+            if folder := values.get(name) or default:
+                refuse_unwritable(Path(folder), f"--{name}")
         if values["resume_from_checkpoint"] is not None:
             values["resume_from_checkpoint"] = _flag_or_path(values["resume_from_checkpoint"])
         if "eval_strategy" not in given and values["do_eval"] and values["eval_steps"] is not None:
@@ -469,11 +470,6 @@ def _zero_stage(config_file: str) -> int:
                 "--lr_scheduler_type) without a word; take it out"
             )
     return stage
-
-
-def _file_in_the_way(folder: Path) -> Path | None:
-    """The file that stands where this folder or one above it would be."""
-    return next((path for path in (folder, *folder.parents) if path.is_file()), None)
 
 
 def _flag_or_path(text: str) -> str | bool | None:

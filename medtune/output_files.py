@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TextIO
 
 from medtune.errors import UserError
@@ -84,6 +85,32 @@ def new_folder(path: Path, flag: str, overwrite: bool | None) -> Iterator[Path]:
             partial.replace(place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_unwritable(folder: Path, flag: str) -> None:
+    """Raise UserError, naming `flag`, where the folder, or the one it would be made in, takes no files.
+
+    It is tried, since to root every folder seems writable, one of /proc too.
+    """
+    try:
+        link = next((path for path in (folder, *folder.absolute().parents) if path.is_symlink()), folder)
+        if link.is_symlink() and not link.exists():
+            raise UserError(f"{flag} {folder}: {link} is a link that leads nowhere; name another folder")
+        existing = existing_part(folder)
+        if existing.is_file():
+            raise UserError(f"{flag} {folder}: {existing} is a file; name a folder")
+        with TemporaryDirectory(prefix=".", dir=existing) as tried:
+            Path(tried, "file").touch()
+    except OSError as error:
+        raise UserError(
+            f"{flag} {folder}: cannot be made or written to ({error.strerror}); name another folder"
+        ) from None
+
+
+def existing_part(folder: Path) -> Path:
+    """The folder, or the one above it that is there."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def refuse_same(input_files: Iterable[Path], output: Path, flag: str) -> None:

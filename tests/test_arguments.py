@@ -381,6 +381,10 @@ def test_without_cuda_everything_is_float32_on_the_cpu_and_said(monkeypatch):
         ("--seed -1", "--seed -1: give at least 0"),
         ("--load_best_model_at_end", "requires the save and eval strategy to match"),
         ("--report_to tensorbord", "--report_to tensorbord: not known; known are "),
+        *(
+            (f"--{name} /proc/x", f"--{name} /proc/x: cannot be made or written to (No such file or directory)")
+            for name in ("output_dir", "cache_dir", "logging_dir")
+        ),
         ("--do_train False", "neither --do_train nor --do_eval is given"),
     ],
 )
