@@ -36,7 +36,7 @@ def new_text_file(path: Path, flag: str, overwrite: bool | None, keep_partial: b
     place, partial = _place_and_partial(path)
     if keep_partial:
         partial = place.with_name(f"{place.name}.partial")
-    with _explained(path, flag):
+    with _explained(path, partial, flag):
         if place.is_dir():
             raise UserError(f"{flag} {path}: a folder; name the file to write")
         if place.exists() and overwrite is None:
@@ -64,7 +64,7 @@ def new_folder(path: Path, flag: str, overwrite: bool | None) -> Iterator[Path]:
         only a folder made by `new_folder` is replaced.
     """
     place, partial = _place_and_partial(path)
-    with _explained(path, flag):
+    with _explained(path, partial, flag):
         if overwrite is None and place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(f"{flag} {path}: it holds something already; name a new folder")
         if place.exists() and not place.is_dir():
@@ -146,12 +146,11 @@ _REFUSALS = {
 
 
 @contextmanager
-def _explained(path: Path, flag: str) -> Iterator[None]:
+def _explained(path: Path, partial: Path, flag: str) -> Iterator[None]:
     """Turn an OSError of the output into one line; errors of other files are raised unchanged."""
     try:
         yield
     except OSError as error:
-        _, partial = _place_and_partial(path)
         # A write that fails names no file.
         about = Path(error.filename) if error.filename is not None else partial
         concerns_output = partial.is_relative_to(about) or about.is_relative_to(partial)

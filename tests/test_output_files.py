@@ -98,6 +98,11 @@ class TestTextFile:
         for path in (tmp_path / "file/train.jsonl", tmp_path / ("long" * 70), Path("/proc/train.jsonl")):
             with pytest.raises(UserError, match=r"^--output .*: cannot be written \(.*\)$"):
                 write(path, "text")
+            with (
+                pytest.raises(UserError, match=r"^--output .*: cannot be written \(.*\)$"),
+                new_text_file(path, "--output", overwrite=None, keep_partial=True),
+            ):
+                pass
 
     def test_a_full_disk_is_one_line_and_leaves_nothing(self, tmp_path):
         with (
