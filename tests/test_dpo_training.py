@@ -745,7 +745,7 @@ def test_resume_gives_the_losses_of_an_uninterrupted_run(flags, feedback, tmp_pa
     (tmp_path / "out/loss.png").unlink()
     resumed = {"resume_from_checkpoint": tmp_path / "out/checkpoint-2"} | options
     with pytest.raises(
-        UserError, match=r"^--model_name_or_path .*: the run of .* started from .*, which is its reference"
+        UserError, match=rf"^the run in .*/out started from .*sft.* and not from {tiny_model_dir}; give that; train"
     ):
         dpo_training.main(flags(model_name_or_path=tiny_model_dir, **resumed))
     dpo_training.main(flags(**resumed))
