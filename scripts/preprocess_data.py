@@ -1,6 +1,7 @@
 """Clean records, remove copies and near copies, and split the rest for training and validation.
 
-Reads dialogues, preference pairs or pretraining text in every form that the stages read, and writes the guide's:
+Reads dialogues, preference pairs, labelled replies or pretraining text in every form that the stages read, and writes
+the guide's:
 
     python scripts/preprocess_data.py --input_dir data/finetune --output_dir data/finetune_processed
 
@@ -41,7 +42,7 @@ from medtune.reading.guide_form import guide_line
 from medtune.reading.keys import Reading
 from medtune.reading.kinds import READERS, Kind, find_kind, is_plain_text
 from medtune.reading.near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Groups, bare_text
-from medtune.reading.records import BadRecord, Document, Pair, Report
+from medtune.reading.records import BadRecord, Document, Feedback, Pair, Report
 from medtune.reading.token_flags import add_token_flags, lengths_at, settle_token_flags
 from medtune.reading.words import dropped_lines, question_of, unread_lines, words_of
 
@@ -73,7 +74,7 @@ def load_encoder(args: argparse.Namespace, kind: Kind) -> "Encoder":
 def token_length(record: Record, encoder: "Encoder", args: argparse.Namespace) -> int:
     """Tokens of a record. Raises Unusable if the stage would refuse it, drop it or cut a reply."""
     row = encoder(record)
-    if isinstance(record, Pair):
+    if isinstance(record, Pair | Feedback):
         prompt = len(row["prompt_ids"])
         for length, name in ((prompt, "max_source_length"), (row["length"] - prompt, "max_target_length")):
             if length > getattr(args, name):
@@ -150,6 +151,7 @@ def keep_distinct(
 ) -> Counter[int]:
     """Keep each record that is not a copy or near copy of a kept one; returns the lengths."""
     distinct, lengths = Distinct(threshold), Counter()
+    firsts: dict[str, dict[int, str]] = {"duplicate": {}, "near duplicate": {}}
     while batch := list(islice(records, BATCH)):
         lines = [line_of(record, is_text) for record, _ in batch]
         matches = distinct.keep([words_of(record) for record, _ in batch], exact=lines)
@@ -160,7 +162,9 @@ def keep_distinct(
             else:
                 reason = "duplicate" if match.is_copy else "near duplicate"
                 # Each look-up reads a file; the report shows three of a kind.
-                first = kept_records.source(match.number) if report.dropped[reason] < 3 else ""
+                if match.number not in firsts[reason] and len(firsts[reason]) < 3:
+                    firsts[reason][match.number] = kept_records.source(match.number)
+                first = firsts[reason].get(match.number, "another")
                 detail = f"the same as {first}" if match.is_copy else f"{match.share:.0%} like {first}"
                 report.drop(BadRecord(record.source, reason, detail))
     kept_records.flush()
@@ -282,6 +286,7 @@ def fill_cache(args: argparse.Namespace, encoder: "Encoder", parts: dict[str, Pa
 STAGES = {
     "dialogues": ("supervised_finetuning.py", ("template_name", "model_max_length", "truncation", "train_on_inputs")),
     "pairs": ("dpo_training.py", ("template_name", "max_source_length", "max_target_length")),
+    "replies": ("dpo_training.py --loss_type kto", ("template_name", "max_source_length", "max_target_length")),
     "documents": ("pretraining.py", ()),
 }
 
@@ -393,7 +398,7 @@ def nothing_kept(args: argparse.Namespace, report: Report) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, clean, deduplicate, split, write, fill the cache, and print a summary."""
     args = parse_args(argv)
-    kind, files, unread = find_kind(args.input_dir, "--input_dir")
+    kind, files, unread = find_kind(args.input_dir, "--input_dir", args.ignore_keys)
     notes = settle_token_flags(args, kind)
     reading = Reading(args.ignore_keys)
     check_places(args, files)

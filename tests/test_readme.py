@@ -12,8 +12,6 @@ import pytest
 from test_launchers import GUIDE, edit_block, known_flags, launch, pairs, parser_of
 
 from medtune.arguments import (
-    FIXED_FLAGS,
-    RENAMED,
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -22,6 +20,7 @@ from medtune.arguments import (
 )
 from medtune.errors import UserError
 from medtune.models.adapters import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK
+from medtune.old_flags import FIXED_FLAGS, RENAMED
 from medtune.reading.finding import RECORD_ENDINGS
 from medtune.reading.record_sets import load_dialogues
 from medtune.training.checkpoints import MANIFEST

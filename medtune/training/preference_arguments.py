@@ -10,6 +10,11 @@ DPO_LOSSES = ("sigmoid", "hinge", "ipo", "robust", "sft")
 REFERENCE_FREE = ("orpo", "simpo")
 UNPAIRED = ("kto",)
 SMOOTHED = ("robust", "simpo")
+# Of older versions and of TRL.
+REMOVED_LOSSES = (
+    *("exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop"),
+    "sigmoid_norm",
+)
 
 
 @dataclass
@@ -100,6 +105,8 @@ class PreferenceConfig(StageTrainingArguments):
         losses, known = self.loss_type, (*DPO_LOSSES, *REFERENCE_FREE, *UNPAIRED)
         listed = " ".join(losses)
         for name in losses:
+            if name in REMOVED_LOSSES:
+                raise UserError(f"--loss_type {name}: was removed; take sigmoid, or another of {', '.join(known)}")
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"

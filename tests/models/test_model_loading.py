@@ -787,7 +787,8 @@ def test_bitsandbytes_is_left_alone_on_a_gpu(monkeypatch, base):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(loading, "_keep_bitsandbytes_weights_plain", lambda: pytest.fail("patched"))
     monkeypatch.setattr(loading, "placement", lambda *args: None)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: kwargs)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: (kwargs, None))
+    monkeypatch.setattr(loading, "check_loaded", lambda *args: None)
     kwargs = load_base_model(base, load_in_4bit=True)
     assert kwargs["quantization_config"].load_in_4bit
     assert kwargs["quantization_config"].bnb_4bit_compute_dtype == torch.bfloat16

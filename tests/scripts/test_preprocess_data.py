@@ -531,3 +531,24 @@ def test_the_question_of_a_record_is_more_than_a_greeting():
     assert question_of(Dialogue(turns, None, "")) == "你好！\n感冒了怎么办？"
     assert question_of(Pair(turns[3:4], "a", "b", None, "")) == "感冒了怎么办？"
     assert question_of(Document("全文", "")) == "全文"
+
+
+# ---------------------------------------------------------------- labelled replies
+
+
+def test_labelled_replies_keep_their_labels(preprocess, write_jsonl, tmp_path):
+    records = random_dialogues(20)
+    key = ("label", "kto_tag")
+    marked = [record | {key[number % 2]: number % 3 == 0} for number, record in enumerate(records)]
+    marked[4]["conversations"][1]["value"] += "<br>"
+    write_jsonl("in/a.jsonl", [*marked, marked[0], records[0]])
+    out, report = preprocess(validation_size=4)
+    assert report["kind"] == "replies"
+    assert report["dropped"] == {"duplicate": 1, "no label": 1}
+    written = {part: read_lines(tmp_path / f"out/{part}/replies.jsonl") for part in ("train", "validation")}
+    assert [len(lines) for lines in written.values()] == [16, 4]
+    expected = [{"conversations": record["conversations"], "label": n % 3 == 0} for n, record in enumerate(records)]
+    expected[4]["conversations"][1]["value"] = expected[4]["conversations"][1]["value"].removesuffix("<br>")
+    by_text = {json.dumps(record) for record in expected}
+    assert {json.dumps(record) for lines in written.values() for record in lines} == by_text
+    assert "next: python dpo_training.py --loss_type kto --train_file_dir " in out
