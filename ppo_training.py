@@ -15,11 +15,7 @@ score and of the KL from the start (Ziegler et al. 2019, https://arxiv.org/abs/1
         for each of --num_ppo_epochs, for each minibatch:
             a step on the clipped policy loss and the clipped value loss
 
-    role       weights                                                       trained
-    policy     base + adapter "default": the SFT adapter continued           yes
-    reference  base + adapter "reference": a copy of that start              no
-    reward     base + adapter "reward" + score head, or a model of its own   no
-    value      base + adapter "value" + head: starts as the reward model     yes
+Policy, reference, reward and value model are adapters on one base; medtune/rl/roles.py says which is trained.
 
     CUDA_VISIBLE_DEVICES=0 python ppo_training.py --sft_model_path outputs-sft-.../checkpoint-best \\
         --reward_model_path outputs-rm-.../checkpoint-best ...

@@ -610,7 +610,7 @@ def test_no_second_run_may_write_in_the_folder(flags, tmp_path, monkeypatch):
         ({"save_steps": 0}, r"^--save_steps 0: give a number of updates of at least 1"),
         (
             {"per_device_eval_batch_size": 2},
-            r"^--per_device_eval_batch_size is not a flag of this stage, which has no use for it; leave",
+            r"^--per_device_eval_batch_size is not a flag of this stage, which has no use",
         ),
         ({"save_strategy": "epoch"}, r"^--save_strategy: invalid choice: 'epoch' \(choose from"),
         ({"optim": "adamm"}, r"adamm is not a valid OptimizerNames"),

@@ -1,5 +1,6 @@
-"""What a model folder holds (a base, or an adapter on one), and where its weights came from.
+"""From what a model's weights came: its base, and the record that each stage leaves (`lineage.json`).
 
+Answers before anything loads: is a path an adapter, on which base, is it complete, and did a run start from it.
 Adapter lineage: a path that holds `adapter_config.json` stands for its base model plus that adapter. Training
 continues the adapter itself, so what a stage writes is always relative to the original base and holds all that
 came before. `lineage.json` in the adapter's folder records base, parent, stage, template and data.

@@ -1,6 +1,7 @@
-"""Describe a model folder: base, adapter, tokenizer, template, context; a language model or a reward model.
+"""How a trained model is asked: its tokenizer, the template of its training, its context, and whether it scores.
 
-Everything that uses a trained model starts here, so that its prompts are those of training.
+Everything that uses a trained model starts here, so that its prompts are those of training; `lineage_of` makes the
+record that training leaves for it.
 """
 
 import sys

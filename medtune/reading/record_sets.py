@@ -93,5 +93,4 @@ def load_records(
 
 load_dialogues = partial(load_records, read_dialogues)
 load_prompts = partial(load_records, read_prompts)
-load_pairs = partial(load_records, read_pairs)
 load_documents = partial(load_records, read_documents)

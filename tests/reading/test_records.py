@@ -21,7 +21,7 @@ from medtune.reading.cache import open_cache
 from medtune.reading.files import read_raw
 from medtune.reading.finding import content_fingerprint, find_files
 from medtune.reading.holdout import split_holdout, take_samples
-from medtune.reading.record_sets import load_dialogues, load_pairs, read_dialogues
+from medtune.reading.record_sets import load_dialogues, load_records, read_dialogues, read_pairs
 from medtune.reading.records import BadRecord, Dialogue, Report
 from medtune.reading.turns import ROLES
 
@@ -200,20 +200,22 @@ PAIR_FORMS = [as_guide_pair, as_sharegpt_pair, as_trl_texts, as_trl_messages, as
 @pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.parquet"])
 def test_every_form_of_pairs_in_every_file_reads_to_the_same_pairs(form, name):
     records = [form(*pair[:3]) | ({} if pair[3] is None else {"margin": pair[3]}) for pair in PAIRS]
-    pairs, report = load_pairs([write_records(name, records)])
+    pairs, report = load_records(read_pairs, [write_records(name, records)])
     assert [(pair.messages, pair.chosen, pair.rejected, pair.margin) for pair in pairs] == PAIRS
     assert report == Report(read=2)
 
 
 def test_a_reply_that_is_json_stays_words():
     record = as_guide_pair(PAIRS[0][0], '{"dose": "none"}', '[{"dose": 2}]')
-    pairs, _ = load_pairs([write_records("d.csv", [record])])
+    pairs, _ = load_records(read_pairs, [write_records("d.csv", [record])])
     assert (pairs[0].chosen, pairs[0].rejected) == ('{"dose": "none"}', '[{"dose": 2}]')
 
 
 def test_the_difference_of_two_scores_is_a_margin():
     record = as_guide_pair(*PAIRS[0][:3])
-    pairs, _ = load_pairs([write_records("d.jsonl", [record | {"score_chosen": 4, "score_rejected": 1.5}])])
+    pairs, _ = load_records(
+        read_pairs, [write_records("d.jsonl", [record | {"score_chosen": 4, "score_rejected": 1.5}])]
+    )
     assert pairs[0].margin == 2.5
 
 
@@ -233,7 +235,7 @@ def test_a_bad_pair_is_named_with_its_place(change, reason):
     if "histroy" in change:
         del record["history"]
     with pytest.raises(UserError) as refused:
-        load_pairs([write_records("d.jsonl", [record, record | change])])
+        load_records(read_pairs, [write_records("d.jsonl", [record, record | change])])
     assert "d.jsonl:2: " in str(refused.value)
     assert reason in str(refused.value)
 

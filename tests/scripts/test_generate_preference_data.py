@@ -14,7 +14,7 @@ from generate_preference_data import FAILURES, VAGUE, Answers, draw_prompts, lik
 
 from medtune.errors import UserError
 from medtune.models.loading import load_tokenizer
-from medtune.reading.record_sets import load_pairs
+from medtune.reading.record_sets import load_records, read_pairs
 from medtune.reading.records import Pair
 
 
@@ -52,7 +52,7 @@ def generate(records: list[dict], *flags: str) -> list[Pair]:
     """The pairs that are written, as a stage reads them."""
     main(["--sft_data", write(records), "--output_file", "out/pairs.jsonl", *flags])
     assert [file.name for file in Path("out").iterdir()] == ["pairs.jsonl"]
-    pairs, report = load_pairs([Path("out/pairs.jsonl")])
+    pairs, report = load_records(read_pairs, [Path("out/pairs.jsonl")])
     assert report.dropped == {}
     return pairs
 

@@ -12,7 +12,7 @@ import pytest
 
 import supervised_finetuning
 from medtune.errors import UserError
-from medtune.reading.record_sets import load_dialogues, load_documents, load_pairs
+from medtune.reading.record_sets import load_dialogues, load_documents, load_records, read_pairs
 from medtune.reading.records import Dialogue, Document, Pair
 from medtune.reading.words import question_of, words_of
 
@@ -183,8 +183,8 @@ def test_pairs(preprocess, write_jsonl, tmp_path):
     assert report["kind"] == "pairs"
     assert report["dropped"] == {"same replies after cleaning": 1}
     assert "next: python dpo_training.py" in out
-    train, _ = load_pairs([tmp_path / "out/train/pairs.jsonl"])
-    held_out, _ = load_pairs([tmp_path / "out/validation/pairs.jsonl"])
+    train, _ = load_records(read_pairs, [tmp_path / "out/train/pairs.jsonl"])
+    held_out, _ = load_records(read_pairs, [tmp_path / "out/validation/pairs.jsonl"])
     assert (len(train), len(held_out)) == (18, 2)
     (last,) = [line for path in tmp_path.glob("out/*/*.jsonl") for line in read_lines(path) if line["system"]]
     assert last == {
