@@ -22,9 +22,11 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -149,22 +151,34 @@ def keep_distinct(
     kept_records: KeptRecords,
     report: Report,
 ) -> Counter[int]:
-    """Keep each record that is not a copy or near copy of a kept one; returns the lengths."""
-    distinct, lengths = Distinct(threshold), Counter()
+    """Keep each record that is not a copy or near copy of a kept one; returns the lengths.
+
+    Good and bad replies are compared apart, since a small difference may be what makes a reply bad.
+    """
+    distinct, lengths = defaultdict(partial(Distinct, threshold)), Counter()
+    numbers: dict[bool | None, array] = defaultdict(partial(array, "q"))  # of a label's kept records, among all kept
     firsts: dict[str, dict[int, str]] = {"duplicate": {}, "near duplicate": {}}
     while batch := list(islice(records, BATCH)):
         lines = [line_of(record, is_text) for record, _ in batch]
-        matches = distinct.keep([words_of(record) for record, _ in batch], exact=lines)
-        for (record, length), line, match in zip(batch, lines, matches, strict=True):
+        labels = [getattr(record, "is_desirable", None) for record, _ in batch]
+        matches = {}
+        for label in set(labels):
+            members = [index for index, other in enumerate(labels) if other == label]
+            texts = [words_of(batch[index][0]) for index in members]
+            found = distinct[label].keep(texts, exact=[lines[index] for index in members])
+            matches |= dict(zip(members, found, strict=True))
+        for index, (record, length) in enumerate(batch):
+            match, of_label = matches[index], numbers[labels[index]]
             if match is None:
-                kept_records.add(line, record.source)
+                of_label.append(len(kept_records))
+                kept_records.add(lines[index], record.source)
                 lengths[length] += 1
             else:
-                reason = "duplicate" if match.is_copy else "near duplicate"
+                reason, number = "duplicate" if match.is_copy else "near duplicate", of_label[match.number]
                 # Each look-up reads a file; the report shows three of a kind.
-                if match.number not in firsts[reason] and len(firsts[reason]) < 3:
-                    firsts[reason][match.number] = kept_records.source(match.number)
-                first = firsts[reason].get(match.number, "another")
+                if number not in firsts[reason] and len(firsts[reason]) < 3:
+                    firsts[reason][number] = kept_records.source(number)
+                first = firsts[reason].get(number, "another")
                 detail = f"the same as {first}" if match.is_copy else f"{match.share:.0%} like {first}"
                 report.drop(BadRecord(record.source, reason, detail))
     kept_records.flush()

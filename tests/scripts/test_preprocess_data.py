@@ -541,13 +541,17 @@ def test_labelled_replies_keep_their_labels(preprocess, write_jsonl, tmp_path):
     key = ("label", "kto_tag")
     marked = [record | {key[number % 2]: number % 3 == 0} for number, record in enumerate(records)]
     marked[4]["conversations"][1]["value"] += "<br>"
-    write_jsonl("in/a.jsonl", [*marked, marked[0], records[0]])
+    good = dialogue("咳嗽三天了怎么办？", random_text(random.Random(1), 80), label=True)
+    bad = dialogue("咳嗽三天了怎么办？", random_text(random.Random(1), 80) + "不必就医。", label=False)
+    write_jsonl("in/a.jsonl", [*marked, marked[0], records[0], good, bad, bad | {"kto_tag": False}])
     out, report = preprocess(validation_size=4)
     assert report["kind"] == "replies"
-    assert report["dropped"] == {"duplicate": 1, "no label": 1}
+    assert report["dropped"] == {"duplicate": 2, "no label": 1}
+    assert report["examples"]["duplicate"][1].endswith("a.jsonl:25: the same as " + str(tmp_path / "in/a.jsonl:24"))
     written = {part: read_lines(tmp_path / f"out/{part}/replies.jsonl") for part in ("train", "validation")}
-    assert [len(lines) for lines in written.values()] == [16, 4]
+    assert [len(lines) for lines in written.values()] == [18, 4]
     expected = [{"conversations": record["conversations"], "label": n % 3 == 0} for n, record in enumerate(records)]
+    expected += [good, bad]
     expected[4]["conversations"][1]["value"] = expected[4]["conversations"][1]["value"].removesuffix("<br>")
     by_text = {json.dumps(record) for record in expected}
     assert {json.dumps(record) for lines in written.values() for record in lines} == by_text
