@@ -15,9 +15,7 @@ and kto_trainer.py. The reference is what the run starts from.
 Launcher: run_dpo.sh.
 """
 
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,11 +28,11 @@ from loguru import logger
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
-from medtune.errors import UserError, run_script
+from medtune.errors import run_script
 from medtune.measuring.text_metrics import repetition_rate
 from medtune.models.adapters import load_for_training
 from medtune.models.generation import Decoding, generate_replies
-from medtune.models.lineage import base_of, check_model_path, is_adapter, read_lineage
+from medtune.models.lineage import base_of, check_model_path, is_adapter
 from medtune.models.loading import load_base_model, load_tokenizer
 from medtune.models.lora_layers import describe_trainable
 from medtune.models.model_folder import lineage_of
@@ -47,9 +45,9 @@ from medtune.training.batches import FeedbackCollator, PairCollator
 from medtune.training.checkpoints import BEST
 from medtune.training.kto_trainer import KTOTrainer
 from medtune.training.log import log_facts
-from medtune.training.preference_arguments import PreferenceConfig
+from medtune.training.preference_arguments import PairArguments, PreferenceConfig
 from medtune.training.preference_trainer import PreferenceTrainer
-from medtune.training.run import finish_run, is_finished, start_run, train
+from medtune.training.run import finish_run, inference_command, is_finished, start_run, train
 from template import ChatTemplate
 
 N_SAMPLES = 8
@@ -62,28 +60,6 @@ TOO_MANY_REPEATING = 2
 N_FALLS = 3
 TOO_DEEP_A_FALL = 0.05
 
-# ---------------------------------------------------------------- arguments
-
-
-@dataclass
-class DPOArguments:
-    template_name: str | None = field(
-        default=None, metadata={"help": "Named prompt template of template.py instead of the tokenizer's own."}
-    )
-    max_source_length: int = field(
-        default=1024,
-        metadata={"help": "Longest prompt in tokens; a longer one loses its oldest exchanges, then its start."},
-    )
-    max_target_length: int = field(
-        default=512, metadata={"help": "Longest reply in tokens; a longer one is cut and gets no end token."}
-    )
-
-    def __post_init__(self):
-        for name in ("max_source_length", "max_target_length"):
-            if getattr(self, name) < 8:
-                raise UserError(f"--{name} {getattr(self, name)}: too little to compare; give a number of tokens")
-
-
 # ---------------------------------------------------------------- policy and reference
 
 
@@ -94,19 +70,6 @@ def name_reference(path: str, use_peft: bool, training_args: PreferenceConfig) -
     if is_adapter(path):
         return f"a frozen copy of the adapter {path} on {base_of(path)}"
     return f"the base model {path} without the new adapter" if use_peft else f"a frozen second copy of {path}"
-
-
-def check_same_start(checkpoint: str | None, path: str) -> None:
-    """Refuse to resume with another model, which would silently become the reference."""
-    lineage = read_lineage(checkpoint) if checkpoint else None
-    if lineage is None:
-        return
-    start = lineage.parent or lineage.base_model
-    if start != path and Path(start).resolve() != Path(path).resolve():
-        raise UserError(
-            f"--model_name_or_path {path}: the run of {checkpoint} started from {start}, which is its reference; give "
-            "that, or start again (--resume_from_checkpoint False --overwrite_output_dir True)"
-        )
 
 
 # ---------------------------------------------------------------- what the policy says while it learns
@@ -210,19 +173,18 @@ def log_first(tokenizer: PreTrainedTokenizerBase, row: dict) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ arguments
     parser = StageArgumentParser(
-        [ModelArguments, DataArguments, LoraArguments, RunArguments, DPOArguments, PreferenceConfig]
+        [ModelArguments, DataArguments, LoraArguments, RunArguments, PairArguments, PreferenceConfig]
     )
-    model_args, data_args, lora_args, run_args, dpo_args, training_args = parser.parse(argv)
+    model_args, data_args, lora_args, run_args, pair_args, training_args = parser.parse(argv)
     check_model_path(model_args.model_name_or_path, "--model_name_or_path", model_args.allow_pickle_weights)
 
     # ------------------------------------------------------------ run
     checkpoint = start_run("direct preference optimization", training_args, run_args, parser.notes)
-    check_same_start(checkpoint, model_args.model_name_or_path)
 
     # ------------------------------------------------------------ tokenizer and template
     path = model_args.model_name_or_path
     tokenizer = load_tokenizer(path, model_args.tokenizer_name_or_path, **model_args.hub_options)
-    chat_template = load_chat_template(tokenizer, dpo_args.template_name)
+    chat_template = load_chat_template(tokenizer, pair_args.template_name)
 
     # ------------------------------------------------------------ data
     read_records, encoder_class, collator_class, trainer_class = (
@@ -238,22 +200,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             FeedbackCollator,
             KTOTrainer,
         )
-    encoder = encoder_class(tokenizer, chat_template, dpo_args.max_source_length, dpo_args.max_target_length)
+    encoder = encoder_class(tokenizer, chat_template, pair_args.max_source_length, pair_args.max_target_length)
     data = prepare_data(read_records, encoder, data_args, training_args, model_args.cache_dir)
+
+    # ------------------------------------------------------------ what a resumed run goes on with
+    template = pair_args.template_name
+    lineage = lineage_of(model_args, data_args, stage="dpo", template=template, flags=parser.given)
+    if is_finished(training_args, data.train, lineage, checkpoint):
+        return {}
 
     # ------------------------------------------------------------ model
     model = load_for_training(path, **vars(lora_args), **model_args.loading_options)
     check_vocabulary(tokenizer, model)
     warn_of_dead_tokens(model, tokenizer, *turn_token_ids(tokenizer, chat_template))
-    template = dpo_args.template_name
-    lineage = lineage_of(model.config, model_args, data_args, stage="dpo", template=template, flags=parser.given)
     reference = name_reference(path, lora_args.use_peft, training_args)
     ref_model = None
     if training_args.has_reference and not lora_args.use_peft and not training_args.precompute_ref_log_probs:
         ref_model = load_base_model(lineage.base_model, **model_args.loading_options).requires_grad_(False)
 
     # ------------------------------------------------------------ train
-    max_new_tokens = dpo_args.max_target_length
+    max_new_tokens = pair_args.max_target_length
     trainer = trainer_class(
         model=model,
         args=training_args,
@@ -273,14 +239,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     facts |= describe_loss(training_args, lora_args) | {"template": template or "the tokenizer's own"} | data.facts
     log_facts(trainer, facts)
     log_first(tokenizer, data.train[0])
-    if training_args.do_train and is_finished(trainer, lineage, checkpoint):
-        return {}
     keeper = train(trainer, lineage, checkpoint, run_args)
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)
-    flags = f"--base_model {lineage.base_model} --lora_model {best}" if lora_args.use_peft else f"--base_model {best}"
-    return finish_run(trainer, keeper, next_command=f"{Path(sys.executable).name} inference.py {flags}")
+    return finish_run(trainer, keeper, inference_command(lineage, best, lora_args.use_peft))
 
 
 if __name__ == "__main__":

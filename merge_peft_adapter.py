@@ -45,7 +45,7 @@ from medtune.models.lineage import Lineage, is_adapter, read_adapter_config, rea
 from medtune.models.loading import load_base_model, weights_fingerprint
 from medtune.models.model_folder import describe_folder
 from medtune.models.vocabulary import check_vocabulary
-from medtune.output_files import new_folder
+from medtune.output_files import new_folder, refuse_unwritable
 from medtune.reading.encoding import encode_prompt, stop_token_ids
 from medtune.training.log import start_log
 from template import ChatTemplate
@@ -308,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if read_lineage(output_dir) == lineage:
         logger.info(f"{output_dir} holds this model already, merged by the same flags: nothing to do")
         return
+    refuse_unwritable(output_dir, "--output_dir")
     n_bytes = weight_bytes(folder.config, load_options["model_class"], merge_args)
     check_room(output_dir, n_bytes)
     stop_ids = stop_token_ids(tokenizer, chat_template) if chat_template else [tokenizer.eos_token_id]

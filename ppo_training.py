@@ -15,11 +15,7 @@ score and of the KL from the start (Ziegler et al. 2019, https://arxiv.org/abs/1
         for each of --num_ppo_epochs, for each minibatch:
             a step on the clipped policy loss and the clipped value loss
 
-    role       weights                                                       trained
-    policy     base + adapter "default": the SFT adapter continued           yes
-    reference  base + adapter "reference": a copy of that start              no
-    reward     base + adapter "reward" + score head, or a model of its own   no
-    value      base + adapter "value" + head: starts as the reward model     yes
+Policy, reference, reward and value model are adapters on one base; medtune/rl/roles.py says which is trained.
 
     CUDA_VISIBLE_DEVICES=0 python ppo_training.py --sft_model_path outputs-sft-.../checkpoint-best \\
         --reward_model_path outputs-rm-.../checkpoint-best ...
@@ -30,12 +26,10 @@ Launcher: run_ppo.sh.
 
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import medtune.libraries  # noqa: F401 - first: it imports the libraries in half of their time
 
@@ -47,8 +41,8 @@ from loguru import logger
 
 from medtune.arguments import DataArguments, LoraArguments, StageArgumentParser
 from medtune.errors import UserError, run_script
-from medtune.models.lineage import base_of, check_model_path
-from medtune.models.loading import load_config, load_tokenizer, weights_fingerprint
+from medtune.models.lineage import check_model_path
+from medtune.models.loading import load_tokenizer, weights_fingerprint
 from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoders import PromptEncoder
@@ -91,7 +85,7 @@ from medtune.rl.run import (
 from medtune.training.checkpoints import BEST
 from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
-from medtune.training.run import start_run
+from medtune.training.run import inference_command, start_run
 
 # Held-out prompts without --max_eval_samples: a greedy reply to each is written at every evaluation.
 EVAL_PROMPTS = 100
@@ -354,9 +348,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     n_updates = count_updates(n_prompts, per_update, ppo_args.total_episodes, training_args)
 
     # ------------------------------------------------------------ what a resumed run goes on with
-    config = load_config(base_of(sft), flag="--sft_model_path", **hub_options)
-    template = ppo_args.template_name
-    lineage = lineage_of(config, model_args, data_args, stage="ppo", template=template, flags=parser.given)
+    record = {"stage": "ppo", "template": ppo_args.template_name, "flags": parser.given, "flag": "--sft_model_path"}
+    lineage = lineage_of(model_args, data_args, **record)
     reward_weights = weights_fingerprint(rm, flag="--reward_model_path", **hub_options)
     settings = fixed_settings(model_args, ppo_args, training_args, reward_weights, per_update, n_prompts)
     state = resumed_state(checkpoint, settings) if checkpoint else State(settings, kl_coef=ppo_args.kl_coef)
@@ -386,8 +379,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     train_ppo(run, data.train, eval_rows, ppo_args, sampling, reward_texts)
 
     # ------------------------------------------------------------ save and evaluate
-    flags = f"--base_model {lineage.base_model} --lora_model {run.output_dir / BEST}"
-    return run.finish(next_command=f"{Path(sys.executable).name} inference.py {flags}")
+    return run.finish(next_command=inference_command(lineage, run.output_dir / BEST, use_peft=True))
 
 
 if __name__ == "__main__":

@@ -179,10 +179,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     first = next(iter(data.train))
     example = mark_learned(tokenizer, first["input_ids"][:EXAMPLE_TOKENS], first["labels"][:EXAMPLE_TOKENS])
 
+    # ------------------------------------------------------------ what a resumed run goes on with
+    lineage = lineage_of(model_args, data_args, stage="pt", flags=parser.given)
+    if is_finished(training_args, data.train, lineage, checkpoint):
+        return {}
+
     # ------------------------------------------------------------ model
     model = load_for_training(path, **vars(lora_args), **model_args.loading_options)
     check_vocabulary(tokenizer, model)
-    lineage = lineage_of(model.config, model_args, data_args, stage="pt", flags=parser.given)
 
     # ------------------------------------------------------------ train
     alone = TextsOfRow(
@@ -203,8 +207,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         facts["a document sees"] = "the ones before it in its block"
     log_facts(trainer, facts)
     logger.info(f"the first block begins, learned tokens between « and »:\n{example}")
-    if training_args.do_train and is_finished(trainer, lineage, checkpoint):
-        return {}
     keeper = train(trainer, lineage, checkpoint, run_args)
 
     # ------------------------------------------------------------ save and evaluate

@@ -23,7 +23,6 @@ Launcher: run_rm.sh.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import medtune.libraries  # noqa: F401 - first: it imports the libraries in half of their time
@@ -50,31 +49,10 @@ from medtune.reading.rows import prepare_data
 from medtune.training.batches import PairCollator
 from medtune.training.checkpoints import BEST
 from medtune.training.log import log_facts
+from medtune.training.preference_arguments import PairArguments
 from medtune.training.reward_trainer import RewardTrainer, RMTrainingArguments
 from medtune.training.run import finish_run, is_finished, start_run, train
 from template import ChatTemplate
-
-# ---------------------------------------------------------------- arguments
-
-
-@dataclass
-class RMArguments:
-    template_name: str | None = field(
-        default=None, metadata={"help": "Named prompt template of template.py instead of the tokenizer's own."}
-    )
-    max_source_length: int = field(
-        default=1024,
-        metadata={"help": "Longest prompt in tokens; a longer one loses its oldest exchanges, then its start."},
-    )
-    max_target_length: int = field(
-        default=512, metadata={"help": "Longest reply in tokens; a longer one is cut and gets no end token."}
-    )
-
-    def __post_init__(self):
-        for name in ("max_source_length", "max_target_length"):
-            if getattr(self, name) < 8:
-                raise UserError(f"--{name} {getattr(self, name)}: too little to judge; give a number of tokens")
-
 
 # ---------------------------------------------------------------- data
 
@@ -120,9 +98,9 @@ def compare_with_length(metrics: dict[str, float]) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ arguments
     parser = StageArgumentParser(
-        [ModelArguments, DataArguments, LoraArguments, RunArguments, RMArguments, RMTrainingArguments]
+        [ModelArguments, DataArguments, LoraArguments, RunArguments, PairArguments, RMTrainingArguments]
     )
-    model_args, data_args, lora_args, run_args, rm_args, training_args = parser.parse(argv)
+    model_args, data_args, lora_args, run_args, pair_args, training_args = parser.parse(argv)
     check_model_path(model_args.model_name_or_path, "--model_name_or_path", model_args.allow_pickle_weights)
 
     # ------------------------------------------------------------ run
@@ -131,12 +109,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ tokenizer and template
     path = model_args.model_name_or_path
     tokenizer = load_tokenizer(path, model_args.tokenizer_name_or_path, **model_args.hub_options)
-    chat_template = load_chat_template(tokenizer, rm_args.template_name)
+    chat_template = load_chat_template(tokenizer, pair_args.template_name)
     set_pad_token(tokenizer, chat_template)
 
     # ------------------------------------------------------------ data
-    encoder = ScoredPairEncoder(tokenizer, chat_template, rm_args.max_source_length, rm_args.max_target_length)
+    encoder = ScoredPairEncoder(tokenizer, chat_template, pair_args.max_source_length, pair_args.max_target_length)
     data = prepare_data(read_pairs, encoder, data_args, training_args, model_args.cache_dir)
+
+    # ------------------------------------------------------------ what a resumed run goes on with
+    template = pair_args.template_name
+    lineage = lineage_of(model_args, data_args, stage="rm", template=template, flags=parser.given)
+    if is_finished(training_args, data.train, lineage, checkpoint):
+        return {}
 
     # ------------------------------------------------------------ model
     model = load_for_training(
@@ -149,8 +133,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     check_vocabulary(tokenizer, model)
     if not training_args.do_train and has_untrained_head(model):
         raise UserError(f"--model_name_or_path {path}: no trained score head to evaluate; add --do_train")
-    template = rm_args.template_name
-    lineage = lineage_of(model.config, model_args, data_args, stage="rm", template=template, flags=parser.given)
 
     # ------------------------------------------------------------ train
     trainer = RewardTrainer(
@@ -168,8 +150,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     texts = (first["prompt_ids"] + first["chosen_ids"], first["rejected_ids"])
     chosen, rejected = (mark_learned(tokenizer, ids, [IGNORED_LABEL] * (len(ids) - 1) + ids[-1:]) for ids in texts)
     logger.info(f"the first example, scored at the tokens in « »:\n{chosen}\nagainst\n{rejected}")
-    if training_args.do_train and is_finished(trainer, lineage, checkpoint):
-        return {}
     # checkpoint-best is the lowest loss: among a hundred held-out pairs many checkpoints have the same accuracy.
     keeper = train(trainer, lineage, checkpoint, run_args)
 

@@ -12,7 +12,6 @@ Loss: cross entropy on the assistant's replies and their end tokens, the mean ov
 Launcher: run_sft.sh.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +39,7 @@ from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, 
 from medtune.training.checkpoints import BEST
 from medtune.training.layout import TextsOfRow
 from medtune.training.log import log_facts
-from medtune.training.run import finish_run, is_finished, start_run, train
+from medtune.training.run import finish_run, inference_command, is_finished, start_run, train
 
 # ---------------------------------------------------------------- arguments
 
@@ -116,12 +115,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         train_dataset = pack(train_dataset, sft_args.model_max_length)
         data.facts["packed rows"] = f"{len(train_dataset)} of at most {sft_args.model_max_length} tokens"
 
+    # ------------------------------------------------------------ what a resumed run goes on with
+    template = sft_args.template_name
+    lineage = lineage_of(model_args, data_args, stage="sft", template=template, flags=parser.given)
+    if is_finished(training_args, train_dataset, lineage, checkpoint):
+        return {}
+
     # ------------------------------------------------------------ model
     model = load_for_training(path, **vars(lora_args), **model_args.loading_options)
     check_vocabulary(tokenizer, model)
     warn_of_dead_tokens(model, tokenizer, *turn_token_ids(tokenizer, chat_template))
-    template = sft_args.template_name
-    lineage = lineage_of(model.config, model_args, data_args, stage="sft", template=template, flags=parser.given)
 
     # ------------------------------------------------------------ train
     alone = TextsOfRow("dialogue", "--packing False gives each a row of its own")
@@ -138,14 +141,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     facts |= {"template": template or "the tokenizer's own"} | data.facts
     log_facts(trainer, facts)
     logger.info(f"the first example, learned tokens between « and »:\n{example}")
-    if training_args.do_train and is_finished(trainer, lineage, checkpoint):
-        return {}
     keeper = train(trainer, lineage, checkpoint, run_args)
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)
-    flags = f"--base_model {lineage.base_model} --lora_model {best}" if lora_args.use_peft else f"--base_model {best}"
-    return finish_run(trainer, keeper, next_command=f"{Path(sys.executable).name} inference.py {flags}")
+    return finish_run(trainer, keeper, inference_command(lineage, best, lora_args.use_peft))
 
 
 if __name__ == "__main__":

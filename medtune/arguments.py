@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from medtune.devices import cpu_reason
 from medtune.errors import UserError
+from medtune.old_flags import ALWAYS_SO, FIXED_FLAGS, REMOVED, RENAMED
+from medtune.output_files import refuse_unwritable
 
 
 class LoadingOptions:
@@ -159,34 +161,10 @@ class RunArguments:
             raise UserError(f"--max_bad_steps {self.max_bad_steps}: give at least 1, which stops at the first bad step")
 
 
-# Flags that the current libraries renamed: the new name takes the same value.
-RENAMED = {
-    "--evaluation_strategy": "--eval_strategy",
-    "--no_cuda": "--use_cpu",
-    "--per_gpu_train_batch_size": "--per_device_train_batch_size",
-    "--per_gpu_eval_batch_size": "--per_device_eval_batch_size",
-    "--warmup_ratio": "--warmup_steps",  # below 1 it is a share of the steps
-    "--dtype": "--torch_dtype",
-}
 # Flags whose values no record keeps.
 SECRETS = {"--hub_token"}
-# Flags whose effect is settled here; the value that means something else is refused.
-FIXED_FLAGS = {
-    "--save_safetensors": (True, "weights are always written as safetensors"),
-    "--use_fast_tokenizer": (True, "the tokenizer is always the fast one"),
-    "--push_to_hub": (False, "nothing is uploaded"),
-    "--auto_find_batch_size": (
-        False,
-        "the batch stays that of --per_device_train_batch_size, and a run that is out of memory names what to give",
-    ),
-}
-# Values in the guide's commands that are always in force in a stage without the flag.
-ALWAYS_SO = {
-    "--fp16": "False",
-    "--logging_strategy": "steps",
-    "--ddp_find_unused_parameters": "False",
-    "--remove_unused_columns": "False",
-}
+# Of these lists names are joined by commas; of all others words by blanks.
+WITH_COMMAS = ("--target_modules", "--modules_to_save", "--ignore_keys")
 # Smaller values train nothing, or fail far from here.
 AT_LEAST = {
     "per_device_train_batch_size": 1,
@@ -286,6 +264,7 @@ class StageArgumentParser(HfArgumentParser):
                 values = ["adamw_torch"]
             for value in values:
                 _check_json(flag, value)
+            _check_separators(flag, values, takes_several=action.nargs == "+")
             # In one word, so that argparse does not take a value such as -1e-3 for a flag.
             return [f"{flag}={values[0]}"] if len(values) == 1 else [flag, *values]
         if [ALWAYS_SO.get(flag)] == values:
@@ -311,6 +290,12 @@ class StageArgumentParser(HfArgumentParser):
             return f"{' '.join(unknown)}: these words belong to no flag; quote values that contain blanks"
         hints = []
         for flag in flags:
+            if flag in REMOVED:
+                hints.append(f"{flag} was removed: {REMOVED[flag]}")
+                continue
+            if flag.removeprefix("--") in TrainingArguments.__dataclass_fields__:
+                hints.append(f"{flag} is not a flag of this stage, which has no use for it; leave it out")
+                continue
             near = difflib.get_close_matches(flag, known, n=1)
             hints.append(f"{flag} is not a flag of this stage" + (f"; did you mean {near[0]}?" if near else ""))
         return ". ".join(hints)
@@ -326,9 +311,9 @@ class StageArgumentParser(HfArgumentParser):
                 raise UserError(f"--{name} {values[name]}: give at least {least}")
         if values["max_steps"] <= 0 and values["num_train_epochs"] <= 0:
             raise UserError(f"--num_train_epochs {values['num_train_epochs']}: give more than 0, or --max_steps")
-        for name in ("output_dir", "cache_dir"):
-            if values.get(name) and (blocking_file := _file_in_the_way(Path(values[name]))):
-                raise UserError(f"--{name} {values[name]}: {blocking_file} is a file; name a folder")
+        for name, default in (("output_dir", ""), ("cache_dir", "cache"), ("logging_dir", "")):
+            if folder := values.get(name) or default:
+                refuse_unwritable(Path(folder), f"--{name}")
         if values["resume_from_checkpoint"] is not None:
             values["resume_from_checkpoint"] = _flag_or_path(values["resume_from_checkpoint"])
         if "eval_strategy" not in given and values["do_eval"] and values["eval_steps"] is not None:
@@ -422,6 +407,17 @@ def _check_json(flag: str, value: str) -> None:
             raise UserError(f"{flag} {value}: not JSON ({error}); quote the keys and write true or false") from None
 
 
+def _check_separators(flag: str, values: list[str], takes_several: bool) -> None:
+    """Refuse a list whose words are joined by the other of comma and blank. A word may be a path with a comma."""
+    if flag in WITH_COMMAS and len(values) > 1:
+        joined = ",".join(value.strip(",") for value in values)
+        raise UserError(f"{flag} {' '.join(values)}: the names are joined by commas: {flag} {joined}")
+    joined = [value for value in values if "," in value and value[0] not in "[{" and not Path(value).exists()]
+    if takes_several and joined and flag != "--report_to":  # which takes both
+        apart = " ".join(values).replace(",", " ").split()
+        raise UserError(f"{flag} {' '.join(values)}: several are given with blanks: {flag} {' '.join(apart)}")
+
+
 def _values_by_flag(argv: Sequence[str]) -> dict[str, str]:
     """The values of each flag, joined by spaces; of a repeated flag the last ones, as in argparse."""
     values: dict[str, str] = {}
@@ -469,11 +465,6 @@ def _zero_stage(config_file: str) -> int:
                 "--lr_scheduler_type) without a word; take it out"
             )
     return stage
-
-
-def _file_in_the_way(folder: Path) -> Path | None:
-    """The file that stands where this folder or one above it would be."""
-    return next((path for path in (folder, *folder.parents) if path.is_file()), None)
 
 
 def _flag_or_path(text: str) -> str | bool | None:

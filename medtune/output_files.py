@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TextIO
 
 from medtune.errors import UserError
@@ -35,7 +36,7 @@ def new_text_file(path: Path, flag: str, overwrite: bool | None, keep_partial: b
     place, partial = _place_and_partial(path)
     if keep_partial:
         partial = place.with_name(f"{place.name}.partial")
-    with _explained(path, flag):
+    with _explained(path, partial, flag):
         if place.is_dir():
             raise UserError(f"{flag} {path}: a folder; name the file to write")
         if place.exists() and overwrite is None:
@@ -63,7 +64,7 @@ def new_folder(path: Path, flag: str, overwrite: bool | None) -> Iterator[Path]:
         only a folder made by `new_folder` is replaced.
     """
     place, partial = _place_and_partial(path)
-    with _explained(path, flag):
+    with _explained(path, partial, flag):
         if overwrite is None and place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(f"{flag} {path}: it holds something already; name a new folder")
         if place.exists() and not place.is_dir():
@@ -84,6 +85,32 @@ def new_folder(path: Path, flag: str, overwrite: bool | None) -> Iterator[Path]:
             partial.replace(place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_unwritable(folder: Path, flag: str) -> None:
+    """Raise UserError, naming `flag`, where the folder, or the one it would be made in, takes no files.
+
+    It is tried, since to root every folder seems writable, one of /proc too.
+    """
+    try:
+        link = next((path for path in (folder, *folder.absolute().parents) if path.is_symlink()), folder)
+        if link.is_symlink() and not link.exists():
+            raise UserError(f"{flag} {folder}: {link} is a link that leads nowhere; name another folder")
+        existing = existing_part(folder)
+        if existing.is_file():
+            raise UserError(f"{flag} {folder}: {existing} is a file; name a folder")
+        with TemporaryDirectory(prefix=".", dir=existing) as tried:
+            Path(tried, "file").touch()
+    except OSError as error:
+        raise UserError(
+            f"{flag} {folder}: cannot be made or written to ({error.strerror}); name another folder"
+        ) from None
+
+
+def existing_part(folder: Path) -> Path:
+    """The folder, or the one above it that is there."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def refuse_same(input_files: Iterable[Path], output: Path, flag: str) -> None:
@@ -119,12 +146,11 @@ _REFUSALS = {
 
 
 @contextmanager
-def _explained(path: Path, flag: str) -> Iterator[None]:
+def _explained(path: Path, partial: Path, flag: str) -> Iterator[None]:
     """Turn an OSError of the output into one line; errors of other files are raised unchanged."""
     try:
         yield
     except OSError as error:
-        _, partial = _place_and_partial(path)
         # A write that fails names no file.
         about = Path(error.filename) if error.filename is not None else partial
         concerns_output = partial.is_relative_to(about) or about.is_relative_to(partial)

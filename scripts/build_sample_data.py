@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from medtune.errors import UserError, run_script
+from medtune.output_files import refuse_unwritable
 from medtune.sample_data.evaluation import (
     TrainingText,
     build_complaints,
@@ -99,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         print(f"{args.data_dir}: all {len(files)} files are what data/knowledge gives")
         return
+    refuse_unwritable(args.data_dir, "--data_dir")
     for name, text in files.items():
         path = args.data_dir / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from medtune.errors import UserError, run_script
+from medtune.output_files import refuse_unwritable
 from template import named_template
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ def write_tiny_model(
             return False
     elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"--output_dir {output_dir}: holds something else; name another folder")
+    refuse_unwritable(output_dir, "--output_dir")
 
     import torch
 

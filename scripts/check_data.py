@@ -4,9 +4,9 @@
     python scripts/check_data.py --dir data/finetune_processed/train --eval_dir data/finetune_processed/validation \\
         --model_name_or_path Qwen/Qwen2.5-3B-Instruct --template_name qwen --model_max_length 2048
 
-Reads what a stage reads, dialogues, preference pairs or pretraining text, and prints each fault as file:line, then
-copies, training questions that the evaluation asks too, lengths, what the limit would cut, languages, and the shortest
-and longest replies. Nothing is changed; scripts/preprocess_data.py fixes much of it.
+Reads what a stage reads, dialogues, preference pairs, labelled replies or pretraining text, and prints each fault as
+file:line, then copies, training questions that the evaluation asks too, lengths, what the limit would cut, languages,
+and the shortest and longest replies. Nothing is changed; scripts/preprocess_data.py fixes much of it.
 
 Exit code 0: a stage can train on it. 1: it would refuse a record, questions of the evaluation are trained on, or
 nothing fits the limit. 2: a mistake in the command.
@@ -34,11 +34,11 @@ from medtune.reading.guide_form import guide_line
 from medtune.reading.keys import Reading
 from medtune.reading.kinds import READERS, Kind, find_kind
 from medtune.reading.near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Known, bare_text
-from medtune.reading.records import BadRecord, Dialogue, Document, Pair, Report
+from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Report
 from medtune.reading.token_flags import add_token_flags, lengths_at, limits_of, settle_token_flags
 from medtune.reading.words import question_of, unread_lines, words_of
 
-Record = Dialogue | Pair | Document
+Record = Dialogue | Pair | Feedback | Document
 
 # Records compared at a time: more take memory, fewer take time.
 BATCH = 1024
@@ -62,6 +62,8 @@ def replies_of(record: Record) -> list[Reply]:
         texts = [record.text]
     elif isinstance(record, Pair):
         texts = [record.chosen, record.rejected]
+    elif isinstance(record, Feedback):
+        texts = [record.reply]
     else:
         replies = (message for message in record.messages if message["role"] == "assistant")
         texts = [message["content"] for message in replies if message["content"]]
@@ -102,7 +104,7 @@ def measure_by(args: argparse.Namespace, kind: Kind, reading: Reading) -> Callab
 
     def measure(record: Record) -> Measured:
         row = encoder(record)
-        if isinstance(record, Pair):
+        if isinstance(record, Pair | Feedback):
             prompt, reply = len(row["prompt_ids"]), row["length"] - len(row["prompt_ids"])
             over = [f"prompt {prompt:,}"] if prompt > args.max_source_length else []
             over += [f"reply {reply:,}"] if reply > args.max_target_length else []
@@ -182,6 +184,7 @@ class Survey:
     languages: Counter[str] = field(default_factory=Counter)
     n_questions: Counter[int] = field(default_factory=Counter)
     features: Counter[str] = field(default_factory=Counter)
+    labels: Counter[bool] = field(default_factory=Counter)
     copies: Found = field(default_factory=Found)
     near_copies: Found = field(default_factory=Found)
     asked_again: Found = field(default_factory=Found)
@@ -204,6 +207,8 @@ class Survey:
             self.features["with tools"] += "tool" in roles or bool(getattr(record, "tools", None))
         if isinstance(record, Pair):
             self.features["chosen longer"] += len(record.chosen) > len(record.rejected)
+        if isinstance(record, Feedback):
+            self.labels[record.is_desirable] += 1
         replies = replies_of(record)
         self.shortest = heapq.nsmallest(N_EXAMPLES, chain(self.shortest, replies))
         self.longest = heapq.nlargest(N_EXAMPLES, chain(self.longest, replies))
@@ -308,6 +313,9 @@ def describe(result: Survey, unit: str, evaluation: Evaluation | None) -> Iterat
         parts = [f"{n_questions / n_usable:.2f} questions a record, at most {max(result.n_questions)}"]
         parts += [f"{count / n_usable:.1%} {feature}" for feature, count in result.features.items()]
         yield "turns", ", ".join(parts)
+    if result.labels:
+        good, bad = result.labels[True], result.labels[False]
+        yield "labels", f"{good:,} good replies ({good / n_usable:.1%}), {bad:,} bad ones ({bad / n_usable:.1%})"
     yield "copies", result.copies.describe(n_usable)
     yield "near copies", result.near_copies.describe(n_usable)
     if not is_text:
@@ -337,6 +345,8 @@ def verdict(result: Survey, evaluation: Evaluation | None) -> list[str]:
         wrong.append("no record can be used")
     elif result.over_limit.count == report.kept:
         wrong.append(f"every record is over {result.limits}")
+    if len(result.labels) == 1:
+        wrong.append("all replies have the same label, and KTO learns from the difference: add others")
     if result.overlap.count:
         wrong.append(
             f"{result.overlap.count:,} of the training records ask what the evaluation asks, which tests memory"
@@ -379,13 +389,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the faults, the survey and the verdict; raises SystemExit(1) if a stage cannot train on the data."""
     args = parse_args(argv)
-    kind, files, unread = find_kind(args.dir, "--dir")
+    kind, files, unread = find_kind(args.dir, "--dir", args.ignore_keys)
     notes = settle_token_flags(args, kind)
     reading = Reading(args.ignore_keys)
     measure = measure_by(args, kind, reading)
     evaluation = None
     if args.eval_dir:
-        eval_kind, eval_files, _ = find_kind(args.eval_dir, "--eval_dir")
+        eval_kind, eval_files, _ = find_kind(args.eval_dir, "--eval_dir", args.ignore_keys)
         if "documents" in {kind, eval_kind} != {kind}:
             raise UserError(f"--eval_dir {args.eval_dir}: holds {eval_kind}, and --dir {kind}, which ask nothing alike")
         if {file.resolve() for file in files} == {file.resolve() for file in eval_files}:

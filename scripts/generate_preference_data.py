@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
@@ -357,26 +357,25 @@ def least_like(prompt: Pair, replies: Sequence["Reply"]) -> Pair:
 # ---------------------------------------------------------------- main
 
 
-def write_pairs(pairs: Iterable[tuple[Pair | BadRecord, str]], n_prompts: int, args: argparse.Namespace) -> list[str]:
+def write_pairs(pairs: Iterable[tuple[Pair | BadRecord, str]], n_prompts: int, file: TextIO) -> list[str]:
     """Write the pairs and return summary lines; raises UserError if there are none."""
     report, failures = Report(), Counter()
     chosen_lengths, rejected_lengths, margins = [], [], []
-    with new_text_file(args.output_file, "--output_file", args.overwrite) as file:
-        for item, failure in tqdm(pairs, total=n_prompts, unit=" pairs", disable=None):
-            report.read += 1
-            if isinstance(item, BadRecord):
-                report.drop(item)
-                continue
-            file.write(guide_line(item))
-            failures[failure] += 1
-            chosen_lengths.append(len(item.chosen))
-            rejected_lengths.append(len(item.rejected))
-            margins += [] if item.margin is None else [item.margin]
-        if not report.kept:
-            raise UserError("\n".join(["no pair could be made:", *dropped_lines(report)]))
+    for item, failure in tqdm(pairs, total=n_prompts, unit=" pairs", disable=None):
+        report.read += 1
+        if isinstance(item, BadRecord):
+            report.drop(item)
+            continue
+        file.write(guide_line(item))
+        failures[failure] += 1
+        chosen_lengths.append(len(item.chosen))
+        rejected_lengths.append(len(item.rejected))
+        margins += [] if item.margin is None else [item.margin]
+    if not report.kept:
+        raise UserError("\n".join(["no pair could be made:", *dropped_lines(report)]))
     longer = sum(r > c for c, r in zip(chosen_lengths, rejected_lengths, strict=True)) / report.kept
     return [
-        f"{args.output_file}: {report.kept:,} pairs",
+        f"{report.kept:,} pairs",
         *dropped_lines(report),
         "rejected: " + ", ".join(f"{count:,} {failure}" for failure, count in failures.most_common()),
         f"characters, median: {statistics.median(chosen_lengths):g} chosen, {statistics.median(rejected_lengths):g} "
@@ -445,15 +444,16 @@ def main(argv: list[str] | None = None) -> None:
     if len(prompts) < args.num_samples:
         print(f"--num_samples {args.num_samples:,}: there are only {len(prompts):,} to draw from")
 
-    if args.model:
-        from transformers import set_seed
+    with new_text_file(args.output_file, "--output_file", args.overwrite) as file:
+        if args.model:
+            from transformers import set_seed
 
-        set_seed(args.seed)
-        pairs = Sampler(args).pairs(prompts)
-    else:
-        pairs = build_pairs(prompts, args.seed)
-    for line in write_pairs(pairs, len(prompts), args):
-        print(line)
+            set_seed(args.seed)
+            pairs = Sampler(args).pairs(prompts)
+        else:
+            pairs = build_pairs(prompts, args.seed)
+        lines = write_pairs(pairs, len(prompts), file)
+    print("\n".join([f"{args.output_file}: {lines[0]}", *lines[1:]]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Clean records, remove copies and near copies, and split the rest for training and validation.
 
-Reads dialogues, preference pairs or pretraining text in every form that the stages read, and writes the guide's:
+Reads dialogues, preference pairs, labelled replies or pretraining text in every form that the stages read, and writes
+the guide's:
 
     python scripts/preprocess_data.py --input_dir data/finetune --output_dir data/finetune_processed
 
@@ -21,9 +22,11 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +44,7 @@ from medtune.reading.guide_form import guide_line
 from medtune.reading.keys import Reading
 from medtune.reading.kinds import READERS, Kind, find_kind, is_plain_text
 from medtune.reading.near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Groups, bare_text
-from medtune.reading.records import BadRecord, Document, Pair, Report
+from medtune.reading.records import BadRecord, Document, Feedback, Pair, Report
 from medtune.reading.token_flags import add_token_flags, lengths_at, settle_token_flags
 from medtune.reading.words import dropped_lines, question_of, unread_lines, words_of
 
@@ -73,7 +76,7 @@ def load_encoder(args: argparse.Namespace, kind: Kind) -> "Encoder":
 def token_length(record: Record, encoder: "Encoder", args: argparse.Namespace) -> int:
     """Tokens of a record. Raises Unusable if the stage would refuse it, drop it or cut a reply."""
     row = encoder(record)
-    if isinstance(record, Pair):
+    if isinstance(record, Pair | Feedback):
         prompt = len(row["prompt_ids"])
         for length, name in ((prompt, "max_source_length"), (row["length"] - prompt, "max_target_length")):
             if length > getattr(args, name):
@@ -148,19 +151,34 @@ def keep_distinct(
     kept_records: KeptRecords,
     report: Report,
 ) -> Counter[int]:
-    """Keep each record that is not a copy or near copy of a kept one; returns the lengths."""
-    distinct, lengths = Distinct(threshold), Counter()
+    """Keep each record that is not a copy or near copy of a kept one; returns the lengths.
+
+    Good and bad replies are compared apart, since a small difference may be what makes a reply bad.
+    """
+    distinct, lengths = defaultdict(partial(Distinct, threshold)), Counter()
+    numbers: dict[bool | None, array] = defaultdict(partial(array, "q"))  # of a label's kept records, among all kept
+    firsts: dict[str, dict[int, str]] = {"duplicate": {}, "near duplicate": {}}
     while batch := list(islice(records, BATCH)):
         lines = [line_of(record, is_text) for record, _ in batch]
-        matches = distinct.keep([words_of(record) for record, _ in batch], exact=lines)
-        for (record, length), line, match in zip(batch, lines, matches, strict=True):
+        labels = [getattr(record, "is_desirable", None) for record, _ in batch]
+        matches = {}
+        for label in set(labels):
+            members = [index for index, other in enumerate(labels) if other == label]
+            texts = [words_of(batch[index][0]) for index in members]
+            found = distinct[label].keep(texts, exact=[lines[index] for index in members])
+            matches |= dict(zip(members, found, strict=True))
+        for index, (record, length) in enumerate(batch):
+            match, of_label = matches[index], numbers[labels[index]]
             if match is None:
-                kept_records.add(line, record.source)
+                of_label.append(len(kept_records))
+                kept_records.add(lines[index], record.source)
                 lengths[length] += 1
             else:
-                reason = "duplicate" if match.is_copy else "near duplicate"
+                reason, number = "duplicate" if match.is_copy else "near duplicate", of_label[match.number]
                 # Each look-up reads a file; the report shows three of a kind.
-                first = kept_records.source(match.number) if report.dropped[reason] < 3 else ""
+                if number not in firsts[reason] and len(firsts[reason]) < 3:
+                    firsts[reason][number] = kept_records.source(number)
+                first = firsts[reason].get(number, "another")
                 detail = f"the same as {first}" if match.is_copy else f"{match.share:.0%} like {first}"
                 report.drop(BadRecord(record.source, reason, detail))
     kept_records.flush()
@@ -282,6 +300,7 @@ def fill_cache(args: argparse.Namespace, encoder: "Encoder", parts: dict[str, Pa
 STAGES = {
     "dialogues": ("supervised_finetuning.py", ("template_name", "model_max_length", "truncation", "train_on_inputs")),
     "pairs": ("dpo_training.py", ("template_name", "max_source_length", "max_target_length")),
+    "replies": ("dpo_training.py --loss_type kto", ("template_name", "max_source_length", "max_target_length")),
     "documents": ("pretraining.py", ()),
 }
 
@@ -393,7 +412,7 @@ def nothing_kept(args: argparse.Namespace, report: Report) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, clean, deduplicate, split, write, fill the cache, and print a summary."""
     args = parse_args(argv)
-    kind, files, unread = find_kind(args.input_dir, "--input_dir")
+    kind, files, unread = find_kind(args.input_dir, "--input_dir", args.ignore_keys)
     notes = settle_token_flags(args, kind)
     reading = Reading(args.ignore_keys)
     check_places(args, files)
@@ -428,7 +447,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "kind": kind,
             "files": len(files),
             "flags": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-            **report.as_dict(),
+            "read": report.read,
+            "dropped": dict(report.dropped),
+            "examples": {reason: report.examples(reason) for reason in report.dropped},
+            "notes": report.notes,
             "kept": report.kept,
             "cleaned": dict(cleaner.changed),
             "masked": dict(cleaner.masked),

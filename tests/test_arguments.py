@@ -211,6 +211,7 @@ def test_resume_flag_becomes_a_boolean_or_a_path(text, value):
         ("--warmup_ratio 0", {"warmup_steps": 0.0}, "--warmup_ratio is now --warmup_steps 0"),
         ("--evaluation_strategy epoch", {"eval_strategy": "epoch"}, "--evaluation_strategy is now --eval_strategy"),
         ("--per_gpu_train_batch_size 3", {"per_device_train_batch_size": 3}, "--per_gpu_train_batch_size is now "),
+        ("--dataset_num_proc 3", {"preprocessing_num_workers": 3}, "--dataset_num_proc is now --preprocessing_num"),
         ("--dtype float32", {"torch_dtype": "float32"}, "--dtype is now --torch_dtype float32"),
         ("--no_cuda", {"use_cpu": True}, "--no_cuda is now --use_cpu"),
         ("--optim adamw_hf", {"optim": "adamw_torch"}, "--optim adamw_hf is gone"),
@@ -368,7 +369,10 @@ def test_without_cuda_everything_is_float32_on_the_cpu_and_said(monkeypatch):
         ("--warmup_ratio abc", "--warmup_ratio abc: give a share"),
         ("--save_safetensors False", "--save_safetensors False cannot be honoured: weights are always written as"),
         ("--push_to_hub", "--push_to_hub True cannot be honoured: nothing is uploaded"),
-        ("--auto_find_batch_size", "--auto_find_batch_size True cannot be honoured: the batch stays that of"),
+        ("--auto_find_batch_size", "--auto_find_batch_size True cannot be honoured: it was removed; the batch stays"),
+        ("--activation_offloading", "--activation_offloading was removed: --gradient_checkpointing True saves that"),
+        ("--target_modules q_proj v_proj", "the names are joined by commas: --target_modules q_proj,v_proj"),
+        ("--ignore_keys label, images", "the names are joined by commas: --ignore_keys label,images"),
         ("--logging_dir", "--logging_dir: expected one argument"),
         ("--load_in_8bit True --load_in_4bit True", "--load_in_8bit and --load_in_4bit exclude each other"),
         ("--max_eval_samples 0", "--max_eval_samples 0: give a number of records of at least 1"),
@@ -381,6 +385,10 @@ def test_without_cuda_everything_is_float32_on_the_cpu_and_said(monkeypatch):
         ("--seed -1", "--seed -1: give at least 0"),
         ("--load_best_model_at_end", "requires the save and eval strategy to match"),
         ("--report_to tensorbord", "--report_to tensorbord: not known; known are "),
+        *(
+            (f"--{name} /proc/x", f"--{name} /proc/x: cannot be made or written to (No such file or directory)")
+            for name in ("output_dir", "cache_dir", "logging_dir")
+        ),
         ("--do_train False", "neither --do_train nor --do_eval is given"),
     ],
 )
@@ -462,10 +470,10 @@ def test_torch_compile_variable_with_another_word(monkeypatch):
 
 # Flags of other trainers that would do nothing here.
 MEANINGLESS = [
-    *("max_length", "truncation_mode", "dataset_text_field", "dataset_kwargs", "dataset_num_proc", "eos_token"),
+    *("max_length", "truncation_mode", "dataset_text_field", "dataset_kwargs", "eos_token"),
     *("pad_token", "chat_template_path", "completion_only_loss", "assistant_only_loss", "packing_strategy"),
     *("eval_packing", "loss_type", "pad_to_multiple_of", "model_init_kwargs", "shuffle_dataset", "use_liger_kernel"),
-    *("router_aux_loss_coef", "activation_offloading"),
+    "router_aux_loss_coef",
 ]
 
 

@@ -628,11 +628,19 @@ def test_bad_data_stops_before_the_model_loads(flags, write_jsonl, monkeypatch, 
         ({"label_smoothing": 0.1}, r"^--label_smoothing: --loss_type sigmoid has no use for it"),
         ({"label_smoothing": 0.5, "loss_type": "robust"}, r"^--label_smoothing 0\.5: give a share"),
         ({"label_smoothing_factor": 0.1}, r"^--label_smoothing_factor: pairs have no labels"),
-        ({"loss_type": "exo_pair"}, r"^--loss_type exo_pair: not known"),
+        (
+            {"loss_type": "exo_pair"},
+            r"^--loss_type exo_pair: was removed; take sigmoid, or another of sigmoid, hinge, ",
+        ),
+        (
+            {"loss_type": "sigmoid,sft"},
+            r"^--loss_type sigmoid,sft: several are given with blanks: --loss_type sigmoid s",
+        ),
+        ({"loss_weights": "1, 0.5"}, r"^--loss_weights 1, 0\.5: several are given with blanks: --loss_weights 1 0\.5$"),
+        ({"ld_alpha": 0.5}, r"^--ld_alpha was removed: --loss_type simpo takes the length"),
+        ({"f_divergence_type": "reverse_kl"}, r"^--f_divergence_type was removed: the reverse KL is always taken; le"),
         ({"loss_type": ["sft", "sft"]}, r"^--loss_type sft sft: one is named twice"),
-        ({"f_divergence_type": "kl"}, r"^--f_divergence_type is not a flag of this stage"),
-        ({"use_weighting": True}, r"^--use_weighting is not a flag of this stage"),
-        ({"ld_alpha": 0.5}, r"^--ld_alpha is not a flag of this stage"),
+        ({"use_weighting": True}, r"^--use_weighting was removed: leave it out"),
         ({"do_train": None, "do_eval": True}, r"^--do_eval without --do_train: .* compared with itself"),
         ({"do_train": None}, r"^neither --do_train nor --do_eval"),
         ({"max_target_length": 4}, r"^--max_target_length 4: too little"),
@@ -745,7 +753,7 @@ def test_resume_gives_the_losses_of_an_uninterrupted_run(flags, feedback, tmp_pa
     (tmp_path / "out/loss.png").unlink()
     resumed = {"resume_from_checkpoint": tmp_path / "out/checkpoint-2"} | options
     with pytest.raises(
-        UserError, match=r"^--model_name_or_path .*: the run of .* started from .*, which is its reference"
+        UserError, match=rf"^the run in .*/out started from .*sft.* and not from {tiny_model_dir}; give that; train"
     ):
         dpo_training.main(flags(model_name_or_path=tiny_model_dir, **resumed))
     dpo_training.main(flags(**resumed))

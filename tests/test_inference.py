@@ -472,11 +472,15 @@ def test_a_chat_through_a_pipe(adapter):
         (["--base_model", "BASE", "--compare", "base", "./nowhere"], "--compare ./nowhere: no such folder"),
         (["--base_model", "BASE", "--reward_model", "BASE"], "--reward_model .*: no reward model"),
         (["--base_model", "BASE", "--top_p", "0.5"], "give a --temperature above 0"),
+        (
+            ["--base_model", "BASE", "--data_file", "DATA", "--output_file", "/proc/x"],
+            "--output_file /proc/x: cannot be wr",
+        ),
         (["--base_model", "BASE", "--max_new_tokens", "2048"], "lower the flag or shorten the prompt"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_before_weights_load(tiny_model_dir, adapter, no_weights, flags, message):
-    places = {"BASE": str(tiny_model_dir), "ADAPTER": str(adapter)}
+    places = {"BASE": str(tiny_model_dir), "ADAPTER": str(adapter), "DATA": str(SCRIPT.parent / "data/finetune")}
     with pytest.raises(UserError, match=message) as caught:
         main([places.get(word, word) for word in flags])
     assert "\n" not in str(caught.value)

@@ -394,7 +394,8 @@ def test_a_wrong_base_is_refused(tiny_model_dir, tmp_path, no_weights):
     ("change", "message"),
     [
         ({"--output_dir": "USED"}, "it holds something already; name a new folder"),
-        ({"--output_dir": "USED/file"}, "it holds something already"),
+        ({"--output_dir": "USED/file"}, "used/file is a file; name a folder"),
+        ({"--output_dir": "/proc/x"}, "--output_dir /proc/x: cannot be made or written to"),
         ({"--base_model": "ADAPTER"}, "an adapter; give the base model it was trained on"),
         ({"--base_model": "./nowhere"}, "--base_model ./nowhere: no such folder"),
         ({"--lora_model": "./nowhere"}, "./nowhere: no such folder"),

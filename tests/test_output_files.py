@@ -2,13 +2,14 @@
 
 import errno
 import gzip
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from medtune.errors import UserError
-from medtune.output_files import MADE_BY_A_TOOL, new_folder, new_text_file, refuse_same
+from medtune.output_files import MADE_BY_A_TOOL, new_folder, new_text_file, refuse_same, refuse_unwritable
 
 
 def write(path: Path, text: str, overwrite: bool = False) -> None:
@@ -94,9 +95,14 @@ class TestTextFile:
 
     def test_refuses_what_cannot_be_written_in_one_line(self, tmp_path):
         (tmp_path / "file").write_text("")
-        for path in (tmp_path / "file/train.jsonl", tmp_path / ("long" * 70)):
+        for path in (tmp_path / "file/train.jsonl", tmp_path / ("long" * 70), Path("/proc/train.jsonl")):
             with pytest.raises(UserError, match=r"^--output .*: cannot be written \(.*\)$"):
                 write(path, "text")
+            with (
+                pytest.raises(UserError, match=r"^--output .*: cannot be written \(.*\)$"),
+                new_text_file(path, "--output", overwrite=None, keep_partial=True),
+            ):
+                pass
 
     def test_a_full_disk_is_one_line_and_leaves_nothing(self, tmp_path):
         with (
@@ -213,3 +219,37 @@ class TestRefuseSame:
         raw.write_text("")
         refuse_same([raw], tmp_path / "train.jsonl", "--output")
         refuse_same([raw], tmp_path / "processed", "--output_dir")
+
+
+class TestRefuseUnwritable:
+    def test_where_no_folder_can_be_made_even_by_root(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+        faults = {
+            Path("/proc/out"): "cannot be made or written to (No such file or directory); name another folder",
+            Path("/proc/a/b"): "cannot be made or written to (No such file or directory); name another folder",
+            Path("/dev/null"): "cannot be made or written to (Not a directory); name another folder",
+            tmp_path / ("long" * 70): "cannot be made or written to (File name too long); name another folder",
+            tmp_path / "file": f"{tmp_path}/file is a file; name a folder",
+            tmp_path / "file/a/b": f"{tmp_path}/file is a file; name a folder",
+            tmp_path / "link/a": f"{tmp_path}/link is a link that leads nowhere; name another folder",
+        }
+        for folder, fault in faults.items():
+            with pytest.raises(UserError) as error:
+                refuse_unwritable(folder, "--output_dir")
+            assert str(error.value) == f"--output_dir {folder}: {fault}"
+
+    def test_a_folder_for_reading_only(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "mkdir", lambda *args: raise_error(OSError(errno.EROFS, "Read-only file system")))
+        with pytest.raises(UserError, match=r"^--output_dir .*/a/b: cannot be made or written to \(Read-only file sys"):
+            refuse_unwritable(tmp_path / "a/b", "--output_dir")
+
+    def test_leaves_nothing(self, tmp_path):
+        (tmp_path / "there").mkdir()
+        for folder in (tmp_path / "there", tmp_path / "a/b"):
+            refuse_unwritable(folder, "--output_dir")
+        assert files_below(tmp_path) == ["there"]
+
+
+def raise_error(error: Exception) -> None:
+    raise error

@@ -608,7 +608,10 @@ def test_no_second_run_may_write_in_the_folder(flags, tmp_path, monkeypatch):
         ({"neftune_noise_alpha": 5}, r"^--neftune_noise_alpha is not a flag of this stage"),
         ({"eval_steps": 0.5, "eval_strategy": "steps"}, r"^--eval_steps: invalid int value: '0\.5'"),
         ({"save_steps": 0}, r"^--save_steps 0: give a number of updates of at least 1"),
-        ({"per_device_eval_batch_size": 2}, r"^--per_device_eval_batch_size is not a flag of this stage"),
+        (
+            {"per_device_eval_batch_size": 2},
+            r"^--per_device_eval_batch_size is not a flag of this stage, which has no use",
+        ),
         ({"save_strategy": "epoch"}, r"^--save_strategy: invalid choice: 'epoch' \(choose from"),
         ({"optim": "adamm"}, r"adamm is not a valid OptimizerNames"),
         ({"total_episodes": 8}, r"^--max_steps and --total_episodes both say how long"),

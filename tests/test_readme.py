@@ -11,10 +11,7 @@ from pathlib import Path
 import pytest
 from test_launchers import GUIDE, edit_block, known_flags, launch, pairs, parser_of
 
-from dpo_training import DPOArguments
 from medtune.arguments import (
-    FIXED_FLAGS,
-    RENAMED,
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -23,12 +20,13 @@ from medtune.arguments import (
 )
 from medtune.errors import UserError
 from medtune.models.adapters import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK
+from medtune.old_flags import FIXED_FLAGS, RENAMED
 from medtune.reading.finding import RECORD_ENDINGS
 from medtune.reading.record_sets import load_dialogues
 from medtune.training.checkpoints import MANIFEST
+from medtune.training.preference_arguments import PairArguments
 from ppo_training import PPOArguments
 from pretraining import PTArguments
-from reward_modeling import RMArguments
 from supervised_finetuning import SFTArguments
 from template import TEMPLATES
 
@@ -53,8 +51,8 @@ SHARED = [ModelArguments, DataArguments, LoraArguments, RunArguments]
 OWN = {
     "pretraining.py": PTArguments,
     "supervised_finetuning.py": SFTArguments,
-    "reward_modeling.py": RMArguments,
-    "dpo_training.py": DPOArguments,
+    "reward_modeling.py": PairArguments,
+    "dpo_training.py": PairArguments,
     "ppo_training.py": PPOArguments,
 }
 

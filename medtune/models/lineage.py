@@ -1,5 +1,6 @@
-"""What a model folder holds (a base, or an adapter on one), and where its weights came from.
+"""From what a model's weights came: its base, and the record that each stage leaves (`lineage.json`).
 
+Answers before anything loads: is a path an adapter, on which base, is it complete, and did a run start from it.
 Adapter lineage: a path that holds `adapter_config.json` stands for its base model plus that adapter. Training
 continues the adapter itself, so what a stage writes is always relative to the original base and holds all that
 came before. `lineage.json` in the adapter's folder records base, parent, stage, template and data.
@@ -82,13 +83,19 @@ class Lineage:
             for flag in sorted(self.flags.keys() | was.flags.keys())
             if self.flags.get(flag) != was.flags.get(flag) and not flag.startswith(HOW_IT_RUNS)
         }
-        if not was.start_weights:
+        start, was_start = self.parent or self.base_model, was.parent or was.base_model
+        is_elsewhere = start != was_start and Path(start).resolve() != Path(was_start).resolve()
+        if not was.start_weights and not is_elsewhere:
             logger.warning(
                 f"the run in {Path(checkpoint).parent} does not record the weights it started from, as older versions "
-                f"wrote it: make sure that {self.parent or self.base_model} is what it was"
+                f"wrote it: make sure that {start} is what it was"
             )
-        if was.start_weights and self.start_weights != was.start_weights:
-            fault = f"started from other weights than {self.parent or self.base_model} has now"
+        # A copy elsewhere is the same start, if both are known by their weights.
+        is_other = self.start_weights != was.start_weights if was.start_weights else is_elsewhere
+        if is_other and is_elsewhere:
+            fault = f"started from {was_start} and not from {start}; give that"
+        elif is_other:
+            fault = f"started from other weights than {start} has now"
         elif finished and was.flags and changes:
             fault = f"is finished, with other flags: {', '.join(changes.values())}; give those"
         else:

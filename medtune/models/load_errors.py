@@ -1,5 +1,6 @@
 """Turn errors of the hub and the loaders into one line that says what to do."""
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from huggingface_hub.errors import (
 )
 from loguru import logger
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from medtune.errors import UserError
 from medtune.models.model_files import PICKLE_WEIGHTS, check_model_files
@@ -64,6 +66,47 @@ class explain_bad_file:  # noqa: N801 - called as a function, as contextlib.supp
             names = "tokenizer.json" if kind is Exception else self.names
             text = " ".join(f"{kind.__name__}: {error}".split())
             raise UserError(f"{self.flag} {self.folder}: {names}: {text}; copy or download it again") from error
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Without the table of transformers 5.24 on tensors, of which `check_loaded` says what matters in a line."""
+    logger_of_loading = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger_of_loading.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger_of_loading.removeFilter(is_other)
+
+
+def check_loaded(model: PreTrainedModel, report: dict, where: str) -> None:
+    """Raise UserError where the weights lack tensors of the model, which would be random.
+
+    A classifier's head may be new, and heads of the other kind are left out.
+
+    Args:
+        report: `missing_keys` and `unexpected_keys` of transformers' loading info.
+        where: the flag and its value.
+    """
+    missing = sorted(report["missing_keys"])
+    if type(model).__name__ not in (model.config.architectures or []):
+        missing = [name for name in missing if name != "score.weight"]
+    if missing:
+        others = f" and {missing[-1]}" if missing[1:] else ""
+        raise UserError(
+            f"{where}: {len(missing)} tensors that config.json asks for are not in its weights and would be random, "
+            f"such as {missing[0]}{others}; copy or download both again"
+        )
+    unused = sorted(name for name in report["unexpected_keys"] if name.split(".")[0] not in ("lm_head", "score"))
+    if unused:
+        logger.warning(
+            f"{where}: {len(unused)} tensors of its weights have no place in the model of config.json and are left "
+            f"out, such as {unused[0]}"
+        )
 
 
 def _go_offline_without_hub() -> None:

@@ -21,7 +21,13 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 
 from medtune.errors import UserError
 from medtune.models.lineage import is_adapter, tokenizer_source
-from medtune.models.load_errors import NO_TOKENIZER, explain_bad_file, explain_load_errors
+from medtune.models.load_errors import (
+    NO_TOKENIZER,
+    check_loaded,
+    explain_bad_file,
+    explain_load_errors,
+    without_load_report,
+)
 from medtune.models.model_files import ADAPTER_WEIGHTS, WEIGHTS_INDEX, check_model_files, indexed_files
 
 
@@ -172,8 +178,8 @@ def load_base_model(
         config_overrides["quantization_config"] = quantization_config(load_in_4bit, load_in_8bit, compute_dtype)
     if Path(path).is_dir():
         check_model_files(path, flag, with_weights=True, allow_pickle_weights=allow_pickle_weights)
-    with explain_load_errors(path, flag):
-        return model_class.from_pretrained(
+    with explain_load_errors(path, flag), without_load_report():
+        model, report = model_class.from_pretrained(
             path,
             dtype=dtype,
             device_map=placement(device_map, quantized),
@@ -181,8 +187,11 @@ def load_base_model(
             cache_dir=cache_dir,
             trust_remote_code=trust_remote_code,
             use_safetensors=None if allow_pickle_weights else True,
+            output_loading_info=True,
             **config_overrides,
         )
+    check_loaded(model, report, f"{flag} {path}")
+    return model
 
 
 def dtype_for_use(torch_dtype: str, use_cpu: bool = False) -> str:

@@ -1,6 +1,7 @@
-"""Describe a model folder: base, adapter, tokenizer, template, context; a language model or a reward model.
+"""How a trained model is asked: its tokenizer, the template of its training, its context, and whether it scores.
 
-Everything that uses a trained model starts here, so that its prompts are those of training.
+Everything that uses a trained model starts here, so that its prompts are those of training; `lineage_of` makes the
+record that training leaves for it.
 """
 
 import sys
@@ -160,23 +161,24 @@ def _difference(text: str | None, trained_text: str) -> str:
 
 
 def lineage_of(
-    config: PretrainedConfig,
     model_args: ModelArguments,
     data_args: DataArguments,
     *,
     stage: str,
     template: str | None = None,
     flags: Mapping[str, str],
+    flag: str = "--model_name_or_path",
 ) -> Lineage:
     """The record of a run, for `lineage.json` in its checkpoints.
 
     Args:
-        config: of the base model.
         template: its `--template_name`; None is the tokenizer's own.
         flags: of the command, as written (`StageArgumentParser.given`).
+        flag: what named the model to start from.
     """
     start = model_args.model_name_or_path
-    base_model = base_of(start)
+    base_model, hub_options = base_of(start), model_args.hub_options
+    config = load_config(base_model, flag=flag, **hub_options).get_text_config()
     return Lineage(
         base_model=base_model,
         parent=start if base_model != start else None,
@@ -185,7 +187,7 @@ def lineage_of(
         data=str(data_args.train_file_dir),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        base_weights=weights_fingerprint(base_model, **model_args.hub_options),
-        start_weights=weights_fingerprint(start, **model_args.hub_options),
+        base_weights=weights_fingerprint(base_model, flag=flag, **hub_options),
+        start_weights=weights_fingerprint(start, flag=flag, **hub_options),
         flags=dict(flags),
     )

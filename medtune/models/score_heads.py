@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, TaskType
 from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from medtune.errors import UserError
 from medtune.models.lineage import read_adapter_config
@@ -88,24 +87,11 @@ def load_scoring_base(
         raise UserError(f"{flag} {path}: a classifier with {config.num_labels} classes; a reward model gives one score")
     if needs_head and not scores_already:
         raise UserError(f"{flag} {path}: no reward model: it has no score head; reward_modeling.py trains one")
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what is missing is checked here, with the head expected
-    try:
-        base, loaded = load_base_model(
-            path,
-            flag=flag,
-            model_class=AutoModelForSequenceClassification,
-            num_labels=1,
-            output_loading_info=True,
-            **base_options,
-        )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    base = load_base_model(
+        path, flag=flag, model_class=AutoModelForSequenceClassification, num_labels=1, **base_options
+    )
     if not isinstance(getattr(base, "score", None), torch.nn.Linear):
         raise UserError(f"{flag} {path}: its head is not called score, as those of language models are")
-    missing = sorted(set(loaded["missing_keys"]) - (set() if scores_already else {"score.weight"}))
-    if missing:
-        raise UserError(f"{flag} {path}: {len(missing)} of its weights are missing, such as {missing[0]}")
     head = ScoreHead(base.score.in_features, 1, bias=False, device=base.score.weight.device, dtype=torch.float32)
     with torch.no_grad():
         head.weight.copy_(base.score.weight) if scores_already else head.weight.zero_()

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from medtune.errors import Unusable
 from medtune.reading.html_text import without_html
 from medtune.reading.personal_data import mask_personal_data
-from medtune.reading.records import Dialogue, Document, Pair
+from medtune.reading.records import Dialogue, Document, Feedback, Pair
 
-Record = Dialogue | Pair | Document
+Record = Dialogue | Pair | Feedback | Document
 
 _CONTROL = re.compile(
     "\r\n|[\0-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ufff9-\ufffb]"
@@ -84,6 +84,8 @@ class Cleaner:
             if chosen == rejected:
                 raise Unusable("same replies after cleaning", "chosen and rejected differed in what was cleaned only")
             cleaned = dataclasses.replace(cleaned, chosen=chosen, rejected=rejected)
+        if isinstance(cleaned, Feedback):
+            cleaned = dataclasses.replace(cleaned, reply=self._words(record.reply, "the reply"))
         self.changed.update(self._changes)
         return cleaned
 

@@ -12,15 +12,33 @@ from medtune.reading.dialects import (
     check_other_forms,
     dialogue_plan,
     feedback_plan,
+    is_pair,
     pair_plan,
     plan_record,
     prompt_plan,
 )
-from medtune.reading.keys import FEEDBACK_KEYS, Reading, check_media, check_reply_keys, feedback_of, sort_keys
+from medtune.reading.keys import (
+    FEEDBACK_KEYS,
+    Reading,
+    check_media,
+    check_reply_keys,
+    feedback_of,
+    is_labelled,
+    sort_keys,
+)
 from medtune.reading.options import with_options
 from medtune.reading.records import Dialogue, Document, Feedback, Pair
 from medtune.reading.turns import tools_of
-from medtune.reading.values import holds_nothing, is_empty, kind_of, nearest, optional_text, quoted, text_of
+from medtune.reading.values import (
+    holds_nothing,
+    is_empty,
+    kind_of,
+    nearest,
+    optional_text,
+    quoted,
+    text_of,
+    with_values,
+)
 
 
 def to_document(record: object, source: str, reading: Reading | None = None) -> Document:
@@ -94,7 +112,14 @@ def to_prompt(record: object, source: str, reading: Reading | None = None) -> Di
 
 def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair:
     reading = reading or Reading()
-    record, plan = plan_record(_object(record), pair_plan)
+    record = _object(record)
+    if is_labelled(record) and not is_pair(with_values(record)):
+        raise Unusable(
+            "single reply",
+            f"has {quoted(record)}, one reply with a label where a pair has two; dpo_training.py --loss_type kto "
+            "learns from single replies",
+        )
+    record, plan = plan_record(record, pair_plan)
     turns, chosen, rejected = plan.dialect.read(record, reading)
     turns = _with_system(record, turns)
     if not plan.is_plain:
@@ -115,6 +140,12 @@ def to_feedback(record: object, source: str, reading: Reading | None = None) -> 
     """A dialogue of any dialect, or TRL's prompt and completion, with a label of its last reply."""
     reading = reading or Reading()
     record = _object(record)
+    if is_pair(with_values(record)):
+        raise Unusable(
+            "preference pair",
+            f"has {quoted(record)}, two replies where --loss_type kto learns from single ones with a label; leave out "
+            "--loss_type, or give one for pairs: sigmoid",
+        )
     is_desirable = feedback_of(record, reading)
     rest = {key: value for key, value in record.items() if key not in FEEDBACK_KEYS}
     dialogue = to_dialogue(rest, source, reading, feedback_plan)

@@ -158,8 +158,13 @@ def prompt_plan(keys: tuple[str, ...]) -> RecordPlan:
     return _plan_of_dialogue(keys, _PROMPT_DIALECTS)
 
 
+def is_pair(keys: Collection[str]) -> bool:
+    """Whether one of the keys holds a reply that is better or worse than another."""
+    return any(key in keys for key in _PREFERENCE_KEYS)
+
+
 def _plan_of_dialogue(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> RecordPlan:
-    if any(key in keys for key in _PREFERENCE_KEYS):
+    if is_pair(keys):
         raise Unusable(
             "preference pair",
             f"has {quoted(keys)}; reward_modeling.py and dpo_training.py read such pairs",
@@ -171,7 +176,7 @@ def _plan_of_dialogue(keys: tuple[str, ...], dialects: Sequence[_Dialect]) -> Re
 
 @functools.lru_cache(maxsize=4000)
 def pair_plan(keys: tuple[str, ...]) -> RecordPlan:
-    if not any(key in keys for key in _PREFERENCE_KEYS):
+    if not is_pair(keys):
         raise Unusable(
             "no pair",
             f"has {quoted(keys)}; a pair has a question with 'response_chosen' and 'response_rejected' "

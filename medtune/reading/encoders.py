@@ -339,6 +339,7 @@ def unlimited_encoder(kind: Kind, tokenizer: PreTrainedTokenizerBase, template_n
     if kind == "documents":
         return DocumentEncoder(tokenizer)
     chat_template = load_chat_template(tokenizer, template_name)
-    if kind == "pairs":
-        return PairEncoder(tokenizer, chat_template, max_prompt_length=sys.maxsize, max_reply_length=sys.maxsize)
+    if kind in ("pairs", "replies"):
+        encoder_class = PairEncoder if kind == "pairs" else FeedbackEncoder
+        return encoder_class(tokenizer, chat_template, max_prompt_length=sys.maxsize, max_reply_length=sys.maxsize)
     return DialogueEncoder(tokenizer, chat_template, max_length=sys.maxsize)

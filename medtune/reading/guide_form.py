@@ -4,16 +4,19 @@ import json
 
 import orjson
 
-from medtune.reading.records import Dialogue, Pair
+from medtune.reading.records import Dialogue, Feedback, Pair
 from medtune.reading.turns import reads_as_turns
 
 
-def guide_record(item: Dialogue | Pair) -> dict:
-    """The guide's record of a dialogue or a pair; conversations.py reads it back unchanged."""
+def guide_record(item: Dialogue | Pair | Feedback) -> dict:
+    """The guide's record of a dialogue, a pair or a labelled reply; conversations.py reads it back unchanged."""
+    if isinstance(item, Feedback):
+        dialogue = Dialogue([*item.messages, {"role": "assistant", "content": item.reply}], item.tools, item.source)
+        return _dialogue_record(dialogue) | {"label": item.is_desirable}
     return _dialogue_record(item) if isinstance(item, Dialogue) else _pair_record(item)
 
 
-def guide_line(item: Dialogue | Pair) -> str:
+def guide_line(item: Dialogue | Pair | Feedback) -> str:
     """The guide's record as a line of a .jsonl file."""
     record = guide_record(item)
     try:

@@ -279,13 +279,18 @@ def _truth(value: object) -> bool | None:
     return {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else None
 
 
+def is_labelled(record: dict) -> bool:
+    """Whether a key for KTO says that the reply is good or bad, and does not hold a topic."""
+    return any(_verdict(record.get(key)) is not None for key in FEEDBACK_KEYS)
+
+
 def feedback_of(record: dict, reading: Reading) -> bool:
     """Whether a KTO record's reply is marked as good. Raises Unusable if no key says so clearly."""
     given = {key: record[key] for key in FEEDBACK_KEYS if not is_empty(record.get(key))}
     if not given:
         listed = " or ".join(map(repr, FEEDBACK_KEYS))
         raise Unusable("no label", f"it has no {listed} with true for a good reply and false for a bad one; add it")
-    truths = {key: _zero_or_one(value) if _truth(value) is None else _truth(value) for key, value in given.items()}
+    truths = {key: _verdict(value) for key, value in given.items()}
     for key, truth in truths.items():
         if truth is None:
             raise Unusable(
@@ -295,6 +300,10 @@ def feedback_of(record: dict, reading: Reading) -> bool:
     if len(set(truths.values())) > 1:
         raise Unusable("unclear label", f"{' and '.join(map(repr, FEEDBACK_KEYS))} contradict each other; keep one")
     return next(iter(truths.values()))
+
+
+def _verdict(value: object) -> bool | None:
+    return _zero_or_one(value) if _truth(value) is None else _truth(value)
 
 
 def _zero_or_one(value: object) -> bool | None:

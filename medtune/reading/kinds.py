@@ -1,4 +1,4 @@
-"""Which kind of records a folder holds: dialogues, pairs or documents."""
+"""Which kind of records a folder holds: dialogues, pairs, labelled replies or documents."""
 
 from itertools import islice
 from pathlib import Path
@@ -6,13 +6,16 @@ from typing import Literal
 
 from medtune.errors import UserError
 from medtune.reading.finding import TEXT_ENDINGS, find_files
-from medtune.reading.record_sets import read_dialogues, read_documents, read_pairs
+from medtune.reading.keys import Reading
+from medtune.reading.record_sets import read_dialogues, read_documents, read_feedback, read_pairs
 from medtune.reading.records import BadRecord
 
-Kind = Literal["dialogues", "pairs", "documents"]
+Kind = Literal["dialogues", "pairs", "replies", "documents"]
 
 
-READERS = {"dialogues": read_dialogues, "pairs": read_pairs, "documents": read_documents}
+READERS = {
+    "dialogues": read_dialogues, "pairs": read_pairs, "replies": read_feedback, "documents": read_documents,
+}  # fmt: skip
 
 
 # Of a file whose first records are all faulty, so many are looked at.
@@ -23,7 +26,7 @@ _PROBED = 100
 _KINDS_BY_REASON: dict[str, Kind] = {"preference pair": "pairs", "plain text": "documents"}
 
 
-def find_kind(path: str | Path, flag: str) -> tuple[Kind, list[Path], list[Path]]:
+def find_kind(path: str | Path, flag: str, ignore_keys: tuple[str, ...] = ()) -> tuple[Kind, list[Path], list[Path]]:
     """What the records at `path` are, the files that the stage for them reads, and those it does not.
 
     Lines of .txt files are documents where nothing else is there. Raises UserError where two kinds are mixed.
@@ -32,7 +35,7 @@ def find_kind(path: str | Path, flag: str) -> tuple[Kind, list[Path], list[Path]
     of_records = [file for file in files if not is_plain_text(file)]
     first_of_kind: dict[Kind, Path] = {}
     for file in of_records:
-        if kind := _kind_of(file):
+        if kind := _kind_of(file, ignore_keys):
             first_of_kind.setdefault(kind, file)
     if len(first_of_kind) > 1:
         listed = " and ".join(f"{kind} ({file})" for kind, file in first_of_kind.items())
@@ -47,11 +50,15 @@ def is_plain_text(path: Path) -> bool:
     return path.name.lower().endswith((".txt", ".txt.gz"))
 
 
-def _kind_of(path: Path) -> Kind | None:
-    """Dialogues if any of the first records is one; otherwise the kind of the first one that has a kind."""
+def _kind_of(path: Path, ignore_keys: tuple[str, ...]) -> Kind | None:
+    """Replies if any of the first records is a labelled one, dialogues if any is one; otherwise the kind of the first
+    one that has a kind."""
     kind = None
     try:
-        for result in islice(read_dialogues([path]), _PROBED):
+        feedback = islice(read_feedback([path], Reading(ignore_keys)), _PROBED)
+        if not all(isinstance(result, BadRecord) for result in feedback):
+            return "replies"
+        for result in islice(read_dialogues([path], Reading(ignore_keys)), _PROBED):
             if not isinstance(result, BadRecord):
                 return "dialogues"
             kind = kind or _KINDS_BY_REASON.get(result.reason)

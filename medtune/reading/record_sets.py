@@ -67,35 +67,30 @@ def load_records(
     """Read all records with `read_dialogues` or another reader; bad ones are refused, or dropped and counted.
 
     on_bad_data: "error" refuses them, "drop" counts them; None refuses them too, for a caller that has no such flag.
-    Raises UserError, showing the first ten, on bad records unless they are dropped, and whenever nothing is left.
+    Raises UserError, with the first ten faults, on bad records unless they are dropped, and whenever nothing is left.
     """
     reading = reading or Reading()
     records: list[T] = []
     report = Report()
-    first_bad: list[str] = []
     for result in read_records(files, reading):
         report.read += 1
         if not isinstance(result, BadRecord):
             records.append(result)
         else:
             report.drop(result)
-            if len(first_bad) < 10:
-                first_bad.append(f"  {result}")
     report.notes = reading.lines()
 
     n_bad = report.dropped.total()
     if not report.read:
         raise UserError(f"no records in {some_names(files)}")
     if not records or (n_bad and on_bad_data != "drop"):
-        listed = "" if n_bad <= 10 else "; the first ten"
         hint = "no record can be used"
         if records:
             hint = "fix them" + (", or go on without them: --on_bad_data drop" if on_bad_data else "")
-        raise UserError("\n".join([f"{n_bad} of {report.read} records are bad{listed}:", *first_bad, hint]))
+        raise UserError(report.refusal("records", report.dropped, hint))
     return records, report
 
 
 load_dialogues = partial(load_records, read_dialogues)
 load_prompts = partial(load_records, read_prompts)
-load_pairs = partial(load_records, read_pairs)
 load_documents = partial(load_records, read_documents)

@@ -1,10 +1,14 @@
 """What a record becomes: a dialogue, a pair, a document or a prompt; or a bad record, counted in a report."""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TypeVar
 
 T = TypeVar("T")
+# Of each reason so many details are kept, and of each detail so many places.
+N_DETAILS, N_PLACES = 10, 3
 
 
 @dataclass(slots=True)  # frozen, a record would take as long to make as to check
@@ -83,11 +87,13 @@ class Report:
     """How many records were read, and how many dropped for which reason.
 
     A later step adds its own drops, or where it works on a part of the records starts its own `Report(read)`.
+
+    faults: of a reason its details, each with the number of its records and the first of them.
     """
 
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
+    faults: dict[str, dict[str, list]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # what was met in them, a line each
 
     @property
@@ -95,11 +101,32 @@ class Report:
         return self.read - self.dropped.total()
 
     def drop(self, bad: BadRecord) -> None:
-        """Count a record as dropped; the first three of each reason are kept as examples."""
+        """Count a record as dropped, with others that have the very same fault."""
         self.dropped[bad.reason] += 1
-        examples = self.examples.setdefault(bad.reason, [])
-        if len(examples) < 3:
-            examples.append(f"{bad.source}: {bad.detail}")
+        details = self.faults.setdefault(bad.reason, {})
+        if bad.detail not in details and len(details) == N_DETAILS:
+            return
+        counted = details.setdefault(bad.detail, [0, []])
+        counted[0] += 1
+        if len(counted[1]) < N_PLACES:
+            counted[1].append(bad.source)
+
+    def examples(self, reason: str, limit: int = 3) -> list[str]:
+        """The first faults of a reason, such as `d.jsonl:2, d.jsonl:7: turn 2 (assistant) is empty`."""
+        return [f"{_listed(*counted)}: {detail}" for detail, counted in [*self.faults[reason].items()][:limit]]
+
+    def refusal(self, kind: str, reasons: Collection[str], hint: str) -> str:
+        """A line for each of the first ten faults of these reasons, the first of each reason before any second."""
+        numbered = [
+            (number, f"{_listed(*counted)}: {reason}: {detail}")
+            for reason in self.faults
+            if reason in reasons
+            for number, (detail, counted) in enumerate(self.faults[reason].items())
+        ]
+        lines = [line for _, line in sorted(numbered, key=itemgetter(0))[:N_DETAILS]]
+        n_bad = sum(self.dropped[reason] for reason in reasons)
+        first = "; the first ten faults" if len(numbered) > len(lines) else ""
+        return "\n".join([f"{n_bad} of {self.read} {kind} are bad{first}:", *(f"  {line}" for line in lines), hint])
 
     def summary(self) -> str:
         """One line, such as `kept 985 of 1000 (12 empty reply, 3 broken JSON)`."""
@@ -110,8 +137,14 @@ class Report:
 
     def as_dict(self) -> dict:
         """The report as JSON values, for the cache; `from_dict` reads it back."""
-        return {"read": self.read, "dropped": dict(self.dropped), "examples": self.examples, "notes": self.notes}
+        return {"read": self.read, "dropped": dict(self.dropped), "faults": self.faults, "notes": self.notes}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Report":
-        return cls(values["read"], Counter(values["dropped"]), values["examples"], values["notes"])
+        return cls(values["read"], Counter(values["dropped"]), values["faults"], values["notes"])
+
+
+def _listed(count: int, places: list[str]) -> str:
+    """`d.jsonl:2, d.jsonl:5, d.jsonl:9 and 13 more`."""
+    more = f" and {count - len(places):,} more" if count > len(places) else ""
+    return f"{', '.join(places)}{more}"

@@ -89,12 +89,13 @@ def prepare_data(
         prepared = prepare_part(part, files, held_out, read_records, encoder, data_args, training_args.seed, cache_dir)
         report = prepared.encoded
         if len(prepared.rows) == 0:
-            examples = "; ".join(line for lines in report.examples.values() for line in lines)
+            examples = "; ".join(line for reason in report.dropped for line in report.examples(reason))
             raise UserError(f"{flag} {path}: {report.summary()}, so nothing is left: {examples}")
         for note in [*prepared.read.notes, *report.notes]:
             logger.info(f"{part}: {note}")
-        for reason, lines in report.examples.items():
-            logger.info(f"{part}: left out as {reason}: {'; '.join(lines)}{' ...' if len(lines) == 3 else ''}")
+        for reason, count in report.dropped.items():
+            examples = report.examples(reason)
+            logger.info(f"{part}: {count:,} left out as {reason}: {'; '.join(examples)}")
         not_read = f", {len(unread)} with other endings not read" if unread else ""
         by_seed = ", held out of the training files by the seed" if held_out and part == "eval" else ""
         facts |= {
@@ -180,13 +181,10 @@ def encode_records(
             usable.append(index)
         else:
             report.drop(BadRecord(source, reason, detail))
-    faults = [line for reason, lines in report.examples.items() if reason not in OVER_LIMIT for line in lines]
+    faults = report.dropped.keys() - set(OVER_LIMIT)
     if faults and on_bad_data == "error":
-        n_bad = sum(count for reason, count in report.dropped.items() if reason not in OVER_LIMIT)
         hint = "fix them, or go on without them: --on_bad_data drop"
-        raise UserError(
-            "\n  ".join([f"{n_bad} of {report.read} {encoder.kind} are bad, such as", *faults]) + f"\n{hint}"
-        )
+        raise UserError(report.refusal(encoder.kind, faults, hint))
     return encoder.finish(rows.select(usable).remove_columns(["reason", "detail"]), report), report
 
 

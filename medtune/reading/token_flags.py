@@ -17,11 +17,11 @@ def lengths_at(lengths: Counter[int], shares: Sequence[float]) -> list[int]:
     return [ordered[bisect_left(up_to, share * up_to[-1])] for share in shares]
 
 
-# The limits of the stages: of which kind of records, and by default how many tokens.
-LIMITS: dict[str, tuple[Kind, int, str]] = {
-    "model_max_length": ("dialogues", 2048, "dialogue"),
-    "max_source_length": ("pairs", 1024, "prompt of a pair"),
-    "max_target_length": ("pairs", 512, "reply of a pair"),
+# The limits of the stages: of which kinds of records, and by default how many tokens.
+LIMITS: dict[str, tuple[tuple[Kind, ...], int, str]] = {
+    "model_max_length": (("dialogues",), 2048, "dialogue"),
+    "max_source_length": (("pairs", "replies"), 1024, "prompt of a pair or labelled reply"),
+    "max_target_length": (("pairs", "replies"), 512, "reply of a pair, or labelled reply"),
 }
 
 
@@ -47,8 +47,9 @@ def settle_token_flags(args: argparse.Namespace, kind: Kind) -> list[str]:
     notes = []
     for name, (limited, default, _) in LIMITS.items():
         value = getattr(args, name)
-        if limited != kind:
-            notes += [f"--{name} {value}: limits {limited}, and these are {kind}"] if value is not None else []
+        if kind not in limited:
+            if value is not None:
+                notes.append(f"--{name} {value}: limits {' and '.join(limited)}, and these are {kind}")
             setattr(args, name, None)
         elif value is None and args.tokenizer:
             setattr(args, name, default)

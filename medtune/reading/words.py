@@ -4,13 +4,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from medtune.reading.records import Dialogue, Document, Pair, Report
+from medtune.reading.records import Dialogue, Document, Feedback, Pair, Report
 
 
 def dropped_lines(report: Report) -> list[str]:
     """One line for each reason why records were dropped, with the first examples."""
     return [
-        f"{count:,} dropped, {reason}: {'; '.join(report.examples[reason])}"
+        f"{count:,} dropped, {reason}: {'; '.join(report.examples(reason))}"
         for reason, count in report.dropped.most_common()
     ]
 
@@ -25,7 +25,7 @@ def unread_lines(unread: Sequence[Path]) -> list[str]:
 _SHORTEST_QUESTION = 6
 
 
-def question_of(record: Dialogue | Pair | Document) -> str:
+def question_of(record: Dialogue | Pair | Feedback | Document) -> str:
     """The question of a record: the first user turn, with greetings before it; a document's whole text."""
     if isinstance(record, Document):
         return record.text
@@ -38,7 +38,7 @@ def question_of(record: Dialogue | Pair | Document) -> str:
     return question
 
 
-def words_of(record: Dialogue | Pair | Document) -> str:
+def words_of(record: Dialogue | Pair | Feedback | Document) -> str:
     """The text by which near copies are found: all of a record except the system prompt, which many share."""
     if isinstance(record, Document):
         return record.text
@@ -47,4 +47,8 @@ def words_of(record: Dialogue | Pair | Document) -> str:
         for message in record.messages
         if message["role"] != "system"
     ]
-    return "\n".join([*contents, record.chosen, record.rejected] if isinstance(record, Pair) else contents)
+    if isinstance(record, Pair):
+        contents += [record.chosen, record.rejected]
+    if isinstance(record, Feedback):
+        contents.append(record.reply)
+    return "\n".join(contents)

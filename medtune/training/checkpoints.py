@@ -19,6 +19,7 @@ from loguru import logger
 from transformers import TrainingArguments
 
 from medtune.errors import UserError
+from medtune.output_files import existing_part
 
 BEST = "checkpoint-best"
 ROWS_A_STEP = "rows a step"
@@ -42,7 +43,6 @@ def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool
     """
     output_dir = Path(training_args.output_dir)
     requested = training_args.resume_from_checkpoint
-    _refuse_unwritable(output_dir)
     if training_args.process_index == 0 and output_dir.is_dir():
         with no_other_run(output_dir):
             pass  # the lock itself is for the time of writing
@@ -115,19 +115,6 @@ def no_other_run(output_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _refuse_unwritable(output_dir: Path) -> None:
-    """Raise UserError where the output folder, or the one it would be made in, takes no files."""
-    folder = existing_part(output_dir)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {output_dir}: {folder} cannot be written to; name another folder")
-
-
-def existing_part(folder: Path) -> Path:
-    """The folder, or the one above it that is there."""
-    folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def mount_point(folder: Path) -> Path:

@@ -43,7 +43,7 @@ class CheckpointKeeper(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         """What transformers writes into trainer_state.json for this callback."""
-        settings = run_settings(self.trainer.args) | data_settings(self.trainer)
+        settings = run_settings(self.trainer.args) | data_settings(self.trainer.train_dataset)
         progress = {
             "best_loss": self.best_loss,
             "best_step": self.best_step,

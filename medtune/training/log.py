@@ -66,8 +66,8 @@ def version_notes() -> list[str]:
 def log_facts(trainer: Trainer, facts: dict[str, str]) -> None:
     """The block of facts: the stage's own, then steps and batch arithmetic."""
     args = trainer.args
-    per_step, steps_per_epoch, steps = count_steps(trainer)
-    if is_streamed(trainer):
+    per_step, steps_per_epoch, steps = count_steps(args, trainer.train_dataset)
+    if is_streamed(trainer.train_dataset):
         data = "streamed: --max_steps"
     else:
         rows = len(trainer.train_dataset)

@@ -1,4 +1,4 @@
-"""Flags of preference training: the losses, their settings and which combinations are refused."""
+"""Flags of preference training: limits of the replies, the losses, their settings and refused combinations."""
 
 import difflib
 from dataclasses import dataclass, field
@@ -10,6 +10,32 @@ DPO_LOSSES = ("sigmoid", "hinge", "ipo", "robust", "sft")
 REFERENCE_FREE = ("orpo", "simpo")
 UNPAIRED = ("kto",)
 SMOOTHED = ("robust", "simpo")
+# Of older versions and of TRL.
+REMOVED_LOSSES = (
+    *("exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop"),
+    "sigmoid_norm",
+)
+
+
+@dataclass
+class PairArguments:
+    """Template and limits of the replies that the reward model and DPO compare."""
+
+    template_name: str | None = field(
+        default=None, metadata={"help": "Named prompt template of template.py instead of the tokenizer's own."}
+    )
+    max_source_length: int = field(
+        default=1024,
+        metadata={"help": "Longest prompt in tokens; a longer one loses its oldest exchanges, then its start."},
+    )
+    max_target_length: int = field(
+        default=512, metadata={"help": "Longest reply in tokens; a longer one is cut and gets no end token."}
+    )
+
+    def __post_init__(self):
+        for name in ("max_source_length", "max_target_length"):
+            if getattr(self, name) < 8:
+                raise UserError(f"--{name} {getattr(self, name)}: too little to compare; give a number of tokens")
 
 
 @dataclass
@@ -84,6 +110,8 @@ class PreferenceConfig(StageTrainingArguments):
         losses, known = self.loss_type, (*DPO_LOSSES, *REFERENCE_FREE, *UNPAIRED)
         listed = " ".join(losses)
         for name in losses:
+            if name in REMOVED_LOSSES:
+                raise UserError(f"--loss_type {name}: was removed; take sigmoid, or another of {', '.join(known)}")
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"

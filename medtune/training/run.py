@@ -4,6 +4,7 @@ A stage calls `start_run`, `log_facts`, `train` and `finish_run`; the callbacks 
 """
 
 import math
+import sys
 import time
 import warnings
 from contextlib import nullcontext
@@ -40,7 +41,7 @@ from medtune.training.log import (
 )
 from medtune.training.out_of_memory import explain_full_in_training
 from medtune.training.processes import leave_process_group
-from medtune.training.steps import check_disk, count_steps, data_settings
+from medtune.training.steps import Rows, check_disk, count_steps, data_settings
 
 
 def start_run(stage: str, training_args: TrainingArguments, run_args: RunArguments, notes: list[str]) -> str | None:
@@ -77,19 +78,19 @@ def _start_deepspeed_on_the_cpu() -> None:
     deepspeed.init_distributed(dist_backend="gloo")
 
 
-def is_finished(trainer: Trainer, lineage: Lineage, checkpoint: str | None) -> bool:
+def is_finished(training_args: TrainingArguments, rows: Rows, lineage: Lineage, checkpoint: str | None) -> bool:
     """Whether the run to resume is finished with its results written; logs that nothing is trained.
 
     Resuming it would overwrite the results, and train one step too many within an epoch.
     Raises UserError where the run was started with other training data or from other weights, or is finished with
     other flags.
     """
-    if checkpoint is None:
+    if checkpoint is None or not training_args.do_train:
         return False
-    refuse_other_settings(Path(checkpoint), data_settings(trainer))
-    output_dir = Path(trainer.args.output_dir)
+    refuse_other_settings(Path(checkpoint), data_settings(rows))
+    output_dir = Path(training_args.output_dir)
     state = read_state(checkpoint)
-    finished = state["global_step"] >= count_steps(trainer)[2] and (output_dir / "loss.png").is_file()
+    finished = state["global_step"] >= count_steps(training_args, rows)[2] and (output_dir / "loss.png").is_file()
     lineage.refuse_other_run(checkpoint, finished)
     if not finished:
         return False
@@ -194,6 +195,12 @@ def finish_run(trainer: Trainer, keeper: CheckpointKeeper | None, next_command: 
     logger.info(f"results: {output_dir}; curves: tensorboard --logdir {output_dir}")
     logger.info(f"next: {next_command}")
     return metrics
+
+
+def inference_command(lineage: Lineage, best: Path, use_peft: bool) -> str:
+    """The command that asks what a run left: an adapter on its base, or a whole model."""
+    flags = f"--base_model {lineage.base_model} --lora_model {best}" if use_peft else f"--base_model {best}"
+    return f"{Path(sys.executable).name} inference.py {flags}"
 
 
 def _last_evaluation(trainer: Trainer, keeper: CheckpointKeeper | None) -> dict[str, float]:

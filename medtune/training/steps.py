@@ -3,34 +3,32 @@
 import math
 from pathlib import Path
 
-import torch
+from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from medtune.training.checkpoints import n_bytes, optimizer_bytes, refuse_small_disk
 
+Rows = Dataset | IterableDataset
 
-def data_settings(trainer: Trainer) -> dict[str, int]:
+
+def data_settings(rows: Rows) -> dict[str, int]:
     """Identify the training data: a resumed run skips the rows it has seen, so they must be the same."""
-    if is_streamed(trainer):
+    if is_streamed(rows):
         return {}
-    return {
-        "rows of training data": len(trainer.train_dataset),
-        "training tokens": sum(trainer.train_dataset["length"]),
-    }
+    return {"rows of training data": len(rows), "training tokens": sum(rows["length"])}
 
 
-def is_streamed(trainer: Trainer) -> bool:
+def is_streamed(rows: Rows) -> bool:
     """Whether nobody knows how many rows there are."""
-    return isinstance(trainer.train_dataset, torch.utils.data.IterableDataset)
+    return isinstance(rows, IterableDataset)
 
 
-def count_steps(trainer: Trainer) -> tuple[int, int, int]:
+def count_steps(args: TrainingArguments, rows: Rows) -> tuple[int, int, int]:
     """Rows per step, steps per epoch and steps of the run, as Trainer counts them; a streamed run is one epoch."""
-    args = trainer.args
-    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if is_streamed(trainer):
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if is_streamed(rows):
         return per_step, args.max_steps, args.max_steps
-    steps_per_epoch = max(math.ceil(len(trainer.train_dataset) / per_step), 1)
+    steps_per_epoch = max(math.ceil(len(rows) / per_step), 1)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     return per_step, steps_per_epoch, steps
 
@@ -51,7 +49,7 @@ def _estimated_bytes(trainer: Trainer) -> tuple[int, int]:
 
 def _n_saves(trainer: Trainer) -> int:
     """How many checkpoints the whole run writes."""
-    args, (_, steps_per_epoch, steps) = trainer.args, count_steps(trainer)
+    args, (_, steps_per_epoch, steps) = trainer.args, count_steps(trainer.args, trainer.train_dataset)
     every = {"no": math.inf, "epoch": steps_per_epoch, "best": args.eval_steps or steps_per_epoch}
     interval = every.get(args.save_strategy.value, args.save_steps)
     if interval < 1:

@@ -207,9 +207,9 @@ def test_without_a_gpu_weights_are_float32(monkeypatch, base, use_cpu, has_gpu, 
 def test_the_record_of_a_run(base, trained):
     model, data_args = load_base_model(base), DataArguments(train_file_dir="data/sft")
     kept = {"stage": "sft", "template": "vicuna", "flags": {"--seed": "1"}}
-    lineage = lineage_of(model.config, ModelArguments(base), data_args, **kept)
+    lineage = lineage_of(ModelArguments(base), data_args, **kept)
     sizes = (model.config.hidden_size, model.config.vocab_size, weights_fingerprint(base))
     assert lineage == Lineage(base, None, "sft", "vicuna", "data/sft", *sizes, sizes[-1], {"--seed": "1"})
     parent = trained("chatml")
-    lineage = lineage_of(model.config, ModelArguments(parent), data_args, stage="dpo", flags={})
+    lineage = lineage_of(ModelArguments(parent), data_args, stage="dpo", flags={})
     assert lineage == Lineage(base, parent, "dpo", "", "data/sft", *sizes, weights_fingerprint(parent), {})

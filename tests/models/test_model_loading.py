@@ -153,6 +153,32 @@ def test_pickle_weights_load_only_when_allowed(copied, base):
     assert torch.equal(logits(model), logits(load_base_model(base)))
 
 
+def test_weights_without_all_that_the_configuration_asks_for(copied, base, capfd):
+    folder = copied(base)
+    edit_json(folder / "config.json", num_hidden_layers=4, layer_types=["full_attention"] * 4)
+    fault = (
+        f"{FLAG} {folder}: 24 tensors that config.json asks for are not in its weights and would be random, such as "
+        "model.layers.2.input_layernorm.weight and model.layers.3.self_attn.v_proj.weight; copy or download both again"
+    )
+    assert refused(load_base_model, str(folder)) == fault
+    assert refused(load_for_training, str(folder), use_peft=True, task_type=TaskType.SEQ_CLS, pad_token_id=0) == fault
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_weights_with_more_than_the_configuration_asks_for(copied, base, capfd):
+    folder = copied(base)
+    edit_json(folder / "config.json", num_hidden_layers=1, layer_types=["full_attention"])
+    lines = []
+    sink = logger.add(lines.append, format="{message}")
+    load_base_model(str(folder))
+    logger.remove(sink)
+    assert lines == [
+        f"{FLAG} {folder}: 12 tensors of its weights have no place in the model of config.json and are left out, such "
+        "as model.layers.1.input_layernorm.weight\n"
+    ]
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
 def test_an_incomplete_download(copied, base):
     folder = copied(base)
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
@@ -761,7 +787,8 @@ def test_bitsandbytes_is_left_alone_on_a_gpu(monkeypatch, base):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(loading, "_keep_bitsandbytes_weights_plain", lambda: pytest.fail("patched"))
     monkeypatch.setattr(loading, "placement", lambda *args: None)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: kwargs)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: (kwargs, None))
+    monkeypatch.setattr(loading, "check_loaded", lambda *args: None)
     kwargs = load_base_model(base, load_in_4bit=True)
     assert kwargs["quantization_config"].load_in_4bit
     assert kwargs["quantization_config"].bnb_4bit_compute_dtype == torch.bfloat16

@@ -6,7 +6,7 @@ from datasets import Dataset
 from medtune.errors import UserError
 from medtune.reading.encoders import with_mismatched_replies
 from medtune.reading.keys import Reading
-from medtune.reading.record_sets import load_records, read_feedback
+from medtune.reading.record_sets import load_records, read_feedback, read_pairs
 from medtune.reading.records import Feedback
 
 TURNS = [{"role": "user", "content": "头疼"}, {"role": "assistant", "content": "休息"}]
@@ -57,6 +57,39 @@ def test_bad_feedback_is_named_in_one_line(write_jsonl, record, fault):
     assert str(found).startswith(f"{path}:1: {fault}")
     with pytest.raises(UserError, match="1 of 1 records are bad"):
         load_records(read_feedback, [path])
+
+
+PAIR = {"response_chosen": "休息", "response_rejected": "不用管。"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": TURNS, "label": True},
+        {"conversations": TURNS, "kto_tag": "false"},
+        {"prompt": "头疼", "completion": "休息", "label": 0, "rejected": None},
+        {"question": "头疼", "answer": "", "label": "True"},
+    ],
+    ids=str,
+)
+def test_single_replies_where_pairs_are_read(write_jsonl, record):
+    (bad,) = read_pairs([write_jsonl("d.jsonl", [record])])
+    assert bad.reason == "single reply"
+    assert "one reply with a label where a pair has two; dpo_training.py --loss_type kto learns from" in bad.detail
+
+
+@pytest.mark.parametrize(
+    "record", [{"question": "头疼", **PAIR}, {"messages": TURNS[:1], "chosen": "休息", "rejected": "喝酒", "label": 1}]
+)
+def test_pairs_where_single_replies_are_read(write_jsonl, record):
+    (bad,) = read_feedback([write_jsonl("d.jsonl", [record])])
+    assert bad.reason == "preference pair"
+    assert bad.detail.endswith("leave out --loss_type, or give one for pairs: sigmoid")
+
+
+def test_a_topic_of_a_dialogue_is_no_label_of_a_single_reply(write_jsonl):
+    (bad,) = read_pairs([write_jsonl("d.jsonl", [{"messages": TURNS, "label": "内科"}])])
+    assert bad.reason == "no pair"
 
 
 def test_a_topic_under_the_name_of_the_label_can_be_ignored(write_jsonl):

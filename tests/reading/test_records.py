@@ -21,7 +21,7 @@ from medtune.reading.cache import open_cache
 from medtune.reading.files import read_raw
 from medtune.reading.finding import content_fingerprint, find_files
 from medtune.reading.holdout import split_holdout, take_samples
-from medtune.reading.record_sets import load_dialogues, load_pairs, read_dialogues
+from medtune.reading.record_sets import load_dialogues, load_records, read_dialogues, read_pairs
 from medtune.reading.records import BadRecord, Dialogue, Report
 from medtune.reading.turns import ROLES
 
@@ -200,20 +200,22 @@ PAIR_FORMS = [as_guide_pair, as_sharegpt_pair, as_trl_texts, as_trl_messages, as
 @pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.parquet"])
 def test_every_form_of_pairs_in_every_file_reads_to_the_same_pairs(form, name):
     records = [form(*pair[:3]) | ({} if pair[3] is None else {"margin": pair[3]}) for pair in PAIRS]
-    pairs, report = load_pairs([write_records(name, records)])
+    pairs, report = load_records(read_pairs, [write_records(name, records)])
     assert [(pair.messages, pair.chosen, pair.rejected, pair.margin) for pair in pairs] == PAIRS
     assert report == Report(read=2)
 
 
 def test_a_reply_that_is_json_stays_words():
     record = as_guide_pair(PAIRS[0][0], '{"dose": "none"}', '[{"dose": 2}]')
-    pairs, _ = load_pairs([write_records("d.csv", [record])])
+    pairs, _ = load_records(read_pairs, [write_records("d.csv", [record])])
     assert (pairs[0].chosen, pairs[0].rejected) == ('{"dose": "none"}', '[{"dose": 2}]')
 
 
 def test_the_difference_of_two_scores_is_a_margin():
     record = as_guide_pair(*PAIRS[0][:3])
-    pairs, _ = load_pairs([write_records("d.jsonl", [record | {"score_chosen": 4, "score_rejected": 1.5}])])
+    pairs, _ = load_records(
+        read_pairs, [write_records("d.jsonl", [record | {"score_chosen": 4, "score_rejected": 1.5}])]
+    )
     assert pairs[0].margin == 2.5
 
 
@@ -233,7 +235,7 @@ def test_a_bad_pair_is_named_with_its_place(change, reason):
     if "histroy" in change:
         del record["history"]
     with pytest.raises(UserError) as refused:
-        load_pairs([write_records("d.jsonl", [record, record | change])])
+        load_records(read_pairs, [write_records("d.jsonl", [record, record | change])])
     assert "d.jsonl:2: " in str(refused.value)
     assert reason in str(refused.value)
 
@@ -753,15 +755,28 @@ def test_utf16_is_recognized():
 # --- load and report ------------------------------------------------------------------------------
 
 
-def test_bad_records_stop_the_run_with_the_first_ten_and_the_count():
+def test_bad_records_stop_the_run_and_the_same_fault_is_one_line():
     path = write("d.jsonl", "\n".join([GOOD, *['{"question": "a", "answer": ""}'] * 11, "{", GOOD]))
     with pytest.raises(UserError) as error:
         load_dialogues([path])
+    assert str(error.value).split("\n") == [
+        "12 of 14 records are bad:",
+        "  d.jsonl:2, d.jsonl:3, d.jsonl:4 and 8 more: empty reply: turn 2 (assistant) is empty; write it or "
+        "delete the record",
+        "  d.jsonl:13: broken JSON: Expecting property name enclosed in double quotes (column 2); write one whole "
+        "record a line",
+        "fix them, or go on without them: --on_bad_data drop",
+    ]
+
+
+def test_the_first_ten_faults_hold_every_reason():
+    path = write("d.jsonl", "\n".join([GOOD, *(f'{{"question": "a", "answr{n}": ""}}' for n in range(12)), "{"]))
+    with pytest.raises(UserError) as error:
+        load_dialogues([path])
     lines = str(error.value).split("\n")
-    assert lines[0] == "12 of 14 records are bad; the first ten:"
-    assert lines[1] == "  d.jsonl:2: empty reply: turn 2 (assistant) is empty; write it or delete the record"
-    assert [line.split(": ")[0] for line in lines[1:-1]] == [f"  d.jsonl:{n}" for n in range(2, 12)]
-    assert lines[-1] == "fix them, or go on without them: --on_bad_data drop"
+    assert lines[0] == "13 of 14 records are bad; the first ten faults:"
+    places = [line.split(": ")[0].strip() for line in lines[1:-1]]
+    assert places == ["d.jsonl:2", "d.jsonl:14", *(f"d.jsonl:{n}" for n in range(3, 11))]
 
 
 def test_dropped_records_are_counted_by_reason():
@@ -769,8 +784,8 @@ def test_dropped_records_are_counted_by_reason():
     dialogues, report = load_dialogues([path], "drop")
     assert [dialogue.source for dialogue in dialogues] == ["d.jsonl:1", "d.jsonl:7"]
     assert report.summary() == "kept 2 of 7 (4 empty reply, 1 broken JSON)"
-    assert report.examples["empty reply"] == [
-        f"d.jsonl:{n}: turn 2 (assistant) is empty; write it or delete the record" for n in (2, 3, 4)
+    assert report.examples("empty reply") == [
+        "d.jsonl:2, d.jsonl:3, d.jsonl:4 and 1 more: turn 2 (assistant) is empty; write it or delete the record"
     ]
 
 

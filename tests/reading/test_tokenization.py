@@ -550,7 +550,7 @@ def test_too_long_ones_are_counted_and_named(qwen):
     dataset, report = tokenize(qwen, dialogues, max_length=100)
     assert list(dataset["source"]) == ["d.jsonl:1", "d.jsonl:3"]
     assert report.summary() == "kept 2 of 4 (2 too long)"
-    assert report.examples["too long"][0].startswith("d.jsonl:2: ")
+    assert report.examples("too long")[0].startswith("d.jsonl:2: ")
 
 
 BAD = [
@@ -568,9 +568,13 @@ def test_faults_stop_the_run_or_are_counted(qwen, request):
     with pytest.raises(UserError) as error:
         tokenize(chatml, dialogues_of(BAD))
     first, *bad, hint = str(error.value).split("\n")
-    assert first == "2 of 3 dialogues are bad, such as"
-    assert bad[0].startswith("  d.jsonl:2: message 2 (assistant) holds <|im_end|>, which the model takes for")
-    assert bad[1].startswith("  d.jsonl:3: the chat template refuses the dialogue: template chatml has no place for")
+    assert first == "2 of 3 dialogues are bad:"
+    assert bad[0].startswith(
+        "  d.jsonl:2: control token: message 2 (assistant) holds <|im_end|>, which the model takes for"
+    )
+    assert bad[1].startswith(
+        "  d.jsonl:3: not renderable: the chat template refuses the dialogue: template chatml has no place for"
+    )
     assert hint == "fix them, or go on without them: --on_bad_data drop"
     dataset, report = tokenize(chatml, dialogues_of(BAD), on_bad_data="drop")
     assert len(dataset) == 1

@@ -347,3 +347,36 @@ def test_what_was_preprocessed_is_fine(check, write_jsonl, capsys):
     assert code == 0
     assert value_of(lines, "overlap").endswith("none")
     assert json.loads(Path("out.report.json").read_text())["kept"] == 41
+
+
+# ---------------------------------------------------------------- labelled replies
+
+
+def labelled(n: int, **more) -> list[dict]:
+    return [record | {"label": number % 4 != 0} for number, record in enumerate(random_dialogues(n), 1)]
+
+
+def test_labelled_replies_are_counted_by_label(check, write_jsonl):
+    records = labelled(8)
+    unclear = {"question": random_text(random.Random(7), 20), "answer": "休息", "label": "内科"}
+    write_jsonl("in/a.jsonl", [*records, {**records[0], "label": None}, unclear])
+    code, lines = check()
+    assert code == 1
+    assert any(line.startswith("in/a.jsonl:9: no label: ") for line in lines)
+    assert any(line.startswith("in/a.jsonl:10: unclear label: 'label' is '内科'") for line in lines)
+    assert "in: replies in 1 file" in lines
+    assert value_of(lines, "labels") == "6 good replies (75.0%), 2 bad ones (25.0%)"
+    assert value_of(lines, "characters").endswith("shortest 81, longest 81")
+
+
+def test_labelled_replies_in_tokens_and_of_one_label(check, write_jsonl, tiny_model_dir):
+    write_jsonl("in/a.jsonl", [record | {"label": True} for record in labelled(4)])
+    flags = {"model_name_or_path": tiny_model_dir, "template_name": "qwen", "max_target_length": 20}
+    code, lines = check(**flags)
+    assert code == 1
+    assert value_of(lines, "over the limit").startswith(
+        "of --max_source_length 1024 --max_target_length 20: 4 (100.0%)"
+    )
+    assert lines[-1] == "wrong: all replies have the same label, and KTO learns from the difference: add others"
+    code, lines = check(ignore_keys="label")
+    assert (code, lines[0]) == (0, "in: dialogues in 1 file")

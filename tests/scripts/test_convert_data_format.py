@@ -12,7 +12,7 @@ import pytest
 from convert_data_format import main
 
 from medtune.errors import UserError
-from medtune.reading.record_sets import load_dialogues, load_pairs
+from medtune.reading.record_sets import load_dialogues, load_records, read_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -239,9 +239,9 @@ PAIRS = [
 
 def test_pairs_keep_system_history_tools_and_margin():
     raw = write("raw.jsonl", PAIRS)
-    before, _ = load_pairs([raw])
+    before, _ = load_records(read_pairs, [raw])
     written = convert(raw, "dpo")
-    after, report = load_pairs([Path("out/train.jsonl")])
+    after, report = load_records(read_pairs, [Path("out/train.jsonl")])
     assert report.summary() == "kept 5 of 5"
     parts = ("messages", "chosen", "rejected", "margin")
     assert [[getattr(p, part) for part in parts] for p in after] == [

@@ -187,7 +187,7 @@ def test_short_documents_are_dropped_by_a_flag_and_counted(capsys):
     assert convert(raw, "--min_length", "5", "--overwrite") == ["这一行够长了吗"]
     printed = capsys.readouterr().out
     assert "kept 1 of 3 (2 short)" in printed
-    assert "2 dropped, short: d.txt:1: 1 characters, under --min_length 5; d.txt:3: " in printed
+    assert "2 dropped, short: d.txt:1, d.txt:3: 1 characters, under --min_length 5" in printed
 
 
 def test_faults_are_counted_by_reason_with_examples(capsys):
@@ -196,7 +196,8 @@ def test_faults_are_counted_by_reason_with_examples(capsys):
     printed = capsys.readouterr().out
     assert "kept 1 of 7" in printed
     for line in (
-        "2 dropped, empty: d.jsonl:2: ", "1 dropped, not text: d.jsonl:4: ", "1 dropped, broken JSON: d.jsonl:5: ",
+        "2 dropped, empty: d.jsonl:2, d.jsonl:3: ", "1 dropped, not text: d.jsonl:4: ",
+            "1 dropped, broken JSON: d.jsonl:5: ",
         "1 dropped, not an object: d.jsonl:6: ", "1 dropped, unknown keys: d.jsonl:7: has the keys 'x'",
     ):  # fmt: skip
         assert line in printed

@@ -8,12 +8,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import generate_preference_data
 import pytest
 from generate_preference_data import FAILURES, VAGUE, Answers, draw_prompts, likeness, main
 
 from medtune.errors import UserError
 from medtune.models.loading import load_tokenizer
-from medtune.reading.record_sets import load_pairs
+from medtune.reading.record_sets import load_records, read_pairs
 from medtune.reading.records import Pair
 
 
@@ -51,7 +52,7 @@ def generate(records: list[dict], *flags: str) -> list[Pair]:
     """The pairs that are written, as a stage reads them."""
     main(["--sft_data", write(records), "--output_file", "out/pairs.jsonl", *flags])
     assert [file.name for file in Path("out").iterdir()] == ["pairs.jsonl"]
-    pairs, report = load_pairs([Path("out/pairs.jsonl")])
+    pairs, report = load_records(read_pairs, [Path("out/pairs.jsonl")])
     assert report.dropped == {}
     return pairs
 
@@ -354,6 +355,12 @@ def test_replies_that_cannot_be_ranked_are_counted(tiny_model_dir, reward_models
     printed = capsys.readouterr().out
     assert "1 dropped, nothing to reject: sft.jsonl:1: the replies are the same" in printed
     assert "1 dropped, no whole reply: sft.jsonl:2: every reply was cut; raise --max_new_tokens" in printed
+
+
+def test_a_place_where_nothing_can_be_written_is_refused_before_weights_load(tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(generate_preference_data, "Sampler", lambda args: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError, match=r"^--output_file /proc/x\.jsonl: cannot be written "):
+        main(["--sft_data", write(dialogues(3)), "--output_file", "/proc/x.jsonl", "--model", str(tiny_model_dir)])
 
 
 def test_prompts_that_do_not_fit_are_counted(tiny_model_dir, capsys):

@@ -12,7 +12,7 @@ import pytest
 
 import supervised_finetuning
 from medtune.errors import UserError
-from medtune.reading.record_sets import load_dialogues, load_documents, load_pairs
+from medtune.reading.record_sets import load_dialogues, load_documents, load_records, read_pairs
 from medtune.reading.records import Dialogue, Document, Pair
 from medtune.reading.words import question_of, words_of
 
@@ -183,8 +183,8 @@ def test_pairs(preprocess, write_jsonl, tmp_path):
     assert report["kind"] == "pairs"
     assert report["dropped"] == {"same replies after cleaning": 1}
     assert "next: python dpo_training.py" in out
-    train, _ = load_pairs([tmp_path / "out/train/pairs.jsonl"])
-    held_out, _ = load_pairs([tmp_path / "out/validation/pairs.jsonl"])
+    train, _ = load_records(read_pairs, [tmp_path / "out/train/pairs.jsonl"])
+    held_out, _ = load_records(read_pairs, [tmp_path / "out/validation/pairs.jsonl"])
     assert (len(train), len(held_out)) == (18, 2)
     (last,) = [line for path in tmp_path.glob("out/*/*.jsonl") for line in read_lines(path) if line["system"]]
     assert last == {
@@ -531,3 +531,28 @@ def test_the_question_of_a_record_is_more_than_a_greeting():
     assert question_of(Dialogue(turns, None, "")) == "你好！\n感冒了怎么办？"
     assert question_of(Pair(turns[3:4], "a", "b", None, "")) == "感冒了怎么办？"
     assert question_of(Document("全文", "")) == "全文"
+
+
+# ---------------------------------------------------------------- labelled replies
+
+
+def test_labelled_replies_keep_their_labels(preprocess, write_jsonl, tmp_path):
+    records = random_dialogues(20)
+    key = ("label", "kto_tag")
+    marked = [record | {key[number % 2]: number % 3 == 0} for number, record in enumerate(records)]
+    marked[4]["conversations"][1]["value"] += "<br>"
+    good = dialogue("咳嗽三天了怎么办？", random_text(random.Random(1), 80), label=True)
+    bad = dialogue("咳嗽三天了怎么办？", random_text(random.Random(1), 80) + "不必就医。", label=False)
+    write_jsonl("in/a.jsonl", [*marked, marked[0], records[0], good, bad, bad | {"kto_tag": False}])
+    out, report = preprocess(validation_size=4)
+    assert report["kind"] == "replies"
+    assert report["dropped"] == {"duplicate": 2, "no label": 1}
+    assert report["examples"]["duplicate"][1].endswith("a.jsonl:25: the same as " + str(tmp_path / "in/a.jsonl:24"))
+    written = {part: read_lines(tmp_path / f"out/{part}/replies.jsonl") for part in ("train", "validation")}
+    assert [len(lines) for lines in written.values()] == [18, 4]
+    expected = [{"conversations": record["conversations"], "label": n % 3 == 0} for n, record in enumerate(records)]
+    expected += [good, bad]
+    expected[4]["conversations"][1]["value"] = expected[4]["conversations"][1]["value"].removesuffix("<br>")
+    by_text = {json.dumps(record) for record in expected}
+    assert {json.dumps(record) for lines in written.values() for record in lines} == by_text
+    assert "next: python dpo_training.py --loss_type kto --train_file_dir " in out

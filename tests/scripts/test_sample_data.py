@@ -14,7 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from medtune.errors import UserError
-from medtune.reading.record_sets import load_dialogues, load_documents, load_pairs
+from medtune.reading.record_sets import load_dialogues, load_documents, load_records, read_pairs
 from medtune.sample_data.evaluation import LETTERS, NEAR_COPY, TrainingText, spoken_text
 from medtune.sample_data.knowledge import (
     CONDITION_ASPECTS,
@@ -158,7 +158,7 @@ def test_check_names_the_file_that_differs(tmp_path, monkeypatch):
 def test_stages_read_all_of_it_without_a_complaint():
     dialogues, report = load_dialogues(sorted((DATA / "finetune").glob("*.jsonl")))
     assert len(dialogues) == report.read >= 5000
-    pairs, report = load_pairs(sorted((DATA / "reward").glob("*.jsonl")))
+    pairs, report = load_records(read_pairs, sorted((DATA / "reward").glob("*.jsonl")))
     assert len(pairs) == report.read >= 2500
     prompts, report = load_dialogues(sorted((DATA / "ppo").glob("*.jsonl")))
     assert len(prompts) == report.read >= 500
@@ -166,7 +166,7 @@ def test_stages_read_all_of_it_without_a_complaint():
     assert len(documents) == report.read >= 3 * len(knowledge().entries)
     for name in ("questions", "unseen_conditions", "complaints", "safety"):
         load_dialogues([DATA / f"eval/{name}.jsonl"])
-    load_pairs([DATA / "eval/preference_pairs.jsonl"])
+    load_records(read_pairs, [DATA / "eval/preference_pairs.jsonl"])
 
 
 def test_every_entry_has_three_different_documents():

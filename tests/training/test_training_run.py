@@ -1,9 +1,11 @@
 """What surrounds training: where a run starts, what it says, what stops it."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
+from stage_runs import STAGES, stage_flags
 
 from medtune.arguments import RunArguments
 from medtune.errors import UserError
@@ -135,3 +137,16 @@ def test_a_loss_explodes_by_factor_and_by_nats(arguments, capfd, largest, loss, 
     what = f"step 1: the loss is {loss:.4f}, where {largest:.4f} was the largest at learning rate 1.00e-03 on d.jsonl:1"
     said = [line.split(" | ", 1)[1] for line in capfd.readouterr().err.splitlines() if "was the largest" in line]
     assert said == [f"WARNING | {what}; bad step {n} in a row" for n in (1, 2)] * is_bad
+
+
+# ---------------------------------------------------------------- a run that is finished
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_finished_run_is_told_before_weights_load(stage, tiny_model_dir, tmp_path, monkeypatch, capfd):
+    module = importlib.import_module(STAGES[stage])
+    argv = stage_flags(stage, tiny_model_dir, tmp_path, max_steps=1, resume_from_checkpoint=True)
+    module.main(argv)
+    monkeypatch.setattr(module, "load_for_training", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    assert module.main(argv) == {}
+    assert "holds a finished run (1 steps): nothing is trained" in capfd.readouterr().err
