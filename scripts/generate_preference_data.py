@@ -304,7 +304,7 @@ class Sampler:
                     yield BadRecord(prompt.source, error.reason, error.detail), ""
 
     def encode(self, prompt: Pair) -> list[int]:
-        from medtune.reading.encoding import encode_prompt, refuse_control_tokens
+        from medtune.reading.tokenization import encode_prompt, refuse_control_tokens
 
         chat_model = self.chat_model
         refuse_control_tokens(chat_model.chat_template, prompt.messages, None)
@@ -334,7 +334,7 @@ class Sampler:
 
     def encode_judged(self, prompt: Pair, reply: "Reply") -> list[int]:
         """The ids for the reward model; raises Unusable for control tokens, or more ids than its context."""
-        from medtune.reading.encoding import refuse_control_tokens
+        from medtune.reading.tokenization import refuse_control_tokens
 
         messages = [*prompt.messages, {"role": "assistant", "content": reply.text}]
         refuse_control_tokens(self.reward_model.chat_template, messages, None)

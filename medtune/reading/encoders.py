@@ -20,7 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from medtune.errors import Unusable, UserError
 from medtune.reading.blocks import cut_blocks, document_end_id
-from medtune.reading.encoding import (
+from medtune.reading.finding import RECORD_ENDINGS, TEXT_ENDINGS
+from medtune.reading.keys import Reading
+from medtune.reading.kinds import Kind
+from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Prompt, Report, T
+from medtune.reading.tokenization import (
     Truncation,
     encode_dialogue,
     encode_feedback,
@@ -31,10 +35,6 @@ from medtune.reading.encoding import (
     refuse_control_tokens,
     shorten_prompt,
 )
-from medtune.reading.finding import RECORD_ENDINGS, TEXT_ENDINGS
-from medtune.reading.keys import Reading
-from medtune.reading.kinds import Kind
-from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Prompt, Report, T
 from template import ChatTemplate
 
 # Counted of replies before the last, whose thoughts many templates leave out.

@@ -18,7 +18,7 @@ from medtune.models.lineage import Lineage, tokenizer_source
 from medtune.models.loading import load_base_model, load_tokenizer, weights_fingerprint
 from medtune.models.model_folder import choose_template, describe_folder, lineage_of, refuse_reward_model
 from medtune.models.reward_models import reward_ids
-from medtune.reading.encoding import encode_pair, load_chat_template
+from medtune.reading.tokenization import encode_pair, load_chat_template
 
 FLAG = "--lora_model"
 QUESTION = [{"role": "user", "content": "头痛"}]

@@ -15,9 +15,12 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 import template
 from medtune.arguments import DataArguments
 from medtune.errors import Unusable, UserError
-from medtune.reading import encoding, rows
+from medtune.reading import rows, tokenization
 from medtune.reading.encoders import DialogueEncoder, DocumentEncoder, PairEncoder, unlimited_encoder
-from medtune.reading.encoding import (
+from medtune.reading.record_sets import read_dialogues
+from medtune.reading.records import Dialogue, Document, Pair
+from medtune.reading.rows import encode_records, prepare_data, prepare_part, tokenizer_fingerprint
+from medtune.reading.tokenization import (
     IGNORED_LABEL,
     encode_dialogue,
     encode_exchange,
@@ -27,9 +30,6 @@ from medtune.reading.encoding import (
     mark_learned,
     stop_token_ids,
 )
-from medtune.reading.record_sets import read_dialogues
-from medtune.reading.records import Dialogue, Document, Pair
-from medtune.reading.rows import encode_records, prepare_data, prepare_part, tokenizer_fingerprint
 from template import named_template
 
 NO_LIMIT = 100_000
@@ -625,8 +625,8 @@ def test_fingerprint_changes_with_all_that_decides_ids(tiny_tokenizer, monkeypat
 
 def test_unchanged_data_is_tokenized_once(tiny_tokenizer, write_jsonl, tmp_path, monkeypatch):
     calls = []
-    encode = encoding._ids_and_labels
-    monkeypatch.setattr(encoding, "_ids_and_labels", lambda *args: calls.append(args) or encode(*args))
+    encode = tokenization._ids_and_labels
+    monkeypatch.setattr(tokenization, "_ids_and_labels", lambda *args: calls.append(args) or encode(*args))
     encoder = DialogueEncoder(tiny_tokenizer, load_chat_template(tiny_tokenizer, None), NO_LIMIT)
     record = {"question": "感冒怎么办", "answer": "多休息"}
     path = write_jsonl("d.jsonl", [record] * 5)

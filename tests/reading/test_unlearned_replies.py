@@ -10,15 +10,15 @@ from test_template import EXPECTED, WORDY
 from medtune.errors import Unusable
 from medtune.reading.conversations import to_dialogue
 from medtune.reading.encoders import LEFT_OUT_THOUGHTS, DialogueEncoder, PromptEncoder
-from medtune.reading.encoding import (
+from medtune.reading.records import Dialogue
+from medtune.reading.rows import encode_records
+from medtune.reading.tokenization import (
     IGNORED_LABEL,
     encode_dialogue,
     load_chat_template,
     mark_learned,
     n_thoughts_left_out,
 )
-from medtune.reading.records import Dialogue
-from medtune.reading.rows import encode_records
 
 NO_LIMIT = 100_000
 

@@ -9,7 +9,7 @@ from test_template import EXPECTED, TOOL_TURNS, TOOLS
 from transformers import AutoTokenizer
 
 from medtune.errors import UserError
-from medtune.reading.encoding import (
+from medtune.reading.tokenization import (
     IGNORED_LABEL,
     encode_dialogue,
     encode_exchange,
