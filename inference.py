@@ -49,7 +49,7 @@ from medtune.reading.conversations import turns_to_answer
 from medtune.reading.files import read_raw
 from medtune.reading.finding import find_files
 from medtune.reading.keys import Reading, split_keys
-from medtune.reading.record_sets import load_prompts
+from medtune.reading.readers import load_prompts
 from medtune.reading.tokenization import encode_recent
 from medtune.training.log import start_log
 from template import Message

@@ -37,7 +37,7 @@ from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.blocks import learned_bytes_per_token
 from medtune.reading.encoders import DocumentEncoder
 from medtune.reading.finding import TEXT_ENDINGS, are_same_files, find_files
-from medtune.reading.record_sets import read_documents
+from medtune.reading.readers import read_documents
 from medtune.reading.records import BadRecord
 from medtune.reading.rows import Data, prepare_data
 from medtune.reading.tokenization import mark_learned

@@ -37,7 +37,7 @@ from medtune.reading.finding import find_files
 from medtune.reading.foreign_forms import add_ignore_keys
 from medtune.reading.guide_form import guide_line
 from medtune.reading.keys import Reading
-from medtune.reading.record_sets import read_dialogues
+from medtune.reading.readers import read_dialogues
 from medtune.reading.records import BadRecord, Dialogue, Pair, Report
 from medtune.reading.words import dropped_lines, unread_lines
 

@@ -24,7 +24,7 @@ from medtune.arguments import (
 from medtune.errors import UserError
 from medtune.models.adapters import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK
 from medtune.reading.finding import RECORD_ENDINGS
-from medtune.reading.record_sets import load_dialogues
+from medtune.reading.readers import load_dialogues
 from medtune.training.checkpoints import MANIFEST
 from ppo_training import PPOArguments
 from pretraining import PTArguments

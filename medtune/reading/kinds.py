@@ -6,7 +6,7 @@ from typing import Literal
 
 from medtune.errors import UserError
 from medtune.reading.finding import TEXT_ENDINGS, find_files
-from medtune.reading.record_sets import read_dialogues, read_documents, read_pairs
+from medtune.reading.readers import read_dialogues, read_documents, read_pairs
 from medtune.reading.records import BadRecord
 
 Kind = Literal["dialogues", "pairs", "documents"]

@@ -26,7 +26,7 @@ from medtune.reading.encoders import Encoder
 from medtune.reading.finding import are_same_files, content_fingerprint, find_files
 from medtune.reading.holdout import choose_part
 from medtune.reading.keys import Reading, split_keys
-from medtune.reading.record_sets import OnBadData, load_records
+from medtune.reading.readers import OnBadData, load_records
 from medtune.reading.records import BadRecord, Report, T
 
 # Why a sound record is left out, always counted; every other reason is a fault that --on_bad_data decides about.

@@ -13,7 +13,7 @@ from medtune.reading.conversations import to_dialogue, to_document, to_pair, to_
 from medtune.reading.foreign_forms import Columns, ForeignReader, known_roles, rows_of
 from medtune.reading.guide_form import guide_record
 from medtune.reading.keys import Reading
-from medtune.reading.record_sets import load_prompts, read_documents
+from medtune.reading.readers import load_prompts, read_documents
 from medtune.reading.turns import ROLES, turns_of_transcript
 
 

@@ -6,7 +6,7 @@ from datasets import Dataset
 from medtune.errors import UserError
 from medtune.reading.encoders import with_mismatched_replies
 from medtune.reading.keys import Reading
-from medtune.reading.record_sets import load_records, read_feedback
+from medtune.reading.readers import load_records, read_feedback
 from medtune.reading.records import Feedback
 
 TURNS = [{"role": "user", "content": "头疼"}, {"role": "assistant", "content": "休息"}]

@@ -12,7 +12,7 @@ from medtune.reading.conversations import to_dialogue, to_document, to_pair, to_
 from medtune.reading.foreign_forms import ForeignReader
 from medtune.reading.guide_form import guide_record
 from medtune.reading.keys import HARMLESS, MEDIA, OPTIONS, THOUGHTS, VERDICTS, WEIGHTS, Reading, split_keys
-from medtune.reading.record_sets import load_dialogues
+from medtune.reading.readers import load_dialogues
 
 QUESTION = {"question": "被猫抓伤怎么办？", "answer": "先用肥皂水冲洗，再去医院。"}
 PAIR = {"question": "牙疼怎么办？", "response_chosen": "看口腔科。", "response_rejected": "忍着。"}

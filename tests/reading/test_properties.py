@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from medtune.errors import Unusable, UserError
 from medtune.reading.conversations import to_dialogue, to_pair
 from medtune.reading.finding import find_files
-from medtune.reading.record_sets import read_dialogues, read_pairs
+from medtune.reading.readers import read_dialogues, read_pairs
 from medtune.reading.records import BadRecord, Dialogue, Pair
 from medtune.reading.tokenization import IGNORED_LABEL, encode_dialogue, encode_prompt, load_chat_template
 from medtune.reading.values import ANY_NULL_WORD, strip_blanks

@@ -21,7 +21,7 @@ from medtune.reading.cache import open_cache
 from medtune.reading.files import read_raw
 from medtune.reading.finding import content_fingerprint, find_files
 from medtune.reading.holdout import split_holdout, take_samples
-from medtune.reading.record_sets import load_dialogues, load_pairs, read_dialogues
+from medtune.reading.readers import load_dialogues, load_pairs, read_dialogues
 from medtune.reading.records import BadRecord, Dialogue, Report
 from medtune.reading.turns import ROLES
 
@@ -988,7 +988,7 @@ def test_processes_started_together_build_once(tmp_path, monkeypatch, overwrite)
 def test_the_import_is_light():
     heavy = "{'datasets', 'pyarrow', 'torch', 'transformers'}"
     root = Path(__file__).resolve().parents[2]
-    command = f"import sys, medtune.reading.record_sets; assert not {heavy} & {{*sys.modules}}"
+    command = f"import sys, medtune.reading.readers; assert not {heavy} & {{*sys.modules}}"
     subprocess.run([sys.executable, "-c", command], cwd=root, check=True)
 
 

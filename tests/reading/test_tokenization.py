@@ -17,7 +17,7 @@ from medtune.arguments import DataArguments
 from medtune.errors import Unusable, UserError
 from medtune.reading import rows, tokenization
 from medtune.reading.encoders import DialogueEncoder, DocumentEncoder, PairEncoder, unlimited_encoder
-from medtune.reading.record_sets import read_dialogues
+from medtune.reading.readers import read_dialogues
 from medtune.reading.records import Dialogue, Document, Pair
 from medtune.reading.rows import encode_records, prepare_data, prepare_part, tokenizer_fingerprint
 from medtune.reading.tokenization import (

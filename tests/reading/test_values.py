@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from medtune.errors import Unusable
 from medtune.reading.conversations import to_dialogue, to_pair
-from medtune.reading.record_sets import read_dialogues, read_documents
+from medtune.reading.readers import read_dialogues, read_documents
 from medtune.reading.records import BadRecord, Document
 from medtune.reading.values import holds_nothing, is_empty, parse_nested, strip_blanks
 
