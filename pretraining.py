@@ -39,7 +39,7 @@ from medtune.reading.encoders import DocumentEncoder
 from medtune.reading.finding import TEXT_ENDINGS, are_same_files, find_files
 from medtune.reading.readers import read_documents
 from medtune.reading.records import BadRecord
-from medtune.reading.rows import Data, prepare_data
+from medtune.reading.stage_data import Data, prepare_data
 from medtune.reading.tokenization import mark_learned
 from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
 from medtune.training.checkpoints import BEST

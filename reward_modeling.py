@@ -45,7 +45,7 @@ from medtune.models.score_heads import has_untrained_head
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoders import ScoredPairEncoder
 from medtune.reading.readers import read_pairs
-from medtune.reading.rows import prepare_data
+from medtune.reading.stage_data import prepare_data
 from medtune.reading.tokenization import IGNORED_LABEL, load_chat_template, mark_learned, stop_token_ids
 from medtune.training.batches import PairCollator
 from medtune.training.checkpoints import BEST

@@ -32,7 +32,7 @@ from medtune.reading.encoders import DocumentEncoder
 from medtune.reading.finding import find_files
 from medtune.reading.readers import load_documents
 from medtune.reading.records import Document
-from medtune.reading.rows import encode_records
+from medtune.reading.stage_data import encode_records
 from medtune.training.causal_lm_trainer import IGNORED_LABEL, Collator, loss_statistics, token_losses
 from pretraining import last_tokens, stream_blocks, stream_data
 

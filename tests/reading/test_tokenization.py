@@ -15,11 +15,11 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 import template
 from medtune.arguments import DataArguments
 from medtune.errors import Unusable, UserError
-from medtune.reading import rows, tokenization
+from medtune.reading import stage_data, tokenization
 from medtune.reading.encoders import DialogueEncoder, DocumentEncoder, PairEncoder, unlimited_encoder
 from medtune.reading.readers import read_dialogues
 from medtune.reading.records import Dialogue, Document, Pair
-from medtune.reading.rows import encode_records, prepare_data, prepare_part, tokenizer_fingerprint
+from medtune.reading.stage_data import encode_records, prepare_data, prepare_part, tokenizer_fingerprint
 from medtune.reading.tokenization import (
     IGNORED_LABEL,
     encode_dialogue,
@@ -589,7 +589,7 @@ def test_no_dialogue_left_is_an_empty_dataset_that_the_cache_takes(qwen, write_j
         prepare_data(read_dialogues, DialogueEncoder(*qwen, 8), *args, str(tmp_path))
 
 
-def prepare(encoder, path, folder, part="train", held_out=False, seed=42, **data_args) -> rows.Part:
+def prepare(encoder, path, folder, part="train", held_out=False, seed=42, **data_args) -> stage_data.Part:
     data_args = DataArguments(**data_args)
     return prepare_part(part, [path], held_out, read_dialogues, encoder, data_args, seed, str(folder))
 
@@ -615,7 +615,7 @@ def test_fingerprint_changes_with_all_that_decides_ids(tiny_tokenizer, monkeypat
     ]
     assert len(set(prints)) == 5
     assert fingerprint() == prints[0]
-    for module in (rows, template):
+    for module in (stage_data, template):
         edited = tmp_path / "edited.py"
         edited.write_text("# another version\n", encoding="utf-8")
         with monkeypatch.context() as patch:

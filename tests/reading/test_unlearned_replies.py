@@ -11,7 +11,7 @@ from medtune.errors import Unusable
 from medtune.reading.conversations import to_dialogue
 from medtune.reading.encoders import LEFT_OUT_THOUGHTS, DialogueEncoder, PromptEncoder
 from medtune.reading.records import Dialogue
-from medtune.reading.rows import encode_records
+from medtune.reading.stage_data import encode_records
 from medtune.reading.tokenization import (
     IGNORED_LABEL,
     encode_dialogue,
