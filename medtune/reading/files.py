@@ -17,7 +17,7 @@ from medtune.errors import Unusable, UserError
 from medtune.reading.byte_faults import line_fault, utf8_fault
 from medtune.reading.finding import TEXT_ENDINGS, display_path, ending_of
 from medtune.reading.json_files import read_json
-from medtune.reading.raw_files import BLOCK, is_text, misnamed, read_start, utf16_without_mark
+from medtune.reading.magic_bytes import BLOCK, is_text, misnamed, read_start, utf16_without_mark
 
 if TYPE_CHECKING:
     import pyarrow

@@ -27,7 +27,7 @@ from medtune.reading.charsets import detect_encoding
 from medtune.reading.files import read_raw
 from medtune.reading.finding import find_files
 from medtune.reading.foreign_forms import ForeignReader
-from medtune.reading.raw_files import misnamed
+from medtune.reading.magic_bytes import misnamed
 from medtune.reading.readers import load_dialogues, load_documents, read_dialogues, read_documents
 from medtune.reading.records import BadRecord, Dialogue
 
