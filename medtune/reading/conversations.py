@@ -16,8 +16,8 @@ from medtune.reading.dialects import (
     plan_record,
     prompt_plan,
 )
+from medtune.reading.exam_options import with_options
 from medtune.reading.keys import FEEDBACK_KEYS, Reading, check_media, check_reply_keys, feedback_of, sort_keys
-from medtune.reading.options import with_options
 from medtune.reading.records import Dialogue, Document, Feedback, Pair
 from medtune.reading.turns import tools_of
 from medtune.reading.values import holds_nothing, is_empty, kind_of, nearest, optional_text, quoted, text_of
