@@ -119,11 +119,11 @@ def test_a_file_that_is_none_of_data_is_refused_by_its_name(name, content, fault
 @pytest.mark.parametrize(
     ("name", "content", "fault"),
     [
-        ("d.jsonl", gzip.compress(ONE.encode()), "a gzip file; end its name in .gz"),
+        ("d.jsonl", gzip.compress(ONE.encode(), mtime=0), "a gzip file; end its name in .gz"),
         ("d.csv", parquet(["question", "answer"]), "a parquet file; end its name in .parquet"),
         ("book.txt", parquet(["text"]), "a parquet file; end its name in .parquet"),
         ("d.jsonl.gz", f"{ONE}\n", "not compressed; take .gz off its name"),
-        ("d.jsonl.gz", gzip.compress(POINTER.encode()), POINTER_FAULT),
+        ("d.jsonl.gz", gzip.compress(POINTER.encode(), mtime=0), POINTER_FAULT),
         ("d.parquet", f"{ONE}\n", "text, not parquet; end its name in .jsonl or .csv, as it is"),
         ("d.parquet", f"{HEADER}\n{ROW_1}\n", "text, not parquet"),
         ("d.parquet", b"\xff\xfe nothing known", "not a parquet file; copy or download it again"),
