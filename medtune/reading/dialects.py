@@ -1,8 +1,5 @@
 """The dialects of records: which form one has, by its keys alone, and how it becomes turns.
 
-    present, plan = plan_record(record, "dialogues")
-    turns = plan.dialect.read(present, Reading())
-
 A turn is a message as records.Dialogue holds it. Whoever cannot be read raises Unusable.
 """
 

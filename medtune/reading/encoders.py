@@ -1,7 +1,4 @@
-"""Encode records to the rows of a stage: one encoder for each kind of row, with its length limits.
-
-row = DialogueEncoder(tokenizer, chat_template, max_length=2048)(dialogue)
-"""
+"""Encode records to the rows of a stage: one encoder for each kind of row, with its length limits."""
 
 import json
 import math
@@ -27,9 +24,8 @@ from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pai
 from medtune.reading.tokenization import (
     Truncation,
     encode_dialogue,
-    encode_feedback,
-    encode_pair,
     encode_prompt,
+    encode_replies,
     load_chat_template,
     n_thoughts_left_out,
     refuse_control_tokens,
@@ -148,18 +144,17 @@ class PairEncoder(Encoder):
     max_reply_length: int
 
     def row(self, record: Pair) -> dict:
-        ids = encode_pair(
-            self.tokenizer,
-            self.chat_template,
-            record.messages,
-            record.chosen,
-            record.rejected,
-            record.tools,
-            **self.limits,
+        replies = (record.chosen, record.rejected)
+        prompt_ids, (chosen_ids, rejected_ids), n_cut = encode_replies(
+            self.tokenizer, self.chat_template, record.messages, replies, record.tools, **self.limits
         )
+        if chosen_ids == rejected_ids:
+            same = f"both replies begin with the same --max_target_length {self.max_reply_length} tokens"
+            raise Unusable("same within the limit", same)
         margin = math.nan if record.margin is None else record.margin
-        length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
-        return ids._asdict() | {"margin": margin, "length": length}
+        length = len(prompt_ids) + max(len(chosen_ids), len(rejected_ids))
+        ids = {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+        return ids | {"n_cut": n_cut, "margin": margin, "length": length}
 
     def describe(self, rows: Dataset) -> str:
         n_cut = sum(rows["n_cut"])
@@ -193,12 +188,11 @@ class FeedbackEncoder(Encoder):
     max_reply_length: int
 
     def row(self, record: Feedback) -> dict:
-        prompt_ids, reply_ids, is_cut = encode_feedback(
-            self.tokenizer, self.chat_template, record.messages, record.reply, record.tools, **self.limits
+        prompt_ids, (reply_ids,), n_cut = encode_replies(
+            self.tokenizer, self.chat_template, record.messages, [record.reply], record.tools, **self.limits
         )
-        length = len(prompt_ids) + len(reply_ids)
-        columns = {"prompt_ids": prompt_ids, "reply_ids": reply_ids, "is_cut": is_cut, "length": length}
-        return columns | {"is_desirable": record.is_desirable}
+        columns = {"prompt_ids": prompt_ids, "reply_ids": reply_ids, "is_cut": n_cut > 0}
+        return columns | {"length": len(prompt_ids) + len(reply_ids), "is_desirable": record.is_desirable}
 
     def finish(self, rows: Dataset, report: Report) -> Dataset:
         if len(kinds := set(rows["is_desirable"])) == 1:

@@ -78,15 +78,12 @@ _COLUMN_NAMES = frozenset((
     "department", "问题", "回答", "提问", "答案", "标题", "科室",
 ))  # fmt: skip
 
-
 _TABLES = [
     {"question", "answer"}, {"instruction", "output"}, {"prompt", "completion"}, {"query", "response"},
     {"chosen", "rejected"}, {"response_chosen", "response_rejected"},
 ]  # fmt: skip
 
-
 _SEPARATORS = (",", ";", "\t", "|", "，", "；")
-
 
 _JSON_OBJECT = re.compile(r'[\s\ufeff]*\[?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
 

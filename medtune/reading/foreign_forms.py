@@ -1,11 +1,5 @@
 """Read published data sets: other encodings and other columns, recognized by name or named by flags.
 
-    reader = ForeignReader("dialogues")
-    for item in reader.read(files):  # a Dialogue, or the BadRecord that says what is wrong
-        if isinstance(item, Dialogue):
-            file.write(guide_line(item))
-    print("\\n".join(reader.describe()))  # what was read as what
-
 The other modules of this room read what a stage may be given; this is for the tools that make it from something else.
 """
 
@@ -90,7 +84,6 @@ def _from_spoken_list(key: str, record: dict) -> dict:
 
 _CHOSEN = ("response_chosen", "chosen", "good_answer", "chosen_response", "preferred", "better")
 
-
 _REJECTED = ("response_rejected", "rejected", "bad_answer", "rejected_response", "dispreferred", "worse")
 
 
@@ -140,12 +133,9 @@ def _renaming_form(keys: Sequence[str], meanings_by_name: dict[str, Sequence[str
 
 _COLUMNS = {*QUESTIONS, *ANSWERS, *_CHOSEN, *_REJECTED}
 
-
 _TURNS = ("data", "utterances", "conversation", "dialogue", "dialog", "dialogs", "turns", "items", "chat")
 
-
 _READ = {*_COLUMNS, *_TURNS, *KEYS_READ, "title", "ask", "complex_cot"}
-
 
 _READ_KEYS = tuple(sorted(_READ))
 

@@ -1,7 +1,4 @@
-"""Split and sample records by seed: training and held-out parts.
-
-train, held_out = split_holdout(dialogues, 100, seed=42, flag="--max_eval_samples")
-"""
+"""Split and sample records by seed: training and held-out parts."""
 
 import hashlib
 import random

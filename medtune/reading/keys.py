@@ -1,8 +1,5 @@
 """What keys beside the texts mean: harmless, unknown, or known to change what is learned.
 
-    plan = sort_keys(tuple(record), read=("question", "answer"))
-    check_reply_keys(record, plan, Reading(), "the record")  # raises Unusable, or names the key that rules it out
-
 A key that is known to matter is honoured; where it cannot be, the record is bad data. A key that nobody knows is
 counted by its name.
 """

@@ -11,13 +11,10 @@ from medtune.reading.records import BadRecord
 
 Kind = Literal["dialogues", "pairs", "documents"]
 
-
 READERS = {"dialogues": read_dialogues, "pairs": read_pairs, "documents": read_documents}
-
 
 # Of a file whose first records are all faulty, so many are looked at.
 _PROBED = 100
-
 
 # Why a record is no dialogue, faulty or not.
 _KINDS_BY_REASON: dict[str, Kind] = {"preference pair": "pairs", "plain text": "documents"}

@@ -1,9 +1,4 @@
-"""From files to rows: find, read, hold out, encode, and cache for the next start.
-
-encoder = DialogueEncoder(tokenizer, chat_template, max_length=2048)
-data = prepare_data(read_dialogues, encoder, data_args, training_args, cache_dir)
-data.train, data.eval, data.facts
-"""
+"""From files to rows: find, read, hold out, encode, and cache for the next start."""
 
 import hashlib
 import os

@@ -24,8 +24,8 @@ from medtune.reading.tokenization import (
     IGNORED_LABEL,
     encode_dialogue,
     encode_exchange,
-    encode_pair,
     encode_prompt,
+    encode_replies,
     load_chat_template,
     mark_learned,
     stop_token_ids,
@@ -329,8 +329,7 @@ def test_control_tokens_in_a_question_are_words(qwen):
     assert learned_ids(ids, labels) == [*ids_of(tokenizer, "请就诊。<|im_end|>"), *ids_of(tokenizer, "好。<|im_end|>")]
     prompt = encode_prompt(tokenizer, chat_template, messages[:4])
     assert ids[: len(prompt)] == prompt
-    whole = {"max_prompt_length": NO_LIMIT, "max_reply_length": NO_LIMIT}
-    assert encode_pair(tokenizer, chat_template, messages[:4], "好。", "不。", **whole)[0] == prompt
+    assert encode_replies(tokenizer, chat_template, messages[:4], ["好。", "不。"], **WHOLE_PAIR)[0] == prompt
 
 
 def test_control_tokens_of_a_tool_are_words(qwen):
@@ -666,10 +665,9 @@ def test_only_what_decides_a_part_is_in_its_key(tiny_tokenizer, write_jsonl, tmp
 
 def test_prompt_and_reply_of_a_pair_are_what_sft_learns(qwen):
     tokenizer, chat_template = qwen
-    prompt_ids, chosen_ids, rejected_ids, n_cut = encode_pair(
-        tokenizer, chat_template, TWO_TURNS[:4], "Rest.", "No.", max_prompt_length=NO_LIMIT, max_reply_length=NO_LIMIT
-    )
-    for reply, reply_ids in (("Rest.", chosen_ids), ("No.", rejected_ids)):
+    replies = ("Rest.", "No.")
+    prompt_ids, all_ids, n_cut = encode_replies(tokenizer, chat_template, TWO_TURNS[:4], replies, **WHOLE_PAIR)
+    for reply, reply_ids in zip(replies, all_ids, strict=True):
         ids, labels = encode_dialogue(tokenizer, chat_template, [*TWO_TURNS[:4], assistant(reply)], max_length=NO_LIMIT)
         assert ids[: len(prompt_ids) + len(reply_ids)] == prompt_ids + reply_ids
         assert [label for label in labels[len(prompt_ids) :] if label != IGNORED_LABEL] == reply_ids
@@ -682,17 +680,15 @@ def test_prompt_and_reply_of_a_pair_are_what_sft_learns(qwen):
 def test_a_cut_reply_is_read_as_training_reads_one(family, name, own):
     tokenizer, chat_template = family(name, own)
     question, reply = [user("发烧怎么办？")], "多喝水，休息。"
-    trained = encode_pair(tokenizer, chat_template, question, reply, "别管。", **WHOLE_PAIR)
-    assert (*encode_exchange(tokenizer, chat_template, question, reply),) == trained[:2]
-    prompt, chosen = trained[:2]
+    prompt, (chosen, _), _ = encode_replies(tokenizer, chat_template, question, [reply, "别管。"], **WHOLE_PAIR)
+    assert encode_exchange(tokenizer, chat_template, question, reply) == (prompt, chosen)
     assert encode_exchange(tokenizer, chat_template, question, reply, ended=False) == (prompt, chosen[:-1])
     if name == "qwen3_nothink":  # it refuses replies with a thought, and takes one that was cut for words
         _, ids = encode_exchange(tokenizer, chat_template, question, "<think>\n先看", ended=False)
         assert tokenizer.decode(ids) == "<think>\n先看"
         return
-    prompt, chosen, *_ = encode_pair(
-        tokenizer, chat_template, question, "<think>\n先看时间\n</think>\n\n多喝水。", "别管。", **WHOLE_PAIR
-    )
+    thought = "<think>\n先看时间\n</think>\n\n多喝水。"
+    prompt, (chosen,), _ = encode_replies(tokenizer, chat_template, question, [thought], **WHOLE_PAIR)
     for cut, last in (("<think>\n先看", "先看"), ("<think>", "<think>")):
         n_read = next(n for n in range(len(chosen)) if tokenizer.decode(chosen[:n]).endswith(last))
         assert encode_exchange(tokenizer, chat_template, question, cut, ended=False) == (prompt, chosen[:n_read])
@@ -700,15 +696,15 @@ def test_a_cut_reply_is_read_as_training_reads_one(family, name, own):
 
 def test_limits_of_a_pair_cut_the_prompt_at_its_start_and_replies_at_their_end(qwen):
     tokenizer, chat_template = qwen
-    encode = partial(encode_pair, tokenizer, chat_template, TWO_TURNS[:4], "Rest, and sleep.", "No.")
-    whole, chosen, rejected, _ = encode(max_prompt_length=NO_LIMIT, max_reply_length=NO_LIMIT)
+    encode = partial(encode_replies, tokenizer, chat_template, TWO_TURNS[:4], ["Rest, and sleep.", "No."])
+    whole, (chosen, rejected), _ = encode(max_prompt_length=NO_LIMIT, max_reply_length=NO_LIMIT)
     recent = encode_prompt(tokenizer, chat_template, [SYSTEM, TWO_TURNS[3]])
     assert encode(max_prompt_length=len(whole), max_reply_length=NO_LIMIT)[0] == whole
     assert encode(max_prompt_length=len(whole) - 1, max_reply_length=NO_LIMIT)[0] == recent
     shorter = encode(max_prompt_length=len(recent) - 1, max_reply_length=NO_LIMIT)[0]
     assert tokenizer.decode(shorter) == tokenizer.decode(recent).replace("What else?", "else?")
-    assert encode(max_prompt_length=NO_LIMIT, max_reply_length=len(chosen))[1:] == (chosen, rejected, 0)
-    assert encode(max_prompt_length=NO_LIMIT, max_reply_length=len(chosen) - 1)[1:] == (chosen[:-1], rejected, 1)
+    assert encode(max_prompt_length=NO_LIMIT, max_reply_length=len(chosen))[1:] == ([chosen, rejected], 0)
+    assert encode(max_prompt_length=NO_LIMIT, max_reply_length=len(chosen) - 1)[1:] == ([chosen[:-1], rejected], 1)
     assert chosen[-1] == rejected[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
