@@ -257,15 +257,11 @@ class PromptEncoder(Encoder):
     def row(self, record: Prompt) -> dict:
         messages, tools, limit = record.messages, record.tools, self.max_prompt_length
         refuse_control_tokens(self.chat_template, messages, tools)
-        ids = encode_prompt(self.tokenizer, self.chat_template, messages, tools)
-        while len(ids) > limit:
-            shorter = None
-            if self.truncation == "cut_prompt_start":
-                shorter = shorten_prompt(self.tokenizer, messages, n_excess=len(ids) - limit)
-            if shorter is None:
+        while len(ids := encode_prompt(self.tokenizer, self.chat_template, messages, tools)) > limit:
+            is_cut = self.truncation == "cut_prompt_start"
+            messages = shorten_prompt(self.tokenizer, messages, n_excess=len(ids) - limit) if is_cut else None
+            if messages is None:
                 raise Unusable("prompt too long", f"{len(ids)} tokens, over --max_source_length {limit}")
-            messages = shorter
-            ids = encode_prompt(self.tokenizer, self.chat_template, messages, tools)
         dialogue = json.dumps([messages, tools], ensure_ascii=False)
         return {"prompt_ids": ids, "messages": dialogue, "reply": record.reply, "length": len(ids)}
 

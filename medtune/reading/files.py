@@ -154,8 +154,7 @@ def _read_csv(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
         header = next(rows, [])
         if fault := utf8_fault("".join(raw_lines)):
             raise UserError(f"{name}:1: {fault.reason}: {fault.detail}")
-        if twice := next((column for column in header if column and header.count(column) > 1), None):
-            raise UserError(f"{name}:1: two columns are called {twice!r}; rename one or take it out")
+        _refuse_twice([column for column in header if column], f"{name}:1")
         columns = _lowered(header)
         names = {form for name in _COLUMN_NAMES.union(columns) for form in (name, name.capitalize(), name.upper())}
         start += rows.line_num
@@ -213,8 +212,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[tuple[str, object]]:
     try:
         # By default pyarrow 26 holds the whole file.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-            if twice := _twice_in(file.schema_arrow):
-                raise UserError(f"{name}: two columns are called {twice!r}; rename one or take it out")
+            _refuse_fields_twice(file.schema_arrow, name)
             for batch in file.iter_batches(batch_size=1000):
                 for record in batch.to_pylist():
                     number += 1
@@ -223,14 +221,17 @@ def _read_parquet(path: Path, name: str) -> Iterator[tuple[str, object]]:
         raise UserError(f"{name}: not a whole parquet file ({error}); copy or download it again") from None
 
 
-def _twice_in(fields: Iterable["pyarrow.Field"]) -> str | None:
-    """The first name shared by two columns or two fields of a struct, of which pyarrow would keep one."""
+def _refuse_fields_twice(fields: Iterable["pyarrow.Field"], name: str) -> None:
+    """Of two columns, or two fields of a struct, with one name pyarrow would keep one."""
     fields = list(fields)
-    names = [field.name for field in fields]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    return twice or next(
-        filter(None, (_twice_in(map(field.type.field, range(field.type.num_fields))) for field in fields)), None
-    )
+    _refuse_twice([field.name for field in fields], name)
+    for field in fields:
+        _refuse_fields_twice(map(field.type.field, range(field.type.num_fields)), name)
+
+
+def _refuse_twice(columns: list[str], where: str) -> None:
+    if twice := next((column for column in columns if columns.count(column) > 1), None):
+        raise UserError(f"{where}: two columns are called {twice!r}; rename one or take it out")
 
 
 def _read_text(file: TextIO, name: str) -> Iterator[tuple[str, object]]:

@@ -27,6 +27,9 @@ from medtune.reading.records import BadRecord, Report, T
 # Why a sound record is left out, always counted; every other reason is a fault that --on_bad_data decides about.
 OVER_LIMIT = ("too long", "prompt too long", "reply too long", "same within the limit", "same prompt")
 
+# A process costs about a second to start, which fewer rows do not repay.
+ROWS_A_PROCESS = 1000
+
 PartName = Literal["train", "eval"]
 Read = Callable[[Sequence[Path], Reading], Iterable[T | BadRecord]]
 
@@ -156,8 +159,7 @@ def encode_records(
     examples = [example for record in records for example in encoder.examples(record)]
     # As bytes: a column of `datasets` has one type, and the arguments of tool calls have many.
     rows = Dataset.from_dict({"example": [pickle.dumps(example) for example in examples]})
-    # A process costs about a second to start, which a thousand rows do not repay.
-    n_processes = max(1, min(num_workers, os.cpu_count() or 1, len(rows) // 1000))
+    n_processes = max(1, min(num_workers, os.cpu_count() or 1, len(rows) // ROWS_A_PROCESS))
     rows = rows.map(
         partial(_encode_batch, encoder),
         batched=True,
