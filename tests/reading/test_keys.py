@@ -98,26 +98,21 @@ def test_a_reply_of_weight_1_is_learned_like_any(key, value):
     assert to_dialogue(with_reply(**{key: value}), "d.jsonl:1").messages == to_dialogue(with_reply(), "").messages
 
 
-@pytest.mark.parametrize("value", [0.5, 2, -1, "half"])
-def test_a_weight_in_between_is_refused(value):
-    assert fault(to_dialogue, with_reply(weight=value)) == "partial weight"
+@pytest.mark.parametrize(
+    ("record", "refused_as"),
+    [
+        *((with_reply(weight=value), "partial weight") for value in (0.5, 2, -1, "half")),
+        *((QUESTION | {"weight": value}, "not to be learned") for value in (0, "0", "0.0", False, "False")),
+        *((QUESTION | keys, "not to be learned") for keys in ({"loss_weight": 0}, {"train": False})),
+        ({"messages": [TURNS[0], TURNS[1] | {"weight": 0}]}, "not to be learned"),
+        ({"messages": [TURNS[0] | {"train": True}, TURNS[1]]}, "weight of a prompt"),
+    ],
+)
+def test_a_weight_that_leaves_nothing_to_learn_or_cannot_be_honoured_is_refused(record, refused_as):
+    assert fault(to_dialogue, record) == refused_as
 
 
-@pytest.mark.parametrize("value", [0, "0", "0.0", False, "False"])
-def test_a_record_of_weight_0_is_refused(value):
-    assert fault(to_dialogue, QUESTION | {"weight": value}) == "not to be learned"
-
-
-def test_a_dialogue_of_which_nothing_is_learned_is_refused():
-    record = {"messages": [TURNS[0], TURNS[1] | {"weight": 0}]}
-    assert fault(to_dialogue, record) == "not to be learned"
-    assert fault(to_dialogue, QUESTION | {"loss_weight": 0}) == "not to be learned"
-    assert fault(to_dialogue, QUESTION | {"train": False}) == "not to be learned"
-
-
-def test_a_prompt_to_be_learned_is_refused_and_one_with_a_weight_is_not():
-    asked = {"messages": [TURNS[0] | {"train": True}, TURNS[1]]}
-    assert fault(to_dialogue, asked) == "weight of a prompt"
+def test_a_weight_of_a_prompt_that_does_not_ask_for_it_to_be_learned_does_no_harm():
     for keys in ({"train": False}, {"weight": 0}, {"weight": 1}):
         assert to_dialogue({"messages": [TURNS[0] | keys, TURNS[1]]}, "d.jsonl:1").messages == TURNS
 

@@ -58,6 +58,14 @@ def read_one(record: object) -> Dialogue | BadRecord:
     return result
 
 
+def talk(*turns: dict) -> dict:
+    return {"conversations": turns}
+
+
+def chat(*turns: dict) -> dict:
+    return {"messages": turns}
+
+
 GOOD = dumps({"question": "感冒了怎么办？", "answer": "多休息。"})
 
 
@@ -389,207 +397,135 @@ def test_a_file_that_ends_within_a_character_is_cut_off():
 
 # --- faults in one record -------------------------------------------------------------------------
 
-FAULTS = {
-    "truncated line": (
+# What is said of a record, and the record.
+FAULTS = [
+    (
+        "broken JSON: Unterminated string starting at (column 19); write one whole record a line",
         '{"question": "a", "ans',
-        "broken JSON",
-        "Unterminated string starting at (column 19); write one whole record a line",
     ),
-    "null record": ("null", "not an object", "the record is null; it must be an object"),
-    "string record": ('"a"', "not an object", "the record is a string; it must be an object"),
-    "number record": ("5", "not an object", "the record is a number; it must be an object"),
-    "no keys": (
+    ("not an object: the record is null; it must be an object", "null"),
+    ("not an object: the record is a string; it must be an object", '"a"'),
+    ("not an object: the record is a number; it must be an object", "5"),
+    (
+        "unknown keys: has no keys; known are 'conversations', or 'messages', or 'instruction' "
+        "with 'output', or 'question' with 'answer'",
         "{}",
-        "unknown keys",
-        "has no keys; known are 'conversations', or 'messages', or 'instruction' with 'output', "
-        "or 'question' with 'answer'",
     ),
-    "misspelt key": (
+    (
+        "unknown keys: has the keys 'question', 'anwser'; known are 'conversations', or "
+        "'messages', or 'instruction' with 'output', or 'question' with 'answer'; is 'anwser' meant as 'answer'?",
         {"question": "a", "anwser": "b"},
-        "unknown keys",
-        "has the keys 'question', 'anwser'; known are 'conversations', or 'messages', or 'instruction' with "
-        "'output', or 'question' with 'answer'; is 'anwser' meant as 'answer'?",
     ),
-    "misspelt optional key": (
+    (
+        "unknown keys: has the keys 'question', 'answer', 'histroy', 'department'; is 'histroy' meant as 'history'?",
         {"question": "a", "answer": "b", "histroy": [], "department": "内科"},
-        "unknown keys",
-        "has the keys 'question', 'answer', 'histroy', 'department'; is 'histroy' meant as 'history'?",
     ),
-    "misspelt key of a turn": (
+    (
+        "unknown keys: turn 1 has the keys 'form', 'value'; known are 'from' and 'value', or "
+        "'role' and 'content'; is 'form' meant as 'from'?",
         {"conversations": [{"form": "human", "value": "a"}, gpt("b")]},
-        "unknown keys",
-        "turn 1 has the keys 'form', 'value'; known are 'from' and 'value', or 'role' and 'content'; "
-        "is 'form' meant as 'from'?",
     ),
-    "preference pair": (
+    (
+        "preference pair: has the keys 'system', 'history', 'question', 'response_chosen', "
+        "'response_rejected'; reward_modeling.py and dpo_training.py read such pairs",
         {"system": "", "history": [], "question": "a", "response_chosen": "b", "response_rejected": "c"},
-        "preference pair",
-        "has the keys 'system', 'history', 'question', 'response_chosen', 'response_rejected'; "
-        "reward_modeling.py and dpo_training.py read such pairs",
     ),
-    "ShareGPT preference pair": (
+    (
+        "preference pair: has the keys 'conversations', 'chosen', 'rejected'; reward_modeling.py "
+        "and dpo_training.py read such pairs",
         {"conversations": [human("a")], "chosen": "b", "rejected": "c"},
-        "preference pair",
-        "has the keys 'conversations', 'chosen', 'rejected'; reward_modeling.py and dpo_training.py read such pairs",
     ),
-    "plain text": (
-        {"text": "高血压是……"},
-        "plain text",
-        "has the keys 'text'; pretraining.py reads text without dialogue",
-    ),
-    "null conversation": ({"conversations": None}, "not a list", "'conversations' is null; it must be a list of turns"),
-    "conversation as broken text": (
+    ("plain text: has the keys 'text'; pretraining.py reads text without dialogue", {"text": "高血压是……"}),
+    ("not a list: 'conversations' is null; it must be a list of turns", {"conversations": None}),
+    (
+        "broken JSON: 'conversations' is not JSON: Expecting property name enclosed in double "
+        "quotes (character 3); write it with json.dumps",
         {"conversations": "[{'from': human}]"},
-        "broken JSON",
-        "'conversations' is not JSON: Expecting property name enclosed in double quotes (character 3); "
-        "write it with json.dumps",
     ),
-    "empty conversation": ({"conversations": []}, "empty conversation", "it has no turns; delete the record"),
-    "turn that is no object": (
-        {"messages": ["a", "b"]},
-        "not an object",
-        "turn 1 is a string; it must be an object with role and content",
-    ),
-    "unknown role": (
-        {"conversations": [human("a"), {"from": "药师", "value": "b"}]},
-        "unknown role",
+    ("empty conversation: it has no turns; delete the record", {"conversations": []}),
+    ("not an object: turn 1 is a string; it must be an object with role and content", {"messages": ["a", "b"]}),
+    (
+        "unknown role: "
         f"turn 2 is from '药师'; known are {', '.join(ROLES)}; "
         "scripts/convert_data_format.py --role_map 药师=user says who it is",
+        talk(human("a"), {"from": "药师", "value": "b"}),
     ),
-    "null value": (
-        {"conversations": [human("a"), gpt(None)]},
-        "null value",
-        "turn 2 (gpt) is null; write the text or delete the record",
+    ("null value: turn 2 (gpt) is null; write the text or delete the record", talk(human("a"), gpt(None))),
+    (
+        "null value: turn 2 (assistant) is null; write the text or delete the record",
+        chat(user("a"), assistant(None, tool_calls=None)),
     ),
-    "null content without calls": (
-        {"messages": [user("a"), assistant(None, tool_calls=None)]},
-        "null value",
-        "turn 2 (assistant) is null; write the text or delete the record",
+    ("null value: 'answer' is null; write the text or delete the record", {"question": "a", "answer": None}),
+    ("not text: turn 1 (human) is a number; it must be a string", talk(human(38.5), gpt("b"))),
+    ("not text: 'question' is an object; it must be a string", {"question": {"a": 1}, "answer": "b"}),
+    (
+        "not text: turn 1 (user) has parts of type image_url; only text is trained on",
+        chat(user([{"type": "image_url", "image_url": "x"}]), assistant("b")),
     ),
-    "null answer": (
-        {"question": "a", "answer": None},
-        "null value",
-        "'answer' is null; write the text or delete the record",
-    ),
-    "number value": (
-        {"conversations": [human(38.5), gpt("b")]},
-        "not text",
-        "turn 1 (human) is a number; it must be a string",
-    ),
-    "object value": ({"question": {"a": 1}, "answer": "b"}, "not text", "'question' is an object; it must be a string"),
-    "image part": (
-        {"messages": [user([{"type": "image_url", "image_url": "x"}]), assistant("b")]},
-        "not text",
-        "turn 1 (user) has parts of type image_url; only text is trained on",
-    ),
-    "half a character": (
+    (
+        "broken character: 'question' has half a character, \\ud83d; write it anew",
         '{"question": "a \\ud83d", "answer": "b"}',
-        "broken character",
-        "'question' has half a character, \\ud83d; write it anew",
     ),
-    "starts with the model": (
-        {"conversations": [gpt("a"), human("b"), gpt("c")]},
-        "starts with the model",
-        "turn 1 (assistant) comes before any question; start with the user",
+    (
+        "starts with the model: turn 1 (assistant) comes before any question; start with the user",
+        talk(gpt("a"), human("b"), gpt("c")),
     ),
-    "model right after system": (
-        {"messages": [system("s"), assistant("a")]},
-        "starts with the model",
-        "turn 2 (assistant) comes before any question; start with the user",
+    (
+        "starts with the model: turn 2 (assistant) comes before any question; start with the user",
+        chat(system("s"), assistant("a")),
     ),
-    "two user turns": (
-        {"conversations": [human("a"), human("b"), gpt("c")]},
-        "two turns in a row",
-        "turns 1 and 2 are both from the user; join them",
+    ("two turns in a row: turns 1 and 2 are both from the user; join them", talk(human("a"), human("b"), gpt("c"))),
+    ("two turns in a row: turns 2 and 3 are both from the assistant; join them", talk(human("a"), gpt("b"), gpt("c"))),
+    ("two turns in a row: turns 2 and 3 are both from the assistant; join them", talk(human("a"), CALLED, gpt("c"))),
+    (
+        "turns out of order: turn 3 (tool) comes after: assistant; needed is: user",
+        chat(user("a"), assistant("b"), tool("c"), assistant("d")),
     ),
-    "two replies": (
-        {"conversations": [human("a"), gpt("b"), gpt("c")]},
-        "two turns in a row",
-        "turns 2 and 3 are both from the assistant; join them",
+    (
+        "turns out of order: turn 3 (user) comes after: tool call; needed is: tool",
+        talk(human("a"), CALLED, human("c"), gpt("d")),
     ),
-    "reply right after a call": (
-        {"conversations": [human("a"), CALLED, gpt("c")]},
-        "two turns in a row",
-        "turns 2 and 3 are both from the assistant; join them",
-    ),
-    "result without a call": (
-        {"messages": [user("a"), assistant("b"), tool("c"), assistant("d")]},
-        "turns out of order",
-        "turn 3 (tool) comes after: assistant; needed is: user",
-    ),
-    "question in place of a result": (
-        {"conversations": [human("a"), CALLED, human("c"), gpt("d")]},
-        "turns out of order",
-        "turn 3 (user) comes after: tool call; needed is: tool",
-    ),
-    "late system turn": (
-        {"messages": [user("a"), system("s"), assistant("b")]},
-        "system not first",
-        "turn 2 (system) must be turn 1",
-    ),
-    "two system prompts": (
+    ("system not first: turn 2 (system) must be turn 1", chat(user("a"), system("s"), assistant("b"))),
+    (
+        "two system prompts: one in 'system' and one in turn 1; keep one",
         {"messages": [system("s"), user("a"), assistant("b")], "system": "t"},
-        "two system prompts",
-        "one in 'system' and one in turn 1; keep one",
     ),
-    "empty reply": (
-        {"conversations": [human("a"), gpt(" \n")]},
-        "empty reply",
-        "turn 2 (assistant) is empty; write it or delete the record",
-    ),
-    "empty reply in history": (
+    ("empty reply: turn 2 (assistant) is empty; write it or delete the record", talk(human("a"), gpt(" \n"))),
+    (
+        "empty reply: turn 2 (assistant) is empty; write it or delete the record",
         {"question": "c", "answer": "d", "history": [["a", ""]]},
-        "empty reply",
-        "turn 2 (assistant) is empty; write it or delete the record",
     ),
-    "empty user turn": (
-        {"conversations": [human("a"), gpt("b"), human(""), gpt("c")]},
-        "empty user turn",
-        "turn 3 (user) is empty; write it or delete the record",
+    (
+        "empty user turn: turn 3 (user) is empty; write it or delete the record",
+        talk(human("a"), gpt("b"), human(""), gpt("c")),
     ),
-    "no reply at all": (
-        {"conversations": [human("a")]},
-        "no reply",
-        "turn 1 (user) is the last; add the reply or delete the turn",
-    ),
-    "last turn without reply": (
-        {"conversations": [human("a"), gpt("b"), human("c")]},
-        "no reply",
-        "turn 3 (user) is the last; add the reply or delete the turn",
-    ),
-    "no reply after a result": (
-        {"messages": TOOL_MESSAGES[:3]},
-        "no reply",
-        "turn 3 (tool) is the last; add the reply or delete the turn",
-    ),
-    "flat history": (
+    ("no reply: turn 1 (user) is the last; add the reply or delete the turn", talk(human("a"))),
+    ("no reply: turn 3 (user) is the last; add the reply or delete the turn", talk(human("a"), gpt("b"), human("c"))),
+    ("no reply: turn 3 (tool) is the last; add the reply or delete the turn", {"messages": TOOL_MESSAGES[:3]}),
+    (
+        "broken history: exchange 1 of 'history' is 'a'; it must be [question, answer]",
         {"question": "c", "answer": "d", "history": ["a", "b"]},
-        "broken history",
-        "exchange 1 of 'history' is 'a'; it must be [question, answer]",
     ),
-    "call without a name": (
-        {"conversations": [human("a"), {"from": "function_call", "value": '{"arguments": {}}'}]},
-        "broken tool call",
-        "turn 2 (function_call) needs a name and an object of arguments, found {'arguments': {}}",
+    (
+        "broken tool call: turn 2 (function_call) needs a name and an object of arguments, found {'arguments': {}}",
+        talk(human("a"), {"from": "function_call", "value": '{"arguments": {}}'}),
     ),
-    "call by the user": (
-        {"messages": [user("a", tool_calls=[TOOL_CALL]), assistant("b")]},
-        "broken tool call",
-        "turn 1 (user) has tool_calls; only the assistant calls tools",
+    (
+        "broken tool call: turn 1 (user) has tool_calls; only the assistant calls tools",
+        chat(user("a", tool_calls=[TOOL_CALL]), assistant("b")),
     ),
-    "tools that are no list": (
+    (
+        "broken tools: 'tools' is {'name': 'lookup'}; it must be a list of objects",
         {"messages": [user("a"), assistant("b")], "tools": '{"name": "lookup"}'},
-        "broken tools",
-        "'tools' is {'name': 'lookup'}; it must be a list of objects",
     ),
-}
+]
 
 
-@pytest.mark.parametrize(("record", "reason", "detail"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_named_with_its_line_and_spoils_no_other_record(record, reason, detail):
+@pytest.mark.parametrize(("fault", "record"), FAULTS, ids=[fault[:40] for fault, _ in FAULTS])
+def test_a_fault_is_named_with_its_line_and_spoils_no_other_record(fault, record):
     line = record if isinstance(record, str) else dumps(record)
     before, bad, after = read_lines(GOOD, line, GOOD)
-    assert bad == BadRecord("data.jsonl:2", reason, detail)
+    assert str(bad) == f"data.jsonl:2: {fault}"
     assert isinstance(before, Dialogue) and isinstance(after, Dialogue)
 
 
