@@ -288,6 +288,7 @@ def _plan_of(keys: tuple[str, ...], form: Form) -> RecordPlan:
     raise Unusable("unknown keys", f"has {quoted(keys)}; known are {known}{advice}")
 
 
+@functools.lru_cache(maxsize=4000)  # `_plan_of` keeps no refusals
 def is_read_whole(keys: tuple[str, ...], form: Form) -> bool:
     """Whether a dialect has these keys, prompt and all."""
     with suppress(Unusable):
