@@ -38,9 +38,9 @@ from medtune.models.lora_layers import describe_trainable
 from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary, warn_of_dead_tokens
 from medtune.reading.encoders import FeedbackEncoder, PairEncoder
-from medtune.reading.encoding import IGNORED_LABEL, load_chat_template, mark_learned, stop_token_ids, turn_token_ids
-from medtune.reading.record_sets import read_feedback, read_pairs
-from medtune.reading.rows import prepare_data
+from medtune.reading.readers import read_feedback, read_pairs
+from medtune.reading.stage_data import prepare_data
+from medtune.reading.tokenization import IGNORED_LABEL, load_chat_template, mark_learned, stop_token_ids, turn_token_ids
 from medtune.training.batches import FeedbackCollator, PairCollator
 from medtune.training.checkpoints import BEST
 from medtune.training.kto_trainer import KTOTrainer

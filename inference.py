@@ -46,11 +46,11 @@ from medtune.models.chat_models import (
 from medtune.models.generation import Decoding, Reply, generate_replies, stream_reply
 from medtune.output_files import new_text_file
 from medtune.reading.conversations import turns_to_answer
-from medtune.reading.encoding import encode_recent
 from medtune.reading.files import read_raw
 from medtune.reading.finding import find_files
 from medtune.reading.keys import Reading, split_keys
-from medtune.reading.record_sets import load_prompts
+from medtune.reading.readers import load_prompts
+from medtune.reading.tokenization import encode_recent
 from medtune.training.log import start_log
 from template import Message
 

@@ -46,7 +46,7 @@ from medtune.models.loading import load_base_model, weights_fingerprint
 from medtune.models.model_folder import describe_folder
 from medtune.models.vocabulary import check_vocabulary
 from medtune.output_files import new_folder, refuse_unwritable
-from medtune.reading.encoding import encode_prompt, stop_token_ids
+from medtune.reading.tokenization import encode_prompt, stop_token_ids
 from medtune.training.log import start_log
 from template import ChatTemplate
 

@@ -50,7 +50,7 @@ from medtune.models.chat_models import (
 )
 from medtune.models.generation import Decoding, Reply, stream_reply
 from medtune.reading.conversations import turns_to_answer
-from medtune.reading.encoding import encode_prompt, refuse_control_tokens
+from medtune.reading.tokenization import encode_prompt, refuse_control_tokens
 from medtune.training.log import start_log
 
 # Tokens of a reply whose request names no limit.

@@ -46,9 +46,9 @@ from medtune.models.loading import load_tokenizer, weights_fingerprint
 from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoders import PromptEncoder
-from medtune.reading.encoding import load_chat_template
-from medtune.reading.record_sets import read_prompts
-from medtune.reading.rows import prepare_data
+from medtune.reading.readers import read_prompts
+from medtune.reading.stage_data import prepare_data
+from medtune.reading.tokenization import load_chat_template
 from medtune.rl.alarms import find_alarm, find_update_alarm
 from medtune.rl.arguments import (
     PPOArguments,

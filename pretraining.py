@@ -35,11 +35,11 @@ from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.blocks import learned_bytes_per_token
 from medtune.reading.encoders import DocumentEncoder
-from medtune.reading.encoding import mark_learned
 from medtune.reading.finding import TEXT_ENDINGS, are_same_files, find_files
-from medtune.reading.record_sets import read_documents
+from medtune.reading.readers import read_documents
 from medtune.reading.records import BadRecord
-from medtune.reading.rows import Data, prepare_data
+from medtune.reading.stage_data import Data, prepare_data
+from medtune.reading.tokenization import mark_learned
 from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator
 from medtune.training.checkpoints import BEST
 from medtune.training.layout import TextsOfRow

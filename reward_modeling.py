@@ -43,9 +43,9 @@ from medtune.models.model_folder import lineage_of
 from medtune.models.score_heads import has_untrained_head
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoders import ScoredPairEncoder
-from medtune.reading.encoding import IGNORED_LABEL, load_chat_template, mark_learned, stop_token_ids
-from medtune.reading.record_sets import read_pairs
-from medtune.reading.rows import prepare_data
+from medtune.reading.readers import read_pairs
+from medtune.reading.stage_data import prepare_data
+from medtune.reading.tokenization import IGNORED_LABEL, load_chat_template, mark_learned, stop_token_ids
 from medtune.training.batches import PairCollator
 from medtune.training.checkpoints import BEST
 from medtune.training.log import log_facts

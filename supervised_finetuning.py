@@ -32,9 +32,9 @@ from medtune.models.lora_layers import describe_trainable
 from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary, warn_of_dead_tokens
 from medtune.reading.encoders import DialogueEncoder
-from medtune.reading.encoding import load_chat_template, mark_learned, turn_token_ids
-from medtune.reading.record_sets import read_dialogues
-from medtune.reading.rows import prepare_data
+from medtune.reading.readers import read_dialogues
+from medtune.reading.stage_data import prepare_data
+from medtune.reading.tokenization import load_chat_template, mark_learned, turn_token_ids
 from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator
 from medtune.training.checkpoints import BEST
 from medtune.training.layout import TextsOfRow

@@ -38,7 +38,7 @@ from medtune.models.chat_models import (
 )
 from medtune.models.generation import Decoding, Reply, stream_reply
 from medtune.reading.conversations import turns_to_answer
-from medtune.reading.encoding import encode_recent
+from medtune.reading.tokenization import encode_recent
 from medtune.training.log import start_log
 from template import Message
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from medtune.errors import UserError, run_script
 from medtune.reading.finding import TEXT_ENDINGS, find_files
 from medtune.reading.holdout import choose_part
-from medtune.reading.record_sets import load_documents
+from medtune.reading.readers import load_documents
 from medtune.reading.records import Document
 
 # Gives the natural log-probability of each token of a document after its first.

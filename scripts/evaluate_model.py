@@ -48,12 +48,12 @@ from medtune.models.lineage import read_lineage
 from medtune.models.loading import weights_fingerprint
 from medtune.models.logps import Compute, SparseHead, log_probs
 from medtune.output_files import new_folder
-from medtune.reading.encoding import encode_exchange, encode_recent
 from medtune.reading.eval_items import read_tests
 from medtune.reading.finding import find_files
+from medtune.reading.magic_bytes import misnamed, read_start
 from medtune.reading.near_duplicates import Known
-from medtune.reading.raw_files import misnamed, read_start
-from medtune.reading.record_sets import read_dialogues, read_pairs
+from medtune.reading.readers import read_dialogues, read_pairs
+from medtune.reading.tokenization import encode_exchange, encode_recent
 from medtune.training.log import start_log
 
 SECONDS_BETWEEN_LINES = 10

@@ -37,7 +37,7 @@ from medtune.reading.finding import find_files
 from medtune.reading.foreign_forms import add_ignore_keys
 from medtune.reading.guide_form import guide_line
 from medtune.reading.keys import Reading
-from medtune.reading.record_sets import read_dialogues
+from medtune.reading.readers import read_dialogues
 from medtune.reading.records import BadRecord, Dialogue, Pair, Report
 from medtune.reading.words import dropped_lines, unread_lines
 
@@ -304,7 +304,7 @@ class Sampler:
                     yield BadRecord(prompt.source, error.reason, error.detail), ""
 
     def encode(self, prompt: Pair) -> list[int]:
-        from medtune.reading.encoding import encode_prompt, refuse_control_tokens
+        from medtune.reading.tokenization import encode_prompt, refuse_control_tokens
 
         chat_model = self.chat_model
         refuse_control_tokens(chat_model.chat_template, prompt.messages, None)
@@ -334,7 +334,7 @@ class Sampler:
 
     def encode_judged(self, prompt: Pair, reply: "Reply") -> list[int]:
         """The ids for the reward model; raises Unusable for control tokens, or more ids than its context."""
-        from medtune.reading.encoding import refuse_control_tokens
+        from medtune.reading.tokenization import refuse_control_tokens
 
         messages = [*prompt.messages, {"role": "assistant", "content": reply.text}]
         refuse_control_tokens(self.reward_model.chat_template, messages, None)

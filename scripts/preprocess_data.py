@@ -274,8 +274,8 @@ def fill_cache(args: argparse.Namespace, encoder: "Encoder", parts: dict[str, Pa
     import datasets
 
     from medtune.arguments import DataArguments
-    from medtune.reading.record_sets import read_dialogues
-    from medtune.reading.rows import prepare_part
+    from medtune.reading.readers import read_dialogues
+    from medtune.reading.stage_data import prepare_part
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

@@ -85,6 +85,21 @@ def qwen_tokenizer():
     return real_qwen_tokenizer()
 
 
+@pytest.fixture(scope="session")
+def families_tokenizer():
+    """The Qwen vocabulary with the tokens of all families. Its template and end tokens change from test to test."""
+    from qwen_vocab import real_qwen_tokenizer
+    from test_template import EXPECTED
+
+    tokens = dict.fromkeys(token for tokens, _ in EXPECTED.values() for token in tokens if token.strip())
+    return real_qwen_tokenizer(*tokens)
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def write_jsonl(tmp_path) -> Callable[[str, list], Path]:
     """A function that writes records, one a line, into a file below `tmp_path` and returns its path."""

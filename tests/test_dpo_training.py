@@ -28,7 +28,7 @@ from medtune.errors import UserError
 from medtune.models.adapters import load_for_training, load_with_adapter
 from medtune.models.generation import Reply
 from medtune.models.lineage import read_lineage
-from medtune.reading.encoding import load_chat_template
+from medtune.reading.tokenization import load_chat_template
 from medtune.training import preference_trainer, reference
 from medtune.training.batches import PairCollator
 from medtune.training.checkpoints import MANIFEST

@@ -22,7 +22,7 @@ from medtune.models.chat_models import NOTICE, ChatModel, ChatModelArguments, Re
 from medtune.models.generation import Reply
 from medtune.models.lineage import Lineage
 from medtune.models.loading import load_tokenizer
-from medtune.reading.encoding import IGNORED_LABEL, encode_dialogue, load_chat_template, stop_token_ids
+from medtune.reading.tokenization import IGNORED_LABEL, encode_dialogue, load_chat_template, stop_token_ids
 
 NO_LIMIT = 10**6
 SCRIPT = Path(inference.__file__)

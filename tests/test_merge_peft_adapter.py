@@ -24,7 +24,7 @@ from medtune.errors import UserError
 from medtune.models.adapters import load_for_training
 from medtune.models.lineage import Lineage, read_lineage
 from medtune.models.loading import load_tokenizer, weights_fingerprint
-from medtune.reading.encoding import load_chat_template
+from medtune.reading.tokenization import load_chat_template
 from merge_peft_adapter import Difference, comparison_prompts, difference_from, judge, main, references_of
 
 SCRIPT = Path(merge_peft_adapter.__file__)

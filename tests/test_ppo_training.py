@@ -31,7 +31,7 @@ from medtune.errors import UserError
 from medtune.models.adapters import load_with_adapter
 from medtune.models.lineage import read_lineage
 from medtune.models.loading import weights_fingerprint
-from medtune.reading.encoding import encode_exchange, load_chat_template
+from medtune.reading.tokenization import encode_exchange, load_chat_template
 from medtune.rl import alarms, run
 from medtune.rl.alarms import UPDATES_WITHOUT_END
 from medtune.rl.arguments import PPOTrainingArguments

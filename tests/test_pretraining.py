@@ -30,9 +30,9 @@ from medtune.models.lineage import read_lineage
 from medtune.reading.blocks import cut_blocks, document_end_id, learned_bytes_per_token, token_byte_lengths
 from medtune.reading.encoders import DocumentEncoder
 from medtune.reading.finding import find_files
-from medtune.reading.record_sets import load_documents
+from medtune.reading.readers import load_documents
 from medtune.reading.records import Document
-from medtune.reading.rows import encode_records
+from medtune.reading.stage_data import encode_records
 from medtune.training.causal_lm_trainer import IGNORED_LABEL, Collator, loss_statistics, token_losses
 from pretraining import last_tokens, stream_blocks, stream_data
 

@@ -22,7 +22,7 @@ from medtune.errors import UserError
 from medtune.models.adapters import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK
 from medtune.old_flags import FIXED_FLAGS, RENAMED
 from medtune.reading.finding import RECORD_ENDINGS
-from medtune.reading.record_sets import load_dialogues
+from medtune.reading.readers import load_dialogues
 from medtune.training.checkpoints import MANIFEST
 from medtune.training.preference_arguments import PairArguments
 from ppo_training import PPOArguments

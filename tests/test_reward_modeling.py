@@ -24,7 +24,7 @@ import supervised_finetuning
 from medtune.errors import UserError
 from medtune.models.lineage import read_lineage
 from medtune.models.reward_models import load_reward_model
-from medtune.reading.encoding import load_chat_template
+from medtune.reading.tokenization import load_chat_template
 from medtune.training import reward_trainer
 from medtune.training.batches import PairCollator
 from medtune.training.reward_trainer import RewardTrainer, bradley_terry_losses, pair_statistics

@@ -33,7 +33,7 @@ from medtune.models.chat_models import ChatModelArguments, describe_model, load_
 from medtune.models.generation import Decoding, generate_replies
 from medtune.models.lineage import Lineage
 from medtune.models.loading import load_tokenizer
-from medtune.reading.encoding import IGNORED_LABEL, encode_dialogue, encode_prompt, load_chat_template
+from medtune.reading.tokenization import IGNORED_LABEL, encode_dialogue, encode_prompt, load_chat_template
 from openai_server import ChatRequest, build_app, encode_request
 
 ROOT = Path(openai_server.__file__).parent

@@ -22,7 +22,7 @@ from medtune.errors import UserError
 from medtune.models import text_attention
 from medtune.models.adapters import load_with_adapter
 from medtune.models.lineage import read_lineage
-from medtune.reading import rows
+from medtune.reading import stage_data
 from medtune.training import causal_lm_trainer
 from medtune.training.checkpoints import MANIFEST
 
@@ -320,8 +320,8 @@ def test_torch_compile_gives_the_same_loss(flags, tmp_path, monkeypatch):
 def test_second_start_tokenizes_nothing(flags, tmp_path, monkeypatch):
     supervised_finetuning.main(flags(max_steps=1))
     calls = []
-    encode = rows.encode_records
-    monkeypatch.setattr(rows, "encode_records", lambda *args: calls.append(1) or encode(*args))
+    encode = stage_data.encode_records
+    monkeypatch.setattr(stage_data, "encode_records", lambda *args: calls.append(1) or encode(*args))
     supervised_finetuning.main(flags(max_steps=1, output_dir=tmp_path / "again"))
     assert calls == []
     supervised_finetuning.main(flags(max_steps=1, output_dir=tmp_path / "anew", overwrite_cache=True))
@@ -332,13 +332,13 @@ def test_second_start_tokenizes_nothing(flags, tmp_path, monkeypatch):
 
 def test_held_out_dialogues_are_not_trained_on(flags, tmp_path, monkeypatch):
     parts = []
-    encode = rows.encode_records
+    encode = stage_data.encode_records
 
     def recorded(chosen, *args):
         parts.append({dialogue.source for dialogue in chosen})
         return encode(chosen, *args)
 
-    monkeypatch.setattr(rows, "encode_records", recorded)
+    monkeypatch.setattr(stage_data, "encode_records", recorded)
     supervised_finetuning.main(flags(max_steps=1))
     trained, held_out = parts
     assert (len(trained), len(held_out)) == (22, 2)

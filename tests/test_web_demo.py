@@ -22,7 +22,7 @@ from medtune.errors import UserError
 from medtune.models.chat_models import NOTICE, ChatModelArguments, RewardModel, describe_models, load_weights
 from medtune.models.generation import Decoding, Reply, generate_replies
 from medtune.models.loading import load_tokenizer
-from medtune.reading.encoding import encode_prompt
+from medtune.reading.tokenization import encode_prompt
 from web_demo import EMERGENCY, Panel, as_text, build_page, converse, drop_unanswered, pieces_of
 
 SCRIPT = Path(web_demo.__file__)

@@ -21,7 +21,7 @@ from medtune.models.loading import dtype_for_use, load_base_model, place_for_use
 from medtune.models.model_folder import ModelFolder, choose_template, describe_folder, refuse_reward_model
 from medtune.models.reward_models import load_reward_model, reward_ids
 from medtune.models.vocabulary import check_vocabulary
-from medtune.reading.encoding import load_chat_template, stop_token_ids
+from medtune.reading.tokenization import load_chat_template, stop_token_ids
 from template import ChatTemplate, Message
 
 # In lists of models, the name of the base model without an adapter.

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from medtune.errors import UserError
-from medtune.reading.raw_files import is_text, misnamed, read_start
+from medtune.reading.magic_bytes import is_text, misnamed, read_start
 
 ADAPTER_CONFIG = "adapter_config.json"
 

@@ -23,7 +23,7 @@ from medtune.models.lineage import (
 )
 from medtune.models.loading import load_config, load_tokenizer, weights_fingerprint
 from medtune.models.score_heads import is_reward_model
-from medtune.reading.encoding import load_chat_template
+from medtune.reading.tokenization import load_chat_template
 from template import ChatTemplate
 
 # ---------------------------------------------------------------- a model to be used

@@ -14,7 +14,7 @@ from medtune.models.lineage import read_adapter_config
 from medtune.models.loading import load_tokenizer
 from medtune.models.model_files import ADAPTER_WEIGHTS
 from medtune.models.score_heads import UNTRAINED_HEAD, check_score_head, is_head, load_scoring_base
-from medtune.reading.encoding import encode_exchange
+from medtune.reading.tokenization import encode_exchange
 from template import ChatTemplate, Message
 
 

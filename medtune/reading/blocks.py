@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from medtune.errors import UserError
-from medtune.reading.encoding import IGNORED_LABEL
+from medtune.reading.tokenization import IGNORED_LABEL
 
 
 def document_end_id(tokenizer: PreTrainedTokenizerBase) -> int:

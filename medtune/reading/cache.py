@@ -16,8 +16,8 @@ from filelock import FileLock
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
 _IMPORTED_AT = time.time()
+_MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -31,7 +31,16 @@ class Cache:
 
     def save(self, rows: "Dataset", report: dict) -> None:
         """Write rows and report (JSON values), and load them again, memory-mapped."""
-        _save_cache(self.folder, rows, report)
+        # To a temporary name and then renamed, so that a killed run leaves no folder that looks finished.
+        partial = self.folder.with_name(f"{self.folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        # By itself datasets 5.2 writes no file for an empty dataset, and then cannot load it.
+        rows.save_to_disk(partial, num_shards=None if len(rows) else 1)
+        manifest = {"report": report, "sizes": _sizes(partial), "built_at": time.time()}
+        Path(partial, _MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        partial.replace(self.folder)
         written = _load_cache(self.folder)
         assert written.rows is not None, f"{self.folder} was just written and does not load"
         self.rows, self.report = written.rows, written.report
@@ -61,22 +70,6 @@ def open_cache(cache_dir: str | Path, key_parts: dict, overwrite: bool = False) 
             by_sibling = "LOCAL_RANK" in os.environ and cache.built_at > _IMPORTED_AT
             cache = cache if by_sibling else Cache(folder)
         yield cache
-
-
-_MANIFEST = "manifest.json"
-
-
-def _save_cache(folder: Path, dataset: "Dataset", report: dict) -> None:
-    """Write to a temporary name, then rename, so that a killed run leaves no folder that looks finished."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    # By itself datasets 5.2 writes no file for an empty dataset, and then cannot load it.
-    dataset.save_to_disk(partial, num_shards=None if len(dataset) else 1)
-    manifest = {"report": report, "sizes": _sizes(partial), "built_at": time.time()}
-    Path(partial, _MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.replace(folder)
 
 
 def _load_cache(folder: Path) -> Cache:

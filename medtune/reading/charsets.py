@@ -7,7 +7,7 @@ import re
 import zlib
 from pathlib import Path
 
-from medtune.reading.raw_files import UTF16_MARKS, utf16_without_mark
+from medtune.reading.magic_bytes import UTF16_MARKS, utf16_without_mark
 
 UTF8 = "utf-8-sig"  # with or without a byte order mark
 

@@ -4,19 +4,11 @@ Whatever cannot be used raises `Unusable`, with the reason to count it by and wh
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from medtune.errors import Unusable
-from medtune.reading.dialects import (
-    RecordPlan,
-    check_other_forms,
-    dialogue_plan,
-    feedback_plan,
-    is_pair,
-    pair_plan,
-    plan_record,
-    prompt_plan,
-)
+from medtune.reading.dialects import Form, RecordPlan, check_other_forms, is_pair, plan_record
+from medtune.reading.exam_options import with_options
 from medtune.reading.keys import (
     FEEDBACK_KEYS,
     Reading,
@@ -26,7 +18,6 @@ from medtune.reading.keys import (
     is_labelled,
     sort_keys,
 )
-from medtune.reading.options import with_options
 from medtune.reading.records import Dialogue, Document, Feedback, Pair
 from medtune.reading.turns import tools_of
 from medtune.reading.values import (
@@ -42,7 +33,6 @@ from medtune.reading.values import (
 
 
 def to_document(record: object, source: str, reading: Reading | None = None) -> Document:
-    """Raises Unusable, as the three below."""
     reading = reading or Reading()
     record = _object(record, " with 'text'")
     text, plan = record.get("text"), sort_keys(tuple(record), ("text",))
@@ -66,7 +56,7 @@ def to_document(record: object, source: str, reading: Reading | None = None) -> 
 def lone_reply(record: dict, reading: Reading) -> str:
     """The text of other tools' records for pretraining, which are dialogues of one reply to nothing."""
     try:
-        present, plan = plan_record(record, prompt_plan)
+        present, plan = plan_record(record, "prompts")
         turns = plan.dialect.read(present, reading)
     except Unusable:
         return ""
@@ -74,40 +64,38 @@ def lone_reply(record: dict, reading: Reading) -> str:
     if [turn["role"] for turn in turns] != ["assistant"]:
         return ""
     check_media(present, plan.keys, reading, "the record")
-    if key := check_reply_keys(present, plan.keys, reading, "the record"):
-        raise _not_learned(present, key, reading)
+    _check_learned(present, plan, reading)
     if "weight" in turns[0]:
         raise Unusable("not to be learned", "the only reply is marked so; delete the record or the mark")
     return turns[0]["content"]
 
 
-def to_dialogue(
-    record: object, source: str, reading: Reading | None = None, plan_of: Callable = dialogue_plan
-) -> Dialogue:
+def to_dialogue(record: object, source: str, reading: Reading | None = None, form: Form = "dialogues") -> Dialogue:
     reading = reading or Reading()
-    record, plan = plan_record(_object(record), plan_of)
+    record, plan = plan_record(_object(record), form)
     turns = _with_system(record, plan.dialect.read(record, reading))
     if not plan.is_plain:
         turns = _whole_prompt(turns, record, plan, reading)
-        replies = "\n".join(turn["content"] for turn in turns if turn["role"] == "assistant")
-        if key := check_reply_keys(record, plan.keys, reading, "the record", replies):
-            raise _not_learned(record, key, reading)
+        _check_learned(record, plan, reading, "\n".join(t["content"] for t in turns if t["role"] == "assistant"))
     check_turns(turns)
-    return Dialogue(turns, tools_of(record), _with_notes(source, turns, plan, reading))
+    tools = tools_of(record)
+    _note(source, turns, plan, reading)
+    return Dialogue(turns, tools, source)
 
 
 def to_prompt(record: object, source: str, reading: Reading | None = None) -> Dialogue:
     """A dialogue that may lack its last reply. Keys that judge this reply are ignored."""
     reading = reading or Reading()
-    record, plan = plan_record(_object(record), prompt_plan)
-    turns = _with_system(record, plan.dialect.read(record, reading))
-    turns = _without_weights(turns)
+    record, plan = plan_record(_object(record), "prompts")
+    turns = _without_weights(_with_system(record, plan.dialect.read(record, reading)))
     if not plan.is_plain:
         turns = _whole_prompt(turns, record, plan, reading)
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
         turns = turns[:-1]
     check_turns(turns, needs_reply=False)
-    return Dialogue(turns, tools_of(record), _with_notes(source, turns, plan, reading))
+    tools = tools_of(record)
+    _note(source, turns, plan, reading)
+    return Dialogue(turns, tools, source)
 
 
 def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair:
@@ -119,20 +107,19 @@ def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair
             f"has {quoted(record)}, one reply with a label where a pair has two; dpo_training.py --loss_type kto "
             "learns from single replies",
         )
-    record, plan = plan_record(record, pair_plan)
+    record, plan = plan_record(record, "pairs")
     turns, chosen, rejected = plan.dialect.read(record, reading)
     turns = _with_system(record, turns)
     if not plan.is_plain:
         turns = _whole_prompt(turns, record, plan, reading, (chosen, rejected))
-        if key := check_reply_keys(record, plan.keys, reading, "the record"):
-            raise _not_learned(record, key, reading)
+        _check_learned(record, plan, reading)
     turns = _without_weights(turns)
     check_turns([*turns, {"role": "assistant", "content": chosen}])
     if not rejected:
         raise Unusable("empty reply", "the rejected reply is empty; write it or delete the record")
     if chosen == rejected:
         raise Unusable("same replies", "chosen and rejected are the same, so nothing is preferred; delete the record")
-    source = _with_notes(source, turns, plan, reading)
+    _note(source, turns, plan, reading)
     return Pair(turns, chosen, rejected, _margin(record), source, tools_of(record))
 
 
@@ -148,7 +135,7 @@ def to_feedback(record: object, source: str, reading: Reading | None = None) -> 
         )
     is_desirable = feedback_of(record, reading)
     rest = {key: value for key, value in record.items() if key not in FEEDBACK_KEYS}
-    dialogue = to_dialogue(rest, source, reading, feedback_plan)
+    dialogue = to_dialogue(rest, source, reading, "feedback")
     *turns, reply = dialogue.messages
     if "tool_calls" in reply or "weight" in reply:
         raise Unusable("not a reply", "the last turn calls tools or has a weight; feedback is on a reply in words")
@@ -204,27 +191,26 @@ def _without_weights(turns: list[dict]) -> list[dict]:
     ]
 
 
-def _not_learned(record: dict, key: str, reading: Reading) -> Unusable:
-    both = "; dpo_training.py --loss_type kto learns from good and bad replies" if key in FEEDBACK_KEYS else ""
-    advice = f"delete the record, or {reading.ignoring(key)}{both}"
-    return Unusable("not to be learned", f"{key!r} is {record[key]!r}; {advice}")
+def _check_learned(record: dict, plan: RecordPlan, reading: Reading, replies: str = "") -> None:
+    """Raise Unusable where a key says that the reply is not to be learned. `replies`: what may hold a key's thought."""
+    if key := check_reply_keys(record, plan.keys, reading, "the record", replies):
+        both = "; dpo_training.py --loss_type kto learns from good and bad replies" if key in FEEDBACK_KEYS else ""
+        advice = f"delete the record, or {reading.ignoring(key)}{both}"
+        raise Unusable("not to be learned", f"{key!r} is {record[key]!r}; {advice}")
 
 
 # What stands in a text for a picture, a film or a sound.
 _PLACEHOLDER = re.compile(r"<\|?(?:image|img|video|audio|vision)(?:[_ ][^<>]{0,40})?\|?>", re.IGNORECASE)
-
-
 _ONLY_URLS = re.compile(r"(?:<?(?:https?://|www\.)[!-~]+\s*)+", re.IGNORECASE)
 
 
-def _with_notes(source: str, turns: list[dict], plan: RecordPlan, reading: Reading) -> str:
-    """The source of a usable record, of which what is worth a line has been noted."""
+def _note(source: str, turns: list[dict], plan: RecordPlan, reading: Reading) -> None:
+    """Note of a usable record what is worth a line."""
     if plan.keys.unknown:
         reading.note_keys(plan.keys.unknown)
     for turn in turns:
         if "<" in turn["content"]:
             _note_placeholder(turn["content"], source, reading)
-    return source
 
 
 def _note_placeholder(text: str, source: str, reading: Reading) -> None:

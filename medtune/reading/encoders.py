@@ -1,7 +1,4 @@
-"""Encode records to the rows of a stage: one encoder for each kind of row, with its length limits.
-
-row = DialogueEncoder(tokenizer, chat_template, max_length=2048)(dialogue)
-"""
+"""Encode records to the rows of a stage: one encoder for each kind of row, with its length limits."""
 
 import json
 import math
@@ -20,21 +17,20 @@ from transformers import PreTrainedTokenizerBase
 
 from medtune.errors import Unusable, UserError
 from medtune.reading.blocks import cut_blocks, document_end_id
-from medtune.reading.encoding import (
+from medtune.reading.finding import RECORD_ENDINGS, TEXT_ENDINGS
+from medtune.reading.keys import Reading
+from medtune.reading.kinds import Kind
+from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Prompt, Report, T
+from medtune.reading.tokenization import (
     Truncation,
     encode_dialogue,
-    encode_feedback,
-    encode_pair,
     encode_prompt,
+    encode_replies,
     load_chat_template,
     n_thoughts_left_out,
     refuse_control_tokens,
     shorten_prompt,
 )
-from medtune.reading.finding import RECORD_ENDINGS, TEXT_ENDINGS
-from medtune.reading.keys import Reading
-from medtune.reading.kinds import Kind
-from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Prompt, Report, T
 from template import ChatTemplate
 
 # Counted of replies before the last, whose thoughts many templates leave out.
@@ -148,18 +144,17 @@ class PairEncoder(Encoder):
     max_reply_length: int
 
     def row(self, record: Pair) -> dict:
-        ids = encode_pair(
-            self.tokenizer,
-            self.chat_template,
-            record.messages,
-            record.chosen,
-            record.rejected,
-            record.tools,
-            **self.limits,
+        replies = (record.chosen, record.rejected)
+        prompt_ids, (chosen_ids, rejected_ids), n_cut = encode_replies(
+            self.tokenizer, self.chat_template, record.messages, replies, record.tools, **self.limits
         )
+        if chosen_ids == rejected_ids:
+            same = f"both replies begin with the same --max_target_length {self.max_reply_length} tokens"
+            raise Unusable("same within the limit", same)
         margin = math.nan if record.margin is None else record.margin
-        length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
-        return ids._asdict() | {"margin": margin, "length": length}
+        length = len(prompt_ids) + max(len(chosen_ids), len(rejected_ids))
+        ids = {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+        return ids | {"n_cut": n_cut, "margin": margin, "length": length}
 
     def describe(self, rows: Dataset) -> str:
         n_cut = sum(rows["n_cut"])
@@ -193,12 +188,11 @@ class FeedbackEncoder(Encoder):
     max_reply_length: int
 
     def row(self, record: Feedback) -> dict:
-        prompt_ids, reply_ids, is_cut = encode_feedback(
-            self.tokenizer, self.chat_template, record.messages, record.reply, record.tools, **self.limits
+        prompt_ids, (reply_ids,), n_cut = encode_replies(
+            self.tokenizer, self.chat_template, record.messages, [record.reply], record.tools, **self.limits
         )
-        length = len(prompt_ids) + len(reply_ids)
-        columns = {"prompt_ids": prompt_ids, "reply_ids": reply_ids, "is_cut": is_cut, "length": length}
-        return columns | {"is_desirable": record.is_desirable}
+        columns = {"prompt_ids": prompt_ids, "reply_ids": reply_ids, "is_cut": n_cut > 0}
+        return columns | {"length": len(prompt_ids) + len(reply_ids), "is_desirable": record.is_desirable}
 
     def finish(self, rows: Dataset, report: Report) -> Dataset:
         if len(kinds := set(rows["is_desirable"])) == 1:
@@ -263,15 +257,11 @@ class PromptEncoder(Encoder):
     def row(self, record: Prompt) -> dict:
         messages, tools, limit = record.messages, record.tools, self.max_prompt_length
         refuse_control_tokens(self.chat_template, messages, tools)
-        ids = encode_prompt(self.tokenizer, self.chat_template, messages, tools)
-        while len(ids) > limit:
-            shorter = None
-            if self.truncation == "cut_prompt_start":
-                shorter = shorten_prompt(self.tokenizer, messages, n_excess=len(ids) - limit)
-            if shorter is None:
+        while len(ids := encode_prompt(self.tokenizer, self.chat_template, messages, tools)) > limit:
+            is_cut = self.truncation == "cut_prompt_start"
+            messages = shorten_prompt(self.tokenizer, messages, n_excess=len(ids) - limit) if is_cut else None
+            if messages is None:
                 raise Unusable("prompt too long", f"{len(ids)} tokens, over --max_source_length {limit}")
-            messages = shorter
-            ids = encode_prompt(self.tokenizer, self.chat_template, messages, tools)
         dialogue = json.dumps([messages, tools], ensure_ascii=False)
         return {"prompt_ids": ids, "messages": dialogue, "reply": record.reply, "length": len(ids)}
 

@@ -1,17 +1,15 @@
 """What models are measured on: dialogues with references, safety items and exam questions."""
 
-import hashlib
 import random
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from loguru import logger
 
 from medtune.errors import Unusable, UserError
 from medtune.reading.conversations import to_dialogue
 from medtune.reading.files import read_raw
-from medtune.reading.finding import find_files
+from medtune.reading.finding import find_files, sha256_of
 
 SAFETY = ("emergency", "refusal", "about")
 COPIED_KEYS = ("id", "aspect", "category", "names", "exam_subject")
@@ -47,11 +45,6 @@ def read_tests(paths: Sequence[str], num_samples: int | None, seed: int) -> tupl
         facts[str(file)] = {"records": n_read, "measured": len(records), "sha256": sha256_of(file)}
         tests += records
     return tests, facts
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def to_test(record: object, source: str) -> dict | None:

@@ -17,7 +17,7 @@ from medtune.errors import Unusable, UserError
 from medtune.reading.byte_faults import line_fault, utf8_fault
 from medtune.reading.finding import TEXT_ENDINGS, display_path, ending_of
 from medtune.reading.json_files import read_json
-from medtune.reading.raw_files import BLOCK, is_text, misnamed, read_start, utf16_without_mark
+from medtune.reading.magic_bytes import BLOCK, is_text, misnamed, read_start, utf16_without_mark
 
 if TYPE_CHECKING:
     import pyarrow
@@ -78,15 +78,12 @@ _COLUMN_NAMES = frozenset((
     "department", "问题", "回答", "提问", "答案", "标题", "科室",
 ))  # fmt: skip
 
-
 _TABLES = [
     {"question", "answer"}, {"instruction", "output"}, {"prompt", "completion"}, {"query", "response"},
     {"chosen", "rejected"}, {"response_chosen", "response_rejected"},
 ]  # fmt: skip
 
-
 _SEPARATORS = (",", ";", "\t", "|", "，", "；")
-
 
 _JSON_OBJECT = re.compile(r'[\s\ufeff]*\[?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
 
@@ -157,8 +154,7 @@ def _read_csv(file: TextIO, name: str) -> Iterator[tuple[str, object]]:
         header = next(rows, [])
         if fault := utf8_fault("".join(raw_lines)):
             raise UserError(f"{name}:1: {fault.reason}: {fault.detail}")
-        if twice := next((column for column in header if column and header.count(column) > 1), None):
-            raise UserError(f"{name}:1: two columns are called {twice!r}; rename one or take it out")
+        _refuse_twice([column for column in header if column], f"{name}:1")
         columns = _lowered(header)
         names = {form for name in _COLUMN_NAMES.union(columns) for form in (name, name.capitalize(), name.upper())}
         start += rows.line_num
@@ -216,8 +212,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[tuple[str, object]]:
     try:
         # By default pyarrow 26 holds the whole file.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-            if twice := _twice_in(file.schema_arrow):
-                raise UserError(f"{name}: two columns are called {twice!r}; rename one or take it out")
+            _refuse_fields_twice(file.schema_arrow, name)
             for batch in file.iter_batches(batch_size=1000):
                 for record in batch.to_pylist():
                     number += 1
@@ -226,14 +221,17 @@ def _read_parquet(path: Path, name: str) -> Iterator[tuple[str, object]]:
         raise UserError(f"{name}: not a whole parquet file ({error}); copy or download it again") from None
 
 
-def _twice_in(fields: Iterable["pyarrow.Field"]) -> str | None:
-    """The first name shared by two columns or two fields of a struct, of which pyarrow would keep one."""
+def _refuse_fields_twice(fields: Iterable["pyarrow.Field"], name: str) -> None:
+    """Of two columns, or two fields of a struct, with one name pyarrow would keep one."""
     fields = list(fields)
-    names = [field.name for field in fields]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    return twice or next(
-        filter(None, (_twice_in(map(field.type.field, range(field.type.num_fields))) for field in fields)), None
-    )
+    _refuse_twice([field.name for field in fields], name)
+    for field in fields:
+        _refuse_fields_twice(map(field.type.field, range(field.type.num_fields)), name)
+
+
+def _refuse_twice(columns: list[str], where: str) -> None:
+    if twice := next((column for column in columns if columns.count(column) > 1), None):
+        raise UserError(f"{where}: two columns are called {twice!r}; rename one or take it out")
 
 
 def _read_text(file: TextIO, name: str) -> Iterator[tuple[str, object]]:

@@ -1,7 +1,4 @@
-"""Find the files that a flag names, read or left unread, and fingerprint their content.
-
-files, unread = find_files("data/finetune", "--train_file_dir")
-"""
+"""Find the files that a flag names, read or left unread, and fingerprint their content."""
 
 import hashlib
 import os
@@ -11,7 +8,6 @@ from pathlib import Path
 from medtune.errors import UserError
 
 RECORD_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-
 
 TEXT_ENDINGS = (".txt", *RECORD_ENDINGS)
 
@@ -57,14 +53,13 @@ def ending_of(path: Path) -> str:
 
 def content_fingerprint(files: Sequence[Path]) -> str:
     """SHA-256 over the names (as `Dialogue.source` shows them) and the bytes of the files, in their order."""
-    whole = hashlib.sha256()
-    for path in files:
-        content = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                content.update(block)
-        whole.update(f"{display_path(path)}\0{content.hexdigest()}\n".encode())
-    return whole.hexdigest()
+    lines = [f"{display_path(path)}\0{sha256_of(path)}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def display_path(path: Path) -> str:

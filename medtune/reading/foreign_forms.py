@@ -1,11 +1,5 @@
 """Read published data sets: other encodings and other columns, recognized by name or named by flags.
 
-    reader = ForeignReader("dialogues")
-    for item in reader.read(files):  # a Dialogue, or the BadRecord that says what is wrong
-        if isinstance(item, Dialogue):
-            file.write(guide_line(item))
-    print("\\n".join(reader.describe()))  # what was read as what
-
 The other modules of this room read what a stage may be given; this is for the tools that make it from something else.
 """
 
@@ -90,7 +84,6 @@ def _from_spoken_list(key: str, record: dict) -> dict:
 
 _CHOSEN = ("response_chosen", "chosen", "good_answer", "chosen_response", "preferred", "better")
 
-
 _REJECTED = ("response_rejected", "rejected", "bad_answer", "rejected_response", "dispreferred", "worse")
 
 
@@ -122,10 +115,22 @@ def _dialogue_form(keys: Sequence[str], reasoning: str) -> _Form | None:
     return _Form((lists[0],), functools.partial(_from_spoken_list, lists[0]), {"conversations": lists[0]})
 
 
-def _pair_form(keys: Sequence[str], reasoning: str) -> _Form | None:
+def _pair_form(keys: Sequence[str]) -> _Form | None:
     meanings = {"question": QUESTIONS, "response_chosen": _CHOSEN, "response_rejected": _REJECTED}
     # A question and its answer may have only the rejected one beside them.
     return _renaming_form(keys, meanings) or _renaming_form(keys, meanings | {"response_chosen": ANSWERS})
+
+
+@functools.lru_cache(maxsize=4000)
+def _form_of(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"], reasoning: str) -> _Form | None:
+    """The form of records with these keys; None if dialects.py reads them, or if they are unknown."""
+    find = functools.partial(_dialogue_form, reasoning=reasoning) if kind == "dialogues" else _pair_form
+    if has_dialect(keys, kind):
+        return find(keys) if lacks_prompt(keys) else None
+    lower = tuple(dict.fromkeys(key.strip().lower() for key in keys))
+    if lower != keys and has_dialect(lower, kind):
+        return _Form(keys, lambda lowered: lowered)
+    return find(lower)
 
 
 def _renaming_form(keys: Sequence[str], meanings_by_name: dict[str, Sequence[str]]) -> _Form | None:
@@ -139,14 +144,8 @@ def _renaming_form(keys: Sequence[str], meanings_by_name: dict[str, Sequence[str
 
 
 _COLUMNS = {*QUESTIONS, *ANSWERS, *_CHOSEN, *_REJECTED}
-
-
 _TURNS = ("data", "utterances", "conversation", "dialogue", "dialog", "dialogs", "turns", "items", "chat")
-
-
 _READ = {*_COLUMNS, *_TURNS, *KEYS_READ, "title", "ask", "complex_cot"}
-
-
 _READ_KEYS = tuple(sorted(_READ))
 
 
@@ -268,12 +267,10 @@ class ForeignReader:
         self.reading = reading or Reading()
         self._kind = kind
         self._make = to_dialogue if kind == "dialogues" else to_pair
-        self._form_of = _dialogue_form if kind == "dialogues" else _pair_form
         self._columns = columns
         self._has_columns = columns != Columns()
         self._encoding = encoding
         self._reasoning = reasoning
-        self._forms: dict[tuple, _Form | None] = {}  # by the keys of a record
         self._n_by_columns: Counter[tuple[str, ...]] = Counter()
         self._encodings: dict[Path, str] = {}
         self._separators: dict[Path, str] = {}
@@ -325,7 +322,7 @@ class ForeignReader:
         keys = tuple(present)
         if is_read_whole(keys, self._kind):
             return self._make(present, source, self.reading)
-        form = self._form_by_keys(keys) or self._form_by_keys(tuple(record))
+        form = _form_of(keys, self._kind, self._reasoning) or _form_of(tuple(record), self._kind, self._reasoning)
         if form is None:
             return self._make(record, source, self.reading)
         try:
@@ -334,20 +331,6 @@ class ForeignReader:
             raise _by_own_names(fault, form.names) from None
         self._n_by_columns[form.columns] += 1
         return item
-
-    def _form_by_keys(self, keys: tuple[str, ...]) -> _Form | None:
-        if keys not in self._forms:
-            self._forms[keys] = self._find_form(keys)
-        return self._forms[keys]
-
-    def _find_form(self, keys: tuple[str, ...]) -> _Form | None:
-        """The form of records with these keys; None if dialects.py reads them, or if they are unknown."""
-        if has_dialect(keys, self._kind):
-            return self._form_of(keys, self._reasoning) if lacks_prompt(keys) else None
-        lower = tuple(dict.fromkeys(key.strip().lower() for key in keys))
-        if lower != keys and has_dialect(lower, self._kind):
-            return _Form(keys, lambda lowered: lowered)
-        return self._form_of(lower, self._reasoning)
 
     def _lowered(self, record: dict) -> dict:
         """The record with the known names in lower case; unknown names stay, for messages."""

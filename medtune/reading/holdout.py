@@ -1,7 +1,4 @@
-"""Split and sample records by seed: training and held-out parts.
-
-train, held_out = split_holdout(dialogues, 100, seed=42, flag="--max_eval_samples")
-"""
+"""Split and sample records by seed: training and held-out parts."""
 
 import hashlib
 import random
@@ -46,15 +43,10 @@ def take_samples(items: Sequence[T], max_samples: int | None, seed: int) -> list
 def split_holdout(records: Sequence[T], size: int | float, seed: int, flag: str) -> tuple[list[T], list[T]]:
     """Split into (train, held out), both in the order given; no question or text is on both sides.
 
-    Args:
-        records: what to split.
-        size: how many to hold out (int), or which share of all (float below 1). Fewer are held out where the
-            records that share a question do not fit.
-        seed: decides which questions come first; the order of the records does not matter.
-        flag: the flag that set `size`, for the message.
-
-    Raises:
-        UserError: a side would be empty.
+    size: how many to hold out (int), or which share of all (float below 1). Fewer are held out where the records that
+        share a question do not fit.
+    seed: decides which questions come first; the order of the records does not matter.
+    Raises UserError, naming `flag`, where a side would be empty.
     """
     by_question: dict[str, list[int]] = defaultdict(list)
     for index, record in enumerate(records):

@@ -13,12 +13,10 @@ _BLOCK_TAGS = (
     "header|hr|html|li|main|meta|nav|ol|option|p|pre|section|select|table|tbody|tfoot|thead|title|tr|ul"
 )
 
-
 _INLINE_TAGS = (
     "a|abbr|b|big|button|cite|code|del|em|font|i|iframe|img|input|ins|kbd|label|link|mark|q|s|samp|small|span|strike|"
     "strong|sub|sup|td|th|tt|u|var|video"
 )
-
 
 _TAG = re.compile(
     rf"<(?P<slash>/?)(?:(?P<block>{_BLOCK_TAGS})|(?P<inline>{_INLINE_TAGS}))"
@@ -27,14 +25,11 @@ _TAG = re.compile(
     re.IGNORECASE,
 )
 
-
 _BLOCK_OR_END = re.compile(rf"\s*(?:</?(?:{_BLOCK_TAGS})\b|\Z)", re.IGNORECASE)
-
 
 _NOT_SHOWN = re.compile(
     r"<!--.*?-->|<!doctype[^>]*>|<(script|style|noscript|template)\b[^>]*>.*?</\1\s*>", re.DOTALL | re.IGNORECASE
 )
-
 
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,30});")
 

@@ -113,12 +113,10 @@ def _list_items(text: "_JsonText", name: str, needs_commas: bool = True) -> Iter
 # Names of the list of records in an object, and of the keys that may precede it.
 _LIST_NAMES = ("data", "train", "records", "examples", "samples", "instances", "rows", "items", "dataset")
 
-
 _ABOUT = (
     "version|name|title|description|license|info|meta|metadata|features|total|count|size|num_rows|date|source|language|"
     "lang|split|url|author|citation|homepage|status|code|msg|message|success|schema"
 )
-
 
 _LIST_IN_OBJECT = re.compile(
     rf"""[\ufeff\s]*\{{\s*(?:"(?:{_ABOUT})"\s*:\s*"""
@@ -147,7 +145,6 @@ def _list_in_object(text: "_JsonText", name: str) -> Iterator[tuple[str, object]
 
 
 _DECODE_JSON = json.JSONDecoder().raw_decode
-
 
 _JSON_BLANKS = re.compile(r"[ \t\r\n\ufeff]*")  # and the mark of a file that was joined to another
 

@@ -1,8 +1,5 @@
 """What keys beside the texts mean: harmless, unknown, or known to change what is learned.
 
-    plan = sort_keys(tuple(record), read=("question", "answer"))
-    check_reply_keys(record, plan, Reading(), "the record")  # raises Unusable, or names the key that rules it out
-
 A key that is known to matter is honoured; where it cannot be, the record is bad data. A key that nobody knows is
 counted by its name.
 """
@@ -290,16 +287,16 @@ def feedback_of(record: dict, reading: Reading) -> bool:
     if not given:
         listed = " or ".join(map(repr, FEEDBACK_KEYS))
         raise Unusable("no label", f"it has no {listed} with true for a good reply and false for a bad one; add it")
-    truths = {key: _verdict(value) for key, value in given.items()}
-    for key, truth in truths.items():
+    truths = set()
+    for key, value in given.items():
+        truth = _verdict(value)
         if truth is None:
-            raise Unusable(
-                "unclear label",
-                f"{key!r} is {given[key]!r:.80}, which is neither true nor false; {reading.ignoring(key)}",
-            )
-    if len(set(truths.values())) > 1:
+            advice = f"which is neither true nor false; {reading.ignoring(key)}"
+            raise Unusable("unclear label", f"{key!r} is {value!r:.80}, {advice}")
+        truths.add(truth)
+    if len(truths) > 1:
         raise Unusable("unclear label", f"{' and '.join(map(repr, FEEDBACK_KEYS))} contradict each other; keep one")
-    return next(iter(truths.values()))
+    return truths.pop()
 
 
 def _verdict(value: object) -> bool | None:

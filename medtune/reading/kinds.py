@@ -7,7 +7,7 @@ from typing import Literal
 from medtune.errors import UserError
 from medtune.reading.finding import TEXT_ENDINGS, find_files
 from medtune.reading.keys import Reading
-from medtune.reading.record_sets import read_dialogues, read_documents, read_feedback, read_pairs
+from medtune.reading.readers import read_dialogues, read_documents, read_feedback, read_pairs
 from medtune.reading.records import BadRecord
 
 Kind = Literal["dialogues", "pairs", "replies", "documents"]
@@ -17,10 +17,8 @@ READERS = {
     "dialogues": read_dialogues, "pairs": read_pairs, "replies": read_feedback, "documents": read_documents,
 }  # fmt: skip
 
-
 # Of a file whose first records are all faulty, so many are looked at.
 _PROBED = 100
-
 
 # Why a record is no dialogue, faulty or not.
 _KINDS_BY_REASON: dict[str, Kind] = {"preference pair": "pairs", "plain text": "documents"}

@@ -32,16 +32,12 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "tool call"),
 }
 
-
 # Who speaks, at the start of a text or of a line in it.
 _SPEAKERS = {name: role for name, role in ROLES.items() if role in ("user", "assistant")}
 
-
 _NAMES = rf"(?:#+[ \t]*|\*\*)?({'|'.join(_SPEAKERS)})(?:\*\*)?"
 
-
 SPEAKER = re.compile(rf"[ \t]*{_NAMES}[ \t]*[:：](?:\*\*)?[ \t]*", re.IGNORECASE)
-
 
 _SPEAKER_LINE = re.compile(rf"^{SPEAKER.pattern}", re.IGNORECASE | re.MULTILINE)
 
@@ -89,14 +85,12 @@ def read_turns(turns: list, reading: Reading, of: str = "") -> list[dict]:
 # Where the words of a turn stand; and the two sides of an exchange in one object.
 _CONTENT_KEYS = ("value", "content", "parts", "text", "utterance", "sentence")
 
-
 _SIDES = (
     ("human", "assistant"), ("human", "gpt"), ("human", "bot"), ("user", "assistant"), ("user", "bot"),
     ("input", "output"), ("question", "answer"), ("prompt", "response"), ("query", "response"), ("患者", "医生"),
     ("patient", "doctor"), ("问", "答"), ("用户", "助手"), ("Human", "Assistant"), ("User", "Assistant"),
     ("instruction", "output"),
 )  # fmt: skip
-
 
 _SIDE_KEYS = frozenset(itertools.chain(*_SIDES))
 
@@ -117,13 +111,8 @@ def _turn_form(keys: tuple[str, ...]) -> _TurnForm:
     name = next((key for key in NAME_KEYS if key in keys), "")
     if name:
         content = next((key for key in _CONTENT_KEYS if key in keys), "")
-        read = (
-            name,
-            content,
-            "tool_calls",
-            "function_call",
-            *(("from", "role", "value", "content") if content else ()),
-        )
+        read = (name, content, "tool_calls", "function_call")
+        read += ("from", "role", "value", "content") if content else ()
         plan = sort_keys(keys, read)
         is_plain = bool(content) and not set(keys) & set(read) - {name, content} and not plan.that_matter + plan.unknown
         return _TurnForm(name, content, None, plan, is_plain)

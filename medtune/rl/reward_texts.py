@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from medtune.errors import Unusable, UserError
 from medtune.models.model_folder import choose_template, describe_folder
 from medtune.models.reward_models import reward_ids
-from medtune.reading.encoding import stop_token_ids
+from medtune.reading.tokenization import stop_token_ids
 from template import ChatTemplate
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medtune.errors import UserError
-from medtune.reading.encoding import stop_token_ids
+from medtune.reading.tokenization import stop_token_ids
 from medtune.rl.arguments import PPOArguments
 from medtune.rl.ppo_math import InverseTransformSampler, draw_uniforms, reply_mask
 from medtune.rl.reward_texts import RewardTexts

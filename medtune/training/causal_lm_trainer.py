@@ -11,7 +11,7 @@ from transformers import EvalPrediction, Trainer
 
 from medtune.errors import UserError
 from medtune.models.logps import SparseHead
-from medtune.reading.encoding import IGNORED_LABEL
+from medtune.reading.tokenization import IGNORED_LABEL
 from medtune.training.batches import pad_right
 from medtune.training.stage_trainer import StageTrainer, StageTrainingArguments
 

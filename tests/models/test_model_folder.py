@@ -18,7 +18,7 @@ from medtune.models.lineage import Lineage, tokenizer_source
 from medtune.models.loading import load_base_model, load_tokenizer, weights_fingerprint
 from medtune.models.model_folder import choose_template, describe_folder, lineage_of, refuse_reward_model
 from medtune.models.reward_models import reward_ids
-from medtune.reading.encoding import encode_pair, load_chat_template
+from medtune.reading.tokenization import encode_replies, load_chat_template
 
 FLAG = "--lora_model"
 QUESTION = [{"role": "user", "content": "头痛"}]
@@ -173,10 +173,10 @@ def test_a_reward_model_is_asked_in_its_own_template(base, tmp_path):
 
 @pytest.mark.parametrize("name", ["chatml", "qwen3_nothink", "vicuna"])
 def test_what_it_reads_is_what_it_was_trained_on(qwen_tokenizer, name):
-    """Templates may write an empty thought or a blank before a reply: so the ids are those of `encode_pair`."""
+    """Templates may write an empty thought or a blank before a reply: so the ids are those of `encode_replies`."""
     chat_template = load_chat_template(qwen_tokenizer, name)
     limits = {"max_prompt_length": 999, "max_reply_length": 999}
-    prompt_ids, chosen_ids, _, _ = encode_pair(qwen_tokenizer, chat_template, QUESTION, "多喝水", "不知道", **limits)
+    prompt_ids, (chosen_ids,), _ = encode_replies(qwen_tokenizer, chat_template, QUESTION, ["多喝水"], **limits)
     assert reward_ids(qwen_tokenizer, chat_template, QUESTION, "多喝水") == prompt_ids + chosen_ids
     cut = reward_ids(qwen_tokenizer, chat_template, QUESTION, "多喝水", ended=False)
     assert cut == prompt_ids + chosen_ids[: len(cut) - len(prompt_ids)]

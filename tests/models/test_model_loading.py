@@ -37,7 +37,7 @@ from medtune.models.loading import (
 from medtune.models.lora_layers import describe_trainable
 from medtune.models.reward_models import load_reward_model
 from medtune.models.vocabulary import check_vocabulary, dead_rows, warn_of_dead_tokens
-from medtune.reading.encoding import load_chat_template, turn_token_ids
+from medtune.reading.tokenization import load_chat_template, turn_token_ids
 
 ALL_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 FLAG = "--model_name_or_path"

@@ -1,6 +1,7 @@
 """What cleaning changes in a text, what it leaves, and which personal data are masked."""
 
 import pytest
+from reading_cases import assistant, system, tool, user
 
 from medtune.errors import Unusable
 from medtune.reading.cleaning import Cleaner
@@ -60,19 +61,14 @@ def test_code_and_pages_stay():
     code = "看：\n```html\n<p>a</p>   !!!!\n\n\n\n```\n完了！！"
     assert clean(code) == "看：\n```html\n<p>a</p>   !!!!\n\n\n\n```\n完了！"
     page = "<!DOCTYPE html><html><p>a</p></html>"
-    cleaned = Cleaner(mask=False)(Dialogue([{"role": "user", "content": page}], None, ""))
+    cleaned = Cleaner(mask=False)(Dialogue([user(page)], None, ""))
     assert cleaned.messages[0]["content"] == page
     assert clean(page) == "a"
 
 
 def test_tool_results_are_not_cleaned_but_masked():
     calls = [{"name": "find", "arguments": {"phone": 13812345678, "tags": ["<b>", True]}}]
-    messages = [
-        {"role": "user", "content": "<b>查</b>"},
-        {"role": "assistant", "content": "", "tool_calls": calls},
-        {"role": "tool", "content": "<b>13812345678</b>"},
-        {"role": "assistant", "content": "好"},
-    ]
+    messages = [user("<b>查</b>"), assistant("", tool_calls=calls), tool("<b>13812345678</b>"), assistant("好")]
     cleaner = Cleaner(mask=True)
     cleaned = cleaner(Dialogue(messages, None, "")).messages
     assert cleaned[0]["content"] == "查"
@@ -87,13 +83,13 @@ def test_tool_results_are_not_cleaned_but_masked():
 def test_what_cleaning_leaves_empty_or_equal_is_no_record():
     cleaner = Cleaner(mask=False)
     with pytest.raises(Unusable) as fault:
-        cleaner(Dialogue([{"role": "user", "content": "a"}, {"role": "assistant", "content": "<br>"}], None, ""))
+        cleaner(Dialogue([user("a"), assistant("<br>")], None, ""))
     assert (fault.value.reason, fault.value.detail) == ("empty after cleaning", "turn 2 (assistant) was '<br>'")
     with pytest.raises(Unusable) as fault:
-        cleaner(Pair([{"role": "user", "content": "a"}], "好。", "好。。", None, ""))
+        cleaner(Pair([user("a")], "好。", "好。。", None, ""))
     assert fault.value.reason == "same replies after cleaning"
-    cleaned = cleaner(Dialogue([{"role": "system", "content": "&nbsp;"}, {"role": "user", "content": "a"}], None, ""))
-    assert cleaned.messages == [{"role": "user", "content": "a"}]
+    cleaned = cleaner(Dialogue([system("&nbsp;"), user("a")], None, ""))
+    assert cleaned.messages == [user("a")]
 
 
 # ---------------------------------------------------------------- masking

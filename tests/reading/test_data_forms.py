@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from reading_cases import assistant, system, tool, user, write
 from stage_runs import PARTS, STAGES, stage_flags
 
 from medtune.reading.charsets import detect_encoding
@@ -17,11 +18,6 @@ from medtune.reading.kinds import find_kind
 from medtune.reading.records import BadRecord, Dialogue, Pair
 
 ZH = "头痛怎么办？先休息，多喝水，三天不好请到医院。体温38.5℃。"
-
-
-def write(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -87,20 +83,17 @@ def test_what_is_no_html_stays(text):
 
 
 CALL = {"name": "look_up", "arguments": {"名": "布洛芬"}}
-USER, REPLY = {"role": "user", "content": "q\n2"}, {"role": "assistant", "content": "a"}
+USER, REPLY = user("q\n2"), assistant("a")
 CALLING = [
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
-    {"role": "tool", "content": "1"},
-    {"role": "assistant", "content": "看一下", "tool_calls": [CALL, CALL]},
-    {"role": "tool", "content": "2"},
-    {"role": "tool", "content": "3"},
+    *(assistant("", tool_calls=[CALL]), tool("1")),
+    *(assistant("看一下", tool_calls=[CALL, CALL]), tool("2"), tool("3")),
 ]
 
 
-@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "你是医生。"}]])
+@pytest.mark.parametrize("head", [[], [system("你是医生。")]])
 @pytest.mark.parametrize("before", [[], [USER, REPLY], [USER, *CALLING, REPLY]])
-def test_what_is_written_reads_back_to_the_same(system, before):
-    prompt = [*system, *before, USER]
+def test_what_is_written_reads_back_to_the_same(head, before):
+    prompt = [*head, *before, USER]
     tools = [{"name": "look_up", "parameters": {}}] if before[1:2] == CALLING[:1] else None
     dialogue = Dialogue([*prompt, REPLY], tools, "d.jsonl:1")
     assert to_dialogue(guide_record(dialogue), "d.jsonl:1") == dialogue
@@ -123,7 +116,7 @@ def test_the_written_lines_are_the_guides():
 def test_forms_may_change_from_record_to_record(tmp_path):
     lines = ['{"ask": "q", "answer": "a"}', '{"data": ["q", "a"]}', '{"x": 1}', '{"question": "q", "answer": "a"}'] * 2
     reader = ForeignReader("dialogues")
-    results = list(reader.read([write(tmp_path / "d.jsonl", "\n".join(lines).encode())]))
+    results = list(reader.read([write(tmp_path / "d.jsonl", "\n".join(lines))]))
     assert [isinstance(result, BadRecord) for result in results] == [False, False, True, False] * 2
     assert reader.describe() == ["2 records by the columns 'ask', 'answer'", "2 records by the columns 'data'"]
 
@@ -134,7 +127,7 @@ def test_a_bad_first_record_does_not_decide_how_the_others_are_read(tmp_path):
         '{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "query": "x", '
         '"response": "y"}',
     ]
-    first, second = ForeignReader("dialogues").read([write(tmp_path / "d.jsonl", "\n".join(lines).encode())])
+    first, second = ForeignReader("dialogues").read([write(tmp_path / "d.jsonl", "\n".join(lines))])
     assert first.reason == "unknown keys"
     assert [message["content"] for message in second.messages] == ["q", "a"]
 
@@ -149,7 +142,7 @@ def test_a_bad_first_record_does_not_decide_how_the_others_are_read(tmp_path):
     ],
 )
 def test_faulty_records_are_of_a_kind_too(tmp_path, lines, kind):
-    path = write(tmp_path / "d.jsonl", "\n".join(lines).encode())
+    path = write(tmp_path / "d.jsonl", "\n".join(lines))
     assert find_kind(path, "--dir") == (kind, [path], [])
 
 
@@ -179,7 +172,7 @@ GUIDE = [
 
 def test_what_the_guides_lines_write_the_stages_train_on(tmp_path, monkeypatch, tiny_model_dir, capsys):
     monkeypatch.chdir(tmp_path)
-    for tool, flags, names in GUIDE:
+    for script, flags, names in GUIDE:
         if names:
             values = ("第{n}个病人{part}疼怎么办？", "{part}疼{n}天以上请就诊，注意休息。", "第{n}次也不用管。")
             records = [
@@ -188,7 +181,7 @@ def test_what_the_guides_lines_write_the_stages_train_on(tmp_path, monkeypatch, 
             ]
             lines = [json.dumps(record, ensure_ascii=False) for record in records]
             Path("raw.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        importlib.import_module(tool).main(flags.split())
+        importlib.import_module(script).main(flags.split())
 
     for stage, folder, kept in (("pt", "pretrain", 30), ("sft", "finetune_processed/train", 27), ("dpo", "reward", 60)):
         path = f"data/{folder}"

@@ -7,23 +7,15 @@ from convert_data_format import main as convert_main
 from convert_to_pretrain_format import main as convert_to_text
 from hypothesis import given
 from hypothesis import strategies as st
+from reading_cases import assistant, gpt, human, reason, system, user
 
 from medtune.errors import Unusable, UserError
 from medtune.reading.conversations import to_dialogue, to_document, to_pair, to_prompt
 from medtune.reading.foreign_forms import Columns, ForeignReader, known_roles, rows_of
 from medtune.reading.guide_form import guide_record
 from medtune.reading.keys import Reading
-from medtune.reading.record_sets import load_prompts, read_documents
+from medtune.reading.readers import load_prompts, read_documents
 from medtune.reading.turns import ROLES, turns_of_transcript
-
-
-def user(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict:
-    return {"role": "assistant", "content": text}
-
 
 TURNS = [user("失眠怎么办？"), assistant("规律作息。")]
 
@@ -36,19 +28,18 @@ def converted(tmp_path, records: object, kind: str = "sft", *flags: str) -> list
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
 
-def reason(make, record: dict) -> str:
-    with pytest.raises(Unusable) as refused:
-        make(record, "d.jsonl:1", Reading(()))
-    return f"{refused.value.reason}: {refused.value.detail}"
-
-
 # ---------------------------------------------------------------- roles
 
 ASKS, ANSWERS = ([name for name, role in ROLES.items() if role == wanted] for wanted in ("user", "assistant"))
 
 
-@pytest.mark.parametrize("asks", [*ASKS, "Human", "USER ", " 患者"])
-@pytest.mark.parametrize("answers", [*ANSWERS, "ChatGPT", "Bot "])
+@pytest.mark.parametrize(
+    ("asks", "answers"),
+    [
+        *((name, "gpt") for name in [*ASKS, "Human", "USER ", " 患者"]),
+        *(("human", name) for name in [*ANSWERS, "ChatGPT", "Bot "]),
+    ],
+)
 def test_roles_have_many_names(asks, answers):
     record = {"conversations": [{"from": asks, "value": "失眠怎么办？"}, {"from": answers, "value": "规律作息。"}]}
     assert to_dialogue(record, "d.jsonl:1").messages == TURNS
@@ -99,7 +90,7 @@ def test_both_sides_of_an_exchange_in_one_object(key, asks, answers):
     exchanges = [{asks: "失眠怎么办？", answers: "规律作息。"}, {asks: "要吃药吗？", answers: "先不用。"}]
     read = to_dialogue({key: [{"system": "你是医生。"} | exchanges[0], exchanges[1]]}, "d.jsonl:1").messages
     assert read == [
-        {"role": "system", "content": "你是医生。"}, *TURNS, user("要吃药吗？"), assistant("先不用。"),
+        system("你是医生。"), *TURNS, user("要吃药吗？"), assistant("先不用。"),
     ]  # fmt: skip
     assert to_dialogue({key: exchanges[0], "system": ""}, "d.jsonl:1").messages == TURNS
 
@@ -121,7 +112,7 @@ def test_an_exchange_with_a_third_text_or_without_one_side_is_refused():
     ],
 )
 def test_parts_of_text(content):
-    assert to_dialogue({"messages": [{"role": "user", "content": content}, TURNS[1]]}, "d.jsonl:1").messages == TURNS
+    assert to_dialogue({"messages": [user(content), TURNS[1]]}, "d.jsonl:1").messages == TURNS
     in_parts = [{"role": "user", "parts": content}, {"role": "model", "parts": [{"text": "规律作息。"}]}]
     assert to_dialogue({"messages": in_parts}, "d.jsonl:1").messages == TURNS
 
@@ -129,7 +120,7 @@ def test_parts_of_text(content):
 @pytest.mark.parametrize("kind", ["image_url", "image", "input_audio", "video", "thinking"])
 def test_parts_of_another_kind_are_refused(kind):
     content = [{"type": "text", "text": "看图"}, {"type": kind, kind: "a"}]
-    assert reason(to_dialogue, {"messages": [{"role": "user", "content": content}, TURNS[1]]}) == (
+    assert reason(to_dialogue, {"messages": [user(content), TURNS[1]]}) == (
         f"not text: turn 1 (user) has parts of type {kind}; only text is trained on"
     )
 
@@ -146,7 +137,7 @@ def test_turns_in_other_shapes(record):
     assert to_dialogue(record, "d.jsonl:1").messages == TURNS
 
 
-EARLIER = [{"role": "system", "content": "你是医生。"}, user("腿麻？"), assistant("多久了？")]
+EARLIER = [system("你是医生。"), user("腿麻？"), assistant("多久了？")]
 
 
 @pytest.mark.parametrize("write", [lambda turns: turns, json.dumps, lambda turns: json.dumps(turns, indent=1), str])
@@ -180,7 +171,7 @@ def test_turns_are_no_parts_of_a_text():
 def test_history_in_all_forms(history):
     record = {"question": "还有呢？", "answer": "少喝咖啡。", "history": history, "system_prompt": "你是医生。"}
     assert to_dialogue(record, "d.jsonl:1").messages == [
-        {"role": "system", "content": "你是医生。"}, *TURNS, user("还有呢？"), assistant("少喝咖啡。"),
+        system("你是医生。"), *TURNS, user("还有呢？"), assistant("少喝咖啡。"),
     ]  # fmt: skip
 
 
@@ -221,9 +212,9 @@ def test_two_texts_in_one_turn_are_refused():
 
 
 def test_a_system_prompt_is_read_from_where_it_stands_and_two_are_refused():
-    system = {"role": "system", "content": "你是医生。"}
-    twice = {"messages": [system, *TURNS], "system": "你是医生。", "system_prompt": "你是医生。"}
-    assert to_dialogue(twice, "d.jsonl:1").messages == [system, *TURNS]
+    prompt = EARLIER[0]
+    twice = {"messages": [prompt, *TURNS], "system": "你是医生。", "system_prompt": "你是医生。"}
+    assert to_dialogue(twice, "d.jsonl:1").messages == [prompt, *TURNS]
     assert "one in 'system' and one in turn 1" in reason(to_dialogue, twice | {"system": "你是猫。"})
     two = {"messages": TURNS, "system": "你是医生。", "system_prompt": "你是猫。"}
     assert "one in 'system' and one in 'system_prompt'" in reason(to_dialogue, two)
@@ -320,10 +311,10 @@ REPLIES = {"chosen": "先拉伸小腿。", "rejected": "截肢。"}
         {"messages": [user("腿抽筋？"), assistant("先拉伸小腿。")], "rejected_response": "截肢。"},
         {"messages": [user("腿抽筋？"), assistant("先拉伸小腿。")],
          "rejected_messages": [user("腿抽筋？"), assistant("截肢。")]},
-        {"conversations": [{"from": "human", "value": "腿抽筋？"}, {"from": "gpt", "value": "先拉伸小腿。"}],
+        {"conversations": [human("腿抽筋？"), gpt("先拉伸小腿。")],
          "rejected_response": "截肢。"},
-        {"conversations": [{"from": "human", "value": "腿抽筋？"}], "chosen": {"from": "gpt", "value": "先拉伸小腿。"},
-         "rejected": {"from": "gpt", "value": "截肢。"}},
+        {"conversations": [human("腿抽筋？")], "chosen": gpt("先拉伸小腿。"),
+         "rejected": gpt("截肢。")},
     ],
 )  # fmt: skip
 def test_usual_forms_of_pairs(tmp_path, record):
@@ -362,12 +353,8 @@ def test_a_text_that_looks_like_turns_is_written_so_that_it_stays_one(text):
 
 
 def test_conversations_that_do_not_hold_the_prompt_are_refused():
-    record = {
-        "prompt": "头疼？",
-        "chosen": [user("腿抽筋？"), assistant("a")],
-        "rejected": [user("腿抽筋？"), assistant("b")],
-    }
-    assert reason(to_pair, record).startswith("two prompts")
+    whole = {key: [user("腿抽筋？"), assistant(key)] for key in ("chosen", "rejected")}
+    assert reason(to_pair, {"prompt": "头疼？"} | whole).startswith("two prompts")
 
 
 def test_what_stands_before_the_prompt_of_a_pair_is_not_lost():
@@ -486,7 +473,7 @@ def test_a_row_of_columns_is_named(tmp_path):
         {"instruction": "头晕怎么办？", "output": None},
         {"messages": [user("头晕怎么办？")]},
         {"messages": [user("头晕怎么办？"), assistant("")]},
-        {"conversations": [{"from": "human", "value": "头晕怎么办？"}]},
+        {"conversations": [human("头晕怎么办？")]},
         {"conversation": [{"input": "头晕怎么办？", "output": ""}]},
     ],
 )
@@ -501,9 +488,8 @@ def test_what_judges_a_reply_does_not_matter_for_a_prompt():
     assert to_prompt(record, "d.jsonl:1").messages == [user("一"), assistant("二"), user("三"), assistant("四")]
 
 
-def test_prompts_out_of_order_are_refused(tmp_path):
-    path = tmp_path / "d.jsonl"
-    path.write_text(json.dumps({"messages": [user("一"), user("二")]}) + "\n", encoding="utf-8")
+def test_prompts_out_of_order_are_refused(write_jsonl):
+    path = write_jsonl("d.jsonl", [{"messages": [user("一"), user("二")]}])
     with pytest.raises(UserError, match="two turns in a row") as refused:
         load_prompts([path], None)
     assert "--on_bad_data" not in str(refused.value)
@@ -518,14 +504,13 @@ def test_prompts_out_of_order_are_refused(tmp_path):
         {"conversation": [{"input": "", "output": "高血压应限盐。"}]},
         {"conversation": [{"system": "", "input": "", "output": "高血压应限盐。"}]},
         {"messages": [assistant("高血压应限盐。")]},
-        {"conversations": [{"from": "gpt", "value": "高血压应限盐。"}]},
+        {"conversations": [gpt("高血压应限盐。")]},
         {"instruction": "", "input": "", "output": "高血压应限盐。"},
         {"text": "高血压应限盐。"},
     ],
 )
-def test_a_reply_to_nothing_is_a_document(tmp_path, record):
-    path, output = tmp_path / "d.jsonl", tmp_path / "out.txt"
-    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+def test_a_reply_to_nothing_is_a_document(tmp_path, write_jsonl, record):
+    path, output = write_jsonl("d.jsonl", [record]), tmp_path / "out.txt"
     assert [document.text for document in read_documents([path])] == ["高血压应限盐。"]
     convert_to_text(["--input_file", str(path), "--output_file", str(output)])
     assert output.read_text(encoding="utf-8") == "高血压应限盐。\n"
@@ -544,20 +529,16 @@ def test_a_reply_to_nothing_is_no_document_where_it_is_not_learned(record):
         to_document(record, "d.jsonl:1", Reading(()))
 
 
-def test_what_is_not_learned_and_words_for_null_do_not_get_into_a_text(tmp_path):
+def test_what_is_not_learned_and_words_for_null_do_not_get_into_a_text(tmp_path, write_jsonl):
     bad_reply = {"messages": [TURNS[0], TURNS[1] | {"weight": 0}, *TURNS]}
-    path, output = tmp_path / "d.jsonl", tmp_path / "out.txt"
     records = [bad_reply, {"text": "nan"}, {"content": "NaN"}, {"title": "nan", "content": "高血压应限盐。"}]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    path, output = write_jsonl("d.jsonl", records), tmp_path / "out.txt"
     convert_to_text(["--input_file", str(path), "--output_file", str(output)])
     assert output.read_text(encoding="utf-8") == "高血压应限盐。\n"
 
 
-def test_a_dialogue_is_no_document(tmp_path):
-    path = tmp_path / "d.jsonl"
-    path.write_text(json.dumps({"messages": TURNS}) + "\n", encoding="utf-8")
-    (bad,) = read_documents([path])
-    assert bad.reason == "no text"
+def test_a_dialogue_is_no_document():
+    assert reason(to_document, {"messages": TURNS}).startswith("no text")
 
 
 # ---------------------------------------------------------------- advice

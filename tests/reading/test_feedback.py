@@ -2,21 +2,22 @@
 
 import pytest
 from datasets import Dataset
+from reading_cases import assistant, gpt, human, user
 
 from medtune.errors import UserError
 from medtune.reading.encoders import with_mismatched_replies
 from medtune.reading.keys import Reading
-from medtune.reading.record_sets import load_records, read_feedback, read_pairs
+from medtune.reading.readers import load_records, read_feedback, read_pairs
 from medtune.reading.records import Feedback
 
-TURNS = [{"role": "user", "content": "头疼"}, {"role": "assistant", "content": "休息"}]
+TURNS = [user("头疼"), assistant("休息")]
 
 
 @pytest.mark.parametrize(
     "record",
     [
         {"messages": TURNS},
-        {"conversations": [{"from": "human", "value": "头疼"}, {"from": "gpt", "value": "休息"}]},
+        {"conversations": [human("头疼"), gpt("休息")]},
         {"instruction": "头疼", "input": "", "output": "休息"},
         {"question": "头疼", "answer": "休息"},
         {"prompt": "头疼", "completion": "休息"},

@@ -1,29 +1,28 @@
 """Keys beside the texts: what changes what is learned is honoured or refused, what is about a record is not read."""
 
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reading_cases import assistant, gpt, human, reason, user
 
 from medtune.errors import Unusable, UserError
 from medtune.reading.conversations import to_dialogue, to_document, to_pair, to_prompt
 from medtune.reading.foreign_forms import ForeignReader
 from medtune.reading.guide_form import guide_record
 from medtune.reading.keys import HARMLESS, MEDIA, OPTIONS, THOUGHTS, VERDICTS, WEIGHTS, Reading, split_keys
-from medtune.reading.record_sets import load_dialogues
+from medtune.reading.readers import load_dialogues
 
 QUESTION = {"question": "被猫抓伤怎么办？", "answer": "先用肥皂水冲洗，再去医院。"}
 PAIR = {"question": "牙疼怎么办？", "response_chosen": "看口腔科。", "response_rejected": "忍着。"}
-TURNS = [{"role": "user", "content": "头晕怎么办？"}, {"role": "assistant", "content": "先坐下。"}]
+TURNS = [user("头晕怎么办？"), assistant("先坐下。")]
 MESSAGES = {"messages": TURNS}
 
 
-def fault(make, record: dict, reading: Reading | None = None) -> Unusable:
-    with pytest.raises(Unusable) as refused:
-        make(record, "d.jsonl:1", reading or Reading(()))
-    return refused.value
+def fault(make, record: dict) -> str:
+    """The reason alone."""
+    return reason(make, record).partition(":")[0]
 
 
 def read_without(make, record: dict, *keys: str):
@@ -34,7 +33,7 @@ def read_without(make, record: dict, *keys: str):
 
 def with_reply(**keys: object) -> dict:
     """A dialogue of two exchanges, of which the first reply has these keys."""
-    return {"messages": [TURNS[0], TURNS[1] | keys, {"role": "user", "content": "还晕。"}, TURNS[1]]}
+    return {"messages": [TURNS[0], TURNS[1] | keys, user("还晕。"), TURNS[1]]}
 
 
 # ---------------------------------------------------------------- verdicts
@@ -45,12 +44,10 @@ def with_reply(**keys: object) -> dict:
 @pytest.mark.parametrize("value", [False, "false", "False"])
 def test_a_reply_that_is_called_bad_is_not_learned(record, key, value):
     make = to_pair if record is PAIR else to_dialogue
-    refused = fault(make, record | {key: value})
-    assert refused.reason == "not to be learned"
-    assert refused.detail.startswith(
-        f"{key!r} is {value!r}; delete the record, or --ignore_keys {key} reads on without it"
-    )
-    assert ("--loss_type kto" in refused.detail) == (key in ("label", "kto_tag"))
+    refused = reason(make, record | {key: value})
+    advice = f"delete the record, or --ignore_keys {key} reads on without it"
+    assert refused.startswith(f"not to be learned: {key!r} is {value!r}; {advice}")
+    assert ("--loss_type kto" in refused) == (key in ("label", "kto_tag"))
     assert read_without(make, record | {key: value}, key)
 
 
@@ -66,14 +63,13 @@ def test_numbers_are_a_verdict_under_two_names(key, value, is_learned):
     if is_learned:
         assert to_dialogue(QUESTION | {key: value}, "d.jsonl:1", Reading(()))
     else:
-        assert fault(to_dialogue, QUESTION | {key: value}).reason == "not to be learned"
+        assert fault(to_dialogue, QUESTION | {key: value}) == "not to be learned"
 
 
 @pytest.mark.parametrize("value", [0, 1, "0", "1", 1.0])
 def test_a_label_of_0_or_1_asks(value):
-    refused = fault(to_dialogue, QUESTION | {"label": value})
-    assert refused.reason == "unclear verdict"
-    assert "--ignore_keys label" in refused.detail
+    refused = reason(to_dialogue, QUESTION | {"label": value})
+    assert refused.startswith("unclear verdict: ") and "--ignore_keys label" in refused
     assert read_without(to_dialogue, QUESTION | {"label": value}, "label")
     # A text has a class, and nothing that could be a bad reply.
     assert to_document({"text": "高血压应限盐。", "label": value}, "d.jsonl:1", Reading(()))
@@ -89,12 +85,7 @@ def test_a_reply_of_weight_0_stays_in_the_dialogue_and_is_not_learned(key, value
     assert [message.get("weight") for message in dialogue.messages] == [None, 0, None, None]
     assert to_dialogue(guide_record(dialogue), "d.jsonl:1").messages == dialogue.messages
     in_sharegpt = {
-        "conversations": [
-            {"from": "human", "value": "头晕？"},
-            {"from": "gpt", "value": "先坐下。", key: value},
-            {"from": "human", "value": "还晕。"},
-            {"from": "gpt", "value": "看医生。"},
-        ]
+        "conversations": [human("头晕？"), gpt("先坐下。", **{key: value}), human("还晕。"), gpt("看医生。")]
     }
     assert to_dialogue(in_sharegpt, "d.jsonl:1", Reading(())).messages[1]["weight"] == 0
     ignored = read_without(to_dialogue, in_sharegpt, key)
@@ -107,26 +98,21 @@ def test_a_reply_of_weight_1_is_learned_like_any(key, value):
     assert to_dialogue(with_reply(**{key: value}), "d.jsonl:1").messages == to_dialogue(with_reply(), "").messages
 
 
-@pytest.mark.parametrize("value", [0.5, 2, -1, "half"])
-def test_a_weight_in_between_is_refused(value):
-    assert fault(to_dialogue, with_reply(weight=value)).reason == "partial weight"
+@pytest.mark.parametrize(
+    ("record", "refused_as"),
+    [
+        *((with_reply(weight=value), "partial weight") for value in (0.5, 2, -1, "half")),
+        *((QUESTION | {"weight": value}, "not to be learned") for value in (0, "0", "0.0", False, "False")),
+        *((QUESTION | keys, "not to be learned") for keys in ({"loss_weight": 0}, {"train": False})),
+        ({"messages": [TURNS[0], TURNS[1] | {"weight": 0}]}, "not to be learned"),
+        ({"messages": [TURNS[0] | {"train": True}, TURNS[1]]}, "weight of a prompt"),
+    ],
+)
+def test_a_weight_that_leaves_nothing_to_learn_or_cannot_be_honoured_is_refused(record, refused_as):
+    assert fault(to_dialogue, record) == refused_as
 
 
-@pytest.mark.parametrize("value", [0, "0", "0.0", False, "False"])
-def test_a_record_of_weight_0_is_refused(value):
-    assert fault(to_dialogue, QUESTION | {"weight": value}).reason == "not to be learned"
-
-
-def test_a_dialogue_of_which_nothing_is_learned_is_refused():
-    record = {"messages": [TURNS[0], TURNS[1] | {"weight": 0}]}
-    assert fault(to_dialogue, record).reason == "not to be learned"
-    assert fault(to_dialogue, QUESTION | {"loss_weight": 0}).reason == "not to be learned"
-    assert fault(to_dialogue, QUESTION | {"train": False}).reason == "not to be learned"
-
-
-def test_a_prompt_to_be_learned_is_refused_and_one_with_a_weight_is_not():
-    asked = {"messages": [TURNS[0] | {"train": True}, TURNS[1]]}
-    assert fault(to_dialogue, asked).reason == "weight of a prompt"
+def test_a_weight_of_a_prompt_that_does_not_ask_for_it_to_be_learned_does_no_harm():
     for keys in ({"train": False}, {"weight": 0}, {"weight": 1}):
         assert to_dialogue({"messages": [TURNS[0] | keys, TURNS[1]]}, "d.jsonl:1").messages == TURNS
 
@@ -151,13 +137,12 @@ def test_a_measurement_beside_a_record_is_no_weight(measured):
 @pytest.mark.parametrize("value", ["先想原因。", [{"type": "thinking", "thinking": "先想原因。"}]])
 def test_a_thought_in_a_key_of_its_own_is_refused(key, value):
     for record in (QUESTION | {key: value}, with_reply(**{key: value})):
-        refused = fault(to_dialogue, record)
-        assert refused.reason == "thought apart"
-        assert f"--ignore_keys {key} reads on without it" in refused.detail
+        refused = reason(to_dialogue, record)
+        assert refused.startswith("thought apart: ") and f"--ignore_keys {key} reads on without it" in refused
         assert read_without(to_dialogue, record, key)
-    chosen = {"role": "assistant", "content": "看口腔科。", key: value}
-    pair = {"prompt": [TURNS[0]], "chosen": [chosen], "rejected": [{"role": "assistant", "content": "忍着。"}]}
-    assert fault(to_pair, pair).reason == "thought apart"
+    chosen = assistant("看口腔科。", **{key: value})
+    pair = {"prompt": [TURNS[0]], "chosen": [chosen], "rejected": [assistant("忍着。")]}
+    assert fault(to_pair, pair) == "thought apart"
 
 
 @pytest.mark.parametrize("value", [None, "", [], False, True, "on", "off"])
@@ -179,9 +164,8 @@ def test_a_record_with_a_picture_is_refused_everywhere(key):
         (to_document, {"text": "胸片正常。"} | picture),
         (to_prompt, {"question": "胸片正常吗？"} | picture),
     ):
-        refused = fault(make, record)
-        assert refused.reason == "not text"
-        assert f"--ignore_keys {key}" in refused.detail
+        refused = reason(make, record)
+        assert refused.startswith("not text: ") and f"--ignore_keys {key}" in refused
         assert read_without(make, record, key)
     assert to_dialogue(QUESTION | {key: []}, "d.jsonl:1")
 
@@ -246,14 +230,14 @@ def test_names_of_germs_are_no_letters_of_options():
 
 @pytest.mark.parametrize("options", [[["A", "甲"], ["B", "乙"]], [{"name": "甲"}], 5, {"A": {"text": "甲"}}])
 def test_options_in_an_unknown_form_are_refused(options):
-    assert fault(to_dialogue, QUESTION | {"options": options}).reason == "broken options"
+    assert fault(to_dialogue, QUESTION | {"options": options}) == "broken options"
 
 
 def test_options_that_no_turn_says_are_refused_beside_a_list_of_turns():
     apart = MESSAGES | {"options": ["甲药", "乙药"]}
-    assert fault(to_dialogue, apart).reason == "options apart"
+    assert fault(to_dialogue, apart) == "options apart"
     assert read_without(to_dialogue, apart, "options")
-    said = {"messages": [{"role": "user", "content": "选甲药还是乙药？"}, TURNS[1]], "options": ["甲药", "乙药"]}
+    said = {"messages": [user("选甲药还是乙药？"), TURNS[1]], "options": ["甲药", "乙药"]}
     assert to_dialogue(said, "d.jsonl:1").messages == said["messages"]
 
 
@@ -264,10 +248,7 @@ def test_options_that_no_turn_says_are_refused_beside_a_list_of_turns():
     ("record", "other"),
     [
         (MESSAGES | {"history": [["早先的问题", "早先的回答"]]}, "history"),
-        (
-            MESSAGES | {"conversations": [{"from": "human", "value": "别的"}, {"from": "gpt", "value": "话"}]},
-            "messages",
-        ),
+        (MESSAGES | {"conversations": [human("别的"), gpt("话")]}, "messages"),
         (QUESTION | {"instruction": "请翻译。"}, "instruction"),
         (QUESTION | {"conversation": [{"human": "别的", "assistant": "话"}]}, "conversation"),
         (QUESTION | {"input": "病历：男，45岁。"}, "input"),
@@ -280,20 +261,19 @@ def test_options_that_no_turn_says_are_refused_beside_a_list_of_turns():
     ],
 )
 def test_words_of_another_form_are_not_lost(record, other):
-    refused = fault(to_dialogue, record)
-    assert refused.reason == "two forms"
-    assert f"--ignore_keys {other} reads on without" in refused.detail
+    refused = reason(to_dialogue, record)
+    assert refused.startswith("two forms: ") and f"--ignore_keys {other} reads on without" in refused
     assert read_without(to_dialogue, record, *other.split(","))
 
 
 def test_advice_to_read_another_form_is_given_where_there_is_a_whole_one():
     half = MESSAGES | {"history": [["早先的问题", "早先的回答"]]}
-    assert "--ignore_keys messages" not in fault(to_dialogue, half).detail
+    assert "--ignore_keys messages" not in reason(to_dialogue, half)
     whole = MESSAGES | {"instruction": "问", "output": "答"}
-    assert "--ignore_keys messages reads on without it" in fault(to_dialogue, whole).detail
+    assert "--ignore_keys messages reads on without it" in reason(to_dialogue, whole)
     assert read_without(to_dialogue, whole, "messages")
     lower = {"question": "一", "answer": "B", "complex_cot": "想", "response": "二"}
-    assert "convert_data_format.py --ignore_keys answer reads on" in fault(to_dialogue, lower).detail
+    assert "convert_data_format.py --ignore_keys answer reads on" in reason(to_dialogue, lower)
     reader = ForeignReader("dialogues", reading=Reading(("answer",)))
     assert reader.convert(lower, "d.jsonl:1").messages[1]["content"] == "二"
 
@@ -303,7 +283,7 @@ def test_advice_to_read_another_form_is_given_where_there_is_a_whole_one():
     [
         {"question": "头晕怎么办？"},
         {"question": "头晕怎么办？", "answer": "先坐下。"},
-        {"conversations": [{"from": "human", "value": "头晕怎么办？"}, {"from": "gpt", "value": "先坐下。"}]},
+        {"conversations": [human("头晕怎么办？"), gpt("先坐下。")]},
         {"conversations": None, "instruction": "", "output": float("nan"), "history": []},
         {"answer": "(B)", "prompt": "头晕怎么办？"},
     ],
@@ -344,7 +324,7 @@ def test_a_thought_that_the_reply_says_too_does_no_harm():
     said = QUESTION | {"answer": "<think>\n先问痰。\n</think>\n\n有痰吗？"}
     assert to_dialogue(said | {"reasoning_content": "先问痰。\n"}, "d.jsonl:1").messages[1]["content"] == said["answer"]
     assert to_dialogue({"messages": [TURNS[0], TURNS[1] | {"thinking": "先坐下。"}]}, "d.jsonl:1").messages == TURNS
-    assert fault(to_dialogue, said | {"reasoning_content": "再问热。"}).reason == "thought apart"
+    assert fault(to_dialogue, said | {"reasoning_content": "再问热。"}) == "thought apart"
 
 
 def test_a_key_has_one_meaning():
@@ -367,13 +347,11 @@ def test_a_verdict_in_chinese(value, is_learned):
     assert to_dialogue(record, "d.jsonl:1") if is_learned else fault(to_dialogue, record)
 
 
-def test_unknown_keys_are_counted_by_name_and_harmless_ones_are_not(tmp_path):
-    path = tmp_path / "d.jsonl"
+def test_unknown_keys_are_counted_by_name_and_harmless_ones_are_not(write_jsonl):
     records = [QUESTION | {"id": n, "source": "a", "科室": "内科"} for n in range(3)]
     records[0]["triage"] = "green"
     records.append({"messages": [TURNS[0] | {"name": "甲", "mood": "calm"}, TURNS[1]]})
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    dialogues, report = load_dialogues([path])
+    dialogues, report = load_dialogues([write_jsonl("d.jsonl", records)])
     assert len(dialogues) == 4
     assert report.notes == [
         "keys of records that are not read: '科室' (3), 'triage' (1)",
@@ -381,18 +359,16 @@ def test_unknown_keys_are_counted_by_name_and_harmless_ones_are_not(tmp_path):
     ]
 
 
-def test_advice_names_keys_as_they_are_written(tmp_path):
-    path = tmp_path / "d.jsonl"
-    path.write_text(json.dumps({"Question": "一", "Answer": "二", "LABEL": False}) + "\n", encoding="utf-8")
+def test_advice_names_keys_as_they_are_written(write_jsonl):
+    path = write_jsonl("d.jsonl", [{"Question": "一", "Answer": "二", "LABEL": False}])
     (refused,) = ForeignReader("dialogues", reading=Reading(())).read([path])
     assert "--ignore_keys LABEL reads on without it" in refused.detail
     (dialogue,) = ForeignReader("dialogues", reading=Reading(("LABEL",))).read([path])
     assert dialogue.messages[1]["content"] == "二"
 
 
-def test_advice_names_no_flag_that_the_caller_does_not_have(tmp_path):
-    path = tmp_path / "d.jsonl"
-    path.write_text(json.dumps(QUESTION | {"images": ["a.png"]}) + "\n", encoding="utf-8")
+def test_advice_names_no_flag_that_the_caller_does_not_have(write_jsonl):
+    path = write_jsonl("d.jsonl", [QUESTION | {"images": ["a.png"]}])
     with pytest.raises(UserError) as refused:
         load_dialogues([path], None)
     assert "--" not in str(refused.value).replace(str(path), "")
@@ -408,7 +384,7 @@ VALUES = st.one_of(st.none(), st.booleans(), st.integers(-2, 3), st.floats(), st
 KEYS = st.sampled_from([*VERDICTS, *WEIGHTS, *THOUGHTS, *MEDIA, *OPTIONS, *sorted(HARMLESS)[:40], "unheard_of"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.dictionaries(KEYS, VALUES, max_size=4), st.sampled_from([QUESTION, MESSAGES, PAIR, {"text": "高血压应限盐。"}])
 )
@@ -428,10 +404,8 @@ def test_whatever_stands_beside_the_texts_they_are_learned_as_they_are_or_refuse
             assert read == plain
 
 
-def test_bad_records_are_left_out_and_counted_by_reason(tmp_path):
-    path = Path(tmp_path, "d.jsonl")
+def test_bad_records_are_left_out_and_counted_by_reason(write_jsonl):
     records = [QUESTION, QUESTION | {"label": False}, QUESTION | {"image": "a.png"}, QUESTION | {"reasoning": "嗯。"}]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    dialogues, report = load_dialogues([path], "drop", Reading(()))
+    dialogues, report = load_dialogues([write_jsonl("d.jsonl", records)], "drop", Reading(()))
     assert len(dialogues) == 1
     assert report.dropped == {"not to be learned": 1, "not text": 1, "thought apart": 1}

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from medtune.errors import Unusable, UserError
 from medtune.reading.conversations import to_dialogue, to_pair
-from medtune.reading.encoding import IGNORED_LABEL, encode_dialogue, encode_prompt, load_chat_template
 from medtune.reading.finding import find_files
-from medtune.reading.record_sets import read_dialogues, read_pairs
+from medtune.reading.readers import read_dialogues, read_pairs
 from medtune.reading.records import BadRecord, Dialogue, Pair
+from medtune.reading.tokenization import IGNORED_LABEL, encode_dialogue, encode_prompt, load_chat_template
 from medtune.reading.values import ANY_NULL_WORD, strip_blanks
 from template import TEMPLATES
 
@@ -27,15 +27,7 @@ TRIED = settings(
 )
 
 MARKS = [
-    "<|im_end|>",
-    "<|im_start|>assistant\n",
-    "<|endoftext|>",
-    "</s>",
-    "[INST]",
-    "<think>",
-    "{{ 1 }}",
-    "\n\n",
-    "：",
+    *("<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "</s>", "[INST]", "<think>", "{{ 1 }}", "\n\n", "："),
     "👨‍👩‍👧",
 ]
 WORDS = st.one_of(
@@ -116,9 +108,8 @@ def test_a_conversation_is_read_as_it_was_written(form, messages):
     assert to_dialogue(record, "d.jsonl:1").messages == written
 
 
-@TRIED
-@given(messages=conversations())
-@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@settings(TRIED, max_examples=150)
+@given(messages=conversations(), name=st.sampled_from(sorted(TEMPLATES)))
 def test_exactly_the_replies_are_learned(tiny_tokenizer, name, messages):
     """In text and in tokens; what stands before a reply is the prompt that asks for it."""
     tokenizer = deepcopy(tiny_tokenizer)
@@ -139,15 +130,11 @@ def test_exactly_the_replies_are_learned(tiny_tokenizer, name, messages):
     for piece, index in zip(learned, replies, strict=True):
         assert messages[index]["content"].strip() in piece
         assert piece.rstrip().endswith(chat_template.stop_tokens)
-    runs, at = [], 0
-    while at < len(ids):
-        end = at
-        while end < len(ids) and (labels[end] != IGNORED_LABEL) == (labels[at] != IGNORED_LABEL):
-            end += 1
-        if labels[at] != IGNORED_LABEL:
-            assert labels[at:end] == ids[at:end]
-            runs.append((at, end))
-        at = end
+    at = [index for index, label in enumerate(labels) if label != IGNORED_LABEL]
+    assert [labels[index] for index in at] == [ids[index] for index in at]
+    starts = [index for index in at if labels[index - 1] == IGNORED_LABEL]
+    ends = [index + 1 for index in at if [*labels, IGNORED_LABEL][index + 1] == IGNORED_LABEL]
+    runs = list(zip(starts, ends, strict=True))
     assert len(runs) == len(replies)
     said = [tokenizer.decode(ids[start:end]) for start, end in runs]
     assert said == [unicodedata.normalize("NFC", piece) for piece in learned]  # as Qwen's tokenizer does

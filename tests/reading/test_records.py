@@ -15,52 +15,38 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from datasets import Dataset
+from reading_cases import assistant, dumps, gpt, human, system, tool, user, write
 
 from medtune.errors import UserError
 from medtune.reading.cache import open_cache
 from medtune.reading.files import read_raw
 from medtune.reading.finding import content_fingerprint, find_files
 from medtune.reading.holdout import split_holdout, take_samples
-from medtune.reading.record_sets import load_dialogues, load_records, read_dialogues, read_pairs
+from medtune.reading.readers import load_dialogues, load_records, read_dialogues, read_pairs
 from medtune.reading.records import BadRecord, Dialogue, Report
 from medtune.reading.turns import ROLES
 
-
-@pytest.fixture(autouse=True)
-def _in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def write(name: str, content: str | bytes) -> Path:
-    path = Path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def write_records(name: str, records: list[dict], nested_as_text: bool = False) -> Path:
     """Write records as the file's ending says; csv cells (and on request parquet's) hold nested values as JSON."""
     path = Path(name)
+    columns = list(dict.fromkeys(key for record in records for key in record))
     flat = [{key: value if isinstance(value, str) else dumps(value) for key, value in r.items()} for r in records]
     if path.suffix == ".jsonl":
         write(name, "".join(dumps(record) + "\n" for record in records))
     elif path.suffix == ".json":
         write(name, json.dumps(records, ensure_ascii=False, indent=2))
     elif path.suffix == ".csv":
-        columns = list(dict.fromkeys(key for record in records for key in record))
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(flat)
     else:
-        columns = list(dict.fromkeys(key for record in records for key in record))
         rows = [{key: r.get(key) for key in columns} for r in (flat if nested_as_text else records)]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return path
-
-
-def dumps(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def read_lines(*lines: str) -> list[Dialogue | BadRecord]:
@@ -72,20 +58,12 @@ def read_one(record: object) -> Dialogue | BadRecord:
     return result
 
 
-def human(text: object) -> dict:
-    return {"from": "human", "value": text}
+def talk(*turns: dict) -> dict:
+    return {"conversations": turns}
 
 
-def gpt(text: object) -> dict:
-    return {"from": "gpt", "value": text}
-
-
-def user(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict:
-    return {"role": "assistant", "content": text}
+def chat(*turns: dict) -> dict:
+    return {"messages": turns}
 
 
 GOOD = dumps({"question": "感冒了怎么办？", "answer": "多休息。"})
@@ -97,13 +75,7 @@ GOOD = dumps({"question": "感冒了怎么办？", "answer": "多休息。"})
 CANONICAL = [
     [user("感冒了怎么办？"), assistant("多喝水，多休息。")],
     [user('What is "BP",\nand is 150/95 high?'), assistant("Blood pressure.\n\nYes, it is.")],
-    [
-        {"role": "system", "content": "你是医生。"},
-        user("头痛"),
-        assistant("多久了？"),
-        user("三天"),
-        assistant("请就医。"),
-    ],
+    [system("你是医生。"), user("头痛"), assistant("多久了？"), user("三天"), assistant("请就医。")],
 ]
 
 
@@ -113,8 +85,8 @@ def as_sharegpt(messages: list[dict]) -> dict:
 
 
 def as_sharegpt_with_system_key(messages: list[dict]) -> dict:
-    system = [m["content"] for m in messages if m["role"] == "system"]
-    return as_sharegpt([m for m in messages if m["role"] != "system"]) | {"system": "".join(system)}
+    prompt = "".join(m["content"] for m in messages if m["role"] == "system")
+    return as_sharegpt([m for m in messages if m["role"] != "system"]) | {"system": prompt}
 
 
 def as_openai(messages: list[dict]) -> dict:
@@ -122,26 +94,18 @@ def as_openai(messages: list[dict]) -> dict:
 
 
 def as_openai_parts(messages: list[dict]) -> dict:
-    roles = {"system": "developer"}
-    return {
-        "messages": [
-            {
-                "role": roles.get(m["role"], m["role"]),
-                "content": [
-                    {"type": "text", "text": m["content"][:2]},
-                    {"type": "text", "text": m["content"][2:]},
-                ],
-            }
-            for m in messages
-        ]
-    }
+    def parts(text: str) -> list[dict]:
+        return [{"type": "text", "text": text[:2]}, {"type": "text", "text": text[2:]}]
+
+    roles = {"system": "developer", "user": "user", "assistant": "assistant"}
+    return {"messages": [{"role": roles[m["role"]], "content": parts(m["content"])} for m in messages]}
 
 
 def as_question(messages: list[dict]) -> dict:
-    system = "".join(m["content"] for m in messages if m["role"] == "system")
+    prompt = "".join(m["content"] for m in messages if m["role"] == "system")
     turns = [m["content"] for m in messages if m["role"] != "system"]
     history = [[turns[i], turns[i + 1]] for i in range(0, len(turns) - 2, 2)]
-    return {"question": turns[-2], "answer": turns[-1], "history": history, "system": system}
+    return {"question": turns[-2], "answer": turns[-1], "history": history, "system": prompt}
 
 
 def as_alpaca(messages: list[dict]) -> dict:
@@ -211,14 +175,6 @@ def test_a_reply_that_is_json_stays_words():
     assert (pairs[0].chosen, pairs[0].rejected) == ('{"dose": "none"}', '[{"dose": 2}]')
 
 
-def test_the_difference_of_two_scores_is_a_margin():
-    record = as_guide_pair(*PAIRS[0][:3])
-    pairs, _ = load_records(
-        read_pairs, [write_records("d.jsonl", [record | {"score_chosen": 4, "score_rejected": 1.5}])]
-    )
-    assert pairs[0].margin == 2.5
-
-
 BAD_PAIRS = [
     ({"margin": "much"}, "broken margin: margin or scores are ['much', None, None]; they must be numbers"),
     ({"margin": -1}, "broken margin: the margin is -1.0; it is at least 0, or the replies are the wrong way"),
@@ -241,48 +197,37 @@ def test_a_bad_pair_is_named_with_its_place(change, reason):
 
 
 TOOLS = [{"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}]
+TOOL_CALL = {"name": "lookup", "arguments": {"drugs": ["布洛芬", "华法林"]}}
 TOOL_MESSAGES = [
     user("布洛芬和华法林能一起吃吗？"),
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"name": "lookup", "arguments": {"drugs": ["布洛芬", "华法林"]}}],
-    },
-    {"role": "tool", "content": "出血风险"},
+    assistant("", tool_calls=[TOOL_CALL]),
+    tool("出血风险"),
     assistant("不建议。"),
 ]
-TOOL_CALL = {"name": "lookup", "arguments": {"drugs": ["布洛芬", "华法林"]}}
+OPENAI_CALL = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "lookup", "arguments": dumps(TOOL_CALL["arguments"])},
+}
+CALLED = {"from": "function_call", "value": dumps(TOOL_CALL)}
 TOOL_RECORDS = {
     "sharegpt": {
         "conversations": [
-            human("布洛芬和华法林能一起吃吗？"),
-            {"from": "function_call", "value": dumps(TOOL_CALL)},
-            {"from": "observation", "value": "出血风险"},
-            gpt("不建议。"),
+            human("布洛芬和华法林能一起吃吗？"), CALLED, {"from": "observation", "value": "出血风险"}, gpt("不建议。"),
         ],
         "tools": dumps(TOOLS),
     },
     "openai": {
         "messages": [
-            user("布洛芬和华法林能一起吃吗？"),
-            {
-                "role": "assistant",
-                "content": None,
-                "tool_calls": [
-                    {
-                        "id": "call_1",
-                        "type": "function",
-                        "function": {"name": "lookup", "arguments": dumps(TOOL_CALL["arguments"])},
-                    }
-                ],
-            },
-            {"role": "tool", "content": "出血风险", "tool_call_id": "call_1"},
-            assistant("不建议。"),
+            TOOL_MESSAGES[0],
+            assistant(None, tool_calls=[OPENAI_CALL]),
+            tool("出血风险") | {"tool_call_id": "call_1"},
+            TOOL_MESSAGES[3],
         ],
         "tools": TOOLS,
     },
     "plain calls": {"messages": TOOL_MESSAGES, "tools": TOOLS},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv", "d.parquet"])
@@ -294,13 +239,8 @@ def test_tool_calls_read_to_the_same_dialogue(record, name):
 
 
 def test_several_results_may_follow_one_turn_of_calls_and_a_call_may_be_the_last_turn():
-    call = {
-        "role": "assistant",
-        "content": "查一下",
-        "tool_calls": [TOOL_CALL, {"name": "today", "arguments": ""}],
-    }
-    result = {"role": "tool", "content": ""}
-    dialogue = read_one({"messages": [user("a"), call, result, result, assistant("b")]})
+    call = assistant("查一下", tool_calls=[TOOL_CALL, {"name": "today", "arguments": ""}])
+    dialogue = read_one({"messages": [user("a"), call, tool(""), tool(""), assistant("b")]})
     assert [m["role"] for m in dialogue.messages] == ["user", "assistant", "tool", "tool", "assistant"]
     assert dialogue.messages[1]["tool_calls"][1] == {"name": "today", "arguments": {}}
     assert read_one({"messages": [user("a"), call]}).messages[-1]["tool_calls"][0] == TOOL_CALL
@@ -339,12 +279,7 @@ def test_sources_are_exact_lines_in_jsonl_with_blank_lines_and_odd_separators():
 def test_sources_are_the_lines_on_which_records_start_in_a_json_list():
     text = '\n[\n  {"question": "a",\n   "answer": "b"},\n  5, {"question": "c", "answer": "d"}\n,\n null]\n'
     results = list(read_dialogues([write("d.json", text)]))
-    assert [r.source for r in results] == [
-        "d.json:3",
-        "d.json:5",
-        "d.json:5 (record 2 on the line)",
-        "d.json:7",
-    ]
+    assert [r.source for r in results] == ["d.json:3", "d.json:5", "d.json:5 (record 2 on the line)", "d.json:7"]
     assert [isinstance(r, Dialogue) for r in results] == [True, False, True, False]
 
 
@@ -352,11 +287,8 @@ def test_sources_are_the_lines_on_which_rows_start_in_csv():
     text = 'question,answer\n"a\nb\n",c\n\nd,e\nf\ng,h,i\n'
     results = list(read_dialogues([write("d.csv", text)]))
     assert [r.source for r in results] == ["d.csv:2", "d.csv:6", "d.csv:7", "d.csv:8"]
-    assert [getattr(r, "detail", "") for r in results] == [
-        "",
-        "",
-        "1, where the header has 2; quote cells that contain commas",
-        "3, where the header has 2; quote cells that contain commas",
+    assert [result.detail for result in results[2:]] == [
+        f"{n}, where the header has 2; quote cells that contain commas" for n in (1, 3)
     ]
 
 
@@ -392,15 +324,7 @@ def test_a_dialogue_longer_than_the_csv_modules_limit_is_read():
 
 
 def test_files_are_found_in_nested_folders_sorted_and_without_hidden_ones():
-    for name in (
-        "b/c.CSV",
-        "b/a.jsonl",
-        "z.json",
-        "README.md",
-        ".hidden.jsonl",
-        ".cache/x.jsonl",
-        "b/notes.docx",
-    ):
+    for name in ("b/c.CSV", "b/a.jsonl", "z.json", "README.md", ".hidden.jsonl", ".cache/x.jsonl", "b/notes.docx"):
         write(f"data/{name}", "")
     write("disk/linked.jsonl", "")
     Path("data/link").symlink_to(Path("disk").absolute())
@@ -428,64 +352,34 @@ def test_nothing_to_read_is_an_error_that_names_the_flag():
         assert str(error.value) == message
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "d.json",
-            f'[\n{GOOD},\n{{"question": "a" "answer": "b"}},\n{GOOD}]',
-            "d.json:3: broken JSON: Expecting ',' delimiter (column 18); fix it, the rest of the file cannot be read",
-        ),
-        (
-            "d.json",
-            f"[{GOOD}\n{GOOD}]",
-            "d.json:2: broken JSON: Expecting ',' or ']' (column 1); fix it, the rest of the file cannot be read",
-        ),
-        (
-            "d.jsonl",
-            f"[{GOOD}]\n{GOOD}",
-            "d.jsonl:2: broken JSON: Text after the list's end (column 1); fix it, the rest of the file cannot be read",
-        ),
-        (
-            "d.csv",
-            'question,answer\na,b\n"c,d\ne,f\n',
-            "d.csv:3: broken CSV: unexpected end of data; close each quote and double the quotes inside a cell, "
-            "the rest of the file cannot be read",
-        ),
-        (
-            "d.csv",
-            'question,answer\n"he said "no"",b\n',
-            "d.csv:2: broken CSV: ',' expected after '\"'; close each quote and double the quotes inside a cell, "
-            "the rest of the file cannot be read",
-        ),
-        (
-            "d.csv",
-            "问题,回答\na,b\n".encode("gbk"),
-            "d.csv:1: not UTF-8: byte 1 of line 1 is 0xce; convert the file, probably by "
-            "`iconv -f GB18030 -t UTF-8 OLD > NEW`",
-        ),
-        # The second byte of this character in GBK is a backslash, so that it breaks the JSON, too.
-        (
-            "d.json",
-            '[\n{"question": "誠"}]'.encode("gbk"),
-            "d.json:2: not UTF-8: byte 15 of line 2 is 0xd5; convert the file, probably by "
-            "`iconv -f GB18030 -t UTF-8 OLD > NEW`",
-        ),
-        (
-            "d.json",
-            f'[{GOOD},\n{{"question": "感'.encode()[:-1],
-            "d.json:2: cut off: the file ends within a character, at byte 15 of line 2; copy or download it again",
-        ),
-        (
-            "d.csv",
-            "question,question,answer,,\na,b,c,,\n",
-            "d.csv:1: two columns are called 'question'; rename one or take it out",
-        ),
-    ],
-)
-def test_a_fault_that_hides_the_rest_of_a_file_stops_the_run_even_under_drop(name, content, message):
+REST = "the rest of the file cannot be read"
+TO_CONVERT = "convert the file, probably by `iconv -f GB18030 -t UTF-8 OLD > NEW`"
+FATAL = {
+    f"d.json:3: broken JSON: Expecting ',' delimiter (column 18); fix it, {REST}": (
+        f'[\n{GOOD},\n{{"question": "a" "answer": "b"}},\n{GOOD}]'
+    ),
+    f"d.json:2: broken JSON: Expecting ',' or ']' (column 1); fix it, {REST}": f"[{GOOD}\n{GOOD}]",
+    f"d.jsonl:2: broken JSON: Text after the list's end (column 1); fix it, {REST}": f"[{GOOD}]\n{GOOD}",
+    f"d.csv:3: broken CSV: unexpected end of data; close each quote and double the quotes inside a cell, {REST}": (
+        'question,answer\na,b\n"c,d\ne,f\n'
+    ),
+    f"d.csv:2: broken CSV: ',' expected after '\"'; close each quote and double the quotes inside a cell, {REST}": (
+        'question,answer\n"he said "no"",b\n'
+    ),
+    f"d.csv:1: not UTF-8: byte 1 of line 1 is 0xce; {TO_CONVERT}": ("问题,回答\na,b\n".encode("gbk")),
+    # The second byte of this character in GBK is a backslash, so that it breaks the JSON, too.
+    f"d.json:2: not UTF-8: byte 15 of line 2 is 0xd5; {TO_CONVERT}": ('[\n{"question": "誠"}]'.encode("gbk")),
+    "d.json:2: cut off: the file ends within a character, at byte 15 of line 2; copy or download it again": (
+        f'[{GOOD},\n{{"question": "感'.encode()[:-1]
+    ),
+    "d.csv:1: two columns are called 'question'; rename one or take it out": "question,question,answer,,\na,b,c,,\n",
+}
+
+
+@pytest.mark.parametrize(("message", "content"), FATAL.items(), ids=lambda value: str(value)[:30])
+def test_a_fault_that_hides_the_rest_of_a_file_stops_the_run_even_under_drop(message, content):
     with pytest.raises(UserError) as error:
-        load_dialogues([write(name, content)], "drop")
+        load_dialogues([write(message.partition(":")[0], content)], "drop")
     assert str(error.value) == message
 
 
@@ -503,231 +397,135 @@ def test_a_file_that_ends_within_a_character_is_cut_off():
 
 # --- faults in one record -------------------------------------------------------------------------
 
-FAULTS = {
-    "truncated line": (
+# What is said of a record, and the record.
+FAULTS = [
+    (
+        "broken JSON: Unterminated string starting at (column 19); write one whole record a line",
         '{"question": "a", "ans',
-        "broken JSON",
-        "Unterminated string starting at (column 19); write one whole record a line",
     ),
-    "null record": ("null", "not an object", "the record is null; it must be an object"),
-    "string record": ('"a"', "not an object", "the record is a string; it must be an object"),
-    "number record": ("5", "not an object", "the record is a number; it must be an object"),
-    "no keys": (
+    ("not an object: the record is null; it must be an object", "null"),
+    ("not an object: the record is a string; it must be an object", '"a"'),
+    ("not an object: the record is a number; it must be an object", "5"),
+    (
+        "unknown keys: has no keys; known are 'conversations', or 'messages', or 'instruction' "
+        "with 'output', or 'question' with 'answer'",
         "{}",
-        "unknown keys",
-        "has no keys; known are 'conversations', or 'messages', or 'instruction' with 'output', "
-        "or 'question' with 'answer'",
     ),
-    "misspelt key": (
+    (
+        "unknown keys: has the keys 'question', 'anwser'; known are 'conversations', or "
+        "'messages', or 'instruction' with 'output', or 'question' with 'answer'; is 'anwser' meant as 'answer'?",
         {"question": "a", "anwser": "b"},
-        "unknown keys",
-        "has the keys 'question', 'anwser'; known are 'conversations', or 'messages', or 'instruction' with "
-        "'output', or 'question' with 'answer'; is 'anwser' meant as 'answer'?",
     ),
-    "misspelt optional key": (
+    (
+        "unknown keys: has the keys 'question', 'answer', 'histroy', 'department'; is 'histroy' meant as 'history'?",
         {"question": "a", "answer": "b", "histroy": [], "department": "内科"},
-        "unknown keys",
-        "has the keys 'question', 'answer', 'histroy', 'department'; is 'histroy' meant as 'history'?",
     ),
-    "misspelt key of a turn": (
+    (
+        "unknown keys: turn 1 has the keys 'form', 'value'; known are 'from' and 'value', or "
+        "'role' and 'content'; is 'form' meant as 'from'?",
         {"conversations": [{"form": "human", "value": "a"}, gpt("b")]},
-        "unknown keys",
-        "turn 1 has the keys 'form', 'value'; known are 'from' and 'value', or 'role' and 'content'; "
-        "is 'form' meant as 'from'?",
     ),
-    "preference pair": (
+    (
+        "preference pair: has the keys 'system', 'history', 'question', 'response_chosen', "
+        "'response_rejected'; reward_modeling.py and dpo_training.py read such pairs",
         {"system": "", "history": [], "question": "a", "response_chosen": "b", "response_rejected": "c"},
-        "preference pair",
-        "has the keys 'system', 'history', 'question', 'response_chosen', 'response_rejected'; "
-        "reward_modeling.py and dpo_training.py read such pairs",
     ),
-    "ShareGPT preference pair": (
+    (
+        "preference pair: has the keys 'conversations', 'chosen', 'rejected'; reward_modeling.py "
+        "and dpo_training.py read such pairs",
         {"conversations": [human("a")], "chosen": "b", "rejected": "c"},
-        "preference pair",
-        "has the keys 'conversations', 'chosen', 'rejected'; reward_modeling.py and dpo_training.py read such pairs",
     ),
-    "plain text": (
-        {"text": "高血压是……"},
-        "plain text",
-        "has the keys 'text'; pretraining.py reads text without dialogue",
-    ),
-    "null conversation": (
-        {"conversations": None},
-        "not a list",
-        "'conversations' is null; it must be a list of turns",
-    ),
-    "conversation as broken text": (
+    ("plain text: has the keys 'text'; pretraining.py reads text without dialogue", {"text": "高血压是……"}),
+    ("not a list: 'conversations' is null; it must be a list of turns", {"conversations": None}),
+    (
+        "broken JSON: 'conversations' is not JSON: Expecting property name enclosed in double "
+        "quotes (character 3); write it with json.dumps",
         {"conversations": "[{'from': human}]"},
-        "broken JSON",
-        "'conversations' is not JSON: Expecting property name enclosed in double quotes (character 3); "
-        "write it with json.dumps",
     ),
-    "empty conversation": (
-        {"conversations": []},
-        "empty conversation",
-        "it has no turns; delete the record",
-    ),
-    "turn that is no object": (
-        {"messages": ["a", "b"]},
-        "not an object",
-        "turn 1 is a string; it must be an object with role and content",
-    ),
-    "unknown role": (
-        {"conversations": [human("a"), {"from": "药师", "value": "b"}]},
-        "unknown role",
+    ("empty conversation: it has no turns; delete the record", {"conversations": []}),
+    ("not an object: turn 1 is a string; it must be an object with role and content", {"messages": ["a", "b"]}),
+    (
+        "unknown role: "
         f"turn 2 is from '药师'; known are {', '.join(ROLES)}; "
         "scripts/convert_data_format.py --role_map 药师=user says who it is",
+        talk(human("a"), {"from": "药师", "value": "b"}),
     ),
-    "null value": (
-        {"conversations": [human("a"), gpt(None)]},
-        "null value",
-        "turn 2 (gpt) is null; write the text or delete the record",
+    ("null value: turn 2 (gpt) is null; write the text or delete the record", talk(human("a"), gpt(None))),
+    (
+        "null value: turn 2 (assistant) is null; write the text or delete the record",
+        chat(user("a"), assistant(None, tool_calls=None)),
     ),
-    "null content without calls": (
-        {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": None}]},
-        "null value",
-        "turn 2 (assistant) is null; write the text or delete the record",
+    ("null value: 'answer' is null; write the text or delete the record", {"question": "a", "answer": None}),
+    ("not text: turn 1 (human) is a number; it must be a string", talk(human(38.5), gpt("b"))),
+    ("not text: 'question' is an object; it must be a string", {"question": {"a": 1}, "answer": "b"}),
+    (
+        "not text: turn 1 (user) has parts of type image_url; only text is trained on",
+        chat(user([{"type": "image_url", "image_url": "x"}]), assistant("b")),
     ),
-    "null answer": (
-        {"question": "a", "answer": None},
-        "null value",
-        "'answer' is null; write the text or delete the record",
-    ),
-    "number value": (
-        {"conversations": [human(38.5), gpt("b")]},
-        "not text",
-        "turn 1 (human) is a number; it must be a string",
-    ),
-    "object value": (
-        {"question": {"a": 1}, "answer": "b"},
-        "not text",
-        "'question' is an object; it must be a string",
-    ),
-    "image part": (
-        {
-            "messages": [
-                {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
-                assistant("b"),
-            ]
-        },
-        "not text",
-        "turn 1 (user) has parts of type image_url; only text is trained on",
-    ),
-    "half a character": (
+    (
+        "broken character: 'question' has half a character, \\ud83d; write it anew",
         '{"question": "a \\ud83d", "answer": "b"}',
-        "broken character",
-        "'question' has half a character, \\ud83d; write it anew",
     ),
-    "starts with the model": (
-        {"conversations": [gpt("a"), human("b"), gpt("c")]},
-        "starts with the model",
-        "turn 1 (assistant) comes before any question; start with the user",
+    (
+        "starts with the model: turn 1 (assistant) comes before any question; start with the user",
+        talk(gpt("a"), human("b"), gpt("c")),
     ),
-    "model right after system": (
-        {"messages": [{"role": "system", "content": "s"}, assistant("a")]},
-        "starts with the model",
-        "turn 2 (assistant) comes before any question; start with the user",
+    (
+        "starts with the model: turn 2 (assistant) comes before any question; start with the user",
+        chat(system("s"), assistant("a")),
     ),
-    "two user turns": (
-        {"conversations": [human("a"), human("b"), gpt("c")]},
-        "two turns in a row",
-        "turns 1 and 2 are both from the user; join them",
+    ("two turns in a row: turns 1 and 2 are both from the user; join them", talk(human("a"), human("b"), gpt("c"))),
+    ("two turns in a row: turns 2 and 3 are both from the assistant; join them", talk(human("a"), gpt("b"), gpt("c"))),
+    ("two turns in a row: turns 2 and 3 are both from the assistant; join them", talk(human("a"), CALLED, gpt("c"))),
+    (
+        "turns out of order: turn 3 (tool) comes after: assistant; needed is: user",
+        chat(user("a"), assistant("b"), tool("c"), assistant("d")),
     ),
-    "two replies": (
-        {"conversations": [human("a"), gpt("b"), gpt("c")]},
-        "two turns in a row",
-        "turns 2 and 3 are both from the assistant; join them",
+    (
+        "turns out of order: turn 3 (user) comes after: tool call; needed is: tool",
+        talk(human("a"), CALLED, human("c"), gpt("d")),
     ),
-    "reply right after a call": (
-        {"conversations": [human("a"), {"from": "function_call", "value": dumps(TOOL_CALL)}, gpt("c")]},
-        "two turns in a row",
-        "turns 2 and 3 are both from the assistant; join them",
+    ("system not first: turn 2 (system) must be turn 1", chat(user("a"), system("s"), assistant("b"))),
+    (
+        "two system prompts: one in 'system' and one in turn 1; keep one",
+        {"messages": [system("s"), user("a"), assistant("b")], "system": "t"},
     ),
-    "result without a call": (
-        {"messages": [user("a"), assistant("b"), {"role": "tool", "content": "c"}, assistant("d")]},
-        "turns out of order",
-        "turn 3 (tool) comes after: assistant; needed is: user",
-    ),
-    "question in place of a result": (
-        {
-            "conversations": [
-                human("a"),
-                {"from": "function_call", "value": dumps(TOOL_CALL)},
-                human("c"),
-                gpt("d"),
-            ]
-        },
-        "turns out of order",
-        "turn 3 (user) comes after: tool call; needed is: tool",
-    ),
-    "late system turn": (
-        {"messages": [user("a"), {"role": "system", "content": "s"}, assistant("b")]},
-        "system not first",
-        "turn 2 (system) must be turn 1",
-    ),
-    "two system prompts": (
-        {"messages": [{"role": "system", "content": "s"}, user("a"), assistant("b")], "system": "t"},
-        "two system prompts",
-        "one in 'system' and one in turn 1; keep one",
-    ),
-    "empty reply": (
-        {"conversations": [human("a"), gpt(" \n")]},
-        "empty reply",
-        "turn 2 (assistant) is empty; write it or delete the record",
-    ),
-    "empty reply in history": (
+    ("empty reply: turn 2 (assistant) is empty; write it or delete the record", talk(human("a"), gpt(" \n"))),
+    (
+        "empty reply: turn 2 (assistant) is empty; write it or delete the record",
         {"question": "c", "answer": "d", "history": [["a", ""]]},
-        "empty reply",
-        "turn 2 (assistant) is empty; write it or delete the record",
     ),
-    "empty user turn": (
-        {"conversations": [human("a"), gpt("b"), human(""), gpt("c")]},
-        "empty user turn",
-        "turn 3 (user) is empty; write it or delete the record",
+    (
+        "empty user turn: turn 3 (user) is empty; write it or delete the record",
+        talk(human("a"), gpt("b"), human(""), gpt("c")),
     ),
-    "no reply at all": (
-        {"conversations": [human("a")]},
-        "no reply",
-        "turn 1 (user) is the last; add the reply or delete the turn",
-    ),
-    "last turn without reply": (
-        {"conversations": [human("a"), gpt("b"), human("c")]},
-        "no reply",
-        "turn 3 (user) is the last; add the reply or delete the turn",
-    ),
-    "no reply after a result": (
-        {"messages": TOOL_MESSAGES[:3]},
-        "no reply",
-        "turn 3 (tool) is the last; add the reply or delete the turn",
-    ),
-    "flat history": (
+    ("no reply: turn 1 (user) is the last; add the reply or delete the turn", talk(human("a"))),
+    ("no reply: turn 3 (user) is the last; add the reply or delete the turn", talk(human("a"), gpt("b"), human("c"))),
+    ("no reply: turn 3 (tool) is the last; add the reply or delete the turn", {"messages": TOOL_MESSAGES[:3]}),
+    (
+        "broken history: exchange 1 of 'history' is 'a'; it must be [question, answer]",
         {"question": "c", "answer": "d", "history": ["a", "b"]},
-        "broken history",
-        "exchange 1 of 'history' is 'a'; it must be [question, answer]",
     ),
-    "call without a name": (
-        {"conversations": [human("a"), {"from": "function_call", "value": '{"arguments": {}}'}]},
-        "broken tool call",
-        "turn 2 (function_call) needs a name and an object of arguments, found {'arguments': {}}",
+    (
+        "broken tool call: turn 2 (function_call) needs a name and an object of arguments, found {'arguments': {}}",
+        talk(human("a"), {"from": "function_call", "value": '{"arguments": {}}'}),
     ),
-    "call by the user": (
-        {"messages": [user("a") | {"tool_calls": [TOOL_CALL]}, assistant("b")]},
-        "broken tool call",
-        "turn 1 (user) has tool_calls; only the assistant calls tools",
+    (
+        "broken tool call: turn 1 (user) has tool_calls; only the assistant calls tools",
+        chat(user("a", tool_calls=[TOOL_CALL]), assistant("b")),
     ),
-    "tools that are no list": (
+    (
+        "broken tools: 'tools' is {'name': 'lookup'}; it must be a list of objects",
         {"messages": [user("a"), assistant("b")], "tools": '{"name": "lookup"}'},
-        "broken tools",
-        "'tools' is {'name': 'lookup'}; it must be a list of objects",
     ),
-}
+]
 
 
-@pytest.mark.parametrize(("record", "reason", "detail"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_named_with_its_line_and_spoils_no_other_record(record, reason, detail):
+@pytest.mark.parametrize(("fault", "record"), FAULTS, ids=[fault[:40] for fault, _ in FAULTS])
+def test_a_fault_is_named_with_its_line_and_spoils_no_other_record(fault, record):
     line = record if isinstance(record, str) else dumps(record)
     before, bad, after = read_lines(GOOD, line, GOOD)
-    assert bad == BadRecord("data.jsonl:2", reason, detail)
+    assert str(bad) == f"data.jsonl:2: {fault}"
     assert isinstance(before, Dialogue) and isinstance(after, Dialogue)
 
 
@@ -827,14 +625,7 @@ def test_samples_are_seeded_and_keep_their_order():
 
 
 def test_a_question_never_falls_on_both_sides():
-    copies = [
-        "感冒了怎么办？",
-        "感冒了怎么办",
-        " 感冒了，怎么办?!",
-        "What is BP?",
-        "what is ＢＰ",
-        "What is ＂bp＂?",
-    ]
+    copies = ["感冒了怎么办？", "感冒了怎么办", " 感冒了，怎么办?!", "What is BP?", "what is ＢＰ", "What is ＂bp＂?"]
     dialogues = [dialogue(question, number) for number, question in enumerate(copies)]
     dialogues += [dialogue(f"question {number % 40}", number) for number in range(6, 100)]
     for seed in range(20):
@@ -929,27 +720,18 @@ def test_overwrite_builds_again():
         assert count_builds() == number
 
 
-def truncate(folder: Path) -> None:
-    arrow = next(folder.glob("*.arrow"))
-    arrow.write_bytes(arrow.read_bytes()[:-8])
-
-
-def lose_a_file(folder: Path) -> None:
-    Path(folder, "state.json").unlink()
-
-
-def lose_the_manifest(folder: Path) -> None:
-    Path(folder, "manifest.json").unlink()
-
-
-def break_the_manifest(folder: Path) -> None:
-    Path(folder, "manifest.json").write_text("{")
-
-
-@pytest.mark.parametrize("damage", [truncate, lose_a_file, lose_the_manifest, break_the_manifest])
-def test_a_damaged_cache_is_built_again(damage):
+@pytest.mark.parametrize(
+    ("pattern", "damage"),
+    [
+        ("*.arrow", lambda file: file.write_bytes(file.read_bytes()[:-8])),
+        ("state.json", Path.unlink),
+        ("manifest.json", Path.unlink),
+        ("manifest.json", lambda file: file.write_text("{")),
+    ],
+)
+def test_a_damaged_cache_is_built_again(pattern, damage):
     cached_dataset("cache", {}, build_once_more)
-    damage(next(path for path in Path("cache").iterdir() if path.is_dir()))
+    damage(next(Path("cache").glob(f"*/{pattern}")))
     dataset, _, was_cached = cached_dataset("cache", {}, build_once_more)
     assert not was_cached and count_builds() == 2 and dataset[:] == {"input_ids": [[1, 2], [3]]}
     assert cached_dataset("cache", {}, build_once_more)[2]
@@ -971,49 +753,41 @@ def build_slowly() -> tuple[Dataset, dict]:
     return build_once_more()
 
 
-def prepare_in_process(folder, overwrite, barrier, results) -> None:
+def prepare_in_process(folder, barrier, results) -> None:
     os.chdir(folder)
-    barrier.wait()
-    dataset, report, was_cached = cached_dataset("cache", {}, build_slowly, overwrite)
-    results.put((dataset[:], report, was_cached))
+    for cache_dir, overwrite in CACHES:
+        barrier.wait()
+        dataset, report, was_cached = cached_dataset(cache_dir, {}, build_slowly, overwrite)
+        results.put((cache_dir, dataset[:], report, was_cached))
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_processes_started_together_build_once(tmp_path, monkeypatch, overwrite):
-    if overwrite:
-        cached_dataset("cache", {}, build_once_more)
+CACHES = (("absent", False), ("rebuilt", True))
+
+
+def test_processes_started_together_build_once(tmp_path, monkeypatch):
+    cached_dataset("rebuilt", {}, build_once_more)
     monkeypatch.setenv("LOCAL_RANK", "0")  # torchrun sets it in each process
     spawn = multiprocessing.get_context("spawn")
     barrier, results = spawn.Barrier(2), spawn.Queue()
-    arguments = (tmp_path, overwrite, barrier, results)
-    processes = [spawn.Process(target=prepare_in_process, args=arguments) for _ in range(2)]
+    processes = [spawn.Process(target=prepare_in_process, args=(tmp_path, barrier, results)) for _ in range(2)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=120) for _ in processes]
+    found = sorted((results.get(timeout=120) for _ in range(4)), key=lambda result: (result[0], result[3]))
     for process in processes:
         process.join()
-    assert count_builds() == 1 + overwrite
-    assert found[0][:2] == found[1][:2] == ({"input_ids": [[1, 2], [3]]}, Report(read=2).as_dict())
-    assert sorted(was_cached for *_, was_cached in found) == [False, True]
+    assert count_builds() == 3
+    rows, report = {"input_ids": [[1, 2], [3]]}, Report(read=2).as_dict()
+    assert found == [(name, rows, report, was_cached) for name, _ in CACHES for was_cached in (False, True)]
 
 
-# --- speed ----------------------------------------------------------------------------------------
+# --- import ----------------------------------------------------------------------------------------
 
 
 def test_the_import_is_light():
     heavy = "{'datasets', 'pyarrow', 'torch', 'transformers'}"
     root = Path(__file__).resolve().parents[2]
-    command = f"import sys, medtune.reading.record_sets; assert not {heavy} & {{*sys.modules}}"
+    command = f"import sys, medtune.reading.readers; assert not {heavy} & {{*sys.modules}}"
     subprocess.run([sys.executable, "-c", command], cwd=root, check=True)
-
-
-def test_fifty_thousand_dialogues_are_read_and_timed():
-    line = dumps({"conversations": [human("感冒了怎么办？" * 10), gpt("多喝水，多休息。" * 20)] * 2, "id": 1})
-    path = write("d.jsonl", f"{line}\n" * 50_000)
-    start = time.perf_counter()
-    _, report = load_dialogues([path])
-    print(f"{report.kept} dialogues in {time.perf_counter() - start:.1f} s")
-    assert report.kept == 50_000
 
 
 # ---------------------------------------------------------------- large and compressed files

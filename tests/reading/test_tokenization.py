@@ -4,10 +4,12 @@ import copy
 import random
 import unicodedata
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 from qwen_vocab import real_qwen_tokenizer
+from reading_cases import assistant, system, tool, user
 from test_template import EXPECTED, LLAMA, TOOL_TURNS, TOOLS, TRL_TEMPLATES, WORDY
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
@@ -15,61 +17,47 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 import template
 from medtune.arguments import DataArguments
 from medtune.errors import Unusable, UserError
-from medtune.reading import encoding, rows
+from medtune.reading import stage_data, tokenization
 from medtune.reading.encoders import DialogueEncoder, DocumentEncoder, PairEncoder, unlimited_encoder
-from medtune.reading.encoding import (
+from medtune.reading.readers import read_dialogues
+from medtune.reading.records import Dialogue, Document, Pair
+from medtune.reading.stage_data import encode_records, prepare_data, prepare_part, tokenizer_fingerprint
+from medtune.reading.tokenization import (
     IGNORED_LABEL,
     encode_dialogue,
     encode_exchange,
-    encode_pair,
     encode_prompt,
+    encode_replies,
     load_chat_template,
     mark_learned,
     stop_token_ids,
 )
-from medtune.reading.record_sets import read_dialogues
-from medtune.reading.records import Dialogue, Document, Pair
-from medtune.reading.rows import encode_records, prepare_data, prepare_part, tokenizer_fingerprint
 from template import named_template
 
 NO_LIMIT = 100_000
 WHOLE_PAIR = {"max_prompt_length": NO_LIMIT, "max_reply_length": NO_LIMIT}
 
 
-def user(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict:
-    return {"role": "assistant", "content": text}
-
-
-SYSTEM = {"role": "system", "content": "你是一名医生。"}
-TWO_TURNS = [
-    SYSTEM,
-    user("感冒了应该怎么办？"),
-    assistant("多喝水。"),
-    user("What else?"),
-    assistant("Rest, and sleep."),
-]
+SYSTEM = system("你是一名医生。")
+FIRST, SECOND = [user("感冒了应该怎么办？"), assistant("多喝水。")], [user("What else?"), assistant("Rest, and sleep.")]
+TWO_TURNS = [SYSTEM, *FIRST, *SECOND]
 
 
 # ---------------------------------------------------------------- tokenizers
 
 
 @pytest.fixture(scope="module")
-def vocabularies():
-    """The Qwen vocabulary with the tokens of all families, and with Llama's alone for templates that spell headers."""
-    tokens = dict.fromkeys(token for tokens, _ in EXPECTED.values() for token in tokens if token.strip())
-    return real_qwen_tokenizer(*tokens), real_qwen_tokenizer(*LLAMA)
+def llama_tokenizer():
+    """With Llama's tokens alone, for templates that spell their headers."""
+    return real_qwen_tokenizer(*LLAMA)
 
 
 @pytest.fixture
-def family(vocabularies):
+def family(families_tokenizer, llama_tokenizer):
     """A function from a template's name to the tokenizer of its family and the template, named or its own."""
 
     def load(name: str, own: bool = False):
-        tokenizer, tokens = vocabularies[name in WORDY], EXPECTED[name][0]
+        tokenizer, tokens = llama_tokenizer if name in WORDY else families_tokenizer, EXPECTED[name][0]
         tokenizer.bos_token, tokenizer.eos_token = tokens[0], tokens[-1]
         tokenizer.chat_template = named_template(name) if own else None
         return tokenizer, load_chat_template(tokenizer, None if own else name)
@@ -106,51 +94,11 @@ def expected_ids(tokenizer, name: str, messages: list[dict]) -> list[int]:
 # ---------------------------------------------------------------- exact masks
 
 PIECES = [
-    *(
-        "多喝水",
-        "注意休息",
-        "感冒",
-        "Take 5 mg",
-        "twice a day",
-        "37.5℃",
-        "\n",
-        "\n\n",
-        " ",
-        "，",
-        "。",
-        "?",
-        "!",
-        "1. ",
-        "- **",
-    ),
-    *(
-        "😷",
-        "👨‍👩‍👧",
-        "🏥",
-        "龘",
-        "\u200b",
-        "é",
-        unicodedata.normalize("NFD", "é"),
-        unicodedata.normalize("NFD", "한국어"),
-    ),
-    *(
-        "<b>",
-        "<|",
-        "|>",
-        "im_end",
-        "assistant",
-        "USER:",
-        "[INST",
-        "<think",
-        "\u3000",
-        "\t",
-        "Ω",
-        "ﬁ",
-        "①",
-        "\u0301",
-        "{}",
-        '"',
-    ),
+    *("多喝水", "注意休息", "感冒", "Take 5 mg", "twice a day", "37.5℃", "\n", "\n\n", " ", "，", "。", "?", "!"),
+    *("1. ", "- **", "😷", "👨‍👩‍👧", "🏥", "龘", "\u200b", "é"),
+    *(unicodedata.normalize("NFD", text) for text in ("é", "한국어")),
+    *("<b>", "<|", "|>", "im_end", "assistant", "USER:", "[INST", "<think", "\u3000", "\t", "Ω", "ﬁ", "①"),
+    *("\u0301", "{}", '"'),
 ]
 
 
@@ -161,7 +109,7 @@ def random_text(rng: random.Random) -> str:
 
 def random_conversation(seed: int) -> list[dict]:
     rng = random.Random(seed)
-    messages = [{"role": "system", "content": random_text(rng)}] if rng.random() < 0.5 else []
+    messages = [system(random_text(rng))] if rng.random() < 0.5 else []
     for _ in range(rng.randrange(1, 5)):
         messages += [user(random_text(rng)), assistant(random_text(rng))]
     return messages
@@ -169,24 +117,14 @@ def random_conversation(seed: int) -> list[dict]:
 
 @pytest.mark.parametrize("own", [False, True], ids=["named", "own"])
 @pytest.mark.parametrize("name", EXPECTED)
-def test_learned_are_the_replies_with_their_end_tokens(family, name, own):
+def test_learned_are_the_replies_with_their_end_tokens_behind_the_ids_that_ask_for_them(family, name, own):
+    """Qwen3 without thoughts writes its empty thought last only."""
     tokenizer, chat_template = family(name, own)
     for messages in [TWO_TURNS, *map(random_conversation, range(50))]:
         ids, labels = encode_dialogue(tokenizer, chat_template, messages, max_length=NO_LIMIT)
         assert learned_ids(ids, labels) == expected_ids(tokenizer, name, messages), messages
-
-
-@pytest.mark.parametrize("name", EXPECTED)
-def test_a_reply_follows_the_ids_that_ask_for_it(family, name):
-    """In training it stands where generation puts it; Qwen3 without thoughts writes its empty thought last only."""
-    tokenizer, chat_template = family(name)
-    for messages in [TWO_TURNS, *map(random_conversation, range(50))]:
-        ids, labels = encode_dialogue(tokenizer, chat_template, messages, max_length=NO_LIMIT)
-        starts = [
-            position
-            for position in range(1, len(ids))
-            if labels[position] != IGNORED_LABEL and labels[position - 1] == IGNORED_LABEL
-        ]
+        borders = [(before == IGNORED_LABEL, label != IGNORED_LABEL) for before, label in pairwise(labels)]
+        starts = [position for position, border in enumerate(borders, 1) if all(border)]
         asked = [messages[:index] for index, message in enumerate(messages) if message["role"] == "assistant"]
         pairs = list(zip(starts, asked, strict=True))
         for start, prompt in pairs[-1:] if name == "qwen3_nothink" else pairs:
@@ -248,16 +186,16 @@ def test_the_end_token_is_learned_where_it_pads_too(family, name):
         tokenizer.pad_token = pad
 
 
-def test_tokens_that_take_the_blanks_behind_them():
+def test_tokens_that_take_the_blanks_behind_them(tiny_tokenizer):
     """Phi-3's own `<|end|>` and headers are such: the newline after a reply belongs to its end token."""
-    tokenizer = real_qwen_tokenizer("<s>", eos_token="<|endoftext|>")
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens("<s>", special_tokens=True)
     marks = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     tokenizer.add_tokens([AddedToken(mark, rstrip=True, normalized=False, special=True) for mark in marks])
     chat_template = load_chat_template(tokenizer, "phi")
     ids, labels = encode_dialogue(tokenizer, chat_template, TWO_TURNS, max_length=NO_LIMIT)
-    assert learned_ids(ids, labels) == ids_of(tokenizer, "多喝水。<|end|>") + ids_of(
-        tokenizer, "Rest, and sleep.<|end|>"
-    )
+    replies = [ids_of(tokenizer, f"{reply}<|end|>") for reply in ("多喝水。", "Rest, and sleep.")]
+    assert learned_ids(ids, labels) == [*replies[0], *replies[1]]
     start = labels.index(ids_of(tokenizer, "Rest")[0])
     assert ids[:start] == encode_prompt(tokenizer, chat_template, TWO_TURNS[:-1])
 
@@ -287,18 +225,10 @@ def test_mark_learned_shows_what_is_learned(qwen):
     [
         ([user("q"), assistant("a<|im_end|>b")], None, "message 2 (assistant)", "<|im_end|>"),
         ([SYSTEM, user("q"), assistant("a<|endoftext|>")], None, "message 3 (assistant)", "<|endoftext|>"),
-        (
-            [{"role": "system", "content": "<|im_start|>"}, user("q"), assistant("a")],
-            None,
-            "message 1 (system)",
-            "<|im_start|>",
-        ),
+        ([system("<|im_start|>"), user("q"), assistant("a")], None, "message 1 (system)", "<|im_start|>"),
         (TOOL_TURNS, [{"name": "<|im_end|>"}], "the list of tools", "<|im_end|>"),
         (
-            [
-                user("q"),
-                {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": "<|im_end|>"}}]},
-            ],
+            [user("q"), assistant("", tool_calls=[{"name": "f", "arguments": {"x": "<|im_end|>"}}])],
             None,
             "message 2 (assistant)",
             "<|im_end|>",
@@ -329,17 +259,15 @@ def test_control_tokens_in_a_question_are_words(qwen):
     assert learned_ids(ids, labels) == [*ids_of(tokenizer, "请就诊。<|im_end|>"), *ids_of(tokenizer, "好。<|im_end|>")]
     prompt = encode_prompt(tokenizer, chat_template, messages[:4])
     assert ids[: len(prompt)] == prompt
-    whole = {"max_prompt_length": NO_LIMIT, "max_reply_length": NO_LIMIT}
-    assert encode_pair(tokenizer, chat_template, messages[:4], "好。", "不。", **whole)[0] == prompt
+    assert encode_replies(tokenizer, chat_template, messages[:4], ["好。", "不。"], **WHOLE_PAIR)[0] == prompt
 
 
 def test_control_tokens_of_a_tool_are_words(qwen):
-    tokenizer, chat_template = qwen
-    turns = [message | {"content": FAKED} if message["role"] == "tool" else message for message in TOOL_TURNS]
-    ids, _ = encode_dialogue(tokenizer, chat_template, turns, max_length=NO_LIMIT)
-    expected, _ = encode_dialogue(tokenizer, chat_template, TOOL_TURNS, max_length=NO_LIMIT)
-    token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert ids.count(token_id) == expected.count(token_id)
+    turns = [tool(FAKED) if message["role"] == "tool" else message for message in TOOL_TURNS]
+    counts = {
+        encode_dialogue(*qwen, messages, max_length=NO_LIMIT)[0].count(151645) for messages in (turns, TOOL_TURNS)
+    }
+    assert len(counts) == 1
 
 
 @pytest.mark.parametrize(
@@ -505,11 +433,12 @@ def test_a_slow_tokenizer_is_refused():
         load_chat_template(ByT5Tokenizer(), "plain")
 
 
-def test_stop_tokens_of_a_base_model_are_both():
+def test_stop_tokens_of_a_base_model_are_both(qwen, request):
     """Qwen2.5's base ends documents with <|endoftext|>, the template turns with <|im_end|>."""
-    tokenizer = real_qwen_tokenizer(eos_token="<|endoftext|>")
-    chat_template = load_chat_template(tokenizer, "qwen")
-    assert stop_token_ids(tokenizer, chat_template) == [151645, 151643]
+    tokenizer, _ = qwen
+    request.addfinalizer(lambda: setattr(tokenizer, "eos_token", "<|im_end|>"))
+    tokenizer.eos_token = "<|endoftext|>"
+    assert stop_token_ids(tokenizer, load_chat_template(tokenizer, "qwen")) == [151645, 151643]
 
 
 # ---------------------------------------------------------------- many dialogues
@@ -534,14 +463,15 @@ def test_dataset_rows_are_the_encoded_dialogues_in_order(qwen):
     assert report.summary() == "kept 21 of 21"
 
 
-def test_two_processes_make_what_one_makes(tiny_tokenizer):
+def test_two_processes_make_what_one_makes(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(stage_data, "ROWS_A_PROCESS", 50)
     pair = (tiny_tokenizer, load_chat_template(tiny_tokenizer, None))
-    dialogues = dialogues_of([random_conversation(seed) for seed in range(2000)])
+    dialogues = dialogues_of([random_conversation(seed) for seed in range(100)])
     options = {"max_length": 150, "on_bad_data": "drop"}
     one, one_report = tokenize(pair, dialogues, num_workers=1, **options)
     two, two_report = tokenize(pair, dialogues, num_workers=2, **options)
     assert one_report == two_report
-    assert 0 < len(two) < 2000
+    assert 0 < len(two) < 100
     assert one.to_dict() == two.to_dict()
 
 
@@ -593,7 +523,7 @@ def test_no_dialogue_left_is_an_empty_dataset_that_the_cache_takes(qwen, write_j
         prepare_data(read_dialogues, DialogueEncoder(*qwen, 8), *args, str(tmp_path))
 
 
-def prepare(encoder, path, folder, part="train", held_out=False, seed=42, **data_args) -> rows.Part:
+def prepare(encoder, path, folder, part="train", held_out=False, seed=42, **data_args) -> stage_data.Part:
     data_args = DataArguments(**data_args)
     return prepare_part(part, [path], held_out, read_dialogues, encoder, data_args, seed, str(folder))
 
@@ -619,7 +549,7 @@ def test_fingerprint_changes_with_all_that_decides_ids(tiny_tokenizer, monkeypat
     ]
     assert len(set(prints)) == 5
     assert fingerprint() == prints[0]
-    for module in (rows, template):
+    for module in (stage_data, template):
         edited = tmp_path / "edited.py"
         edited.write_text("# another version\n", encoding="utf-8")
         with monkeypatch.context() as patch:
@@ -629,8 +559,8 @@ def test_fingerprint_changes_with_all_that_decides_ids(tiny_tokenizer, monkeypat
 
 def test_unchanged_data_is_tokenized_once(tiny_tokenizer, write_jsonl, tmp_path, monkeypatch):
     calls = []
-    encode = encoding._ids_and_labels
-    monkeypatch.setattr(encoding, "_ids_and_labels", lambda *args: calls.append(args) or encode(*args))
+    encode = tokenization._ids_and_labels
+    monkeypatch.setattr(tokenization, "_ids_and_labels", lambda *args: calls.append(args) or encode(*args))
     encoder = DialogueEncoder(tiny_tokenizer, load_chat_template(tiny_tokenizer, None), NO_LIMIT)
     record = {"question": "感冒怎么办", "answer": "多休息"}
     path = write_jsonl("d.jsonl", [record] * 5)
@@ -670,10 +600,9 @@ def test_only_what_decides_a_part_is_in_its_key(tiny_tokenizer, write_jsonl, tmp
 
 def test_prompt_and_reply_of_a_pair_are_what_sft_learns(qwen):
     tokenizer, chat_template = qwen
-    prompt_ids, chosen_ids, rejected_ids, n_cut = encode_pair(
-        tokenizer, chat_template, TWO_TURNS[:4], "Rest.", "No.", max_prompt_length=NO_LIMIT, max_reply_length=NO_LIMIT
-    )
-    for reply, reply_ids in (("Rest.", chosen_ids), ("No.", rejected_ids)):
+    replies = ("Rest.", "No.")
+    prompt_ids, all_ids, n_cut = encode_replies(tokenizer, chat_template, TWO_TURNS[:4], replies, **WHOLE_PAIR)
+    for reply, reply_ids in zip(replies, all_ids, strict=True):
         ids, labels = encode_dialogue(tokenizer, chat_template, [*TWO_TURNS[:4], assistant(reply)], max_length=NO_LIMIT)
         assert ids[: len(prompt_ids) + len(reply_ids)] == prompt_ids + reply_ids
         assert [label for label in labels[len(prompt_ids) :] if label != IGNORED_LABEL] == reply_ids
@@ -686,17 +615,15 @@ def test_prompt_and_reply_of_a_pair_are_what_sft_learns(qwen):
 def test_a_cut_reply_is_read_as_training_reads_one(family, name, own):
     tokenizer, chat_template = family(name, own)
     question, reply = [user("发烧怎么办？")], "多喝水，休息。"
-    trained = encode_pair(tokenizer, chat_template, question, reply, "别管。", **WHOLE_PAIR)
-    assert (*encode_exchange(tokenizer, chat_template, question, reply),) == trained[:2]
-    prompt, chosen = trained[:2]
+    prompt, (chosen, _), _ = encode_replies(tokenizer, chat_template, question, [reply, "别管。"], **WHOLE_PAIR)
+    assert encode_exchange(tokenizer, chat_template, question, reply) == (prompt, chosen)
     assert encode_exchange(tokenizer, chat_template, question, reply, ended=False) == (prompt, chosen[:-1])
     if name == "qwen3_nothink":  # it refuses replies with a thought, and takes one that was cut for words
         _, ids = encode_exchange(tokenizer, chat_template, question, "<think>\n先看", ended=False)
         assert tokenizer.decode(ids) == "<think>\n先看"
         return
-    prompt, chosen, *_ = encode_pair(
-        tokenizer, chat_template, question, "<think>\n先看时间\n</think>\n\n多喝水。", "别管。", **WHOLE_PAIR
-    )
+    thought = "<think>\n先看时间\n</think>\n\n多喝水。"
+    prompt, (chosen,), _ = encode_replies(tokenizer, chat_template, question, [thought], **WHOLE_PAIR)
     for cut, last in (("<think>\n先看", "先看"), ("<think>", "<think>")):
         n_read = next(n for n in range(len(chosen)) if tokenizer.decode(chosen[:n]).endswith(last))
         assert encode_exchange(tokenizer, chat_template, question, cut, ended=False) == (prompt, chosen[:n_read])
@@ -704,15 +631,15 @@ def test_a_cut_reply_is_read_as_training_reads_one(family, name, own):
 
 def test_limits_of_a_pair_cut_the_prompt_at_its_start_and_replies_at_their_end(qwen):
     tokenizer, chat_template = qwen
-    encode = partial(encode_pair, tokenizer, chat_template, TWO_TURNS[:4], "Rest, and sleep.", "No.")
-    whole, chosen, rejected, _ = encode(max_prompt_length=NO_LIMIT, max_reply_length=NO_LIMIT)
+    encode = partial(encode_replies, tokenizer, chat_template, TWO_TURNS[:4], ["Rest, and sleep.", "No."])
+    whole, (chosen, rejected), _ = encode(max_prompt_length=NO_LIMIT, max_reply_length=NO_LIMIT)
     recent = encode_prompt(tokenizer, chat_template, [SYSTEM, TWO_TURNS[3]])
     assert encode(max_prompt_length=len(whole), max_reply_length=NO_LIMIT)[0] == whole
     assert encode(max_prompt_length=len(whole) - 1, max_reply_length=NO_LIMIT)[0] == recent
     shorter = encode(max_prompt_length=len(recent) - 1, max_reply_length=NO_LIMIT)[0]
     assert tokenizer.decode(shorter) == tokenizer.decode(recent).replace("What else?", "else?")
-    assert encode(max_prompt_length=NO_LIMIT, max_reply_length=len(chosen))[1:] == (chosen, rejected, 0)
-    assert encode(max_prompt_length=NO_LIMIT, max_reply_length=len(chosen) - 1)[1:] == (chosen[:-1], rejected, 1)
+    assert encode(max_prompt_length=NO_LIMIT, max_reply_length=len(chosen))[1:] == ([chosen, rejected], 0)
+    assert encode(max_prompt_length=NO_LIMIT, max_reply_length=len(chosen) - 1)[1:] == ([chosen[:-1], rejected], 1)
     assert chosen[-1] == rejected[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 

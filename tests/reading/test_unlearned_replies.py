@@ -4,31 +4,23 @@ import json
 
 import pytest
 from check_data import main as check_main
-from qwen_vocab import real_qwen_tokenizer
+from reading_cases import assistant, user
 from test_template import EXPECTED, WORDY
 
 from medtune.errors import Unusable
 from medtune.reading.conversations import to_dialogue
 from medtune.reading.encoders import LEFT_OUT_THOUGHTS, DialogueEncoder, PromptEncoder
-from medtune.reading.encoding import (
+from medtune.reading.records import Dialogue
+from medtune.reading.stage_data import encode_records
+from medtune.reading.tokenization import (
     IGNORED_LABEL,
     encode_dialogue,
     load_chat_template,
     mark_learned,
     n_thoughts_left_out,
 )
-from medtune.reading.records import Dialogue
-from medtune.reading.rows import encode_records
 
 NO_LIMIT = 100_000
-
-
-def user(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str, **keys: int) -> dict:
-    return {"role": "assistant", "content": text, **keys}
 
 
 OLD, NEW = "随便吃，旧的错误回答。", "通常饭后服用，请遵医嘱。"
@@ -44,11 +36,10 @@ THOUGHTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return real_qwen_tokenizer(
-        *dict.fromkeys(token for tokens, _ in EXPECTED.values() for token in tokens if token.strip())
-    )
+@pytest.fixture
+def tokenizer(families_tokenizer):
+    families_tokenizer.bos_token, families_tokenizer.eos_token = None, "<|im_end|>"
+    return families_tokenizer
 
 
 @pytest.mark.parametrize("name", [name for name in EXPECTED if name not in WORDY])
@@ -69,7 +60,6 @@ def test_a_reply_of_weight_0_has_no_label_and_the_same_ids(tokenizer, name, trai
 
 
 def test_the_example_in_the_log_shows_what_is_learned(tokenizer):
-    tokenizer.bos_token, tokenizer.eos_token = None, "<|im_end|>"
     template = load_chat_template(tokenizer, "chatml")
     shown = mark_learned(tokenizer, *encode_dialogue(tokenizer, template, UNLEARNED, max_length=NO_LIMIT))
     assert f"«{OLD}" not in shown

@@ -8,10 +8,11 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reading_cases import assistant, gpt, human, reason, tool, user
 
 from medtune.errors import Unusable
 from medtune.reading.conversations import to_dialogue, to_pair
-from medtune.reading.record_sets import read_dialogues, read_documents
+from medtune.reading.readers import read_dialogues, read_documents
 from medtune.reading.records import BadRecord, Document
 from medtune.reading.values import holds_nothing, is_empty, parse_nested, strip_blanks
 
@@ -27,20 +28,14 @@ def turns(*contents: object) -> dict:
     return {"messages": [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]}
 
 
-def reason(record: dict, make=to_dialogue) -> str:
-    with pytest.raises(Unusable) as refused:
-        make(record, "d.jsonl:1")
-    return f"{refused.value.reason}: {refused.value.detail}"
-
-
 # ---------------------------------------------------------------- null
 
 
 @pytest.mark.parametrize("null", [None, float("nan")])
 def test_null_is_no_text_and_an_absent_option(null):
-    said = reason(question(answer=null))
+    said = reason(to_dialogue, question(answer=null))
     assert said == "null value: 'answer' is null; write the text or delete the record"
-    assert "null value: turn 2 (assistant) is null" in reason(turns("a", null))
+    assert "null value: turn 2 (assistant) is null" in reason(to_dialogue, turns("a", null))
     plain = to_dialogue(question(), "d.jsonl:1")
     assert to_dialogue(question(history=null, system=null, tools=null, input=null), "d.jsonl:1") == plain
 
@@ -48,9 +43,9 @@ def test_null_is_no_text_and_an_absent_option(null):
 @pytest.mark.parametrize("word", ["nan", "NaN", "None", "NULL", "null", "<NA>", "NaT"])
 def test_a_word_that_programs_write_for_null_is_named(word):
     for record in (question(answer=word), question(answer=f" {word}\n"), question(system=word), turns("a", word)):
-        assert f"is the word {word!r}, as programs write a missing value" in reason(record)
+        assert f"is the word {word!r}, as programs write a missing value" in reason(to_dialogue, record)
     pair = {"question": "a", "response_chosen": "b", "response_rejected": word}
-    assert f"'response_rejected' is the word {word!r}" in reason(pair, to_pair)
+    assert f"'response_rejected' is the word {word!r}" in reason(to_pair, pair)
 
 
 @pytest.mark.parametrize("word", ["NA", "N/A", "无", "none", "None.", "Nan", "nano", "没有"])
@@ -61,7 +56,7 @@ def test_a_word_that_may_be_an_answer_stays(word):
 @pytest.mark.parametrize("key", ["history", "tools", "conversations"])
 def test_a_word_for_null_in_place_of_a_list_is_named(key):
     record = {"conversations": "nan"} if key == "conversations" else question(**{key: "nan"})
-    assert f"{key}' is the word 'nan'" in reason(record)
+    assert f"{key}' is the word 'nan'" in reason(to_dialogue, record)
 
 
 def test_a_word_for_null_is_no_score():
@@ -73,14 +68,9 @@ def test_a_word_for_null_is_no_score():
 def test_a_person_may_answer_none_and_a_tool_null():
     asked = turns("头痛", "有过敏吗？", "None", "好的。")
     assert to_dialogue(asked, "d.jsonl:1").messages[2]["content"] == "None"
-    assert "is the word 'nan'" in reason(turns("头痛", "有过敏吗？", "nan", "好的。"))
-    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "look", "arguments": {}}]}
-    used = [
-        {"role": "user", "content": "a"},
-        call,
-        {"role": "tool", "content": "null"},
-        {"role": "assistant", "content": "b"},
-    ]
+    assert "is the word 'nan'" in reason(to_dialogue, turns("头痛", "有过敏吗？", "nan", "好的。"))
+    call = assistant("", tool_calls=[{"name": "look", "arguments": {}}])
+    used = [user("a"), call, tool("null"), assistant("b")]
     assert to_dialogue({"messages": used}, "d.jsonl:1").messages[2]["content"] == "null"
 
 
@@ -93,13 +83,13 @@ def test_nulls_of_unified_structs_are_absent(tmp_path):
     ]
     look = {"role": "assistant", "tool_calls": [{"name": "look", "arguments": {"city": "北京"}}]}
     buy = {"role": "assistant", "tool_calls": [{"name": "buy", "arguments": {"what": "药"}}]}
-    found = [{"role": "tool", "content": "八"}, {"role": "assistant", "content": "九"}]
+    found = [tool("八"), assistant("九")]
     rows = [
-        {"messages": [{"role": "user", "content": "一"}, {"role": "assistant", "content": "二", "weight": 1}]},
+        {"messages": [user("一"), assistant("二", weight=1)]},
         {"question": "三", "answer": "四"},
-        {"conversations": [{"from": "human", "value": "五"}, {"from": "gpt", "value": "六"}]},
-        {"messages": [{"role": "user", "content": "七"}, look, *found], "tools": tools},
-        {"messages": [{"role": "user", "content": "十"}, buy]},
+        {"conversations": [human("五"), gpt("六")]},
+        {"messages": [user("七"), look, *found], "tools": tools},
+        {"messages": [user("十"), buy]},
     ]  # fmt: skip
     names = {key for row in rows for key in row}
     table = pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
@@ -108,17 +98,14 @@ def test_nulls_of_unified_structs_are_absent(tmp_path):
     assert [[message["content"] for message in dialogue.messages] for dialogue in read] == [
         ["一", "二"], ["三", "四"], ["五", "六"], ["七", "", "八", "九"], ["十", ""],
     ]  # fmt: skip
-    assert read[3].tools == [
-        {"name": "look", "parameters": {"city": {"type": "string"}}},
-        {"name": "buy", "parameters": {"what": {"type": "string"}}},
-    ]
+    assert read[3].tools == tools
     assert read[3].messages[1]["tool_calls"] == [{"name": "look", "arguments": {"city": "北京"}}]
     assert read[4].messages[1]["tool_calls"] == [{"name": "buy", "arguments": {"what": "药"}}]
 
 
 def test_a_null_that_an_argument_names_itself_stays():
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"since": null}'}}]}
-    record = {"messages": [{"role": "user", "content": "a"}, call]}
+    record = {"messages": [user("a"), call]}
     assert to_dialogue(record, "d.jsonl:1").messages[1]["tool_calls"][0]["arguments"] == {"since": None}
 
 
@@ -127,9 +114,9 @@ def test_a_null_that_an_argument_names_itself_stays():
 
 @pytest.mark.parametrize("blank", ZERO_WIDTH)
 def test_characters_that_show_nothing_are_no_text(blank):
-    assert "empty reply" in reason(question(answer=blank))
-    assert "empty user turn" in reason(turns(blank, "b"))
-    assert "empty reply" in reason({"question": "a", "response_chosen": "b", "response_rejected": blank}, to_pair)
+    assert "empty reply" in reason(to_dialogue, question(answer=blank))
+    assert "empty user turn" in reason(to_dialogue, turns(blank, "b"))
+    assert "empty reply" in reason(to_pair, {"question": "a", "response_chosen": "b", "response_rejected": blank})
     messages = to_dialogue(question(f"{blank}胃胀？{blank}", f"{blank}少食。{blank}"), "d.jsonl:1").messages
     assert [message["content"] for message in messages] == ["胃胀？", "少食。"]
 
@@ -158,9 +145,9 @@ def test_stripping_takes_only_from_the_ends_and_only_once(text):
     ],
 )
 def test_a_reply_that_is_only_an_address_is_refused(reply):
-    assert reason(question(answer=reply)).startswith("only a URL: turn 2 (assistant) is ")
+    assert reason(to_dialogue, question(answer=reply)).startswith("only a URL: turn 2 (assistant) is ")
     pair = {"question": "a", "response_chosen": reply, "response_rejected": "不知道。"}
-    assert reason(pair, to_pair).startswith("only a URL")
+    assert reason(to_pair, pair).startswith("only a URL")
     assert to_pair(pair | {"response_chosen": "少食。", "response_rejected": reply}, "d.jsonl:1").rejected == reply
 
 
@@ -171,7 +158,7 @@ def test_a_reply_with_an_address_stays(reply):
 
 # ---------------------------------------------------------------- nested values in a cell
 
-LISTED = [{"from": "human", "value": "胃胀怎么办？"}, {"from": "gpt", "value": "少食多餐，别吃'辣'的\n和\"油\"的。"}]
+LISTED = [human("胃胀怎么办？"), gpt("少食多餐，别吃'辣'的\n和\"油\"的。")]
 
 
 @pytest.mark.parametrize("write", [json.dumps, repr, lambda turns: repr(turns).replace("}, {", "}\n {")])
@@ -193,11 +180,6 @@ def test_a_cell_is_never_run():
         parse_nested("[__import__('os').getcwd()]", "cell")
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), "", [], {}])
-def test_empty(value):
-    assert is_empty(value)
-
-
 @pytest.mark.parametrize(
     ("value", "nothing"),
     [
@@ -215,16 +197,14 @@ def test_a_struct_of_nulls_holds_nothing(value, nothing):
         assert to_dialogue(question(images=value, reasoning=value), "d.jsonl:1")
 
 
-@pytest.mark.parametrize("value", [0, False, 0.0, " ", [0], "nan"])
-def test_not_empty(value):
-    assert not is_empty(value)
+def test_empty():
+    assert all(map(is_empty, [None, float("nan"), "", [], {}]))
+    assert not any(map(is_empty, [0, False, 0.0, " ", [0], "nan"]))
 
 
-def test_the_same_for_texts_of_pretraining(tmp_path):
-    path = tmp_path / "d.jsonl"
+def test_the_same_for_texts_of_pretraining(write_jsonl):
     texts = ["高血压应限盐。", "nan", "\u200b", None, "https://a.org"]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    results = list(read_documents([path]))
+    results = list(read_documents([write_jsonl("d.jsonl", [{"text": text} for text in texts])]))
     assert [result.reason if isinstance(result, BadRecord) else result.text for result in results] == [
         "高血压应限盐。", "null value", "empty text", "null value", "https://a.org",
     ]  # fmt: skip

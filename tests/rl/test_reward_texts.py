@@ -9,12 +9,12 @@ from test_template import EXPECTED, TOOL_TURNS, TOOLS
 from transformers import AutoTokenizer
 
 from medtune.errors import UserError
-from medtune.reading.encoding import (
+from medtune.reading.tokenization import (
     IGNORED_LABEL,
     encode_dialogue,
     encode_exchange,
-    encode_pair,
     encode_prompt,
+    encode_replies,
     load_chat_template,
     stop_token_ids,
 )
@@ -52,8 +52,8 @@ def test_the_reward_model_reads_what_it_was_trained_on(tiny_model_dir, name, own
 
     def trained(reply: str, messages: list[dict] = QUESTION) -> list[int]:
         limits = {"max_prompt_length": 999, "max_reply_length": 999}
-        prompt_ids, chosen_ids, *_ = encode_pair(
-            reward_texts.reward_tokenizer, reward_texts.reward_template, messages, reply, "别管。", **limits
+        prompt_ids, (chosen_ids, _), _ = encode_replies(
+            reward_texts.reward_tokenizer, reward_texts.reward_template, messages, [reply, "别管。"], **limits
         )
         return prompt_ids + chosen_ids
 

@@ -13,7 +13,7 @@ import pytest
 from check_data import language_of, percentiles
 
 from medtune.errors import UserError
-from medtune.reading.encoding import encode_dialogue, load_chat_template
+from medtune.reading.tokenization import encode_dialogue, load_chat_template
 
 ROOT = Path(__file__).resolve().parents[2]
 HAN = [chr(code) for code in range(0x4E00, 0x4E00 + 3000)]

@@ -12,7 +12,7 @@ import pytest
 from convert_data_format import main
 
 from medtune.errors import UserError
-from medtune.reading.record_sets import load_dialogues, load_records, read_pairs
+from medtune.reading.readers import load_dialogues, load_records, read_pairs
 
 
 @pytest.fixture(autouse=True)

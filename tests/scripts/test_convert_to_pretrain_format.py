@@ -12,7 +12,7 @@ import pytest
 from convert_to_pretrain_format import main, without_marks
 
 from medtune.errors import UserError
-from medtune.reading.record_sets import load_documents
+from medtune.reading.readers import load_documents
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from medtune.errors import UserError
 from medtune.models.generation import Decoding, generate_replies
 from medtune.models.loading import load_base_model, load_tokenizer
-from medtune.reading.encoding import IGNORED_LABEL, encode_prompt, load_chat_template, stop_token_ids
+from medtune.reading.tokenization import IGNORED_LABEL, encode_prompt, load_chat_template, stop_token_ids
 
 QUESTIONS = ["感冒了怎么办？", "头痛", "See a doctor?", "  two  blanks\n\n龘 123"]
 

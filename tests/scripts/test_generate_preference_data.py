@@ -14,7 +14,7 @@ from generate_preference_data import FAILURES, VAGUE, Answers, draw_prompts, lik
 
 from medtune.errors import UserError
 from medtune.models.loading import load_tokenizer
-from medtune.reading.record_sets import load_records, read_pairs
+from medtune.reading.readers import load_records, read_pairs
 from medtune.reading.records import Pair
 
 

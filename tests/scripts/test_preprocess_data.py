@@ -12,7 +12,7 @@ import pytest
 
 import supervised_finetuning
 from medtune.errors import UserError
-from medtune.reading.record_sets import load_dialogues, load_documents, load_records, read_pairs
+from medtune.reading.readers import load_dialogues, load_documents, load_records, read_pairs
 from medtune.reading.records import Dialogue, Document, Pair
 from medtune.reading.words import question_of, words_of
 

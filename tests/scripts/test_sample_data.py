@@ -14,7 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from medtune.errors import UserError
-from medtune.reading.record_sets import load_dialogues, load_documents, load_records, read_pairs
+from medtune.reading.readers import load_dialogues, load_documents, load_records, read_pairs
 from medtune.sample_data.evaluation import LETTERS, NEAR_COPY, TrainingText, spoken_text
 from medtune.sample_data.knowledge import (
     CONDITION_ASPECTS,

@@ -24,7 +24,7 @@ from medtune.models import logps
 from medtune.models.logps import SparseHead, in_chunks, log_probs
 from medtune.models.text_attention import attend_by_text
 from medtune.reading.encoders import with_mismatched_replies
-from medtune.reading.encoding import IGNORED_LABEL
+from medtune.reading.tokenization import IGNORED_LABEL
 from medtune.training.batches import FeedbackCollator, PairCollator
 from medtune.training.causal_lm_trainer import losses_and_hits, token_losses
 from medtune.training.kto_trainer import KTOTrainer, kto_losses, mismatched_kl

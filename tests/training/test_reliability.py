@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import supervised_finetuning
 from medtune.errors import UserError
-from medtune.reading.record_sets import load_dialogues
+from medtune.reading.readers import load_dialogues
 from medtune.training import guards, out_of_memory, run, steps
 from medtune.training.causal_lm_trainer import CausalLMTrainer
 from medtune.training.checkpoints import BEST, UNFINISHED, checkpoint_faults

@@ -1,9 +1,4 @@
-"""From files to rows: find, read, hold out, encode, and cache for the next start.
-
-encoder = DialogueEncoder(tokenizer, chat_template, max_length=2048)
-data = prepare_data(read_dialogues, encoder, data_args, training_args, cache_dir)
-data.train, data.eval, data.facts
-"""
+"""From files to rows: find, read, hold out, encode, and cache for the next start."""
 
 import hashlib
 import os
@@ -26,11 +21,14 @@ from medtune.reading.encoders import Encoder
 from medtune.reading.finding import are_same_files, content_fingerprint, find_files
 from medtune.reading.holdout import choose_part
 from medtune.reading.keys import Reading, split_keys
-from medtune.reading.record_sets import OnBadData, load_records
+from medtune.reading.readers import OnBadData, load_records
 from medtune.reading.records import BadRecord, Report, T
 
 # Why a sound record is left out, always counted; every other reason is a fault that --on_bad_data decides about.
 OVER_LIMIT = ("too long", "prompt too long", "reply too long", "same within the limit", "same prompt")
+
+# A process costs about a second to start, which fewer rows do not repay.
+ROWS_A_PROCESS = 1000
 
 PartName = Literal["train", "eval"]
 Read = Callable[[Sequence[Path], Reading], Iterable[T | BadRecord]]
@@ -162,8 +160,7 @@ def encode_records(
     examples = [example for record in records for example in encoder.examples(record)]
     # As bytes: a column of `datasets` has one type, and the arguments of tool calls have many.
     rows = Dataset.from_dict({"example": [pickle.dumps(example) for example in examples]})
-    # A process costs about a second to start, which a thousand rows do not repay.
-    n_processes = max(1, min(num_workers, os.cpu_count() or 1, len(rows) // 1000))
+    n_processes = max(1, min(num_workers, os.cpu_count() or 1, len(rows) // ROWS_A_PROCESS))
     rows = rows.map(
         partial(_encode_batch, encoder),
         batched=True,

@@ -33,11 +33,8 @@ def _options_of(record: dict, keys: Sequence[str]) -> dict[str, str]:
     by_letter = {letter_of(key): record[key] for key in sorted(keys, key=letter_of) if letter_of(key)}
     value = raw = by_letter or first_of(record, keys) or []
     if isinstance(value, str):
-        value = (
-            parse_nested(value, ", ".join(map(repr, keys)))
-            if NESTED.match(value)
-            else list(filter(None, value.splitlines()))
-        )
+        where = ", ".join(map(repr, keys))
+        value = parse_nested(value, where) if NESTED.match(value) else list(filter(None, value.splitlines()))
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         matches = list(filter(None, map(_OPTION_LINE.match, value)))
         letters = "".join(match[1] or match[2] for match in matches).upper()

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -21,14 +21,10 @@ from template import ChatTemplate, Message
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
-
 Truncation = Literal["drop", "cut_prompt_start", "cut_reply"]
-
 
 # In these turns a control token is plain text, as a user may write one; in all others it is a fault.
 PROMPT_ROLES = ("user", "tool")
-
-
 # Where a control token of such a turn is cut, so that it is tokenized as words: a character that no text holds.
 SEAM = "\ufdd0"
 
@@ -296,91 +292,38 @@ def mark_learned(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels:
     return "".join(parts)
 
 
-class PairIds(NamedTuple):
-    """Ids of a prompt and of both replies with their end tokens, and how many replies were cut (no end token)."""
-
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    n_cut: int
-
-
-def encode_pair(
+def encode_replies(
     tokenizer: PreTrainedTokenizerBase,
     chat_template: ChatTemplate,
     messages: list[Message],
-    chosen: str,
-    rejected: str,
+    replies: Sequence[str],
     tools: list[dict] | None = None,
     *,
     max_prompt_length: int,
     max_reply_length: int,
-) -> PairIds:
-    """Ids of the prompt and of both replies, within the limits.
+) -> tuple[list[int], list[list[int]], int]:
+    """Ids of a prompt and of each reply to it within the limits, and how many replies were cut (no end token).
 
     The prompt's ids are those before a reply in `encode_dialogue`, so prompt + reply is what SFT learns.
 
-    Raises:
-        Unusable: the prompt cannot be brought within the limit, the replies are the same within theirs, or one of
-            them or the system prompt holds a control token.
+    Raises Unusable where nothing would be left of the prompt, or a reply or the system prompt holds a control token.
     """
-    for reply in (chosen, rejected):
+    for reply in replies:
         refuse_control_tokens(chat_template, [*messages, {"role": "assistant", "content": reply}], tools)
-    messages, prompt_ids, chosen_ids = encode_within(
-        tokenizer, chat_template, messages, chosen, tools, max_prompt_length
-    )
-    rejected_prompt_ids, rejected_ids = encode_exchange(tokenizer, chat_template, messages, rejected, tools)
-    assert rejected_prompt_ids == prompt_ids, "a reply changed the ids of its prompt"
-    n_cut = (len(chosen_ids) > max_reply_length) + (len(rejected_ids) > max_reply_length)
-    chosen_ids, rejected_ids = chosen_ids[:max_reply_length], rejected_ids[:max_reply_length]
-    if chosen_ids == rejected_ids:
-        raise Unusable(
-            "same within the limit", f"both replies begin with the same --max_target_length {max_reply_length} tokens"
-        )
-    return PairIds(prompt_ids, chosen_ids, rejected_ids, n_cut)
-
-
-def encode_feedback(
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: ChatTemplate,
-    messages: list[Message],
-    reply: str,
-    tools: list[dict] | None = None,
-    *,
-    max_prompt_length: int,
-    max_reply_length: int,
-) -> tuple[list[int], list[int], bool]:
-    """Ids of the prompt and of its reply as `encode_pair` has them, and whether the reply was cut.
-
-    Raises:
-        Unusable: the prompt cannot be brought within the limit, or reply or system prompt hold a control token.
-    """
-    refuse_control_tokens(chat_template, [*messages, {"role": "assistant", "content": reply}], tools)
-    prompt_ids, reply_ids = encode_within(tokenizer, chat_template, messages, reply, tools, max_prompt_length)[1:]
-    return prompt_ids, reply_ids[:max_reply_length], len(reply_ids) > max_reply_length
-
-
-def encode_within(
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: ChatTemplate,
-    messages: list[Message],
-    reply: str,
-    tools: list[dict] | None,
-    max_prompt_length: int,
-) -> tuple[list[Message], list[int], list[int]]:
-    """Shorten the prompt to its limit: the messages left and the ids of `encode_exchange`.
-
-    Raises Unusable if nothing would be left.
-    """
     while True:
-        prompt_ids, reply_ids = encode_exchange(tokenizer, chat_template, messages, reply, tools)
-        n_excess = len(prompt_ids) - max_prompt_length
-        if n_excess <= 0:
-            return messages, prompt_ids, reply_ids
-        shorter = shorten_prompt(tokenizer, messages, n_excess)
-        if shorter is None:
+        prompt_ids, first_ids = encode_exchange(tokenizer, chat_template, messages, replies[0], tools)
+        if len(prompt_ids) <= max_prompt_length:
+            break
+        messages = shorten_prompt(tokenizer, messages, len(prompt_ids) - max_prompt_length)
+        if messages is None:
             raise Unusable("prompt too long", f"{len(prompt_ids)} tokens, over --max_source_length {max_prompt_length}")
-        messages = shorter
+    whole = [first_ids]
+    for reply in replies[1:]:
+        same_prompt_ids, reply_ids = encode_exchange(tokenizer, chat_template, messages, reply, tools)
+        assert same_prompt_ids == prompt_ids, "a reply changed the ids of its prompt"
+        whole.append(reply_ids)
+    n_cut = sum(len(ids) > max_reply_length for ids in whole)
+    return prompt_ids, [ids[:max_reply_length] for ids in whole], n_cut
 
 
 def encode_exchange(

@@ -1,9 +1,4 @@
-"""Check by the first bytes of a file whether it is what its name says.
-
-start = read_start(path, name)
-if fault := misnamed(start):
-    raise UserError(f"{name}: {fault}")
-"""
+"""Check by the first bytes of a file whether it is what its name says."""
 
 import codecs
 import re

@@ -1,7 +1,4 @@
-"""Read all records of some files; bad ones are refused with `file:line`, or dropped and counted.
-
-dialogues, report = load_dialogues(files, on_bad_data="error")
-"""
+"""Read all records of some files; bad ones are refused with `file:line`, or dropped and counted."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -13,37 +10,13 @@ from medtune.reading.conversations import to_dialogue, to_document, to_feedback,
 from medtune.reading.files import read_raw
 from medtune.reading.finding import some_names
 from medtune.reading.keys import Reading
-from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Report, T
-
-
-def read_dialogues(files: Sequence[Path], reading: Reading | None = None) -> Iterator[Dialogue | BadRecord]:
-    """Read files of any dialect in order, one result a record."""
-    return _read(files, to_dialogue, reading)
-
-
-def read_prompts(files: Sequence[Path], reading: Reading | None = None) -> Iterator[Dialogue | BadRecord]:
-    """The same, where a dialogue may end with the question that is to be answered."""
-    return _read(files, to_prompt, reading)
-
-
-def read_documents(files: Sequence[Path], reading: Reading | None = None) -> Iterator[Document | BadRecord]:
-    """Read the lines of .txt files and the records with `text` of the others, in order."""
-    return _read(files, to_document, reading)
-
-
-def read_pairs(files: Sequence[Path], reading: Reading | None = None) -> Iterator[Pair | BadRecord]:
-    """Read preference pairs of any dialect in order, one result a record."""
-    return _read(files, to_pair, reading)
-
-
-def read_feedback(files: Sequence[Path], reading: Reading | None = None) -> Iterator[Feedback | BadRecord]:
-    """Read dialogues of any dialect whose last reply is marked as good or bad, one result a record."""
-    return _read(files, to_feedback, reading)
+from medtune.reading.records import BadRecord, Report, T
 
 
 def _read(
-    files: Sequence[Path], make: Callable[[object, str, Reading], T], reading: Reading | None
+    make: Callable[[object, str, Reading], T], files: Sequence[Path], reading: Reading | None = None
 ) -> Iterator[T | BadRecord]:
+    """Read files of any dialect in order, one result a record."""
     reading = reading or Reading()
     for path in files:
         for source, record in read_raw(path):
@@ -54,6 +27,12 @@ def _read(
             except Unusable as error:
                 yield BadRecord(source, error.reason, error.detail)
 
+
+read_dialogues = partial(_read, to_dialogue)
+read_prompts = partial(_read, to_prompt)  # dialogues that may end with the question that is to be answered
+read_documents = partial(_read, to_document)  # lines of .txt files, and records with `text`
+read_pairs = partial(_read, to_pair)
+read_feedback = partial(_read, to_feedback)  # dialogues whose last reply is marked as good or bad
 
 OnBadData = Literal["error", "drop"]
 
