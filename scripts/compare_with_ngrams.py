@@ -22,11 +22,12 @@ from medtune.reading.holdout import choose_part
 from medtune.reading.record_sets import load_documents
 from medtune.reading.records import Document
 
+ORDER = 5  # tokens of an n-gram
 # Gives the natural log-probability of each token of a document after its first.
 LogProbs = Callable[[list[int]], Sequence[float]]
 
 
-def ngram_log_probs(train_ids: Sequence[list[int]], vocab_size: int, order: int) -> LogProbs:
+def ngram_log_probs(train_ids: Sequence[list[int]], vocab_size: int, order: int = ORDER) -> LogProbs:
     """An n-gram model of the training documents over the whole vocabulary."""
     from nltk.lm import Vocabulary, WittenBellInterpolated
     from nltk.util import everygrams
@@ -85,10 +86,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--validation_file_dir", help="documents to measure on; else some of the others are held out")
     parser.add_argument("--max_eval_samples", type=int, default=100, help="documents to hold out and to measure on")
     parser.add_argument("--seed", type=int, default=42, help="decides which documents are held out")
-    parser.add_argument("--order", type=int, default=5, help="tokens an n-gram has")
     args = parser.parse_args(argv)
-    if args.order < 1 or args.max_eval_samples < 1:
-        raise UserError("--order and --max_eval_samples: give at least 1")
+    if args.max_eval_samples < 1:
+        raise UserError(f"--max_eval_samples {args.max_eval_samples}: give at least 1")
 
     from medtune.models.loading import load_tokenizer
     from medtune.reading.blocks import token_byte_lengths
@@ -109,16 +109,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     byte_lengths = token_byte_lengths(tokenizer)
     print(f"{len(parts['eval'])} held-out documents, {sum(map(len, parts['eval'])):,} tokens")
-    order, one_each = args.order, [1] * 256
+    one_each = [1] * 256
     measured = {
         path: lambda path=path: bits_per_byte(model_log_probs(path), parts["eval"], byte_lengths)
         for path in args.models
     }
-    measured[f"{order}-grams of tokens"] = lambda: bits_per_byte(
-        ngram_log_probs(parts["train"], len(tokenizer), order), parts["eval"], byte_lengths
+    measured[f"{ORDER}-grams of tokens"] = lambda: bits_per_byte(
+        ngram_log_probs(parts["train"], len(tokenizer)), parts["eval"], byte_lengths
     )
-    measured[f"{order}-grams of bytes"] = lambda: bits_per_byte(
-        ngram_log_probs(in_bytes["train"], len(one_each), order), in_bytes["eval"], one_each
+    measured[f"{ORDER}-grams of bytes"] = lambda: bits_per_byte(
+        ngram_log_probs(in_bytes["train"], len(one_each)), in_bytes["eval"], one_each
     )
     results = {}
     for name, measure in measured.items():

@@ -306,7 +306,6 @@ def test_files_that_no_stage_reads_are_named(check, write_jsonl, tmp_path):
         ({"dir": "."}, "--dir .: holds dialogues (in/a.jsonl) and pairs (pairs/a.jsonl), which no stage reads"),
         ({"model_max_length": 100}, "--model_max_length 100: counts in tokens, so name the model too"),
         ({"model_name_or_path": "no/model"}, "--model_name_or_path no/model"),
-        ({"near_duplicate_threshold": 2}, "--near_duplicate_threshold 2.0: give a share"),
     ],
 )
 def test_mistakes(check, write_jsonl, tmp_path, values, message):
