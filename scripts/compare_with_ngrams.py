@@ -11,7 +11,7 @@ interpolate all orders as Witten and Bell (1991) did, down to unigrams with one 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -109,21 +109,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     byte_lengths = token_byte_lengths(tokenizer)
     print(f"{len(parts['eval'])} held-out documents, {sum(map(len, parts['eval'])):,} tokens")
-    one_each = [1] * 256
-    measured = {
-        path: lambda path=path: bits_per_byte(model_log_probs(path), parts["eval"], byte_lengths)
-        for path in args.models
-    }
-    measured[f"{ORDER}-grams of tokens"] = lambda: bits_per_byte(
-        ngram_log_probs(parts["train"], len(tokenizer)), parts["eval"], byte_lengths
-    )
-    measured[f"{ORDER}-grams of bytes"] = lambda: bits_per_byte(
-        ngram_log_probs(in_bytes["train"], len(one_each)), in_bytes["eval"], one_each
-    )
+
+    def measured() -> Iterator[tuple[str, float]]:
+        for path in args.models:
+            yield path, bits_per_byte(model_log_probs(path), parts["eval"], byte_lengths)
+        of_tokens = ngram_log_probs(parts["train"], len(tokenizer))
+        yield f"{ORDER}-grams of tokens", bits_per_byte(of_tokens, parts["eval"], byte_lengths)
+        of_bytes = ngram_log_probs(in_bytes["train"], 256)
+        yield f"{ORDER}-grams of bytes", bits_per_byte(of_bytes, in_bytes["eval"], [1] * 256)
+
     results = {}
-    for name, measure in measured.items():
-        results[name] = measure()
-        print(f"{results[name]:.3f} bits per byte  {name}", flush=True)
+    for name, figure in measured():
+        results[name] = figure
+        print(f"{figure:.3f} bits per byte  {name}", flush=True)
     return results
 
 

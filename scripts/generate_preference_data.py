@@ -142,34 +142,30 @@ def language_of(text: str) -> str:
     return "zh" if len(re.findall("[\u4e00-\u9fff]", text)) > len(text) / 10 else "en"
 
 
-class Answers:
-    """The replies of all prompts, by language and length."""
+# By language: length, text and question of the replies of all prompts, the shortest first.
+Answers = dict[str, list[tuple[int, str, str]]]
 
-    def __init__(self, prompts: Iterable[Pair]):
-        self.by_language: dict[str, list[tuple[int, str, str]]] = {"zh": [], "en": []}
-        for prompt in prompts:
-            entry = (len(prompt.chosen), prompt.chosen, prompt.messages[-1]["content"])
-            self.by_language[language_of(prompt.chosen)].append(entry)
-        for entries in self.by_language.values():
-            entries.sort()
 
-    def about_something_else(self, prompt: Pair, length: int, rng: random.Random) -> str | None:
-        """A reply of about that length to another question, which says something else."""
-        entries = self.by_language[language_of(prompt.chosen)]
-        middle = bisect_left(entries, (length,))
-        around = entries[max(0, middle - 20) : middle + 20]
-        least = (0.8, None)
-        for _, answer, question in rng.sample(around, len(around)):
-            if question != prompt.messages[-1]["content"]:
-                least = min(least, (likeness(answer, prompt.chosen), answer), key=lambda candidate: candidate[0])
-                if least[0] < 0.5:
-                    break
-        return least[1]
+def group_answers(prompts: Iterable[Pair]) -> Answers:
+    answers: Answers = {"zh": [], "en": []}
+    for prompt in prompts:
+        entry = (len(prompt.chosen), prompt.chosen, prompt.messages[-1]["content"])
+        answers[language_of(prompt.chosen)].append(entry)
+    return {language: sorted(entries) for language, entries in answers.items()}
 
 
 def reject_another_answer(prompt: Pair, length: int, answers: Answers, rng: random.Random) -> str | None:
-    """A sound answer to another question."""
-    return answers.about_something_else(prompt, length, rng)
+    """A sound answer of about that length to another question, which says something else."""
+    entries = answers[language_of(prompt.chosen)]
+    middle = bisect_left(entries, (length,))
+    around = entries[max(0, middle - 20) : middle + 20]
+    least = (0.8, None)
+    for _, answer, question in rng.sample(around, len(around)):
+        if question != prompt.messages[-1]["content"]:
+            least = min(least, (likeness(answer, prompt.chosen), answer), key=lambda candidate: candidate[0])
+            if least[0] < 0.5:
+                break
+    return least[1]
 
 
 def reject_vague(prompt: Pair, length: int, answers: Answers, rng: random.Random) -> str | None:
@@ -208,7 +204,7 @@ PLAN = [
 def build_pairs(prompts: Sequence[Pair], seed: int) -> Iterator[tuple[Pair, str] | BadRecord]:
     """Each prompt with a rejected reply, and the failure it has."""
     rng = random.Random(seed)
-    answers = Answers(prompts)
+    answers = group_answers(prompts)
     n_made: Counter[str] = Counter()
     plan: list[tuple[str, bool]] = []
     for prompt in prompts:
