@@ -277,22 +277,12 @@ def test_as_many_as_asked_for_are_held_out(preprocess, write_jsonl, flag, sizes)
 # ---------------------------------------------------------------- tokens and the stage's cache
 
 
-def sft_flags(tiny_model_dir: Path, tmp_path: Path, train: Path, evaluate: Path, **more) -> list[str]:
-    values = {
-        "model_name_or_path": tiny_model_dir,
-        "template_name": "qwen",
-        "model_max_length": 400,
-        "train_file_dir": train,
-        "validation_file_dir": evaluate,
-        "do_train": True,
-        "do_eval": True,
-        "max_steps": 1,
-        "save_strategy": "no",
-        "output_dir": tmp_path / "trained",
-        "overwrite_output_dir": True,
-        "cache_dir": tmp_path / "cache",
-    } | more
-    return words(values)
+def start_the_stage(printed: str, tmp_path: Path) -> None:
+    """By the command that the tool prints."""
+    command = printed[printed.index("next: python supervised_finetuning.py ") :].split()[3:]
+    assert command.pop() == "..."
+    places = {"output_dir": tmp_path / "trained", "max_steps": 1, "save_strategy": "no"}
+    supervised_finetuning.main([*command, *words(places)])
 
 
 @pytest.mark.parametrize("validation_size", [4, 0])
@@ -312,10 +302,7 @@ def test_the_stage_finds_its_data_in_the_cache(
     assert f"train: {n_train} dialogues, " in out
     assert out.count("tokenized into the cache") == 2
 
-    train = tmp_path / "out/train"
-    supervised_finetuning.main(
-        sft_flags(tiny_model_dir, tmp_path, train, tmp_path / "out/validation" if validation_size else train)
-    )
+    start_the_stage(out, tmp_path)
     log = capsys.readouterr().err
     assert log.count(", from the cache") == 2
     assert f"kept {n_train} of {n_train}" in log
@@ -344,17 +331,7 @@ def test_the_stage_s_other_settings_count(preprocess, write_jsonl, tmp_path, tin
     assert "eval: 2 dialogues, " in out
     flags = out[out.index("next: ") :].split()[3:-1]
     assert dict(zip(flags[::2], flags[1::2], strict=False))["--truncation"] == "cut_prompt_start"
-    parts = tmp_path / "out/train", tmp_path / "out/validation"
-    supervised_finetuning.main(sft_flags(tiny_model_dir, tmp_path, *parts, **settings))
-    assert capsys.readouterr().err.count(", from the cache") == 2
-
-
-def test_the_command_it_prints_starts_from_the_cache(preprocess, write_jsonl, tmp_path, tiny_model_dir, capsys):
-    write_jsonl("in/a.jsonl", random_dialogues(24))
-    out, _ = preprocess(tokenizer=tiny_model_dir, template_name="qwen", cache_dir=tmp_path / "cache")
-    command = out[out.index("next: python supervised_finetuning.py ") :].split()[3:]
-    assert command.pop() == "..."
-    supervised_finetuning.main([*command, "--output_dir", str(tmp_path / "trained"), "--max_steps", "1"])
+    start_the_stage(out, tmp_path)
     assert capsys.readouterr().err.count(", from the cache") == 2
 
 
