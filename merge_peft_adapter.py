@@ -15,7 +15,6 @@ bfloat16 such near ties fall either way. A reward model's scores must agree to S
 """
 
 import gc
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +53,7 @@ LEAST_AGREEMENT = 0.99
 NEAR_TIE = 2  # units of rounding at the size of the largest logit
 SCORE_TOLERANCE = {"float32": 0.001, "float16": 0.01, "bfloat16": 0.05}
 N_TOP = 8  # logits that are kept of each position
+MAX_SHARD_SIZE = "5GB"
 
 # The guide's four questions come first.
 CHINESE_QUESTIONS = (
@@ -87,7 +87,6 @@ class MergeArguments:
     torch_dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16", metadata={"help": "Type of the merged weights, in which the two models are compared too."}
     )
-    max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of weights, such as 500MB or 5GB."})
     cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloaded models."})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that the model's repository ships."}
@@ -95,10 +94,6 @@ class MergeArguments:
     allow_pickle_weights: bool = field(
         default=False, metadata={"help": "Also load .bin weights, which can run code when they are opened."}
     )
-
-    def __post_init__(self):
-        if not re.fullmatch(r"\d+[KMGT]B", self.max_shard_size):
-            raise UserError(f"--max_shard_size {self.max_shard_size}: give a size such as 500MB or 5GB")
 
 
 # ---------------------------------------------------------------- before weights load
@@ -156,10 +151,8 @@ def stopping_generation_config(
     return config
 
 
-def write_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lineage: Lineage, folder: Path, max_shard_size: str
-) -> None:
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lineage: Lineage, folder: Path) -> None:
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     tokenizer.save_pretrained(folder)
     lineage.save(folder)
     # safetensors 0.8 lets only its user read what it writes, which keeps a server under another name out.
@@ -332,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model.generation_config = stopping_generation_config(own, stop_ids, tokenizer.pad_token_id)
         if is_reward_model:  # a score is read in front of the padding
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        write_model(model, tokenizer, lineage, written, merge_args.max_shard_size)
+        write_model(model, tokenizer, lineage, written)
         del model
         gc.collect()
         merged = load_base_model(str(written), flag="--output_dir", **load_options).to(device)

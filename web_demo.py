@@ -138,17 +138,9 @@ class Panel:
     turns: list[Message]
     note: str = ""
 
-    def displayed_turns(self, partial: str | None = None) -> list[Message]:
-        return self.turns if partial is None else [*self.turns, {"role": "assistant", "content": partial}]
-
 
 def converse(
-    chat_model: ChatModel,
-    reward_model: RewardModel | None,
-    system: str,
-    panel: Panel,
-    decoding: Decoding,
-    seed: int,
+    chat_model: ChatModel, reward_model: RewardModel | None, system: str, panel: Panel, decoding: Decoding, seed: int
 ) -> Iterator[list[Message]]:
     """Answer the panel's last turn: yields the turns to display while the reply grows, then adds it."""
     with_system: list[Message] = [{"role": "system", "content": system}] if system else []
@@ -159,23 +151,23 @@ def converse(
     except (Unusable, UserError) as error:
         panel.note = f"不能回答 cannot be asked: {error.detail if isinstance(error, Unusable) else error}"
         panel.turns = panel.turns[:-1]
-        yield panel.displayed_turns()
+        yield panel.turns
         return
     partial = ""
     for piece in pieces_of(chat_model, prompt, decoding, seed):
         if isinstance(piece, Reply):
             break
         partial += piece
-        yield panel.displayed_turns(partial)
+        yield [*panel.turns, {"role": "assistant", "content": partial}]
     notes = [f"{piece.n_tokens} tokens" + ("" if piece.ended else "，已截断 cut")]
     if n_left_out:
         notes.append(f"最早的 {n_left_out} 条已略去 the oldest {n_left_out} turns were left out")
     if reward_model is not None:
         row = reward_model.encode([*with_system, *panel.turns], piece.text, piece.ended)
         notes.insert(0, f"得分 score {reward_model.score([row])[0]:.3f}")
-    panel.turns = panel.displayed_turns(piece.text)
+    panel.turns = [*panel.turns, {"role": "assistant", "content": piece.text}]
     panel.note = "； ".join(notes)
-    yield panel.displayed_turns()
+    yield panel.turns
 
 
 # ---------------------------------------------------------------- page
@@ -211,19 +203,12 @@ def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) ->
         sides = [(panels[0], left_name)] + ([(panels[1], right_name)] if right_name != NO_SECOND else [])
         for panel, _ in sides:
             panel.turns = [*panel.turns, {"role": "user", "content": question}]
-        displayed = [panel.displayed_turns() for panel in panels]
+        displayed = [panel.turns for panel in panels]
         for index, (panel, name) in enumerate(sides):
             for messages in converse(by_name[name], reward_model, system, panel, decoding, seed):
                 displayed[index] = messages
-                yield (
-                    "",
-                    *map(as_text, displayed),
-                    *(panel.turns for panel in panels),
-                    *(panel.note for panel in panels),
-                )
-
-    def forget():
-        return [], [], [], [], "", ""
+                turns, notes = zip(*((panel.turns, panel.note) for panel in panels), strict=True)
+                yield "", *map(as_text, displayed), *turns, *notes
 
     def side_by_side(right_name):
         return gr.update(visible=right_name != NO_SECOND), [], [], ""
@@ -233,13 +218,8 @@ def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) ->
         left_turns, right_turns = gr.State([]), gr.State([])
         with gr.Row():
             left_name = gr.Dropdown(names, value=names[-1], label="模型 Model", elem_id="left-model", min_width=240)
-            right_name = gr.Dropdown(
-                [NO_SECOND, *names],
-                value=NO_SECOND,
-                label="与之比较 Compare with",
-                elem_id="right-model",
-                min_width=240,
-            )
+            second = {"value": NO_SECOND, "label": "与之比较 Compare with", "elem_id": "right-model"}
+            right_name = gr.Dropdown([NO_SECOND, *names], **second, min_width=240)
         with gr.Row():
             with gr.Column():
                 left_chat = gr.Chatbot(label="模型 Model", elem_id="left-chat", **CHAT)
@@ -273,7 +253,7 @@ def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) ->
         forgotten = [left_chat, right_chat, left_turns, right_turns, left_note, right_note]
         # The chat's delete button must clear the state too, or the model would remember hidden turns.
         forgetting = [clear.click, left_chat.clear, right_chat.clear]
-        gr.on(forgetting, forget, None, forgotten, cancels=[asking], api_name=False)
+        gr.on(forgetting, lambda: ([], [], [], [], "", ""), None, forgotten, cancels=[asking], api_name=False)
         left_name.change(lambda: ([], [], ""), None, [left_chat, left_turns, left_note], api_name=False)
         right_name.change(side_by_side, right_name, [right_column, right_chat, right_turns, right_note], api_name=False)
     return page

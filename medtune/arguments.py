@@ -224,28 +224,17 @@ class StageArgumentParser(HfArgumentParser):
 
     def _translate(self, argv: list[str]) -> list[str]:
         """Rewrite old flags to what they meant, and give a bare `--flag` of a boolean its `True`."""
-        words: list[str] = []
+        given: list[tuple[str, list[str]]] = []
+        loose: list[str] = []  # words before the first flag
         for word in argv:
-            flag, has_value, value = word.partition("=")
-            if flag.startswith("--"):
-                flag = "--" + flag[2:].replace("-", "_")
-            words += [flag, value] if has_value and flag.startswith("--") else [flag if flag.startswith("--") else word]
-        if {"--warmup_ratio", "--warmup_steps"} <= set(words):
+            if word.startswith("--"):
+                flag, has_value, value = word.partition("=")
+                given.append(("--" + flag[2:].replace("-", "_"), [value] if has_value else []))
+            else:
+                (given[-1][1] if given else loose).append(word)
+        if {"--warmup_ratio", "--warmup_steps"} <= {flag for flag, _ in given}:
             raise UserError("--warmup_ratio and --warmup_steps say the same thing twice: give one of them")
-        translated: list[str] = []
-        position = 0
-        while position < len(words):
-            flag = words[position]
-            position += 1
-            if not flag.startswith("--"):
-                translated.append(flag)
-                continue
-            values = []
-            while position < len(words) and not words[position].startswith("--"):
-                values.append(words[position])
-                position += 1
-            translated += self._translate_flag(flag, values)
-        return translated
+        return [*loose, *(word for flag, values in given for word in self._translate_flag(flag, values))]
 
     def _translate_flag(self, flag: str, values: list[str]) -> list[str]:
         if flag in FIXED_FLAGS:

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -35,6 +34,7 @@ from medtune.reading.keys import Reading
 from medtune.reading.kinds import READERS, Kind, find_kind
 from medtune.reading.near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Known, bare_text
 from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Report
+from medtune.reading.sources import Sources
 from medtune.reading.token_flags import add_token_flags, lengths_at, limits_of, settle_token_flags
 from medtune.reading.words import question_of, unread_lines, words_of
 
@@ -43,6 +43,10 @@ Record = Dialogue | Pair | Feedback | Document
 # Records compared at a time: more take memory, fewer take time.
 BATCH = 1024
 N_EXAMPLES = 3
+# The defaults of scripts/preprocess_data.py: near copies share this part of their text, and questions that share this
+# part of theirs are nearly the same.
+NEAR_DUPLICATE_THRESHOLD = 0.9
+SPLIT_THRESHOLD = 0.7
 # The reason of a fault that hides the rest of its file, of which a stage reads nothing whatever its flags.
 UNREADABLE = "unreadable"
 
@@ -131,23 +135,6 @@ def read_all(kind: Kind, files: Sequence[Path], reading: Reading) -> Iterator[Re
             yield BadRecord(source, UNREADABLE, fault)
 
 
-class Sources:
-    """The sources of records by number, in a temporary file, since millions would fill the memory."""
-
-    def __init__(self):
-        self._file = TemporaryFile("w+", encoding="utf-8", newline="\n")  # noqa: SIM115 - open as long as this is
-
-    def add(self, source: str) -> None:
-        self._file.write(f"{source}\n")
-
-    def __getitem__(self, number: int) -> str:
-        """Reads the file from its start, for the few sources that are printed."""
-        self._file.seek(0)
-        line = next(islice(self._file, number, None))
-        self._file.seek(0, 2)
-        return line.rstrip("\n")
-
-
 # ---------------------------------------------------------------- the survey
 
 
@@ -214,26 +201,19 @@ class Survey:
         self.longest = heapq.nlargest(N_EXAMPLES, chain(self.longest, replies))
 
 
-def usable_batches(
-    kind: Kind, files: Sequence[Path], reading: Reading, measure: Callable[[Record], Measured], report: Report
-) -> Iterator[list[tuple[Record, Measured]]]:
-    """The usable records with their lengths, some at a time; each fault is printed and counted."""
-    batch = []
+def measured_records(
+    kind: Kind, files: Sequence[Path], reading: Reading, measure: Callable[[Record], Measured]
+) -> Iterator[tuple[Record, Measured] | BadRecord]:
+    """The records with their lengths; each fault is printed."""
     for result in tqdm(read_all(kind, files, reading), unit=" records", disable=None):
-        report.read += 1
         if not isinstance(result, BadRecord):
             try:
-                batch.append((result, measure(result)))
+                yield result, measure(result)
+                continue
             except Unusable as fault:
                 result = BadRecord(result.source, fault.reason, fault.detail)
-        if isinstance(result, BadRecord):
-            report.drop(result)
-            tqdm.write(f"{result}", file=sys.stdout)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        tqdm.write(f"{result}", file=sys.stdout)
+        yield result
 
 
 def survey(
@@ -242,14 +222,13 @@ def survey(
     reading: Reading,
     measure: Callable[[Record], Measured],
     limits: str,
-    near_duplicate_threshold: float,
     evaluation: "Evaluation | None",
 ) -> Survey:
     """Read the files once and survey their records."""
     result = Survey(kind, limits)
-    distinct, sources = Distinct(near_duplicate_threshold if near_duplicate_threshold < 1 else None), Sources()
-    questions = Distinct(None)
-    for batch in usable_batches(kind, files, reading, measure, result.report):
+    distinct, questions, sources = Distinct(NEAR_DUPLICATE_THRESHOLD), Distinct(None), Sources()
+    usable = result.report.usable(measured_records(kind, files, reading, measure))
+    while batch := list(islice(usable, BATCH)):
         records = [record for record, _ in batch]
         for record, measured in batch:
             result.add(record, measured)
@@ -277,13 +256,14 @@ def survey(
 class Evaluation:
     """The evaluation's questions, among which those of the training data are looked up."""
 
-    def __init__(self, kind: Kind, threshold: float):
-        self._known = Known(threshold, TEXT_SHINGLE if kind == "documents" else QUESTION_SHINGLE)
+    def __init__(self, kind: Kind):
+        self._known = Known(SPLIT_THRESHOLD, TEXT_SHINGLE if kind == "documents" else QUESTION_SHINGLE)
         self.report = Report()
         self.sources: list[str] = []
 
     def read(self, kind: Kind, files: Sequence[Path], reading: Reading, measure: Callable[[Record], Measured]) -> None:
-        for batch in usable_batches(kind, files, reading, measure, self.report):
+        usable = self.report.usable(measured_records(kind, files, reading, measure))
+        while batch := list(islice(usable, BATCH)):
             self._known.add([question_of(record) for record, _ in batch])
             self.sources += [record.source for record, _ in batch]
 
@@ -374,16 +354,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--eval_dir", help="the evaluation's records: are their questions trained on?")
     add_ignore_keys(parser)
     add_token_flags(parser)
-    add("--near_duplicate_threshold", type=float, default=0.9, help="near copies share this part of their text")
-    add("--split_threshold", type=float, default=0.7, help="questions that share this part are nearly the same")
     add("--cache_dir", help="folder for downloaded tokenizers")
     add("--trust_remote_code", action="store_true")
-    args = parser.parse_args(argv)
-
-    for name in ("near_duplicate_threshold", "split_threshold"):
-        if not 0 < getattr(args, name) <= 1:
-            raise UserError(f"--{name} {getattr(args, name)}: give a share above 0, and 1 at most")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -403,9 +376,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "--eval_dir: the same files as --dir, of which a stage holds a part out; leave the flag out, or split "
                 "them with scripts/preprocess_data.py"
             )
-        evaluation = Evaluation(kind, args.split_threshold)
+        evaluation = Evaluation(kind)
         evaluation.read(eval_kind, eval_files, Reading(args.ignore_keys), measure)
-    result = survey(kind, files, reading, measure, limits_of(args), args.near_duplicate_threshold, evaluation)
+    result = survey(kind, files, reading, measure, limits_of(args), evaluation)
 
     print(f"{args.dir}: {kind} in {len(files)} file{'s' if len(files) > 1 else ''}")
     for name, value in describe(result, "tokens" if args.tokenizer else "characters", evaluation):

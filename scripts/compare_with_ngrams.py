@@ -11,7 +11,7 @@ interpolate all orders as Witten and Bell (1991) did, down to unigrams with one 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,11 +22,12 @@ from medtune.reading.holdout import choose_part
 from medtune.reading.readers import load_documents
 from medtune.reading.records import Document
 
+ORDER = 5  # tokens of an n-gram
 # Gives the natural log-probability of each token of a document after its first.
 LogProbs = Callable[[list[int]], Sequence[float]]
 
 
-def ngram_log_probs(train_ids: Sequence[list[int]], vocab_size: int, order: int) -> LogProbs:
+def ngram_log_probs(train_ids: Sequence[list[int]], vocab_size: int, order: int = ORDER) -> LogProbs:
     """An n-gram model of the training documents over the whole vocabulary."""
     from nltk.lm import Vocabulary, WittenBellInterpolated
     from nltk.util import everygrams
@@ -85,10 +86,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--validation_file_dir", help="documents to measure on; else some of the others are held out")
     parser.add_argument("--max_eval_samples", type=int, default=100, help="documents to hold out and to measure on")
     parser.add_argument("--seed", type=int, default=42, help="decides which documents are held out")
-    parser.add_argument("--order", type=int, default=5, help="tokens an n-gram has")
     args = parser.parse_args(argv)
-    if args.order < 1 or args.max_eval_samples < 1:
-        raise UserError("--order and --max_eval_samples: give at least 1")
+    if args.max_eval_samples < 1:
+        raise UserError(f"--max_eval_samples {args.max_eval_samples}: give at least 1")
 
     from medtune.models.loading import load_tokenizer
     from medtune.reading.blocks import token_byte_lengths
@@ -109,21 +109,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     byte_lengths = token_byte_lengths(tokenizer)
     print(f"{len(parts['eval'])} held-out documents, {sum(map(len, parts['eval'])):,} tokens")
-    order, one_each = args.order, [1] * 256
-    measured = {
-        path: lambda path=path: bits_per_byte(model_log_probs(path), parts["eval"], byte_lengths)
-        for path in args.models
-    }
-    measured[f"{order}-grams of tokens"] = lambda: bits_per_byte(
-        ngram_log_probs(parts["train"], len(tokenizer), order), parts["eval"], byte_lengths
-    )
-    measured[f"{order}-grams of bytes"] = lambda: bits_per_byte(
-        ngram_log_probs(in_bytes["train"], len(one_each), order), in_bytes["eval"], one_each
-    )
+
+    def measured() -> Iterator[tuple[str, float]]:
+        for path in args.models:
+            yield path, bits_per_byte(model_log_probs(path), parts["eval"], byte_lengths)
+        of_tokens = ngram_log_probs(parts["train"], len(tokenizer))
+        yield f"{ORDER}-grams of tokens", bits_per_byte(of_tokens, parts["eval"], byte_lengths)
+        of_bytes = ngram_log_probs(in_bytes["train"], 256)
+        yield f"{ORDER}-grams of bytes", bits_per_byte(of_bytes, in_bytes["eval"], [1] * 256)
+
     results = {}
-    for name, measure in measured.items():
-        results[name] = measure()
-        print(f"{results[name]:.3f} bits per byte  {name}", flush=True)
+    for name, figure in measured():
+        results[name] = figure
+        print(f"{figure:.3f} bits per byte  {name}", flush=True)
     return results
 
 

@@ -24,7 +24,7 @@ from medtune.output_files import new_text_file, refuse_same
 from medtune.reading.finding import find_files
 from medtune.reading.foreign_forms import ForeignReader, add_reading_flags, reader_of
 from medtune.reading.guide_form import guide_line
-from medtune.reading.records import BadRecord, Report
+from medtune.reading.records import Report
 from medtune.reading.words import dropped_lines, unread_lines
 
 KINDS = {"sft": "dialogues", "dpo": "pairs"}
@@ -35,12 +35,8 @@ def convert(reader: ForeignReader, files: list[Path], output: Path, overwrite: b
     """Write every usable record; raises UserError if there is none."""
     report = Report()
     with new_text_file(output, "--output", overwrite) as file:
-        for item in tqdm(reader.read(files), unit=" records", disable=None):
-            report.read += 1
-            if isinstance(item, BadRecord):
-                report.drop(item)
-            else:
-                file.write(guide_line(item))
+        for record in report.usable(tqdm(reader.read(files), unit=" records", disable=None)):
+            file.write(guide_line(record))
         if not report.kept:
             raise UserError(nothing_kept(report, reader))
     return report

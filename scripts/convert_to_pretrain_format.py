@@ -209,12 +209,8 @@ def convert(reader: DocumentReader, files: list[Path], output: Path, overwrite: 
     """Write every document; raises UserError if there is none."""
     report = Report()
     with new_text_file(output, "--output_file", overwrite) as file:
-        for item in tqdm(reader.read(files), unit=" documents", disable=None):
-            report.read += 1
-            if isinstance(item, BadRecord):
-                report.drop(item)
-            else:
-                file.write(f"{item}\n")
+        for text in report.usable(tqdm(reader.read(files), unit=" documents", disable=None)):
+            file.write(f"{text}\n")
         if not report.kept:
             lines = [f"--input_file: no document in it ({report.read:,} read)", *dropped_lines(report)]
             if "unknown keys" in report.dropped:

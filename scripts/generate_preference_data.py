@@ -40,6 +40,7 @@ from medtune.reading.keys import Reading
 from medtune.reading.readers import read_dialogues
 from medtune.reading.records import BadRecord, Dialogue, Pair, Report
 from medtune.reading.words import dropped_lines, unread_lines
+from medtune.sample_data.pairs import fill, repeat_beginning
 
 if TYPE_CHECKING:
     from medtune.models.generation import Reply
@@ -59,12 +60,11 @@ def draw_prompts(
     report, rng = Report(), random.Random(seed)
     drawn: list[tuple[int, Pair]] = []
     n_usable = 0
-    for result in tqdm(read_dialogues(files, reading), unit=" records", disable=None):
-        report.read += 1
+    for dialogue in report.usable(tqdm(read_dialogues(files, reading), unit=" records", disable=None)):
         try:
-            prompt = prompt_of(result)
+            prompt = prompt_of(dialogue)
         except Unusable as error:
-            report.drop(BadRecord(result.source, error.reason, error.detail))
+            report.drop(BadRecord(dialogue.source, error.reason, error.detail))
             continue
         n_usable += 1
         place = len(drawn) if len(drawn) < num_samples else rng.randrange(n_usable)
@@ -73,17 +73,15 @@ def draw_prompts(
     return [prompt for _, prompt in sorted(drawn, key=lambda numbered: numbered[0])], report
 
 
-def prompt_of(result: Dialogue | BadRecord) -> Pair:
+def prompt_of(dialogue: Dialogue) -> Pair:
     """A pair of the turns up to the longest reply and, as chosen, that reply; raises Unusable."""
-    if isinstance(result, BadRecord):
-        raise Unusable(result.reason, result.detail)
-    messages = result.messages
-    if result.tools or any(message.get("tool_calls") for message in messages):
+    messages = dialogue.messages
+    if dialogue.tools or any(message.get("tool_calls") for message in messages):
         raise Unusable("uses tools", "pairs are made of dialogues without tools")
     replies = [n for n, message in enumerate(messages) if message["role"] == "assistant" and "weight" not in message]
     # The last turn is often a mere "you are welcome".
     longest = max(replies, key=lambda index: len(messages[index]["content"]))
-    return Pair(messages[:longest], messages[longest]["content"], "", None, result.source)
+    return Pair(messages[:longest], messages[longest]["content"], "", None, dialogue.source)
 
 
 # ---------------------------------------------------------------- rejected replies without a model
@@ -144,47 +142,36 @@ def language_of(text: str) -> str:
     return "zh" if len(re.findall("[\u4e00-\u9fff]", text)) > len(text) / 10 else "en"
 
 
-class Answers:
-    """The replies of all prompts, by language and length."""
+# By language: length, text and question of the replies of all prompts, the shortest first.
+Answers = dict[str, list[tuple[int, str, str]]]
 
-    def __init__(self, prompts: Iterable[Pair]):
-        self.by_language: dict[str, list[tuple[int, str, str]]] = {"zh": [], "en": []}
-        for prompt in prompts:
-            entry = (len(prompt.chosen), prompt.chosen, prompt.messages[-1]["content"])
-            self.by_language[language_of(prompt.chosen)].append(entry)
-        for entries in self.by_language.values():
-            entries.sort()
 
-    def about_something_else(self, prompt: Pair, length: int, rng: random.Random) -> str | None:
-        """A reply of about that length to another question, which says something else."""
-        entries = self.by_language[language_of(prompt.chosen)]
-        middle = bisect_left(entries, (length,))
-        around = entries[max(0, middle - 20) : middle + 20]
-        least = (0.8, None)
-        for _, answer, question in rng.sample(around, len(around)):
-            if question != prompt.messages[-1]["content"]:
-                least = min(least, (likeness(answer, prompt.chosen), answer), key=lambda candidate: candidate[0])
-                if least[0] < 0.5:
-                    break
-        return least[1]
+def group_answers(prompts: Iterable[Pair]) -> Answers:
+    answers: Answers = {"zh": [], "en": []}
+    for prompt in prompts:
+        entry = (len(prompt.chosen), prompt.chosen, prompt.messages[-1]["content"])
+        answers[language_of(prompt.chosen)].append(entry)
+    return {language: sorted(entries) for language, entries in answers.items()}
 
 
 def reject_another_answer(prompt: Pair, length: int, answers: Answers, rng: random.Random) -> str | None:
-    """A sound answer to another question."""
-    return answers.about_something_else(prompt, length, rng)
+    """A sound answer of about that length to another question, which says something else."""
+    entries = answers[language_of(prompt.chosen)]
+    middle = bisect_left(entries, (length,))
+    around = entries[max(0, middle - 20) : middle + 20]
+    least = (0.8, None)
+    for _, answer, question in rng.sample(around, len(around)):
+        if question != prompt.messages[-1]["content"]:
+            least = min(least, (likeness(answer, prompt.chosen), answer), key=lambda candidate: candidate[0])
+            if least[0] < 0.5:
+                break
+    return least[1]
 
 
 def reject_vague(prompt: Pair, length: int, answers: Answers, rng: random.Random) -> str | None:
-    """Sentences that are true of everything, as many as come closest to the length."""
+    """Sentences that are true of everything."""
     language = language_of(prompt.chosen)
-    space = "" if language == "zh" else " "
-    text = ""
-    for sentence in rng.sample(VAGUE[language], len(VAGUE[language])):
-        longer = f"{text}{space if text else ''}{sentence}"
-        if text and abs(len(longer) - length) > abs(len(text) - length):
-            break
-        text = longer
-    return text
+    return fill(VAGUE[language], length, language, rng)
 
 
 def reject_cut_off(prompt: Pair, length: int, answers: Answers, rng: random.Random) -> str | None:
@@ -198,13 +185,7 @@ def reject_cut_off(prompt: Pair, length: int, answers: Answers, rng: random.Rand
 
 def reject_repeats(prompt: Pair, length: int, answers: Answers, rng: random.Random) -> str | None:
     """The beginning of the reply over and over."""
-    phrases = re.findall(r"[^，。；：、！？,.;:!?\n]+[，。；：、！？,.;:!?\n]*\s*", prompt.chosen)
-    unit = ""
-    for phrase in phrases:
-        if unit and len(unit) + len(phrase) > length / 2:
-            break
-        unit += phrase
-    return (unit * max(2, round(length / len(unit)))).strip() if unit else None
+    return repeat_beginning(prompt.chosen, length)
 
 
 FAILURES: dict[str, Callable[[Pair, int, Answers, random.Random], str | None]] = {
@@ -220,10 +201,10 @@ PLAN = [
 ]
 
 
-def build_pairs(prompts: Sequence[Pair], seed: int) -> Iterator[tuple[Pair | BadRecord, str]]:
+def build_pairs(prompts: Sequence[Pair], seed: int) -> Iterator[tuple[Pair, str] | BadRecord]:
     """Each prompt with a rejected reply, and the failure it has."""
     rng = random.Random(seed)
-    answers = Answers(prompts)
+    answers = group_answers(prompts)
     n_made: Counter[str] = Counter()
     plan: list[tuple[str, bool]] = []
     for prompt in prompts:
@@ -238,7 +219,7 @@ def build_pairs(prompts: Sequence[Pair], seed: int) -> Iterator[tuple[Pair | Bad
                 yield replace(prompt, rejected=rejected), failure
                 break
         else:
-            yield BadRecord(prompt.source, "nothing to reject", f"no failure can be made of {prompt.chosen!r:.40}"), ""
+            yield BadRecord(prompt.source, "nothing to reject", f"no failure can be made of {prompt.chosen!r:.40}")
 
 
 def likeness(text: str, other: str) -> float:
@@ -277,7 +258,7 @@ class Sampler:
         self.reward_model = RewardModel(args.reward_model, model_args) if args.reward_model else None
         load_weights([self.chat_model], model_args)
 
-    def pairs(self, prompts: Sequence[Pair]) -> Iterator[tuple[Pair | BadRecord, str]]:
+    def pairs(self, prompts: Sequence[Pair]) -> Iterator[tuple[Pair, str] | BadRecord]:
         """Each prompt with the model's reply that is to be rejected."""
         from medtune.models.generation import generate_replies
 
@@ -290,7 +271,7 @@ class Sampler:
                 try:
                     asked.append((prompt, self.encode(prompt)))
                 except Unusable as error:
-                    yield BadRecord(prompt.source, error.reason, error.detail), ""
+                    yield BadRecord(prompt.source, error.reason, error.detail)
             rows = [ids for _, ids in asked for _ in range(self.num_replies)]
             with chat_model.in_use() as model:
                 replies = generate_replies(
@@ -301,7 +282,7 @@ class Sampler:
                 try:
                     yield (self.best_over_worst if self.reward_model else least_like)(prompt, own), "the model's"
                 except Unusable as error:
-                    yield BadRecord(prompt.source, error.reason, error.detail), ""
+                    yield BadRecord(prompt.source, error.reason, error.detail)
 
     def encode(self, prompt: Pair) -> list[int]:
         from medtune.reading.tokenization import encode_prompt, refuse_control_tokens
@@ -357,20 +338,16 @@ def least_like(prompt: Pair, replies: Sequence["Reply"]) -> Pair:
 # ---------------------------------------------------------------- main
 
 
-def write_pairs(pairs: Iterable[tuple[Pair | BadRecord, str]], n_prompts: int, file: TextIO) -> list[str]:
+def write_pairs(pairs: Iterable[tuple[Pair, str] | BadRecord], n_prompts: int, file: TextIO) -> list[str]:
     """Write the pairs and return summary lines; raises UserError if there are none."""
     report, failures = Report(), Counter()
     chosen_lengths, rejected_lengths, margins = [], [], []
-    for item, failure in tqdm(pairs, total=n_prompts, unit=" pairs", disable=None):
-        report.read += 1
-        if isinstance(item, BadRecord):
-            report.drop(item)
-            continue
-        file.write(guide_line(item))
+    for pair, failure in report.usable(tqdm(pairs, total=n_prompts, unit=" pairs", disable=None)):
+        file.write(guide_line(pair))
         failures[failure] += 1
-        chosen_lengths.append(len(item.chosen))
-        rejected_lengths.append(len(item.rejected))
-        margins += [] if item.margin is None else [item.margin]
+        chosen_lengths.append(len(pair.chosen))
+        rejected_lengths.append(len(pair.rejected))
+        margins += [] if pair.margin is None else [pair.margin]
     if not report.kept:
         raise UserError("\n".join(["no pair could be made:", *dropped_lines(report)]))
     longer = sum(r > c for c, r in zip(chosen_lengths, rejected_lengths, strict=True)) / report.kept

@@ -29,7 +29,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -45,6 +45,7 @@ from medtune.reading.keys import Reading
 from medtune.reading.kinds import READERS, Kind, find_kind, is_plain_text
 from medtune.reading.near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Groups, bare_text
 from medtune.reading.records import BadRecord, Document, Feedback, Pair, Report
+from medtune.reading.sources import Sources
 from medtune.reading.token_flags import add_token_flags, lengths_at, settle_token_flags
 from medtune.reading.words import dropped_lines, question_of, unread_lines, words_of
 
@@ -87,75 +88,27 @@ def token_length(record: Record, encoder: "Encoder", args: argparse.Namespace) -
 # ---------------------------------------------------------------- first pass: clean, measure, leave copies out
 
 
-class KeptRecords:
-    """Temporary files of the kept records and their sources, one line each, deleted when the block ends."""
-
-    def __init__(self, folder: Path, ending: str):
-        self.path = folder / f".kept{ending}"
-        self._sources_path = folder / ".sources"
-        self._lines = self.path.open("w", encoding="utf-8", newline="\n")
-        self._sources = self._sources_path.open("w", encoding="utf-8", newline="\n")
-        self._length = 0
-
-    def __enter__(self) -> "KeptRecords":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file, path in ((self._lines, self.path), (self._sources, self._sources_path)):
-            file.close()
-            path.unlink()
-
-    def __len__(self) -> int:
-        return self._length
-
-    def flush(self) -> None:
-        self._lines.flush()
-        self._sources.flush()
-
-    def add(self, line: str, source: str) -> None:
-        self._lines.write(line)
-        self._sources.write(f"{source}\n")
-        self._length += 1
-
-    def source(self, number: int) -> str:
-        """The source of a record, looked up in the file, for the few in the report."""
-        self.flush()
-        with self._sources_path.open(encoding="utf-8", newline="\n") as sources:
-            return next(islice(sources, number, None)).rstrip("\n")
-
-    def lines(self) -> Iterator[str]:
-        with self.path.open(encoding="utf-8", newline="\n") as lines:
-            yield from lines
-
-
 def clean_and_measure(
     results: Iterable[Record | BadRecord], cleaner: Cleaner, measure: Callable[[Record], int], report: Report
 ) -> Iterator[tuple[Record, int]]:
     """The usable records, cleaned, and their lengths; the others are counted."""
-    for result in results:
-        report.read += 1
-        if isinstance(result, BadRecord):
-            report.drop(result)
-            continue
+    for record in report.usable(results):
         try:
-            record = cleaner(result)
-            yield record, measure(record)
+            cleaned = cleaner(record)
+            yield cleaned, measure(cleaned)
         except Unusable as fault:
-            report.drop(BadRecord(result.source, fault.reason, fault.detail))
+            report.drop(BadRecord(record.source, fault.reason, fault.detail))
 
 
 def keep_distinct(
-    records: Iterator[tuple[Record, int]],
-    threshold: float | None,
-    is_text: bool,
-    kept_records: KeptRecords,
-    report: Report,
+    records: Iterator[tuple[Record, int]], threshold: float | None, is_text: bool, kept: TextIO, report: Report
 ) -> Counter[int]:
-    """Keep each record that is not a copy or near copy of a kept one; returns the lengths.
+    """Write each record that is not a copy or near copy of one before it, a line each; returns their lengths.
 
     Good and bad replies are compared apart, since a small difference may be what makes a reply bad.
     """
     distinct, lengths = defaultdict(partial(Distinct, threshold)), Counter()
+    sources, n_kept = Sources(), 0
     numbers: dict[bool | None, array] = defaultdict(partial(array, "q"))  # of a label's kept records, among all kept
     firsts: dict[str, dict[int, str]] = {"duplicate": {}, "near duplicate": {}}
     while batch := list(islice(records, BATCH)):
@@ -170,18 +123,19 @@ def keep_distinct(
         for index, (record, length) in enumerate(batch):
             match, of_label = matches[index], numbers[labels[index]]
             if match is None:
-                of_label.append(len(kept_records))
-                kept_records.add(lines[index], record.source)
+                of_label.append(n_kept)
+                n_kept += 1
+                kept.write(lines[index])
+                sources.add(record.source)
                 lengths[length] += 1
             else:
                 reason, number = "duplicate" if match.is_copy else "near duplicate", of_label[match.number]
                 # Each look-up reads a file; the report shows three of a kind.
                 if number not in firsts[reason] and len(firsts[reason]) < 3:
-                    firsts[reason][number] = kept_records.source(number)
+                    firsts[reason][number] = sources[number]
                 first = firsts[reason].get(number, "another")
                 detail = f"the same as {first}" if match.is_copy else f"{match.share:.0%} like {first}"
                 report.drop(BadRecord(record.source, reason, detail))
-    kept_records.flush()
     return lengths
 
 
@@ -234,7 +188,7 @@ def number_to_hold_out(validation_size: float | None, n_records: int) -> int:
 # ---------------------------------------------------------------- what is written
 
 
-def write_parts(kept_records: KeptRecords, held_out: np.ndarray, folder: Path, name: str) -> dict[str, int]:
+def write_parts(kept: Path, held_out: np.ndarray, folder: Path, name: str) -> dict[str, int]:
     """Write train/NAME and, if records are held out, validation/NAME; returns the number of records of each."""
     masks = {"train": ~held_out} | ({"validation": held_out} if held_out.any() else {})
     with ExitStack() as stack:
@@ -242,7 +196,8 @@ def write_parts(kept_records: KeptRecords, held_out: np.ndarray, folder: Path, n
         for part in masks:
             (folder / part).mkdir()
             files[part] = stack.enter_context((folder / part / name).open("w", encoding="utf-8", newline="\n"))
-        for line, is_held_out in zip(kept_records.lines(), held_out.tolist(), strict=True):
+        lines = stack.enter_context(kept.open(encoding="utf-8", newline="\n"))
+        for line, is_held_out in zip(lines, held_out.tolist(), strict=True):
             files["validation" if is_held_out else "train"].write(line)
     return {part: int(mask.sum()) for part, mask in masks.items()}
 
@@ -371,19 +326,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def hold_out(args: argparse.Namespace, kind: Kind, kept_records: KeptRecords) -> np.ndarray:
+def hold_out(args: argparse.Namespace, kind: Kind, kept: Path, n_kept: int) -> np.ndarray:
     """[number of records] bool. Raises UserError where one of the parts would be empty."""
-    n_holdout = number_to_hold_out(args.validation_size, len(kept_records))
+    n_holdout = number_to_hold_out(args.validation_size, n_kept)
     if not n_holdout:
-        return np.zeros(len(kept_records), dtype=bool)
+        return np.zeros(n_kept, dtype=bool)
     shingle = TEXT_SHINGLE if kind == "documents" else QUESTION_SHINGLE
-    records = progress(READERS[kind]([kept_records.path]), "comparing questions")
+    records = progress(READERS[kind]([kept]), "comparing questions")
     labels, keys = group_questions(map(question_of, records), args.seed, args.split_threshold, shingle)
-    assert len(labels) == len(kept_records), (len(labels), len(kept_records))
+    assert len(labels) == n_kept, (len(labels), n_kept)
     held_out = choose_groups(labels, keys, n_holdout)
     if held_out.all() or not held_out.any():
         raise UserError(
-            f"--validation_size: cannot hold out {n_holdout} of {len(kept_records)} records, since records with like "
+            f"--validation_size: cannot hold out {n_holdout} of {n_kept} records, since records with like "
             "questions stay together; change it, raise --split_threshold, or give 0 to hold out none"
         )
     return held_out
@@ -434,13 +389,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         new_text_file(report_file, "--output_dir", args.overwrite) as written_report,
         new_folder(args.output_dir, "--output_dir", args.overwrite) as folder,
     ):
-        with KeptRecords(folder, Path(name).suffix) as kept_records:
+        kept = folder / f".kept{Path(name).suffix}"
+        with kept.open("w", encoding="utf-8", newline="\n") as file:
             records = clean_and_measure(progress(READERS[kind](files, reading), "cleaning"), cleaner, measure, report)
             threshold = args.near_duplicate_threshold if args.near_duplicate_threshold < 1 else None
-            lengths = keep_distinct(records, threshold, is_text, kept_records, report)
-            if not kept_records:
-                raise UserError(nothing_kept(args, report))
-            sizes = write_parts(kept_records, hold_out(args, kind, kept_records), folder, name)
+            lengths = keep_distinct(records, threshold, is_text, file, report)
+        if not lengths:
+            raise UserError(nothing_kept(args, report))
+        sizes = write_parts(kept, hold_out(args, kind, kept, lengths.total()), folder, name)
+        kept.unlink()
         save_histogram(folder / "lengths.png", lengths, unit, limit)
         report.notes = reading.lines()
         report_values = {

@@ -29,7 +29,10 @@ from medtune.output_files import new_folder
 
 matplotlib.use("svg")
 from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+TITLE = "Training report"
 STAGES = {
     "pt": "Continued pretraining",
     "sft": "Supervised fine-tuning",
@@ -43,21 +46,13 @@ PANELS = (
     ("token accuracy", {"token_accuracy": "training", "eval_token_accuracy": "held-out"}),
     (
         "pairs ordered right",
-        {
-            "accuracy": "training",
-            "eval_accuracy": "held-out",
-            "reward_accuracy": "training",
-            "eval_reward_accuracy": "held-out",
-        },
+        {"accuracy": "training", "eval_accuracy": "held-out"}
+        | {"reward_accuracy": "training", "eval_reward_accuracy": "held-out"},
     ),
     (
         "margin",
-        {
-            "margin": "training",
-            "eval_margin": "held-out",
-            "reward_margin": "training",
-            "eval_reward_margin": "held-out",
-        },
+        {"margin": "training", "eval_margin": "held-out"}
+        | {"reward_margin": "training", "eval_reward_margin": "held-out"},
     ),
     ("score", {"objective/score": "sampled", "eval_score": "held-out, greedy"}),
     ("KL from the start (nats a reply)", {"objective/kl": "sampled", "eval_kl": "held-out, greedy"}),
@@ -144,18 +139,8 @@ def read_evaluation(folder: Path) -> tuple[dict, list[dict]]:
 
 
 def stages_section(runs: Sequence[Run]) -> Section:
-    header = [
-        "stage",
-        "output",
-        "starts from",
-        "data",
-        "rows",
-        "steps",
-        "learning rate",
-        "time",
-        "tokens/s",
-        "peak GiB",
-    ]
+    header = ["stage", "output", "starts from", "data", "rows", "steps"]
+    header += ["learning rate", "time", "tokens/s", "peak GiB"]
     rows = []
     for run in runs:
         seconds = run.train.get("train_runtime", run.train.get("seconds"))
@@ -307,13 +292,8 @@ def curves(log: Sequence[dict]) -> str:
             panels.append((axis, series))
     if not panels:
         return ""
-    n_rows = -(-len(panels) // 3)
-    figure, grid = pyplot.subplots(
-        n_rows, min(len(panels), 3), figsize=(11, 3 * n_rows), layout="constrained", squeeze=False
-    )
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    for axes, (axis, series) in zip(grid.flat, panels, strict=False):
+    figure, grid = panel_grid(len(panels), height=3)
+    for axes, (axis, series) in zip(grid, panels, strict=True):
         for who, points in series.items():
             style = "o-" if who.startswith("held-out") else "-"
             axes.plot(*zip(*points, strict=True), style, label=who, markersize=4)
@@ -372,15 +352,10 @@ def bars(panels: Sequence[Panel], names: Sequence[str]) -> str:
     """A bar for each model in each panel, as SVG; "" for none."""
     if not panels:
         return ""
-    n_rows = -(-len(panels) // 3)
-    figure, grid = pyplot.subplots(
-        n_rows, min(len(panels), 3), figsize=(11, 3.2 * n_rows), layout="constrained", squeeze=False
-    )
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
+    figure, grid = panel_grid(len(panels), height=3.2)
     colors = [f"C{number}" for number in range(len(names))]
     is_long = max(map(len, names)) * len(names) > 40
-    for axes, panel in zip(grid.flat, panels, strict=False):
+    for axes, panel in zip(grid, panels, strict=True):
         values = [of_model["value"] for of_model in panel.figures]
         errors = [
             [max(of_model["value"] - of_model["interval"][0], 0) for of_model in panel.figures],
@@ -395,7 +370,17 @@ def bars(panels: Sequence[Panel], names: Sequence[str]) -> str:
     return to_svg(figure)
 
 
-def to_svg(figure) -> str:
+def panel_grid(n_panels: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of three panels a row, each of this height in inches."""
+    n_rows = -(-n_panels // 3)
+    size = {"figsize": (11, height * n_rows), "layout": "constrained", "squeeze": False}
+    figure, grid = pyplot.subplots(n_rows, min(n_panels, 3), **size)
+    for axes in grid.flat[n_panels:]:
+        axes.set_visible(False)
+    return figure, grid.flat[:n_panels]
+
+
+def to_svg(figure: Figure) -> str:
     text = io.StringIO()
     # The same figure gives the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "report"}):
@@ -412,7 +397,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="output folders of training stages, in order")
     parser.add_argument("--evaluation", type=Path, help="output folder of scripts/evaluate_model.py")
-    parser.add_argument("--title", default="Training report", help="heading of the page")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs-report"), help="new folder for the report")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier report in --output_dir")
     args = parser.parse_args(argv)
@@ -428,8 +412,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for block in (block for section in sections for block in section.blocks):
             if isinstance(block, Chart):
                 (folder / f"charts/{block.name}.svg").write_text(block.svg, encoding="utf-8")
-        (folder / "report.html").write_text(to_html(args.title, sections), encoding="utf-8")
-        (folder / "report.md").write_text(to_markdown(args.title, sections), encoding="utf-8")
+        (folder / "report.html").write_text(to_html(TITLE, sections), encoding="utf-8")
+        (folder / "report.md").write_text(to_markdown(TITLE, sections), encoding="utf-8")
     print(f"{args.output_dir}: report.html and report.md")
 
 

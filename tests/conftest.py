@@ -100,6 +100,30 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def sft_adapter(tiny_model_dir, tmp_path_factory) -> Path:
+    """What the SFT stage leaves, with the guide's rank and alpha; its replies end now and then. Read only."""
+    from stage_runs import train_sft
+
+    return train_sft(tmp_path_factory.mktemp("sft"), tiny_model_dir, "--max_steps", "12")
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_model_dir, tmp_path_factory) -> Path:
+    """An adapter with random weights, as SFT saves one. Read only."""
+    from random_adapters import random_adapter
+
+    return random_adapter(tiny_model_dir, tmp_path_factory.mktemp("adapter") / "checkpoint-best")
+
+
+@pytest.fixture(scope="session")
+def reward_adapter(tiny_model_dir, tmp_path_factory) -> Path:
+    """A reward model with random weights. Read only."""
+    from random_adapters import random_reward_adapter
+
+    return random_reward_adapter(tiny_model_dir, tmp_path_factory.mktemp("rm") / "checkpoint-best")
+
+
 @pytest.fixture
 def write_jsonl(tmp_path) -> Callable[[str, list], Path]:
     """A function that writes records, one a line, into a file below `tmp_path` and returns its path."""

@@ -6,13 +6,28 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors.torch import load_file
 
 from medtune.errors import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"]
 STAGES = {"pt": "pretraining", "sft": "supervised_finetuning", "rm": "reward_modeling", "dpo": "dpo_training"}
+ADAPTER_FILES = {
+    *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "lineage.json"),
+    *("tokenizer.json", "tokenizer_config.json"),
+}
+# Of a numbered checkpoint, besides its manifest.
+STATE_FILES = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin"}
+# Of a run that was evaluated, besides its checkpoints.
+RESULTS = {"eval_results.json", "loss.png", "train_results.json", "trainer_state.json"}
 
 
 def write_data(stage: str, folder: Path, n_records: int = 32) -> Path:
@@ -31,13 +46,24 @@ def write_data(stage: str, folder: Path, n_records: int = 32) -> Path:
             {"question": q, "response_chosen": a, "response_rejected": "不用管。"}
             for q, a in zip(questions, answers, strict=True)
         ]
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    (data / "records.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    write_lines(data / "records.jsonl", records)
     return data
 
 
+def write_lines(path: Path, records: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def words(values: Mapping[str, object]) -> list[str]:
+    """Flags; None is left out, a list gives several values."""
+    given = {name: value if isinstance(value, list) else [value] for name, value in values.items() if value is not None}
+    return [word for name, several in given.items() for word in (f"--{name}", *map(str, several))]
+
+
 def stage_flags(stage: str, model: Path, folder: Path, **changes) -> list[str]:
-    """A short run's flags; keywords replace or add some, None removes one."""
+    """A short run's flags; keywords replace or add some, None removes one, a list gives several values."""
     values = {
         "model_name_or_path": model,
         "train_file_dir": changes.get("train_file_dir") or write_data(stage, folder),
@@ -55,14 +81,54 @@ def stage_flags(stage: str, model: Path, folder: Path, **changes) -> list[str]:
         "cache_dir": folder / "cache",
     }
     values |= {"block_size": 64} if stage == "pt" else {"template_name": "qwen"}
-    values |= changes
-    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+    return words(values | changes)
+
+
+def train(stage: ModuleType, folder: Path, model: Path, records: list[dict], *flags: str) -> Path:
+    """What a few steps of a stage leave."""
+    data = write_lines(folder / "data.jsonl", records)
+    options = "--do_train --template_name qwen --max_steps 2 --learning_rate 1e-2 --gradient_checkpointing False"
+    files = f"--train_file_dir {data} --output_dir {folder / 'out'} --cache_dir {folder / 'cache'}"
+    stage.main([*f"--model_name_or_path {model} {options} {files}".split(), *flags])
+    return folder / "out/checkpoint-best"
+
+
+def train_sft(folder: Path, model: Path, *flags: str) -> Path:
+    records = [{"question": f"{part}疼怎么办？", "answer": f"{part}疼请就诊。"} for part in PARTS]
+    return train(importlib.import_module("supervised_finetuning"), folder, model, records, *flags)
+
+
+# ---------------------------------------------------------------- what a run left
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=torch.arange(7, 47).reshape(2, 20)).logits
 
 
 def logged(output_dir: Path, name: str = "loss") -> dict[int, float]:
     """A figure of the log by step."""
     history = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return {entry["step"]: entry[name] for entry in history if name in entry}
+
+
+# ---------------------------------------------------------------- processes
+
+
+def run_process(script: str, argv: list[str], n_processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
+    """A script as its users start it: with python, or several of it with torchrun."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
+    command = [sys.executable, *(launch if n_processes > 1 else []), script, *argv]
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "check": False}
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, **options)
 
 
 # A server imports the libraries once, which takes half a minute, and forks a process for each run.

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,15 +11,25 @@ import pytest
 import torch
 from datasets import Dataset
 from guide import GUIDE_DPO
-from safetensors.torch import load_file
-from stage_runs import logged
+from stage_runs import (
+    ADAPTER_FILES,
+    PARTS,
+    RESULTS,
+    STATE_FILES,
+    logged,
+    logits_of,
+    names,
+    run_process,
+    stage_flags,
+    train_sft,
+    weights_of,
+)
 from tiny_families import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_training
 import merge_peft_adapter
 import pretraining
-import supervised_finetuning
 from dpo_training import DegenerationAlarm, GreedySamples, relative_fall
 from medtune.errors import UserError
 from medtune.models.adapters import load_for_training, load_with_adapter
@@ -36,15 +43,8 @@ from medtune.training.preference_arguments import PreferenceConfig
 from medtune.training.preference_trainer import PreferenceTrainer
 from medtune.training.reference import copy_adapter
 
-ROOT = Path(__file__).resolve().parents[1]
-PARTS, SIGNS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"], ["疼", "痒", "肿", "麻"]
+SIGNS = ["疼", "痒", "肿", "麻"]
 LN2 = math.log(2)
-ADAPTER_FILES = {
-    *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "lineage.json"),
-    *("tokenizer.json", "tokenizer_config.json"),
-}
-STATE_FILES = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin"}
-RESULTS = {"eval_results.json", "loss.png", "train_results.json", "trainer_state.json"}
 
 
 def make_pairs(n_pairs: int) -> list[dict]:
@@ -68,33 +68,12 @@ def data_dir(write_jsonl) -> Path:
 
 @pytest.fixture
 def flags(sft_adapter, data_dir, tmp_path):
-    """A short run's flags; keywords replace or add some, None removes one, a list gives several values."""
+    """A function that gives a short run's flags."""
 
     def build(**changes) -> list[str]:
-        values = {
-            "model_name_or_path": sft_adapter,
-            "template_name": "qwen",
-            "train_file_dir": data_dir,
-            "validation_file_dir": None,
-            "do_train": True,
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 4,
-            "max_target_length": 64,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            "gradient_checkpointing": False,
-            "save_strategy": "steps",
-            "save_steps": 2,
-            "output_dir": tmp_path / "out",
-            "cache_dir": tmp_path / "cache",
-        } | changes
-        words = []
-        for name, value in values.items():
-            if value is not None:
-                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        return words
+        return stage_flags(
+            "dpo", sft_adapter, tmp_path, **{"train_file_dir": data_dir, "max_target_length": 64} | changes
+        )
 
     return build
 
@@ -112,41 +91,10 @@ def trainers(monkeypatch) -> list[PreferenceTrainer]:
     return kept
 
 
-def run_sft(folder: Path, model: Path, *flags: str) -> Path:
-    """What two steps of the SFT stage leave."""
-    records = [{"question": f"{part}疼怎么办？", "answer": f"{part}疼请就诊。"} for part in PARTS]
-    data = folder / "sft.jsonl"
-    data.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    options = "--do_train --template_name qwen --max_steps 2 --learning_rate 1e-2 --gradient_checkpointing False"
-    files = f"--train_file_dir {data} --output_dir {folder / 'sft'} --cache_dir {folder / 'sft-cache'}"
-    supervised_finetuning.main([*f"--model_name_or_path {model} {options} {files}".split(), *flags])
-    return folder / "sft/checkpoint-best"
-
-
-@pytest.fixture(scope="module")
-def sft_adapter(tiny_model_dir, tmp_path_factory) -> Path:
-    """With the guide's rank and alpha. Read only."""
-    return run_sft(tmp_path_factory.mktemp("adapter"), tiny_model_dir, "--lora_rank", "16", "--lora_alpha", "32")
-
-
 @pytest.fixture(scope="module")
 def sft_model(tiny_model_dir, tmp_path_factory) -> Path:
     """A model of its own. Read only."""
-    return run_sft(tmp_path_factory.mktemp("full"), tiny_model_dir, "--use_peft", "False")
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-@torch.no_grad()
-def logits_of(model: torch.nn.Module) -> torch.Tensor:
-    ids = torch.arange(7, 47).reshape(2, 20)
-    return model.eval()(input_ids=ids).logits
+    return train_sft(tmp_path_factory.mktemp("full"), tiny_model_dir, "--use_peft", "False")
 
 
 @torch.no_grad()
@@ -241,7 +189,7 @@ def test_loss_that_is_not_finite_names_the_records(flags, monkeypatch):
 def test_experts_add_no_router_loss(flags, tmp_path, tiny_model_dir):
     """The policy is the reference, so the loss of the first step is ln 2 and nothing more."""
     model = save_tiny_model("qwen3_moe", tmp_path / "moe", tiny_model_dir)
-    adapter = run_sft(tmp_path, model, "--lora_dropout", "0", "--target_modules", "all")
+    adapter = train_sft(tmp_path / "sft", model, "--lora_dropout", "0", "--target_modules", "all")
     dpo_training.main(
         flags(model_name_or_path=adapter, target_modules="all", lora_dropout=0, max_steps=1, save_strategy="no")
     )
@@ -364,7 +312,7 @@ def test_chain_of_pretraining_sft_and_dpo(flags, tmp_path, tiny_model_dir, train
     files = f"--train_file_dir {text} --output_dir {tmp_path / 'pt'} --cache_dir {tmp_path / 'cache'}"
     pretraining.main(f"--model_name_or_path {tiny_model_dir} {options} {files}".split())
     pt_adapter = tmp_path / "pt/checkpoint-best"
-    adapter = run_sft(tmp_path, pt_adapter)
+    adapter = train_sft(tmp_path / "sft", pt_adapter)
     dpo_training.main(flags(model_name_or_path=adapter))
     best = tmp_path / "out/checkpoint-best"
     assert read_lineage(adapter).parent == str(pt_adapter)
@@ -493,11 +441,9 @@ def test_quantized_base_trains_an_adapter_in_float32(flags, tmp_path, flag):
 @pytest.mark.parametrize(
     "options",
     [
-        {"gradient_checkpointing": True},
-        {"group_by_length": True},
+        {"gradient_checkpointing": True, "group_by_length": True, "remove_unused_columns": False},
         {"loss_type": ["sigmoid", "sft", "ipo"], "loss_weights": [1, 0.5, 0.1]},
         {"loss_type": "robust", "label_smoothing": 0.1},
-        {"remove_unused_columns": False},
         {"loss_type": "orpo", "gradient_checkpointing": True, "remove_unused_columns": False},
     ],
     ids=lambda options: "-".join(options),
@@ -764,19 +710,13 @@ def test_resume_gives_the_losses_of_an_uninterrupted_run(flags, feedback, tmp_pa
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def run(argv: list[str], n_processes: int, **environment: str) -> subprocess.CompletedProcess:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
-    command = [sys.executable, *(launch if n_processes > 1 else []), "dpo_training.py", *argv]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("is_kto", [False, True])
 def test_two_processes_give_the_losses_of_one(flags, feedback, tmp_path, is_kto):
     options = {"do_eval": True, "eval_steps": 2, "precompute_ref_log_probs": not is_kto} | (feedback if is_kto else {})
     one = {"output_dir": tmp_path / "one", "cache_dir": tmp_path / "other-cache"}
     dpo_training.main(flags(per_device_train_batch_size=2, **options, **one))
-    finished = run(flags(per_device_train_batch_size=1, **options), n_processes=2)
+    finished = run_process("dpo_training.py", flags(per_device_train_batch_size=1, **options), n_processes=2)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "2 process(es)" in finished.stderr
     assert finished.stderr.count("before step 1 the policy is the reference") == 1
@@ -792,7 +732,7 @@ def test_the_guides_command_as_it_stands(sft_adapter, data_dir, tmp_path):
         *f"--model_name_or_path {sft_adapter} --train_file_dir {data_dir} --validation_file_dir {data_dir}".split(),
         *f"--output_dir {tmp_path / 'out'} --cache_dir {tmp_path / 'cache'} --max_steps 2".split(),
     ]
-    finished = run(argv, n_processes=1, CUDA_VISIBLE_DEVICES="0,1")
+    finished = run_process("dpo_training.py", argv, CUDA_VISIBLE_DEVICES="0,1")
     assert finished.returncode == 0, finished.stderr[-3000:]
     log = finished.stderr
     assert names(tmp_path / "out") == {"checkpoint-2", "checkpoint-best", "runs"} | RESULTS

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from random_adapters import random_adapter
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+from transformers import AutoModelForSequenceClassification
 
 import inference
 from inference import QUESTIONS, encode_questions, main, read_questions
@@ -20,38 +21,13 @@ from medtune.errors import UserError
 from medtune.models import adapters, chat_models, loading, reward_models, score_heads
 from medtune.models.chat_models import NOTICE, ChatModel, ChatModelArguments, RewardModel, describe_model
 from medtune.models.generation import Reply
-from medtune.models.lineage import Lineage
+from medtune.models.lineage import Lineage, read_lineage
 from medtune.models.loading import load_tokenizer
 from medtune.reading.tokenization import IGNORED_LABEL, encode_dialogue, load_chat_template, stop_token_ids
 
 NO_LIMIT = 10**6
 SCRIPT = Path(inference.__file__)
 SHORT = ["--max_new_tokens", "6"]
-
-
-def make_adapter(base_dir: Path, folder: Path, template: str = "qwen", stage: str = "sft", **sizes) -> Path:
-    """An adapter with random weights, as a stage saves it."""
-    set_seed(1)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
-    config.init_lora_weights = False
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_dir), config)
-    model.save_pretrained(folder)
-    tokenizer = load_tokenizer(str(base_dir))
-    load_chat_template(tokenizer, template)
-    tokenizer.save_pretrained(folder)
-    sizes = {"hidden_size": 128, "vocab_size": model.config.vocab_size} | sizes
-    Lineage(str(base_dir), None, stage, template, "data", **sizes).save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_model_dir, tmp_path_factory) -> Path:
-    return make_adapter(tiny_model_dir, tmp_path_factory.mktemp("adapter") / "checkpoint-best")
-
-
-@pytest.fixture(scope="module")
-def chatml_adapter(tiny_model_dir, tmp_path_factory) -> Path:
-    return make_adapter(tiny_model_dir, tmp_path_factory.mktemp("adapter") / "checkpoint-best", template="chatml")
 
 
 @pytest.fixture
@@ -259,23 +235,9 @@ def test_bad_data_is_named_by_file_and_line(adapter, tmp_path, no_weights, name,
 @pytest.fixture(scope="module")
 def other_adapter(tiny_model_dir, tmp_path_factory) -> Path:
     """The random adapter with other weights and the template chatml."""
-    folder = make_adapter(tiny_model_dir, tmp_path_factory.mktemp("other") / "checkpoint-best", template="chatml")
+    folder = random_adapter(tiny_model_dir, tmp_path_factory.mktemp("other") / "checkpoint-best", template="chatml")
     file = folder / "adapter_model.safetensors"
     save_file({name: tensor * -1.5 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reward_adapter(tiny_model_dir, tmp_path_factory) -> Path:
-    """A reward model with random weights."""
-    folder = tmp_path_factory.mktemp("rm") / "checkpoint-best"
-    set_seed(3)
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
-    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear"))
-    model.save_pretrained(folder)
-    load_tokenizer(str(tiny_model_dir)).save_pretrained(folder)
-    sizes = {"hidden_size": 128, "vocab_size": model.config.vocab_size}
-    Lineage(str(tiny_model_dir), None, "rm", "", "data", **sizes).save(folder)
     return folder
 
 
@@ -487,7 +449,8 @@ def test_what_cannot_be_honoured_is_refused_before_weights_load(tiny_model_dir, 
 
 
 def test_another_base_is_refused_before_weights_load(tiny_model_dir, tmp_path, monkeypatch):
-    adapter = make_adapter(tiny_model_dir, tmp_path / "a", hidden_size=64)
+    adapter = random_adapter(tiny_model_dir, tmp_path / "a")
+    Lineage(str(tiny_model_dir), None, "sft", "qwen", "data", 64, read_lineage(adapter).vocab_size).save(adapter)
     other = tmp_path / "other"
     other.mkdir()
     for file in tiny_model_dir.iterdir():

@@ -149,16 +149,15 @@ def test_without_changes_it_gives_the_flags_of_the_guide(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_every_flag_is_known_to_the_script(name, tmp_path):
-    call = launch(name, tmp_path)
-    unknown = {f"--{flag}" for flag, _ in pairs(call.flags)} - known_flags(call.script)
-    assert not unknown
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_no_flag_is_given_twice(name, tmp_path):
-    flags = [flag for flag, _ in pairs(launch(name, tmp_path).flags)]
+def test_it_starts_the_script_in_the_project_with_flags_that_it_knows_each_once(name, tmp_path):
+    call = launch(name, tmp_path, N_PROCESSES="2")  # how many is decided in one place
+    assert (call.folder, call.before) == (str(ROOT), ["-m", "medtune.launch"])
+    assert (ROOT / call.script).is_file()
+    flags = [f"--{flag}" for flag, _ in pairs(call.flags)]
+    assert set(flags) <= known_flags(call.script)
     assert len(flags) == len(set(flags))
+    assert "--deepspeed" not in flags
+    assert call.devices == edit_block(name)["CUDA_VISIBLE_DEVICES"]
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -184,33 +183,13 @@ def test_flags_after_the_name_win_over_both(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_how_many_processes_is_decided_in_one_place(name, tmp_path):
-    assert launch(name, tmp_path, N_PROCESSES="2").before == ["-m", "medtune.launch"]
-
-
-@pytest.mark.parametrize("name", [name for name in STAGES if "DEEPSPEED" in edit_block(name)])
-def test_deepspeed_is_handed_on(name, tmp_path):
-    assert launch(name, tmp_path, DEEPSPEED="ds_configs/zero2.json").last("--deepspeed") == "ds_configs/zero2.json"
-    assert launch(name, tmp_path).last("--deepspeed") is None
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_it_runs_in_the_project_wherever_it_is_started(name, tmp_path):
-    call = launch(name, tmp_path)
-    assert call.folder == str(ROOT)
-    assert (ROOT / call.script).is_file()
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_devices_of_the_environment_are_kept(name, tmp_path):
-    assert launch(name, tmp_path, N_PROCESSES="1").devices == edit_block(name)["CUDA_VISIBLE_DEVICES"]
-    for devices in ("3", "0,1,2,3", ""):  # "" hides every GPU
-        assert launch(name, tmp_path, CUDA_VISIBLE_DEVICES=devices, N_PROCESSES="1").devices == devices
-
-
-@pytest.mark.parametrize("name", [name for name in STAGES if "TEMPLATE" in edit_block(name)])
-def test_an_empty_template_takes_the_tokenizer_s_own(name, tmp_path):
-    assert launch(name, tmp_path, TEMPLATE="").last("--template_name") is None
+def test_what_may_be_empty_or_is_handed_on(name, tmp_path):
+    own = {"DEEPSPEED": "ds_configs/zero2.json", "TEMPLATE": "", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    call = launch(name, tmp_path, **own)
+    assert call.last("--deepspeed") == ("ds_configs/zero2.json" if "DEEPSPEED" in edit_block(name) else None)
+    assert call.last("--template_name") is None  # the tokenizer's own
+    assert call.devices == "0,1,2,3"
+    assert launch(name, tmp_path, CUDA_VISIBLE_DEVICES="").devices == ""  # hides every GPU
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from random_adapters import random_adapter, save_adapter
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,7 +24,7 @@ import merge_peft_adapter
 from medtune.errors import UserError
 from medtune.models.adapters import load_for_training
 from medtune.models.lineage import Lineage, read_lineage
-from medtune.models.loading import load_tokenizer, weights_fingerprint
+from medtune.models.loading import weights_fingerprint
 from medtune.reading.tokenization import load_chat_template
 from merge_peft_adapter import Difference, comparison_prompts, difference_from, judge, main, references_of
 
@@ -33,30 +34,6 @@ FILES = [
     *("tokenizer.json", "tokenizer_config.json"),
 ]
 PROMPT = "感冒了应该怎么办？多喝水，注意休息。See a doctor."
-
-
-def save_adapter(model: PeftModel, base_dir: Path, folder: Path, template: str = "qwen", **sizes) -> Path:
-    model.save_pretrained(folder)
-    tokenizer = load_tokenizer(str(base_dir))
-    load_chat_template(tokenizer, template)
-    tokenizer.save_pretrained(folder)
-    sizes = {"hidden_size": 128, "vocab_size": model.config.vocab_size} | sizes
-    Lineage(str(base_dir), None, "dpo", template, "data/reward", **sizes).save(folder)
-    return folder
-
-
-def random_adapter(base_dir: Path, folder: Path, template: str = "qwen", **lora) -> Path:
-    """An adapter with random weights that says other things than its base."""
-    set_seed(1)
-    config = LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | lora)
-    config.init_lora_weights = False
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_dir), config)
-    return save_adapter(model, base_dir, folder, template)
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_model_dir, tmp_path_factory) -> Path:
-    return random_adapter(tiny_model_dir, tmp_path_factory.mktemp("adapter") / "checkpoint-best")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +112,7 @@ def test_the_folder_holds_a_whole_model(tiny_model_dir, tmp_path, capsys, all_pr
         str(folder),
         "merge",
         "chatml",
-        "data/reward",
+        "data",
         hidden_size=128,
         vocab_size=config["vocab_size"],
         start_weights=weights_fingerprint(str(folder)),
@@ -164,8 +141,9 @@ def test_what_is_merged_already_is_left_and_what_was_merged_otherwise_is_refused
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()} == before
 
 
-def test_weights_are_written_in_shards(tiny_model_dir, adapter, tmp_path):
-    main(flags(tiny_model_dir, adapter, tmp_path / "merged", "--max_shard_size", "500KB"))
+def test_weights_are_written_in_shards(tiny_model_dir, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge_peft_adapter, "MAX_SHARD_SIZE", "500KB")
+    main(flags(tiny_model_dir, adapter, tmp_path / "merged"))
     index = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text(encoding="utf-8"))
     assert len(set(index["weight_map"].values())) > 1
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -400,7 +378,6 @@ def test_a_wrong_base_is_refused(tiny_model_dir, tmp_path, no_weights):
         ({"--base_model": "./nowhere"}, "--base_model ./nowhere: no such folder"),
         ({"--lora_model": "./nowhere"}, "./nowhere: no such folder"),
         ({"--lora_model": "BASE"}, "no adapter_config.json in it"),
-        ({"--max_shard_size": "large"}, "--max_shard_size large: give a size such as"),
         ({"--torch_dtype": "int8"}, "--torch_dtype"),
     ],
 )

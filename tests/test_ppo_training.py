@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -19,13 +17,25 @@ from conftest import TEXTS, TINY_HEADS, TINY_SHAPE
 from guide import GUIDE_PPO
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from stage_runs import end_well, start_stage, start_two_processes
+from stage_runs import (
+    ADAPTER_FILES,
+    PARTS,
+    end_well,
+    logits_of,
+    names,
+    run_process,
+    start_stage,
+    start_two_processes,
+    train,
+    weights_of,
+    words,
+    write_lines,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import merge_peft_adapter
 import ppo_training
 import reward_modeling
-import supervised_finetuning
 from medtune.arguments import StageArgumentParser
 from medtune.errors import UserError
 from medtune.models.adapters import load_with_adapter
@@ -40,11 +50,6 @@ from medtune.rl.roles import Roles, load_roles
 from medtune.training.checkpoints import no_other_run
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"]
-ADAPTER_FILES = {
-    *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "lineage.json"),
-    *("tokenizer.json", "tokenizer_config.json"),
-}
 STATE_FILES = {
     *("manifest.sha256", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"),
     "value_model.safetensors",
@@ -55,35 +60,12 @@ SIXTEEN = {"per_device_train_batch_size": 4, "max_steps": 1}  # episodes an upda
 # ---------------------------------------------------------------- what the stages before left
 
 
-def write_lines(path: Path, records: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    return path
-
-
-def train(stage, folder: Path, model: Path, records: list[dict], *flags: str) -> Path:
-    """What a few steps of a stage leave."""
-    data = write_lines(folder / "data.jsonl", records)
-    options = "--do_train --template_name qwen --learning_rate 1e-2 --gradient_checkpointing False"
-    files = f"--train_file_dir {data} --output_dir {folder / 'out'} --cache_dir {folder / 'cache'}"
-    stage.main([*f"--model_name_or_path {model} {options} {files}".split(), *flags])
-    return folder / "out/checkpoint-best"
-
-
 def train_rm(folder: Path, model: Path, *flags: str) -> Path:
     pairs = [
         {"question": f"{part}疼怎么办？", "response_chosen": f"{part}疼请就诊。", "response_rejected": "不用管。"}
         for part in PARTS
     ]
     return train(reward_modeling, folder, model, pairs, "--max_steps", "4", *flags)
-
-
-@pytest.fixture(scope="module")
-def sft_adapter(tiny_model_dir, tmp_path_factory) -> Path:
-    """An SFT adapter whose replies end by themselves now and then. Read only."""
-    records = [{"question": f"{part}疼怎么办？", "answer": f"{part}疼请就诊。"} for part in PARTS]
-    folder = tmp_path_factory.mktemp("sft")
-    return train(supervised_finetuning, folder, tiny_model_dir, records, "--max_steps", "12")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +102,7 @@ def short_run(sft_adapter: Path, rm_adapter: Path, folder: Path, **changes) -> l
         "output_dir": folder / "out",
         "cache_dir": folder / "cache",
     } | changes
-    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+    return words(values)
 
 
 @pytest.fixture
@@ -149,19 +131,6 @@ def history(output_dir: Path) -> list[dict]:
 
 def updates(output_dir: Path, name: str) -> list[float]:
     return [entry[name] for entry in history(output_dir) if name in entry]
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-@torch.no_grad()
-def logits_of(model: torch.nn.Module) -> torch.Tensor:
-    return model.eval()(input_ids=torch.arange(7, 47).reshape(2, 20)).logits
 
 
 # ---------------------------------------------------------------- before the first update
@@ -258,15 +227,6 @@ def test_bandit_is_solved(flags, tmp_path, monkeypatch, tiny_model_dir):
 
 
 # ---------------------------------------------------------------- several processes
-
-
-def run_processes(argv: list[str], n_processes: int, **variables: str) -> subprocess.CompletedProcess:
-    launch = [sys.executable]
-    if n_processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    command = [*launch, "ppo_training.py", *argv]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def train_in(n_processes: int, folder: Path, argv: list[str]) -> str:
@@ -721,7 +681,7 @@ def test_guide_command_as_it_stands(sft_adapter, rm_adapter, data_dir, tmp_path)
         *f"--train_file_dir {data_dir} --validation_file_dir {data_dir} --total_episodes 16".split(),
         *f"--output_dir {tmp_path / 'out'} --cache_dir {tmp_path / 'cache'}".split(),
     ]
-    finished = run_processes(argv, n_processes=1, CUDA_VISIBLE_DEVICES="0,1")
+    finished = run_process("ppo_training.py", argv, CUDA_VISIBLE_DEVICES="0,1")
     assert finished.returncode == 0, finished.stderr[-3000:]
     log = finished.stderr
     results = {"curves.png", "eval_results.json", "train_results.json", "trainer_state.json"}

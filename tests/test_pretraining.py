@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +13,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from guide import GUIDE_PT
 from peft import TaskType
+from stage_runs import PARTS, RESULTS, logged, names, run_process, stage_flags
 from tiny_families import save_tiny_model
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterable
@@ -29,15 +27,12 @@ from medtune.models.adapters import load_for_training, load_with_adapter
 from medtune.models.lineage import read_lineage
 from medtune.reading.blocks import cut_blocks, document_end_id, learned_bytes_per_token, token_byte_lengths
 from medtune.reading.encoders import DocumentEncoder
-from medtune.reading.finding import find_files
 from medtune.reading.readers import load_documents
 from medtune.reading.records import Document
 from medtune.reading.stage_data import encode_records
 from medtune.training.causal_lm_trainer import IGNORED_LABEL, Collator, loss_statistics, token_losses
 from pretraining import last_tokens, stream_blocks, stream_data
 
-ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"]
 TEXTS = [f"{PARTS[n % 8]}部不适第{n}种：多喝水，注意休息，{n}天不好请去医院就诊。Rest for {n} days." for n in range(40)]
 
 
@@ -53,27 +48,12 @@ def data_dir(tmp_path) -> Path:
 
 @pytest.fixture
 def flags(tiny_model_dir, data_dir, tmp_path):
-    """A short run's flags; keywords replace or add some, None removes one."""
+    """A function that gives a short run's flags."""
 
     def build(**changes) -> list[str]:
-        values = {
-            "model_name_or_path": tiny_model_dir,
-            "train_file_dir": data_dir,
-            "validation_file_dir": data_dir,
-            "do_train": True,
-            "do_eval": True,
-            "block_size": 64,
-            "per_device_train_batch_size": 2,
-            "max_steps": 4,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            "gradient_checkpointing": False,
-            "save_strategy": "steps",
-            "save_steps": 2,
-            "output_dir": tmp_path / "out",
-            "cache_dir": tmp_path / "cache",
-        } | changes
-        return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+        data = {"train_file_dir": data_dir, "validation_file_dir": data_dir, "do_eval": True}
+        data |= {"gradient_accumulation_steps": 1, "per_device_eval_batch_size": None}
+        return stage_flags("pt", tiny_model_dir, tmp_path, **data | changes)
 
     return build
 
@@ -86,11 +66,6 @@ def plain(blocks: dict[str, list]) -> dict[str, list]:
     return {
         name: [np.asarray(v).tolist() if name != "source" else v for v in column] for name, column in blocks.items()
     }
-
-
-def losses(output_dir: Path) -> dict[int, float]:
-    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
 # ---------------------------------------------------------------- blocks
@@ -166,27 +141,6 @@ def test_two_processes_share_a_stream(data_dir, tiny_tokenizer):
 
     mine, others = first_batches(2, 0, 3), first_batches(2, 1, 3)
     assert list(chain(*zip(mine, others, strict=True))) == first_batches(1, 0, 6)
-
-
-def test_two_workers_prepare_a_million_tokens_a_minute_from_thousands_of_files(qwen_tokenizer, tmp_path):
-    """In time of the CPU, so that what else runs on the machine does not count."""
-    for n in range(2000):
-        folder = tmp_path / f"data/{n % 50}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{n}.txt").write_text(f"{n}: " + TEXTS[n % 40] * 5, encoding="utf-8")
-    files, _ = find_files(tmp_path / "data", "--train_file_dir", (".txt",))
-    start = cpu_seconds()
-    blocks, _ = encode_records(load_documents(files)[0], DocumentEncoder(qwen_tokenizer), num_workers=2)
-    seconds = cpu_seconds() - start
-    n_tokens = sum(blocks["length"])
-    assert len(set(chain(*blocks["source"]))) == 2000
-    assert n_tokens > 200_000
-    assert n_tokens / (seconds / 2) * 60 > 1e6
-
-
-def cpu_seconds() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 def test_documents_end_with_the_base_models_end_token(tiny_tokenizer, qwen_tokenizer):
@@ -271,10 +225,7 @@ def test_rows_of_several_documents_have_positions_that_restart(tiny_tokenizer):
 def test_a_run_leaves_a_model_and_says_bits_per_byte(flags, tmp_path, data_dir, tiny_model_dir, capfd):
     metrics = pretraining.main(flags())
     out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {
-        "checkpoint-2", "checkpoint-4", "checkpoint-best", "eval_results.json", "loss.png", "train_results.json",
-        "trainer_state.json",
-    }  # fmt: skip
+    assert names(out) == {"checkpoint-2", "checkpoint-4", "checkpoint-best"} | RESULTS
     per_token = metrics["eval_loss"] / math.log(2) / metrics["eval_bits_per_byte"]
     assert 1 < per_token < 6  # bytes
     lineage = read_lineage(out / "checkpoint-best")
@@ -316,13 +267,13 @@ def test_blocks_in_one_row_have_the_same_losses(flags, tmp_path):
     short = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "lora_dropout": 0}
     apart = pretraining.main(flags(**short, padding_free=False))
     one_row = pretraining.main(flags(**short, padding_free=True, output_dir=tmp_path / "flat"))
-    assert losses(tmp_path / "flat") == pytest.approx(losses(tmp_path / "out"), abs=1e-5)
+    assert logged(tmp_path / "flat") == pytest.approx(logged(tmp_path / "out"), abs=1e-5)
     assert one_row["eval_loss"] == pytest.approx(apart["eval_loss"], abs=1e-5)
 
 
 def test_full_weights_learn_the_text(flags, tmp_path):
     pretraining.main(flags(use_peft=False, do_eval=None, validation_file_dir=None, max_steps=30, save_strategy="no"))
-    run = losses(tmp_path / "out")
+    run = logged(tmp_path / "out")
     assert run[30] < 0.6 * run[1]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out/checkpoint-best")
     AutoTokenizer.from_pretrained(tmp_path / "out/checkpoint-best")
@@ -339,7 +290,7 @@ def test_resume_gives_the_losses_of_an_uninterrupted_run(flags, tmp_path):
     pretraining.main(flags())
     (tmp_path / "out/loss.png").unlink()
     pretraining.main(flags(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2")))
-    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    assert logged(tmp_path / "out") == logged(tmp_path / "whole")
 
 
 def test_streamed_run_resumes_too(flags, tmp_path):
@@ -350,8 +301,8 @@ def test_streamed_run_resumes_too(flags, tmp_path):
     pretraining.main(flags(**streamed))
     (tmp_path / "out/loss.png").unlink()
     pretraining.main(flags(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"), **streamed))
-    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
-    assert len(losses(tmp_path / "out")) == 4
+    assert logged(tmp_path / "out") == logged(tmp_path / "whole")
+    assert len(logged(tmp_path / "out")) == 4
 
 
 @pytest.mark.parametrize(
@@ -422,15 +373,11 @@ def test_a_grown_vocabulary_is_learned_and_goes_on_to_the_next_stage(flags, tmp_
 def test_the_guides_command_as_it_stands(tiny_model_dir, data_dir, tmp_path):
     """Two processes over gloo, flag for flag; only model, data and folders are this machine's."""
     argv = [
-        *f"{GUIDE_PT} --block_size 1024".split(), "--model_name_or_path", str(tiny_model_dir),
-        "--train_file_dir", str(data_dir), "--validation_file_dir", str(data_dir),
-        "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"),
-    ]  # fmt: skip
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0,1"}
-    result = subprocess.run(
-        [*launch, "pretraining.py", *argv], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+        *f"{GUIDE_PT} --block_size 1024 --model_name_or_path {tiny_model_dir}".split(),
+        *f"--train_file_dir {data_dir} --validation_file_dir {data_dir}".split(),
+        *f"--output_dir {tmp_path / 'out'} --cache_dir {tmp_path / 'cache'}".split(),
+    ]
+    result = run_process("pretraining.py", argv, n_processes=2, CUDA_VISIBLE_DEVICES="0,1")
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "out/checkpoint-best/adapter_model.safetensors").is_file()
     assert "2 process(es)" in result.stderr

@@ -4,8 +4,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +13,11 @@ import torch
 from guide import GUIDE_RM
 from peft import PeftModel
 from safetensors.torch import load_file
-from stage_runs import PARTS, logged, stage_flags
+from stage_runs import ADAPTER_FILES, PARTS, RESULTS, logged, names, run_process, stage_flags, weights_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import merge_peft_adapter
 import reward_modeling
-import supervised_finetuning
 from medtune.errors import UserError
 from medtune.models.lineage import read_lineage
 from medtune.models.reward_models import load_reward_model
@@ -30,7 +27,6 @@ from medtune.training.batches import PairCollator
 from medtune.training.reward_trainer import RewardTrainer, bradley_terry_losses, pair_statistics
 from reward_modeling import compare_with_length, set_pad_token
 
-ROOT = Path(__file__).resolve().parents[1]
 SIGNS = ["疼", "痒", "肿", "麻"]
 LN2 = math.log(2)
 HEAD = "base_model.model.score.weight"
@@ -68,23 +64,6 @@ def flags(tiny_model_dir, data_dir, tmp_path):
     return build
 
 
-@pytest.fixture(scope="module")
-def sft_adapter(tiny_model_dir, tmp_path_factory) -> Path:
-    """What two steps of the SFT stage leave, with the guide's rank and alpha. Read only."""
-    folder = tmp_path_factory.mktemp("sft")
-    records = [{"question": f"{part}疼怎么办？", "answer": f"{part}疼请就诊。"} for part in PARTS]
-    data = folder / "sft.jsonl"
-    data.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    options = "--do_train --template_name qwen --max_steps 2 --learning_rate 1e-2 --lora_rank 16 --lora_alpha 32"
-    files = f"--train_file_dir {data} --output_dir {folder / 'out'} --cache_dir {folder}"
-    supervised_finetuning.main(f"--model_name_or_path {tiny_model_dir} {options} {files}".split())
-    return folder / "out/checkpoint-best"
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
 # ---------------------------------------------------------------- loss
 
 
@@ -108,24 +87,17 @@ def test_first_loss_is_ln_2_and_with_a_margin_more(flags, write_jsonl, tmp_path)
     assert logged(tmp_path / "margins")[1] == pytest.approx(math.log(1 + math.e), abs=5e-5)
 
 
-@pytest.mark.parametrize("batches", [(8, 1), (2, 4), (3, 3), (1, 8)])
-def test_a_step_is_the_same_however_it_is_cut(flags, write_jsonl, tmp_path, batches):
+def test_a_step_is_the_same_however_it_is_cut(flags, write_jsonl, tmp_path):
     """3 x 3 leaves a micro-batch of two pairs, which count as much as the others."""
-    data = write_jsonl("eight/pairs.jsonl", make_pairs(8))
-    batch, accumulation = batches
-    options = {"train_file_dir": data, "do_eval": None, "max_steps": 3, "lora_dropout": 0, "learning_rate": 1e-2}
-    for output, (size, steps) in (("whole", (8, 1)), ("cut", (batch, accumulation))):
-        reward_modeling.main(
-            flags(
-                **options,
-                per_device_train_batch_size=size,
-                gradient_accumulation_steps=steps,
-                output_dir=tmp_path / output,
-            )
-        )
+    options = {"train_file_dir": write_jsonl("eight/pairs.jsonl", make_pairs(8)), "do_eval": None, "max_steps": 3}
+    options |= {"lora_dropout": 0, "learning_rate": 1e-2}
+    cuts = ((8, 1), (2, 4), (3, 3), (1, 8))
+    for size, steps in cuts:
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        reward_modeling.main(flags(**options, **sizes, output_dir=tmp_path / f"{size}x{steps}"))
     for name in ("loss", "grad_norm"):
-        whole, cut = logged(tmp_path / "whole", name), logged(tmp_path / "cut", name)
-        assert list(cut.values()) == pytest.approx(list(whole.values()), abs=1e-5)
+        whole, *others = (list(logged(tmp_path / f"{size}x{steps}", name).values()) for size, steps in cuts)
+        assert all(cut == pytest.approx(whole, abs=1e-5) for cut in others)
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_records(flags, monkeypatch):
@@ -334,14 +306,8 @@ def test_a_saved_model_scores_the_same_in_plain_transformers(
 def test_a_run_leaves_exactly_these_files(flags, tmp_path, data_dir, tiny_model_dir, capfd):
     metrics = reward_modeling.main(flags())
     out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {
-        "checkpoint-2", "checkpoint-4", "checkpoint-best", "eval_results.json", "loss.png", "train_results.json",
-        "trainer_state.json",
-    }  # fmt: skip
-    assert {path.name for path in (out / "checkpoint-best").iterdir()} == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "lineage.json",
-        "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
+    assert names(out) == {"checkpoint-2", "checkpoint-4", "checkpoint-best"} | RESULTS
+    assert names(out / "checkpoint-best") == ADAPTER_FILES
     config = json.loads((out / "checkpoint-best/adapter_config.json").read_text())
     assert (config["task_type"], config["base_model_name_or_path"]) == ("SEQ_CLS", str(tiny_model_dir))
     lineage = read_lineage(out / "checkpoint-best")
@@ -486,11 +452,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_accumulation(flags,
         "validation_file_dir": write_jsonl("five/pairs.jsonl", make_pairs(40)[8:13]),
     }
     options = data | {"lora_dropout": 0, "learning_rate": 1e-2, "max_eval_samples": None}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*launch, "reward_modeling.py", *flags(**options, output_dir=tmp_path / "two")],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    result = run_process("reward_modeling.py", flags(**options, output_dir=tmp_path / "two"), n_processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "2 process(es)" in result.stderr
     reward_modeling.main(flags(**options, gradient_accumulation_steps=4, output_dir=tmp_path / "one"))

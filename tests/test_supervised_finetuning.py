@@ -1,7 +1,6 @@
 """The SFT stage as its users start it: what it learns, which files it leaves, how it resumes, what it refuses."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from guide import GUIDE_SFT
-from safetensors.torch import load_file
+from stage_runs import ADAPTER_FILES, RESULTS, STATE_FILES, logged, names, run_process, stage_flags, weights_of
 from tiny_families import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, masking_utils
 
@@ -28,17 +27,6 @@ from medtune.training.checkpoints import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "supervised_finetuning.py"
-
-ADAPTER_FILES = {
-    "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "chat_template.jinja",
-    "lineage.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
-STATE_FILES = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin"}
 
 
 def dialogue(question: str, answer: str) -> dict:
@@ -63,45 +51,14 @@ def data_dir(write_jsonl) -> Path:
 
 @pytest.fixture
 def flags(tiny_model_dir, data_dir, tmp_path):
-    """A short run's flags; keywords replace or add some, None removes one."""
+    """A function that gives a short run's flags."""
 
     def build(**changes) -> list[str]:
-        values = {
-            "model_name_or_path": tiny_model_dir,
-            "train_file_dir": data_dir,
-            "validation_file_dir": data_dir,
-            "do_train": True,
-            "do_eval": True,
-            "max_eval_samples": 4,
-            "model_max_length": 256,
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 4,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            "gradient_checkpointing": False,
-            "save_strategy": "steps",
-            "save_steps": 2,
-            "output_dir": tmp_path / "out",
-            "cache_dir": tmp_path / "cache",
-        } | changes
-        return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+        values = {"train_file_dir": data_dir, "validation_file_dir": data_dir, "do_eval": True, "max_eval_samples": 4}
+        values |= {"model_max_length": 256, "template_name": None, "per_device_eval_batch_size": None}
+        return stage_flags("sft", tiny_model_dir, tmp_path, **values | changes)
 
     return build
-
-
-def run(argv: list[str], **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *argv]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
-
-
-def losses(output_dir: Path) -> dict[int, float]:
-    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 # ---------------------------------------------------------------- what a run leaves
@@ -110,16 +67,7 @@ def names(folder: Path) -> set[str]:
 def test_a_run_leaves_exactly_these_files(flags, tmp_path, data_dir, tiny_model_dir):
     metrics = supervised_finetuning.main(flags(template_name="qwen", report_to="tensorboard"))
     out = tmp_path / "out"
-    assert names(out) == {
-        "checkpoint-2",
-        "checkpoint-4",
-        "checkpoint-best",
-        "eval_results.json",
-        "loss.png",
-        "runs",
-        "train_results.json",
-        "trainer_state.json",
-    }
+    assert names(out) == {"checkpoint-2", "checkpoint-4", "checkpoint-best", "runs"} | RESULTS
     assert names(out / "checkpoint-best") == ADAPTER_FILES
     assert names(out / "checkpoint-4") == ADAPTER_FILES | STATE_FILES | {MANIFEST}
     assert any(name.startswith("events.out.tfevents") for name in names(out / "runs"))
@@ -149,22 +97,13 @@ def test_best_is_the_lowest_evaluation_loss(flags, tmp_path, monkeypatch):
     metrics = supervised_finetuning.main(flags(max_steps=4, eval_strategy="steps", eval_steps=1, save_steps=2))
     assert metrics["eval_loss"] == json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] == 1.0
     best, second, last = (
-        load_file(tmp_path / "out" / name / "adapter_model.safetensors")
-        for name in ("checkpoint-best", "checkpoint-2", "checkpoint-4")
+        weights_of(tmp_path / "out" / name) for name in ("checkpoint-best", "checkpoint-2", "checkpoint-4")
     )
     assert all(torch.equal(best[name], second[name]) for name in second)
     assert any(not torch.equal(best[name], last[name]) for name in last)
 
 
-def test_best_survives_save_total_limit(flags, tmp_path):
-    supervised_finetuning.main(flags(save_total_limit=1, save_steps=1))
-    assert {name for name in names(tmp_path / "out") if name.startswith("checkpoint")} == {
-        "checkpoint-4",
-        "checkpoint-best",
-    }
-
-
-def test_an_early_best_survives_too(flags, tmp_path):
+def test_an_early_best_survives_save_total_limit(flags, tmp_path):
     """Without learning every evaluation is as good as the first."""
     often = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     supervised_finetuning.main(flags(save_total_limit=2, learning_rate=0, **often))
@@ -176,9 +115,7 @@ def test_an_early_best_survives_too(flags, tmp_path):
 
 def test_without_evaluation_best_is_the_last(flags, tmp_path):
     assert supervised_finetuning.main(flags(do_eval=None)) == {}
-    best, last = (
-        load_file(tmp_path / "out" / name / "adapter_model.safetensors") for name in ("checkpoint-best", "checkpoint-4")
-    )
+    best, last = (weights_of(tmp_path / "out" / name) for name in ("checkpoint-best", "checkpoint-4"))
     assert all(torch.equal(best[name], last[name]) for name in last)
     assert not (tmp_path / "out" / "eval_results.json").exists()
 
@@ -212,7 +149,7 @@ def test_training_continues_an_adapter_relative_to_the_base(flags, tmp_path, tin
     argv = flags(model_name_or_path=first, output_dir=tmp_path / "second", max_steps=1, learning_rate=1e-9)
     supervised_finetuning.main(argv)
     second = tmp_path / "second" / "checkpoint-best"
-    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    before, after = (weights_of(folder) for folder in (first, second))
     # What the first run learned is inside: a step at a rate of almost nothing leaves it as it was.
     for name, weights in before.items():
         torch.testing.assert_close(after[name], weights, atol=1e-7, rtol=0)
@@ -225,7 +162,7 @@ def test_training_continues_an_adapter_relative_to_the_base(flags, tmp_path, tin
 @pytest.mark.parametrize("flag", ["load_in_4bit", "load_in_8bit"])
 def test_quantized_base_trains_an_adapter_in_float32(flags, tmp_path, flag):
     supervised_finetuning.main(flags(**{flag: True}, max_steps=3))
-    weights = load_file(tmp_path / "out" / "checkpoint-best" / "adapter_model.safetensors")
+    weights = weights_of(tmp_path / "out" / "checkpoint-best")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert all(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
 
@@ -233,25 +170,19 @@ def test_quantized_base_trains_an_adapter_in_float32(flags, tmp_path, flag):
 @pytest.mark.parametrize(
     "options",
     [
-        {"packing": True},
-        {"padding_free": True},
-        {"group_by_length": True},
-        {"neftune_noise_alpha": 5},
-        {"gradient_checkpointing": True},
-        {"use_dora": True},
-        {"use_rslora": True},
-        {"target_modules": "q_proj,v_proj"},
-        {"optim": "adafactor"},
-        {"modules_to_save": "embed_tokens"},
-        {"flash_attn": True},
-        {"train_on_inputs": True},
+        {"packing": True, "gradient_checkpointing": True, "use_dora": True, "optim": "adafactor"},
+        {"padding_free": True, "use_rslora": True, "neftune_noise_alpha": 5, "target_modules": "q_proj,v_proj"},
+        {"group_by_length": True, "modules_to_save": "embed_tokens", "flash_attn": True, "train_on_inputs": True},
     ],
-    ids=lambda options: next(iter(options)),
+    ids=lambda options: "-".join(options),
 )
-def test_option_trains(flags, tmp_path, options):
+def test_options_train(flags, tmp_path, options):
     supervised_finetuning.main(flags(**options, max_steps=2, do_eval=None))
-    assert all(loss > 0 for loss in losses(tmp_path / "out").values())
-    assert (tmp_path / "out" / "checkpoint-best" / "adapter_model.safetensors").is_file()
+    assert all(loss > 0 for loss in logged(tmp_path / "out").values())
+    config = json.loads((tmp_path / "out/checkpoint-best/adapter_config.json").read_text())
+    assert (config["use_dora"], config["use_rslora"]) == ("use_dora" in options, "use_rslora" in options)
+    assert (set(config["target_modules"]) == {"q_proj", "v_proj"}) is ("target_modules" in options)
+    assert bool(config["modules_to_save"]) is ("modules_to_save" in options)
 
 
 GUARD = "`causal_conv1d_fn` can't keep packed sequences apart without `causal_conv1d`"
@@ -280,7 +211,7 @@ def test_rows_without_padding_are_learned_as_padded_ones(flags, tmp_path, option
     assert "without padding" not in capfd.readouterr().err
     joined = supervised_finetuning.main(flags(**short, output_dir=tmp_path / "joined"))
     assert "the rows of a batch are joined into one without padding: a " in capfd.readouterr().err
-    assert losses(tmp_path / "joined") == pytest.approx(losses(tmp_path / "out"), abs=1e-5)
+    assert logged(tmp_path / "joined") == pytest.approx(logged(tmp_path / "out"), abs=1e-5)
     assert joined["eval_loss"] == pytest.approx(padded["eval_loss"], abs=1e-5)
 
 
@@ -309,8 +240,8 @@ def test_torch_compile_gives_the_same_loss(flags, tmp_path, monkeypatch):
     supervised_finetuning.main(flags(**short))
     monkeypatch.setenv("TORCH_COMPILE", "1")
     supervised_finetuning.main(flags(**short, output_dir=tmp_path / "compiled"))
-    assert losses(tmp_path / "compiled")[1] == pytest.approx(losses(tmp_path / "out")[1], abs=1e-4)
-    weights = load_file(tmp_path / "compiled" / "checkpoint-best" / "adapter_model.safetensors")
+    assert logged(tmp_path / "compiled")[1] == pytest.approx(logged(tmp_path / "out")[1], abs=1e-4)
+    weights = weights_of(tmp_path / "compiled" / "checkpoint-best")
     assert not any("_orig_mod" in name for name in weights)
 
 
@@ -456,7 +387,7 @@ def test_wrong_flag_is_one_line(flags, changes, message):
 def test_bad_input_ends_with_code_2_and_no_traceback(flags, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    finished = run(flags(train_file_dir=empty, validation_file_dir=empty))
+    finished = run_process("supervised_finetuning.py", flags(train_file_dir=empty, validation_file_dir=empty))
     assert finished.returncode == 2
     assert re.search(r"^error: --train_file_dir .*: the folder is empty; files that end in", finished.stderr, re.M)
     assert "Traceback" not in finished.stderr
@@ -515,11 +446,9 @@ def test_kill_and_resume_gives_the_losses_of_an_uninterrupted_run(flags, tmp_pat
     assert process.wait() == -signal.SIGKILL
     assert not (out / "train_results.json").exists()
     supervised_finetuning.main([*argv, "--resume_from_checkpoint", "True"])
-    resumed, whole = losses(out), losses(tmp_path / "whole")
+    resumed, whole = logged(out), logged(tmp_path / "whole")
     assert resumed == whole
-    weights, expected = (
-        load_file(folder / "checkpoint-best" / "adapter_model.safetensors") for folder in (out, tmp_path / "whole")
-    )
+    weights, expected = (weights_of(folder / "checkpoint-best") for folder in (out, tmp_path / "whole"))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
@@ -545,7 +474,7 @@ def test_incomplete_checkpoint_is_passed_over(flags, tmp_path, capfd):
     log = capfd.readouterr().err
     assert re.search(r"checkpoint-4 is not complete \(without optimizer\) and is skipped", log)
     assert re.search(r"resuming from .*checkpoint-2", log)
-    assert max(losses(tmp_path / "out")) == 6
+    assert max(logged(tmp_path / "out")) == 6
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -569,7 +498,7 @@ def test_finished_run_started_again_changes_nothing_and_says_so(flags, tmp_path,
         supervised_finetuning.main([*flags(max_steps=1, lora_rank=4), "--resume_from_checkpoint", "True"])
     assert contents(tmp_path / "out") == before
     supervised_finetuning.main([*flags(max_steps=5), "--resume_from_checkpoint", "True"])
-    assert max(losses(tmp_path / "out")) == 5  # more steps than it had: it goes on
+    assert max(logged(tmp_path / "out")) == 5  # more steps than it had: it goes on
 
 
 @pytest.mark.parametrize("use_peft", [True, False])
@@ -588,22 +517,16 @@ def test_a_run_is_not_resumed_from_a_stage_before_that_was_trained_again(flags, 
     assert contents(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize(
-    ("flag", "value", "message"),
-    [
-        ("learning_rate", 1e-5, r"--learning_rate 1e-05: the run in .*out was started with 0\.001, and a resumed run"),
-        ("weight_decay", 0.1, r"--weight_decay 0\.1: the run in .* was started with 0\.0"),
-        ("optim", "adafactor", r"--optim adafactor: the run in .* was started with adamw"),
-    ],
-)
-@pytest.mark.parametrize("by_path", [False, True])
-def test_resume_refuses_what_the_optimizer_would_keep(flags, tmp_path, monkeypatch, flag, value, message, by_path):
+def test_resume_refuses_what_the_optimizer_would_keep(flags, tmp_path, monkeypatch):
     supervised_finetuning.main(flags(max_steps=2))
     before = contents(tmp_path / "out")
-    where = tmp_path / "out" / "checkpoint-2" if by_path else True
     monkeypatch.setattr(supervised_finetuning, "load_for_training", lambda *a, **k: pytest.fail("a model was loaded"))
-    with pytest.raises(UserError, match=message):
-        supervised_finetuning.main(flags(max_steps=4, resume_from_checkpoint=where, **{flag: value}))
+    changes = {"learning_rate": (1e-5, r"0\.001, and a resumed run"), "weight_decay": (0.1, r"0\.0")}
+    changes["optim"] = ("adafactor", "adamw")
+    for flag, (value, was) in changes.items():
+        for where in (tmp_path / "out/checkpoint-2", True):
+            with pytest.raises(UserError, match=rf"^--{flag} {value}: the run in .*out was started with {was}"):
+                supervised_finetuning.main(flags(max_steps=4, resume_from_checkpoint=where, **{flag: value}))
     assert contents(tmp_path / "out") == before
 
 
@@ -625,28 +548,9 @@ def test_resume_without_a_checkpoint_starts_anew(flags, capfd):
 @pytest.mark.slow
 def test_guide_command_with_two_processes(tiny_model_dir, tmp_path):
     out = tmp_path / "outputs-sft-qwen2.5-3b"
-    here = [
-        "--model_name_or_path",
-        str(tiny_model_dir),
-        "--output_dir",
-        str(out),
-        "--cache_dir",
-        str(tmp_path / "cache"),
-        "--max_train_samples",
-        "500",
-    ]
-    words = [*GUIDE_SFT.split(), *here]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0,1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    finished = subprocess.run(
-        [*command, *words],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    here = f"--model_name_or_path {tiny_model_dir} --output_dir {out} --cache_dir {tmp_path / 'cache'}".split()
+    argv = [*GUIDE_SFT.split(), *here, "--max_train_samples", "500"]
+    finished = run_process("supervised_finetuning.py", argv, n_processes=2, CUDA_VISIBLE_DEVICES="0,1")
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert names(out / "checkpoint-best") == ADAPTER_FILES
     log = finished.stderr
@@ -679,7 +583,7 @@ def test_fifty_dialogues_are_learned_by_heart(flags, write_jsonl, tmp_path):
     )
     supervised_finetuning.main(argv)
     best = tmp_path / "out" / "checkpoint-best"
-    history = losses(tmp_path / "out")
+    history = logged(tmp_path / "out")
     assert history[max(history)] < 0.1
     model, tokenizer = AutoModelForCausalLM.from_pretrained(best), AutoTokenizer.from_pretrained(best)
     end_token = tokenizer.convert_tokens_to_ids("<|im_end|>")

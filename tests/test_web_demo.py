@@ -12,8 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
 pytest.importorskip("gradio", reason="the chat page needs requirements/web.txt")
 
@@ -21,32 +19,11 @@ import web_demo
 from medtune.errors import UserError
 from medtune.models.chat_models import NOTICE, ChatModelArguments, RewardModel, describe_models, load_weights
 from medtune.models.generation import Decoding, Reply, generate_replies
-from medtune.models.loading import load_tokenizer
 from medtune.reading.tokenization import encode_prompt
 from web_demo import EMERGENCY, Panel, as_text, build_page, converse, drop_unanswered, pieces_of
 
 SCRIPT = Path(web_demo.__file__)
 SHORT = Decoding(max_new_tokens=24)
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_model_dir, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("adapter") / "checkpoint-best"
-    set_seed(1)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config).save_pretrained(folder)
-    load_tokenizer(str(tiny_model_dir)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reward_adapter(tiny_model_dir, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("rm") / "checkpoint-best"
-    set_seed(3)
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
-    get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=2)).save_pretrained(folder)
-    load_tokenizer(str(tiny_model_dir)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """What a record becomes: a dialogue, a pair, a document or a prompt; or a bad record, counted in a report."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import TypeVar
@@ -99,6 +99,15 @@ class Report:
     @property
     def kept(self) -> int:
         return self.read - self.dropped.total()
+
+    def usable(self, results: Iterable[T | BadRecord]) -> Iterator[T]:
+        """The results that are no bad records; all are counted."""
+        for result in results:
+            self.read += 1
+            if isinstance(result, BadRecord):
+                self.drop(result)
+            else:
+                yield result
 
     def drop(self, bad: BadRecord) -> None:
         """Count a record as dropped, with others that have the very same fault."""

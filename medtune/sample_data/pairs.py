@@ -229,13 +229,17 @@ def reject_cut_off(knowledge: Knowledge, entries: Sequence[Entry], prompt: PairP
 
 def reject_repetition(knowledge: Knowledge, entries: Sequence[Entry], prompt: PairPrompt, length: int, rng) -> str:
     """The beginning of the answer over and over."""
-    pieces = re.findall(r"[^，。；：、！？,.;:!?]+[，。；：、！？,.;:!?]*\s*", prompt.chosen)
-    unit = pieces[0]
-    for piece in pieces[1:]:
-        if len(unit) + len(piece) > length / 2:
+    return repeat_beginning(prompt.chosen, length)
+
+
+def repeat_beginning(text: str, length: int) -> str:
+    """The first phrases of a text over and over, to about `length` characters; "" for a text without words."""
+    unit = ""
+    for phrase in re.findall(r"[^，。；：、！？,.;:!?\n]+[，。；：、！？,.;:!?\n]*\s*", text):
+        if unit and len(unit) + len(phrase) > length / 2:
             break
-        unit += piece
-    return (unit * max(2, round(length / len(unit)))).strip()
+        unit += phrase
+    return (unit * max(2, round(length / len(unit)))).strip() if unit else ""
 
 
 def reject_dose(knowledge: Knowledge, entries: Sequence[Entry], prompt: PairPrompt, length: int, rng) -> str:

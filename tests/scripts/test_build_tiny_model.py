@@ -1,17 +1,11 @@
 """`scripts/build_tiny_model.py`: tokenizer and model are real Qwen2 ones, and nothing is made twice."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import build_tiny_model
 import pytest
 from build_tiny_model import main, read_texts, train_tokenizer, write_tiny_model
 
 from medtune.errors import UserError
 
-SCRIPT = Path(build_tiny_model.__file__)
 MESSAGES = [
     {"role": "user", "content": "感冒了怎么办？"},
     {"role": "assistant", "content": "多喝水。"},
@@ -152,9 +146,3 @@ def test_user_errors(tmp_path, write_jsonl):
         file.write("{'value'\n")
     with pytest.raises(UserError, match=r"a\.jsonl:2: not a JSON record"):
         read_texts(tmp_path / "broken")
-
-
-def test_starts_without_torch():
-    code = f"import runpy, sys; runpy.run_path({str(SCRIPT)!r}); print(json.dumps(sorted(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", "import json; " + code], check=True, capture_output=True, text=True)
-    assert not {"torch", "transformers", "tokenizers"} & set(json.loads(result.stdout))

@@ -34,5 +34,5 @@ def test_models_and_ngrams_on_the_documents_that_pretraining_holds_out(tiny_mode
 
 
 def test_wrong_numbers_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--order and --max_eval_samples: give at least 1"):
-        compare_with_ngrams.main(["--models", "x", "--train_file_dir", str(tmp_path), "--order", "0"])
+    with pytest.raises(UserError, match="--max_eval_samples 0: give at least 1"):
+        compare_with_ngrams.main(["--models", "x", "--train_file_dir", str(tmp_path), "--max_eval_samples", "0"])

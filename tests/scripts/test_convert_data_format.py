@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow
@@ -412,19 +410,3 @@ def test_a_users_mistake_is_said_and_leaves_everything_as_it_was(arguments, mess
     with pytest.raises(UserError, match=message):
         main([*arguments, "--format", "sft"])
     assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
-
-
-def test_as_a_command_it_starts_without_heavy_imports_and_ends_with_code_2():
-    script = Path(__file__).parents[2] / "scripts/convert_data_format.py"
-    write("raw.jsonl", [{"question": "q", "answer": "a"}])
-    command = (
-        "import atexit, runpy, sys; sys.argv[1:] = ['--input', 'raw.jsonl', '--output', 'o.jsonl', '--format', 'sft'];"
-        "atexit.register(lambda: print({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)));"
-        f"runpy.run_path({str(script)!r}, run_name='__main__')"
-    )
-    run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines() == ["o.jsonl: kept 1 of 1", "set()"]
-    again = [sys.executable, script, "--input", "raw.jsonl", "--output", "o.jsonl", "--format", "sft"]
-    run = subprocess.run(again, capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("error: --output o.jsonl: exists already")

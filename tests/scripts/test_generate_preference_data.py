@@ -3,14 +3,12 @@
 import json
 import random
 import statistics
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import generate_preference_data
 import pytest
-from generate_preference_data import FAILURES, VAGUE, Answers, draw_prompts, likeness, main
+from generate_preference_data import FAILURES, VAGUE, draw_prompts, group_answers, likeness, main, reject_another_answer
 
 from medtune.errors import UserError
 from medtune.models.loading import load_tokenizer
@@ -172,12 +170,12 @@ def test_another_answer_is_of_about_the_wanted_length_and_language():
     prompts, _ = draw_prompts(
         [Path(write([*dialogues(200), {"question": "q", "answer": "Drink water. " * 4}]))], 500, 0
     )
-    answers, rng = Answers(prompts), random.Random(0)
+    answers, rng = group_answers(prompts), random.Random(0)
     for length in (30, 45, 60):
-        found = [answers.about_something_else(prompt, length, rng) for prompt in prompts[:50]]
+        found = [reject_another_answer(prompt, length, answers, rng) for prompt in prompts[:50]]
         assert all(abs(len(answer) - length) < 10 for answer in found)
         assert "Drink" not in "".join(found)
-    assert answers.about_something_else(prompts[-1], 50, rng) is None
+    assert reject_another_answer(prompts[-1], 50, answers, rng) is None
 
 
 @pytest.mark.parametrize(
@@ -216,18 +214,6 @@ def test_a_users_mistake_is_said_and_leaves_everything_as_it_was(flags, message)
     with pytest.raises(UserError, match=message):
         main(["--sft_data", "sft.jsonl", "--output_file", "o.jsonl", *flags])
     assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
-
-
-def test_as_a_command_without_a_model_it_starts_without_heavy_imports():
-    script = Path(__file__).parents[2] / "scripts/generate_preference_data.py"
-    write(dialogues(3))
-    command = (
-        "import atexit, runpy, sys; sys.argv[1:] = ['--sft_data', 'sft.jsonl', '--output_file', 'o.jsonl'];"
-        "atexit.register(lambda: print({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)));"
-        f"runpy.run_path({str(script)!r}, run_name='__main__')"
-    )
-    run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-1] == "set()"
 
 
 # ---------------------------------------------------------------- with a model
@@ -382,11 +368,8 @@ def test_prompts_that_do_not_fit_are_counted(tiny_model_dir, capsys):
     ],
 )
 def test_models_of_the_wrong_kind_are_refused(reward_models, model, reward_model, message):
-    flags = [
-        "--model",
-        reward_models[model],
-        *(["--reward_model", reward_models[reward_model]] if reward_model else []),
-    ]
+    flags = ["--model", reward_models[model]]
+    flags += ["--reward_model", reward_models[reward_model]] if reward_model else []
     with pytest.raises(UserError, match=message):
         generate(dialogues(3), *flags, *MODEL_FLAGS)
     assert not Path("out/pairs.jsonl").exists()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import preprocess_data
 import pytest
+from random_records import HAN, dialogue, random_dialogues, random_text
+from stage_runs import words
 
 import supervised_finetuning
 from medtune.errors import UserError
@@ -17,21 +19,6 @@ from medtune.reading.records import Dialogue, Document, Pair
 from medtune.reading.words import question_of, words_of
 
 ROOT = Path(__file__).resolve().parents[2]
-HAN = [chr(code) for code in range(0x4E00, 0x4E00 + 3000)]
-
-
-def dialogue(*turns: str, **more) -> dict:
-    names = ("human", "gpt")
-    return {"conversations": [{"from": names[n % 2], "value": turn} for n, turn in enumerate(turns)], **more}
-
-
-def random_text(rng: random.Random, length: int) -> str:
-    return "".join(rng.choices(HAN, k=length))
-
-
-def random_dialogues(n: int, seed: int = 0) -> list[dict]:
-    rng = random.Random(seed)
-    return [dialogue(random_text(rng, 20), random_text(rng, 60)) for _ in range(n)]
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -47,9 +34,8 @@ def preprocess(tmp_path, capsys):
     """Runs the tool on tmp_path/in into tmp_path/out; returns what it printed and the report."""
 
     def run(*flags, input_dir: Path | None = None, **values) -> tuple[str, dict]:
-        words = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
-        argv = ["--input_dir", str(input_dir or tmp_path / "in"), "--output_dir", str(tmp_path / "out"), *flags, *words]
-        preprocess_data.main(argv)
+        places = {"input_dir": input_dir or tmp_path / "in", "output_dir": tmp_path / "out"}
+        preprocess_data.main([*words(places | values), *flags])
         report = json.loads((tmp_path / "out.report.json").read_text(encoding="utf-8"))
         return capsys.readouterr().out, report
 
@@ -113,22 +99,15 @@ def test_drops_are_counted_by_reason_with_file_and_line(preprocess, write_jsonl,
     assert report["parts"] == {"train": 2, "validation": 1}
 
 
-def test_no_near_duplicates_are_removed_at_one(preprocess, write_jsonl):
-    (record,) = random_dialogues(1)
-    others = random_dialogues(3, seed=1)
+def test_near_duplicates_are_told_by_the_threshold_and_not_by_a_shared_system_prompt(preprocess, write_jsonl):
+    rng = random.Random(0)
+    (record,), prompt = random_dialogues(1), random_text(rng, 500)
+    others = [dialogue(random_text(rng, 10), random_text(rng, 20), system=prompt) for _ in range(20)]
     marked = json.loads(json.dumps(record))
     marked["conversations"][1]["value"] += "！"
     write_jsonl("in/a.jsonl", [record, marked, record, *others])
     assert preprocess(near_duplicate_threshold=1)[1]["dropped"] == {"duplicate": 1}
     assert preprocess("--overwrite")[1]["dropped"] == {"duplicate": 1, "near duplicate": 1}
-
-
-def test_a_system_prompt_that_all_share_makes_no_near_duplicates(preprocess, write_jsonl):
-    rng = random.Random(0)
-    prompt = random_text(rng, 500)
-    records = [dialogue(random_text(rng, 10), random_text(rng, 20), system=prompt) for _ in range(20)]
-    write_jsonl("in/a.jsonl", records)
-    assert preprocess()[1]["dropped"] == {}
 
 
 def test_order_and_turns_stay(preprocess, write_jsonl, tmp_path):
@@ -298,22 +277,12 @@ def test_as_many_as_asked_for_are_held_out(preprocess, write_jsonl, flag, sizes)
 # ---------------------------------------------------------------- tokens and the stage's cache
 
 
-def sft_flags(tiny_model_dir: Path, tmp_path: Path, train: Path, evaluate: Path, **more) -> list[str]:
-    values = {
-        "model_name_or_path": tiny_model_dir,
-        "template_name": "qwen",
-        "model_max_length": 400,
-        "train_file_dir": train,
-        "validation_file_dir": evaluate,
-        "do_train": True,
-        "do_eval": True,
-        "max_steps": 1,
-        "save_strategy": "no",
-        "output_dir": tmp_path / "trained",
-        "overwrite_output_dir": True,
-        "cache_dir": tmp_path / "cache",
-    } | more
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+def start_the_stage(printed: str, tmp_path: Path) -> None:
+    """By the command that the tool prints."""
+    command = printed[printed.index("next: python supervised_finetuning.py ") :].split()[3:]
+    assert command.pop() == "..."
+    places = {"output_dir": tmp_path / "trained", "max_steps": 1, "save_strategy": "no"}
+    supervised_finetuning.main([*command, *words(places)])
 
 
 @pytest.mark.parametrize("validation_size", [4, 0])
@@ -333,10 +302,7 @@ def test_the_stage_finds_its_data_in_the_cache(
     assert f"train: {n_train} dialogues, " in out
     assert out.count("tokenized into the cache") == 2
 
-    train = tmp_path / "out/train"
-    supervised_finetuning.main(
-        sft_flags(tiny_model_dir, tmp_path, train, tmp_path / "out/validation" if validation_size else train)
-    )
+    start_the_stage(out, tmp_path)
     log = capsys.readouterr().err
     assert log.count(", from the cache") == 2
     assert f"kept {n_train} of {n_train}" in log
@@ -365,17 +331,7 @@ def test_the_stage_s_other_settings_count(preprocess, write_jsonl, tmp_path, tin
     assert "eval: 2 dialogues, " in out
     flags = out[out.index("next: ") :].split()[3:-1]
     assert dict(zip(flags[::2], flags[1::2], strict=False))["--truncation"] == "cut_prompt_start"
-    parts = tmp_path / "out/train", tmp_path / "out/validation"
-    supervised_finetuning.main(sft_flags(tiny_model_dir, tmp_path, *parts, **settings))
-    assert capsys.readouterr().err.count(", from the cache") == 2
-
-
-def test_the_command_it_prints_starts_from_the_cache(preprocess, write_jsonl, tmp_path, tiny_model_dir, capsys):
-    write_jsonl("in/a.jsonl", random_dialogues(24))
-    out, _ = preprocess(tokenizer=tiny_model_dir, template_name="qwen", cache_dir=tmp_path / "cache")
-    command = out[out.index("next: python supervised_finetuning.py ") :].split()[3:]
-    assert command.pop() == "..."
-    supervised_finetuning.main([*command, "--output_dir", str(tmp_path / "trained"), "--max_steps", "1"])
+    start_the_stage(out, tmp_path)
     assert capsys.readouterr().err.count(", from the cache") == 2
 
 
@@ -493,12 +449,7 @@ def test_a_file_that_cannot_be_read_on_leaves_nothing(preprocess, tmp_path, writ
 # ---------------------------------------------------------------- as a script
 
 
-def test_the_script_starts_without_what_is_slow_and_ends_with_2():
-    slow = "torch transformers datasets scipy matplotlib"
-    code = "import sys; sys.path.insert(0, 'scripts'); import preprocess_data; "
-    code += f"print(set({slow!r}.split()) & set(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert loaded.stdout.strip() == "set()"
+def test_the_script_ends_with_2():
     command = [sys.executable, "scripts/preprocess_data.py", "--input_dir", "no/where", "--output_dir", "out"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert (result.returncode, result.stderr) == (2, "error: --input_dir no/where: no such file or folder\n")
