@@ -1,0 +1,50 @@
+"""Each stage learns the same whether the rows of a batch are padded or joined into one."""
+
+import importlib
+
+import pytest
+import torch
+from stage_runs import PARTS, STAGES, logged, stage_flags, weights_of, write_lines
+
+JOINED = "the rows of a batch are joined into one without padding"
+
+
+def feedback(folder):
+    """Labelled replies of many lengths."""
+    turns = [[{"role": "user", "content": f"第{n}个病人{PARTS[n % 8]}疼怎么办？"}] for n in range(48)]
+    replies = [{"role": "assistant", "content": "请就诊。" * (1 + n % 5)} for n in range(48)]
+    records = [{"messages": [*turns[n], replies[n]], "label": n % 3 > 0} for n in range(48)]
+    return write_lines(folder / "feedback.jsonl", records)
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        *((stage, {}) for stage in STAGES),
+        ("sft", {"gradient_checkpointing": True}),
+        ("sft", {"use_peft": False, "learning_rate": 1e-4}),
+        ("rm", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
+        ("dpo", {"loss_type": "orpo"}),
+        ("dpo", {"precompute_ref_log_probs": True, "loss_type": ["sigmoid", "sft"]}),
+        ("dpo", {"loss_type": "kto"}),
+    ],
+    ids=str,
+)
+def test_losses_and_weights_are_those_of_padded_rows(tmp_path, tiny_model_dir, stage, options, capfd):
+    main = importlib.import_module(STAGES[stage]).main
+    same = {"max_steps": 20, "lora_dropout": 0, "save_strategy": "no", "do_eval": True, "eval_steps": 10} | options
+    if options.get("loss_type") == "kto":
+        same["train_file_dir"] = feedback(tmp_path)
+    metrics, weights = {}, {}
+    for layout in ("False", "auto"):
+        (folder := tmp_path / layout).mkdir()
+        metrics[layout] = main(stage_flags(stage, tiny_model_dir, folder, **same, padding_free=layout))
+        assert (JOINED in capfd.readouterr().err) is (layout == "auto")
+        if options.get("use_peft", True):
+            weights[layout] = weights_of(folder / "out/checkpoint-best")
+    losses = [logged(tmp_path / layout / "out") for layout in ("False", "auto")]
+    assert len(losses[0]) == 20
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4, abs=1e-5)
+    assert metrics["auto"]["eval_loss"] == pytest.approx(metrics["False"]["eval_loss"], rel=1e-4, abs=1e-5)
+    for name, tensor in weights.get("False", {}).items():
+        torch.testing.assert_close(weights["auto"][name], tensor, atol=2e-3, rtol=1e-2)  # Adam's steps of 1e-3
