@@ -91,6 +91,7 @@ from medtune.rl.run import (
 from medtune.training.checkpoints import BEST
 from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
+from medtune.training.precision import base_dtype, describe_precision
 from medtune.training.run import start_run
 
 # Held-out prompts without --max_eval_samples: a greedy reply to each is written at every evaluation.
@@ -312,7 +313,7 @@ def describe_run(
     facts["updates"] = f"{run.n_updates} ({run.n_updates * run.per_update} episodes, {n_prompts} prompts)"
     if args.deepspeed:
         facts["DeepSpeed"] = f"{args.deepspeed}: gradients and optimizers in parts"
-    return facts | {"precision": "bfloat16 autocast" if args.bf16 else "float32", "output": str(run.output_dir)}
+    return facts | {"precision": describe_precision(args, run.roles.model), "output": str(run.output_dir)}
 
 
 # ---------------------------------------------------------------- main
@@ -331,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------ run
     checkpoint = start_run("proximal policy optimization", training_args, run_args, parser.notes)
+    model_args.torch_dtype = base_dtype(model_args, lora_args, training_args, parser.given, checkpoint)
     accelerator = start_accelerator(training_args, run_args.logging_dir)
 
     # ------------------------------------------------------------ tokenizer and template

@@ -39,6 +39,7 @@ from medtune.reading.rows import prepare_data
 from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator, TextsOfRow
 from medtune.training.checkpoints import BEST
 from medtune.training.log import log_facts
+from medtune.training.precision import base_dtype
 from medtune.training.run import finish_run, is_finished, start_run, train
 
 # ---------------------------------------------------------------- arguments
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------ run
     checkpoint = start_run("supervised fine-tuning", training_args, run_args, parser.notes)
+    model_args.torch_dtype = base_dtype(model_args, lora_args, training_args, parser.given, checkpoint)
 
     # ------------------------------------------------------------ tokenizer and template
     path = model_args.model_name_or_path
