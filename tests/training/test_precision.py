@@ -85,6 +85,15 @@ def test_what_asks_for_float32_keeps_it(cpu, tiny_model_dir, given, lora, obstac
         decide(tiny_model_dir, "True", given, **lora)
 
 
+def test_zero_3_keeps_float32(cpu, tiny_model_dir, monkeypatch):
+    """It loads the weights in float32, whatever type is asked for."""
+    cpu()
+    monkeypatch.setattr(precision, "is_deepspeed_zero3_enabled", lambda: True)
+    assert decide(tiny_model_dir) == "float32"
+    with pytest.raises(UserError, match="--cpu_bf16 True: not with ZeRO-3, which loads the base in float32 on a CPU"):
+        decide(tiny_model_dir, "True")
+
+
 def test_the_guides_flags_for_gpus_leave_it_to_the_cpu(cpu, tiny_model_dir):
     cpu()
     assert decide(tiny_model_dir, given="--torch_dtype bfloat16 --bf16 True") == "bfloat16"
