@@ -91,7 +91,7 @@ from medtune.rl.run import (
 from medtune.training.checkpoints import BEST
 from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
-from medtune.training.precision import base_dtype, describe_precision
+from medtune.training.precision import CPU_BF16, base_dtype, describe_precision
 from medtune.training.run import start_run
 
 # Held-out prompts without --max_eval_samples: a greedy reply to each is written at every evaluation.
@@ -361,7 +361,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     lineage = lineage_of(config, model_args, data_args, stage="ppo", template=template, flags=parser.given)
     reward_weights = weights_fingerprint(rm, flag="--reward_model_path", **hub_options)
     settings = fixed_settings(model_args, ppo_args, training_args, reward_weights, per_update, n_prompts)
-    state = resumed_state(checkpoint, settings) if checkpoint else State(settings, kl_coef=ppo_args.kl_coef)
+    begins = {CPU_BF16: training_args.use_cpu and model_args.torch_dtype == "bfloat16"}
+    state = resumed_state(checkpoint, settings) if checkpoint else State(settings | begins, kl_coef=ppo_args.kl_coef)
     if checkpoint and is_done(state, lineage, checkpoint, n_updates):
         return {}
 

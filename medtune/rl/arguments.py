@@ -9,7 +9,6 @@ from transformers import TrainingArguments
 
 from medtune.arguments import LoraArguments, ModelArguments, RunArguments
 from medtune.errors import UserError
-from medtune.training.precision import CPU_BF16
 
 EPISODES_AN_UPDATE = "episodes an update"
 
@@ -203,7 +202,6 @@ def fixed_settings(
         "--sft_model_path": model_args.sft_model_path,
         "--reward_model_path": model_args.reward_model_path,
         "weights of the reward model": reward_weights[:12],
-        CPU_BF16: training_args.use_cpu and model_args.torch_dtype == "bfloat16",
         "--seed": training_args.seed,
         "--learning_rate": training_args.learning_rate,
         "--weight_decay": training_args.weight_decay,
