@@ -45,6 +45,7 @@ from medtune.training.batches import FeedbackCollator, PairCollator
 from medtune.training.checkpoints import BEST
 from medtune.training.kto_trainer import KTOTrainer
 from medtune.training.log import log_facts
+from medtune.training.precision import base_dtype
 from medtune.training.preference_arguments import PairArguments, PreferenceConfig
 from medtune.training.preference_trainer import PreferenceTrainer
 from medtune.training.run import finish_run, inference_command, is_finished, start_run, train
@@ -180,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------ run
     checkpoint = start_run("direct preference optimization", training_args, run_args, parser.notes)
+    model_args.torch_dtype = base_dtype(model_args, lora_args, training_args, parser.given, checkpoint)
 
     # ------------------------------------------------------------ tokenizer and template
     path = model_args.model_name_or_path

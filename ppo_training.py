@@ -85,6 +85,7 @@ from medtune.rl.run import (
 from medtune.training.checkpoints import BEST
 from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
+from medtune.training.precision import CPU_BF16, base_dtype, describe_precision
 from medtune.training.run import inference_command, start_run
 
 # Held-out prompts without --max_eval_samples: a greedy reply to each is written at every evaluation.
@@ -306,7 +307,7 @@ def describe_run(
     facts["updates"] = f"{run.n_updates} ({run.n_updates * run.per_update} episodes, {n_prompts} prompts)"
     if args.deepspeed:
         facts["DeepSpeed"] = f"{args.deepspeed}: gradients and optimizers in parts"
-    return facts | {"precision": "bfloat16 autocast" if args.bf16 else "float32", "output": str(run.output_dir)}
+    return facts | {"precision": describe_precision(args, run.roles.model), "output": str(run.output_dir)}
 
 
 # ---------------------------------------------------------------- main
@@ -325,6 +326,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------ run
     checkpoint = start_run("proximal policy optimization", training_args, run_args, parser.notes)
+    model_args.torch_dtype = base_dtype(model_args, lora_args, training_args, parser.given, checkpoint)
     accelerator = start_accelerator(training_args, run_args.logging_dir)
 
     # ------------------------------------------------------------ tokenizer and template
@@ -352,7 +354,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     lineage = lineage_of(model_args, data_args, **record)
     reward_weights = weights_fingerprint(rm, flag="--reward_model_path", **hub_options)
     settings = fixed_settings(model_args, ppo_args, training_args, reward_weights, per_update, n_prompts)
-    state = resumed_state(checkpoint, settings) if checkpoint else State(settings, kl_coef=ppo_args.kl_coef)
+    begins = {CPU_BF16: training_args.use_cpu and model_args.torch_dtype == "bfloat16"}
+    state = resumed_state(checkpoint, settings) if checkpoint else State(settings | begins, kl_coef=ppo_args.kl_coef)
     if checkpoint and is_done(state, lineage, checkpoint, n_updates):
         return {}
 

@@ -44,6 +44,7 @@ from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, 
 from medtune.training.checkpoints import BEST
 from medtune.training.layout import TextsOfRow
 from medtune.training.log import log_facts
+from medtune.training.precision import base_dtype
 from medtune.training.run import finish_run, is_finished, start_run, train
 
 # Documents that streaming tokenizes at a time; the buffer that it shuffles in blocks.
@@ -165,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------ run
     checkpoint = start_run("continued pretraining", training_args, run_args, parser.notes)
+    model_args.torch_dtype = base_dtype(model_args, lora_args, training_args, parser.given, checkpoint)
 
     # ------------------------------------------------------------ tokenizer
     path = model_args.model_name_or_path

@@ -49,6 +49,7 @@ from medtune.reading.tokenization import IGNORED_LABEL, load_chat_template, mark
 from medtune.training.batches import PairCollator
 from medtune.training.checkpoints import BEST
 from medtune.training.log import log_facts
+from medtune.training.precision import base_dtype
 from medtune.training.preference_arguments import PairArguments
 from medtune.training.reward_trainer import RewardTrainer, RMTrainingArguments
 from medtune.training.run import finish_run, is_finished, start_run, train
@@ -105,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------ run
     checkpoint = start_run("reward modelling", training_args, run_args, parser.notes)
+    model_args.torch_dtype = base_dtype(model_args, lora_args, training_args, parser.given, checkpoint)
 
     # ------------------------------------------------------------ tokenizer and template
     path = model_args.model_name_or_path

@@ -20,7 +20,7 @@ export N_PROCESSES OMP_NUM_THREADS=1 ACCUMULATION=$((2 / N_PROCESSES))
 export MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=1073741824
 
 common="--gradient_checkpointing False --lr_scheduler_type cosine --preprocessing_num_workers 2 --save_total_limit 1"
-common+=" --weight_decay 0 --eval_strategy epoch"
+common+=" --weight_decay 0 --eval_strategy epoch --cpu_bf16 False"
 # All weights, because a LoRA adapter has nothing to adapt in a random model. Many tokens are rare: what Adam saw of the
 # others long ago says little about them, hence its beta2.
 whole="--use_peft False --learning_rate 2e-3 --adam_beta2 0.99 $common"
@@ -39,7 +39,7 @@ export PPO_DATA=data/ppo
 export PPO_FLAGS="--eval_steps 2 --total_episodes 1280 --per_device_train_batch_size 16 \
     --gradient_accumulation_steps $((8 / N_PROCESSES)) --rollout_batch_size 64 --num_ppo_epochs 2 --num_mini_batches 2 \
     --learning_rate 2e-3 --lr_scheduler_type constant --lora_rank 16 --kl_coef 0.1 --temperature 1 \
-    --response_length 128 --gradient_checkpointing False"
+    --response_length 128 --gradient_checkpointing False --cpu_bf16 False"
 export EVAL_FLAGS="--num_samples 200 --max_new_tokens 160 --batch_size 32"
 
 "$PYTHON" scripts/build_tiny_model.py --output_dir "$MODEL"

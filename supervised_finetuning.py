@@ -39,6 +39,7 @@ from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, 
 from medtune.training.checkpoints import BEST
 from medtune.training.layout import TextsOfRow
 from medtune.training.log import log_facts
+from medtune.training.precision import base_dtype
 from medtune.training.run import finish_run, inference_command, is_finished, start_run, train
 
 # ---------------------------------------------------------------- arguments
@@ -98,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------ run
     checkpoint = start_run("supervised fine-tuning", training_args, run_args, parser.notes)
+    model_args.torch_dtype = base_dtype(model_args, lora_args, training_args, parser.given, checkpoint)
 
     # ------------------------------------------------------------ tokenizer and template
     path = model_args.model_name_or_path

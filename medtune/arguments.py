@@ -54,6 +54,13 @@ class ModelArguments(LoadingOptions):
     torch_dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
         default="auto", metadata={"help": "Type of the base model's weights; auto takes the checkpoint's."}
     )
+    cpu_bf16: Literal["auto", "True", "False"] = field(
+        default="auto",
+        metadata={
+            "help": "On a CPU, the frozen base of an adapter in bfloat16: auto where that is faster here; without it, "
+            "and for full weights, a CPU trains in float32."
+        },
+    )
     load_in_8bit: bool = field(default=False, metadata={"help": "Base weights in 8 bit (bitsandbytes)."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Base weights in 4-bit NF4 (QLoRA, bitsandbytes)."})
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = field(

@@ -446,6 +446,24 @@ def test_quantized_base(flags, tmp_path, kept_roles, sft_adapter, flag):
     )
 
 
+def test_base_in_bfloat16_on_the_cpu(flags, tmp_path, kept_roles):
+    """Policy and reference are one at the start, what is trained is in float32, and a resumed run keeps bfloat16."""
+    ppo_training.main(flags(cpu_bf16=True, max_steps=1, num_ppo_epochs=1))
+    roles, (first,) = kept_roles[0], history(tmp_path / "out")
+    assert roles.model.get_input_embeddings().weight.dtype == torch.bfloat16
+    trained = {weights.dtype for role in ("policy", "value") for weights in roles.trained_weights(role).values()}
+    assert (
+        trained == {tensor.dtype for tensor in weights_of(tmp_path / "out/checkpoint-best").values()} == {torch.float32}
+    )
+    assert first["objective/kl"] == 0.0
+    assert first["policy/ratio"] == pytest.approx(1.0, abs=0.02)  # other batches round otherwise
+    assert abs(first["policy/approx_kl"]) < 1e-3
+    with pytest.raises(UserError, match=r"^--cpu_bf16 False: the run in .* was started with True"):
+        ppo_training.main(flags(resume_from_checkpoint=True, max_steps=2, torch_dtype="float32"))
+    ppo_training.main(flags(resume_from_checkpoint=True, max_steps=2))
+    assert kept_roles[1].model.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
 # ---------------------------------------------------------------- alarms
 
 

@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 
 from medtune.errors import UserError
 from medtune.output_files import existing_part
+from medtune.training.processes import of_main_process
 
 BEST = "checkpoint-best"
 ROWS_A_STEP = "rows a step"
@@ -58,7 +59,7 @@ def find_checkpoint(training_args: TrainingArguments, overwrite_output_dir: bool
             checkpoint_path = (
                 _checked_checkpoint(requested) if isinstance(requested, str) else _newest_checkpoint(output_dir)
             )
-        checkpoint_path = _from_main_process(checkpoint_path, training_args)
+        checkpoint_path = of_main_process(checkpoint_path, training_args)
         if checkpoint_path:
             if not Path(checkpoint_path).is_dir():
                 raise UserError(
@@ -138,15 +139,6 @@ def _newest_checkpoint(output_dir: Path) -> str | None:
             return str(checkpoint)
         logger.warning(f"{checkpoint} is not complete ({faults}) and is skipped")
     return None
-
-
-def _from_main_process(value: str | None, training_args: TrainingArguments) -> str | None:
-    """The value that the first process has, in every process."""
-    if training_args.world_size == 1:
-        return value
-    values = [value]
-    torch.distributed.broadcast_object_list(values, src=0, device=training_args.device)
-    return values[0]
 
 
 def numbered_checkpoints(output_dir: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from loguru import logger
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from medtune.training.precision import describe_precision
 from medtune.training.steps import count_steps, is_streamed
 
 # What a line of the log shows of an evaluation.
@@ -76,7 +77,7 @@ def log_facts(trainer: Trainer, facts: dict[str, str]) -> None:
         "batch": f"{args.train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x "
         f"{args.world_size} process(es) = {per_step} rows a step",
         "steps": f"{steps} ({data})",
-        "precision": "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "float32",
+        "precision": describe_precision(args, trainer.model),
         "gradient checkpointing": "on" if args.gradient_checkpointing else "off",
         "output": str(args.output_dir),
     }

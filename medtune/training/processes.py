@@ -1,7 +1,20 @@
 """What the processes of a launch agree on."""
 
+from typing import TypeVar
+
 import torch
 from transformers import TrainingArguments
+
+Value = TypeVar("Value")
+
+
+def of_main_process(value: Value, args: TrainingArguments) -> Value:
+    """The value that the first process has, in every process."""
+    if args.world_size == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0, device=args.device)
+    return values[0]
 
 
 def largest_of_processes(value: int, args: TrainingArguments) -> int:

@@ -188,7 +188,7 @@ def test_what_it_reads_is_what_it_was_trained_on(qwen_tokenizer, name):
 
 def test_every_flag_of_loading_reaches_the_loader(base):
     model_args = ModelArguments(base, torch_dtype="bfloat16", cache_dir="models")
-    named = {"model_name_or_path", "tokenizer_name_or_path"}
+    named = {"model_name_or_path", "tokenizer_name_or_path", "cpu_bf16"}  # the last decides on torch_dtype
     assert model_args.loading_options == {name: value for name, value in vars(model_args).items() if name not in named}
     assert model_args.hub_options == {"cache_dir": "models", "trust_remote_code": False}
     assert load_base_model(base, **model_args.loading_options).dtype == torch.bfloat16
