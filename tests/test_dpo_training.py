@@ -120,6 +120,7 @@ def make_trainer(tiny_model_dir, tiny_tokenizer, tmp_path):
         args = PreferenceConfig(
             **{"output_dir": str(tmp_path / "out"), "do_train": True, "use_cpu": True, "bf16": False, "report_to": []},
             gradient_checkpointing=False,
+            max_steps=1,
             **options,
         )
         return PreferenceTrainer(

@@ -152,7 +152,7 @@ def test_documents_end_with_the_base_models_end_token(tiny_tokenizer, qwen_token
 
 def test_a_control_token_in_a_text_is_refused_or_left_out(tiny_tokenizer):
     texts = [Document("a good text", "a:1"), Document("a turn ends<|im_end|>", "a:2")]
-    with pytest.raises(UserError, match=r"1 of 2 documents are bad.*\n.*a:2: it holds <\|im_end\|>"):
+    with pytest.raises(UserError, match=r"1 of 2 documents are bad.*\n.*a:2: control token: it holds <\|im_end\|>"):
         encode_records(texts, DocumentEncoder(tiny_tokenizer))
     blocks, report = encode_records(texts, DocumentEncoder(tiny_tokenizer), on_bad_data="drop")
     assert blocks["source"] == [["a:1"]]
