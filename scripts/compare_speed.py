@@ -16,8 +16,8 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import cycle, islice
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -148,10 +149,7 @@ def command_of(side: str, job: Job, model: Path, data: Path, folder: Path, tree:
 
 
 def in_a_process(function: Callable, *args: Any) -> Any:
-    """A function's result, computed in a new process, so that this one stays small.
-
-    Linux counts the peak memory of a process into that of every program it starts.
-    """
+    """A function's result from a process of its own: Linux counts our peak memory into that of what we start."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
@@ -268,11 +266,13 @@ def run_side(side: str, job: Job, model: Path, data: Path, folder: Path, tree: P
     began = time.monotonic()
     with log.open("wb") as file:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        finally:
+            process.kill()  # does nothing to one that has ended
     seconds, text = time.monotonic() - began, log.read_text(encoding="utf-8", errors="replace")
-    if process.returncode:
-        raise UserError(f"{side} ended with {process.returncode}; its command and log:\n{command}\n{text[-3000:]}")
+    if code := os.waitstatus_to_exitcode(status):
+        raise UserError(f"{side} ended with {code}; its command and log:\n{command}\n{text[-3000:]}")
     training, losses = read_printed(text) if side == "trl" else read_files(folder / "out")
     figures = (seconds, training, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / KIB_A_GIB, losses[0], losses[-1])
     return dict(zip((*FIGURES, "first_loss", "last_loss"), figures, strict=True))
@@ -350,8 +350,7 @@ def compare(name: str, work: Work, share: float, sides: dict[str, Path], more: s
     lengths = in_a_process(make_examples, data, work, job.stage, max(1, round(share * job.n_examples)))
     for number in range(n_rounds):
         for side in list(runs)[:: -1 if number % 2 else 1]:  # they take turns in going first
-            flags = more if side == "ours" else ""
-            run = run_side(side, job, model, data, work.folder / "run", sides[side], flags)
+            run = run_side(side, job, model, data, work.folder / "run", sides[side], more if side == "ours" else "")
             runs[side].append(run)
             took = ", ".join(f"{key} {run[key]:.1f}" for key in FIGURES)
             print(f"{name}, round {number + 1}, {side}: {took}", file=sys.stderr, flush=True)
@@ -428,8 +427,7 @@ def measure_preparation(work: Work, n: int) -> dict:
         began = time.monotonic()
         prepare_part("train", [dialogues], False, read_dialogues, encoder, DataArguments(), SEED, folder)
         seconds = time.monotonic() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / KIB_A_GIB
-    return {"dialogues": n, "seconds": seconds, "peak_gib": peak}
+    return {"dialogues": n, "seconds": seconds, "peak_gib": getrusage(RUSAGE_SELF).ru_maxrss / KIB_A_GIB}
 
 
 def grow(axis: str, work: Work, share: float, more: str) -> list[dict]:
@@ -497,4 +495,5 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that runs and folder end with it
     run_script(main)
