@@ -201,10 +201,10 @@ def draw_examples(data: Path, tokenizer: Any, stage: str, n: int, n_joined: Sequ
     n_joined: from how many records an example's replies are joined, to draw from. Records with a system prompt, earlier
     turns or tools are left out. Raises UserError if there are too few.
     """
-    from medtune.reading.record_sets import load_dialogues, load_pairs
+    from medtune.reading.readers import load_records, read_dialogues, read_pairs
 
     folder = data / ("reward" if stage in PAIRED else "finetune")
-    records, _ = (load_pairs if stage in PAIRED else load_dialogues)(sorted(folder.rglob("*.json*")))
+    records, _ = load_records(read_pairs if stage in PAIRED else read_dialogues, sorted(folder.rglob("*.json*")))
     texts = [[message["content"] for message in record.messages] for record in records]
     if stage in PAIRED:
         texts = [[*asked, record.chosen, record.rejected] for asked, record in zip(texts, records, strict=True)]
@@ -412,9 +412,9 @@ def measure_preparation(work: Work, n: int) -> dict:
     """Seconds and peak memory of reading and tokenizing dialogues in one process, with an empty cache."""
     from medtune.arguments import DataArguments
     from medtune.reading.encoders import DialogueEncoder
-    from medtune.reading.encoding import load_chat_template
-    from medtune.reading.record_sets import read_dialogues
-    from medtune.reading.rows import prepare_part
+    from medtune.reading.readers import read_dialogues
+    from medtune.reading.stage_data import prepare_part
+    from medtune.reading.tokenization import load_chat_template
 
     tokenizer = work.load_tokenizer()
     examples = draw_examples(work.data, tokenizer, "sft", min(n, 1000), (1,))

@@ -429,7 +429,7 @@ def test_torch_compile_variable_with_another_word(monkeypatch):
 MEANINGLESS = [
     *("max_length", "truncation_mode", "dataset_text_field", "dataset_kwargs", "eos_token"),
     *("pad_token", "chat_template_path", "completion_only_loss", "assistant_only_loss", "packing_strategy"),
-    *("eval_packing", "loss_type", "pad_to_multiple_of", "model_init_kwargs", "shuffle_dataset", "use_liger_kernel"),
+    *("eval_packing", "loss_type", "pad_to_multiple_of", "model_init_kwargs", "shuffle_dataset"),
     "router_aux_loss_coef",
 ]
 

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, is_flash_attn_2_available
+from transformers.utils import cached_file, is_flash_attn_2_available, is_flash_attn_3_available
 
 from medtune.errors import UserError
 from medtune.models.lineage import is_adapter, tokenizer_source
@@ -114,13 +114,16 @@ def quantization_config(
 
 
 def attention_implementation(flash_attn: bool) -> str:
-    """FlashAttention 2 if it is requested and possible, otherwise PyTorch's SDPA, with a line in the log."""
+    """FlashAttention if it is requested and possible (3 on Hopper where it is installed), otherwise PyTorch's SDPA with a
+    line in the log."""
     if not flash_attn:
         return "sdpa"
     if not torch.cuda.is_available():
         lacking = "FlashAttention needs a CUDA device"
     elif torch.cuda.get_device_capability() < (8, 0):
         lacking = "FlashAttention 2 needs an Ampere GPU or newer"
+    elif torch.cuda.get_device_capability()[0] == 9 and is_flash_attn_3_available():
+        return "flash_attention_3"
     elif not is_flash_attn_2_available():
         lacking = "the package flash-attn is not installed (requirements/gpu.txt says how)"
     else:

@@ -50,7 +50,9 @@ def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | 
     """
     setting, plain = trainer.args.padding_free, _base(trainer.model)
     is_auto = setting == "auto"
-    padding_free = gains_from_joining(plain, trainer.args.device) if is_auto else setting == "True"
+    # What torch.compile made for one number of texts would be made again for the next.
+    gains = gains_from_joining(plain, trainer.args.device) and not trainer.args.torch_compile
+    padding_free = gains if is_auto else setting == "True"
     if padding_free:
         attend_by_text(plain)
         fault, summary = look_at_texts(trainer, model, padding_free)

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.utils import is_liger_kernel_available
 
 from medtune.errors import UserError
 from medtune.training.layout import TextsOfRow, choose_layout
@@ -40,9 +41,20 @@ class StageTrainingArguments(TrainingArguments):
             "if the model keeps them apart."
         },
     )
-    use_liger_kernel: bool = field(default=False, init=False)  # it would compute another loss than ours
+    use_liger_kernel: bool = field(
+        default=False,
+        metadata={"help": "Fused norms, rotary embeddings and SwiGLU of the package liger-kernel, on GPUs."},
+    )
 
     def __post_init__(self):
+        if self.use_liger_kernel:
+            if not is_liger_kernel_available():
+                raise UserError(
+                    "--use_liger_kernel: the package liger-kernel is not installed; pip install liger-kernel, or leave "
+                    "the flag out"
+                )
+            # Its losses would pass by ours and compute the head at every token.
+            self.liger_kernel_config = {"cross_entropy": False, "fused_linear_cross_entropy": False}
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         super().__post_init__()
         if not self.do_train and not self.do_eval:

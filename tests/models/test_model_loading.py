@@ -534,12 +534,23 @@ def test_quantization_config():
         (True, False, None, True, "sdpa", "--flash_attn: FlashAttention needs a CUDA device"),
     ],
 )
-def test_attention(monkeypatch, log, flash_attn, cuda, capability, installed, expected, line):
+def test_attention_of_a_gpu(monkeypatch, log, flash_attn, cuda, capability, installed, expected, line):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: installed)
     assert attention_implementation(flash_attn) == expected
     assert [message.startswith(line) for message in log] == ([True] if line else [])
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((9, 0), "flash_attention_3"), ((10, 0), "flash_attention_2")], ids=str
+)
+def test_hopper_has_an_attention_of_its_own(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    for version in (2, 3):
+        monkeypatch.setattr(loading, f"is_flash_attn_{version}_available", lambda: True)
+    assert attention_implementation(True) == expected
 
 
 @pytest.fixture

@@ -6,6 +6,10 @@ import pytest
 import torch
 from stage_runs import PARTS, STAGES, logged, stage_flags, weights_of, write_lines
 
+from medtune.errors import UserError
+from medtune.training import stage_trainer
+from medtune.training.causal_lm_trainer import CausalLMConfig
+
 JOINED = "the rows of a batch are joined into one without padding"
 
 
@@ -48,3 +52,12 @@ def test_losses_and_weights_are_those_of_padded_rows(tmp_path, tiny_model_dir, s
     assert metrics["auto"]["eval_loss"] == pytest.approx(metrics["False"]["eval_loss"], rel=1e-4, abs=1e-5)
     for name, tensor in weights.get("False", {}).items():
         torch.testing.assert_close(weights["auto"][name], tensor, atol=2e-3, rtol=1e-2)  # Adam's steps of 1e-3
+
+
+def test_fused_kernels_leave_the_loss_to_us(monkeypatch, tmp_path):
+    """The package needs a GPU; its own losses would compute the head at every token."""
+    with pytest.raises(UserError, match=r"^--use_liger_kernel: the package liger-kernel is not installed; "):
+        CausalLMConfig(output_dir=str(tmp_path), do_train=True, use_liger_kernel=True)
+    monkeypatch.setattr(stage_trainer, "is_liger_kernel_available", lambda: True)
+    config = CausalLMConfig(output_dir=str(tmp_path), do_train=True, use_cpu=True, bf16=False, use_liger_kernel=True)
+    assert config.liger_kernel_config == {"cross_entropy": False, "fused_linear_cross_entropy": False}
