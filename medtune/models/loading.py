@@ -114,8 +114,7 @@ def quantization_config(
 
 
 def attention_implementation(flash_attn: bool) -> str:
-    """FlashAttention if it is requested and possible (3 on Hopper where it is installed), otherwise PyTorch's SDPA with a
-    line in the log."""
+    """FlashAttention if requested and possible (3 on Hopper, if installed), otherwise SDPA with a line in the log."""
     if not flash_attn:
         return "sdpa"
     if not torch.cuda.is_available():
