@@ -129,10 +129,6 @@ class RunningBatch:
         self.n_columns += 1
         self._advance([row.ids[-1:] for row in self.rows])
 
-    def remove(self, rows: Sequence[Row]) -> None:
-        """Let rows go before they are finished."""
-        self._keep([index for index, row in enumerate(self.rows) if row not in rows])
-
     def _start(self, rows: list[Row]) -> None:
         self.rows = rows
         self.cache = DynamicCache(config=self.core.config.get_text_config(decoder=True))

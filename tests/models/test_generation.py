@@ -57,12 +57,15 @@ def test_a_batch_gives_what_each_prompt_gives_alone(model, tiny_tokenizer, promp
         assert (reply.ended, reply.n_tokens) == (False, 8)
 
 
-def test_longest_prompts_go_first_and_progress_is_told(model, tiny_tokenizer, prompts, monkeypatch):
-    widths, done, forward = [], [], model.forward
-    monkeypatch.setattr(model, "forward", lambda **kw: widths.append(kw["input_ids"].shape) or forward(**kw))
+def test_longest_prompts_go_first_and_progress_is_told(model, tiny_tokenizer, prompts):
+    shapes, done = [], []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
     generate_replies(model, tiny_tokenizer, prompts, NEVER, SHORT, 3, on_progress=done.append)
+    hook.remove()
     lengths = sorted(map(len, prompts))
-    assert [tuple(shape) for shape in widths if shape[1] > 1] == [(3, lengths[-1]), (1, lengths[0])]
+    assert [shape for shape in shapes if shape[1] > 1] == [(3, lengths[-1]), (1, lengths[0])]
     assert done == [3, 4]
 
 
