@@ -28,12 +28,11 @@ import reward_modeling
 import supervised_finetuning
 from medtune.arguments import StageArgumentParser
 from medtune.errors import UserError
-from medtune.models import decoding
 from medtune.models.adapters import load_with_adapter
 from medtune.models.lineage import read_lineage
 from medtune.models.loading import weights_fingerprint
 from medtune.reading.encoding import encode_exchange, load_chat_template
-from medtune.rl import alarms, run
+from medtune.rl import alarms, rollout, run
 from medtune.rl.alarms import UPDATES_WITHOUT_END
 from medtune.rl.arguments import PPOTrainingArguments
 from medtune.rl.ppo_math import value_losses
@@ -491,10 +490,10 @@ def test_quantized_base(flags, tmp_path, kept_roles, sft_adapter, flag):
 
 
 def test_broken_sampler_is_noticed(flags, monkeypatch):
-    def draw_evenly(scores, uniforms):
-        return (torch.tensor(uniforms) * scores.shape[1]).long()
+    def draw_evenly(logits, uniforms, temperature):
+        return (torch.tensor(uniforms) * logits.shape[1]).long()
 
-    monkeypatch.setattr(decoding, "inverse_transform", draw_evenly)
+    monkeypatch.setattr(rollout, "inverse_transform", draw_evenly)
     with pytest.raises(UserError, match=r"^update \d+: replies are not drawn from the policy: .* nats a token"):
         ppo_training.main(flags(max_steps=20))
 

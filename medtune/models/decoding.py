@@ -57,36 +57,25 @@ def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float
     return logits.scatter(0, seen, torch.where(own < 0, own * penalty, own / penalty))
 
 
-def choose_tokens(
-    logits: torch.Tensor, decodings: Sequence[Decoding], uniforms: Sequence[float | None]
+def draw_tokens(
+    logits: torch.Tensor, decodings: Sequence[Decoding], generators: Sequence[torch.Generator]
 ) -> torch.Tensor:
-    """[B] ids, each chosen from a row of [B, V] logits by the settings of its own.
+    """[B] ids, each drawn from a row of [B, V] logits by the settings and the generator of its own.
 
-    uniforms: of a row that is drawn, its number in [0, 1); None for one that takes the likeliest token.
+    `multinomial` races the tokens by random numbers of their own, so that rounding, which differs between batches,
+        changes a draw only where two of them are level; a single number on the cumulative chances falls between rare
+        tokens, whose borders rounding moves.
     """
-    tokens = logits.argmax(dim=-1)
+    chances = torch.empty_like(logits)
     alike: dict[tuple, list[int]] = {}
-    for row, (decoding, uniform) in enumerate(zip(decodings, uniforms, strict=True)):
-        if uniform is not None:
-            alike.setdefault((decoding.temperature, decoding.top_k, decoding.top_p), []).append(row)
+    for row, decoding in enumerate(decodings):
+        alike.setdefault((decoding.temperature, decoding.top_k, decoding.top_p), []).append(row)
     for (temperature, top_k, top_p), rows in alike.items():
-        scores = logits[rows].double() / temperature
+        scores = logits[rows] / temperature
         if top_k > 0:
             scores = TopKLogitsWarper(top_k)(None, scores)
         if top_p < 1:
             scores = TopPLogitsWarper(top_p)(None, scores)
-        tokens[rows] = inverse_transform(scores, [uniforms[row] for row in rows])
-    return tokens
-
-
-def inverse_transform(scores: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
-    """[B] ids drawn from the softmax of [B, V] float64 scores: the first whose cumulative chance exceeds the uniform
-    number of its row.
-
-    A draw depends on its own row alone, whatever the batch; raises RuntimeError where scores are not finite numbers.
-    """
-    cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
-    if cumulative[:, -1].isnan().any():
-        raise RuntimeError("the model's probabilities of the next token are not numbers")
-    drawn = torch.tensor(uniforms, dtype=torch.float64, device=scores.device)[:, None] * cumulative[:, -1:]
-    return (cumulative <= drawn).sum(dim=-1).clamp(max=scores.shape[-1] - 1)
+        chances[rows] = scores.softmax(dim=-1)
+    drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(chances, generators, strict=True)]
+    return torch.cat(drawn)

@@ -23,7 +23,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from medtune.models.decoding import Decoding, choose_tokens, penalize_repetition
+from medtune.models.decoding import Decoding, draw_tokens, penalize_repetition
 
 # Rows that wait join once so large a share of a batch is free: each joining copies the cache and costs a forward pass.
 REFILLED_SHARE = 0.25
@@ -52,11 +52,7 @@ class Row:
     finished: bool = False
 
     def __post_init__(self):
-        self.uniforms: list[float] | None = None
-        if self.decoding.temperature > 0:
-            generator = torch.Generator().manual_seed(self.seed)
-            n_tokens = self.decoding.max_new_tokens
-            self.uniforms = torch.rand(n_tokens, generator=generator, dtype=torch.float64).tolist()
+        self.generator: torch.Generator | None = None
         # The end token stands in every turn of the prompt: made less likely, replies would not end.
         self.penalized = set(self.prompt) - self.stop_ids if self.decoding.repetition_penalty != 1 else None
 
@@ -70,6 +66,13 @@ class Row:
     def is_complete(self) -> bool:
         """Whether what was generated is enough; asked after each token."""
         return False
+
+    @staticmethod
+    def draw(logits: torch.Tensor, rows: "Sequence[Row]") -> torch.Tensor:
+        """[B] ids, the next ones of rows that have a temperature, from their [B, V] logits."""
+        for row in rows:
+            row.generator = row.generator or torch.Generator(logits.device).manual_seed(row.seed)
+        return draw_tokens(logits, [row.decoding for row in rows], [row.generator for row in rows])
 
 
 def complete_rows(
@@ -163,8 +166,10 @@ class RunningBatch:
             if row.penalized:
                 seen = torch.tensor(list(row.penalized), device=self.device)
                 logits[index] = penalize_repetition(logits[index], seen, row.decoding.repetition_penalty)
-        uniforms = [row.uniforms and row.uniforms[len(row.ids)] for row in self.rows]
-        tokens = choose_tokens(logits, [row.decoding for row in self.rows], uniforms)
+        tokens = logits.argmax(dim=-1)
+        if drawn := [index for index, row in enumerate(self.rows) if row.decoding.temperature > 0]:
+            rows = [self.rows[index] for index in drawn]
+            tokens[drawn] = rows[0].draw(logits[drawn], rows)
         for row, token in zip(self.rows, tokens.tolist(), strict=True):
             row.append(token)
         self._keep([index for index, row in enumerate(self.rows) if not row.finished])

@@ -1,4 +1,4 @@
-"""The arithmetic of PPO: episodes, means and whitening under a mask, log-probs, rewards, advantages, the losses.
+"""The arithmetic of PPO: random draws, means and whitening under a mask, log-probs, rewards, advantages, the losses.
 
 Tensors in, tensors out. B replies of at most T tokens; `mask` is [B, T] bool, True on a reply's tokens, its end token
 included; V is the vocabulary. Log-probs, KL and entropy are in nats.
@@ -18,7 +18,7 @@ CHUNK = 128
 SumOverProcesses = Callable[[torch.Tensor], torch.Tensor]
 
 
-# ---------------------------------------------------------------- episodes
+# ---------------------------------------------------------------- random draws
 
 
 def episode_order(n_prompts: int, n_episodes: int, seed: int) -> list[int]:
@@ -30,9 +30,17 @@ def episode_order(n_prompts: int, n_episodes: int, seed: int) -> list[int]:
     return order[:n_episodes]
 
 
-def episode_seed(seed: int, episode: int) -> int:
-    """What decides the draws of an episode's reply, whatever its batch, the number of processes and a resume."""
-    return seed * 1_000_003 + episode
+def draw_uniforms(n_tokens: int, seed: int, episode: int) -> list[float]:
+    """n_tokens float64 uniform numbers of an episode."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + episode)
+    return torch.rand(n_tokens, generator=generator, dtype=torch.float64).tolist()
+
+
+def inverse_transform(logits: torch.Tensor, uniforms: Sequence[float], temperature: float) -> torch.Tensor:
+    """[B] ids drawn from [B, V] logits: the first whose cumulative chance exceeds the uniform number of its row."""
+    cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    drawn = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+    return (cumulative <= drawn).sum(dim=-1).clamp(max=logits.shape[1] - 1)
 
 
 # ---------------------------------------------------------------- under a mask

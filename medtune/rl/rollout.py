@@ -13,7 +13,7 @@ from medtune.models.decoding import Decoding
 from medtune.models.running_batch import Row
 from medtune.reading.encoding import stop_token_ids
 from medtune.rl.arguments import PPOArguments
-from medtune.rl.ppo_math import episode_seed, reply_mask
+from medtune.rl.ppo_math import draw_uniforms, inverse_transform, reply_mask
 from medtune.rl.reward_texts import RewardTexts
 from medtune.rl.roles import Roles
 from medtune.training.interruption import SignalListener
@@ -129,6 +129,22 @@ def choose_sampling(
     )
 
 
+class EpisodeRow(Row):
+    """A row each of whose tokens is drawn by a uniform number of its episode, so that a reply depends only on seed and
+    episode: batch, number of processes and a resume do not change it."""
+
+    def __init__(self, prompt: list[int], sampling: Sampling, episode: int | None):
+        """episode: None decodes greedily."""
+        temperature = 0.0 if episode is None else sampling.temperature
+        super().__init__(prompt, frozenset(sampling.stop_ids), Decoding(sampling.max_tokens, temperature))
+        self.uniforms = [] if episode is None else draw_uniforms(sampling.max_tokens, sampling.seed, episode)
+
+    @staticmethod
+    def draw(logits: torch.Tensor, rows: "Sequence[EpisodeRow]") -> torch.Tensor:
+        uniforms = [row.uniforms[len(row.ids)] for row in rows]
+        return inverse_transform(logits, uniforms, rows[0].decoding.temperature)
+
+
 @torch.no_grad()
 def sample_replies(
     roles: Roles, prompts: Sequence[list[int]], episodes: Sequence[int] | None, sampling: Sampling
@@ -138,10 +154,8 @@ def sample_replies(
     Args:
         episodes: the episode number of each, which decides its random draws; None decodes greedily.
     """
-    decoding = Decoding(sampling.max_tokens, 0.0 if episodes is None else sampling.temperature)
-    seeds = [0] * len(prompts) if episodes is None else [episode_seed(sampling.seed, number) for number in episodes]
-    stop_ids = frozenset(sampling.stop_ids)
-    rows = [Row(prompt, stop_ids, decoding, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    numbers = [None] * len(prompts) if episodes is None else episodes
+    rows = [EpisodeRow(prompt, sampling, number) for prompt, number in zip(prompts, numbers, strict=True)]
     roles.complete(rows)
     device = roles.model.device
     # Detail: prompts are padded on the left, so that all replies start at one column.

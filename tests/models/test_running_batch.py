@@ -5,7 +5,7 @@ import torch
 from tiny_families import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from medtune.models.decoding import Decoding, choose_tokens, inverse_transform, penalize_repetition
+from medtune.models.decoding import Decoding, draw_tokens, penalize_repetition
 from medtune.models.running_batch import Row, RunningBatch, complete_rows
 
 LENGTHS = (3, 17, 5, 9, 12, 30)
@@ -113,27 +113,44 @@ def test_finished_rows_are_not_computed_and_others_take_their_place(model):
 # ---------------------------------------------------------------- the choice of a token
 
 
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
 def test_draws_follow_the_tempered_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, -50.0]]).repeat(4000, 1)
-    uniforms = torch.rand(4000, generator=torch.Generator().manual_seed(3), dtype=torch.float64).tolist()
-    drawn = choose_tokens(logits, [Decoding(temperature=0.5)] * 4000, uniforms)
+    drawn = draw_tokens(logits, [Decoding(temperature=0.5)] * 4000, generators(*range(4000)))
     shares = torch.bincount(drawn, minlength=4) / 4000
     torch.testing.assert_close(shares, (logits[0] / 0.5).softmax(dim=0), atol=0.02, rtol=0)
-    # By hand: cumulative 0.25, 0.75, 1 and the numbers 0.2, 0.25, 0.74, 0.99.
-    chances = torch.tensor([0.25, 0.5, 0.25]).double().log().repeat(4, 1)
-    assert inverse_transform(chances, [0.2, 0.25, 0.74, 0.99]).tolist() == [0, 1, 1, 2]
 
 
-def test_rows_are_chosen_by_their_own_settings():
-    logits = torch.tensor([[0.0, 2.0, 1.0]]).repeat(4, 1)
-    decodings = [Decoding(), Decoding(temperature=1.0), Decoding(temperature=1.0, top_k=2)]
-    decodings.append(Decoding(temperature=1.0, top_p=0.6))
-    assert choose_tokens(logits, decodings, [None, 0.05, 0.05, 0.999]).tolist() == [1, 0, 1, 1]
+def test_rows_are_drawn_by_their_own_settings_and_generators():
+    logits = torch.linspace(0, 3, 50).repeat(200, 1)
+    free, few, narrow = (
+        Decoding(temperature=1.0),
+        Decoding(temperature=1.0, top_k=2),
+        Decoding(temperature=3, top_p=0.1),
+    )
+    drawn = draw_tokens(logits, [free, few, narrow, free] * 50, generators(*range(200))).view(50, 4)
+    assert set(drawn[:, 1].tolist()) == {48, 49}
+    assert drawn[:, 2].min() > 40
+    assert drawn[:, 0].unique().numel() > 10
+    alone = draw_tokens(logits[:1], [free], generators(4))
+    assert alone.item() == drawn[1, 0]
+
+
+def test_rounding_changes_no_draw():
+    """In a batch logits are rounded otherwise; an even choice of many tokens is the most delicate."""
+    logits = torch.randn(64, 50_000, generator=torch.Generator().manual_seed(0)) * 1e-2
+    rounded = logits * (1 + 1e-6)
+    free = [Decoding(temperature=1.0)] * 64
+    drawn = [draw_tokens(one, free, generators(*range(64))) for one in (logits, rounded)]
+    assert torch.equal(*drawn)
 
 
 def test_probabilities_that_are_no_numbers_are_an_error():
-    with pytest.raises(RuntimeError, match="probabilities of the next token are not numbers"):
-        choose_tokens(torch.tensor([[float("nan"), 1.0]]), [Decoding(temperature=1.0)], [0.5])
+    with pytest.raises(RuntimeError, match="probability tensor contains"):
+        draw_tokens(torch.tensor([[float("nan"), 1.0]]), [Decoding(temperature=1.0)], generators(0))
 
 
 def test_a_penalty_divides_what_is_above_zero_and_multiplies_what_is_below():
