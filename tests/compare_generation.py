@@ -6,7 +6,8 @@
     git worktree add ../before HEAD~1
     python tests/compare_generation.py versions models/tiny-qwen2 ../before .
 
-Every figure is of one run, the two sides in turn, three rounds of it; the times of a round and their ratio are printed.
+Every figure is of one run, the two sides in turn, three rounds of it; the times of a round and their ratio are printed,
+and of CPU time too, which tells more where other programs run.
 With random weights no reply ends by itself. In `versions` a share of the vocabulary ends replies, so that drawn ones
 have lengths of mean 1 / share; in `clients` each request has a limit of its own.
 """
@@ -40,7 +41,7 @@ n_tokens = len(tokenizer)
 stop_ids = torch.randperm(n_tokens)[: model.config.vocab_size // mean_length].tolist()
 lengths = torch.randint(20, 120, (64,)).tolist()
 prompts = [torch.randint(5, n_tokens, (length,)).tolist() for length in lengths]
-begin = time.perf_counter()
+wall, cpu = time.perf_counter(), time.process_time()
 if kind == "evaluation":
     from medtune.models.generation import Decoding, generate_replies
     decoding = Decoding(max_new_tokens=4 * mean_length, temperature=1.0)
@@ -55,7 +56,7 @@ else:
     for start in (0, 16):
         replies = sample_replies(roles, prompts[start : start + 16], range(start, start + 16), sampling)
         n_generated += int(replies.mask.sum())
-print(json.dumps([time.perf_counter() - begin, n_generated]))
+print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, n_generated]))
 """
 
 # ---------------------------------------------------------------- a server's clients
@@ -84,6 +85,11 @@ def ask(port: int, body: dict) -> str:
         return json.load(answer)["choices"][0]["message"]["content"]
 
 
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 def compare_clients(model: Path) -> None:
     """Half of the requests are greedy, half drawn; each gets the same reply in turn and at once."""
     rng = random.Random(0)
@@ -100,15 +106,18 @@ def compare_clients(model: Path) -> None:
     try:
         ask(port, bodies[0])  # warms up
         for _ in range(ROUNDS):
-            begin = time.perf_counter()
+            times = [(time.perf_counter(), cpu_seconds(server.pid))]
             in_turn = [ask(port, body) for body in bodies]
-            middle = time.perf_counter()
+            times.append((time.perf_counter(), cpu_seconds(server.pid)))
             with ThreadPoolExecutor(N_CLIENTS) as clients:
                 at_once = list(clients.map(lambda body: ask(port, body), bodies))
-            end = time.perf_counter()
+            times.append((time.perf_counter(), cpu_seconds(server.pid)))
             same = sum(a == b for a, b in zip(in_turn, at_once, strict=True))
-            print(f"{N_CLIENTS} clients in turn {middle - begin:.1f} s, at once {end - middle:.1f} s, ", end="")
-            print(f"ratio {(end - middle) / (middle - begin):.3f}; {same} replies the same", flush=True)
+            print(f"{N_CLIENTS} clients, {same} replies the same", end="")
+            for kind, (begin, middle, end) in zip(("wall", "CPU"), zip(*times, strict=True), strict=True):
+                print(f"; {kind} in turn {middle - begin:.1f} s, at once {end - middle:.1f} s, ", end="")
+                print(f"ratio {(end - middle) / (middle - begin):.3f}", end="")
+            print(flush=True)
     finally:
         server.terminate()
         server.wait(60)
@@ -120,14 +129,15 @@ def compare_clients(model: Path) -> None:
 def compare_versions(model: Path, trees: list[Path], mean_length: int) -> None:
     for kind in ("evaluation", "rollouts"):
         for _ in range(ROUNDS):
-            rates = []
+            costs = []
             for tree in trees:
                 words = [sys.executable, "-c", PROGRAM, kind, model.resolve(), str(mean_length)]
                 done = subprocess.run(words, cwd=tree, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, check=True)
-                seconds, n_tokens = json.loads(done.stdout)
-                rates.append(n_tokens / seconds)
-                print(f"{kind}, {tree}: {n_tokens} tokens in {seconds:.1f} s, {rates[-1]:.0f} a second", flush=True)
-            print(f"{kind}: time a token, {trees[1]} against {trees[0]}: {rates[0] / rates[1]:.3f}", flush=True)
+                wall, cpu, n_tokens = json.loads(done.stdout)
+                costs.append((wall / n_tokens, cpu / n_tokens))
+                print(f"{kind}, {tree}: {n_tokens} tokens, wall {wall:.1f} s, CPU {cpu:.1f} s", flush=True)
+            wall, cpu = (after / before for before, after in zip(*costs, strict=True))
+            print(f"{kind}: time a token, {trees[1]} against {trees[0]}: wall {wall:.3f}, CPU {cpu:.3f}", flush=True)
 
 
 def make_model(folder: Path) -> None:

@@ -62,9 +62,11 @@ def draw_tokens(
 ) -> torch.Tensor:
     """[B] ids, each drawn from a row of [B, V] logits by the settings and the generator of its own.
 
-    `multinomial` races the tokens by random numbers of their own, so that rounding, which differs between batches,
-        changes a draw only where two of them are level; a single number on the cumulative chances falls between rare
-        tokens, whose borders rounding moves.
+    As `torch.multinomial` draws: the token with the largest chance / noise, where each has exponential noise of its
+        own. Rounding, which differs between batches, changes a draw only where two tokens are level; a single number
+        on the cumulative chances falls between rare tokens, whose borders rounding moves.
+
+    Raises RuntimeError where chances are not numbers.
     """
     chances = torch.empty_like(logits)
     alike: dict[tuple, list[int]] = {}
@@ -77,5 +79,9 @@ def draw_tokens(
         if top_p < 1:
             scores = TopPLogitsWarper(top_p)(None, scores)
         chances[rows] = scores.softmax(dim=-1)
-    drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(chances, generators, strict=True)]
-    return torch.cat(drawn)
+    if chances.isnan().any():
+        raise RuntimeError("the chances of the next token are not numbers: the model's weights or its precision")
+    noise = torch.empty_like(chances)
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(generator=generator)
+    return (chances / noise).argmax(dim=-1)
