@@ -90,13 +90,13 @@ def cpu_seconds(pid: int) -> float:
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
-def compare_clients(model: Path) -> None:
+def compare_clients(model: Path, most_tokens: int) -> None:
     """Half of the requests are greedy, half drawn; each gets the same reply in turn and at once."""
     rng = random.Random(0)
     bodies = [
         {
             "messages": [{"role": "user", "content": f"第{n}个病人：{'头痛' * rng.randint(1, 20)}怎么办？"}],
-            "max_tokens": rng.randint(16, 96),
+            "max_tokens": rng.randint(most_tokens // 6, most_tokens),
             "temperature": n % 2,
             "seed": n,
         }
@@ -163,6 +163,7 @@ def main() -> None:
     make.add_argument("folder", type=Path)
     clients = commands.add_parser("clients", help=f"{N_CLIENTS} clients of the server in turn and at once")
     clients.add_argument("model", type=Path)
+    clients.add_argument("--most_tokens", type=int, default=96, help="a reply has between a sixth of them and all")
     versions = commands.add_parser("versions", help="evaluation's replies and PPO's rollouts in two checkouts")
     versions.add_argument("model", type=Path)
     versions.add_argument("trees", type=Path, nargs=2)
@@ -171,7 +172,7 @@ def main() -> None:
     if args.command == "make":
         make_model(args.folder)
     elif args.command == "clients":
-        compare_clients(args.model)
+        compare_clients(args.model, args.most_tokens)
     else:
         compare_versions(args.model, args.trees, args.mean_length)
 
