@@ -1,8 +1,8 @@
 """Serve a trained model by OpenAI's chat completions over HTTP, where vLLM is not installed.
 
 Input: a base model, a base with a LoRA adapter, a merged model or a full checkpoint.
-Output: /v1/chat/completions (whole or streamed), /v1/models and /health. Prompts are those of training; one reply is
-generated at a time, in the order of the requests, so many users at once are for vLLM.
+Output: /v1/chat/completions (whole or streamed), /v1/models and /health. Prompts are those of training;
+requests that come together are answered as one batch, each as it would be alone.
 
     python openai_server.py --base_model outputs-dpo-qwen2.5-3b-merged
     python openai_server.py --base_model Qwen/Qwen2.5-3B-Instruct --lora_model outputs-dpo-qwen2.5-3b/checkpoint-best
@@ -10,15 +10,12 @@ generated at a time, in the order of the requests, so many users at once are for
 Launcher: run_serve.sh, which takes vLLM where it can.
 """
 
-import asyncio
 import json
 import re
 import secrets
-import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Literal
@@ -35,7 +32,6 @@ from loguru import logger
 from pydantic import BaseModel, Field, model_validator
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
-from transformers import set_seed
 
 from medtune.arguments import StageArgumentParser
 from medtune.errors import Unusable, UserError, run_script
@@ -48,7 +44,9 @@ from medtune.models.chat_models import (
     describe_model,
     load_weights,
 )
-from medtune.models.generation import Decoding, Reply, stream_reply
+from medtune.models.decoding import Decoding
+from medtune.models.generation import Reply
+from medtune.models.replier import MOST_AT_A_TIME, Replier
 from medtune.reading.conversations import turns_to_answer
 from medtune.reading.tokenization import encode_prompt, refuse_control_tokens
 from medtune.training.log import start_log
@@ -202,8 +200,8 @@ class ChatRequest(BaseModel, extra="forbid"):
         )
 
     def seed_of_draws(self) -> int | None:
-        """The seed reduced to numpy's 32 bits; None for no seed, which is -1 in vLLM's interface."""
-        return None if self.seed in (None, -1) else self.seed % 2**32
+        """None for no seed, which is -1 in vLLM's interface."""
+        return None if self.seed == -1 else self.seed
 
 
 def _quote(value: object) -> str:
@@ -229,58 +227,6 @@ def encode_request(chat_model: ChatModel, request: ChatRequest) -> tuple[list[in
             f"{chat_model.context} tokens; shorten the messages or lower max_tokens",
         )
     return prompt, decoding
-
-
-# ---------------------------------------------------------------- replies
-
-
-class Abandoned(Exception):  # noqa: N818 - it ends one reply, nothing went wrong
-    """The client has gone."""
-
-
-class Replier:
-    """Generates on one thread, in the order of the requests, since random state and adapters are shared."""
-
-    def __init__(self, chat_model: ChatModel):
-        self.chat_model = chat_model
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
-
-    async def pieces(self, prompt: list[int], decoding: Decoding, seed: int | None) -> AsyncIterator[str | Reply]:
-        """Pieces of text as they come, then the reply; closing the iterator ends the generation."""
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[str | Reply | BaseException] = asyncio.Queue()
-        abandoned = threading.Event()
-
-        def hand_on(item: str | Reply | BaseException) -> None:
-            if abandoned.is_set():
-                raise Abandoned
-            loop.call_soon_threadsafe(queue.put_nowait, item)
-
-        future = self.thread.submit(self._generate, prompt, decoding, seed, hand_on)
-        future.add_done_callback(
-            lambda done: done.exception() and loop.call_soon_threadsafe(queue.put_nowait, done.exception())
-        )
-        try:
-            while True:
-                item = await queue.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-                if isinstance(item, Reply):
-                    return
-        finally:
-            abandoned.set()
-            future.cancel()  # where it has not begun
-
-    def _generate(
-        self, prompt: list[int], decoding: Decoding, seed: int | None, hand_on: Callable[[str | Reply], None]
-    ) -> None:
-        # Without a seed too: otherwise the draws would go on from another client's.
-        set_seed(secrets.randbits(32) if seed is None else seed)
-        chat_model = self.chat_model
-        with chat_model.in_use() as model:
-            reply = stream_reply(model, chat_model.tokenizer, prompt, chat_model.stop_ids, decoding, on_text=hand_on)
-        hand_on(reply)
 
 
 # ---------------------------------------------------------------- the interface
@@ -332,7 +278,7 @@ def build_app(chat_model: ChatModel, name: str, api_key: str | None, allowed_ori
         if request.model not in (None, name):
             raise HTTPException(HTTPStatus.NOT_FOUND, f"no model {request.model} here; this server has {name}")
         prompt, decoding = encode_request(chat_model, request)
-        pieces = replier.pieces(prompt, decoding, request.seed_of_draws())
+        pieces = replier.pieces(prompt, decoding, request.seed_of_draws(), bool(request.stream))
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if request.stream:
             with_usage = bool((request.stream_options or {}).get("include_usage"))
@@ -436,7 +382,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     app = build_app(chat_model, name, server_args.api_key, server_args.allowed_origins or ())
     address = f"http://{server_args.host}:{server_args.port}"
     logger.info(NOTICE)
-    logger.info(f"{name} at {address}/v1, context {chat_model.context} tokens, one reply at a time")
+    context = f"context {chat_model.context} tokens"
+    logger.info(f"{name} at {address}/v1, {context}, up to {MOST_AT_A_TIME} replies at a time")
     if server_args.host not in LOOPBACK and not server_args.api_key:
         logger.warning(f"--host {server_args.host} without --api_key: whoever reaches this port can ask")
     # A signal lets the running requests finish.

@@ -42,10 +42,10 @@ from medtune.models.adapters import load_with_adapter
 from medtune.models.lineage import read_lineage
 from medtune.models.loading import weights_fingerprint
 from medtune.reading.tokenization import encode_exchange, load_chat_template
-from medtune.rl import alarms, run
+from medtune.rl import alarms, rollout, run
 from medtune.rl.alarms import UPDATES_WITHOUT_END
 from medtune.rl.arguments import PPOTrainingArguments
-from medtune.rl.ppo_math import InverseTransformSampler, value_losses
+from medtune.rl.ppo_math import value_losses
 from medtune.rl.roles import Roles, load_roles
 from medtune.training.checkpoints import no_other_run
 
@@ -468,11 +468,10 @@ def test_base_in_bfloat16_on_the_cpu(flags, tmp_path, kept_roles):
 
 
 def test_broken_sampler_is_noticed(flags, monkeypatch):
-    def uniform(self, input_ids, scores):
-        tokens = (self.uniforms[:, input_ids.shape[1] - self.n_prompt, None] * scores.shape[1]).long()
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
+    def draw_evenly(logits, uniforms, temperature):
+        return (torch.tensor(uniforms) * logits.shape[1]).long()
 
-    monkeypatch.setattr(InverseTransformSampler, "__call__", uniform)
+    monkeypatch.setattr(rollout, "inverse_transform", draw_evenly)
     with pytest.raises(UserError, match=r"^update \d+: replies are not drawn from the policy: .* nats a token"):
         ppo_training.main(flags(max_steps=20))
 

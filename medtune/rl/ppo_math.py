@@ -30,29 +30,17 @@ def episode_order(n_prompts: int, n_episodes: int, seed: int) -> list[int]:
     return order[:n_episodes]
 
 
-def draw_uniforms(n_tokens: int, seed: int, episodes: Sequence[int]) -> torch.Tensor:
-    """[B, n_tokens] float64 uniform numbers, a row from each episode's own seed."""
-    rows = [torch.Generator().manual_seed(seed * 1_000_003 + episode) for episode in episodes]
-    return torch.stack([torch.rand(n_tokens, generator=row, dtype=torch.float64) for row in rows])
+def draw_uniforms(n_tokens: int, seed: int, episode: int) -> list[float]:
+    """n_tokens float64 uniform numbers of an episode."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + episode)
+    return torch.rand(n_tokens, generator=generator, dtype=torch.float64).tolist()
 
 
-class InverseTransformSampler:
-    """Draws each token by a uniform number of its episode, so that a reply depends only on seed and episode.
-
-    Batch, number of processes and a resume do not change it. A logits processor that masks all but the drawn token
-        in the logits [B, V], for a greedy decoder.
-    """
-
-    def __init__(self, uniforms: torch.Tensor, n_prompt: int, temperature: float):
-        self.uniforms = uniforms  # [B, response_length] float64
-        self.n_prompt = n_prompt
-        self.temperature = temperature
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        cumulative = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
-        drawn = self.uniforms[:, input_ids.shape[1] - self.n_prompt, None] * cumulative[:, -1:]
-        tokens = (cumulative <= drawn).sum(dim=-1, keepdim=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
+def inverse_transform(logits: torch.Tensor, uniforms: Sequence[float], temperature: float) -> torch.Tensor:
+    """[B] ids drawn from [B, V] logits: the first whose cumulative chance exceeds the uniform number of its row."""
+    cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    drawn = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+    return (cumulative <= drawn).sum(dim=-1).clamp(max=logits.shape[1] - 1)
 
 
 # ---------------------------------------------------------------- under a mask

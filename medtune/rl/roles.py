@@ -7,7 +7,6 @@ reward     base + adapter "reward" + score head, or a model of its own   no
 value      base + adapter "value" + head: starts as the reward model     yes
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from loguru import logger
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from medtune.errors import UserError
@@ -24,6 +23,7 @@ from medtune.models.lineage import base_of, is_adapter
 from medtune.models.logps import own_logits
 from medtune.models.lora_layers import describe_trainable
 from medtune.models.reward_models import add_reward_adapter, load_reward_model
+from medtune.models.running_batch import Row, complete_rows
 from medtune.models.score_heads import ScoreHead
 from medtune.models.text_attention import attend_by_text, forward_inputs, gains_from_joining
 from medtune.rl.ppo_math import position_ids, token_logps
@@ -78,14 +78,11 @@ class Roles:
     def enable_checkpointing(self, settings: dict | None) -> None:
         self.model.get_base_model().gradient_checkpointing_enable(settings or {"use_reentrant": False})
 
-    def generate(
-        self, ids: torch.Tensor, attention_mask: torch.Tensor, config: GenerationConfig, processors: list[Callable]
-    ) -> torch.Tensor:
-        """[B, P + T] ids: the [B, P] prompts followed by the policy's replies."""
+    @torch.no_grad()
+    def complete(self, rows: list[Row]) -> None:
+        """Generate the policy's replies to the prompts of the rows."""
         self._switch_to("policy")
-        return self.model.get_base_model().generate(
-            input_ids=ids, attention_mask=attention_mask.long(), logits_processor=processors, generation_config=config
-        )
+        complete_rows(self.model.get_base_model(), rows, len(rows))
 
     def logps(
         self, role: str, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, temperature: float
@@ -208,7 +205,6 @@ def load_roles(sft: str, rm: str, lora: dict, device: torch.device, **base_optio
     model = load_for_training(sft, **lora, **base_options, **({} if is_adapter(sft) else {"flag": "--sft_model_path"}))
     policy = f"{sft}: {describe_trainable(model)}"
     switch_off_dropout(model)
-    model.get_base_model().generation_config = GenerationConfig()  # decoding is what this script says
     start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
     config = model.peft_config["default"]
     add_adapter(model, "reference", config, start, f"--sft_model_path {sft}")

@@ -6,12 +6,14 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from medtune.errors import UserError
+from medtune.models.decoding import Decoding
+from medtune.models.running_batch import Row
 from medtune.reading.tokenization import stop_token_ids
 from medtune.rl.arguments import PPOArguments
-from medtune.rl.ppo_math import InverseTransformSampler, draw_uniforms, reply_mask
+from medtune.rl.ppo_math import draw_uniforms, inverse_transform, reply_mask
 from medtune.rl.reward_texts import RewardTexts
 from medtune.rl.roles import Roles
 from medtune.training.interruption import SignalListener
@@ -127,6 +129,22 @@ def choose_sampling(
     )
 
 
+class EpisodeRow(Row):
+    """A row each of whose tokens is drawn by a uniform number of its episode, so that a reply depends only on seed and
+    episode: batch, number of processes and a resume do not change it."""
+
+    def __init__(self, prompt: list[int], sampling: Sampling, episode: int | None):
+        """episode: None decodes greedily."""
+        temperature = 0.0 if episode is None else sampling.temperature
+        super().__init__(prompt, frozenset(sampling.stop_ids), Decoding(sampling.max_tokens, temperature))
+        self.uniforms = [] if episode is None else draw_uniforms(sampling.max_tokens, sampling.seed, episode)
+
+    @staticmethod
+    def draw(logits: torch.Tensor, rows: "Sequence[EpisodeRow]") -> torch.Tensor:
+        uniforms = [row.uniforms[len(row.ids)] for row in rows]
+        return inverse_transform(logits, uniforms, rows[0].decoding.temperature)
+
+
 @torch.no_grad()
 def sample_replies(
     roles: Roles, prompts: Sequence[list[int]], episodes: Sequence[int] | None, sampling: Sampling
@@ -136,20 +154,18 @@ def sample_replies(
     Args:
         episodes: the episode number of each, which decides its random draws; None decodes greedily.
     """
+    numbers = [None] * len(prompts) if episodes is None else episodes
+    rows = [EpisodeRow(prompt, sampling, number) for prompt, number in zip(prompts, numbers, strict=True)]
+    roles.complete(rows)
     device = roles.model.device
     # Detail: prompts are padded on the left, so that all replies start at one column.
-    n_prompt = max(map(len, prompts))
-    prompt_ids = torch.tensor([[sampling.pad_id] * (n_prompt - len(ids)) + ids for ids in prompts], device=device)
-    lengths = torch.tensor([len(ids) for ids in prompts], device=device)
-    prompt_mask = torch.arange(n_prompt, device=device) >= n_prompt - lengths[:, None]
-    processors = []
-    if episodes is not None:
-        uniforms = draw_uniforms(sampling.max_tokens, sampling.seed, episodes).to(device)
-        processors = [InverseTransformSampler(uniforms, n_prompt, sampling.temperature)]
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_tokens, eos_token_id=sampling.stop_ids, pad_token_id=sampling.pad_id, use_cache=True
-    )
-    ids = roles.generate(prompt_ids, prompt_mask, config, processors)
+    n_prompt, n_reply = max(map(len, prompts)), max(len(row.ids) for row in rows)
+    padding = [(n_prompt - len(row.prompt), n_reply - len(row.ids)) for row in rows]
+    pad = [sampling.pad_id]
+    ids = [pad * left + row.prompt + row.ids + pad * right for row, (left, right) in zip(rows, padding, strict=True)]
+    ids = torch.tensor(ids, device=device)
+    n_padding = torch.tensor([left for left, _ in padding], device=device)
+    prompt_mask = torch.arange(n_prompt, device=device) >= n_padding[:, None]
     # Cut at the end token; the mask marks the reply (detail: one mask for policy and value).
     mask, ended = reply_mask(ids[:, n_prompt:], sampling.stop_ids)
     return Replies(ids=ids, attention_mask=torch.cat([prompt_mask, mask], dim=1), mask=mask, ended=ended)

@@ -1,6 +1,7 @@
 """`generation.py`: batches equal single prompts, replies end where they should, streams hold whole characters."""
 
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
 
 from medtune.errors import UserError
-from medtune.models.generation import Decoding, _Pieces, _RepetitionPenalty, generate_replies, stream_reply
+from medtune.models.decoding import Decoding
+from medtune.models.generation import ReplyRow, generate_replies, stream_reply
 
 TEXTS = ["感冒了应该怎么办？", "多喝水", "高血压患者在饮食上需要注意什么？少吃盐，多吃蔬菜和水果。", "See a doctor"]
 NEVER = [599]  # beyond the vocabulary, so that no reply holds it
@@ -55,13 +57,15 @@ def test_a_batch_gives_what_each_prompt_gives_alone(model, tiny_tokenizer, promp
         assert (reply.ended, reply.n_tokens) == (False, 8)
 
 
-def test_longest_prompts_go_first_and_progress_is_told(model, tiny_tokenizer, prompts, monkeypatch):
+def test_longest_prompts_go_first_and_progress_is_told(model, tiny_tokenizer, prompts):
     shapes, done = [], []
-    generate = model.generate
-    monkeypatch.setattr(model, "generate", lambda **kw: shapes.append(tuple(kw["input_ids"].shape)) or generate(**kw))
+    hook = model.register_forward_pre_hook(
+        lambda _, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
     generate_replies(model, tiny_tokenizer, prompts, NEVER, SHORT, 3, on_progress=done.append)
+    hook.remove()
     lengths = sorted(map(len, prompts))
-    assert shapes == [(3, lengths[-1]), (1, lengths[0])]
+    assert [shape for shape in shapes if shape[1] > 1] == [(3, lengths[-1]), (1, lengths[0])]
     assert done == [3, 4]
 
 
@@ -143,9 +147,6 @@ def test_a_repetition_penalty_touches_all_other_tokens(model, tiny_tokenizer, pr
         decoding = Decoding(max_new_tokens=8, repetition_penalty=1.3)
         (reply,) = generate_replies(model, tiny_tokenizer, [prompt], NEVER, decoding)
         assert reply.text == tiny_tokenizer.decode(expected, skip_special_tokens=True).strip()
-    ids, scores = torch.tensor([[1, 2, 5]]), torch.tensor([[2.6, 2.6, -1.0, 4.0, 1.0, 2.6]])
-    penalized = _RepetitionPenalty(1.3, [5, 4])(ids, scores)
-    assert torch.equal(penalized, torch.tensor([[2.6, 2.6 / 1.3, -1.3, 4.0, 1.0, 2.6]]))
 
 
 @pytest.mark.parametrize(
@@ -199,16 +200,20 @@ def test_no_piece_of_a_stream_holds_a_part_of_a_stop_text(model, tiny_tokenizer,
     assert "".join(pieces).strip() == reply.text == spoken[: spoken.index(stop)].strip()
 
 
+def streamed(tokenizer, ids: list[int], stop: list[str] | None = None) -> Iterator[str]:
+    """What a stream has passed on after each token, and last after the end token."""
+    pieces = []
+    row = ReplyRow(tokenizer, [1], NEVER, Decoding(max_new_tokens=99, stop=stop), 0, pieces.append)
+    for token in [*ids, *NEVER]:
+        row.append(token)
+        yield "".join(pieces)
+
+
 def test_what_only_looked_like_a_stop_text_is_said(tiny_tokenizer):
     text = "多喝水，注意"
-    pieces = []
-    streamer = _Pieces(tiny_tokenizer, NEVER, pieces.append, stop=["水，休息"])
-    streamer.put(torch.tensor([[1]]))
-    for token in tiny_tokenizer(text)["input_ids"]:
-        streamer.put(torch.tensor([token]))
-        assert "".join(pieces) in ("", "多", "多喝", "多喝水，注", text)
-    streamer.end()
-    assert "".join(pieces) == text
+    *before, last = streamed(tiny_tokenizer, tiny_tokenizer(text)["input_ids"], stop=["水，休息"])
+    assert set(before) <= {"", "多", "多喝", "多喝水，注", text}
+    assert last == text
 
 
 def test_an_empty_stop_text_is_refused():
@@ -232,16 +237,14 @@ def test_training_state_is_put_back_module_by_module(adapted, tiny_tokenizer, pr
 
 def test_state_is_put_back_after_an_error(adapted, tiny_tokenizer, prompts, monkeypatch):
     core = adapted.get_base_model().train()
-    own_config = core.generation_config
 
     def fail(**options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(core, "generate", fail)
+    monkeypatch.setattr(core, "forward", fail)
     with pytest.raises(KeyboardInterrupt):
         generate_replies(adapted, tiny_tokenizer, prompts, NEVER, SHORT)
     assert adapted.training
-    assert core.generation_config is own_config
 
 
 def test_the_adapter_takes_part(adapted, model, tiny_tokenizer, prompts):
@@ -267,24 +270,14 @@ def test_no_piece_holds_a_part_of_a_character(tiny_tokenizer):
     text = "龘𠮷é\U0001f600x 好 "
     ids = tiny_tokenizer(text)["input_ids"]
     assert len(ids) > len(text)
-    pieces = []
-    streamer = _Pieces(tiny_tokenizer, NEVER, pieces.append)
-    streamer.put(torch.tensor([[1, 2, 3]]))
-    for token in [*ids, *NEVER]:
-        streamer.put(torch.tensor([token]))
-    streamer.end()
-    assert "".join(pieces) == text
-    assert not any("\ufffd" in piece for piece in pieces)
-    assert len(pieces) > 4
+    passed_on = list(streamed(tiny_tokenizer, ids))
+    assert passed_on[-1] == text
+    assert not any("\ufffd" in so_far for so_far in passed_on)
+    assert len(set(passed_on)) > 4
 
 
 def test_a_character_that_never_gets_whole_comes_at_the_end(tiny_tokenizer):
     ids = tiny_tokenizer("好龘")["input_ids"]
-    pieces = []
-    streamer = _Pieces(tiny_tokenizer, NEVER, pieces.append)
-    streamer.put(torch.tensor([[1]]))
-    for token in ids[:-1]:
-        streamer.put(torch.tensor([token]))
-    assert "".join(pieces) == "好"
-    streamer.end()
-    assert "".join(pieces).startswith("好\ufffd")
+    *_, before, last = streamed(tiny_tokenizer, ids[:-1])
+    assert before == "好"
+    assert last.startswith("好\ufffd")
