@@ -255,6 +255,8 @@ class StageArgumentParser(HfArgumentParser):
             action = self._option_string_actions[flag]
             if not values and action.type is string_to_bool:
                 values = ["True"]
+            if "auto" in (action.choices or ()) and values != ["auto"]:
+                values = [str(_one_bool(flag, values, "auto, True or False"))]
             if flag == "--optim" and values == ["adamw_hf"]:
                 self.notes.append("--optim adamw_hf is gone: adamw_torch, the same algorithm, is used")
                 values = ["adamw_torch"]
@@ -385,13 +387,13 @@ class StageArgumentParser(HfArgumentParser):
         self.notes.append(f"{reason}: float32 on the CPU{instead}")
 
 
-def _one_bool(flag: str, values: list[str]) -> bool:
+def _one_bool(flag: str, values: list[str], choices: str = "True or False") -> bool:
     """The value of a boolean flag; a flag without a value is True."""
     try:
         (text,) = values or ["True"]
         return string_to_bool(text)
     except (ValueError, argparse.ArgumentTypeError):
-        raise UserError(f"{flag} {' '.join(values)}: give True or False") from None
+        raise UserError(f"{flag} {' '.join(values)}: give {choices}") from None
 
 
 def _check_json(flag: str, value: str) -> None:

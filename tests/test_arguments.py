@@ -318,6 +318,7 @@ def test_without_cuda_everything_is_float32_on_the_cpu_and_said(monkeypatch):
         ("--device_map gpu", "--device_map: invalid choice: 'gpu' (choose from 'auto'"),
         ("--gradient_checkpointing_kwargs '{use: 1}'", "--gradient_checkpointing_kwargs {use: 1}: not JSON"),
         ("--group_by_length maybe", "--group_by_length maybe: give True or False"),
+        ("--padding_free maybe", "--padding_free maybe: give auto, True or False"),
         ("--group_by_length True 5", "--group_by_length True 5: give True or False"),
         ("--warmup_ratio 0.1 --warmup_steps 10", "--warmup_ratio and --warmup_steps say the same thing twice"),
         ("--warmup-ratio=0.1 --warmup-steps=10", "--warmup_ratio and --warmup_steps say the same thing twice"),
@@ -478,3 +479,11 @@ def test_flags_are_kept_as_they_were_written():
 
 def test_notes_belong_to_one_parser():
     assert StageArgumentParser(SFT).notes is not StageArgumentParser(SFT).notes
+
+
+@pytest.mark.parametrize(
+    ("words", "value"), [("", "True"), ("true", "True"), ("no", "False"), ("auto", "auto"), ("False", "False")], ids=str
+)
+@pytest.mark.parametrize("name", ["padding_free", "cpu_bf16"])
+def test_a_flag_with_auto_reads_the_words_of_other_booleans(name, words, value):
+    assert parse(f"--{name} {words}")[0][name] == value
