@@ -255,7 +255,7 @@ class StageArgumentParser(HfArgumentParser):
             action = self._option_string_actions[flag]
             if not values and action.type is string_to_bool:
                 values = ["True"]
-            if "auto" in (action.choices or ()) and values != ["auto"]:
+            if set(action.choices or ()) == {"auto", "True", "False"} and values != ["auto"]:
                 values = [str(_one_bool(flag, values, "auto, True or False"))]
             if flag == "--optim" and values == ["adamw_hf"]:
                 self.notes.append("--optim adamw_hf is gone: adamw_torch, the same algorithm, is used")
