@@ -169,8 +169,10 @@ class SparseHead:
             return in_chunks(lambda logits: logits, logits, ids.to(logits.device), compute).to(mask.device)
         head = partial(own_logits, self.model, self.output_class)
         is_frozen = not any(weight.requires_grad for weight in self.model.get_output_embeddings().parameters())
+        # A trained head's chunks are computed twice where there are several, so they are larger.
+        chunk = CHUNK_POSITIONS if is_frozen else 4 * CHUNK_POSITIONS
         with self.autocast():
-            figures = in_chunks(head, states, ids.to(states.device), compute, CHUNK_POSITIONS, is_frozen)
+            figures = in_chunks(head, states, ids.to(states.device), compute, chunk, is_frozen)
         return figures.to(mask.device)
 
     def logps(
