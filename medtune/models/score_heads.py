@@ -41,17 +41,19 @@ class LastScores:
     """Scores of the rows of padded batches at their last tokens, by a reward model's forward pass (also in PEFT, DDP or
     DeepSpeed).
 
-    A hook takes what its head gives for all tokens, since transformers has one score a row of the batch that the model
-    reads, and rows may be joined there.
+    transformers has one score for each row that it reads. Where rows are joined, a hook puts those of all texts there.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel):
-        self.scores: torch.Tensor | None = None
+        self.is_last: torch.Tensor | None = None  # [1, tokens] bool, of joined rows
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        base.score.register_forward_hook(self._note_scores)
+        base.score.register_forward_hook(self._of_texts)
 
-    def _note_scores(self, head: torch.nn.Module, inputs: tuple, scores: torch.Tensor) -> None:
-        self.scores = scores
+    def _of_texts(self, head: torch.nn.Module, inputs: tuple, scores: torch.Tensor) -> torch.Tensor | None:
+        """[1, tokens, texts]: at each token the scores of all texts, whichever token transformers takes."""
+        if self.is_last is None:
+            return None
+        return scores[self.is_last].squeeze(-1).expand(*self.is_last.shape, -1)
 
     def __call__(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor], padding_free: bool = False
@@ -60,14 +62,18 @@ class LastScores:
 
         Args:
             model: as its trainer wraps it, or as it is.
-            batch: `input_ids` and `attention_mask`, [rows, length] int64.
+            batch: `input_ids` and `attention_mask`, [rows, length] int64, padded on the right.
             padding_free: pass the rows through the model as one.
         """
-        model(**forward_inputs(batch, padding_free), use_cache=False)
-        is_last = batch["attention_mask"].cumsum(dim=1) * batch["attention_mask"]
-        is_last = is_last == batch["attention_mask"].sum(dim=1, keepdim=True)
-        scores, self.scores = self.scores, None
-        return scores[of_tokens(is_last, batch, padding_free)].squeeze(-1).float()
+        if padding_free:
+            is_token = batch["attention_mask"]
+            is_last = is_token.bool() & (is_token.cumsum(dim=1) == is_token.sum(dim=1, keepdim=True))
+            self.is_last = of_tokens(is_last, batch, padding_free)
+        try:
+            logits = model(**forward_inputs(batch, padding_free), use_cache=False).logits
+        finally:
+            self.is_last = None
+        return logits.float().flatten()
 
 
 def load_scoring_base(

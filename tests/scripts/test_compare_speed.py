@@ -73,9 +73,9 @@ def test_both_sides_do_the_same_job(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         compare_speed, "SHAPES", dict.fromkeys(compare_speed.SHAPES, TINY._replace(num_hidden_layers=2))
     )
-    monkeypatch.setattr(compare_speed, "STEPS", {"rows": [(128, 1), (128, 2)]})
+    monkeypatch.setattr(compare_speed, "STEPS", {"rows": [(128, 2)]})
     monkeypatch.setattr(compare_speed, "DIALOGUES", (20, 40))
-    jobs = ["sft-packing", "dpo", "reward", "ppo-update"]
+    jobs = ["dpo", "ppo-update"]
     found = compare_speed.main(
         [
             *("--jobs", *jobs, "--peers", "trl", "--rounds", "1", "--examples", "0.25", "--ours", "--max_grad_norm 1"),
@@ -89,6 +89,6 @@ def test_both_sides_do_the_same_job(monkeypatch, tmp_path, capsys):
         for side in medians.values():
             assert side["first_loss"] == pytest.approx(medians["ours"]["first_loss"], abs=0.1)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len({row.count("|") for row in rows[: 2 + 2 * 3 + 1]}) == 1  # two of the header, two of a job, one of PPO
-    assert [row["rows"] for row in found["scaling"]["rows"]] == [1, 2]
+    assert len({row.count("|") for row in rows[: 2 + 2 + 1]}) == 1  # two of the header, two of DPO, one of PPO
+    assert [row["rows"] for row in found["scaling"]["rows"]] == [2]
     assert [row["dialogues"] for row in found["scaling"]["dialogues"]] == [5, 10]
