@@ -44,7 +44,7 @@ from medtune.models.chat_models import (
     describe_model,
     load_weights,
 )
-from medtune.models.decoding import Decoding
+from medtune.models.decoding import LEAST_PENALTY, Decoding
 from medtune.models.generation import Reply
 from medtune.models.replier import MOST_AT_A_TIME, Replier
 from medtune.reading.conversations import turns_to_answer
@@ -165,7 +165,7 @@ class ChatRequest(BaseModel, extra="forbid"):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     # vLLM's names for what OpenAI's interface lacks.
     top_k: int | None = Field(None, ge=-1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=LEAST_PENALTY)
 
     @model_validator(mode="before")
     @classmethod

@@ -82,7 +82,7 @@ from medtune.rl.run import (
     resumed_state,
     start_accelerator,
 )
-from medtune.training.checkpoints import BEST
+from medtune.training.checkpoints import BEST, PADDING_FREE
 from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
 from medtune.training.precision import CPU_BF16, base_dtype, describe_precision
@@ -365,7 +365,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with accelerator.autocast():
         first_prompts = data.train[:CHECKED_PROMPTS]["prompt_ids"]
         where = f"--sft_model_path {sft}"
-        roles.check_logps(first_prompts, ppo_args.temperature, where, ppo_args.padding_free)
+        layout = state.settings.get(PADDING_FREE, "False") if checkpoint else ppo_args.padding_free
+        roles.check_logps(first_prompts, ppo_args.temperature, where, layout)
+        state.settings[PADDING_FREE] = str(roles.padding_free)
     if training_args.gradient_checkpointing:
         roles.enable_checkpointing(training_args.gradient_checkpointing_kwargs)
     if not checkpoint:

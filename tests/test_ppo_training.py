@@ -331,6 +331,17 @@ def test_adapter_on_the_original_base_is_the_trained_policy_and_merges(flags, tm
     torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(merged)), policy, atol=1e-3, rtol=1e-3)
 
 
+def test_a_resumed_run_keeps_its_rows(flags, capfd):
+    """Joined or padded: other rows round otherwise."""
+    ppo_training.main(flags(max_steps=1, padding_free=False))
+    assert "rows are joined" not in capfd.readouterr().err
+    again = {"max_steps": 2, "resume_from_checkpoint": True}
+    with pytest.raises(UserError, match=r"^--padding_free True: the run in .* was started with False"):
+        ppo_training.main(flags(**again, padding_free=True))
+    ppo_training.main(flags(**again))
+    assert "rows are joined" not in capfd.readouterr().err
+
+
 def test_resumed_run_is_the_uninterrupted_one(flags, tmp_path, monkeypatch):
     settings = {"max_steps": 4, "adaptive_kl": True}
     ppo_training.main(flags(output_dir=tmp_path / "whole", **settings))

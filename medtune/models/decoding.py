@@ -8,7 +8,8 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from medtune.errors import UserError
 
-LEAST_TEMPERATURE = 1e-6
+# Divided by less, the scores of tokens overflow.
+LEAST_TEMPERATURE, LEAST_PENALTY = 1e-6, 0.01
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,14 @@ class Decoding:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise UserError(f"--max_new_tokens {self.max_new_tokens}: give a number of tokens of at least 1")
-        # Divided by less, the scores of tokens overflow.
         if self.temperature != 0 and not self.temperature >= LEAST_TEMPERATURE:
             raise UserError(f"--temperature {self.temperature}: give 0 (greedy) or at least {LEAST_TEMPERATURE}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p {self.top_p}: give a share above 0 and at most 1")
         if self.top_k < 0:
             raise UserError(f"--top_k {self.top_k}: give 0 (all tokens) or more")
-        if self.repetition_penalty <= 0:
-            raise UserError(f"--repetition_penalty {self.repetition_penalty}: give a number above 0; 1 is off")
+        if not self.repetition_penalty >= LEAST_PENALTY:
+            raise UserError(f"--repetition_penalty {self.repetition_penalty}: give at least {LEAST_PENALTY}; 1 is off")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
             raise UserError("--top_p and --top_k choose what is drawn from: give a --temperature above 0 with them")
         if "" in (self.stop or ()):

@@ -7,8 +7,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import torch
-
 from medtune.models.chat_models import ChatModel
 from medtune.models.decoding import Decoding
 from medtune.models.generation import Reply, ReplyRow, ready_to_generate
@@ -112,8 +110,8 @@ class Replier:
                     if batch.rows:
                         batch.step()
                     self.running = list(batch.rows)
-                except torch.OutOfMemoryError as error:
-                    most, batch = self._make_room(error), RunningBatch(core)
+                except RuntimeError as error:  # of memory, or of one reply: fewer at a time tell which
+                    most, batch = self._halve(error), RunningBatch(core)
 
     def _admit(self, most: int) -> list[ServedReply]:
         """The replies to generate, with those that have waited longest where there is room."""
@@ -125,10 +123,10 @@ class Replier:
             self.is_busy = bool(self.running)
             return list(self.running)
 
-    def _make_room(self, error: torch.OutOfMemoryError) -> int:
+    def _halve(self, error: RuntimeError) -> int:
         """Let all go back to the head of the queue, keeping their tokens; how many to generate at a time from now on.
 
-        A single reply that needs too much memory fails.
+        A single reply fails with the error.
         """
         unfinished = [reply for reply in self.running if not reply.finished]
         self.running = []

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from medtune.arguments import LoraArguments, ModelArguments, RunArguments
 from medtune.errors import UserError
+from medtune.training.checkpoints import PADDING_FREE
 
 EPISODES_AN_UPDATE = "episodes an update"
 
@@ -217,4 +218,5 @@ def fixed_settings(
         EPISODES_AN_UPDATE: per_update,
         "training prompts": n_prompts,
         "processes under DeepSpeed": training_args.world_size if training_args.deepspeed else 0,
+        **({} if ppo_args.padding_free == "auto" else {PADDING_FREE: ppo_args.padding_free}),
     }

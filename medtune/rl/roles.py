@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from medtune.errors import UserError
 from medtune.models.adapters import add_adapter, load_for_training
+from medtune.models.dropout import switch_off_dropout
 from medtune.models.lineage import base_of, is_adapter
 from medtune.models.logps import own_logits
 from medtune.models.lora_layers import describe_trainable
@@ -27,7 +28,6 @@ from medtune.models.running_batch import Row, complete_rows
 from medtune.models.score_heads import ScoreHead
 from medtune.models.text_attention import attend_by_text, forward_inputs, gains_from_joining
 from medtune.rl.ppo_math import position_ids, token_logps
-from medtune.training.stage_trainer import switch_off_dropout
 
 # By role, the adapter's name in PEFT where it is another.
 ADAPTERS = {"policy": "default"}

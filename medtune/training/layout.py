@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
 from medtune.errors import UserError
+from medtune.models.dropout import has_dropout
 from medtune.models.text_attention import attend_by_text, forward_inputs, gains_from_joining
 from medtune.training.batches import pad_right
 
@@ -50,8 +51,10 @@ def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | 
     """
     setting, plain = trainer.args.padding_free, _base(trainer.model)
     is_auto = setting == "auto"
-    # What torch.compile made for one number of texts would be made again for the next.
-    gains = gains_from_joining(plain, trainer.args.device) and not trainer.args.torch_compile
+    args = trainer.args
+    # What torch.compile made for one number of texts would be made again for the next; NEFTune's noise goes by the
+    # length of a row, and would be weaker in a longer one.
+    gains = gains_from_joining(plain, args.device) and not args.torch_compile and not args.neftune_noise_alpha
     padding_free = gains if is_auto else setting == "True"
     if padding_free:
         attend_by_text(plain)
@@ -63,7 +66,7 @@ def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | 
         elif fault:
             raise _leak(texts or JOINED_ROWS, plain, summary)
         else:
-            drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in plain.modules())
+            drops = args.do_train and has_dropout(plain)
             logger.info(
                 f"the rows of a batch are joined into one without padding: a {(texts or JOINED_ROWS).name} sees itself "
                 f"alone ({summary})" + ("; dropout draws other numbers than with padding" if drops else "")
@@ -73,6 +76,10 @@ def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | 
         if fault:
             raise _leak(texts, plain, summary)
         logger.info(f"checked with three texts in a row: a {texts.name} sees itself alone ({summary})")
+    if args.neftune_noise_alpha and (padding_free or texts):
+        logger.info(
+            "--neftune_noise_alpha: the noise goes by the length of a row, and is weaker where it has several texts"
+        )
     return padding_free
 
 

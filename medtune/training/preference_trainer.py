@@ -16,10 +16,11 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel
 
+from medtune.models.dropout import switch_off_dropout
 from medtune.models.logps import SparseHead
 from medtune.training.preference_arguments import PreferenceConfig
 from medtune.training.reference import LogpsStore, Reference, copy_adapter
-from medtune.training.stage_trainer import StageTrainer, switch_off_dropout
+from medtune.training.stage_trainer import StageTrainer
 
 # ---------------------------------------------------------------- losses with a reference
 

@@ -22,13 +22,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from medtune.errors import UserError
+from medtune.models.dropout import switch_off_dropout
 from medtune.models.logps import SparseHead
 from medtune.models.text_attention import attend_by_text
-from medtune.training.stage_trainer import switch_off_dropout
 
 REFERENCE = "ref"
-# Largest |logp - ref_logp| of a reply before the first step, in nats.
-START_GAP = 1e-4
+# Largest |logp - ref_logp| of a reply before the first step, in nats, and a token of it: a sum of hundreds of nats has
+# no more digits in float32.
+START_GAP, START_GAP_A_TOKEN = 1e-4, 1e-5
 # The same a token of the reply, where the reference's values come from the disk: in half precision other batches
 # round otherwise; another model differs by about 1.
 STORED_GAP = 0.01
@@ -132,7 +133,7 @@ class Reference:
         """
         gather = self.accelerator.gather
         gaps, n_tokens = gather((policy_logps - ref_logps).abs()), gather(n_tokens)
-        limits = STORED_GAP * n_tokens if are_stored else torch.full_like(gaps, START_GAP)
+        limits = STORED_GAP * n_tokens if are_stored else (START_GAP_A_TOKEN * n_tokens).clamp(min=START_GAP)
         summary = f"the largest |logp - ref_logp| of {len(gaps)} replies is {gaps.max().item():.2g} nats"
         if not (gaps < limits).all():
             remedy = (

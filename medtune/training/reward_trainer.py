@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from transformers import EvalPrediction
 
 from medtune.errors import UserError
+from medtune.models.dropout import switch_off_dropout
 from medtune.models.score_heads import LastScores
-from medtune.training.stage_trainer import StageTrainer, StageTrainingArguments, switch_off_dropout
+from medtune.training.stage_trainer import StageTrainer, StageTrainingArguments
 
 
 @dataclass

@@ -101,16 +101,6 @@ class LongestFirstSampler(Sampler[int]):
 # ---------------------------------------------------------------- trainer
 
 
-def switch_off_dropout(model: torch.nn.Module) -> None:
-    """Switch off the dropout of layers, adapters and attention."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "activation_dropout", "dropout"):  # of layers that call the function
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
 class StageTrainer(Trainer):
     """Trainer on rows with `length` and `source`, in which each row of a step counts the same.
 

@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 
 from medtune.models import replier as replier_module
+from medtune.models import running_batch
 from medtune.models.chat_models import ChatModel, ChatModelArguments, describe_model, load_weights
 from medtune.models.decoding import Decoding
 from medtune.models.generation import Reply
@@ -156,3 +158,20 @@ def test_after_an_error_the_next_requests_are_answered(chat_model, monkeypatch):
         failed = together(*(lambda n=n: answer(replier, n, SETTINGS[n]) for n in range(4)))
         assert [type(error) for error in failed] == [ZeroDivisionError] * 4
     assert together(*(lambda n=n: answer(replier, n, SETTINGS[n]) for n in range(4))) == alone
+
+
+def test_a_reply_that_fails_leaves_the_others_alone(chat_model, monkeypatch):
+    """Its chances are no numbers, which the draw of the whole batch sees."""
+    wanted = replies_alone(chat_model)
+    draw = running_batch.draw_tokens
+
+    def fail_on_the_second(logits, decodings, generators):
+        if SETTINGS[2] in decodings:
+            raise RuntimeError("the chances of the next token are not numbers")
+        return draw(logits, decodings, generators)
+
+    monkeypatch.setattr(running_batch, "draw_tokens", fail_on_the_second)
+    replier = Replier(chat_model)
+    found = together(*(partial(answer, replier, number, setting) for number, setting in enumerate(SETTINGS)))
+    assert str(found[2]) == "the chances of the next token are not numbers"
+    assert [found[0], found[1], found[3]] == [wanted[0], wanted[1], wanted[3]]

@@ -5,9 +5,9 @@ import torch
 from tiny_families import tiny_model
 from transformers import AutoModelForSequenceClassification, Qwen2Config
 
+from medtune.models.dropout import switch_off_dropout
 from medtune.models.score_heads import LastScores
 from medtune.models.text_attention import attend_by_text, forward_inputs, of_tokens
-from medtune.training.stage_trainer import switch_off_dropout
 
 IDS = torch.tensor(
     [[7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [20, 21, 0, 0, 0, 0, 0, 0, 0, 0, 0], [30, 31, 32, 33] + [0] * 7]

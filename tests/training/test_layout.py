@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from stage_runs import PARTS, STAGES, logged, stage_flags, weights_of, write_lines
+from tiny_families import save_tiny_model
 
 from medtune.errors import UserError
 from medtune.training import stage_trainer
@@ -61,3 +62,23 @@ def test_fused_kernels_leave_the_loss_to_us(monkeypatch, tmp_path):
     monkeypatch.setattr(stage_trainer, "is_liger_kernel_available", lambda: True)
     config = CausalLMConfig(output_dir=str(tmp_path), do_train=True, use_cpu=True, bf16=False, use_liger_kernel=True)
     assert config.liger_kernel_config == {"cross_entropy": False, "fused_linear_cross_entropy": False}
+
+
+def test_noise_that_goes_by_the_length_of_a_row_keeps_padding(tmp_path, tiny_model_dir, capfd):
+    sft = importlib.import_module(STAGES["sft"]).main
+    short = {"max_steps": 1, "save_strategy": "no", "neftune_noise_alpha": 5}
+    sft(stage_flags("sft", tiny_model_dir, tmp_path, **short))
+    assert JOINED not in capfd.readouterr().err
+    sft(stage_flags("sft", tiny_model_dir, tmp_path, **short, packing=True, output_dir=tmp_path / "packed"))
+    assert "--neftune_noise_alpha: the noise goes by the length of a row" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("dropout", "do_train"), [(0.1, True), (0.1, False), (0.0, True)])
+def test_the_log_says_where_dropout_draws_other_numbers(tmp_path, tiny_model_dir, capfd, dropout, do_train):
+    """OPT's layers call the function, and have no module for it."""
+    model = save_tiny_model("opt", tmp_path / "opt", tiny_model_dir, dropout=dropout)
+    short = {"max_steps": 1, "save_strategy": "no", "lora_dropout": 0, "do_eval": True, "do_train": do_train}
+    importlib.import_module(STAGES["sft"]).main(stage_flags("sft", model, tmp_path, **short))
+    log = capfd.readouterr().err
+    assert JOINED in log
+    assert ("dropout draws other numbers" in log) is (dropout > 0 and do_train)
