@@ -184,8 +184,13 @@ def _apart_from_alone(trainer: Trainer, model: torch.nn.Module, texts: Sequence[
 def _states_of(trainer: Trainer, model: torch.nn.Module, batch: dict, padding_free: bool) -> torch.Tensor:
     """Inputs of the head, [rows, length, hidden] or [1, tokens, hidden]."""
     plain, states = _base(trainer.model), []
-    head = plain.get_output_embeddings() or plain.score
-    handle = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+    vocabulary_head = plain.get_output_embeddings()
+
+    def note(head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple | None:
+        states.append(inputs[0])
+        return (inputs[0][:, :1],) if head is vocabulary_head else None  # the most costly layer, for nothing
+
+    handle = (vocabulary_head or plain.score).register_forward_pre_hook(note)
     # With training's dropout, but the same each time; training's random state is restored.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), trainer.compute_loss_context_manager():
         torch.manual_seed(0)
