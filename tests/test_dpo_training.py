@@ -223,6 +223,14 @@ def test_policy_starts_as_the_reference(flags, request, tmp_path, capfd, start, 
     assert logged(tmp_path / "out")[1] == pytest.approx(LN2, abs=5e-5)
 
 
+def test_no_adapter_has_dropout(flags, capfd):
+    """Neither the policy's nor the reference's, and the log speaks of none that draws."""
+    dpo_training.main(flags(max_steps=1, lora_dropout=0.3))
+    log = capfd.readouterr().err
+    assert "joined into one without padding" in log
+    assert "dropout draws other numbers" not in log
+
+
 def test_reference_that_is_silently_the_base_stops_the_run(flags, monkeypatch):
     def forget(model) -> None:
         copy_adapter(model)

@@ -142,10 +142,10 @@ class PreferenceTrainer(StageTrainer):
         sample: Callable[[torch.nn.Module], dict[str, float]] | None = None,
         **kwargs,
     ):
-        # The reference passes through the same model: with dropout it would differ from the policy by chance.
-        switch_off_dropout(model)
         if args.has_reference and continues_adapter:
             copy_adapter(model)
+        # The reference passes through the same model: with dropout it would differ from the policy by chance.
+        switch_off_dropout(model)
         super().__init__(model=model, args=args, compute_metrics=self._statistics, **kwargs)
         self.head = SparseHead(self.model, one_pass=self.splits_weights)
         self.reference = Reference(reference, self.model, self.head, self.accelerator, ref_model)
