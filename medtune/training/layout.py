@@ -191,12 +191,14 @@ def _states_of(trainer: Trainer, model: torch.nn.Module, batch: dict, padding_fr
         return (inputs[0][:, :1],) if head is vocabulary_head else None  # the most costly layer, for nothing
 
     handle = (vocabulary_head or plain.score).register_forward_pre_hook(note)
-    # With training's dropout, but the same each time; training's random state is restored.
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), trainer.compute_loss_context_manager():
-        torch.manual_seed(0)
-        # Not what torch.compile has made of the model: it would compile once more for this length.
-        (model if trainer.is_deepspeed_enabled else trainer.model)(
-            **forward_inputs(batch, padding_free), use_cache=False
-        )
-    handle.remove()
+    try:
+        # With training's dropout, but the same each time; training's random state is restored.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), trainer.compute_loss_context_manager():
+            torch.manual_seed(0)
+            # Not what torch.compile has made of the model: it would compile once more for this length.
+            (model if trainer.is_deepspeed_enabled else trainer.model)(
+                **forward_inputs(batch, padding_free), use_cache=False
+            )
+    finally:
+        handle.remove()
     return states[0]
