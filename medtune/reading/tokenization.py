@@ -55,7 +55,7 @@ def load_chat_template(
     name, is_own = template_name or tokenizer.name_or_path, template_name is None
     render = partial(_render, tokenizer, is_own)
     if thinking:
-        tokenizer.chat_template = template_for(thinking, tokenizer.chat_template, render, name)
+        tokenizer.chat_template = template_for(thinking, tokenizer.get_chat_template(), render, name)
     chat_template = ChatTemplate(
         name=name,
         render=render,
