@@ -174,10 +174,11 @@ class PairEncoder(TemplateEncoder):
             self.tokenizer, self.chat_template, record.messages, replies, record.tools, **self.limits
         )
         if chosen_ids == rejected_ids:
-            same = f"both replies begin with the same --max_target_length {self.max_reply_length} tokens"
-            if not n_cut:
+            if not (n_cut or self.chat_template.learns_thoughts):
                 same = f"the replies differ in their thoughts alone, which --thinking {self.thinking} leaves out"
-            raise Unusable("same within the limit" if n_cut else "same answers", same)
+                raise Unusable("same answers", same)
+            same = f"both replies begin with the same --max_target_length {self.max_reply_length} tokens"
+            raise Unusable("same within the limit", same)
         n_thoughts = sum(bool(split_reply(reply).thought) for reply in replies)
         n_learned = n_thoughts if self.chat_template.learns_thoughts else 0
         margin = math.nan if record.margin is None else record.margin

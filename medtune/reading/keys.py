@@ -193,6 +193,8 @@ _TABLES = {
     "verdicts": VERDICTS, "weights": WEIGHTS, "thoughts": THOUGHTS, "media": MEDIA, "options": OPTIONS,
     "harmless": HARMLESS,
 }  # fmt: skip
+# Where a part of a thought has its text.
+_THOUGHT_PARTS = ("text", "thinking", "summary")
 _KINDS = {_bare(name): kind for kind, names in _TABLES.items() for name in names}
 
 
@@ -258,9 +260,6 @@ def _thought_text(value: object, key: str, where: str, reading: Reading) -> str:
         return "\n".join(text_of(text, f"{where} ({key!r})") for text in texts)
     except Unusable as fault:
         raise Unusable(fault.reason, f"{fault.detail}; {reading.ignoring(key)}") from None
-
-
-_THOUGHT_PARTS = ("text", "thinking", "summary")
 
 
 def refuse_thoughts(record: dict, plan: KeyPlan, reading: Reading, advice: str, replies: str = "") -> None:

@@ -27,6 +27,7 @@ NOTHINK = "_nothink"
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 _QUESTION = {"role": "user", "content": "probe question"}
 _THOUGHT, _ANSWER = "probe thought", "probe answer"
+_OTHERWISE = "choose otherwise, or pass another --template_name"
 # What this module writes before and around a template.
 _SWITCH = re.compile(r"\A\{%- set enable_thinking = (?:true|false) %\}")
 _REPLACING = re.compile(r"\A\{%- set rendered %\}(.*)\{% endset %\}\{\{- rendered\.replace\(.*\) \}\}\Z", re.DOTALL)
@@ -84,9 +85,6 @@ def template_for(thinking: Thinking, jinja: str, render: Render, name: str) -> s
             "--thinking drop leaves them out, or pass a --template_name that has a place, such as qwen3"
         )
     return chosen
-
-
-_OTHERWISE = "choose otherwise, or pass another --template_name"
 
 
 def reads_thought_apart(render: Callable[[list[dict]], str]) -> bool:
