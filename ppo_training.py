@@ -24,7 +24,6 @@ Policy, reference, reward and value model are adapters on one base; medtune/rl/r
 Launcher: run_ppo.sh.
 """
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -37,7 +36,6 @@ import medtune.libraries  # noqa: F401 - first: it imports the libraries in half
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from loguru import logger
 
 from medtune.arguments import DataArguments, LoraArguments, StageArgumentParser
 from medtune.errors import UserError, run_script
@@ -53,11 +51,12 @@ from medtune.rl.alarms import find_alarm, find_update_alarm
 from medtune.rl.arguments import (
     PPOArguments,
     PPOModelArguments,
-    PPORunArguments,
-    PPOTrainingArguments,
+    RLRunArguments,
+    RLTrainingArguments,
     check_combination,
     fixed_settings,
 )
+from medtune.rl.log import PPO_FIGURES
 from medtune.rl.measures import EpisodeMeasures, TokenMeans, summarize
 from medtune.rl.ppo_math import (
     SumOverProcesses,
@@ -92,8 +91,6 @@ from medtune.training.run import inference_command, start_run
 EVAL_PROMPTS = 100
 # The dialogues' own replies whose mean score becomes the score 0.
 CENTERING_REPLIES = 64
-# Replies of the first evaluation and of the last that the log shows.
-SHOWN_REPLIES = 2
 
 # ---------------------------------------------------------------- what to learn
 
@@ -152,7 +149,7 @@ def ppo_update(run: Run, rollout: Rollout, ppo_args: PPOArguments) -> dict[str, 
     sum_over_processes = partial(run.accelerator.reduce, reduction="sum")
     targets = compute_targets(rollout, run.state.kl_coef, ppo_args, sum_over_processes)
     measured = TokenMeans(sum_over_processes)
-    norms: dict[str, list[float]] = {role: [] for role in run.learners}
+    norms = []
     for epoch in range(ppo_args.num_ppo_epochs):
         # Detail: one shuffle for all processes, from the seed and the place in the run.
         generator = torch.Generator().manual_seed(run.training_args.seed + 7919 * update + epoch)
@@ -176,23 +173,10 @@ def ppo_update(run: Run, rollout: Rollout, ppo_args: PPOArguments) -> dict[str, 
                     columns["policy/ratio"] = (logps - part.policy_logps).exp()
                     columns |= {"value/loss": errors, "value/clip_frac": held}
                     measured.add(part.mask, columns)
-            if not all(map(math.isfinite, measured.means().values())):
-                raise UserError(
-                    f"update {update + 1}: the loss is not finite; lower --learning_rate, and see that the scores in "
-                    "the lines above are of a sound size"
-                )
-            if dead := policy.unreached:
-                raise UserError(
-                    f"update {update + 1}: {len(dead)} adapter matrices of the policy get no gradient, such as "
-                    f"{min(dead)}; without --gradient_checkpointing, or with other --target_modules, they may"
-                )
-            for role, learner in run.learners.items():
-                norms[role].append(learner.step())
-                if not math.isfinite(norms[role][-1]):
-                    raise UserError(f"update {update + 1}: the {role}'s gradient is not finite; lower --learning_rate")
+            norms.append(run.step(measured.means()))
     for learner in run.learners.values():
         learner.scheduler.step()
-    mean_norms = {f"{role}/grad_norm": sum(of_role) / len(of_role) for role, of_role in norms.items()}
+    mean_norms = {f"{role}/grad_norm": sum(norm[role] for norm in norms) / len(norms) for role in run.learners}
     return measured.means() | mean_norms | targets.figures
 
 
@@ -208,19 +192,11 @@ def evaluate(
     stop: SignalListener,
 ) -> dict[str, float]:
     """Measures of greedy replies to held-out prompts; before and after training the first replies go into the log."""
-    accelerator = run.accelerator
-    own = rows[accelerator.process_index :: accelerator.num_processes]
-    # Every process takes part in each gathering, so all must have as many batches: the first prompt fills up.
-    longest = math.ceil(len(rows) / accelerator.num_processes)
-    padded = [*own, *rows[: longest - len(own)]]
-    with accelerator.autocast():
+    own, padded = run.own_part(rows)
+    with run.accelerator.autocast():
         rollout = collect_rollout(run.roles, padded, None, sampling, reward_texts, stop)
     measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout).first(len(own))]))
-    if run.state.global_step in (0, run.n_updates):
-        for row, ids in list(zip(own, rollout.reply_ids(), strict=False))[:SHOWN_REPLIES]:
-            question = json.loads(row["messages"])[0][-1]["content"]
-            text = reward_texts.tokenizer.decode(ids, skip_special_tokens=True)
-            logger.info(f"question: {' '.join(question.split())[:120]}\nreply: {text}")
+    run.show_replies(own, rollout.reply_ids())
     metrics = summarize(measures, ppo_args.kl_coef, ppo_args.missing_eos_penalty)
     return {f"eval_{name.partition('/')[2]}": figure for name, figure in metrics.items()}
 
@@ -316,7 +292,7 @@ def describe_run(
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ arguments
     parser = StageArgumentParser(
-        [PPOModelArguments, DataArguments, LoraArguments, PPORunArguments, PPOArguments, PPOTrainingArguments]
+        [PPOModelArguments, DataArguments, LoraArguments, RLRunArguments, PPOArguments, RLTrainingArguments]
     )
     model_args, data_args, lora_args, run_args, ppo_args, training_flags = parser.parse(argv)
     training_args = training_flags.training_arguments()
@@ -327,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ run
     checkpoint = start_run("proximal policy optimization", training_args, run_args, parser.notes)
     model_args.torch_dtype = base_dtype(model_args, lora_args, training_args, parser.given, checkpoint)
-    accelerator = start_accelerator(training_args, run_args.logging_dir)
+    accelerator = start_accelerator("ppo", training_args, run_args.logging_dir)
 
     # ------------------------------------------------------------ tokenizer and template
     sft, rm, hub_options = model_args.sft_model_path, model_args.reward_model_path, model_args.hub_options
@@ -377,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     roles.add_value_head(state.score_shift)
 
     # ------------------------------------------------------------ train
-    run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update)
+    run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update, PPO_FIGURES)
     if checkpoint:
         run.load(checkpoint)
     log_block(facts | data.facts | describe_run(run, ppo_args, sampling, reward_texts, n_prompts))

@@ -1,4 +1,4 @@
-"""PPO's flags: the models, the algorithm, and the flags of transformers that the loop honours."""
+"""The flags of PPO and GRPO: the models, the algorithms, and the flags of transformers that their loops honour."""
 
 import json
 from dataclasses import dataclass, field
@@ -31,12 +31,12 @@ class PPOModelArguments(ModelArguments):
 
 
 @dataclass
-class PPORunArguments(RunArguments):
+class RLRunArguments(RunArguments):
     max_bad_steps: int = field(default=1, init=False)  # a loss that is not finite stops the run at once
 
 
 @dataclass
-class PPOArguments:
+class RolloutArguments:
     template_name: str | None = field(
         default=None, metadata={"help": "Named prompt template of template.py instead of the tokenizer's own."}
     )
@@ -62,6 +62,30 @@ class PPOArguments:
     stop_token: str | None = field(
         default=None, metadata={"help": "The token that ends a reply; without it the template's and the tokenizer's."}
     )
+    temperature: float = field(default=0.7, metadata={"help": "Of sampling, and of the log-probs learned from."})
+
+    def __post_init__(self):
+        self.refuse_zero("response_length", "rollout_batch_size", "temperature")
+        if self.max_source_length < 8:
+            raise UserError(f"--max_source_length {self.max_source_length}: no prompt fits; give a number of tokens")
+        if self.total_episodes is not None and self.total_episodes < 1:
+            raise UserError(f"--total_episodes {self.total_episodes}: give at least 1")
+
+    def refuse_zero(self, *names: str) -> None:
+        """Raise UserError for a flag whose value is not above 0."""
+        for name in names:
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: give more than 0")
+
+    def refuse_negative(self, *names: str) -> None:
+        """Raise UserError for a flag whose value is below 0."""
+        for name in names:
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name):g}: give 0 or more")
+
+
+@dataclass
+class PPOArguments(RolloutArguments):
     missing_eos_penalty: float = field(
         default=0.0, metadata={"help": "Taken off the score of a reply that has no end token."}
     )
@@ -79,29 +103,69 @@ class PPOArguments:
     vf_coef: float = field(default=0.1, metadata={"help": "Factor of the value loss."})
     gamma: float = field(default=1.0, metadata={"help": "Discount of later rewards."})
     lam: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
-    temperature: float = field(default=0.7, metadata={"help": "Of sampling, and of the log-probs learned from."})
     whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to variance 1."})
 
     def __post_init__(self):
-        positive = ("response_length", "rollout_batch_size", "stop_at_kl", "num_ppo_epochs", "num_mini_batches")
-        positive += ("cliprange", "cliprange_value", "temperature", "target_kl", "kl_horizon")
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: give more than 0")
-        for name in ("missing_eos_penalty", "kl_coef", "vf_coef"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name):g}: give 0 or more")
+        super().__post_init__()
+        self.refuse_zero("stop_at_kl", "num_ppo_epochs", "num_mini_batches", "cliprange", "cliprange_value")
+        self.refuse_zero("target_kl", "kl_horizon")
+        self.refuse_negative("missing_eos_penalty", "kl_coef", "vf_coef")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name} {getattr(self, name):g}: give a number from 0 to 1")
-        if self.max_source_length < 8:
-            raise UserError(f"--max_source_length {self.max_source_length}: no prompt fits; give a number of tokens")
-        if self.total_episodes is not None and self.total_episodes < 1:
-            raise UserError(f"--total_episodes {self.total_episodes}: give at least 1")
 
 
 @dataclass
-class PPOTrainingArguments:
+class GRPOArguments(RolloutArguments):
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of the log-probs learned from."})
+    num_generations: int = field(default=8, metadata={"help": "Replies to a prompt, which are compared: a group."})
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "gspo"] = field(
+        default="dapo",
+        metadata={
+            "help": "dapo: each token counts the same; grpo: each reply; dr_grpo: over a constant; gspo: as grpo, with "
+            "one ratio a reply."
+        },
+    )
+    epsilon: float = field(default=0.2, metadata={"help": "Clip of the probability ratio downwards."})
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "And upwards; without it as --epsilon. DAPO takes 0.28."}
+    )
+    beta: float = field(default=0.0, metadata={"help": "Factor of the KL from the start; 0 needs no reference."})
+    scale_rewards: Literal["group", "none"] = field(
+        default="group", metadata={"help": "Advantages over the standard deviation of their group, or as they are."}
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Optimizer steps on the replies of an update."})
+    redraw_groups: int = field(
+        default=0,
+        metadata={"help": "Take other prompts for groups of equal rewards, at most so many times an update."},
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Learn nothing from a reply that is cut at --response_length."}
+    )
+    stop_at_kl: float = field(
+        default=1.0,
+        metadata={
+            "help": "Stop when the mean KL of a token exceeds it, in nats: of an update; with --beta from the start."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.refuse_zero("epsilon", "num_iterations", "stop_at_kl")
+        self.refuse_negative("beta", "redraw_groups")
+        if self.num_generations < 2:
+            raise UserError(
+                f"--num_generations {self.num_generations}: give at least 2, or there is nothing to compare"
+            )
+        if self.epsilon >= 1:
+            raise UserError(f"--epsilon {self.epsilon:g}: give less than 1, of which ratios are clipped")
+        if self.epsilon_high is None:
+            self.epsilon_high = self.epsilon
+        self.refuse_zero("epsilon_high")
+
+
+@dataclass
+class RLTrainingArguments:
     """The flags that the loop shares with transformers' TrainingArguments, with the same meaning.
 
     A step is an update. `training_arguments` makes transformers' own of them.
@@ -157,8 +221,8 @@ class PPOTrainingArguments:
             zero = json.loads(Path(self.deepspeed).read_text(encoding="utf-8")).get("zero_optimization", {})
             if zero.get("stage") not in (1, 2):
                 raise UserError(
-                    f"--deepspeed {self.deepspeed}: PPO takes ZeRO-1 and 2; ZeRO-3 would gather all weights for every "
-                    "token that is generated. Take ds_configs/zero2.json, and --load_in_4bit True where memory is short"
+                    f"--deepspeed {self.deepspeed}: this stage takes ZeRO-1 and 2; ZeRO-3 would gather all weights for "
+                    "every token that is generated. Take ds_configs/zero2.json, and --load_in_4bit True where memory is short"
                 )
         if not self.do_train:
             raise UserError("--do_train is missing; scripts/evaluate_model.py measures a trained model")
