@@ -44,7 +44,7 @@ from medtune.models.loading import load_tokenizer, weights_fingerprint
 from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoders import PromptEncoder
-from medtune.reading.readers import read_prompts
+from medtune.reading.readers import read_questions
 from medtune.reading.stage_data import prepare_data
 from medtune.reading.tokenization import load_chat_template
 from medtune.rl.alarms import find_alarm, find_update_alarm
@@ -54,6 +54,7 @@ from medtune.rl.arguments import (
     RLRunArguments,
     RLTrainingArguments,
     check_combination,
+    check_mini_batches,
     fixed_settings,
 )
 from medtune.rl.log import PPO_FIGURES
@@ -299,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     check_model_path(model_args.sft_model_path, "--sft_model_path", model_args.allow_pickle_weights)
     check_model_path(model_args.reward_model_path, "--reward_model_path", model_args.allow_pickle_weights)
     check_combination(lora_args, ppo_args, training_args)
+    check_mini_batches(ppo_args, training_args)
 
     # ------------------------------------------------------------ run
     checkpoint = start_run("proximal policy optimization", training_args, run_args, parser.notes)
@@ -317,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     n_eval = data_args.max_eval_samples or EVAL_PROMPTS
     data_args = replace(data_args, max_eval_samples=n_eval)
     encoder = PromptEncoder(tokenizer, chat_template, ppo_args.max_source_length, ppo_args.truncation)
-    data = prepare_data(read_prompts, encoder, data_args, training_args, model_args.cache_dir)
+    data = prepare_data(read_questions, encoder, data_args, training_args, model_args.cache_dir)
     eval_rows: list[dict] = []
     if data.eval:
         eval_rows = data.eval.select(range(min(n_eval, len(data.eval)))).to_list()  # a dialogue has several
@@ -329,7 +331,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     record = {"stage": "ppo", "template": ppo_args.template_name, "flags": parser.given, "flag": "--sft_model_path"}
     lineage = lineage_of(model_args, data_args, **record)
     reward_weights = weights_fingerprint(rm, flag="--reward_model_path", **hub_options)
-    settings = fixed_settings(model_args, ppo_args, training_args, reward_weights, per_update, n_prompts)
+    own = {"--reward_model_path": rm, "weights of the reward model": reward_weights[:12], "--kl_coef": ppo_args.kl_coef}
+    layout = ppo_args.padding_free
+    settings = fixed_settings("ppo", model_args, training_args, layout, per_update, n_prompts, own)
     begins = {CPU_BF16: training_args.use_cpu and model_args.torch_dtype == "bfloat16"}
     state = resumed_state(checkpoint, settings) if checkpoint else State(settings | begins, kl_coef=ppo_args.kl_coef)
     if checkpoint and is_done(state, lineage, checkpoint, n_updates):

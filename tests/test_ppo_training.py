@@ -145,7 +145,9 @@ def test_log_probs_that_are_not_the_models_own_stop_the_run(flags, tmp_path, mon
         return roles, facts
 
     monkeypatch.setattr(ppo_training, "load_roles", load)
-    with pytest.raises(UserError, match=r"^--sft_model_path .*: this stage's log-probs .*: Qwen2ForCausalLM makes") as raised:
+    with pytest.raises(
+        UserError, match=r"^--sft_model_path .*: this stage's log-probs .*: Qwen2ForCausalLM makes"
+    ) as raised:
         ppo_training.main(flags())
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists(), "before the first update"

@@ -1,6 +1,7 @@
 """The flags of PPO and GRPO: the models, the algorithms, and the flags of transformers that their loops honour."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,18 +10,16 @@ from transformers import TrainingArguments
 
 from medtune.arguments import LoraArguments, ModelArguments, RunArguments
 from medtune.errors import UserError
+from medtune.reading.exams import ExamFormat
 from medtune.training.checkpoints import PADDING_FREE
 
 EPISODES_AN_UPDATE = "episodes an update"
 
 
 @dataclass(kw_only=True)
-class PPOModelArguments(ModelArguments):
+class RLModelArguments(ModelArguments):
     sft_model_path: str = field(
         metadata={"help": "Hub name or folder of the model to start from, or the folder of a LoRA adapter."}
-    )
-    reward_model_path: str = field(
-        metadata={"help": "Folder of a reward model of reward_modeling.py: an adapter, or a model of its own."}
     )
     model_name_or_path: str = field(default="", init=False)
     device_map: str | None = field(default=None, init=False)
@@ -30,9 +29,84 @@ class PPOModelArguments(ModelArguments):
         self.model_name_or_path = self.sft_model_path
 
 
+@dataclass(kw_only=True)
+class PPOModelArguments(RLModelArguments):
+    reward_model_path: str = field(
+        metadata={"help": "Folder of a reward model of reward_modeling.py: an adapter, or a model of its own."}
+    )
+
+
 @dataclass
 class RLRunArguments(RunArguments):
     max_bad_steps: int = field(default=1, init=False)  # a loss that is not finite stops the run at once
+
+
+@dataclass
+class RewardArguments:
+    """What replies are scored by, in PPO and GRPO: a group of flags of its own for the parser, from which
+    `medtune.rl.rewards.load_rewards` makes the rewards. A stage with another default has a subclass."""
+
+    rewards: list[str] = field(
+        default_factory=lambda: ["reward_model"],
+        metadata={
+            "help": "What replies are scored by, with weights: exam:1 format:0.2. There are exam, format, length, "
+            "reference, reward_model, and the functions of --reward_file. The score is the weighted sum."
+        },
+    )
+    reward_model_path: str | None = field(
+        default=None,
+        metadata={"help": "For reward_model: a folder of reward_modeling.py, an adapter or a model of its own."},
+    )
+    reward_file: str | None = field(
+        default=None, metadata={"help": "A Python file with rewards of your own: functions of replies and records."}
+    )
+    length_buffer: int | None = field(
+        default=None,
+        metadata={"help": "For length: of the last so many tokens of --response_length each costs; a fifth of them."},
+    )
+    exam_format: ExamFormat = field(
+        default="tagged",
+        metadata={"help": "Exam questions ask for thinking and then <answer>X</answer> (tagged), or for the letter."},
+    )
+
+    def __post_init__(self):
+        weights = self.reward_weights
+        if len(weights) < len(self.rewards):
+            raise UserError(f"--rewards {' '.join(self.rewards)}: one of them is named twice")
+        if not any(weights.values()):
+            raise UserError(f"--rewards {' '.join(self.rewards)}: give one of them a weight other than 0")
+        if "reward_model" in weights and not self.reward_model_path:
+            raise UserError(
+                "--reward_model_path is missing: name a folder of reward_modeling.py, or score by other --rewards, "
+                "such as exam:1 format:0.2"
+            )
+        if self.reward_model_path and "reward_model" not in weights:
+            raise UserError(
+                f"--reward_model_path {self.reward_model_path}: add reward_model to --rewards, or leave the path out"
+            )
+        if self.length_buffer is not None and ("length" not in weights or self.length_buffer < 1):
+            raise UserError(f"--length_buffer {self.length_buffer}: give at least 1, with length among the --rewards")
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """The weight of each reward of `--rewards`, 1 where none is given."""
+        weights = {}
+        for spec in self.rewards:
+            name, _, weight = spec.partition(":")
+            try:
+                weights[name] = float(weight or "1")
+            except ValueError:
+                weights[name] = math.nan
+            if not name or not math.isfinite(weights[name]):
+                raise UserError(f"--rewards {spec}: write a name, or a name and a weight such as exam:0.5")
+        return weights
+
+
+@dataclass
+class GRPORewardArguments(RewardArguments):
+    rewards: list[str] = field(
+        default_factory=lambda: ["exam"], metadata=RewardArguments.__dataclass_fields__["rewards"].metadata
+    )
 
 
 @dataclass
@@ -145,7 +219,7 @@ class GRPOArguments(RolloutArguments):
     stop_at_kl: float = field(
         default=1.0,
         metadata={
-            "help": "Stop when the mean KL of a token exceeds it, in nats: of an update; with --beta from the start."
+            "help": "Stop when the mean KL of a token exceeds it, in nats: of an update, with --beta from the start."
         },
     )
 
@@ -154,9 +228,7 @@ class GRPOArguments(RolloutArguments):
         self.refuse_zero("epsilon", "num_iterations", "stop_at_kl")
         self.refuse_negative("beta", "redraw_groups")
         if self.num_generations < 2:
-            raise UserError(
-                f"--num_generations {self.num_generations}: give at least 2, or there is nothing to compare"
-            )
+            raise UserError(f"--num_generations {self.num_generations}: give at least 2, which are compared")
         if self.epsilon >= 1:
             raise UserError(f"--epsilon {self.epsilon:g}: give less than 1, of which ratios are clipped")
         if self.epsilon_high is None:
@@ -222,7 +294,8 @@ class RLTrainingArguments:
             if zero.get("stage") not in (1, 2):
                 raise UserError(
                     f"--deepspeed {self.deepspeed}: this stage takes ZeRO-1 and 2; ZeRO-3 would gather all weights for "
-                    "every token that is generated. Take ds_configs/zero2.json, and --load_in_4bit True where memory is short"
+                    "every token that is generated. Take ds_configs/zero2.json, and --load_in_4bit True where memory is "
+                    "short"
                 )
         if not self.do_train:
             raise UserError("--do_train is missing; scripts/evaluate_model.py measures a trained model")
@@ -245,42 +318,62 @@ class RLTrainingArguments:
         return training_args
 
 
-def check_combination(lora_args: LoraArguments, ppo_args: PPOArguments, training_args: TrainingArguments) -> None:
+def check_combination(lora_args: LoraArguments, args: RolloutArguments, training_args: TrainingArguments) -> None:
     """Refuse flags that contradict each other."""
     if not lora_args.use_peft:
         raise UserError(
-            "--use_peft False: the four roles are adapters on one base, so the policy is one too; a model of full "
-            "weights is welcome as --sft_model_path"
+            "--use_peft False: the roles are adapters on one base, so the policy is one too; a model of full weights "
+            "is welcome as --sft_model_path"
         )
+    if training_args.max_steps > 0 and args.total_episodes is not None:
+        raise UserError("--max_steps and --total_episodes both say how long to train: give one of them")
+
+
+def check_mini_batches(ppo_args: PPOArguments, training_args: TrainingArguments) -> None:
+    """Refuse minibatches that differ in size."""
     if training_args.gradient_accumulation_steps % ppo_args.num_mini_batches:
         raise UserError(
             f"--num_mini_batches {ppo_args.num_mini_batches}: does not divide --gradient_accumulation_steps "
             f"{training_args.gradient_accumulation_steps}, so minibatches would differ in size"
         )
-    if training_args.max_steps > 0 and ppo_args.total_episodes is not None:
-        raise UserError("--max_steps and --total_episodes both say how long to train: give one of them")
+
+
+def check_groups(grpo_args: GRPOArguments, training_args: TrainingArguments, per_update: int) -> None:
+    """Refuse groups that an update, or for --redraw_groups the processes, cannot have whole.
+
+    per_update: episodes, in all processes.
+    """
+    size, n_processes = grpo_args.num_generations, training_args.world_size
+    if per_update % size:
+        made_of = f"{training_args.per_device_train_batch_size} a device x {training_args.gradient_accumulation_steps}"
+        raise UserError(
+            f"--num_generations {size}: does not divide the {per_update} episodes of an update ({made_of} accumulated "
+            f"x {n_processes} process(es)); give another --gradient_accumulation_steps"
+        )
+    if grpo_args.redraw_groups and size % n_processes:
+        raise UserError(f"--redraw_groups: {n_processes} processes share a group of {size}; give as many or a multiple")
 
 
 def fixed_settings(
-    model_args: PPOModelArguments,
-    ppo_args: PPOArguments,
+    stage: str,
+    model_args: RLModelArguments,
     training_args: TrainingArguments,
-    reward_weights: str,
+    padding_free: str,
     per_update: int,
     n_prompts: int,
+    own: dict[str, object],
 ) -> dict[str, object]:
-    """The settings that a resumed run must keep; `reward_weights` is the reward model's fingerprint."""
+    """The settings that a resumed run must keep; `own` are those of the stage alone."""
     return {
+        "stage": stage,
         "--sft_model_path": model_args.sft_model_path,
-        "--reward_model_path": model_args.reward_model_path,
-        "weights of the reward model": reward_weights[:12],
         "--seed": training_args.seed,
         "--learning_rate": training_args.learning_rate,
         "--weight_decay": training_args.weight_decay,
         "--optim": str(training_args.optim.value),
-        "--kl_coef": ppo_args.kl_coef,
+        **own,
         EPISODES_AN_UPDATE: per_update,
         "training prompts": n_prompts,
         "processes under DeepSpeed": training_args.world_size if training_args.deepspeed else 0,
-        **({} if ppo_args.padding_free == "auto" else {PADDING_FREE: ppo_args.padding_free}),
+        **({} if padding_free == "auto" else {PADDING_FREE: padding_free}),
     }
