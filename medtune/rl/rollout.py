@@ -49,8 +49,9 @@ class Replies:
         """The tokens of each reply, without padding."""
         return [row[mask].tolist() for row, mask in zip(self.ids[:, self.n_prompt :], self.mask, strict=True)]
 
-    def take(self, rows: torch.Tensor) -> Self:
+    def take(self, rows: torch.Tensor | Sequence[int]) -> Self:
         """Some rows, without the columns that are padding in all of them."""
+        rows = torch.as_tensor(rows, device=self.ids.device)
         left = int((~self.attention_mask[rows, : self.n_prompt]).long().sum(dim=1).min())
         right = int(self.mask[rows].sum(dim=1).max())
         whole, reply = slice(left, self.n_prompt + right), slice(0, right)
@@ -188,49 +189,39 @@ def sample_replies(
     return Replies(ids=ids, attention_mask=torch.cat([prompt_mask, mask], dim=1), mask=mask, ended=ended)
 
 
-@torch.no_grad()
+# ---------------------------------------------------------------- collecting
+
+
 def collect_replies(
-    roles: Roles,
-    rows: Sequence[dict],
-    episodes: Sequence[int] | None,
-    sampling: Sampling,
-    stop: SignalListener,
-    complete: Callable[[list[int], Replies], Kind],
-) -> Kind:
-    """Sample replies to the prompts, batch by batch, and complete each batch; the rows keep the given order.
+    roles: Roles, rows: Sequence[dict], episodes: Sequence[int] | None, sampling: Sampling, stop: SignalListener
+) -> Replies:
+    """Sample replies to the prompts, in the given order.
 
     Args:
         rows: of `PromptEncoder`.
         episodes: of `sample_replies`.
-        complete: from the indices of a batch's rows and its replies to what is wanted of them.
 
     Raises StoppedInRolloutError in all processes once a signal has reached one of them.
     """
-    # Like lengths together waste little padding; the longest first, so that too large a batch fails at once.
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["prompt_ids"]), reverse=True)
-    parts = []
-    for begin in range(0, len(order), sampling.batch_size):
-        if stop.any_received():
-            raise StoppedInRolloutError
-        chosen = order[begin : begin + sampling.batch_size]
+
+    def sample(chosen: list[int]) -> Replies:
         prompts = [rows[index]["prompt_ids"] for index in chosen]
-        replies = sample_replies(roles, prompts, episodes and [episodes[index] for index in chosen], sampling)
-        parts.append(complete(chosen, replies))
-    back = torch.tensor(order).argsort()
-    return type(parts[0]).join(parts).take(back.to(roles.model.device))
+        return sample_replies(roles, prompts, episodes and [episodes[index] for index in chosen], sampling)
+
+    return _in_batches(rows, sampling.batch_size, stop, sample)
 
 
 @torch.no_grad()
-def with_logps(roles: Roles, replies: Replies, temperature: float) -> PolicyReplies:
+def add_logps(
+    roles: Roles, rows: Sequence[dict], replies: Replies, sampling: Sampling, stop: SignalListener
+) -> PolicyReplies:
     """The replies with their log-probs under the policy as it is, and under the reference where there is one."""
-    text = replies.ids, replies.attention_mask, replies.mask
-    # Detail: the old log-probs are computed anew by a full forward pass.
-    policy_logps, entropies, variances = roles.logps("policy", *text, temperature)
-    ref_logps = roles.logps("reference", *text, temperature)[0] if roles.has_reference else None
-    of_policy = {"policy_logps": policy_logps, "entropies": entropies, "variances": variances}
-    return PolicyReplies(**vars(replies), **of_policy, ref_logps=ref_logps)
+    return _in_batches(
+        rows, sampling.batch_size, stop, lambda chosen: _with_logps(roles, replies.take(chosen), sampling.temperature)
+    )
 
 
+@torch.no_grad()
 def collect_rollout(
     roles: Roles,
     rows: Sequence[dict],
@@ -240,15 +231,45 @@ def collect_rollout(
     stop: SignalListener,
 ) -> Rollout:
     """PPO's rollout: replies to the prompts, and all roles evaluated on them; arguments as of `collect_replies`."""
+    replies = collect_replies(roles, rows, episodes, sampling, stop)
 
-    def complete(chosen: list[int], replies: Replies) -> Rollout:
-        likely = with_logps(roles, replies, sampling.temperature)
-        values = roles.values(replies.ids, replies.attention_mask, replies.mask)
-        rows_and_replies = zip(chosen, replies.reply_ids(), strict=True)
+    def evaluate(chosen: list[int]) -> Rollout:
+        part = _with_logps(roles, replies.take(chosen), sampling.temperature)
+        values = roles.values(part.ids, part.attention_mask, part.mask)
+        rows_and_replies = zip(chosen, part.reply_ids(), strict=True)
         texts = [reward_texts.of_ids(rows[index], ids) for index, ids in rows_and_replies]
-        return Rollout(**vars(likely), values=values, scores=roles.scores(texts) - roles.score_shift)
+        return Rollout(**vars(part), values=values, scores=roles.scores(texts) - roles.score_shift)
 
-    return collect_replies(roles, rows, episodes, sampling, stop, complete)
+    return _in_batches(rows, sampling.batch_size, stop, evaluate)
+
+
+def _with_logps(roles: Roles, replies: Replies, temperature: float) -> PolicyReplies:
+    text = replies.ids, replies.attention_mask, replies.mask
+    # Detail: the old log-probs are computed anew by a full forward pass.
+    policy_logps, entropies, variances = roles.logps("policy", *text, temperature)
+    ref_logps = roles.logps("reference", *text, temperature)[0] if roles.has_reference else None
+    of_policy = {"policy_logps": policy_logps, "entropies": entropies, "variances": variances}
+    return PolicyReplies(**vars(replies), **of_policy, ref_logps=ref_logps)
+
+
+def _in_batches(
+    rows: Sequence[dict], batch_size: int, stop: SignalListener, of_batch: Callable[[list[int]], Kind]
+) -> Kind:
+    """What `of_batch` gives for the indices of each batch of rows, joined in the order of the rows."""
+    # Like lengths together waste little padding; the longest first, so that too large a batch fails at once.
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["prompt_ids"]), reverse=True)
+    parts = []
+    for begin in range(0, len(order), batch_size):
+        if stop.any_received():
+            raise StoppedInRolloutError
+        parts.append(of_batch(order[begin : begin + batch_size]))
+    return type(parts[0]).join(parts).take(torch.tensor(order).argsort())
+
+
+def score_texts(roles: Roles, texts: Sequence[list[int]], batch_size: int) -> torch.Tensor:
+    """[N] scores of the reward model, so many texts at a time."""
+    batches = [texts[begin : begin + batch_size] for begin in range(0, len(texts), batch_size)]
+    return torch.cat([roles.scores(batch) for batch in batches])
 
 
 def center_scores(roles: Roles, rows: Sequence[dict], reward_texts: RewardTexts, batch_size: int) -> float:
@@ -259,5 +280,4 @@ def center_scores(roles: Roles, rows: Sequence[dict], reward_texts: RewardTexts,
     texts = [reward_texts.of_text(row, row["reply"]) for row in rows if row["reply"]]
     if not texts:
         return 0.0
-    batches = [texts[begin : begin + batch_size] for begin in range(0, len(texts), batch_size)]
-    return torch.cat([roles.scores(batch) for batch in batches]).mean().item()
+    return score_texts(roles, texts, batch_size).mean().item()
