@@ -20,13 +20,12 @@ from safetensors.torch import load_file, save_file
 from stage_runs import (
     ADAPTER_FILES,
     PARTS,
-    end_well,
+    history,
     logits_of,
     names,
     run_process,
-    start_stage,
-    start_two_processes,
     train,
+    updates,
     weights_of,
     words,
     write_lines,
@@ -123,14 +122,6 @@ def kept_roles(monkeypatch) -> list[Roles]:
 
     monkeypatch.setattr(ppo_training, "load_roles", load)
     return kept
-
-
-def history(output_dir: Path) -> list[dict]:
-    return json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-
-
-def updates(output_dir: Path, name: str) -> list[float]:
-    return [entry[name] for entry in history(output_dir) if name in entry]
 
 
 # ---------------------------------------------------------------- before the first update
@@ -231,18 +222,7 @@ def test_bandit_is_solved(flags, tmp_path, monkeypatch, tiny_model_dir):
 # ---------------------------------------------------------------- several processes
 
 
-def train_in(n_processes: int, folder: Path, argv: list[str]) -> str:
-    """Run in processes that are told of each other as torchrun does, until they have ended with 0; the log."""
-    log = folder / f"{n_processes}.log"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(stage_runs.STAGES, "ppo", "ppo_training")
-        if n_processes == 2:
-            processes = start_two_processes("ppo", argv, log)
-        else:
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-            processes = [start_stage("ppo", argv, log, **alone)]
-        end_well(processes, log)
-    return log.read_text()
+train_in = partial(stage_runs.train_in, "ppo")
 
 
 @pytest.fixture(scope="module")

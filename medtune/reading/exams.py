@@ -90,8 +90,9 @@ def to_exam(record: object) -> Exam | None:
         raise Unusable(
             "broken exam question", f"its options are {', '.join(options)}; it needs two or more, by letters"
         )
-    answer_keys = [key for names in (_INDICES, _ANSWERS) if (key := _first_key(present, names)) is not None]
-    letters = {key: _letters(present[key], key, options) for key in answer_keys}
+    index_key, answer_key = _first_key(present, _INDICES), _first_key(present, _ANSWERS)
+    answer_keys = [key for key in (index_key, answer_key) if key is not None]
+    letters = {key: _letters(present[key], key, options, is_index=key == index_key) for key in answer_keys}
     named = set(filter(None, letters.values()))
     if answer_keys and len(named) != 1:
         stated = " and ".join(f"{key!r} is {present[key]!r:.60}" for key in answer_keys)
@@ -109,8 +110,8 @@ def _first_key(record: dict, names: Iterable[str]) -> str | None:
     return next((name if name in record else by_lower_case[name] for name in names if name in by_lower_case), None)
 
 
-def _letters(answer: object, key: str, options: dict[str, str]) -> str:
-    """The letters of the options that an answer names, by letter or by an option's words; "" for none.
+def _letters(answer: object, key: str, options: dict[str, str], is_index: bool) -> str:
+    """The letters of the options that an answer names, by letter or, unless `is_index`, by words; "" for none.
 
     Several letters come in the order of the options.
     """
@@ -122,7 +123,7 @@ def _letters(answer: object, key: str, options: dict[str, str]) -> str:
             f"{key!r} is {answer!r:.60}; write the letter of the right option (numbers count from 0 or from 1, and "
             "these do not show from which)",
         )
-    by_words = {letter for letter, words in options.items() if words == answer.strip()}
+    by_words = {letter for letter, words in options.items() if words == answer.strip() and not is_index}
     text = unicodedata.normalize("NFKC", answer).strip()
     line = OPTION_LINE.match(text)
     letter, words = ((line[1] or line[2]).upper(), text[line.end() :]) if line else (text.upper(), "")

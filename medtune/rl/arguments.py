@@ -287,7 +287,7 @@ class RLTrainingArguments:
             if zero.get("stage") not in (1, 2):
                 raise UserError(
                     f"--deepspeed {self.deepspeed}: this stage takes ZeRO-1 and 2; ZeRO-3 would gather all weights for "
-                    "every token that is generated. Take ds_configs/zero2.json, and --load_in_4bit True where memory is "
+                    "every token that is generated. Take ds_configs/zero2.json, and --load_in_4bit True if memory is "
                     "short"
                 )
         if not self.do_train:

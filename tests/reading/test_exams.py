@@ -144,9 +144,9 @@ def test_numbers_that_do_not_show_where_they_begin_are_refused(write_jsonl):
 
 def test_what_cannot_be_a_prompt_is_counted(encode):
     several = {"question": "哪些抗凝？", "option": OPTIONS, "answer": "BC"}
-    long = {"question": "病史" * 60 + "？", "option": OPTIONS, "answer": "C"}
+    long = {"question": "病史" * 300 + "？", "option": OPTIONS, "answer": "C"}
     rows, report = encode(
-        PUBLISHED["CMB"], several, long, {"question": "头痛怎么办？" * 50, "answer": "就诊。"}, max_length=100
+        PUBLISHED["CMB"], several, long, {"question": "头痛怎么办？" * 100, "answer": "就诊。"}, max_length=200
     )
     assert report.dropped == {"several right answers": 1, "prompt too long": 1}
     assert len(rows) == 2, "a dialogue's prompt is cut, an exam question would be another one"
