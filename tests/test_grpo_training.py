@@ -309,7 +309,7 @@ def test_files_measures_and_lineage(flags, tmp_path, sft_adapter, tiny_model_dir
 def test_exam_accuracy_is_that_of_the_evaluation(flags, tmp_path, monkeypatch):
     """Of the same replies: by letter, by an option's words, by none, and wrong ones."""
     texts = ["答案：A", "我选 B。", "不用管", "说不清", "<think>应该是 B</think>答案为 C", "**C**"]
-    read, replies = grpo_training.Judge.read, []
+    read, replies = grpo_training.Scorer.read, []
 
     def rewrite(self, rows, of_ids):
         found = read(self, rows, of_ids)
@@ -318,7 +318,7 @@ def test_exam_accuracy_is_that_of_the_evaluation(flags, tmp_path, monkeypatch):
             replies[:] = found
         return found
 
-    monkeypatch.setattr(grpo_training.Judge, "read", rewrite)
+    monkeypatch.setattr(grpo_training.Scorer, "read", rewrite)
     evaluated = {"validation_file_dir": write_exams(tmp_path), "max_eval_samples": 6, "do_eval": True}
     metrics = grpo_training.main(flags(max_steps=1, **evaluated))
     rows = []

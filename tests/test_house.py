@@ -33,7 +33,7 @@ ROOMS = {
     ),
     "medtune.rl": (
         {"template", "medtune.reading", "medtune.models", "medtune.training", "medtune.measuring"},
-        {"torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "loguru", "matplotlib"},
+        {"torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "safetensors", "loguru", "matplotlib"},
     ),
     "medtune.measuring": (set(), {"numpy", "rouge_score", "sacrebleu"}),
     "medtune.sample_data": (set(), set()),

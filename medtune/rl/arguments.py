@@ -29,13 +29,6 @@ class RLModelArguments(ModelArguments):
         self.model_name_or_path = self.sft_model_path
 
 
-@dataclass(kw_only=True)
-class PPOModelArguments(RLModelArguments):
-    reward_model_path: str = field(
-        metadata={"help": "Folder of a reward model of reward_modeling.py: an adapter, or a model of its own."}
-    )
-
-
 @dataclass
 class RLRunArguments(RunArguments):
     max_bad_steps: int = field(default=1, init=False)  # a loss that is not finite stops the run at once

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from medtune.reading.tokenization import stop_token_ids
 from medtune.rl.arguments import RolloutArguments
 from medtune.rl.ppo_math import draw_uniforms, inverse_transform, reply_mask
 from medtune.rl.reward_texts import RewardTexts
+from medtune.rl.rewards import Rewards, ScoredReply, scored_replies
 from medtune.rl.roles import Roles
 from medtune.training.interruption import SignalListener
 from template import ChatTemplate
@@ -36,6 +37,8 @@ class Replies:
     ended: [N] True where the reply has an end token.
     """
 
+    of_replies: ClassVar[Sequence[str]] = ("ended",)  # the tensors that have no columns of tokens
+
     ids: torch.Tensor
     attention_mask: torch.Tensor
     mask: torch.Tensor
@@ -56,10 +59,12 @@ class Replies:
         right = int(self.mask[rows].sum(dim=1).max())
         whole, reply = slice(left, self.n_prompt + right), slice(0, right)
 
-        def part(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor[rows] if tensor.dim() == 1 else tensor[rows, whole if self._has_prompt(tensor) else reply]
+        def part(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            if name in self.of_replies:
+                return tensor[rows]
+            return tensor[rows, whole if self._has_prompt(tensor) else reply]
 
-        return type(self)(**{name: part(tensor) for name, tensor in self.tensors().items()})
+        return type(self)(**{name: part(name, tensor) for name, tensor in self.tensors().items()})
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
@@ -67,12 +72,12 @@ class Replies:
         n_prompt = max(part.n_prompt for part in parts)
         n_reply = max(part.mask.shape[1] for part in parts)
 
-        def padded(part: Self, tensor: torch.Tensor) -> torch.Tensor:
+        def padded(part: Self, name: str) -> torch.Tensor:
+            tensor = getattr(part, name)
             left = n_prompt - part.n_prompt if part._has_prompt(tensor) else 0
-            return tensor if tensor.dim() == 1 else F.pad(tensor, (left, n_reply - part.mask.shape[1]))
+            return tensor if name in cls.of_replies else F.pad(tensor, (left, n_reply - part.mask.shape[1]))
 
-        names = parts[0].tensors()
-        return cls(**{name: torch.cat([padded(part, getattr(part, name)) for part in parts]) for name in names})
+        return cls(**{name: torch.cat([padded(part, name) for part in parts]) for name in parts[0].tensors()})
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those that there are, by name."""
@@ -102,14 +107,45 @@ class Rollout(PolicyReplies):
     """Of PPO: with values and scores.
 
     values: [N, T] float32, 0 outside the mask.
-    scores: [N] float32, minus the mean of the dialogues' own replies; before the penalty for a missing end token.
+    rewards: [N, K] float32, a reward model's minus the mean of the dialogues' own replies; scores: [N], their weighted
+        sum, before the penalty for a missing end token.
     """
 
+    of_replies: ClassVar[Sequence[str]] = (*PolicyReplies.of_replies, "rewards", "scores")
+
     values: torch.Tensor
+    rewards: torch.Tensor
     scores: torch.Tensor
 
 
 Kind = TypeVar("Kind", bound=Replies)
+
+
+# ---------------------------------------------------------------- scoring
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What scores replies, whoever wrote them: the rewards of the flags, and what the reward model reads where it is
+    among them, so many replies at a time."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rewards: Rewards
+    reward_texts: RewardTexts | None
+    batch_size: int
+
+    def read(self, rows: Sequence[dict], replies: Replies) -> list[ScoredReply]:
+        """The replies to rows of `PromptEncoder` as text."""
+        return scored_replies(self.tokenizer, rows, replies.reply_ids(), replies.ended.tolist())
+
+    def score(self, roles: Roles, rows: Sequence[dict], replies: Replies) -> torch.Tensor:
+        """[N, K] rewards of the replies to rows of `PromptEncoder`."""
+        model_scores = None
+        if self.reward_texts is not None:
+            rows_and_ids = zip(rows, replies.reply_ids(), strict=True)
+            texts = [self.reward_texts.of_ids(row, ids) for row, ids in rows_and_ids]
+            model_scores = score_texts(roles, texts, self.batch_size) - roles.score_shift
+        return self.rewards(self.read(rows, replies), model_scores).to(roles.model.device)
 
 
 # ---------------------------------------------------------------- sampling
@@ -227,7 +263,7 @@ def collect_rollout(
     rows: Sequence[dict],
     episodes: Sequence[int] | None,
     sampling: Sampling,
-    reward_texts: RewardTexts,
+    scorer: Scorer,
     stop: SignalListener,
 ) -> Rollout:
     """PPO's rollout: replies to the prompts, and all roles evaluated on them; arguments as of `collect_replies`."""
@@ -236,9 +272,8 @@ def collect_rollout(
     def evaluate(chosen: list[int]) -> Rollout:
         part = _with_logps(roles, replies.take(chosen), sampling.temperature)
         values = roles.values(part.ids, part.attention_mask, part.mask)
-        rows_and_replies = zip(chosen, part.reply_ids(), strict=True)
-        texts = [reward_texts.of_ids(rows[index], ids) for index, ids in rows_and_replies]
-        return Rollout(**vars(part), values=values, scores=roles.scores(texts) - roles.score_shift)
+        rewards = scorer.score(roles, [rows[index] for index in chosen], part)
+        return Rollout(**vars(part), values=values, rewards=rewards, scores=scorer.rewards.total(rewards))
 
     return _in_batches(rows, sampling.batch_size, stop, evaluate)
 
