@@ -72,9 +72,9 @@ from medtune.rl.log import grpo_figures
 from medtune.rl.measures import GroupMeasures, TokenMeans, summarize_groups
 from medtune.rl.ppo_math import episode_order, k3
 from medtune.rl.reward_texts import load_reward_texts
-from medtune.rl.rewards import load_rewards, reward_settings
+from medtune.rl.rewards import ScoredReply, load_rewards, reward_settings
 from medtune.rl.roles import CHECKED_PROMPTS, load_roles
-from medtune.rl.rollout import Judge, PolicyReplies, Replies, Sampling, add_logps, choose_sampling, collect_replies
+from medtune.rl.rollout import PolicyReplies, Replies, Sampling, Scorer, add_logps, choose_sampling, collect_replies
 from medtune.rl.run import Run, State, count_episodes, count_updates, is_done, resumed_state, start_accelerator
 from medtune.training.checkpoints import BEST, PADDING_FREE
 from medtune.training.interruption import SignalListener
@@ -110,7 +110,7 @@ def collect_groups(
     order: Sequence[int],
     grpo_args: GRPOArguments,
     sampling: Sampling,
-    judge: Judge,
+    scorer: Scorer,
     stop: SignalListener,
 ) -> Groups:
     """Sample the groups of an update, reward their replies, and compare each with its group.
@@ -127,19 +127,19 @@ def collect_groups(
         rows = [prompts[order[episode // size]] for episode in episodes]
         with accelerator.autocast():
             replies = collect_replies(roles, rows, episodes, sampling, stop)
-            rewards = judge(roles, rows, replies)
+            rewards = scorer.score(roles, rows, replies)
             parts.append(add_logps(roles, rows, replies, sampling, stop))
         measured.append(GroupMeasures.interleave(gather_object([GroupMeasures.of(parts[-1], rewards)])))
         drawn += missing
-        missing -= int(has_signal(judge.rewards.total(measured[-1].rewards), size).sum()) // size
+        missing -= int(has_signal(scorer.rewards.total(measured[-1].rewards), size).sum()) // size
         if missing == 0:
             break
     run.state.groups_drawn = drawn
     replies, measures = PolicyReplies.join(parts), GroupMeasures.join(measured)
-    totals = judge.rewards.total(measures.rewards)
+    totals = scorer.rewards.total(measures.rewards)
     learns = has_signal(totals, size)
     advantages = group_advantages(totals, size, scale=grpo_args.scale_rewards == "group").float()
-    metrics = summarize_groups(measures, totals, learns, judge.rewards.names, roles.has_reference)
+    metrics = summarize_groups(measures, totals, learns, scorer.rewards.names, roles.has_reference)
     own, device = slice(accelerator.process_index, None, accelerator.num_processes), replies.ids.device
     return Groups(replies, advantages[own].to(device), learns[own].to(device), measures, metrics)
 
@@ -208,7 +208,7 @@ def split_evenly(
 
 
 def evaluate(
-    run: Run, rows: Sequence[dict], sampling: Sampling, judge: Judge, stop: SignalListener
+    run: Run, rows: Sequence[dict], sampling: Sampling, scorer: Scorer, stop: SignalListener
 ) -> dict[str, float]:
     """Measures of greedy replies to held-out prompts; before and after training the first replies go into the log.
 
@@ -217,30 +217,28 @@ def evaluate(
     own, padded = run.own_part(rows)
     with run.accelerator.autocast():
         replies = collect_replies(run.roles, padded, None, sampling, stop)
-        rewards = judge(run.roles, padded, replies)
+        rewards = scorer.score(run.roles, padded, replies)
     run.show_replies(own, replies.reply_ids())
-    measured = []
-    for reply, of_reply in zip(judge.read(padded, replies)[: len(own)], rewards, strict=False):
-        figures = {
-            "reward": judge.rewards.total(of_reply[None]).item(),
-            "mean_len": reply.n_tokens,
-            "eos_frac": reply.ended,
-        }
-        figures |= {f"reward_{name}": value for name, value in zip(judge.rewards.names, of_reply.tolist(), strict=True)}
-        if is_exam(reply.record):
-            letter = written_letter(reply.answer, reply.record["options"])
-            figures |= {"exam_accuracy_written": letter == reply.record["answer"], "exam_unparsed": letter is None}
-        measured.append(figures)
-    measured = gather_object(measured)
-    columns: dict[str, list[float]] = {}
-    for figures in measured:
-        for name, value in figures.items():
-            columns.setdefault(name, []).append(float(value))
-    metrics = {f"eval_{name}": sum(values) / len(values) for name, values in columns.items()}
+    read = scorer.read(padded, replies)[: len(own)]
+    rewards = rewards[: len(own)].tolist()
+    figures = gather_object([reply_figures(*each, scorer) for each in zip(read, rewards, strict=True)])
+    columns = {name: [of_reply[name] for of_reply in figures if name in of_reply] for name in set().union(*figures)}
+    metrics = {f"eval_{name}": sum(values) / len(values) for name, values in sorted(columns.items())}
     if right := columns.get("exam_accuracy_written"):
-        low, high = wilson_interval(sum(right), len(right))
-        metrics |= {"eval_exam_low": low, "eval_exam_high": high}
+        metrics["eval_exam_low"], metrics["eval_exam_high"] = wilson_interval(sum(right), len(right))
     return metrics
+
+
+def reply_figures(reply: ScoredReply, rewards: list[float], scorer: Scorer) -> dict[str, float]:
+    """What is measured of a held-out reply, by name."""
+    figures = {f"reward_{name}": value for name, value in zip(scorer.rewards.names, rewards, strict=True)}
+    figures |= {"reward": scorer.rewards.total(torch.tensor([rewards])).item()}
+    figures |= {"mean_len": float(reply.n_tokens), "eos_frac": float(reply.ended)}
+    if is_exam(reply.record):
+        letter = written_letter(reply.answer, reply.record["options"])
+        figures["exam_accuracy_written"] = float(letter == reply.record["answer"])
+        figures["exam_unparsed"] = float(letter is None)
+    return figures
 
 
 def is_exam(record: dict) -> bool:
@@ -257,7 +255,7 @@ def train_grpo(
     eval_rows: Sequence[dict],
     grpo_args: GRPOArguments,
     sampling: Sampling,
-    judge: Judge,
+    scorer: Scorer,
 ) -> None:
     """Run the remaining updates: collect, check, update, record, evaluate, save.
 
@@ -267,13 +265,13 @@ def train_grpo(
     n_groups_at_most = run.n_updates * n_groups * (1 + grpo_args.redraw_groups)
     order = episode_order(len(prompts), n_groups_at_most, sampling.seed)
     with run.guarded(sampling.batch_size) as stop:
-        measure = partial(evaluate, run, eval_rows, sampling, judge, stop)
+        measure = partial(evaluate, run, eval_rows, sampling, scorer, stop)
         if eval_rows and run.evaluation_is_due():
             run.record_evaluation(measure())
         for update in range(state.global_step, run.n_updates):
             started = time.monotonic()
             # Collect.
-            groups = collect_groups(run, prompts, order, grpo_args, sampling, judge, stop)
+            groups = collect_groups(run, prompts, order, grpo_args, sampling, scorer, stop)
             metrics = groups.metrics | {"learning_rate": run.learning_rate()}
 
             # Alarm.
@@ -305,16 +303,14 @@ def train_grpo(
 
 
 def describe_run(
-    run: Run, grpo_args: GRPOArguments, sampling: Sampling, judge: Judge, n_prompts: int
+    run: Run, grpo_args: GRPOArguments, sampling: Sampling, scorer: Scorer, n_prompts: int
 ) -> dict[str, str]:
     """The facts to log of sampling, rewards and batch arithmetic."""
     args, size = run.training_args, grpo_args.num_generations
     facts = {"template": grpo_args.template_name or "the tokenizer's own"}
     facts["stop tokens"] = ", ".join(run.tokenizer.convert_ids_to_tokens(sampling.stop_ids))
-    facts["rewards"] = ", ".join(
-        f"{name} x {weight:g}" for name, weight in zip(judge.rewards.names, judge.rewards.weights, strict=True)
-    )
-    if judge.reward_texts is not None and judge.reward_texts.reward_tokenizer is not None:
+    facts["rewards"] = " + ".join(f"{weight:g} x {name}" for name, weight in scorer.rewards.weight_by_name.items())
+    if scorer.reward_texts is not None and scorer.reward_texts.reward_tokenizer is not None:
         facts["reward texts"] = "the reward model reads replies again in its own tokens and template"
     facts["batch"] = (
         f"{args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x "
@@ -356,11 +352,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     tokenizer = load_tokenizer(sft, model_args.tokenizer_name_or_path, flag="--sft_model_path", **hub_options)
     chat_template = load_chat_template(tokenizer, grpo_args.template_name)
     sampling = choose_sampling(grpo_args, tokenizer, chat_template, training_args.seed)
-    reward_texts = None
-    if rm is not None:
-        folder_options = hub_options | {"allow_pickle_weights": model_args.allow_pickle_weights}
-        reward_texts = load_reward_texts(tokenizer, chat_template, sampling.stop_ids, rm, **folder_options)
-    judge = Judge(rewards, tokenizer, reward_texts, sampling.batch_size)
+    folder_options = hub_options | {"allow_pickle_weights": model_args.allow_pickle_weights}
+    reward_texts = rm and load_reward_texts(tokenizer, chat_template, sampling.stop_ids, rm, **folder_options)
+    scorer = Scorer(tokenizer, rewards, reward_texts, sampling.batch_size)
 
     # ------------------------------------------------------------ data
     n_eval = data_args.max_eval_samples or EVAL_PROMPTS
@@ -380,8 +374,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ what a resumed run goes on with
     record = {"stage": "grpo", "template": grpo_args.template_name, "flags": parser.given, "flag": "--sft_model_path"}
     lineage = lineage_of(model_args, data_args, **record)
-    own = {f"--{name}": getattr(grpo_args, name) for name in ("beta", "loss_type", "num_generations")}
-    own |= reward_settings(reward_args, **hub_options)
+    kept = ("num_generations", "loss_type", "beta")
+    own = reward_settings(reward_args, **hub_options) | {f"--{name}": getattr(grpo_args, name) for name in kept}
     layout = grpo_args.padding_free
     settings = fixed_settings("grpo", model_args, training_args, layout, per_update, n_prompts, own)
     begins = {CPU_BF16: training_args.use_cpu and model_args.torch_dtype == "bfloat16"}
@@ -410,8 +404,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update, shown)
     if checkpoint:
         run.load(checkpoint)
-    log_block(facts | data.facts | describe_run(run, grpo_args, sampling, judge, n_prompts))
-    train_grpo(run, data.train, eval_rows, grpo_args, sampling, judge)
+    log_block(facts | data.facts | describe_run(run, grpo_args, sampling, scorer, n_prompts))
+    train_grpo(run, data.train, eval_rows, grpo_args, sampling, scorer)
 
     # ------------------------------------------------------------ save and evaluate
     return run.finish(next_command=inference_command(lineage, run.output_dir / BEST, use_peft=True))

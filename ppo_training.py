@@ -75,7 +75,7 @@ from medtune.rl.ppo_math import (
 from medtune.rl.reward_texts import load_reward_texts
 from medtune.rl.rewards import REWARD_MODEL, load_rewards, reward_settings
 from medtune.rl.roles import CHECKED_PROMPTS, load_roles
-from medtune.rl.rollout import Judge, Rollout, Sampling, center_scores, choose_sampling, collect_rollout
+from medtune.rl.rollout import Rollout, Sampling, Scorer, center_scores, choose_sampling, collect_rollout
 from medtune.rl.run import (
     Run,
     State,
@@ -192,16 +192,16 @@ def evaluate(
     rows: Sequence[dict],
     ppo_args: PPOArguments,
     sampling: Sampling,
-    judge: Judge,
+    scorer: Scorer,
     stop: SignalListener,
 ) -> dict[str, float]:
     """Measures of greedy replies to held-out prompts; before and after training the first replies go into the log."""
     own, padded = run.own_part(rows)
     with run.accelerator.autocast():
-        rollout = collect_rollout(run.roles, padded, None, sampling, judge, stop)
+        rollout = collect_rollout(run.roles, padded, None, sampling, scorer, stop)
     measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout).first(len(own))]))
     run.show_replies(own, rollout.reply_ids())
-    metrics = summarize(measures, judge.rewards, ppo_args.kl_coef, ppo_args.missing_eos_penalty)
+    metrics = summarize(measures, scorer.rewards, ppo_args.kl_coef, ppo_args.missing_eos_penalty)
     return {f"eval_{name.partition('/')[2]}": figure for name, figure in metrics.items()}
 
 
@@ -214,7 +214,7 @@ def train_ppo(
     eval_rows: Sequence[dict],
     ppo_args: PPOArguments,
     sampling: Sampling,
-    judge: Judge,
+    scorer: Scorer,
 ) -> None:
     """Run the remaining updates: collect, check, update, record, evaluate, save.
 
@@ -223,7 +223,7 @@ def train_ppo(
     state, accelerator, per_update = run.state, run.accelerator, run.per_update
     order = episode_order(len(prompts), run.n_updates * per_update, sampling.seed)
     with run.guarded(sampling.batch_size) as stop:
-        measure = partial(evaluate, run, eval_rows, ppo_args, sampling, judge, stop)
+        measure = partial(evaluate, run, eval_rows, ppo_args, sampling, scorer, stop)
         if eval_rows and run.evaluation_is_due():
             run.record_evaluation(measure())
         for update in range(state.global_step, run.n_updates):
@@ -234,7 +234,7 @@ def train_ppo(
             episodes = episodes[accelerator.process_index :: accelerator.num_processes]
             rows = [prompts[order[episode]] for episode in episodes]
             with accelerator.autocast():
-                rollout = collect_rollout(run.roles, rows, episodes, sampling, judge, stop)
+                rollout = collect_rollout(run.roles, rows, episodes, sampling, scorer, stop)
             measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout)]))
 
             # Alarm.
@@ -242,11 +242,11 @@ def train_ppo(
             has_signal = measures.scores.std(correction=0) > 1e-6
             state.streaks["no signal"] = 0 if has_signal else state.streaks.get("no signal", 0) + 1
             without = state.updates_without_end, state.streaks["no signal"]
-            if alarm := find_alarm(measures, judge.rewards, ppo_args.stop_at_kl, *without):
+            if alarm := find_alarm(measures, scorer.rewards, ppo_args.stop_at_kl, *without):
                 raise UserError(f"update {update + 1}: {alarm}")
 
             # Update. From here on the weights change: a signal waits for the end of the update.
-            metrics = summarize(measures, judge.rewards, state.kl_coef, ppo_args.missing_eos_penalty)
+            metrics = summarize(measures, scorer.rewards, state.kl_coef, ppo_args.missing_eos_penalty)
             metrics |= {"objective/kl_coef": state.kl_coef, "learning_rate": run.learning_rate()}
             metrics |= ppo_update(run, rollout, ppo_args)
             if alarm := find_update_alarm(metrics):
@@ -270,12 +270,14 @@ def train_ppo(
 # ---------------------------------------------------------------- facts
 
 
-def describe_run(run: Run, ppo_args: PPOArguments, sampling: Sampling, judge: Judge, n_prompts: int) -> dict[str, str]:
+def describe_run(
+    run: Run, ppo_args: PPOArguments, sampling: Sampling, scorer: Scorer, n_prompts: int
+) -> dict[str, str]:
     """The facts to log of sampling, scores and batch arithmetic."""
     args, shift = run.training_args, run.state.score_shift
     facts = {"template": ppo_args.template_name or "the tokenizer's own"}
     facts["stop tokens"] = ", ".join(run.tokenizer.convert_ids_to_tokens(sampling.stop_ids))
-    rewards, reward_texts = judge.rewards, judge.reward_texts
+    rewards, reward_texts = scorer.rewards, scorer.reward_texts
     if reward_texts is not None and reward_texts.reward_tokenizer is not None:
         facts["reward texts"] = "the reward model reads replies again in its own tokens and template"
     facts["rewards"] = " + ".join(f"{weight:g} x {name}" for name, weight in rewards.weight_by_name.items())
@@ -322,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     chat_template = load_chat_template(tokenizer, ppo_args.template_name)
     sampling = choose_sampling(ppo_args, tokenizer, chat_template, training_args.seed)
     reward_texts = rm and load_reward_texts(tokenizer, chat_template, sampling.stop_ids, rm, **folder_options)
-    judge = Judge(rewards, tokenizer, reward_texts, sampling.batch_size)
+    scorer = Scorer(tokenizer, rewards, reward_texts, sampling.batch_size)
 
     # ------------------------------------------------------------ data
     n_eval = data_args.max_eval_samples or EVAL_PROMPTS
@@ -371,8 +373,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update, shown)
     if checkpoint:
         run.load(checkpoint)
-    log_block(facts | data.facts | describe_run(run, ppo_args, sampling, judge, n_prompts))
-    train_ppo(run, data.train, eval_rows, ppo_args, sampling, judge)
+    log_block(facts | data.facts | describe_run(run, ppo_args, sampling, scorer, n_prompts))
+    train_ppo(run, data.train, eval_rows, ppo_args, sampling, scorer)
 
     # ------------------------------------------------------------ save and evaluate
     return run.finish(next_command=inference_command(lineage, run.output_dir / BEST, use_peft=True))

@@ -32,7 +32,7 @@ PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 
 args=(
     --sft_model_path "$MODEL"
-    --rewards exam:1 format:0.2       # also length, reference, reward_model, and functions of your own
+    --rewards exam                    # or several with weights: exam:1 format:0.2
     --train_file_dir "$TRAIN_DATA"
     --validation_file_dir "$EVAL_DATA"
     --do_train

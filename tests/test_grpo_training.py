@@ -118,13 +118,13 @@ def test_first_step_starts_at_ratio_one_with_a_reference_only_where_it_is_needed
     assert first["policy/clip_frac"] == 0.0
     assert 0 < first["policy/approx_kl"] < 1, "of the policy after the step"
     assert kept_roles[0].model.peft_config.keys() == ({"default", "reference"} if beta else {"default"})
-    assert ("objective/kl" in first) == (beta > 0)
+    assert ("objective/token_kl" in first) == (beta > 0)
 
 
 def test_the_kl_holds_the_policy_where_it_started(flags, tmp_path):
     for beta in (1e-4, 100.0):
         grpo_training.main(flags(output_dir=tmp_path / str(beta), beta=beta, max_steps=6))
-    free, held = (updates(tmp_path / beta, "objective/kl") for beta in ("0.0001", "100.0"))
+    free, held = (updates(tmp_path / beta, "objective/token_kl") for beta in ("0.0001", "100.0"))
     assert free[0] == pytest.approx(0.0, abs=1e-5)
     assert free[-1] > 2 * held[-1] > 0
 
@@ -244,7 +244,7 @@ RESUMED = {"max_steps": 4, "num_iterations": 2, "redraw_groups": 1, "beta": 0.01
 
 
 def assert_same_run(parts: Path, whole: Path) -> None:
-    for name in ("objective/reward", "objective/kl", "policy/loss", "policy/approx_kl", "learning_rate"):
+    for name in ("objective/reward", "objective/token_kl", "policy/loss", "policy/approx_kl", "learning_rate"):
         assert updates(parts, name) == updates(whole, name), name
     ours, theirs = (weights_of(folder / "checkpoint-4") for folder in (parts, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -309,7 +309,7 @@ def test_files_measures_and_lineage(flags, tmp_path, sft_adapter, tiny_model_dir
 def test_exam_accuracy_is_that_of_the_evaluation(flags, tmp_path, monkeypatch):
     """Of the same replies: by letter, by an option's words, by none, and wrong ones."""
     texts = ["答案：A", "我选 B。", "不用管", "说不清", "<think>应该是 B</think>答案为 C", "**C**"]
-    read, replies = grpo_training.Judge.read, []
+    read, replies = grpo_training.Scorer.read, []
 
     def rewrite(self, rows, of_ids):
         found = read(self, rows, of_ids)
@@ -318,7 +318,7 @@ def test_exam_accuracy_is_that_of_the_evaluation(flags, tmp_path, monkeypatch):
             replies[:] = found
         return found
 
-    monkeypatch.setattr(grpo_training.Judge, "read", rewrite)
+    monkeypatch.setattr(grpo_training.Scorer, "read", rewrite)
     evaluated = {"validation_file_dir": write_exams(tmp_path), "max_eval_samples": 6, "do_eval": True}
     metrics = grpo_training.main(flags(max_steps=1, **evaluated))
     rows = []
@@ -353,8 +353,8 @@ def test_full_weights_and_a_quantized_base(flags, tiny_model_dir, tmp_path, kept
     quantized = {type(module).__name__ for module in kept_roles[0].model.modules()}
     assert "Linear4bit" in quantized
     first, second = history(tmp_path / "out")
-    assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)
-    assert second["objective/kl"] > first["objective/kl"]
+    assert first["objective/token_kl"] == pytest.approx(0.0, abs=1e-4)
+    assert second["objective/token_kl"] > first["objective/token_kl"]
     lineage = read_lineage(tmp_path / "out/checkpoint-best")
     assert (lineage.base_model, lineage.parent) == (str(tiny_model_dir), None)
 

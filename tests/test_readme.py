@@ -23,7 +23,7 @@ from medtune.models.adapters import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK
 from medtune.old_flags import FIXED_FLAGS, RENAMED
 from medtune.reading.finding import RECORD_ENDINGS
 from medtune.reading.readers import load_dialogues, load_records, read_questions
-from medtune.rl.arguments import PPOArguments, RewardArguments, RolloutArguments
+from medtune.rl.arguments import GRPOArguments, GRPORewardArguments, PPOArguments, RewardArguments, RolloutArguments
 from medtune.training.checkpoints import MANIFEST
 from medtune.training.preference_arguments import PairArguments
 from pretraining import PTArguments
@@ -39,13 +39,17 @@ BILINGUAL = [name for names in BOTH for name in names]
 GUIDES, FLAGS, DATA, OUTPUTS, TROUBLE = (
     [f"docs/{name}{ending}.md" for ending in ("", "_ZH")] for name in ("guide", "flags", "data", "outputs", "trouble")
 )
-ALL_PAGES = [*BILINGUAL, *(f"docs/{name}.md" for name in ("evaluation", "ppo", "reliability", "results", "serving"))]
+ALL_PAGES = [
+    *BILINGUAL,
+    *(f"docs/{name}.md" for name in ("evaluation", "grpo", "ppo", "reliability", "results", "serving")),
+]
 LAUNCHED = {
     "pretraining.py": "run_pt.sh",
     "supervised_finetuning.py": "run_sft.sh",
     "reward_modeling.py": "run_rm.sh",
     "dpo_training.py": "run_dpo.sh",
     "ppo_training.py": "run_ppo.sh",
+    "grpo_training.py": "run_grpo.sh",
 }
 SHARED = [ModelArguments, DataArguments, LoraArguments, RunArguments]
 OWN = {
@@ -54,6 +58,7 @@ OWN = {
     "reward_modeling.py": [PairArguments],
     "dpo_training.py": [PairArguments],
     "ppo_training.py": [RewardArguments, RolloutArguments, PPOArguments],
+    "grpo_training.py": [GRPORewardArguments, GRPOArguments],
 }
 
 # Commands that are not ours, with the words that may follow.
@@ -418,7 +423,7 @@ def test_environment_variables_are_read_somewhere(name):
     files = [*ROOT.glob("*.sh"), *ROOT.glob("*.py"), *ROOT.glob("medtune/**/*.py")]
     sources = "".join(path.read_text(encoding="utf-8") for path in files)
     named = set(re.findall(r"`(?:export )?([A-Z]+_[A-Z_]+)(?:=\S*)?`", text_of(name)))
-    assert {"TRAIN_DATA", "EVAL_DATA", "PPO_DATA", "HF_TOKEN", "HF_ENDPOINT", "TORCH_COMPILE"} <= named
+    assert {"TRAIN_DATA", "EVAL_DATA", "PPO_DATA", "GRPO_DATA", "HF_TOKEN", "HF_ENDPOINT", "TORCH_COMPILE"} <= named
     assert not [variable for variable in named if variable not in sources]
 
 

@@ -128,7 +128,7 @@ def find_group_alarm(
     """
     if not torch.isfinite(measures.rewards).all():
         return "the reward model gives scores that are not finite: its weights are broken; train it anew"
-    if (kl := metrics.get("objective/kl", 0.0)) > stop_at_kl:
+    if (kl := metrics.get("objective/token_kl", 0.0)) > stop_at_kl:
         return (
             f"the KL from the reference is {kl:.2f} nats a token, over --stop_at_kl {stop_at_kl:g}: the policy is far "
             "from its start; lower --learning_rate, or raise --beta"

@@ -128,7 +128,7 @@ def summarize_groups(
     figures = {"objective/reward": totals.mean().item(), "objective/reward_std": totals.std(correction=0).item()}
     figures |= summarize_rewards(measures.rewards, names)
     n_tokens = measures.n_tokens.sum()
-    figures |= {"objective/kl": (measures.kl_k3.sum() / n_tokens).item()} if has_reference else {}
+    figures |= {"objective/token_kl": (measures.kl_k3.sum() / n_tokens).item()} if has_reference else {}
     return figures | {
         "objective/entropy": (measures.entropy.sum() / n_tokens).item(),
         "groups/no_signal_frac": 1 - learns.double().mean().item(),

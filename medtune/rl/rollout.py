@@ -125,15 +125,12 @@ Kind = TypeVar("Kind", bound=Replies)
 
 
 @dataclass(frozen=True)
-class Judge:
-    """The rewards of the flags, and how a reply's ids are read for them.
+class Scorer:
+    """What scores replies, whoever wrote them: the rewards of the flags, and what the reward model reads where it is
+    among them, so many replies at a time."""
 
-    reward_texts: what the reward model reads; None where it is not among the rewards.
-    batch_size: replies that the reward model scores at a time.
-    """
-
-    rewards: Rewards
     tokenizer: PreTrainedTokenizerBase
+    rewards: Rewards
     reward_texts: RewardTexts | None
     batch_size: int
 
@@ -141,14 +138,14 @@ class Judge:
         """The replies to rows of `PromptEncoder` as text."""
         return scored_replies(self.tokenizer, rows, replies.reply_ids(), replies.ended.tolist())
 
-    def __call__(self, roles: Roles, rows: Sequence[dict], replies: Replies) -> torch.Tensor:
-        """[N, K] float32 rewards, not weighted."""
-        scores = None
+    def score(self, roles: Roles, rows: Sequence[dict], replies: Replies) -> torch.Tensor:
+        """[N, K] rewards of the replies to rows of `PromptEncoder`."""
+        model_scores = None
         if self.reward_texts is not None:
             rows_and_ids = zip(rows, replies.reply_ids(), strict=True)
             texts = [self.reward_texts.of_ids(row, ids) for row, ids in rows_and_ids]
-            scores = score_texts(roles, texts, self.batch_size) - roles.score_shift
-        return self.rewards(self.read(rows, replies), scores)
+            model_scores = score_texts(roles, texts, self.batch_size) - roles.score_shift
+        return self.rewards(self.read(rows, replies), model_scores).to(roles.model.device)
 
 
 # ---------------------------------------------------------------- sampling
@@ -266,7 +263,7 @@ def collect_rollout(
     rows: Sequence[dict],
     episodes: Sequence[int] | None,
     sampling: Sampling,
-    judge: Judge,
+    scorer: Scorer,
     stop: SignalListener,
 ) -> Rollout:
     """PPO's rollout: replies to the prompts, and all roles evaluated on them; arguments as of `collect_replies`."""
@@ -275,8 +272,8 @@ def collect_rollout(
     def evaluate(chosen: list[int]) -> Rollout:
         part = _with_logps(roles, replies.take(chosen), sampling.temperature)
         values = roles.values(part.ids, part.attention_mask, part.mask)
-        rewards = judge(roles, [rows[index] for index in chosen], part).to(values.device)
-        return Rollout(**vars(part), values=values, rewards=rewards, scores=judge.rewards.total(rewards))
+        rewards = scorer.score(roles, [rows[index] for index in chosen], part)
+        return Rollout(**vars(part), values=values, rewards=rewards, scores=scorer.rewards.total(rewards))
 
     return _in_batches(rows, sampling.batch_size, stop, evaluate)
 
