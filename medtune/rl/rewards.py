@@ -33,7 +33,7 @@ from medtune.rl.arguments import RewardArguments
 
 REWARD_MODEL = "reward_model"
 # What a reward needs of a prompt's record.
-NEEDED_KEYS = {"exam": "answer", "reference": "reference"}
+_NEEDED_KEYS = {"exam": "answer", "reference": "reference"}
 # So many prompts' records are tried before weights load.
 REHEARSED_PROMPTS = 4
 # The last tokens of a prompt, which show whether it opens the thought.
@@ -163,7 +163,7 @@ class Rewards:
     @property
     def needed_keys(self) -> tuple[str, ...]:
         """The keys that every prompt's record must have, for `PromptEncoder.needed_keys`."""
-        return tuple(NEEDED_KEYS[name] for name in self.names if name in NEEDED_KEYS)
+        return tuple(_NEEDED_KEYS[name] for name in self.names if name in _NEEDED_KEYS)
 
     def __call__(self, replies: Sequence[ScoredReply], model_scores: torch.Tensor | None = None) -> torch.Tensor:
         """[N, K] float32 rewards, not weighted.
