@@ -98,7 +98,7 @@ def find_update_alarm(metrics: dict[str, float], limit: float = TOO_LARGE_A_STEP
     if metrics["policy/approx_kl"] <= limit:
         return None
     return (
-        f"it moved the policy by {metrics['policy/approx_kl']:.1f} nats a token from the one that wrote the replies, "
+        f"it moved the policy by {metrics['policy/approx_kl']:.2g} nats a token from the one that wrote the replies, "
         "which breaks it; lower --learning_rate"
     )
 
@@ -130,7 +130,7 @@ def find_group_alarm(
         return "the reward model gives scores that are not finite: its weights are broken; train it anew"
     if (kl := metrics.get("objective/token_kl", 0.0)) > stop_at_kl:
         return (
-            f"the KL from the reference is {kl:.2f} nats a token, over --stop_at_kl {stop_at_kl:g}: the policy is far "
+            f"the KL from the reference is {kl:.2g} nats a token, over --stop_at_kl {stop_at_kl:g}: the policy is far "
             "from its start; lower --learning_rate, or raise --beta"
         )
     if alarm := _find_sampler_alarm(measures):
