@@ -202,7 +202,8 @@ def evaluate(
     measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout).first(len(own))]))
     run.show_replies(own, rollout.reply_ids())
     metrics = summarize(measures, scorer.rewards, ppo_args.kl_coef, ppo_args.missing_eos_penalty)
-    return {f"eval_{name.partition('/')[2]}": figure for name, figure in metrics.items()}
+    names = {name: name.replace("reward/", "objective/reward_").partition("/")[2] for name in metrics}
+    return {f"eval_{names[name]}": figure for name, figure in metrics.items()}
 
 
 # ---------------------------------------------------------------- the loop

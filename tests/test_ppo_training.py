@@ -410,7 +410,7 @@ def test_rewards_without_a_reward_model(exam_flags, tmp_path, kept_roles, capfd)
     ppo_training.main(exam_flags(output_dir=tmp_path / "whole", do_eval=True, save_steps=1, max_eval_samples=1))
     figures = history(tmp_path / "whole")
     for name in ("objective/score", "eval_score"):
-        stem = "eval_" if name.startswith("eval") else "reward/"
+        stem = "eval_reward_" if name.startswith("eval") else "reward/"
         entries = [entry for entry in figures if name in entry]
         assert len(entries) == 2
         for entry in entries:
