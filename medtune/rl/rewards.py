@@ -219,11 +219,12 @@ def load_rewards(args: RewardArguments, response_length: int) -> Rewards:
 
 def reward_settings(args: RewardArguments, **hub_options) -> dict[str, object]:
     """What a resumed run must keep of the flags, and of the files that they name."""
-    settings: dict[str, object] = {"--rewards": args.reward_weights, "--length_buffer": args.length_buffer}
-    settings |= {"--reward_model_path": args.reward_model_path}
+    weights = " ".join(f"{name}:{weight:g}" for name, weight in args.reward_weights.items())
+    settings: dict[str, object] = {"--rewards": weights, "--length_buffer": args.length_buffer}
+    settings |= {"--exam_format": args.exam_format, "--reward_model_path": args.reward_model_path}
     if args.reward_model_path:
-        weights = weights_fingerprint(args.reward_model_path, flag="--reward_model_path", **hub_options)
-        settings["weights of the reward model"] = weights[:12]
+        fingerprint = weights_fingerprint(args.reward_model_path, flag="--reward_model_path", **hub_options)
+        settings["weights of the reward model"] = fingerprint[:12]
     if args.reward_file:
         settings[f"--reward_file {args.reward_file} with the content"] = sha256_of(Path(args.reward_file))[:12]
     return settings
