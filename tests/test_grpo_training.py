@@ -388,7 +388,7 @@ def test_a_reward_that_all_replies_share_stops_the_run(flags, monkeypatch):
 def test_too_far_from_the_start_or_too_large_a_step_stops_the_run(flags):
     with pytest.raises(UserError, match=r"^update \d+: the KL from the reference is [\d.]+ nats a token, over --stop"):
         grpo_training.main(flags(max_steps=20, beta=1e-6, stop_at_kl=4e-3, learning_rate=2e-4))
-    with pytest.raises(UserError, match=r"^update \d+: it moved the policy by [\d.]+ nats a token .*lower --lea"):
+    with pytest.raises(UserError, match=r"^update \d+: it moved the policy by \S+ nats a token .*over --stop_at_kl"):
         grpo_training.main(flags(stop_at_kl=1e-4))
 
 
@@ -433,3 +433,13 @@ def test_errors_in_one_line(flags, changes, message):
     with pytest.raises(UserError, match=message) as raised:
         grpo_training.main(flags(**changes))
     assert "\n" not in str(raised.value)
+
+
+def test_docs_name_places_that_exist():
+    text = (ROOT / "docs/grpo.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .* \| `(\w+)` \| [^|]+ \|$", text.partition("| detail |")[2], re.MULTILINE)
+    code = "".join(
+        path.read_text(encoding="utf-8") for path in [ROOT / "grpo_training.py", *ROOT.glob("medtune/rl/*.py")]
+    )
+    assert len(rows) == 10
+    assert not [name for name in rows if not re.search(rf"(def|class) {name}\b", code)]
