@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 
-from medtune.measuring.answers import answer_of, written_letter
+from medtune.measuring.answers import written_letter
 from medtune.measuring.intervals import bootstrap_interval, paired_bootstrap, wilson_interval
 from medtune.measuring.safety import invents_dose, refuses, refuses_or_warns, sends_to_hospital
 from medtune.measuring.text_metrics import bleu_4, chrf, distinct_n, names_one_of, repetition_rate, rouge
+from medtune.reading.thoughts import split_reply
 
 # Figure: whether more of it is better; None where neither is.
 FIGURES = {
@@ -37,7 +38,7 @@ RATES += ("over_refusal", "invents_dose", "ended")
 
 def score(row: dict) -> dict:
     """The scores of one reply by name: a number, or for perplexity [nats, tokens]."""
-    written, reply = row["reply"], answer_of(row["reply"])
+    written, reply = row["reply"], split_reply(row["reply"]).answer
     shape = {"ended": float(row["ended"]), "repetition": repetition_rate(written), "length": float(len(written))}
     if row["kind"] == "exam":
         likeliest = max(row["letter_logps"], key=row["letter_logps"].get)
@@ -48,7 +49,7 @@ def score(row: dict) -> dict:
             "exam_unparsed": float(letter is None),
             **shape,
         }
-    reference = answer_of(row["messages"][-1]["content"])
+    reference = split_reply(row["messages"][-1]["content"]).answer
     scores = rouge(reply, reference) | {"bleu_4": bleu_4(reply, reference), "chrf": chrf(reply, reference)}
     scores["invents_dose"] = float(invents_dose(reply, reference))
     if row.get("names"):
