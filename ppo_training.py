@@ -46,7 +46,7 @@ from medtune.models.loading import load_tokenizer, weights_fingerprint
 from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoders import PromptEncoder
-from medtune.reading.readers import read_prompts
+from medtune.reading.readers import read_questions
 from medtune.reading.stage_data import prepare_data
 from medtune.reading.tokenization import load_chat_template
 from medtune.rl.alarms import find_alarm, find_update_alarm
@@ -341,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     n_eval = data_args.max_eval_samples or EVAL_PROMPTS
     data_args = replace(data_args, max_eval_samples=n_eval)
     encoder = PromptEncoder(tokenizer, chat_template, ppo_args.max_source_length, ppo_args.truncation)
-    data = prepare_data(read_prompts, encoder, data_args, training_args, model_args.cache_dir)
+    data = prepare_data(read_questions, encoder, data_args, training_args, model_args.cache_dir)
     eval_rows: list[dict] = []
     if data.eval:
         eval_rows = data.eval.select(range(min(n_eval, len(data.eval)))).to_list()  # a dialogue has several

@@ -1,6 +1,7 @@
 """PPO's flags: the models, the algorithm, and the flags of transformers that the loop honours."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,7 @@ from transformers import TrainingArguments
 
 from medtune.arguments import LoraArguments, ModelArguments, RunArguments
 from medtune.errors import UserError
+from medtune.reading.exams import ExamFormat
 from medtune.training.checkpoints import PADDING_FREE
 
 EPISODES_AN_UPDATE = "episodes an update"
@@ -33,6 +35,67 @@ class PPOModelArguments(ModelArguments):
 @dataclass
 class PPORunArguments(RunArguments):
     max_bad_steps: int = field(default=1, init=False)  # a loss that is not finite stops the run at once
+
+
+@dataclass
+class RewardArguments:
+    """What replies are scored by, in PPO and GRPO: a group of flags of its own for the parser, from which
+    `medtune.rl.rewards.load_rewards` makes the rewards. A stage with another default has a subclass."""
+
+    rewards: list[str] = field(
+        default_factory=lambda: ["reward_model"],
+        metadata={
+            "help": "What replies are scored by, with weights: exam:1 format:0.2. There are exam, format, length, "
+            "reference, reward_model, and the functions of --reward_file. The score is the weighted sum."
+        },
+    )
+    reward_model_path: str | None = field(
+        default=None,
+        metadata={"help": "For reward_model: a folder of reward_modeling.py, an adapter or a model of its own."},
+    )
+    reward_file: str | None = field(
+        default=None, metadata={"help": "A Python file with rewards of your own: functions of replies and records."}
+    )
+    length_buffer: int | None = field(
+        default=None,
+        metadata={"help": "For length: of the last so many tokens of --response_length each costs; a fifth of them."},
+    )
+    exam_format: ExamFormat = field(
+        default="tagged",
+        metadata={"help": "Exam questions ask for thinking and then <answer>X</answer> (tagged), or for the letter."},
+    )
+
+    def __post_init__(self):
+        weights = self.reward_weights
+        if len(weights) < len(self.rewards):
+            raise UserError(f"--rewards {' '.join(self.rewards)}: one of them is named twice")
+        if not any(weights.values()):
+            raise UserError(f"--rewards {' '.join(self.rewards)}: give one of them a weight other than 0")
+        if "reward_model" in weights and not self.reward_model_path:
+            raise UserError(
+                "--reward_model_path is missing: name a folder of reward_modeling.py, or score by other --rewards, "
+                "such as exam:1 format:0.2"
+            )
+        if self.reward_model_path and "reward_model" not in weights:
+            raise UserError(
+                f"--reward_model_path {self.reward_model_path}: add reward_model to --rewards, or leave the path out"
+            )
+        if self.length_buffer is not None and ("length" not in weights or self.length_buffer < 1):
+            raise UserError(f"--length_buffer {self.length_buffer}: give at least 1, with length among the --rewards")
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """The weight of each reward of `--rewards`, 1 where none is given."""
+        weights = {}
+        for spec in self.rewards:
+            name, _, weight = spec.partition(":")
+            try:
+                weights[name] = float(weight or "1")
+            except ValueError:
+                weights[name] = math.nan
+            if not name or not math.isfinite(weights[name]):
+                raise UserError(f"--rewards {spec}: write a name, or a name and a weight such as exam:0.5")
+        return weights
 
 
 @dataclass
