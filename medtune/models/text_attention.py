@@ -134,7 +134,7 @@ def forward_inputs(batch: dict[str, torch.Tensor], layout: Layout) -> dict[str, 
     own_tokens = is_own[is_token].nonzero().flatten()
     texts = torch.arange(len(lengths), dtype=torch.int32, device=ids.device).repeat_interleave(lengths)
     # The borders in the forms that attention and convolutions ask for.
-    return {
+    inputs = {
         "input_ids": ids[is_own][None],
         "position_ids": positions[is_own][None],
         "cu_seq_lens_q": borders,
@@ -142,7 +142,9 @@ def forward_inputs(batch: dict[str, torch.Tensor], layout: Layout) -> dict[str, 
         "max_length_q": longest,
         "max_length_k": longest,
         "seq_idx": texts[own_tokens][None],
-    } | ({} if is_own.equal(is_token) else {"text_columns": columns[is_token], "own_tokens": own_tokens})
+    }
+    shared = {"text_columns": columns[is_token], "own_tokens": own_tokens}
+    return inputs | shared if layout is Layout.SHARED_PREFIXES else inputs
 
 
 def places(mask: torch.Tensor, batch: dict[str, torch.Tensor], layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
