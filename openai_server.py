@@ -269,6 +269,10 @@ def build_app(chat_model: ChatModel, name: str, api_key: str | None, allowed_ori
     async def say_out_of_memory(request: Request, error: torch.cuda.OutOfMemoryError) -> JSONResponse:
         return _error(HTTPStatus.SERVICE_UNAVAILABLE, "out of GPU memory; shorten the messages or lower max_tokens")
 
+    @app.exception_handler(Exception)  # whose traceback goes to the log all the same
+    async def say_unexpected(request: Request, error: Exception) -> JSONResponse:
+        return _error(HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error, which is in the server's log")
+
     @app.get("/health")
     async def health() -> dict:
         return {"status": "ok"}

@@ -507,6 +507,17 @@ def test_the_flag_reaches_the_server(tiny_model_dir, monkeypatch, flags):
     assert answer.headers.get("access-control-allow-origin") == (flags[-1] if flags else None)
 
 
+def test_an_unexpected_error_has_openais_form_too(chat_model, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a secret of the log")
+
+    monkeypatch.setattr(openai_server, "encode_request", fail)
+    client = TestClient(build_app(chat_model, "m", None), raise_server_exceptions=False)
+    answer = client.post("/v1/chat/completions", json={"messages": [USER]})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "an unexpected error, which is in the server's log"
+
+
 def test_without_the_flag_no_page_may_ask(chat_model):
     client = TestClient(build_app(chat_model, "m", None))
     answer = client.options("/v1/chat/completions", headers=PREFLIGHT | {"Origin": "http://localhost:3000"})

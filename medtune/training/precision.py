@@ -72,7 +72,7 @@ def base_dtype(
         return model_args.torch_dtype
     if not has_bfloat16():
         why += ", slowly: this CPU emulates it"
-    logger.info(f"{CPU_BF16} {requested}: the frozen base is in bfloat16 ({why}), adapter and loss are in float32")
+    logger.info(f"{CPU_BF16} {requested}: the frozen base is in bfloat16 ({why}), the adapter in float32")
     return "bfloat16"
 
 
@@ -118,7 +118,8 @@ def has_bfloat16_base(model: torch.nn.Module) -> bool:
 
 def describe_precision(args: TrainingArguments, model: torch.nn.Module) -> str:
     if args.bf16 or args.fp16:
-        return "bfloat16 autocast" if args.bf16 else "float16 autocast"
+        base = " over a base in bfloat16, adapter in float32" if args.use_cpu and has_bfloat16_base(model) else ""
+        return ("bfloat16 autocast" if args.bf16 else "float16 autocast") + base
     return "base in bfloat16, adapter and loss in float32" if has_bfloat16_base(model) else "float32"
 
 

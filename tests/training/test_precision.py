@@ -112,10 +112,9 @@ def test_it_is_said_in_one_line(cpu, tiny_model_dir, capfd):
     assert decide(tiny_model_dir, "True", use_cpu=False) == "auto"
     base = "the frozen base is in bfloat16"
     assert capfd.readouterr().out.splitlines() == [
-        f"--cpu_bf16 auto: {base} (matrix products are 4.2 times as fast as in float32), adapter and loss are in "
-        "float32",
+        f"--cpu_bf16 auto: {base} (matrix products are 4.2 times as fast as in float32), the adapter in float32",
         "--cpu_bf16 auto: float32, since in this CPU's bfloat16 matrix products are 0.6 times as fast as in float32",
-        f"--cpu_bf16 True: {base} (as requested, slowly: this CPU emulates it), adapter and loss are in float32",
+        f"--cpu_bf16 True: {base} (as requested, slowly: this CPU emulates it), the adapter in float32",
         "--cpu_bf16: True, for a CPU; on this GPU --torch_dtype and --bf16 decide",
     ]
 
