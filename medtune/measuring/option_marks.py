@@ -23,9 +23,9 @@ _NO_OPTION_BEHIND = (
 )
 # "A common cold" begins with an article, "A is", "A inhibits" and "so A fits" do not.
 _NO_ARTICLE = (
-    r"(?!(?<![a-z,'] )A (?:\d|(?!IS |AND |OR )[A-Z]{2}|(?!(?:\w+(?<![sui])s|is|was|and|or|can|could|cannot|would|will|should|may|might|must|do"
-    r"|does|did|has|had|as|because|but|if|for|to|in|over|rather|instead|nor|vs|than|though|although|while|since"
-    r"|alone|correct|incorrect|right|wrong)\b)[a-z]))"
+    r"(?!(?<![a-z,'] )A (?:\d|(?!IS |AND |OR )[A-Z]{2}|(?!(?:\w+(?<![sui])s|is|was|and|or|can|could|cannot|would|will"
+    r"|should|may|might|must|do|does|did|has|had|as|because|but|if|for|to|in|over|rather|instead|nor|vs|than|though"
+    r"|although|while|since|alone|correct|incorrect|right|wrong)\b)[a-z]))"
 )
 _NO_PRONOUN = r"(?!I(?! is (?:the |correct|right)|\s*[.)\]:]|\s*$))"
 _LOWER_CASE = re.compile(
