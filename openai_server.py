@@ -335,7 +335,8 @@ def _thought_field(thought: str) -> dict:
 def _usage(chat_model: ChatModel, n_prompt: int, reply: Reply) -> dict:
     """OpenAI's counts; those of the reply include its thought, which is also counted by itself without its marks."""
     thought = split_reply(reply.text, chat_model.chat_template.opens_thought).thought
-    n_thought = len(chat_model.tokenizer.encode(thought, add_special_tokens=False))
+    # Of an odd text more tokens can be made than were generated.
+    n_thought = min(len(chat_model.tokenizer.encode(thought, add_special_tokens=False)), reply.n_tokens)
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": reply.n_tokens,
