@@ -51,14 +51,14 @@ ASKED_BEHIND = re.compile(r"[^,]{0,12}[吗呢](?=\W|$)")
 
 # ---------------------------------------------------------------- before an option
 
-# May stand between what chooses an option and the option.
+# May stand between what chooses an option and the option. Of a repeated group no two alternatives may match the same
+# text in two ways: a reply that repeats itself would be read in exponential time.
 _FILL_WORD = (
-    r"[\s:=\"'“”「」()\[\]【】→>—-]|,\s*(?:therefore|thus|indeed|then|当然|显然),?|应该?|当|就|只能?|可能|最|是|为"
-    r"|选项?|选择|定|该?项|的|即|了|有|使用|选用|给予|进行|做|查|行"
-    r"|\b(?:is|was|be|should|would|will|must|could|may|have to|has to|to|therefore|thus|then|indeed|definitely|clearly"
-    r"|probably|likely|most|best|with|for|the|my|option|choice|one|answer|here|letter|drug|diagnosis)\b"
+    r"[\s:=\"'“”「」()\[\]【】→>—应该当就只可能最是为选项择定的即了有使用给予进行做查-]"
+    r"|\b(?:is|was|be|now|still|should|would|will|must|could|may|have to|has to|to|therefore|thus|then|indeed|the|my"
+    r"|for|definitely|clearly|probably|likely|most|best|with|option|choice|one|answer|here|letter|drug|diagnosis)\b"
 )
-FILL = f"(?:{_FILL_WORD})*"
+FILL = rf"(?:{_FILL_WORD}|,\s*(?:therefore|thus|indeed|then|当然|显然),?)*"
 FILL_OF_SENTENCES = _any_of(f"(?:{_FILL_WORD}|[.,])*")
 RULED_OUT_BEFORE = re.compile(
     r"(?:(?<![么能得])不|(?<![分特级区个辨识])别|勿|并?非|排除了?|除了?|剔除|优于|好于|胜过|强于|而不|误(?:选(?!项)|以为|认为)"
@@ -66,7 +66,7 @@ RULED_OUT_BEFORE = re.compile(
     r"|\b(?:not|neither|nor|never|than|exclud(?:e|es|ed|ing)|eliminat(?:e|es|ed|ing)|rul(?:e|es|ed|ing) out|instead of"
     r"|no need|over|unlike|except(?: for)?|against|versus|vs|compared (?:to|with)|superior to|opposed to"
     r"|beats|outperforms|(?:don't|do not) (?:think|believe))\b|n't)"
-    r"(?:[\s:(\[\"'“]|应|该|会|能|宜|可|要|用|建议|推荐|考虑|支持|选[择用]?|使用|给予|像|是|为|项"
+    r"(?:[\s:(\[\"'“应该会能宜可要用选择使给予像是为项]|建议|推荐|考虑|支持"
     r"|\b(?:be|it|it's|is|to|that|the|answer|option|choose|pick|select|either)\b)*$",
     re.IGNORECASE,
 )
@@ -86,14 +86,14 @@ CHOSEN_BEFORE = re.compile(
     re.IGNORECASE,
 )
 FAVOURED_BEFORE = re.compile(
-    r"(?:是|为|即|宜|像|考虑|诊断|倾向于?|偏向于?|支持|剩下?|只有|唯有|唯独|指向|提示|符合|推荐|建议|首[选先]|优先|以|属于?|选用|改[为成]|确定"
-    r"|应(?:该|当|做|行|给予|予|用|选用|补充)?|\b(?:it|this|that|which|here)"
-    r"(?:'s| is| must be| should be| would be| has to be)|leav(?:es?|ing)(?: us)?|remains?|only|lean(?:ing)? towards?"
-    r"|inclined to|points? to|suggests?|indicates?|means?|favou?rs?|consistent with|corresponds? to|matches"
-    r"|(?:thus|therefore|so|hence|but),?|say|think|believe|prefer|give|use|receive|start with|needs?|recommend|meant"
-    r"|definitely|clearly|probably"
-    r"|\b(?:most|best|likely|appropriate|effective|suitable|preferred|first|diagnosis|cause|step|treatment)\b"
-    rf"[^⟦⟧.;,\n]{{0,60}}\b(?:is|be|:|are|with|of)){FILL}$",
+    r"(?:是|为|即|宜|像|用|考虑|诊断|倾向于?|偏向于?|支持|剩下?|只有|唯有|唯独|指向|提示|符合|推荐|建议|首[选先]|优先|以|属于?|选用|改[为成]|确定"
+    r"|应(?:该|当|做|行|给予|予|用|选用|补充)?"
+    r"|\b(?:(?:it|this|that|which|here)(?:'s| is| must be| should be| would be| has to be)|leav(?:es?|ing)(?: us)?"
+    r"|remains?|only|lean(?:ing|ed)? towards?|inclined to|points? to|suggests?|indicates?|means?|favou?rs?"
+    r"|consistent with|typical of|case of|corresponds? to|matches|(?:thus|therefore|so|hence|but),?|say|think|believe"
+    r"|prefer|give|use|receive|start with|needs?|recommend|meant|definitely|clearly|probably"
+    r"|(?:most|best|likely|appropriate|effective|suitable|preferred|first|diagnosis|cause|step|treatment)\b"
+    rf"[^⟦⟧.;,\n]{{0,60}}\b(?:is|be|:|are|with|of))){FILL}$",
     re.IGNORECASE,
 )
 PREFERRED_BEFORE = _any_of(r"最|更|首选?先?|优先|唯|只有|只剩", r"\b(?:most|best|only|prefer\w*|first choice)\b")
@@ -101,7 +101,7 @@ TENTATIVE_BEFORE = _any_of(
     r"(?:有|多|数|少|些|别)人|有的|有些|一些|鉴别|同学|学生|考生|容易[误错混选想认]|易[误错混]|误[选以认]|常被|初看|乍[看一]|表面上",
     r"看似|看上去|看起来|貌似|一开始|起初|最初|初步|原(?:本|来|先|答案|以为|选)|(?<![首优])先[选看考]|首先看|之前|以为",
     r"\b(?:some|many|people|students?|others|you|one) (?:might|may|would|could|will|often)",
-    r"\bseems?|\bappears?|\b(?:before|then|followed by)\b|然后|随后|必要时",
+    r"\bseems?|\bappears?|\b(?:before|then|followed by)\b|然后|随后|必要时|再[做行查用]|\bwas\b|used to",
     r"tempt|at first|initial(?:ly)?|first (?:thought|answer|guess|choice was)",
 )
 DISCUSSED_BEFORE = _any_of(
@@ -128,6 +128,7 @@ SURPASSES_BEHIND = re.compile(
 )
 TENTATIVE_BEHIND = _any_of(
     r"[^.,。]{0,6}(?:看似|看起来|看上去|似乎|貌似|乍看|初看|迷惑|干扰)",
+    r"\s*(?:only )?(?:if|unless)\b",
     r"[^.,]{0,20}\b(?:tempting|at first|seems?|appears?|looks?|distractor)\b",
 )
 # What follows is said of others, or gives a reason.
@@ -139,7 +140,7 @@ OTHERS = _any_of(
 VERDICT = _any_of(
     r"(?P<wrong>(?<!没)(?<!没有)错误?|有误|不是|并?非|欠妥|无关|危险|有害|禁忌|禁用|可?以?(?:被|先)?(?:排除|剔除)|劣于|次于|逊于|次之|×|\u2717|\u2718|\u274c|差(?!异|不多)"
     r"|不[太是够很甚怎么完全大能可应宜该]*(?:对(?![称等])|正确|准确|符合?|合适|适合|适宜|适用|恰当|妥|当|行|可取|成立|首选|考虑|优先"
-    r"|属于?|典型|支持|选|满足|吻合|最|理想|如|及)|(?<=[:-] )(?:no|F|N|否)\b|no longer\b"
+    r"|属于?|典型|支持|选|用|满足|吻合|最|理想|如|及)|(?<=[:-] )(?:no|F|N|否)\b|no longer\b"
     r"|\b(?:wrong|incorrect|not|cannot|unlikely|false|excluded|eliminated|ruled out|less|inappropriate|unsuitable"
     r"|dangerous|harmful|unsafe|contraindicated|irrelevant|inferior|worse|ineffective|fails?)\b|n't\b)",
     r"(?P<preferred>最|(?<!刚)才|更[加为]?|首选|为宜|当选|唯一|为优|较(?:好|优|合适|适合|佳|妥)"

@@ -25,7 +25,7 @@ _NO_OPTION_BEHIND = (
 _NO_ARTICLE = (
     r"(?!(?<![a-z,'] )A (?:\d|(?!IS |AND |OR )[A-Z]{2}|(?!(?:\w+(?<![sui])s|is|was|and|or|can|could|cannot|would|will"
     r"|should|may|might|must|do|does|did|has|had|as|because|but|if|for|to|in|over|rather|instead|nor|vs|than|though"
-    r"|although|while|since|alone|correct|incorrect|right|wrong)\b)[a-z]))"
+    r"|although|while|since|alone|first|correct|incorrect|right|wrong)\b)[a-z]))"
 )
 _NO_PRONOUN = r"(?!I(?! is (?:the |correct|right)|\s*[.)\]:]|\s*$))"
 _LOWER_CASE = re.compile(
