@@ -76,7 +76,7 @@ def _mentions(text: str, letters: str) -> Iterator[Mention]:
     """
     marks = list(re.finditer(MARK, text))
     alone = _stated_alone(text, letters)
-    standing = Standing.NAMED
+    standing, whole = Standing.NAMED, ""
     for n, mark in enumerate(marks):
         since = text[marks[n - 1].end() if n else 0 : mark.start()]
         until = text[mark.end() : marks[n + 1].start() if n + 1 < len(marks) else len(text)]
@@ -93,7 +93,11 @@ def _mentions(text: str, letters: str) -> Iterator[Mention]:
         clause = words.CLAUSE_END.split(before)[-1]
         is_added = bool(n and (words.ALSO_BEFORE.match(clause) or words.ALSO_BEHIND.match(until)))
         earlier, standing = standing, _standing(before, clause, behind, mark.start() in alone)
-        if words.TENTATIVE_BEFORE.search(before if is_first else clause):
+        whole = before if is_first else f"{whole}{before}"[-WINDOW:]  # of the sentence before the mention
+        is_conditional = words.CONDITION.search(whole) and not (
+            words.FORCED.search(whole) or words.CONCLUSION.search(before)
+        )
+        if is_conditional or words.TENTATIVE_BEFORE.search(before if is_first else clause):
             standing = min(standing, Standing.TENTATIVE)
         elif n:
             standing = _in_turn(standing, since, before, behind)
@@ -141,8 +145,7 @@ def _standing(before: str, clause: str, behind: str, is_alone: bool) -> Standing
         standing = Standing.PREFERRED if words.PREFERRED_BEFORE.search(clause) else Standing.FAVOURED
     else:
         standing = Standing.NAMED
-    is_conditional = words.CONDITION.search(before) and not words.FORCED.search(before)
-    return min(standing, Standing.TENTATIVE) if is_conditional or words.TENTATIVE_BEHIND.match(behind) else standing
+    return min(standing, Standing.TENTATIVE) if words.TENTATIVE_BEHIND.match(behind) else standing
 
 
 def _is_bare(before: str, behind: str) -> bool:

@@ -24,7 +24,8 @@ FINAL_FORM = re.compile(
 )
 # Where a base model goes on to a question of its own.
 NEXT_QUESTION = re.compile(
-    r"\n\s*(?:question|q|题目|问题|问|human|user|用户)\s*\d*\s*[:：]|\n\s*第\s*\d+\s*题|\n\s*\d+\s*[.、．].*\n\s*[AaＡ]\s*[.、．)）]",
+    r"\n *(?:(?:question|q|题目|问题|问|human|user|用户) *\d* *[:：]|第 *\d+ *题"
+    r"|\d+ *[.、．].*\n\s*[AaＡ] *[.、．)）])",
     re.IGNORECASE,
 )
 ONE_MARK = MARK.replace("+", "")
@@ -117,7 +118,8 @@ TENTATIVE_BEFORE = _any_of(
 DISCUSSED_BEFORE = _any_of(
     r"(?:看|分析|讨论|评估)(?:一下|看)?$", r"\b(?:look(?:ing)? at|consider|examine|evaluate|starting with)\s*$"
 )
-CONDITION = _any_of(r"如果|若(?!干)|假如|假设|倘若|要是", r"\b(?:if|unless)\b")
+CONDITION = _any_of(r"如果|若(?!干)|假如|假设|倘若|要是|取决于", r"\b(?:if|unless|depends? on)\b")
+CONCLUSION = _any_of(r"但|所以|因此|故|本例|本题|本患者|该患者", r"\b(?:but|so|therefore|thus|hence|here)\b")
 FORCED = _any_of(r"只能|必须|一定要|非要|硬要", r"\b(?:had to|have to|must|forced|only)\b")
 CORRECTION = _any_of(
     r"(?:^|[\s。,.;!?—(-])(?:哦?不(?:是|对)?|错了?|等等|等一下|稍等|更正|修正|纠正|看错|说错|抱歉|对不起|重新|再想|准确地?说"
@@ -154,7 +156,7 @@ VERDICT = _any_of(
     r"|\b(?:wrong|incorrect|not|cannot|unlikely|false|excluded|eliminated|ruled out|less|inappropriate|unsuitable"
     r"|dangerous|harmful|unsafe|contraindicated|irrelevant|inferior|worse|ineffective|fails?)\b|n't\b)",
     r"(?P<preferred>最|(?<!刚)才|更[加为]?|首选|为宜|当选|唯一|为优|较(?:好|优|合适|适合|佳|妥)"
-    r"|\b(?:best|better|fastest|safest|most|more|superior|preferred|preferable|favou?red|recommended|ideal"
+    r"|\b(?:best|better|safer|faster|closer|fastest|safest|most|more|superior|preferred|preferable|favou?red|recommended|ideal"
     r"|the (?:answer|one)|only|remains?|first-line)\b)",
     r"(?P<right>正确|对(?![于比照应称症话抗])|合适|适合|适宜|恰当|准确|√|\u2713|\u2714|\u2705|无误|没有?错|成立|符合|满足|是答案|吻合|可取|妥当"
     r"|可选|均可|可以|(?<=[:-] )(?:yes|T|Y|是)\b"
