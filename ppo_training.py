@@ -1,6 +1,7 @@
-"""Proximal policy optimization: raise the reward model's scores of a model's own replies, held near where it started.
+"""Proximal policy optimization: raise the scores of a model's own replies, held near where it started.
 
-Input: dialogues as in SFT, whose user turns (with their history) are the prompts; the SFT model; the reward model.
+Input: dialogues as in SFT, whose user turns (with their history) are the prompts, or exam questions; the SFT model; the
+reward model, or other `--rewards`.
 Output: `--output_dir` with checkpoint-N, checkpoint-best (the policy's LoRA adapter, relative to the base model),
 train_results.json, eval_results.json, trainer_state.json, curves.png and TensorBoard events in runs/.
 Loss: the clipped surrogate of Schulman et al. 2017 (https://arxiv.org/abs/1707.06347) on token rewards made of the
@@ -24,7 +25,6 @@ Policy, reference, reward and value model are adapters on one base; medtune/rl/r
 Launcher: run_ppo.sh.
 """
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -37,27 +37,29 @@ import medtune.libraries  # noqa: F401 - first: it imports the libraries in half
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from loguru import logger
 
 from medtune.arguments import DataArguments, LoraArguments, StageArgumentParser
 from medtune.errors import UserError, run_script
 from medtune.models.lineage import check_model_path
-from medtune.models.loading import load_tokenizer, weights_fingerprint
+from medtune.models.loading import load_tokenizer
 from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoders import PromptEncoder
-from medtune.reading.readers import read_prompts
+from medtune.reading.readers import read_questions
 from medtune.reading.stage_data import prepare_data
 from medtune.reading.tokenization import load_chat_template
 from medtune.rl.alarms import find_alarm, find_update_alarm
 from medtune.rl.arguments import (
     PPOArguments,
-    PPOModelArguments,
-    PPORunArguments,
-    PPOTrainingArguments,
+    RewardArguments,
+    RLModelArguments,
+    RLRunArguments,
+    RLTrainingArguments,
     check_combination,
+    check_mini_batches,
     fixed_settings,
 )
+from medtune.rl.log import ppo_figures
 from medtune.rl.measures import EpisodeMeasures, TokenMeans, summarize
 from medtune.rl.ppo_math import (
     SumOverProcesses,
@@ -70,9 +72,10 @@ from medtune.rl.ppo_math import (
     token_rewards,
     value_losses,
 )
-from medtune.rl.reward_texts import RewardTexts, load_reward_texts
+from medtune.rl.reward_texts import load_reward_texts
+from medtune.rl.rewards import REWARD_MODEL, load_rewards, reward_settings
 from medtune.rl.roles import CHECKED_PROMPTS, load_roles
-from medtune.rl.rollout import Rollout, Sampling, center_scores, choose_sampling, collect_rollout
+from medtune.rl.rollout import Rollout, Sampling, Scorer, center_scores, choose_sampling, collect_rollout
 from medtune.rl.run import (
     Run,
     State,
@@ -87,13 +90,12 @@ from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
 from medtune.training.precision import CPU_BF16, base_dtype, describe_precision
 from medtune.training.run import inference_command, start_run
+from medtune.training.template_choice import choose_thinking
 
 # Held-out prompts without --max_eval_samples: a greedy reply to each is written at every evaluation.
 EVAL_PROMPTS = 100
 # The dialogues' own replies whose mean score becomes the score 0.
 CENTERING_REPLIES = 64
-# Replies of the first evaluation and of the last that the log shows.
-SHOWN_REPLIES = 2
 
 # ---------------------------------------------------------------- what to learn
 
@@ -152,7 +154,7 @@ def ppo_update(run: Run, rollout: Rollout, ppo_args: PPOArguments) -> dict[str, 
     sum_over_processes = partial(run.accelerator.reduce, reduction="sum")
     targets = compute_targets(rollout, run.state.kl_coef, ppo_args, sum_over_processes)
     measured = TokenMeans(sum_over_processes)
-    norms: dict[str, list[float]] = {role: [] for role in run.learners}
+    norms = []
     for epoch in range(ppo_args.num_ppo_epochs):
         # Detail: one shuffle for all processes, from the seed and the place in the run.
         generator = torch.Generator().manual_seed(run.training_args.seed + 7919 * update + epoch)
@@ -176,23 +178,10 @@ def ppo_update(run: Run, rollout: Rollout, ppo_args: PPOArguments) -> dict[str, 
                     columns["policy/ratio"] = (logps - part.policy_logps).exp()
                     columns |= {"value/loss": errors, "value/clip_frac": held}
                     measured.add(part.mask, columns)
-            if not all(map(math.isfinite, measured.means().values())):
-                raise UserError(
-                    f"update {update + 1}: the loss is not finite; lower --learning_rate, and see that the scores in "
-                    "the lines above are of a sound size"
-                )
-            if dead := policy.unreached:
-                raise UserError(
-                    f"update {update + 1}: {len(dead)} adapter matrices of the policy get no gradient, such as "
-                    f"{min(dead)}; without --gradient_checkpointing, or with other --target_modules, they may"
-                )
-            for role, learner in run.learners.items():
-                norms[role].append(learner.step())
-                if not math.isfinite(norms[role][-1]):
-                    raise UserError(f"update {update + 1}: the {role}'s gradient is not finite; lower --learning_rate")
+            norms.append(run.step(measured.means()))
     for learner in run.learners.values():
         learner.scheduler.step()
-    mean_norms = {f"{role}/grad_norm": sum(of_role) / len(of_role) for role, of_role in norms.items()}
+    mean_norms = {f"{role}/grad_norm": sum(norm[role] for norm in norms) / len(norms) for role in run.learners}
     return measured.means() | mean_norms | targets.figures
 
 
@@ -204,25 +193,18 @@ def evaluate(
     rows: Sequence[dict],
     ppo_args: PPOArguments,
     sampling: Sampling,
-    reward_texts: RewardTexts,
+    scorer: Scorer,
     stop: SignalListener,
 ) -> dict[str, float]:
     """Measures of greedy replies to held-out prompts; before and after training the first replies go into the log."""
-    accelerator = run.accelerator
-    own = rows[accelerator.process_index :: accelerator.num_processes]
-    # Every process takes part in each gathering, so all must have as many batches: the first prompt fills up.
-    longest = math.ceil(len(rows) / accelerator.num_processes)
-    padded = [*own, *rows[: longest - len(own)]]
-    with accelerator.autocast():
-        rollout = collect_rollout(run.roles, padded, None, sampling, reward_texts, stop)
+    own, padded = run.own_part(rows)
+    with run.accelerator.autocast():
+        rollout = collect_rollout(run.roles, padded, None, sampling, scorer, stop)
     measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout).first(len(own))]))
-    if run.state.global_step in (0, run.n_updates):
-        for row, ids in list(zip(own, rollout.reply_ids(), strict=False))[:SHOWN_REPLIES]:
-            question = json.loads(row["messages"])[0][-1]["content"]
-            text = reward_texts.tokenizer.decode(ids, skip_special_tokens=True)
-            logger.info(f"question: {' '.join(question.split())[:120]}\nreply: {text}")
-    metrics = summarize(measures, ppo_args.kl_coef, ppo_args.missing_eos_penalty)
-    return {f"eval_{name.partition('/')[2]}": figure for name, figure in metrics.items()}
+    run.show_replies(own, rollout.reply_ids())
+    metrics = summarize(measures, scorer.rewards, ppo_args.kl_coef, ppo_args.missing_eos_penalty)
+    names = {name: name.replace("reward/", "objective/reward_").partition("/")[2] for name in metrics}
+    return {f"eval_{names[name]}": figure for name, figure in metrics.items()}
 
 
 # ---------------------------------------------------------------- the loop
@@ -234,7 +216,7 @@ def train_ppo(
     eval_rows: Sequence[dict],
     ppo_args: PPOArguments,
     sampling: Sampling,
-    reward_texts: RewardTexts,
+    scorer: Scorer,
 ) -> None:
     """Run the remaining updates: collect, check, update, record, evaluate, save.
 
@@ -243,7 +225,7 @@ def train_ppo(
     state, accelerator, per_update = run.state, run.accelerator, run.per_update
     order = episode_order(len(prompts), run.n_updates * per_update, sampling.seed)
     with run.guarded(sampling.batch_size) as stop:
-        measure = partial(evaluate, run, eval_rows, ppo_args, sampling, reward_texts, stop)
+        measure = partial(evaluate, run, eval_rows, ppo_args, sampling, scorer, stop)
         if eval_rows and run.evaluation_is_due():
             run.record_evaluation(measure())
         for update in range(state.global_step, run.n_updates):
@@ -254,16 +236,19 @@ def train_ppo(
             episodes = episodes[accelerator.process_index :: accelerator.num_processes]
             rows = [prompts[order[episode]] for episode in episodes]
             with accelerator.autocast():
-                rollout = collect_rollout(run.roles, rows, episodes, sampling, reward_texts, stop)
+                rollout = collect_rollout(run.roles, rows, episodes, sampling, scorer, stop)
             measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout)]))
 
             # Alarm.
             state.updates_without_end = 0 if measures.ended.any() else state.updates_without_end + 1
-            if alarm := find_alarm(measures, ppo_args.stop_at_kl, state.updates_without_end):
+            has_signal = measures.scores.std(correction=0) > 1e-6
+            state.streaks["no signal"] = 0 if has_signal else state.streaks.get("no signal", 0) + 1
+            without = state.updates_without_end, state.streaks["no signal"]
+            if alarm := find_alarm(measures, scorer.rewards, ppo_args.stop_at_kl, *without):
                 raise UserError(f"update {update + 1}: {alarm}")
 
             # Update. From here on the weights change: a signal waits for the end of the update.
-            metrics = summarize(measures, state.kl_coef, ppo_args.missing_eos_penalty)
+            metrics = summarize(measures, scorer.rewards, state.kl_coef, ppo_args.missing_eos_penalty)
             metrics |= {"objective/kl_coef": state.kl_coef, "learning_rate": run.learning_rate()}
             metrics |= ppo_update(run, rollout, ppo_args)
             if alarm := find_update_alarm(metrics):
@@ -288,15 +273,18 @@ def train_ppo(
 
 
 def describe_run(
-    run: Run, ppo_args: PPOArguments, sampling: Sampling, reward_texts: RewardTexts, n_prompts: int
+    run: Run, ppo_args: PPOArguments, sampling: Sampling, scorer: Scorer, n_prompts: int
 ) -> dict[str, str]:
     """The facts to log of sampling, scores and batch arithmetic."""
     args, shift = run.training_args, run.state.score_shift
     facts = {"template": ppo_args.template_name or "the tokenizer's own"}
     facts["stop tokens"] = ", ".join(run.tokenizer.convert_ids_to_tokens(sampling.stop_ids))
-    if reward_texts.reward_tokenizer is not None:
+    rewards, reward_texts = scorer.rewards, scorer.reward_texts
+    if reward_texts is not None and reward_texts.reward_tokenizer is not None:
         facts["reward texts"] = "the reward model reads replies again in its own tokens and template"
-    facts["scores"] = "as the reward model gives them, since the prompts have no replies to centre them by"
+    facts["rewards"] = " + ".join(f"{weight:g} x {name}" for name, weight in rewards.weight_by_name.items())
+    if rewards.has_model:
+        facts["scores"] = "as the reward model gives them, since the prompts have no replies to centre them by"
     if shift:
         facts["scores"] = f"less {shift:.3f}, the mean of up to {CENTERING_REPLIES} replies of the dialogues"
     facts["batch"] = (
@@ -315,45 +303,51 @@ def describe_run(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ arguments
-    parser = StageArgumentParser(
-        [PPOModelArguments, DataArguments, LoraArguments, PPORunArguments, PPOArguments, PPOTrainingArguments]
-    )
-    model_args, data_args, lora_args, run_args, ppo_args, training_flags = parser.parse(argv)
+    groups = (RLModelArguments, DataArguments, LoraArguments, RLRunArguments, RewardArguments, PPOArguments)
+    parser = StageArgumentParser([*groups, RLTrainingArguments])
+    model_args, data_args, lora_args, run_args, reward_args, ppo_args, training_flags = parser.parse(argv)
     training_args = training_flags.training_arguments()
     check_model_path(model_args.sft_model_path, "--sft_model_path", model_args.allow_pickle_weights)
-    check_model_path(model_args.reward_model_path, "--reward_model_path", model_args.allow_pickle_weights)
+    if reward_args.reward_model_path:
+        check_model_path(reward_args.reward_model_path, "--reward_model_path", model_args.allow_pickle_weights)
     check_combination(lora_args, ppo_args, training_args)
+    check_mini_batches(ppo_args, training_args)
+    rewards = load_rewards(reward_args, ppo_args.response_length)
 
     # ------------------------------------------------------------ run
     checkpoint = start_run("proximal policy optimization", training_args, run_args, parser.notes)
     model_args.torch_dtype = base_dtype(model_args, lora_args, training_args, parser.given, checkpoint)
-    accelerator = start_accelerator(training_args, run_args.logging_dir)
+    accelerator = start_accelerator("ppo", training_args, run_args.logging_dir)
 
     # ------------------------------------------------------------ tokenizer and template
-    sft, rm, hub_options = model_args.sft_model_path, model_args.reward_model_path, model_args.hub_options
+    sft, rm, hub_options = model_args.sft_model_path, reward_args.reward_model_path, model_args.hub_options
     folder_options = hub_options | {"allow_pickle_weights": model_args.allow_pickle_weights}
     tokenizer = load_tokenizer(sft, model_args.tokenizer_name_or_path, flag="--sft_model_path", **hub_options)
-    chat_template = load_chat_template(tokenizer, ppo_args.template_name)
+    chat_template = load_chat_template(tokenizer, ppo_args.template_name, choose_thinking(ppo_args, sft, checkpoint))
     sampling = choose_sampling(ppo_args, tokenizer, chat_template, training_args.seed)
-    reward_texts = load_reward_texts(tokenizer, chat_template, sampling.stop_ids, rm, **folder_options)
+    reward_texts = rm and load_reward_texts(tokenizer, chat_template, sampling.stop_ids, rm, **folder_options)
+    scorer = Scorer(tokenizer, rewards, reward_texts, sampling.batch_size)
 
     # ------------------------------------------------------------ data
     n_eval = data_args.max_eval_samples or EVAL_PROMPTS
     data_args = replace(data_args, max_eval_samples=n_eval)
-    encoder = PromptEncoder(tokenizer, chat_template, ppo_args.max_source_length, ppo_args.truncation)
-    data = prepare_data(read_prompts, encoder, data_args, training_args, model_args.cache_dir)
+    asked = {"exam_format": reward_args.exam_format, "needed_keys": rewards.needed_keys}
+    encoder = PromptEncoder(tokenizer, chat_template, ppo_args.max_source_length, ppo_args.truncation, **asked)
+    data = prepare_data(read_questions, encoder, data_args, training_args, model_args.cache_dir)
     eval_rows: list[dict] = []
     if data.eval:
         eval_rows = data.eval.select(range(min(n_eval, len(data.eval)))).to_list()  # a dialogue has several
         data.facts["eval replies"] = str(len(eval_rows))
+    rewards.rehearse(data.train)
     n_prompts, per_update = len(data.train), count_episodes(training_args)
     n_updates = count_updates(n_prompts, per_update, ppo_args.total_episodes, training_args)
 
     # ------------------------------------------------------------ what a resumed run goes on with
-    record = {"stage": "ppo", "template": ppo_args.template_name, "flags": parser.given, "flag": "--sft_model_path"}
-    lineage = lineage_of(model_args, data_args, **record)
-    reward_weights = weights_fingerprint(rm, flag="--reward_model_path", **hub_options)
-    settings = fixed_settings(model_args, ppo_args, training_args, reward_weights, per_update, n_prompts)
+    record = {"stage": "ppo", "template": ppo_args.template_name, "thinking": chat_template.thinking}
+    lineage = lineage_of(model_args, data_args, **record, flags=parser.given, flag="--sft_model_path")
+    own = reward_settings(reward_args, **hub_options) | {"--kl_coef": ppo_args.kl_coef}
+    layout = ppo_args.padding_free
+    settings = fixed_settings("ppo", model_args, training_args, layout, per_update, n_prompts, own)
     begins = {CPU_BF16: training_args.use_cpu and model_args.torch_dtype == "bfloat16"}
     state = resumed_state(checkpoint, settings) if checkpoint else State(settings | begins, kl_coef=ppo_args.kl_coef)
     if checkpoint and is_done(state, lineage, checkpoint, n_updates):
@@ -370,18 +364,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         state.settings[PADDING_FREE] = str(roles.padding_free)
     if training_args.gradient_checkpointing:
         roles.enable_checkpointing(training_args.gradient_checkpointing_kwargs)
-    if not checkpoint:
+    if rewards.has_model and not checkpoint:
         dialogues = data.train.select(range(min(CENTERING_REPLIES, n_prompts))).to_list()
         with accelerator.autocast():
             state.score_shift = center_scores(roles, dialogues, reward_texts, sampling.batch_size)
-    roles.add_value_head(state.score_shift)
+    roles.add_value_head(state.score_shift, rewards.weight_by_name.get(REWARD_MODEL, 1.0))
 
     # ------------------------------------------------------------ train
-    run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update)
+    shown = ppo_figures(rewards.names)
+    run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update, shown)
     if checkpoint:
         run.load(checkpoint)
-    log_block(facts | data.facts | describe_run(run, ppo_args, sampling, reward_texts, n_prompts))
-    train_ppo(run, data.train, eval_rows, ppo_args, sampling, reward_texts)
+    log_block(facts | data.facts | describe_run(run, ppo_args, sampling, scorer, n_prompts))
+    train_ppo(run, data.train, eval_rows, ppo_args, sampling, scorer)
 
     # ------------------------------------------------------------ save and evaluate
     return run.finish(next_command=inference_command(lineage, run.output_dir / BEST, use_peft=True))

@@ -5,7 +5,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import ClassVar, Literal
@@ -17,10 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from medtune.errors import Unusable, UserError
 from medtune.reading.blocks import cut_blocks, document_end_id
+from medtune.reading.exams import Exam, ExamFormat
 from medtune.reading.finding import RECORD_ENDINGS, TEXT_ENDINGS
 from medtune.reading.keys import Reading
 from medtune.reading.kinds import Kind
-from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Prompt, Report, T
+from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Prompt, Question, Report, T
+from medtune.reading.thinking import Thinking
+from medtune.reading.thoughts import split_reply
 from medtune.reading.tokenization import (
     Truncation,
     encode_dialogue,
@@ -32,9 +35,6 @@ from medtune.reading.tokenization import (
     shorten_prompt,
 )
 from template import ChatTemplate
-
-# Counted of replies before the last, whose thoughts many templates leave out.
-LEFT_OUT_THOUGHTS = "thoughts of earlier replies, left out by the template while the replies are learned"
 
 _IDS, _LENGTH, _TEXT = ListFeature(Value("int32")), Value("int32"), Value("string")
 
@@ -48,6 +48,11 @@ class Encoder(ABC):
     endings: ClassVar[Sequence[str]] = RECORD_ENDINGS  # of the files that hold such records
 
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def thinking(self) -> Thinking | None:
+        """What the template writes of thoughts; None without the flag."""
+        return None
 
     def __call__(self, record: T) -> dict:
         """The row of a record. Raises Unusable for a fault, and where nothing is left within the limits."""
@@ -92,13 +97,37 @@ class Encoder(ABC):
 
 
 @dataclass
-class DialogueEncoder(Encoder):
+class TemplateEncoder(Encoder):
+    """Of records with replies, whose thoughts are learned or not."""
+
+    chat_template: ChatTemplate
+
+    @property
+    def thinking(self) -> Thinking | None:
+        return self.chat_template.thinking
+
+    @property
+    def left_out_thoughts(self) -> str:
+        """What is counted of the thoughts that are not learned."""
+        if self.chat_template.learns_thoughts:
+            return "thoughts of earlier replies, left out by the template while the replies are learned"
+        return f"thoughts of replies that are learned without them (--thinking {self.thinking})"
+
+    def note_left_out(self, rows: Dataset, report: Report) -> None:
+        notes = Reading()
+        for n_left_out, source in zip(rows["n_thoughts_left_out"], rows["source"], strict=True):
+            for _ in range(n_left_out):
+                notes.note(self.left_out_thoughts, source)
+        report.notes += notes.lines()
+
+
+@dataclass
+class DialogueEncoder(TemplateEncoder):
     """Rows of `input_ids` and `labels`, as `encode_dialogue` makes them."""
 
     kind = "dialogues"
     features = Features(input_ids=_IDS, labels=_IDS, length=_LENGTH, n_thoughts_left_out=_LENGTH, source=_TEXT)
 
-    chat_template: ChatTemplate
     max_length: int
     truncation: Truncation = "drop"
     train_on_inputs: bool = False
@@ -109,11 +138,7 @@ class DialogueEncoder(Encoder):
         return {"input_ids": ids, "labels": labels, "length": len(ids), "n_thoughts_left_out": n_left_out}
 
     def finish(self, rows: Dataset, report: Report) -> Dataset:
-        notes = Reading()
-        for n_left_out, source in zip(rows["n_thoughts_left_out"], rows["source"], strict=True):
-            for _ in range(n_left_out):
-                notes.note(LEFT_OUT_THOUGHTS, source)
-        report.notes = notes.lines()
+        self.note_left_out(rows, report)
         return rows.remove_columns("n_thoughts_left_out")
 
     def describe(self, rows: Dataset) -> str:
@@ -121,11 +146,11 @@ class DialogueEncoder(Encoder):
 
 
 @dataclass
-class PairEncoder(Encoder):
+class PairEncoder(TemplateEncoder):
     """Rows with the ids of a prompt and of both replies; `length` counts the prompt and the longer reply.
 
     A prompt over its limit loses its oldest exchanges, then the start of the question; a reply over its limit is cut
-    and gets no end token. `margin` is NaN where the data has none.
+    and gets no end token. `margin` is NaN where the data has none. `n_thoughts` are those of the two replies' ids.
     """
 
     kind = "pairs"
@@ -135,11 +160,12 @@ class PairEncoder(Encoder):
         rejected_ids=_IDS,
         margin=Value("float32"),
         n_cut=_LENGTH,
+        n_thoughts=_LENGTH,
+        n_thoughts_left_out=_LENGTH,
         length=_LENGTH,
         source=_TEXT,
     )
 
-    chat_template: ChatTemplate
     max_prompt_length: int
     max_reply_length: int
 
@@ -149,12 +175,22 @@ class PairEncoder(Encoder):
             self.tokenizer, self.chat_template, record.messages, replies, record.tools, **self.limits
         )
         if chosen_ids == rejected_ids:
+            if not (n_cut or self.chat_template.learns_thoughts):
+                same = f"the replies differ in their thoughts alone, which --thinking {self.thinking} leaves out"
+                raise Unusable("same answers", same)
             same = f"both replies begin with the same --max_target_length {self.max_reply_length} tokens"
             raise Unusable("same within the limit", same)
+        n_thoughts = sum(bool(split_reply(reply).thought) for reply in replies)
+        n_learned = n_thoughts if self.chat_template.learns_thoughts else 0
         margin = math.nan if record.margin is None else record.margin
         length = len(prompt_ids) + max(len(chosen_ids), len(rejected_ids))
         ids = {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
-        return ids | {"n_cut": n_cut, "margin": margin, "length": length}
+        counts = {"n_cut": n_cut, "n_thoughts": n_learned, "n_thoughts_left_out": n_thoughts - n_learned}
+        return ids | counts | {"margin": margin, "length": length}
+
+    def finish(self, rows: Dataset, report: Report) -> Dataset:
+        self.note_left_out(rows, report)
+        return rows.remove_columns("n_thoughts_left_out")
 
     def describe(self, rows: Dataset) -> str:
         n_cut = sum(rows["n_cut"])
@@ -172,7 +208,7 @@ class ScoredPairEncoder(PairEncoder):
 
 
 @dataclass
-class FeedbackEncoder(Encoder):
+class FeedbackEncoder(TemplateEncoder):
     """Rows of a prompt, its reply, whether it is a good one, and another prompt's reply (`mismatched_ids`).
 
     The limits are those of pairs; `length` is that of the prompt and the longer reply.
@@ -180,10 +216,15 @@ class FeedbackEncoder(Encoder):
 
     kind = "replies"
     features = Features(
-        prompt_ids=_IDS, reply_ids=_IDS, is_desirable=Value("bool"), is_cut=Value("bool"), length=_LENGTH, source=_TEXT
+        prompt_ids=_IDS,
+        reply_ids=_IDS,
+        is_desirable=Value("bool"),
+        is_cut=Value("bool"),
+        n_thoughts_left_out=_LENGTH,
+        length=_LENGTH,
+        source=_TEXT,
     )
 
-    chat_template: ChatTemplate
     max_prompt_length: int
     max_reply_length: int
 
@@ -191,10 +232,14 @@ class FeedbackEncoder(Encoder):
         prompt_ids, (reply_ids,), n_cut = encode_replies(
             self.tokenizer, self.chat_template, record.messages, [record.reply], record.tools, **self.limits
         )
+        is_left_out = bool(split_reply(record.reply).thought) and not self.chat_template.learns_thoughts
         columns = {"prompt_ids": prompt_ids, "reply_ids": reply_ids, "is_cut": n_cut > 0}
+        columns |= {"n_thoughts_left_out": int(is_left_out)}
         return columns | {"length": len(prompt_ids) + len(reply_ids), "is_desirable": record.is_desirable}
 
     def finish(self, rows: Dataset, report: Report) -> Dataset:
+        self.note_left_out(rows, report)
+        rows = rows.remove_columns("n_thoughts_left_out")
         if len(kinds := set(rows["is_desirable"])) == 1:
             kind = "desirable" if kinds.pop() else "undesirable"
             report.notes.append(f"all replies are {kind}: KTO learns from the difference, so add some that are not")
@@ -231,39 +276,70 @@ def with_mismatched_replies(rows: Dataset) -> Dataset:
     return concatenate_datasets([rows.remove_columns("length"), columns], axis=1)
 
 
+_NEEDED = {
+    "answer": "a reward compares with the letter of the right option: --rewards exam needs questions with options and "
+    "'answer' or 'answer_idx'",
+    "reference": "a reward compares with the data's own answer: --rewards reference needs questions with answers in "
+    "words",
+}
+
+
 @dataclass
-class PromptEncoder(Encoder):
+class PromptEncoder(TemplateEncoder):
     """The prompt before each answer to a user's turn, with its history; each prompt once.
 
     A dialogue that ends with the user asks too. Rows of `prompt_ids`, `messages` (JSON of the messages that these ids
-    stand for, and the tools) and `reply` (the dialogue's own answer, "" without). "cut_prompt_start" leaves out the
-    oldest exchanges of a prompt over the limit, then the start of its question.
+    stand for, and the tools), `reply` (the dialogue's own answer, "" without) and `record`: JSON of the keys beside the
+    dialogue, with `answer` (the right letter) and `options` for an exam question, else `reference` (the reply).
+    "cut_prompt_start" leaves out the oldest exchanges of a prompt over the limit, then the start of its question; an
+    exam question, of which that would make another one, is left out.
+
+    exam_format: how exam questions are asked. needed_keys: what every `record` must have.
     """
 
     kind = "prompts"
-    features = Features(prompt_ids=_IDS, messages=_TEXT, reply=_TEXT, length=_LENGTH, source=_TEXT)
+    features = Features(prompt_ids=_IDS, messages=_TEXT, reply=_TEXT, record=_TEXT, length=_LENGTH, source=_TEXT)
 
-    chat_template: ChatTemplate
     max_prompt_length: int
     truncation: Literal["drop", "cut_prompt_start"]
+    exam_format: ExamFormat = "tagged"
+    needed_keys: Sequence[str] = ()
 
-    def examples(self, record: Dialogue) -> list[Prompt]:
-        return [
-            Prompt(record.messages[: index + 1], record.tools, reply["content"], record.source)
+    def examples(self, record: Question) -> list[Prompt]:
+        prompts = [
+            Prompt(record.messages[: index + 1], record.tools, reply["content"], record.source, rest=record.rest)
             for index, (message, reply) in enumerate(pairwise([*record.messages, {"role": "", "content": ""}]))
             if message["role"] == "user"
         ]
+        return prompts if record.exam is None else [self._as_exam(prompts[-1], record.exam)]
+
+    def _as_exam(self, prompt: Prompt, exam: Exam) -> Prompt:
+        """The prompt in the encoder's form of exam questions."""
+        *before, _ = prompt.messages
+        messages = [*before, {"role": "user", "content": exam.prompt(self.exam_format)}]
+        return replace(prompt, messages=messages, reply=exam.reply(self.exam_format) if exam.answer else "", exam=exam)
+
+    def _record(self, prompt: Prompt) -> dict:
+        """What rewards may know of the prompt. Raises Unusable where a needed key is not in it."""
+        exam = prompt.exam and prompt.exam.with_one_answer()
+        known = {"reference": prompt.reply} if exam is None else {"answer": exam.answer, "options": exam.options}
+        for key in self.needed_keys:
+            if not known.get(key):
+                raise Unusable(f"no {key}", _NEEDED[key])
+        return prompt.rest | known
 
     def row(self, record: Prompt) -> dict:
+        known = json.dumps(self._record(record), ensure_ascii=False, default=str)
         messages, tools, limit = record.messages, record.tools, self.max_prompt_length
         refuse_control_tokens(self.chat_template, messages, tools)
         while len(ids := encode_prompt(self.tokenizer, self.chat_template, messages, tools)) > limit:
-            is_cut = self.truncation == "cut_prompt_start"
+            is_cut = self.truncation == "cut_prompt_start" and record.exam is None
             messages = shorten_prompt(self.tokenizer, messages, n_excess=len(ids) - limit) if is_cut else None
             if messages is None:
                 raise Unusable("prompt too long", f"{len(ids)} tokens, over --max_source_length {limit}")
         dialogue = json.dumps([messages, tools], ensure_ascii=False)
-        return {"prompt_ids": ids, "messages": dialogue, "reply": record.reply, "length": len(ids)}
+        columns = {"prompt_ids": ids, "messages": dialogue, "reply": record.reply, "record": known}
+        return columns | {"length": len(ids)}
 
     def finish(self, rows: Dataset, report: Report) -> Dataset:
         first: dict[tuple[int, ...], str] = {}
@@ -324,11 +400,13 @@ class DocumentEncoder(Encoder):
         return f"{sum(rows['length']):,} in {len(rows):,} blocks of at most {self.block_size}"
 
 
-def unlimited_encoder(kind: Kind, tokenizer: PreTrainedTokenizerBase, template_name: str | None) -> Encoder:
+def unlimited_encoder(
+    kind: Kind, tokenizer: PreTrainedTokenizerBase, template_name: str | None, thinking: Thinking | None = None
+) -> Encoder:
     """The encoder of a kind of records without limits, for the tools that measure them."""
     if kind == "documents":
         return DocumentEncoder(tokenizer)
-    chat_template = load_chat_template(tokenizer, template_name)
+    chat_template = load_chat_template(tokenizer, template_name, thinking)
     if kind in ("pairs", "replies"):
         encoder_class = PairEncoder if kind == "pairs" else FeedbackEncoder
         return encoder_class(tokenizer, chat_template, max_prompt_length=sys.maxsize, max_reply_length=sys.maxsize)

@@ -26,12 +26,14 @@ from medtune.reading.dialects import (
     is_read_whole,
     lacks_prompt,
 )
+from medtune.reading.exams import ExamFormat, to_exam, with_answer_letters
 from medtune.reading.files import csv_separator, read_raw
 from medtune.reading.finding import ending_of
 from medtune.reading.keys import Reading, sort_keys, split_keys
 from medtune.reading.records import BadRecord, Dialogue, Pair
+from medtune.reading.thinking import THOUGHT_FORMS
 from medtune.reading.turns import SPEAKER
-from medtune.reading.values import is_empty, kind_of, parse_nested, text_of, with_values
+from medtune.reading.values import is_empty, parse_nested, text_of, with_values
 
 
 @dataclass(frozen=True)
@@ -47,23 +49,6 @@ def _from_title_and_ask(record: dict) -> dict:
     """The title is the question in short; the long one often repeats it."""
     title, ask = (str(record.pop(key, None) or "").strip() for key in ("title", "ask"))
     return {**record, "question": ask if title in ask else title if ask in title else f"{title}\n{ask}"}
-
-
-def _with_reasoning(how: str, record: dict) -> dict:
-    """The reply, with what was thought before it if that is asked for."""
-    answer, thought = record.pop("response"), record.pop("complex_cot")
-    if how != "leave_out" and not isinstance(thought, str | None):
-        raise Unusable("not text", f"'complex_cot' is {kind_of(thought)}; it must be a string")
-    if how != "leave_out" and isinstance(answer, str) and isinstance(thought, str) and thought.strip():
-        answer = _REASONING[how].format(thought.strip(), answer.strip())
-    return {**record, "answer": answer}
-
-
-_REASONING = {
-    "leave_out": "{1}",
-    "think_tags": "<think>\n{0}\n</think>\n\n{1}",
-    "headings": "## Thinking\n\n{0}\n\n## Final Response\n\n{1}",
-}
 
 
 def _from_spoken_list(key: str, record: dict) -> dict:
@@ -97,12 +82,12 @@ def _renamed(names: dict[str, str], record: dict) -> dict:
     return renamed
 
 
-def _dialogue_form(keys: Sequence[str], reasoning: str) -> _Form | None:
+def _dialogue_form(keys: Sequence[str]) -> _Form | None:
     """The form of dialogues with these keys: Toyhom's, HuatuoGPT-o1's, HuatuoGPT's, MedDialog's, DISC-Med-SFT's ..."""
     if "ask" in keys and "answer" in keys:
         return _Form(tuple(key for key in ("title", "ask", "answer") if key in keys), _from_title_and_ask)
     if {"question", "complex_cot", "response"} <= set(keys):
-        return _Form(("question", "complex_cot", "response"), functools.partial(_with_reasoning, reasoning))
+        return _Form(("question", "complex_cot", "response"), functools.partial(_renamed, {"response": "answer"}))
     alpaca = {"instruction": ("instruction", "指令"), "input": ("input", "输入")}
     for prompt_meanings in ({"question": QUESTIONS}, alpaca):
         if form := _renaming_form(
@@ -122,9 +107,9 @@ def _pair_form(keys: Sequence[str]) -> _Form | None:
 
 
 @functools.lru_cache(maxsize=4000)
-def _form_of(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"], reasoning: str) -> _Form | None:
+def _form_of(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"]) -> _Form | None:
     """The form of records with these keys; None if dialects.py reads them, or if they are unknown."""
-    find = functools.partial(_dialogue_form, reasoning=reasoning) if kind == "dialogues" else _pair_form
+    find = _dialogue_form if kind == "dialogues" else _pair_form
     if has_dialect(keys, kind):
         return find(keys) if lacks_prompt(keys) else None
     lower = tuple(dict.fromkeys(key.strip().lower() for key in keys))
@@ -205,9 +190,9 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `reader_of`."""
     parser.add_argument("--encoding", type=known_encoding, help="of text files; by default UTF-8, GB18030 or UTF-16")
     parser.add_argument(
-        "--reasoning", choices=tuple(_REASONING), default="leave_out",
-        help="what becomes of HuatuoGPT-o1's Complex_CoT: left out, or in front of the reply in <think> tags or "
-        "under that model's headings",
+        "--reasoning", choices=tuple(THOUGHT_FORMS), default="leave_out",
+        help="what becomes of thoughts in a key of their own, such as reasoning_content or HuatuoGPT-o1's Complex_CoT: "
+        "left out, or in front of the reply in <think> tags or under that model's headings",
     )  # fmt: skip
     add_ignore_keys(parser)
     parser.add_argument(
@@ -227,7 +212,9 @@ def add_ignore_keys(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
-def reader_of(args: argparse.Namespace, kind: Literal["dialogues", "pairs"]) -> "ForeignReader":
+def reader_of(
+    args: argparse.Namespace, kind: Literal["dialogues", "pairs"], exam_format: ExamFormat | None = None
+) -> "ForeignReader":
     """The reader for these flags; raises UserError if some of the needed columns are not named."""
     names = {name: getattr(args, f"{name}_column") for name in ("answer", "chosen", "rejected", "system", "history")}
     columns = Columns(tuple(args.question_column), **names)
@@ -235,7 +222,8 @@ def reader_of(args: argparse.Namespace, kind: Literal["dialogues", "pairs"]) -> 
     lacking = [f"--{name}_column" for name in needed if not getattr(columns, name)]
     if columns != Columns() and lacking:
         raise UserError(f"{' and '.join(lacking)}: name these too; with one column named, none is found by itself")
-    return ForeignReader(kind, columns, args.encoding, args.reasoning, Reading(args.ignore_keys, args.role_map))
+    reading = Reading(args.ignore_keys, args.role_map, thoughts=args.reasoning)
+    return ForeignReader(kind, columns, args.encoding, reading, exam_format)
 
 
 def known_roles(listed: str) -> dict[str, str]:
@@ -254,15 +242,18 @@ def _by_own_names(fault: Unusable, names: Mapping[str, str]) -> Unusable:
 
 
 class ForeignReader:
-    """Reads dialogues or pairs of any known form, record by record, and notes the forms and encodings."""
+    """Reads dialogues or pairs of any known form, record by record, and notes the forms and encodings.
+
+    exam_format: how exam questions are asked in dialogues; None reads them as questions like any other.
+    """
 
     def __init__(
         self,
         kind: Literal["dialogues", "pairs"],
         columns: Columns = Columns(),
         encoding: str | None = None,
-        reasoning: str = "leave_out",
         reading: Reading | None = None,
+        exam_format: ExamFormat | None = None,
     ):
         self.reading = reading or Reading()
         self._kind = kind
@@ -270,7 +261,8 @@ class ForeignReader:
         self._columns = columns
         self._has_columns = columns != Columns()
         self._encoding = encoding
-        self._reasoning = reasoning
+        self._exam_format = exam_format
+        self._n_exams = 0
         self._n_by_columns: Counter[tuple[str, ...]] = Counter()
         self._encodings: dict[Path, str] = {}
         self._separators: dict[Path, str] = {}
@@ -278,7 +270,7 @@ class ForeignReader:
     def read(self, files: Sequence[Path]) -> Iterator[Dialogue | Pair | BadRecord]:
         """One result a record, in order."""
         for path in files:
-            for source, record in self.read_raw(path):
+            for source, record in with_answer_letters(self.read_raw(path), functools.partial(self.read_raw, path)):
                 try:
                     yield self.convert(record, source)
                 except Unusable as error:
@@ -312,17 +304,20 @@ class ForeignReader:
             raise record
         if self._has_columns:
             try:
-                return self._make(self._by_columns(record), source, self.reading)
+                named = self._by_columns(record)
+                return self._from_exam(named, source) or self._make(named, source, self.reading)
             except Unusable as fault:
                 raise _by_own_names(fault, self._columns.names) from None
         if not isinstance(record, dict):
             return self._make(record, source, self.reading)
         record = self.reading.without_ignored(record)
+        if dialogue := self._from_exam(record, source):
+            return dialogue
         present = with_values(record)
         keys = tuple(present)
         if is_read_whole(keys, self._kind):
             return self._make(present, source, self.reading)
-        form = _form_of(keys, self._kind, self._reasoning) or _form_of(tuple(record), self._kind, self._reasoning)
+        form = _form_of(keys, self._kind) or _form_of(tuple(record), self._kind)
         if form is None:
             return self._make(record, source, self.reading)
         try:
@@ -331,6 +326,15 @@ class ForeignReader:
             raise _by_own_names(fault, form.names) from None
         self._n_by_columns[form.columns] += 1
         return item
+
+    def _from_exam(self, record: dict, source: str) -> Dialogue | None:
+        """The dialogue of an exam question and its answer; None for any other record."""
+        exam = to_exam(record) if self._exam_format else None
+        if exam is None or not exam.answer:
+            return None
+        dialogue = to_dialogue(exam.with_one_answer().as_record(self._exam_format), source, self.reading)
+        self._n_exams += 1
+        return dialogue
 
     def _lowered(self, record: dict) -> dict:
         """The record with the known names in lower case; unknown names stay, for messages."""
@@ -374,8 +378,8 @@ class ForeignReader:
         lines = [
             f"{count:,} records by the columns {_listed(columns)}" for columns, count in self._n_by_columns.items()
         ]
-        if self._reasoning == "leave_out" and any("complex_cot" in columns for columns in self._n_by_columns):
-            lines.append("'complex_cot' is left out; --reasoning think_tags keeps it")
+        if self._n_exams:
+            lines.append(f"{self._n_exams:,} exam questions, asked as in evaluation ({self._exam_format})")
         lines += self.reading.lines()
         lines += [f"{path} is {encoding}" for path, encoding in self._encodings.items()]
         return lines + [f"{path} has its cells separated by {mark!r}" for path, mark in self._separators.items()]
