@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Literal
 
 from medtune.errors import UserError
-from medtune.reading.thoughts import opens_thought, with_thought
+from medtune.reading.thoughts import opens_thought
 
 # How a reply is written with what was thought before it: as Qwen3 and DeepSeek, as HuatuoGPT-o1, or without.
 THOUGHT_FORMS = {
     "leave_out": "{1}",
-    "think_tags": with_thought("{0}", "{1}"),
+    "think_tags": "<think>\n{0}\n</think>\n\n{1}",
     "headings": "## Thinking\n\n{0}\n\n## Final Response\n\n{1}",
 }
 # What is learned of thoughts: all as they are, nothing, or an empty one in the place of each.
@@ -95,7 +95,7 @@ def reads_thought_apart(render: Callable[[list[dict]], str]) -> bool:
 
 def _replies_with_thought() -> list[dict]:
     apart = {"role": "assistant", "content": _ANSWER, "reasoning_content": _THOUGHT}
-    return [apart, {"role": "assistant", "content": with_thought(_THOUGHT, _ANSWER)}]
+    return [apart, {"role": "assistant", "content": THOUGHT_FORMS["think_tags"].format(_THOUGHT, _ANSWER)}]
 
 
 def _as_it_came(jinja: str) -> str:
