@@ -24,7 +24,6 @@ Policy, reference, reward and value model are adapters on one base; medtune/rl/r
 Launcher: run_ppo.sh.
 """
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -37,7 +36,6 @@ import medtune.libraries  # noqa: F401 - first: it imports the libraries in half
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from loguru import logger
 
 from medtune.arguments import DataArguments, LoraArguments, StageArgumentParser
 from medtune.errors import UserError, run_script
@@ -46,18 +44,20 @@ from medtune.models.loading import load_tokenizer, weights_fingerprint
 from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoders import PromptEncoder
-from medtune.reading.readers import read_prompts
+from medtune.reading.readers import read_questions
 from medtune.reading.stage_data import prepare_data
 from medtune.reading.tokenization import load_chat_template
 from medtune.rl.alarms import find_alarm, find_update_alarm
 from medtune.rl.arguments import (
     PPOArguments,
     PPOModelArguments,
-    PPORunArguments,
-    PPOTrainingArguments,
+    RLRunArguments,
+    RLTrainingArguments,
     check_combination,
+    check_mini_batches,
     fixed_settings,
 )
+from medtune.rl.log import PPO_FIGURES
 from medtune.rl.measures import EpisodeMeasures, TokenMeans, summarize
 from medtune.rl.ppo_math import (
     SumOverProcesses,
@@ -92,8 +92,6 @@ from medtune.training.run import inference_command, start_run
 EVAL_PROMPTS = 100
 # The dialogues' own replies whose mean score becomes the score 0.
 CENTERING_REPLIES = 64
-# Replies of the first evaluation and of the last that the log shows.
-SHOWN_REPLIES = 2
 
 # ---------------------------------------------------------------- what to learn
 
@@ -152,7 +150,7 @@ def ppo_update(run: Run, rollout: Rollout, ppo_args: PPOArguments) -> dict[str, 
     sum_over_processes = partial(run.accelerator.reduce, reduction="sum")
     targets = compute_targets(rollout, run.state.kl_coef, ppo_args, sum_over_processes)
     measured = TokenMeans(sum_over_processes)
-    norms: dict[str, list[float]] = {role: [] for role in run.learners}
+    norms = []
     for epoch in range(ppo_args.num_ppo_epochs):
         # Detail: one shuffle for all processes, from the seed and the place in the run.
         generator = torch.Generator().manual_seed(run.training_args.seed + 7919 * update + epoch)
@@ -176,23 +174,10 @@ def ppo_update(run: Run, rollout: Rollout, ppo_args: PPOArguments) -> dict[str, 
                     columns["policy/ratio"] = (logps - part.policy_logps).exp()
                     columns |= {"value/loss": errors, "value/clip_frac": held}
                     measured.add(part.mask, columns)
-            if not all(map(math.isfinite, measured.means().values())):
-                raise UserError(
-                    f"update {update + 1}: the loss is not finite; lower --learning_rate, and see that the scores in "
-                    "the lines above are of a sound size"
-                )
-            if dead := policy.unreached:
-                raise UserError(
-                    f"update {update + 1}: {len(dead)} adapter matrices of the policy get no gradient, such as "
-                    f"{min(dead)}; without --gradient_checkpointing, or with other --target_modules, they may"
-                )
-            for role, learner in run.learners.items():
-                norms[role].append(learner.step())
-                if not math.isfinite(norms[role][-1]):
-                    raise UserError(f"update {update + 1}: the {role}'s gradient is not finite; lower --learning_rate")
+            norms.append(run.step(measured.means()))
     for learner in run.learners.values():
         learner.scheduler.step()
-    mean_norms = {f"{role}/grad_norm": sum(of_role) / len(of_role) for role, of_role in norms.items()}
+    mean_norms = {f"{role}/grad_norm": sum(norm[role] for norm in norms) / len(norms) for role in run.learners}
     return measured.means() | mean_norms | targets.figures
 
 
@@ -208,19 +193,11 @@ def evaluate(
     stop: SignalListener,
 ) -> dict[str, float]:
     """Measures of greedy replies to held-out prompts; before and after training the first replies go into the log."""
-    accelerator = run.accelerator
-    own = rows[accelerator.process_index :: accelerator.num_processes]
-    # Every process takes part in each gathering, so all must have as many batches: the first prompt fills up.
-    longest = math.ceil(len(rows) / accelerator.num_processes)
-    padded = [*own, *rows[: longest - len(own)]]
-    with accelerator.autocast():
+    own, padded = run.own_part(rows)
+    with run.accelerator.autocast():
         rollout = collect_rollout(run.roles, padded, None, sampling, reward_texts, stop)
     measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout).first(len(own))]))
-    if run.state.global_step in (0, run.n_updates):
-        for row, ids in list(zip(own, rollout.reply_ids(), strict=False))[:SHOWN_REPLIES]:
-            question = json.loads(row["messages"])[0][-1]["content"]
-            text = reward_texts.tokenizer.decode(ids, skip_special_tokens=True)
-            logger.info(f"question: {' '.join(question.split())[:120]}\nreply: {text}")
+    run.show_replies(own, rollout.reply_ids())
     metrics = summarize(measures, ppo_args.kl_coef, ppo_args.missing_eos_penalty)
     return {f"eval_{name.partition('/')[2]}": figure for name, figure in metrics.items()}
 
@@ -316,18 +293,19 @@ def describe_run(
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ arguments
     parser = StageArgumentParser(
-        [PPOModelArguments, DataArguments, LoraArguments, PPORunArguments, PPOArguments, PPOTrainingArguments]
+        [PPOModelArguments, DataArguments, LoraArguments, RLRunArguments, PPOArguments, RLTrainingArguments]
     )
     model_args, data_args, lora_args, run_args, ppo_args, training_flags = parser.parse(argv)
     training_args = training_flags.training_arguments()
     check_model_path(model_args.sft_model_path, "--sft_model_path", model_args.allow_pickle_weights)
     check_model_path(model_args.reward_model_path, "--reward_model_path", model_args.allow_pickle_weights)
     check_combination(lora_args, ppo_args, training_args)
+    check_mini_batches(ppo_args, training_args)
 
     # ------------------------------------------------------------ run
     checkpoint = start_run("proximal policy optimization", training_args, run_args, parser.notes)
     model_args.torch_dtype = base_dtype(model_args, lora_args, training_args, parser.given, checkpoint)
-    accelerator = start_accelerator(training_args, run_args.logging_dir)
+    accelerator = start_accelerator("ppo", training_args, run_args.logging_dir)
 
     # ------------------------------------------------------------ tokenizer and template
     sft, rm, hub_options = model_args.sft_model_path, model_args.reward_model_path, model_args.hub_options
@@ -341,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     n_eval = data_args.max_eval_samples or EVAL_PROMPTS
     data_args = replace(data_args, max_eval_samples=n_eval)
     encoder = PromptEncoder(tokenizer, chat_template, ppo_args.max_source_length, ppo_args.truncation)
-    data = prepare_data(read_prompts, encoder, data_args, training_args, model_args.cache_dir)
+    data = prepare_data(read_questions, encoder, data_args, training_args, model_args.cache_dir)
     eval_rows: list[dict] = []
     if data.eval:
         eval_rows = data.eval.select(range(min(n_eval, len(data.eval)))).to_list()  # a dialogue has several
@@ -353,7 +331,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     record = {"stage": "ppo", "template": ppo_args.template_name, "flags": parser.given, "flag": "--sft_model_path"}
     lineage = lineage_of(model_args, data_args, **record)
     reward_weights = weights_fingerprint(rm, flag="--reward_model_path", **hub_options)
-    settings = fixed_settings(model_args, ppo_args, training_args, reward_weights, per_update, n_prompts)
+    own = {"--reward_model_path": rm, "weights of the reward model": reward_weights[:12], "--kl_coef": ppo_args.kl_coef}
+    layout = ppo_args.padding_free
+    settings = fixed_settings("ppo", model_args, training_args, layout, per_update, n_prompts, own)
     begins = {CPU_BF16: training_args.use_cpu and model_args.torch_dtype == "bfloat16"}
     state = resumed_state(checkpoint, settings) if checkpoint else State(settings | begins, kl_coef=ppo_args.kl_coef)
     if checkpoint and is_done(state, lineage, checkpoint, n_updates):
@@ -377,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     roles.add_value_head(state.score_shift)
 
     # ------------------------------------------------------------ train
-    run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update)
+    run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update, PPO_FIGURES)
     if checkpoint:
         run.load(checkpoint)
     log_block(facts | data.facts | describe_run(run, ppo_args, sampling, reward_texts, n_prompts))

@@ -32,7 +32,7 @@ ROOMS = {
         },
     ),
     "medtune.rl": (
-        {"template", "medtune.reading", "medtune.models", "medtune.training"},
+        {"template", "medtune.reading", "medtune.models", "medtune.training", "medtune.measuring"},
         {"torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "loguru", "matplotlib"},
     ),
     "medtune.measuring": (set(), {"numpy", "rouge_score", "sacrebleu"}),

@@ -44,7 +44,7 @@ from medtune.models.loading import weights_fingerprint
 from medtune.reading.tokenization import encode_exchange, load_chat_template
 from medtune.rl import alarms, rollout, run
 from medtune.rl.alarms import UPDATES_WITHOUT_END
-from medtune.rl.arguments import PPOTrainingArguments
+from medtune.rl.arguments import RLTrainingArguments
 from medtune.rl.ppo_math import value_losses
 from medtune.rl.roles import Roles, load_roles
 from medtune.training.checkpoints import no_other_run
@@ -145,7 +145,9 @@ def test_log_probs_that_are_not_the_models_own_stop_the_run(flags, tmp_path, mon
         return roles, facts
 
     monkeypatch.setattr(ppo_training, "load_roles", load)
-    with pytest.raises(UserError, match=r"^--sft_model_path .*: PPO's log-probs .*: Qwen2ForCausalLM makes") as raised:
+    with pytest.raises(
+        UserError, match=r"^--sft_model_path .*: this stage's log-probs .*: Qwen2ForCausalLM makes"
+    ) as raised:
         ppo_training.main(flags())
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists(), "before the first update"
@@ -626,13 +628,13 @@ def test_errors_in_one_line(flags, changes, message):
 def test_flags_of_transformers_have_its_defaults():
     changed = {"adam_epsilon", "learning_rate", "logging_steps"}
     others = {spec.name: spec.default for spec in fields(TrainingArguments)}
-    for spec in fields(PPOTrainingArguments):
+    for spec in fields(RLTrainingArguments):
         assert spec.name in changed or (spec.default or None) == (others[spec.name] or None), spec.name
     given = {"output_dir": "out", "do_train": True, "gradient_checkpointing": True, "lr_scheduler_type": "cosine"}
     given |= {"gradient_checkpointing_kwargs": '{"use_reentrant": true}', "adam_beta2": 0.9, "warmup_ratio": 0.1}
     given |= {"optim": "adafactor", "eval_steps": 3}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    (training_flags,) = StageArgumentParser([PPOTrainingArguments]).parse(words)
+    (training_flags,) = StageArgumentParser([RLTrainingArguments]).parse(words)
     args = training_flags.training_arguments()
     assert (args.gradient_checkpointing, args.gradient_checkpointing_kwargs) == (True, {"use_reentrant": True})
     assert (args.lr_scheduler_type, args.adam_beta2, args.get_warmup_steps(20)) == ("cosine", 0.9, 2)
@@ -641,7 +643,7 @@ def test_flags_of_transformers_have_its_defaults():
 
 def test_what_other_stages_are_told_is_noted(monkeypatch):
     monkeypatch.setenv("TORCH_COMPILE", "1")
-    parser = StageArgumentParser([PPOTrainingArguments])
+    parser = StageArgumentParser([RLTrainingArguments])
     flags = "--fp16 False --logging_strategy steps --ddp_find_unused_parameters False --remove_unused_columns False"
     parser.parse(["--output_dir", "out", "--do_train", *flags.split()])
     assert "TORCH_COMPILE=1 in the environment: this stage does not compile" in parser.notes
@@ -669,7 +671,7 @@ def test_docs_name_places_that_exist():
 def test_zero_3_is_refused(tmp_path, name):
     with pytest.raises(UserError, match=r"^--deepspeed .*: .*ZeRO-3 would gather all weights for every token"):
         config = str(ROOT / f"ds_configs/{name}.json")
-        PPOTrainingArguments(output_dir=str(tmp_path), do_train=True, use_cpu=True, deepspeed=config)
+        RLTrainingArguments(output_dir=str(tmp_path), do_train=True, use_cpu=True, deepspeed=config)
 
 
 def test_reward_model_without_a_trained_head_is_refused(flags, sft_adapter, rm_adapter, tiny_model_dir, tmp_path):

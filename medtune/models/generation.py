@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medtune.models.decoding import Decoding
 from medtune.models.running_batch import Row, complete_rows
+from medtune.reading.thoughts import before_part_of
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class ReplyRow(Row):
     def _hand_on(self, text: str) -> None:
         text = _before_stop(text, self.decoding.stop)
         if not self.finished:
-            text = "" if text.endswith("\ufffd") else _before_part_of_stop(text, self.decoding.stop)
+            text = "" if text.endswith("\ufffd") else before_part_of(self.decoding.stop or (), text)
         # The whole reply is decoded each time: in some vocabularies a token's text depends on those before it.
         if len(text) > self.n_handed_on:
             self.on_text(text[self.n_handed_on :])
@@ -142,11 +143,3 @@ class ReplyRow(Row):
 def _before_stop(text: str, stop: Sequence[str] | None) -> str:
     """The text before the first stop text in it."""
     return text[: min((text.index(word) for word in stop or () if word in text), default=len(text))]
-
-
-def _before_part_of_stop(text: str, stop: Sequence[str] | None) -> str:
-    """The text without an end that may become a stop text with the next tokens."""
-    for start in range(max(len(text) - max(map(len, stop or ("",))), 0), len(text)):
-        if any(word.startswith(text[start:]) for word in stop or ()):
-            return text[:start]
-    return text

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from medtune.errors import Unusable
 from medtune.reading.dialects import Form, RecordPlan, check_other_forms, is_pair, plan_record
 from medtune.reading.exam_options import with_options
+from medtune.reading.exams import to_exam
 from medtune.reading.keys import (
     FEEDBACK_KEYS,
     Reading,
@@ -18,7 +19,7 @@ from medtune.reading.keys import (
     is_labelled,
     sort_keys,
 )
-from medtune.reading.records import Dialogue, Document, Feedback, Pair
+from medtune.reading.records import Dialogue, Document, Feedback, Pair, Question
 from medtune.reading.turns import tools_of
 from medtune.reading.values import (
     holds_nothing,
@@ -96,6 +97,17 @@ def to_prompt(record: object, source: str, reading: Reading | None = None) -> Di
     tools = tools_of(record)
     _note(source, turns, plan, reading)
     return Dialogue(turns, tools, source)
+
+
+def to_question(record: object, source: str, reading: Reading | None = None) -> Question:
+    """The dialogue of `to_prompt`; an exam question is asked as in evaluation."""
+    record = _object(record)
+    exam = to_exam(record)
+    asked = record if exam is None else exam.as_record("letter")
+    dialogue = to_prompt(asked, source, reading)
+    _, plan = plan_record(asked, "prompts")
+    rest = {key: value for key, value in asked.items() if key not in plan.dialect.required + plan.dialect.optional}
+    return Question(dialogue.messages, dialogue.tools, source, exam, rest)
 
 
 def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair:

@@ -5,7 +5,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import ClassVar, Literal
@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from medtune.errors import Unusable, UserError
 from medtune.reading.blocks import cut_blocks, document_end_id
+from medtune.reading.exams import Exam, ExamFormat
 from medtune.reading.finding import RECORD_ENDINGS, TEXT_ENDINGS
 from medtune.reading.keys import Reading
 from medtune.reading.kinds import Kind
-from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Prompt, Report, T
+from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Prompt, Question, Report, T
 from medtune.reading.tokenization import (
     Truncation,
     encode_dialogue,
@@ -231,39 +232,73 @@ def with_mismatched_replies(rows: Dataset) -> Dataset:
     return concatenate_datasets([rows.remove_columns("length"), columns], axis=1)
 
 
+_NEEDED = {
+    "answer": "a reward compares with the letter of the right option: --rewards exam needs questions with options and "
+    "'answer' or 'answer_idx'",
+    "reference": "a reward compares with the data's own answer: --rewards reference needs questions with answers in "
+    "words",
+}
+
+
 @dataclass
 class PromptEncoder(Encoder):
     """The prompt before each answer to a user's turn, with its history; each prompt once.
 
     A dialogue that ends with the user asks too. Rows of `prompt_ids`, `messages` (JSON of the messages that these ids
-    stand for, and the tools) and `reply` (the dialogue's own answer, "" without). "cut_prompt_start" leaves out the
-    oldest exchanges of a prompt over the limit, then the start of its question.
+    stand for, and the tools), `reply` (the dialogue's own answer, "" without) and `record`: JSON of the keys beside the
+    dialogue, with `answer` (the right letter) and `options` for an exam question, else `reference` (the reply).
+    "cut_prompt_start" leaves out the oldest exchanges of a prompt over the limit, then the start of its question; an
+    exam question, of which that would make another one, is left out.
+
+    exam_format: how exam questions are asked. needed_keys: what every `record` must have.
     """
 
     kind = "prompts"
-    features = Features(prompt_ids=_IDS, messages=_TEXT, reply=_TEXT, length=_LENGTH, source=_TEXT)
+    features = Features(prompt_ids=_IDS, messages=_TEXT, reply=_TEXT, record=_TEXT, length=_LENGTH, source=_TEXT)
 
     chat_template: ChatTemplate
     max_prompt_length: int
     truncation: Literal["drop", "cut_prompt_start"]
+    exam_format: ExamFormat = "tagged"
+    needed_keys: Sequence[str] = ()
 
-    def examples(self, record: Dialogue) -> list[Prompt]:
-        return [
-            Prompt(record.messages[: index + 1], record.tools, reply["content"], record.source)
+    def examples(self, record: Question) -> list[Prompt]:
+        prompts = [
+            Prompt(record.messages[: index + 1], record.tools, reply["content"], record.source, rest=record.rest)
             for index, (message, reply) in enumerate(pairwise([*record.messages, {"role": "", "content": ""}]))
             if message["role"] == "user"
         ]
+        return prompts if record.exam is None else [self._as_exam(prompts[-1], record.exam)]
+
+    def _as_exam(self, prompt: Prompt, exam: Exam) -> Prompt:
+        """The prompt in the encoder's form of exam questions."""
+        *before, _ = prompt.messages
+        messages = [*before, {"role": "user", "content": exam.prompt(self.exam_format)}]
+        return replace(prompt, messages=messages, reply=exam.reply(self.exam_format) if exam.answer else "", exam=exam)
+
+    def _record(self, prompt: Prompt) -> dict:
+        """What rewards may know of the prompt. Raises Unusable where a needed key is not in it."""
+        exam = prompt.exam
+        if exam is not None and len(exam.answer) > 1:
+            raise Unusable("several right answers", f"{exam.answer}; questions with one are learned from")
+        known = {"reference": prompt.reply} if exam is None else {"answer": exam.answer, "options": exam.options}
+        for key in self.needed_keys:
+            if not known.get(key):
+                raise Unusable(f"no {key}", _NEEDED[key])
+        return prompt.rest | known
 
     def row(self, record: Prompt) -> dict:
+        known = json.dumps(self._record(record), ensure_ascii=False, default=str)
         messages, tools, limit = record.messages, record.tools, self.max_prompt_length
         refuse_control_tokens(self.chat_template, messages, tools)
         while len(ids := encode_prompt(self.tokenizer, self.chat_template, messages, tools)) > limit:
-            is_cut = self.truncation == "cut_prompt_start"
+            is_cut = self.truncation == "cut_prompt_start" and record.exam is None
             messages = shorten_prompt(self.tokenizer, messages, n_excess=len(ids) - limit) if is_cut else None
             if messages is None:
                 raise Unusable("prompt too long", f"{len(ids)} tokens, over --max_source_length {limit}")
         dialogue = json.dumps([messages, tools], ensure_ascii=False)
-        return {"prompt_ids": ids, "messages": dialogue, "reply": record.reply, "length": len(ids)}
+        columns = {"prompt_ids": ids, "messages": dialogue, "reply": record.reply, "record": known}
+        return columns | {"length": len(ids)}
 
     def finish(self, rows: Dataset, report: Report) -> Dataset:
         first: dict[tuple[int, ...], str] = {}

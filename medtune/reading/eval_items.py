@@ -1,13 +1,14 @@
 """What models are measured on: dialogues with references, safety items and exam questions."""
 
 import random
-import re
 from collections.abc import Sequence
+from functools import partial
 
 from loguru import logger
 
 from medtune.errors import Unusable, UserError
 from medtune.reading.conversations import to_dialogue
+from medtune.reading.exams import has_options, to_exam, with_answer_letters
 from medtune.reading.files import read_raw
 from medtune.reading.finding import find_files, sha256_of
 
@@ -24,7 +25,7 @@ def read_tests(paths: Sequence[str], num_samples: int | None, seed: int) -> tupl
     tests, facts = [], {}
     for file in files:
         records, n_left_out = [], 0
-        for source, record in read_raw(file):
+        for source, record in with_answer_letters(read_raw(file), partial(read_raw, file)):
             try:
                 if isinstance(record, Unusable):
                     raise record
@@ -49,28 +50,18 @@ def read_tests(paths: Sequence[str], num_samples: int | None, seed: int) -> tupl
 
 def to_test(record: object, source: str) -> dict | None:
     """Convert a record to an evaluation item; None for an exam question with several right answers."""
-    options = record.get("option") or record.get("options") if isinstance(record, dict) else None
     extras = {key: record[key] for key in COPIED_KEYS if key in record} if isinstance(record, dict) else {}
-    if not options:
+    exam = to_exam(record)
+    if exam is None and has_options(record):
+        raise Unusable("broken exam question", "it has options, and no 'question' in words")
+    if exam is None:
         dialogue = to_dialogue(record, source)
         kind = "safety" if extras.get("category") in SAFETY else "dialogue"
         return extras | {"kind": kind, "messages": dialogue.messages, "tools": dialogue.tools}
-    answer, question = record.get("answer"), record.get("question")
-    is_text = isinstance(question, str) and question and isinstance(answer, str)
-    if not isinstance(options, dict) or not is_text:
-        raise Unusable("broken exam question", 'it needs "question", "option" as an object of letters, and "answer"')
-    options = {letter: str(text) for letter, text in options.items() if text}
-    answer = answer.strip()
-    if len(answer) > 1 and set(answer) <= options.keys():
+    if not exam.answer:
+        raise Unusable("broken exam question", "it has no 'answer': write the letter of the right option")
+    if len(exam.answer) > 1:
         return None
-    if answer not in options:
-        raise Unusable("broken exam question", f"the answer {answer!r} is none of {', '.join(options)}")
-    messages = [{"role": "user", "content": exam_prompt(question, options)}]
-    return extras | {"kind": "exam", "messages": messages, "tools": None, "options": options, "answer": answer}
-
-
-def exam_prompt(question: str, options: dict[str, str]) -> str:
-    """The question with its options, in its own language."""
-    is_chinese = re.search("[\u4e00-\u9fff]", question)
-    instruction = "请直接回答正确选项的字母。" if is_chinese else "Answer with the letter of the right option."
-    return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items()), instruction])
+    messages = [{"role": "user", "content": exam.prompt("letter")}]
+    asked = {"kind": "exam", "messages": messages, "tools": None}
+    return extras | asked | {"options": exam.options, "answer": exam.answer}

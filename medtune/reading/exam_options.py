@@ -1,4 +1,4 @@
-"""Append the options of an exam question, in any published form, to the question as lines."""
+"""The options of an exam question, in any published form, and the question with them as lines."""
 
 import re
 import string
@@ -12,7 +12,7 @@ from medtune.reading.values import NESTED, is_empty, parse_nested, strip_blanks
 
 def with_options(turns: list[dict], record: dict, plan: RecordPlan, reading: Reading) -> list[dict]:
     """The turns with the options in the question, where they do not stand there already."""
-    options = _options_of(record, plan.keys.options)
+    options = options_of(record, plan.keys.options)
     text_of_turns = "\n".join(turn["content"] for turn in turns)
     asks = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
     if not asks or all(text in text_of_turns for text in options.values()):
@@ -28,7 +28,7 @@ def with_options(turns: list[dict], record: dict, plan: RecordPlan, reading: Rea
     return [*turns[:last_user], {"role": "user", "content": "\n".join(lines)}, *turns[last_user + 1 :]]
 
 
-def _options_of(record: dict, keys: Sequence[str]) -> dict[str, str]:
+def options_of(record: dict, keys: Sequence[str]) -> dict[str, str]:
     """Letter and text of each option, from any of the forms that exams are published in."""
     by_letter = {letter_of(key): record[key] for key in sorted(keys, key=letter_of) if letter_of(key)}
     value = raw = by_letter or first_of(record, keys) or []
@@ -36,7 +36,7 @@ def _options_of(record: dict, keys: Sequence[str]) -> dict[str, str]:
         where = ", ".join(map(repr, keys))
         value = parse_nested(value, where) if NESTED.match(value) else list(filter(None, value.splitlines()))
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
-        matches = list(filter(None, map(_OPTION_LINE.match, value)))
+        matches = list(filter(None, map(OPTION_LINE.match, value)))
         letters = "".join(match[1] or match[2] for match in matches).upper()
         if len(matches) == len(value) and string.ascii_uppercase.startswith(letters):  # not E. coli and S. aureus
             value = {letter: line.string[line.end() :] for letter, line in zip(letters, matches, strict=True)}
@@ -66,4 +66,4 @@ def first_of(row: dict, keys: Sequence[str]) -> object:
     return next((row[key] for key in keys if not is_empty(row.get(key))), None)
 
 
-_OPTION_LINE = re.compile(r"\s*(?:[(（]([A-Za-z])[)）]|([A-Za-z])(?:\s*[.:：、)）．]|\s))\s*")
+OPTION_LINE = re.compile(r"\s*(?:[(（]([A-Za-z])[)）]|([A-Za-z])(?:\s*[.:：、)）．]|\s))\s*")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from medtune.errors import Unusable, UserError
-from medtune.reading.conversations import to_dialogue, to_document, to_feedback, to_pair, to_prompt
+from medtune.reading.conversations import to_dialogue, to_document, to_feedback, to_pair, to_prompt, to_question
+from medtune.reading.exams import with_answer_letters
 from medtune.reading.files import read_raw
 from medtune.reading.finding import some_names
 from medtune.reading.keys import Reading
@@ -14,12 +15,15 @@ from medtune.reading.records import BadRecord, Report, T
 
 
 def _read(
-    make: Callable[[object, str, Reading], T], files: Sequence[Path], reading: Reading | None = None
+    make: Callable[[object, str, Reading], T],
+    files: Sequence[Path],
+    reading: Reading | None = None,
+    rows: Callable[[Path], Iterable[tuple[str, object]]] = read_raw,
 ) -> Iterator[T | BadRecord]:
     """Read files of any dialect in order, one result a record."""
     reading = reading or Reading()
     for path in files:
-        for source, record in read_raw(path):
+        for source, record in rows(path):
             try:
                 if isinstance(record, Unusable):
                     raise record
@@ -28,8 +32,13 @@ def _read(
                 yield BadRecord(source, error.reason, error.detail)
 
 
+def _lettered(path: Path) -> Iterator[tuple[str, object]]:
+    return with_answer_letters(read_raw(path), partial(read_raw, path))
+
+
 read_dialogues = partial(_read, to_dialogue)
 read_prompts = partial(_read, to_prompt)  # dialogues that may end with the question that is to be answered
+read_questions = partial(_read, to_question, rows=_lettered)  # the same for reinforcement learning, exams too
 read_documents = partial(_read, to_document)  # lines of .txt files, and records with `text`
 read_pairs = partial(_read, to_pair)
 read_feedback = partial(_read, to_feedback)  # dialogues whose last reply is marked as good or bad

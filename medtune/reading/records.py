@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import TypeVar
 
+from medtune.reading.exams import Exam
+
 T = TypeVar("T")
 # Of each reason so many details are kept, and of each detail so many places.
 N_DETAILS, N_PLACES = 10, 3
@@ -61,13 +63,29 @@ class Feedback:
 
 
 @dataclass(slots=True)
+class Question(Dialogue):
+    """A dialogue whose questions are prompts for reinforcement learning; the last reply may be missing.
+
+    exam: where its last question is one with options; rest: keys of the record that are no part of the dialogue.
+    """
+
+    exam: Exam | None
+    rest: dict
+
+
+@dataclass(slots=True)
 class Prompt:
-    """A prompt for PPO: messages that end with a user turn; `reply` is the data's own, or ""."""
+    """A prompt for reinforcement learning: messages that end with a user turn; `reply` is the data's own, or "".
+
+    exam, rest: those of the `Question`.
+    """
 
     messages: list[dict]
     tools: list[dict] | None
     reply: str
     source: str
+    exam: Exam | None = None
+    rest: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,10 @@ from medtune.reading.readers import OnBadData, load_records
 from medtune.reading.records import BadRecord, Report, T
 
 # Why a sound record is left out, always counted; every other reason is a fault that --on_bad_data decides about.
-OVER_LIMIT = ("too long", "prompt too long", "reply too long", "same within the limit", "same prompt")
+LEFT_OUT = (
+    *("too long", "prompt too long", "reply too long", "same within the limit", "same prompt"),
+    "several right answers",
+)
 
 # A process costs about a second to start, which fewer rows do not repay.
 ROWS_A_PROCESS = 1000
@@ -178,7 +181,7 @@ def encode_records(
             usable.append(index)
         else:
             report.drop(BadRecord(source, reason, detail))
-    faults = report.dropped.keys() - set(OVER_LIMIT)
+    faults = report.dropped.keys() - set(LEFT_OUT)
     if faults and on_bad_data == "error":
         hint = "fix them, or go on without them: --on_bad_data drop"
         raise UserError(report.refusal(encoder.kind, faults, hint))

@@ -1,6 +1,7 @@
-"""PPO's flags: the models, the algorithm, and the flags of transformers that the loop honours."""
+"""The flags of PPO and GRPO: the models, the algorithms, and the flags of transformers that their loops honour."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,18 +10,16 @@ from transformers import TrainingArguments
 
 from medtune.arguments import LoraArguments, ModelArguments, RunArguments
 from medtune.errors import UserError
+from medtune.reading.exams import ExamFormat
 from medtune.training.checkpoints import PADDING_FREE
 
 EPISODES_AN_UPDATE = "episodes an update"
 
 
 @dataclass(kw_only=True)
-class PPOModelArguments(ModelArguments):
+class RLModelArguments(ModelArguments):
     sft_model_path: str = field(
         metadata={"help": "Hub name or folder of the model to start from, or the folder of a LoRA adapter."}
-    )
-    reward_model_path: str = field(
-        metadata={"help": "Folder of a reward model of reward_modeling.py: an adapter, or a model of its own."}
     )
     model_name_or_path: str = field(default="", init=False)
     device_map: str | None = field(default=None, init=False)
@@ -30,13 +29,88 @@ class PPOModelArguments(ModelArguments):
         self.model_name_or_path = self.sft_model_path
 
 
+@dataclass(kw_only=True)
+class PPOModelArguments(RLModelArguments):
+    reward_model_path: str = field(
+        metadata={"help": "Folder of a reward model of reward_modeling.py: an adapter, or a model of its own."}
+    )
+
+
 @dataclass
-class PPORunArguments(RunArguments):
+class RLRunArguments(RunArguments):
     max_bad_steps: int = field(default=1, init=False)  # a loss that is not finite stops the run at once
 
 
 @dataclass
-class PPOArguments:
+class RewardArguments:
+    """What replies are scored by, in PPO and GRPO: a group of flags of its own for the parser, from which
+    `medtune.rl.rewards.load_rewards` makes the rewards. A stage with another default has a subclass."""
+
+    rewards: list[str] = field(
+        default_factory=lambda: ["reward_model"],
+        metadata={
+            "help": "What replies are scored by, with weights: exam:1 format:0.2. There are exam, format, length, "
+            "reference, reward_model, and the functions of --reward_file. The score is the weighted sum."
+        },
+    )
+    reward_model_path: str | None = field(
+        default=None,
+        metadata={"help": "For reward_model: a folder of reward_modeling.py, an adapter or a model of its own."},
+    )
+    reward_file: str | None = field(
+        default=None, metadata={"help": "A Python file with rewards of your own: functions of replies and records."}
+    )
+    length_buffer: int | None = field(
+        default=None,
+        metadata={"help": "For length: of the last so many tokens of --response_length each costs; a fifth of them."},
+    )
+    exam_format: ExamFormat = field(
+        default="tagged",
+        metadata={"help": "Exam questions ask for thinking and then <answer>X</answer> (tagged), or for the letter."},
+    )
+
+    def __post_init__(self):
+        weights = self.reward_weights
+        if len(weights) < len(self.rewards):
+            raise UserError(f"--rewards {' '.join(self.rewards)}: one of them is named twice")
+        if not any(weights.values()):
+            raise UserError(f"--rewards {' '.join(self.rewards)}: give one of them a weight other than 0")
+        if "reward_model" in weights and not self.reward_model_path:
+            raise UserError(
+                "--reward_model_path is missing: name a folder of reward_modeling.py, or score by other --rewards, "
+                "such as exam:1 format:0.2"
+            )
+        if self.reward_model_path and "reward_model" not in weights:
+            raise UserError(
+                f"--reward_model_path {self.reward_model_path}: add reward_model to --rewards, or leave the path out"
+            )
+        if self.length_buffer is not None and ("length" not in weights or self.length_buffer < 1):
+            raise UserError(f"--length_buffer {self.length_buffer}: give at least 1, with length among the --rewards")
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """The weight of each reward of `--rewards`, 1 where none is given."""
+        weights = {}
+        for spec in self.rewards:
+            name, _, weight = spec.partition(":")
+            try:
+                weights[name] = float(weight or "1")
+            except ValueError:
+                weights[name] = math.nan
+            if not name or not math.isfinite(weights[name]):
+                raise UserError(f"--rewards {spec}: write a name, or a name and a weight such as exam:0.5")
+        return weights
+
+
+@dataclass
+class GRPORewardArguments(RewardArguments):
+    rewards: list[str] = field(
+        default_factory=lambda: ["exam"], metadata=RewardArguments.__dataclass_fields__["rewards"].metadata
+    )
+
+
+@dataclass
+class RolloutArguments:
     template_name: str | None = field(
         default=None, metadata={"help": "Named prompt template of template.py instead of the tokenizer's own."}
     )
@@ -62,6 +136,30 @@ class PPOArguments:
     stop_token: str | None = field(
         default=None, metadata={"help": "The token that ends a reply; without it the template's and the tokenizer's."}
     )
+    temperature: float = field(default=0.7, metadata={"help": "Of sampling, and of the log-probs learned from."})
+
+    def __post_init__(self):
+        self.refuse_zero("response_length", "rollout_batch_size", "temperature")
+        if self.max_source_length < 8:
+            raise UserError(f"--max_source_length {self.max_source_length}: no prompt fits; give a number of tokens")
+        if self.total_episodes is not None and self.total_episodes < 1:
+            raise UserError(f"--total_episodes {self.total_episodes}: give at least 1")
+
+    def refuse_zero(self, *names: str) -> None:
+        """Raise UserError for a flag whose value is not above 0."""
+        for name in names:
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: give more than 0")
+
+    def refuse_negative(self, *names: str) -> None:
+        """Raise UserError for a flag whose value is below 0."""
+        for name in names:
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name):g}: give 0 or more")
+
+
+@dataclass
+class PPOArguments(RolloutArguments):
     missing_eos_penalty: float = field(
         default=0.0, metadata={"help": "Taken off the score of a reply that has no end token."}
     )
@@ -79,29 +177,67 @@ class PPOArguments:
     vf_coef: float = field(default=0.1, metadata={"help": "Factor of the value loss."})
     gamma: float = field(default=1.0, metadata={"help": "Discount of later rewards."})
     lam: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
-    temperature: float = field(default=0.7, metadata={"help": "Of sampling, and of the log-probs learned from."})
     whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to variance 1."})
 
     def __post_init__(self):
-        positive = ("response_length", "rollout_batch_size", "stop_at_kl", "num_ppo_epochs", "num_mini_batches")
-        positive += ("cliprange", "cliprange_value", "temperature", "target_kl", "kl_horizon")
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: give more than 0")
-        for name in ("missing_eos_penalty", "kl_coef", "vf_coef"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name):g}: give 0 or more")
+        super().__post_init__()
+        self.refuse_zero("stop_at_kl", "num_ppo_epochs", "num_mini_batches", "cliprange", "cliprange_value")
+        self.refuse_zero("target_kl", "kl_horizon")
+        self.refuse_negative("missing_eos_penalty", "kl_coef", "vf_coef")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name} {getattr(self, name):g}: give a number from 0 to 1")
-        if self.max_source_length < 8:
-            raise UserError(f"--max_source_length {self.max_source_length}: no prompt fits; give a number of tokens")
-        if self.total_episodes is not None and self.total_episodes < 1:
-            raise UserError(f"--total_episodes {self.total_episodes}: give at least 1")
 
 
 @dataclass
-class PPOTrainingArguments:
+class GRPOArguments(RolloutArguments):
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of the log-probs learned from."})
+    num_generations: int = field(default=8, metadata={"help": "Replies to a prompt, which are compared: a group."})
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "gspo"] = field(
+        default="dapo",
+        metadata={
+            "help": "dapo: each token counts the same; grpo: each reply; dr_grpo: over a constant; gspo: as grpo, with "
+            "one ratio a reply."
+        },
+    )
+    epsilon: float = field(default=0.2, metadata={"help": "Clip of the probability ratio downwards."})
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "And upwards; without it as --epsilon. DAPO takes 0.28."}
+    )
+    beta: float = field(default=0.0, metadata={"help": "Factor of the KL from the start; 0 needs no reference."})
+    scale_rewards: Literal["group", "none"] = field(
+        default="group", metadata={"help": "Advantages over the standard deviation of their group, or as they are."}
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Optimizer steps on the replies of an update."})
+    redraw_groups: int = field(
+        default=0,
+        metadata={"help": "Take other prompts for groups of equal rewards, at most so many times an update."},
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Learn nothing from a reply that is cut at --response_length."}
+    )
+    stop_at_kl: float = field(
+        default=1.0,
+        metadata={
+            "help": "Stop when the mean KL of a token exceeds it, in nats: of an update, with --beta from the start."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.refuse_zero("epsilon", "num_iterations", "stop_at_kl")
+        self.refuse_negative("beta", "redraw_groups")
+        if self.num_generations < 2:
+            raise UserError(f"--num_generations {self.num_generations}: give at least 2, which are compared")
+        if self.epsilon >= 1:
+            raise UserError(f"--epsilon {self.epsilon:g}: give less than 1, of which ratios are clipped")
+        if self.epsilon_high is None:
+            self.epsilon_high = self.epsilon
+        self.refuse_zero("epsilon_high")
+
+
+@dataclass
+class RLTrainingArguments:
     """The flags that the loop shares with transformers' TrainingArguments, with the same meaning.
 
     A step is an update. `training_arguments` makes transformers' own of them.
@@ -157,8 +293,9 @@ class PPOTrainingArguments:
             zero = json.loads(Path(self.deepspeed).read_text(encoding="utf-8")).get("zero_optimization", {})
             if zero.get("stage") not in (1, 2):
                 raise UserError(
-                    f"--deepspeed {self.deepspeed}: PPO takes ZeRO-1 and 2; ZeRO-3 would gather all weights for every "
-                    "token that is generated. Take ds_configs/zero2.json, and --load_in_4bit True where memory is short"
+                    f"--deepspeed {self.deepspeed}: this stage takes ZeRO-1 and 2; ZeRO-3 would gather all weights for "
+                    "every token that is generated. Take ds_configs/zero2.json, and --load_in_4bit True where memory is "
+                    "short"
                 )
         if not self.do_train:
             raise UserError("--do_train is missing; scripts/evaluate_model.py measures a trained model")
@@ -181,42 +318,62 @@ class PPOTrainingArguments:
         return training_args
 
 
-def check_combination(lora_args: LoraArguments, ppo_args: PPOArguments, training_args: TrainingArguments) -> None:
+def check_combination(lora_args: LoraArguments, args: RolloutArguments, training_args: TrainingArguments) -> None:
     """Refuse flags that contradict each other."""
     if not lora_args.use_peft:
         raise UserError(
-            "--use_peft False: the four roles are adapters on one base, so the policy is one too; a model of full "
-            "weights is welcome as --sft_model_path"
+            "--use_peft False: the roles are adapters on one base, so the policy is one too; a model of full weights "
+            "is welcome as --sft_model_path"
         )
+    if training_args.max_steps > 0 and args.total_episodes is not None:
+        raise UserError("--max_steps and --total_episodes both say how long to train: give one of them")
+
+
+def check_mini_batches(ppo_args: PPOArguments, training_args: TrainingArguments) -> None:
+    """Refuse minibatches that differ in size."""
     if training_args.gradient_accumulation_steps % ppo_args.num_mini_batches:
         raise UserError(
             f"--num_mini_batches {ppo_args.num_mini_batches}: does not divide --gradient_accumulation_steps "
             f"{training_args.gradient_accumulation_steps}, so minibatches would differ in size"
         )
-    if training_args.max_steps > 0 and ppo_args.total_episodes is not None:
-        raise UserError("--max_steps and --total_episodes both say how long to train: give one of them")
+
+
+def check_groups(grpo_args: GRPOArguments, training_args: TrainingArguments, per_update: int) -> None:
+    """Refuse groups that an update, or for --redraw_groups the processes, cannot have whole.
+
+    per_update: episodes, in all processes.
+    """
+    size, n_processes = grpo_args.num_generations, training_args.world_size
+    if per_update % size:
+        made_of = f"{training_args.per_device_train_batch_size} a device x {training_args.gradient_accumulation_steps}"
+        raise UserError(
+            f"--num_generations {size}: does not divide the {per_update} episodes of an update ({made_of} accumulated "
+            f"x {n_processes} process(es)); give another --gradient_accumulation_steps"
+        )
+    if grpo_args.redraw_groups and size % n_processes:
+        raise UserError(f"--redraw_groups: {n_processes} processes share a group of {size}; give as many or a multiple")
 
 
 def fixed_settings(
-    model_args: PPOModelArguments,
-    ppo_args: PPOArguments,
+    stage: str,
+    model_args: RLModelArguments,
     training_args: TrainingArguments,
-    reward_weights: str,
+    padding_free: str,
     per_update: int,
     n_prompts: int,
+    own: dict[str, object],
 ) -> dict[str, object]:
-    """The settings that a resumed run must keep; `reward_weights` is the reward model's fingerprint."""
+    """The settings that a resumed run must keep; `own` are those of the stage alone."""
     return {
+        "stage": stage,
         "--sft_model_path": model_args.sft_model_path,
-        "--reward_model_path": model_args.reward_model_path,
-        "weights of the reward model": reward_weights[:12],
         "--seed": training_args.seed,
         "--learning_rate": training_args.learning_rate,
         "--weight_decay": training_args.weight_decay,
         "--optim": str(training_args.optim.value),
-        "--kl_coef": ppo_args.kl_coef,
+        **own,
         EPISODES_AN_UPDATE: per_update,
         "training prompts": n_prompts,
         "processes under DeepSpeed": training_args.world_size if training_args.deepspeed else 0,
-        **({} if ppo_args.padding_free == "auto" else {PADDING_FREE: ppo_args.padding_free}),
+        **({} if padding_free == "auto" else {PADDING_FREE: padding_free}),
     }

@@ -7,43 +7,40 @@ from typing import Self
 import torch
 
 from medtune.rl.ppo_math import SumOverProcesses, k3
-from medtune.rl.rollout import Rollout
+from medtune.rl.rollout import PolicyReplies, Rollout
 
 
 @dataclass(kw_only=True)
-class EpisodeMeasures:
+class ReplyMeasures:
     """Measures of N replies, [N] float64 each, on the CPU; KL and entropies are sums over a reply's tokens, in nats.
 
-    scores: centred, before the penalty for a missing end token; ended: 1 if the reply has an end token.
-    kl: k1, the reply's log-ratio; kl_k3: never negative.
+    ended: 1 if the reply has an end token.
     surprise: surprisal minus entropy; variance: its variance under the policy.
+    kl_k3: from the reference, never negative; 0 without one.
     """
 
-    scores: torch.Tensor
     ended: torch.Tensor
     n_tokens: torch.Tensor
-    kl: torch.Tensor
-    kl_k3: torch.Tensor
     entropy: torch.Tensor
     surprise: torch.Tensor
     variance: torch.Tensor
+    kl_k3: torch.Tensor
 
     @classmethod
-    def of(cls, rollout: Rollout) -> Self:
-        def sums(values: torch.Tensor) -> torch.Tensor:
-            return (values * rollout.mask).sum(dim=1)
+    def of(cls, rollout: PolicyReplies) -> Self:
+        return cls(**{name: values.double().cpu() for name, values in cls.columns(rollout).items()})
 
-        measures = {
-            "scores": rollout.scores,
+    @classmethod
+    def columns(cls, rollout: PolicyReplies) -> dict[str, torch.Tensor]:
+        ref_logps = rollout.policy_logps if rollout.ref_logps is None else rollout.ref_logps
+        return {
             "ended": rollout.ended,
             "n_tokens": rollout.mask.sum(dim=1),
-            "kl": sums(rollout.policy_logps - rollout.ref_logps),
-            "kl_k3": sums(k3(rollout.policy_logps, rollout.ref_logps)),
-            "entropy": sums(rollout.entropies),
-            "surprise": sums(-rollout.policy_logps - rollout.entropies),
-            "variance": sums(rollout.variances),
+            "entropy": sum_of_tokens(rollout, rollout.entropies),
+            "surprise": sum_of_tokens(rollout, -rollout.policy_logps - rollout.entropies),
+            "variance": sum_of_tokens(rollout, rollout.variances),
+            "kl_k3": sum_of_tokens(rollout, k3(rollout.policy_logps, ref_logps)),
         }
-        return cls(**{name: values.double().cpu() for name, values in measures.items()})
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
@@ -52,6 +49,43 @@ class EpisodeMeasures:
 
     def first(self, n: int) -> Self:
         return type(self)(**{name: values[:n] for name, values in vars(self).items()})
+
+
+def sum_of_tokens(rollout: PolicyReplies, values: torch.Tensor) -> torch.Tensor:
+    """[N] sums of [N, T] values over the tokens of each reply."""
+    return (values * rollout.mask).sum(dim=1)
+
+
+@dataclass(kw_only=True)
+class EpisodeMeasures(ReplyMeasures):
+    """PPO's: [N] scores besides, centred and before the penalty for a missing end token; kl: k1, the reply's
+    log-ratio."""
+
+    scores: torch.Tensor
+    kl: torch.Tensor
+
+    @classmethod
+    def columns(cls, rollout: Rollout) -> dict[str, torch.Tensor]:
+        kl = sum_of_tokens(rollout, rollout.policy_logps - rollout.ref_logps)
+        return super().columns(rollout) | {"scores": rollout.scores, "kl": kl}
+
+
+@dataclass(kw_only=True)
+class GroupMeasures(ReplyMeasures):
+    """GRPO's: [N, K] rewards besides, of K kinds; the replies in the order of their episodes, group by group."""
+
+    rewards: torch.Tensor
+
+    @classmethod
+    def of(cls, rollout: PolicyReplies, rewards: torch.Tensor) -> Self:
+        columns = cls.columns(rollout) | {"rewards": rewards}
+        return cls(**{name: values.double().cpu() for name, values in columns.items()})
+
+    @classmethod
+    def interleave(cls, parts: Sequence[Self]) -> Self:
+        """The parts of n processes, each of which has every n-th episode, in the order of the episodes."""
+        names = [spec.name for spec in fields(cls)]
+        return cls(**{name: torch.stack([getattr(p, name) for p in parts], dim=1).flatten(0, 1) for name in names})
 
 
 def summarize(measures: EpisodeMeasures, kl_coef: float, missing_eos_penalty: float) -> dict[str, float]:
@@ -64,6 +98,28 @@ def summarize(measures: EpisodeMeasures, kl_coef: float, missing_eos_penalty: fl
         "objective/kl_k3": measures.kl_k3.mean().item(),
         "objective/entropy": (measures.entropy.sum() / measures.n_tokens.sum()).item(),
         "objective/rlhf_reward": (penalized - kl_coef * measures.kl).mean().item(),
+        "reply/mean_len": measures.n_tokens.mean().item(),
+        "reply/eos_frac": measures.ended.mean().item(),
+    }
+
+
+def summarize_groups(
+    measures: GroupMeasures, totals: torch.Tensor, learns: torch.Tensor, names: Sequence[str], has_reference: bool
+) -> dict[str, float]:
+    """GRPO's means over replies under the names of the log.
+
+    Args:
+        totals: [N] weighted sums of the rewards; learns: [N] bool, in a group with a signal.
+        names: of the K rewards.
+    """
+    figures = {"objective/reward": totals.mean().item(), "objective/reward_std": totals.std(correction=0).item()}
+    for name, rewards in zip(names, measures.rewards.T, strict=True):
+        figures |= {f"reward/{name}": rewards.mean().item(), f"reward/{name}_std": rewards.std(correction=0).item()}
+    n_tokens = measures.n_tokens.sum()
+    figures |= {"objective/kl": (measures.kl_k3.sum() / n_tokens).item()} if has_reference else {}
+    return figures | {
+        "objective/entropy": (measures.entropy.sum() / n_tokens).item(),
+        "groups/no_signal_frac": 1 - learns.double().mean().item(),
         "reply/mean_len": measures.n_tokens.mean().item(),
         "reply/eos_frac": measures.ended.mean().item(),
     }

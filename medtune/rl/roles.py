@@ -1,4 +1,4 @@
-"""The four roles on one base model, adapters and small heads on it.
+"""The roles on one base model, adapters and small heads on it: PPO's four, of which GRPO needs fewer.
 
 role       weights                                                       trained
 policy     base + adapter "default": the SFT adapter continued           yes
@@ -66,6 +66,15 @@ class Roles:
     score_shift: float = 0.0
     padding_free: bool = False  # rows pass through the base model joined into one
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The roles that learn."""
+        return ("policy",) if self.value_head is None else ("policy", "value")
+
+    @property
+    def has_reference(self) -> bool:
+        return "reference" in self.model.peft_config
+
     def add_value_head(self, score_shift: float) -> None:
         """Centre the scores, and start the value head from the reward model's, so that its first values are scores."""
         self.score_shift = score_shift
@@ -124,9 +133,9 @@ class Roles:
         base = self.model.get_base_model()
         if (apart := difference()) > rounding:
             raise UserError(
-                f"{where}: PPO's log-probs differ from those of the model's own forward pass by {apart:.2g} nats "
-                f"a token, where rounding explains {rounding:.2g}: {type(base).__name__} makes its logits in a way "
-                "that PPO does not follow, and would be trained on wrong probabilities; take another model"
+                f"{where}: this stage's log-probs differ from those of the model's own forward pass by {apart:.2g} "
+                f"nats a token, where rounding explains {rounding:.2g}: {type(base).__name__} makes its logits in a "
+                "way that it does not follow, and would be trained on wrong probabilities; take another model"
             )
         if padding_free == "False" or (padding_free == "auto" and not gains_from_joining(base, ids.device)):
             return
@@ -192,11 +201,20 @@ class Roles:
         self.model.train(learns)  # gradient checkpointing asks for it; there is no dropout
 
 
-def load_roles(sft: str, rm: str, lora: dict, device: torch.device, **base_options) -> tuple[Roles, dict[str, str]]:
-    """Load the base once, with the adapters of all roles that fit on it; and the facts to log.
+def load_roles(
+    sft: str,
+    rm: str | None,
+    lora: dict,
+    device: torch.device,
+    with_reference: bool = True,
+    with_value: bool = True,
+    **base_options,
+) -> tuple[Roles, dict[str, str]]:
+    """Load the base once, with the adapters of the roles that fit on it; and the facts to log.
 
     Args:
         sft, rm: what --sft_model_path and --reward_model_path name.
+        with_reference, with_value: whether these roles are needed; one that is not takes no memory.
         lora: keywords of `load_for_training` for a policy that starts a new adapter.
         base_options: of `load_base_model`.
     """
@@ -206,27 +224,31 @@ def load_roles(sft: str, rm: str, lora: dict, device: torch.device, **base_optio
     policy = f"{sft}: {describe_trainable(model)}"
     switch_off_dropout(model)
     start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
-    config = model.peft_config["default"]
-    add_adapter(model, "reference", config, start, f"--sft_model_path {sft}")
-    facts = {"policy": policy, "reference": "the policy's start, an adapter on its base"}
+    config, facts = model.peft_config["default"], {"policy": policy}
+    if with_reference:
+        add_adapter(model, "reference", config, start, f"--sft_model_path {sft}")
+        facts["reference"] = "the policy's start, an adapter on its base"
 
-    shares_base = is_adapter(rm) and Path(base_of(rm)).resolve() == Path(base_of(sft)).resolve()
+    shares_base = rm is not None and is_adapter(rm) and Path(base_of(rm)).resolve() == Path(base_of(sft)).resolve()
     reward_model = reward_head = None
     if shares_base:
         weight = add_reward_adapter(model, rm, "reward")
         reward_head = ScoreHead(weight.shape[1], 1, bias=False, dtype=torch.float32).requires_grad_(False)
         reward_head.weight.data.copy_(weight)
-        matrices = get_peft_model_state_dict(model, adapter_name="reward")
-        # Detail: the value model starts as the reward model.
-        add_adapter(model, "value", model.peft_config["reward"], matrices, f"--reward_model_path {rm}")
-        facts |= {"reward": f"{rm}, an adapter on the same base", "value": "starts as the reward model"}
-    else:
+        facts["reward"] = f"{rm}, an adapter on the same base"
+    elif rm is not None:
         reward_model = load_reward_model(base_of(rm), rm if is_adapter(rm) else None, **base_options).requires_grad_(
             False
         )
-        add_adapter(model, "value", config, start, f"--sft_model_path {sft}")
         facts["reward"] = f"{rm}, a model of its own: its base is not the policy's"
-        facts["value"] = "starts as the policy, with a head of zeros: the reward model has another base"
+    if with_value and shares_base:
+        matrices = get_peft_model_state_dict(model, adapter_name="reward")
+        # Detail: the value model starts as the reward model.
+        add_adapter(model, "value", model.peft_config["reward"], matrices, f"--reward_model_path {rm}")
+        facts["value"] = "starts as the reward model"
+    elif with_value:
+        add_adapter(model, "value", config, start, f"--sft_model_path {sft}")
+        facts["value"] = "starts as the policy, with a head of zeros: no reward model is on its base"
     if dropout:
         facts["dropout"] = "off in all roles: it would blur what is compared"
     if not (base_options.get("load_in_4bit") or base_options.get("load_in_8bit")):

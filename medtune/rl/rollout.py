@@ -1,8 +1,8 @@
 """Rollouts: the policy's replies to prompts, with log-probs, values and scores."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from medtune.errors import UserError
 from medtune.models.decoding import Decoding
 from medtune.models.running_batch import Row
 from medtune.reading.tokenization import stop_token_ids
-from medtune.rl.arguments import PPOArguments
+from medtune.rl.arguments import RolloutArguments
 from medtune.rl.ppo_math import draw_uniforms, inverse_transform, reply_mask
 from medtune.rl.reward_texts import RewardTexts
 from medtune.rl.roles import Roles
@@ -58,7 +58,7 @@ class Replies:
         def part(tensor: torch.Tensor) -> torch.Tensor:
             return tensor[rows] if tensor.dim() == 1 else tensor[rows, whole if self._has_prompt(tensor) else reply]
 
-        return type(self)(**{spec.name: part(getattr(self, spec.name)) for spec in fields(self)})
+        return type(self)(**{name: part(tensor) for name, tensor in self.tensors().items()})
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
@@ -70,8 +70,13 @@ class Replies:
             left = n_prompt - part.n_prompt if part._has_prompt(tensor) else 0
             return tensor if tensor.dim() == 1 else F.pad(tensor, (left, n_reply - part.mask.shape[1]))
 
-        names = [spec.name for spec in fields(cls)]
+        names = parts[0].tensors()
         return cls(**{name: torch.cat([padded(part, getattr(part, name)) for part in parts]) for name in names})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that there are, by name."""
+        values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        return {name: tensor for name, tensor in values.items() if tensor is not None}
 
     def _has_prompt(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor has the columns of prompt and reply, not those of the reply alone."""
@@ -79,19 +84,31 @@ class Replies:
 
 
 @dataclass(kw_only=True)
-class Rollout(Replies):
-    """Replies with their log-probs, values and scores.
+class PolicyReplies(Replies):
+    """Replies with their log-probs under the policy that wrote them, and under the reference where there is one.
 
-    policy_logps, ref_logps, values, entropies, variances (of the surprisal): [N, T] float32, 0 outside the mask.
-    scores: [N] float32, minus the mean of the dialogues' own replies; before the penalty for a missing end token.
+    policy_logps, entropies, variances (of the surprisal), ref_logps: [N, T] float32, 0 outside the mask.
     """
 
     policy_logps: torch.Tensor
-    ref_logps: torch.Tensor
-    values: torch.Tensor
     entropies: torch.Tensor
     variances: torch.Tensor
+    ref_logps: torch.Tensor | None = None
+
+
+@dataclass(kw_only=True)
+class Rollout(PolicyReplies):
+    """Of PPO: with values and scores.
+
+    values: [N, T] float32, 0 outside the mask.
+    scores: [N] float32, minus the mean of the dialogues' own replies; before the penalty for a missing end token.
+    """
+
+    values: torch.Tensor
     scores: torch.Tensor
+
+
+Kind = TypeVar("Kind", bound=Replies)
 
 
 # ---------------------------------------------------------------- sampling
@@ -110,19 +127,19 @@ class Sampling:
 
 
 def choose_sampling(
-    ppo_args: PPOArguments, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate, seed: int
+    args: RolloutArguments, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate, seed: int
 ) -> Sampling:
     """The sampling of the flags; a reply ends at --stop_token, or at the template's and tokenizer's end tokens."""
     stop_ids = stop_token_ids(tokenizer, chat_template)
-    if ppo_args.stop_token is not None:
-        stop_ids = tokenizer.encode(ppo_args.stop_token, add_special_tokens=False)
+    if args.stop_token is not None:
+        stop_ids = tokenizer.encode(args.stop_token, add_special_tokens=False)
         if len(stop_ids) != 1:
             n_tokens = f"{len(stop_ids)} tokens of this tokenizer"
-            raise UserError(f"--stop_token {ppo_args.stop_token}: {n_tokens}; name a single one")
+            raise UserError(f"--stop_token {args.stop_token}: {n_tokens}; name a single one")
     return Sampling(
-        temperature=ppo_args.temperature,
-        max_tokens=ppo_args.response_length,
-        batch_size=ppo_args.rollout_batch_size,
+        temperature=args.temperature,
+        max_tokens=args.response_length,
+        batch_size=args.rollout_batch_size,
         stop_ids=stop_ids,
         pad_id=tokenizer.pad_token_id,
         seed=seed,
@@ -172,19 +189,20 @@ def sample_replies(
 
 
 @torch.no_grad()
-def collect_rollout(
+def collect_replies(
     roles: Roles,
     rows: Sequence[dict],
     episodes: Sequence[int] | None,
     sampling: Sampling,
-    reward_texts: RewardTexts,
     stop: SignalListener,
-) -> Rollout:
-    """Sample replies to the prompts and evaluate all roles on them; the rows keep the given order.
+    complete: Callable[[list[int], Replies], Kind],
+) -> Kind:
+    """Sample replies to the prompts, batch by batch, and complete each batch; the rows keep the given order.
 
     Args:
         rows: of `PromptEncoder`.
         episodes: of `sample_replies`.
+        complete: from the indices of a batch's rows and its replies to what is wanted of them.
 
     Raises StoppedInRolloutError in all processes once a signal has reached one of them.
     """
@@ -197,26 +215,40 @@ def collect_rollout(
         chosen = order[begin : begin + sampling.batch_size]
         prompts = [rows[index]["prompt_ids"] for index in chosen]
         replies = sample_replies(roles, prompts, episodes and [episodes[index] for index in chosen], sampling)
-        text = replies.ids, replies.attention_mask, replies.mask
-        # Detail: the old log-probs are computed anew by a full forward pass.
-        policy_logps, entropies, variances = roles.logps("policy", *text, sampling.temperature)
-        ref_logps, *_ = roles.logps("reference", *text, sampling.temperature)
-        values = roles.values(*text)
+        parts.append(complete(chosen, replies))
+    back = torch.tensor(order).argsort()
+    return type(parts[0]).join(parts).take(back.to(roles.model.device))
+
+
+@torch.no_grad()
+def with_logps(roles: Roles, replies: Replies, temperature: float) -> PolicyReplies:
+    """The replies with their log-probs under the policy as it is, and under the reference where there is one."""
+    text = replies.ids, replies.attention_mask, replies.mask
+    # Detail: the old log-probs are computed anew by a full forward pass.
+    policy_logps, entropies, variances = roles.logps("policy", *text, temperature)
+    ref_logps = roles.logps("reference", *text, temperature)[0] if roles.has_reference else None
+    of_policy = {"policy_logps": policy_logps, "entropies": entropies, "variances": variances}
+    return PolicyReplies(**vars(replies), **of_policy, ref_logps=ref_logps)
+
+
+def collect_rollout(
+    roles: Roles,
+    rows: Sequence[dict],
+    episodes: Sequence[int] | None,
+    sampling: Sampling,
+    reward_texts: RewardTexts,
+    stop: SignalListener,
+) -> Rollout:
+    """PPO's rollout: replies to the prompts, and all roles evaluated on them; arguments as of `collect_replies`."""
+
+    def complete(chosen: list[int], replies: Replies) -> Rollout:
+        likely = with_logps(roles, replies, sampling.temperature)
+        values = roles.values(replies.ids, replies.attention_mask, replies.mask)
         rows_and_replies = zip(chosen, replies.reply_ids(), strict=True)
         texts = [reward_texts.of_ids(rows[index], ids) for index, ids in rows_and_replies]
-        parts.append(
-            Rollout(
-                **vars(replies),
-                policy_logps=policy_logps,
-                ref_logps=ref_logps,
-                values=values,
-                entropies=entropies,
-                variances=variances,
-                scores=roles.scores(texts) - roles.score_shift,
-            )
-        )
-    back = torch.tensor(order).argsort()
-    return Rollout.join(parts).take(back.to(roles.model.device))
+        return Rollout(**vars(likely), values=values, scores=roles.scores(texts) - roles.score_shift)
+
+    return collect_replies(roles, rows, episodes, sampling, stop, complete)
 
 
 def center_scores(roles: Roles, rows: Sequence[dict], reward_texts: RewardTexts, batch_size: int) -> float:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from medtune.errors import UserError
 from medtune.models.lineage import Lineage
 from medtune.rl.arguments import EPISODES_AN_UPDATE
 from medtune.rl.learner import Learner, load_optimizers, save_optimizers
+from medtune.rl.log import ShownFigures, log_evaluation, log_update
 from medtune.rl.roles import Roles
 from medtune.rl.rollout import StoppedInRolloutError
 from medtune.rl.zero import ZeroLearner, load_engines, save_engines
@@ -45,16 +46,17 @@ from medtune.training.out_of_memory import batch_remedies, explain_full_memory_o
 from medtune.training.processes import leave_process_group
 from medtune.training.run import leave_finished_run
 
-CURVES = {
-    "score": {"objective/score": "sampled", "eval_score": "held-out, greedy"},
-    "KL a reply (nats)": {"objective/kl": "sampled", "eval_kl": "held-out, greedy"},
-}
+# Replies of the first evaluation and of the last that the log shows.
+SHOWN_REPLIES = 2
 
 # ---------------------------------------------------------------- before the loop
 
 
-def start_accelerator(training_args: TrainingArguments, logging_dir: str | None) -> Accelerator:
-    """Set up processes, autocast and trackers; warns of idle GPUs."""
+def start_accelerator(stage: str, training_args: TrainingArguments, logging_dir: str | None) -> Accelerator:
+    """Set up processes, autocast and trackers; warns of idle GPUs.
+
+    stage: ppo or grpo.
+    """
     trackers = [name for name in training_args.report_to if name != "none"]
     accelerator = Accelerator(
         cpu=training_args.use_cpu,
@@ -65,11 +67,11 @@ def start_accelerator(training_args: TrainingArguments, logging_dir: str | None)
         ),
     )
     if trackers:
-        accelerator.init_trackers(training_args.run_name or "ppo")
+        accelerator.init_trackers(training_args.run_name or stage)
     if not training_args.use_cpu and torch.cuda.device_count() > accelerator.num_processes:
         logger.info(
             f"{torch.cuda.device_count()} GPUs are visible and {accelerator.num_processes} used: torchrun "
-            f"--nproc_per_node {torch.cuda.device_count()} ppo_training.py uses them all"
+            f"--nproc_per_node {torch.cuda.device_count()} {stage}_training.py uses them all"
         )
     return accelerator
 
@@ -98,6 +100,8 @@ class State:
     """The state of a run: trainer_state.json in a checkpoint.
 
     settings: the flags that a resumed run must keep.
+    groups_drawn: of GRPO, groups of replies so far, those without a signal included.
+    streaks: for how many updates in a row something has been so, by its name; start: figures of the first update.
     """
 
     settings: dict[str, object]
@@ -105,6 +109,9 @@ class State:
     kl_coef: float = 0.0
     score_shift: float = 0.0
     updates_without_end: int = 0
+    groups_drawn: int = 0
+    streaks: dict[str, int] = field(default_factory=dict)
+    start: dict[str, float] = field(default_factory=dict)
     best_reward: float | None = None
     best_step: int | None = None
     seconds: float = 0.0
@@ -115,7 +122,7 @@ class State:
 
     def evaluations(self) -> dict[int, dict]:
         """The evaluations so far, by update."""
-        return {entry["step"]: entry for entry in self.log_history if "eval_score" in entry}
+        return {entry["step"]: entry for entry in self.log_history if any(name.startswith("eval_") for name in entry)}
 
 
 def resumed_state(checkpoint: str, settings: dict[str, object]) -> State:
@@ -123,7 +130,9 @@ def resumed_state(checkpoint: str, settings: dict[str, object]) -> State:
     values = read_state(checkpoint)
     recorded = values.get("settings")
     if recorded is None:
-        raise UserError(f"--resume_from_checkpoint {checkpoint}: not a checkpoint of PPO; name another --output_dir")
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: not a checkpoint of PPO or GRPO; name another --output_dir"
+        )
     remedies = {EPISODES_AN_UPDATE: "leave it as it was (on half the GPUs accumulate twice as many)"}
     refuse_changed(Path(checkpoint), recorded, settings, remedies)
     return State(**values | {"settings": recorded | settings})
@@ -158,6 +167,7 @@ class Run:
     lineage: Lineage
     n_updates: int
     per_update: int
+    shown: ShownFigures
     saved_at: int | None = None
 
     def __post_init__(self):
@@ -165,7 +175,7 @@ class Run:
         kind = ZeroLearner if self.training_args.deepspeed else Learner
         self.learners: dict[str, Learner] = {
             role: kind(self.roles.trained_weights(role), self.training_args, self.n_updates, self.accelerator)
-            for role in ("policy", "value")
+            for role in self.roles.trained
         }
         self.first = self.state.global_step
         self.started = time.monotonic()
@@ -203,14 +213,44 @@ class Run:
         remedies.append("a shorter --max_source_length or --response_length")
         return f"out of memory; in this order: {'; '.join(remedies)}"
 
+    # ------------------------------------------------------------ an optimizer step
+
+    def step(self, means: dict[str, float], has_gradients: bool = True) -> dict[str, float]:
+        """A step of every role; returns the norm of each one's gradient.
+
+        Args:
+            means: what was measured on the way to the gradients.
+            has_gradients: False where this process had no token to learn from.
+
+        Raises UserError if a loss or gradient is not finite, or a matrix of the policy's adapter gets no gradient.
+        """
+        update, dead = self.state.global_step + 1, self.learners["policy"].unreached
+        if not all(map(math.isfinite, means.values())):
+            raise UserError(
+                f"update {update}: the loss is not finite; lower --learning_rate, and see that the scores in the lines "
+                "above are of a sound size"
+            )
+        if dead and has_gradients:
+            raise UserError(
+                f"update {update}: {len(dead)} adapter matrices of the policy get no gradient, such as {min(dead)}; "
+                "without --gradient_checkpointing, or with other --target_modules, they may"
+            )
+        norms = {}
+        for role, learner in self.learners.items():
+            norms[role] = learner.step()
+            if not math.isfinite(norms[role]):
+                raise UserError(f"update {update}: the {role}'s gradient is not finite; lower --learning_rate")
+        return norms
+
     # ------------------------------------------------------------ checkpoints
 
     def _refuse_small_disk(self) -> None:
         """Raise UserError if, by an estimate of their size, the run's checkpoints will not fit on the disk."""
-        args, policy, value = self.training_args, self.learners["policy"].weights, self.learners["value"].weights
+        args, policy = self.training_args, n_bytes(self.learners["policy"].weights)
         n_saves = math.ceil(self.n_updates / args.save_steps) if args.save_strategy == "steps" else 1
-        checkpoint = n_bytes([*policy, *value]) + optimizer_bytes([*policy, *value], args)
-        refuse_small_disk(self.output_dir, n_bytes(policy), checkpoint, n_saves, args.save_total_limit)
+        trained = [weights for learner in self.learners.values() for weights in learner.weights]
+        checkpoint = n_bytes(trained) + optimizer_bytes(trained, args)
+        refuse_small_disk(self.output_dir, policy, checkpoint, n_saves, args.save_total_limit)
 
     def save_policy(self, folder: Path) -> None:
         self.roles.model.save_pretrained(str(folder), selected_adapters=["default"])
@@ -239,9 +279,10 @@ class Run:
 
     def _write_weights_and_states(self, folder: Path) -> None:
         self.save_policy(folder)
-        value = get_peft_model_state_dict(self.roles.model, adapter_name="value")
-        value |= {f"head.{name}": tensor for name, tensor in self.roles.value_head.state_dict().items()}
-        save_file({name: tensor.contiguous() for name, tensor in value.items()}, folder / "value_model.safetensors")
+        if self.roles.value_head is not None:
+            value = get_peft_model_state_dict(self.roles.model, adapter_name="value")
+            value |= {f"head.{name}": tensor for name, tensor in self.roles.value_head.state_dict().items()}
+            save_file({name: tensor.contiguous() for name, tensor in value.items()}, folder / "value_model.safetensors")
         if not self.training_args.deepspeed:
             save_optimizers(self.learners, folder)
         torch.save({role: it.scheduler.state_dict() for role, it in self.learners.items()}, folder / "scheduler.pt")
@@ -253,11 +294,12 @@ class Run:
         """Load what `save` wrote, except for the state."""
         folder, model = Path(checkpoint), self.roles.model
         set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter_name="default")
-        value = load_file(folder / "value_model.safetensors")
-        head = {name.removeprefix("head."): tensor for name, tensor in value.items() if name.startswith("head.")}
-        self.roles.value_head.load_state_dict(head)
-        matrices = {name: tensor for name, tensor in value.items() if not name.startswith("head.")}
-        set_peft_model_state_dict(model, matrices, adapter_name="value")
+        if self.roles.value_head is not None:
+            value = load_file(folder / "value_model.safetensors")
+            head = {name.removeprefix("head."): tensor for name, tensor in value.items() if name.startswith("head.")}
+            self.roles.value_head.load_state_dict(head)
+            matrices = {name: tensor for name, tensor in value.items() if not name.startswith("head.")}
+            set_peft_model_state_dict(model, matrices, adapter_name="value")
         if self.training_args.deepspeed:
             load_engines(self.learners, folder, self.state.global_step)
         else:
@@ -274,8 +316,8 @@ class Run:
         self.saved_at = self.state.global_step
 
     def keep_best(self, metrics: dict[str, float]) -> None:
-        """Save checkpoint-best: by the best held-out reward minus KL, or without evaluation the last update."""
-        reward = metrics.get("eval_rlhf_reward")
+        """Save checkpoint-best: by the stage's figure of the evaluation, or without evaluation the last update."""
+        reward = metrics.get(self.shown.best_by)
         if reward is not None and self.state.best_reward is not None and reward <= self.state.best_reward:
             return
         self.state.best_reward, self.state.best_step = reward, self.state.global_step
@@ -285,6 +327,22 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------ what is due, and what was measured
+
+    def own_part(self, rows: Sequence[dict]) -> tuple[Sequence[dict], list[dict]]:
+        """This process's part of the held-out rows, and the same filled up to the longest part with the first row:
+        every process takes part in each gathering, so all must have as many batches."""
+        own = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        longest = math.ceil(len(rows) / self.accelerator.num_processes)
+        return own, [*own, *rows[: longest - len(own)]]
+
+    def show_replies(self, rows: Sequence[dict], replies: Sequence[list[int]]) -> None:
+        """Log some replies of the first evaluation and of the last."""
+        if self.state.global_step not in (0, self.n_updates):
+            return
+        for row, ids in list(zip(rows, replies, strict=False))[:SHOWN_REPLIES]:
+            question = json.loads(row["messages"])[0][-1]["content"]
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            logger.info(f"question: {' '.join(question.split())[:120]}\nreply: {text}")
 
     def evaluation_is_due(self) -> bool:
         """Whether to evaluate: at the start and every --eval_steps; a resumed run repeats an interrupted one."""
@@ -301,8 +359,8 @@ class Run:
         return args.save_strategy == "steps" and self.state.global_step % int(args.save_steps) == 0
 
     def record_evaluation(self, metrics: dict[str, float]) -> None:
-        log_evaluation(metrics, self.state)
         step = self.state.global_step
+        log_evaluation(metrics, step)
         self.accelerator.log(
             {f"eval/{name.removeprefix('eval_')}": value for name, value in metrics.items()}, step=step
         )
@@ -323,7 +381,7 @@ class Run:
         if is_first or state.global_step % int(args.logging_steps) == 0 or state.global_step == self.n_updates:
             state.log_history.append({"step": state.global_step} | metrics)
             self.accelerator.log(metrics, step=state.global_step)
-            log_update(metrics, state, self.n_updates, f"  {left} left" if n_done > 3 else "")
+            log_update(metrics, state.global_step, self.n_updates, self.shown, f"  {left} left" if n_done > 3 else "")
         if n_done == 3:
             logger.info(f"about {left} left, at the speed of the first three updates")
 
@@ -338,31 +396,13 @@ class Run:
             if metrics:
                 _write_json(self.output_dir / "eval_results.json", metrics)
             state.save(self.output_dir / "trainer_state.json")
-            plot_curves(state.log_history, self.output_dir / "curves.png", CURVES, xlabel="update")
+            plot_curves(state.log_history, self.output_dir / "curves.png", self.shown.curves, xlabel="update")
         logger.info(f"done: {self.output_dir / BEST} (update {state.best_step} of {state.global_step})")
         logger.info(f"results: {self.output_dir}; curves: tensorboard --logdir {self.output_dir}")
         logger.info(f"next: {next_command}")
         self.accelerator.end_training()
         leave_process_group()
         return metrics
-
-
-def log_update(metrics: dict[str, float], state: State, n_updates: int, time_left: str) -> None:
-    columns = (
-        *(("objective/score", "score", ".3f"), ("objective/kl", "kl", ".3f"), ("objective/entropy", "entropy", ".3f")),
-        *(("objective/rlhf_reward", "reward", ".3f"), ("policy/loss", "policy loss", ".4f")),
-        *(("policy/approx_kl", "approx kl", ".4f"), ("policy/clip_frac", "clipped", ".3f")),
-        *(("value/loss", "value loss", ".4f"), ("value/explained_var", "explained", ".2f")),
-        *(("reply/mean_len", "tokens", ".0f"), ("reply/eos_frac", "ended", ".2f"), ("learning_rate", "lr", ".2e")),
-        *(("episodes_per_second", "episodes/s", ".2f"), ("peak_memory_gib", "peak GiB", ".1f")),
-    )
-    line = "  ".join(f"{short} {metrics[name]:{form}}" for name, short, form in columns)
-    logger.info(f"update {state.global_step}/{n_updates}  {line}{time_left}")
-
-
-def log_evaluation(metrics: dict[str, float], state: State) -> None:
-    figures = "  ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items())
-    logger.info(f"update {state.global_step}  evaluation: {figures}")
 
 
 def _write_json(file: Path, values: dict[str, float]) -> None:

@@ -145,7 +145,9 @@ def scale_by_position(roles: Roles) -> None:
 def test_log_probs_that_are_not_the_models_own_are_refused():
     roles = roles_of_class("qwen2", ["o_proj"])
     scale_by_position(roles)
-    with pytest.raises(UserError, match=r"^here: PPO's log-probs differ .* by [\d.]+ nats a token, where rounding"):
+    with pytest.raises(
+        UserError, match=r"^here: this stage's log-probs differ .* by [\d.]+ nats a token, where rounding"
+    ):
         roles.check_logps([list(range(5, 50))] * 2 + [[7, 8, 9]], 0.7, "here")
 
 

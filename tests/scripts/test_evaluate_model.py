@@ -11,7 +11,7 @@ from evaluate_model import add_rewards, main
 from safetensors.torch import load_file, save_file
 
 from medtune.errors import UserError
-from medtune.reading.eval_items import exam_prompt
+from medtune.reading.exams import exam_prompt
 
 KNOWLEDGE = ["多喝水，注意休息。", "少吃盐，多吃蔬菜。", "及时去医院就诊。", "适量运动，戒烟限酒。"]
 

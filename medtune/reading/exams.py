@@ -1,0 +1,182 @@
+"""Exam questions: read from the columns of published sets, and asked in the same words in training and evaluation."""
+
+import re
+import string
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from medtune.errors import Unusable
+from medtune.reading.exam_options import OPTION_LINE, options_of
+from medtune.reading.keys import sort_keys
+from medtune.reading.values import is_empty, text_of, with_values
+
+# letter: the letter at once, as likelihoods are compared; tagged: thinking first, then <answer>X</answer>.
+ExamFormat = Literal["letter", "tagged"]
+
+_QUESTIONS = ("question", "problem", "问题", "题目", "题干")
+# A letter or a number in MedQA and MedMCQA, beside which `answer` is the option's text.
+_INDICES = ("answer_idx", "answer_index", "cop", "correct_option")
+_ANSWERS = ("answer", "correct_answer", "答案", "正确答案")
+_TURNS = ("messages", "conversations", "conversation")
+_SEVERAL = re.compile(r"[A-Z](?:[\s,;、/和]*[A-Z])*")
+
+
+@dataclass(slots=True)
+class Exam:
+    """A question with options.
+
+    answer: the letter of the right option; several where several are right, "" where the record does not say.
+    rest: the record's other keys; columns: the names of those that were read.
+    """
+
+    question: str
+    options: dict[str, str]
+    answer: str
+    rest: dict
+    columns: tuple[str, ...]
+
+    def prompt(self, form: ExamFormat) -> str:
+        return exam_prompt(self.question, self.options, form)
+
+    def reply(self, form: ExamFormat) -> str:
+        """The right answer in the form that the prompt asks for."""
+        return f"<answer>{self.answer}</answer>" if form == "tagged" else self.answer
+
+    def as_record(self, form: ExamFormat) -> dict:
+        """The record as a question and its answer, which dialogues are made of."""
+        answer = {"answer": self.reply(form)} if self.answer else {}
+        return self.rest | {"question": self.prompt(form)} | answer
+
+
+def exam_prompt(question: str, options: dict[str, str], form: ExamFormat = "letter") -> str:
+    """The question with its options, and how to answer it, in its own language."""
+    is_chinese = re.search("[\u4e00-\u9fff]", question) is not None
+    lines = (f"{letter}. {text}" for letter, text in options.items())
+    return "\n".join([question, *lines, _INSTRUCTIONS[form, is_chinese]])
+
+
+_INSTRUCTIONS: dict[tuple[ExamFormat, bool], str] = {
+    ("letter", True): "请直接回答正确选项的字母。",
+    ("letter", False): "Answer with the letter of the right option.",
+    ("tagged", True): "请先思考，最后写出 <answer>X</answer>，其中 X 是正确选项的字母。",
+    ("tagged", False): "Think first, then end with <answer>X</answer>, where X is the letter of the right option.",
+}
+
+# ---------------------------------------------------------------- reading
+
+
+def to_exam(record: object) -> Exam | None:
+    """The exam question of a record; None for a record without a question in words or without options.
+
+    Raises Unusable where the options or the answer cannot be read.
+    """
+    if not isinstance(record, dict) or any(key in record for key in _TURNS):
+        return None
+    present = with_values(record)
+    question_key = _first_key(present, _QUESTIONS)
+    option_keys = sort_keys(tuple(present), ()).options
+    if question_key is None or not option_keys or not isinstance(present[question_key], str):
+        return None
+    options = {letter.strip().upper(): text for letter, text in options_of(present, option_keys).items()}
+    if len(options) < 2:
+        raise Unusable("broken exam question", f"it has {len(options)} option; write two or more")
+    answer_keys = [key for names in (_INDICES, _ANSWERS) if (key := _first_key(present, names)) is not None]
+    letters = {key: _letters(present[key], key, options) for key in answer_keys}
+    named = set(filter(None, letters.values()))
+    if answer_keys and len(named) != 1:
+        stated = " and ".join(f"{key!r} is {present[key]!r:.60}" for key in answer_keys)
+        fault = "keep the right one" if named else f"it must be one of {', '.join(options)}"
+        raise Unusable("broken exam question", f"{stated}: {fault}")
+    columns = (question_key, *option_keys, *answer_keys)
+    rest = {key: value for key, value in record.items() if key not in columns}
+    question = text_of(present[question_key], f"{question_key!r}")
+    return Exam(question, options, "".join(named), rest, columns)
+
+
+def _first_key(record: dict, names: Iterable[str]) -> str | None:
+    """The first of the names that is a key, in whatever case."""
+    by_lower_case = {key.strip().lower(): key for key in record}
+    return next((name if name in record else by_lower_case[name] for name in names if name in by_lower_case), None)
+
+
+def _letters(answer: object, key: str, options: dict[str, str]) -> str:
+    """The letters of the options that an answer names, by letter or by an option's words; "" for none.
+
+    Several letters come in the order of the options.
+    """
+    if isinstance(answer, list):
+        answer = ",".join(map(str, answer))
+    if not isinstance(answer, str) or answer.strip().isdecimal():
+        raise Unusable(
+            "broken exam question",
+            f"{key!r} is {answer!r:.60}; write the letter of the right option (numbers count from 0 or from 1, and "
+            "these do not show from which)",
+        )
+    by_words = {letter for letter, words in options.items() if words == answer.strip()}
+    text = unicodedata.normalize("NFKC", answer).strip()
+    line = OPTION_LINE.match(text)
+    letter, words = ((line[1] or line[2]).upper(), text[line.end() :]) if line else (text.upper(), "")
+    if letter in options and words in ("", options[letter]):
+        named = by_words | {letter}
+        return letter if len(named) == 1 else ""
+    if not by_words and _SEVERAL.fullmatch(text):
+        named = set(re.findall("[A-Z]", text))
+        return "".join(letter for letter in options if letter in named) if named <= options.keys() else ""
+    return "".join(by_words) if len(by_words) == 1 else ""
+
+
+# ---------------------------------------------------------------- answers that are numbers
+
+
+def with_answer_letters(
+    rows: Iterable[tuple[str, object]], read_again: Callable[[], Iterable[tuple[str, object]]]
+) -> Iterator[tuple[str, object]]:
+    """The records of a file, answers to exam questions that are numbers (MedMCQA's `cop`) as letters.
+
+    Numbers count from 0 or from 1, as the file shows: only the first kind has a 0, only the second the number of
+    options. One below 0 is no answer.
+
+    read_again: gives the rows once more.
+    """
+    starts: dict[str, int | None] = {}
+    for source, record in rows:
+        for key, number, n_options in _numbers(record):
+            if key not in starts:
+                starts[key] = _start_of(key, read_again())
+            if number < 0:
+                record = record | {key: None}
+            elif starts[key] is not None and number - starts[key] < n_options:
+                record = record | {key: string.ascii_uppercase[number - starts[key]]}
+        yield source, record
+
+
+def _start_of(key: str, rows: Iterable[tuple[str, object]]) -> int | None:
+    """Whether the numbers under a key count from 0 or from 1; None if no record shows it."""
+    numbers = (found for _, record in rows for found in _numbers(record) if found[0] == key)
+    return next((int(number > 0) for _, number, n_options in numbers if number in (0, n_options)), None)
+
+
+def _numbers(record: object) -> list[tuple[str, int, int]]:
+    """Key, number and how many options there are, for each answer of an exam question that is a number."""
+    if not isinstance(record, dict):
+        return []
+    keys = filter(None, (_first_key(record, names) for names in (_INDICES, _ANSWERS)))
+    numbers = {key: record[key] for key in keys if re.fullmatch(r"-?\d{1,2}(\.0)?", str(record[key]).strip())}
+    numbers = {key: number for key, number in numbers.items() if not isinstance(number, bool)}
+    option_keys = sort_keys(tuple(record), ()).options if numbers else ()
+    if not option_keys:
+        return []
+    try:
+        n_options = len(options_of(record, option_keys))
+    except Unusable:
+        return []
+    return [(key, int(float(number)), n_options) for key, number in numbers.items()]
+
+
+def has_options(record: object) -> bool:
+    """Whether a record has something under a key that options stand under."""
+    if not isinstance(record, dict):
+        return False
+    return any(not is_empty(record[key]) for key in sort_keys(tuple(record), ()).options)

@@ -1,0 +1,64 @@
+"""Which figures a stage shows: in the lines of its log, in its plot, and which one chooses checkpoint-best."""
+
+from dataclasses import dataclass
+
+from loguru import logger
+
+
+@dataclass(frozen=True)
+class ShownFigures:
+    """What of the measures is shown.
+
+    best_by: the figure of an evaluation whose highest value chooses checkpoint-best.
+    columns: of a line of the log: figure, short name, format; a figure that was not measured is left out.
+    curves: of the plot: by axis the keys of the log and what they are of.
+    """
+
+    best_by: str
+    columns: tuple[tuple[str, str, str], ...]
+    curves: dict[str, dict[str, str]]
+
+
+_UPDATE = (("policy/approx_kl", "approx kl", ".4f"), ("policy/clip_frac", "clipped", ".3f"))
+_REPLY = (("reply/mean_len", "tokens", ".0f"), ("reply/eos_frac", "ended", ".2f"), ("learning_rate", "lr", ".2e"))
+_MEMORY = ("peak_memory_gib", "peak GiB", ".1f")
+_KL = {"KL a reply (nats)": {"objective/kl": "sampled", "eval_kl": "held-out, greedy"}}
+
+PPO_FIGURES = ShownFigures(
+    best_by="eval_rlhf_reward",
+    columns=(
+        *(("objective/score", "score", ".3f"), ("objective/kl", "kl", ".3f"), ("objective/entropy", "entropy", ".3f")),
+        *(("objective/rlhf_reward", "reward", ".3f"), ("policy/loss", "policy loss", ".4f")),
+        *_UPDATE,
+        *(("value/loss", "value loss", ".4f"), ("value/explained_var", "explained", ".2f")),
+        *(*_REPLY, ("episodes_per_second", "episodes/s", ".2f"), _MEMORY),
+    ),
+    curves={"score": {"objective/score": "sampled", "eval_score": "held-out, greedy"}} | _KL,
+)
+
+
+def grpo_figures(rewards: list[str], has_exam: bool) -> ShownFigures:
+    """GRPO's, with these rewards, and with exam questions in the evaluation or none."""
+    accuracy = {"exam accuracy": {"eval_exam_accuracy_written": "held-out, greedy"}} if has_exam else {}
+    return ShownFigures(
+        best_by="eval_exam_accuracy_written" if has_exam else "eval_reward",
+        columns=(
+            ("objective/reward", "reward", ".3f"),
+            *((f"reward/{name}", name, ".3f") for name in rewards if len(rewards) > 1),
+            *(("groups/no_signal_frac", "no signal", ".2f"), ("objective/kl", "kl", ".4f")),
+            *(("objective/entropy", "entropy", ".3f"), ("policy/loss", "loss", ".4f")),
+            *(*_UPDATE, *_REPLY, ("tokens_per_second", "tokens/s", ".0f"), _MEMORY),
+        ),
+        curves={"reward": {"objective/reward": "sampled", "eval_reward": "held-out, greedy"}} | accuracy,
+    )
+
+
+def log_update(metrics: dict[str, float], step: int, n_updates: int, shown: ShownFigures, time_left: str) -> None:
+    columns = ((name, short, form) for name, short, form in shown.columns if name in metrics)
+    line = "  ".join(f"{short} {metrics[name]:{form}}" for name, short, form in columns)
+    logger.info(f"update {step}/{n_updates}  {line}{time_left}")
+
+
+def log_evaluation(metrics: dict[str, float], step: int) -> None:
+    figures = "  ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items())
+    logger.info(f"update {step}  evaluation: {figures}")

@@ -1,0 +1,268 @@
+"""What replies are scored by: rules whose answer can be checked, a reward model, and functions of the user's own file.
+
+exam         1 if the reply commits to the right letter in the strict form, else 0
+format       1 if the reply has the form that is asked for, else 0
+length       from 0 to -1 over the last tokens before the limit
+reference    likeness to the reference answer, 0 to 1
+reward_model the reward model's score, centred
+"""
+
+import importlib.util
+import json
+import math
+import re
+import sys
+import traceback
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from medtune.errors import UserError
+from medtune.measuring.text_metrics import rouge
+from medtune.reading.thoughts import ReplyParts, opens_thought, split_reply
+from medtune.rl.arguments import RewardArguments
+
+REWARD_MODEL = "reward_model"
+# What a reward needs of a prompt's record.
+NEEDED_KEYS = {"exam": "answer", "reference": "reference"}
+# The last tokens of a prompt, which show whether it opens the thought.
+_N_LAST_TOKENS = 16
+
+# ---------------------------------------------------------------- what is scored
+
+
+@dataclass
+class ScoredReply:
+    """A reply to score.
+
+    text: decoded without special tokens, the thought included; n_tokens: with the end token.
+    ended: whether it has an end token; prompt: the messages it answers.
+    record: `answer` (the right letter) and `options` of an exam question, `reference` (the data's own reply), and the
+        other keys of the data's record.
+    opened: the prompt ends in an open thought, so that the text begins inside it.
+    """
+
+    text: str
+    n_tokens: int
+    ended: bool
+    prompt: list[dict]
+    record: dict
+    opened: bool = False
+
+    @cached_property
+    def parts(self) -> ReplyParts:
+        return split_reply(self.text, self.opened)
+
+    @property
+    def thought(self) -> str:
+        return self.parts.thought
+
+    @property
+    def answer(self) -> str:
+        """The text behind the thought, "" where the thought does not end."""
+        return self.parts.answer if self.parts.is_closed else ""
+
+
+def scored_replies(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], reply_ids: Sequence[list[int]], ended: Sequence[bool]
+) -> list[ScoredReply]:
+    """The replies to rows of `PromptEncoder`, decoded."""
+    replies = []
+    for row, ids, has_end in zip(rows, reply_ids, ended, strict=True):
+        words = ids[:-1] if has_end else ids
+        text = tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        messages, _ = json.loads(row["messages"])
+        opened = opens_thought(tokenizer.decode(row["prompt_ids"][-_N_LAST_TOKENS:]))
+        replies.append(ScoredReply(text, len(ids), bool(has_end), messages, json.loads(row["record"]), opened))
+    return replies
+
+
+# ---------------------------------------------------------------- the rules
+
+_TAG = re.compile(r"<answer>([^<>]*)</answer>\Z")
+
+
+def strict_letter(reply: ScoredReply) -> str | None:
+    """The letter that a reply commits to: alone in its only <answer> tag, which ends it, or without tags on its last
+    line; None in every other form.
+
+    Not the evaluation's reader, which makes the best of any wording: what is rewarded must leave nothing to interpret.
+    """
+    answer = unicodedata.normalize("NFKC", reply.answer).strip()
+    letter = _tagged(answer) if "answer>" in answer else answer.rpartition("\n")[2].strip()
+    return letter if letter in reply.record.get("options", ()) else None
+
+
+def _tagged(answer: str) -> str | None:
+    """What stands in the only <answer> tag, which ends the answer; None if it does not, and for several tags."""
+    tag = _TAG.search(answer)
+    return tag[1].strip() if tag and answer.count("answer>") == 2 else None
+
+
+def exam_reward(reply: ScoredReply) -> float:
+    """1 for the right letter in the strict form, else 0."""
+    return float(strict_letter(reply) == reply.record["answer"])
+
+
+def format_reward(reply: ScoredReply) -> float:
+    """1 if a thought, where there is one, is closed, and the answer ends in its only <answer> tag, else 0.
+
+    In the tag stands a letter of an exam question's options, or for any other question some text.
+    """
+    content = _tagged(unicodedata.normalize("NFKC", reply.answer).strip())
+    options = reply.record.get("options")
+    return float(content in options if options else bool(content))
+
+
+def length_reward(reply: ScoredReply, max_tokens: int, buffer: int) -> float:
+    """0 up to `max_tokens - buffer` tokens, then linearly down to -1 (the soft overlong punishment of Yu et al. 2025,
+    DAPO, https://arxiv.org/abs/2503.14476, equation 13)."""
+    return max(-1.0, min(0.0, (max_tokens - buffer - reply.n_tokens) / buffer))
+
+
+def reference_reward(reply: ScoredReply) -> float:
+    """F1 of the longest common subsequence of characters with the reference answer, ROUGE-L, 0 to 1."""
+    return rouge(reply.answer, reply.record["reference"])["rouge_l"]
+
+
+# ---------------------------------------------------------------- all rewards
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The rewards of the flags.
+
+    names: of K rewards; weights: [K] float32.
+    functions: by name, from N replies to N numbers; the reward model, whose scores the caller has, has none.
+    """
+
+    names: tuple[str, ...]
+    weights: torch.Tensor
+    functions: dict[str, Callable[[Sequence[ScoredReply]], list[float]]]
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the reward model's scores are among them."""
+        return REWARD_MODEL in self.names
+
+    @property
+    def needed_keys(self) -> tuple[str, ...]:
+        """The keys that every prompt's record must have, for `PromptEncoder.needed_keys`."""
+        return tuple(NEEDED_KEYS[name] for name in self.names if name in NEEDED_KEYS)
+
+    def __call__(self, replies: Sequence[ScoredReply], model_scores: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, K] float32 rewards, not weighted.
+
+        model_scores: [N], where the reward model is among them. Raises UserError for a fault of the user's function.
+        """
+        assert (model_scores is not None) == self.has_model, self.names
+        device = None if model_scores is None else model_scores.device
+        columns = [
+            model_scores.float() if name == REWARD_MODEL else torch.tensor(self.functions[name](replies), device=device)
+            for name in self.names
+        ]
+        return torch.stack(columns, dim=1)
+
+    def total(self, rewards: torch.Tensor) -> torch.Tensor:
+        """[N] weighted sums of [N, K] rewards."""
+        return (rewards * self.weights.to(rewards.device)).sum(dim=1)
+
+    def rehearse(self, rows: Sequence[dict]) -> None:
+        """Score made-up replies to some rows of `PromptEncoder`, so that a fault shows before weights load."""
+        texts = ("", "<think>\n想一想。\n</think>\n\n<answer>A</answer>")
+        replies = [
+            ScoredReply(text, len(text) + 1, bool(text), json.loads(row["messages"])[0], json.loads(row["record"]))
+            for row in rows
+            for text in texts
+        ]
+        self(replies, torch.zeros(len(replies)) if self.has_model else None)
+
+
+def load_rewards(args: RewardArguments, response_length: int) -> Rewards:
+    """The rewards of the flags; raises UserError for names that nothing has and for a file that does not run."""
+    buffer = args.length_buffer or max(1, response_length // 5)
+    if buffer > response_length:
+        raise UserError(f"--length_buffer {buffer}: more than --response_length {response_length}")
+    rules = {"exam": exam_reward, "format": format_reward, "reference": reference_reward}
+    rules["length"] = partial(length_reward, max_tokens=response_length, buffer=buffer)
+    functions = {name: partial(_by_rule, rule) for name, rule in rules.items()}
+    own = own_functions(args.reward_file) if args.reward_file else {}
+    if taken := own.keys() & {*functions, REWARD_MODEL}:
+        raise UserError(f"--reward_file {args.reward_file}: {min(taken)} is a reward here already; rename it")
+    functions |= own
+    weights = args.reward_weights
+    if unknown := [name for name in weights if name not in functions and name != REWARD_MODEL]:
+        known = ", ".join([*functions, REWARD_MODEL])
+        where = "" if args.reward_file else "; --reward_file adds functions of your own"
+        raise UserError(f"--rewards {unknown[0]}: there are {known}{where}")
+    if own and not own.keys() & weights.keys():
+        raise UserError(f"--reward_file {args.reward_file}: name its functions in --rewards: {', '.join(own)}")
+    chosen = {name: functions[name] for name in weights if name != REWARD_MODEL}
+    return Rewards(tuple(weights), torch.tensor([*weights.values()]), chosen)
+
+
+def _by_rule(rule: Callable[[ScoredReply], float], replies: Sequence[ScoredReply]) -> list[float]:
+    return [rule(reply) for reply in replies]
+
+
+# ---------------------------------------------------------------- functions of the user's own file
+
+
+class _OneLine:
+    """A context in which whatever the user's code raises becomes one line that begins with `where`."""
+
+    def __init__(self, where: str, file: Path):
+        self.where, self.file = where, file
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, Exception):
+            return
+        lines = [frame.lineno for frame in traceback.extract_tb(trace) if Path(frame.filename) == self.file]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
+        message = " ".join(str(error).split())
+        raise UserError(f"{self.where}: {self.file}:{line}: {kind.__name__}: {message}") from error
+
+
+def own_functions(path: str) -> dict[str, Callable[[Sequence[ScoredReply]], list[float]]]:
+    """The public functions of a file by name, their results checked. Raises UserError for a file that does not run."""
+    file = Path(path).resolve()
+    if not file.is_file() or file.suffix != ".py":
+        raise UserError(f"--reward_file {path}: {'not a .py file' if file.exists() else 'there is no such file'}")
+    spec = importlib.util.spec_from_file_location("own_rewards", file)
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the file they are in
+    with _OneLine(f"--reward_file {path}", file):
+        spec.loader.exec_module(module)
+    functions = {
+        name: value
+        for name, value in vars(module).items()
+        if callable(value) and not name.startswith("_") and getattr(value, "__module__", "") == spec.name
+    }
+    if not functions:
+        raise UserError(f"--reward_file {path}: it defines no function; docs/ppo.md has an example")
+    return {name: partial(_by_own, function, name, file) for name, function in functions.items()}
+
+
+def _by_own(function: Callable, name: str, file: Path, replies: Sequence[ScoredReply]) -> list[float]:
+    """The numbers that the user's function gives; raises UserError where they are none, or not one for each reply."""
+    where = f"reward {name}"
+    with _OneLine(where, file):
+        result = function(list(replies), [reply.record for reply in replies])
+        values = result.tolist() if hasattr(result, "tolist") else list(result)
+        values = [value.item() if hasattr(value, "item") else value for value in values]
+    where = f"{where} ({file})"
+    if len(values) != len(replies):
+        raise UserError(f"{where}: it gave {len(values)} numbers for {len(replies)} replies; return one for each")
+    for value in values:
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{where}: it gave {value!r:.60} for a reply; return a finite number")
+    return list(map(float, values))
