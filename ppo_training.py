@@ -1,6 +1,7 @@
-"""Proximal policy optimization: raise the reward model's scores of a model's own replies, held near where it started.
+"""Proximal policy optimization: raise the scores of a model's own replies, held near where it started.
 
-Input: dialogues as in SFT, whose user turns (with their history) are the prompts; the SFT model; the reward model.
+Input: dialogues as in SFT, whose user turns (with their history) are the prompts, or exam questions; the SFT model; the
+reward model, or other `--rewards`.
 Output: `--output_dir` with checkpoint-N, checkpoint-best (the policy's LoRA adapter, relative to the base model),
 train_results.json, eval_results.json, trainer_state.json, curves.png and TensorBoard events in runs/.
 Loss: the clipped surrogate of Schulman et al. 2017 (https://arxiv.org/abs/1707.06347) on token rewards made of the
@@ -40,7 +41,7 @@ from datasets import Dataset
 from medtune.arguments import DataArguments, LoraArguments, StageArgumentParser
 from medtune.errors import UserError, run_script
 from medtune.models.lineage import check_model_path
-from medtune.models.loading import load_tokenizer, weights_fingerprint
+from medtune.models.loading import load_tokenizer
 from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoders import PromptEncoder
@@ -50,7 +51,8 @@ from medtune.reading.tokenization import load_chat_template
 from medtune.rl.alarms import find_alarm, find_update_alarm
 from medtune.rl.arguments import (
     PPOArguments,
-    PPOModelArguments,
+    RewardArguments,
+    RLModelArguments,
     RLRunArguments,
     RLTrainingArguments,
     check_combination,
@@ -70,9 +72,10 @@ from medtune.rl.ppo_math import (
     token_rewards,
     value_losses,
 )
-from medtune.rl.reward_texts import RewardTexts, load_reward_texts
+from medtune.rl.reward_texts import load_reward_texts
+from medtune.rl.rewards import REWARD_MODEL, load_rewards, reward_settings
 from medtune.rl.roles import CHECKED_PROMPTS, load_roles
-from medtune.rl.rollout import Rollout, Sampling, center_scores, choose_sampling, collect_rollout
+from medtune.rl.rollout import Rollout, Sampling, Scorer, center_scores, choose_sampling, collect_rollout
 from medtune.rl.run import (
     Run,
     State,
@@ -189,16 +192,16 @@ def evaluate(
     rows: Sequence[dict],
     ppo_args: PPOArguments,
     sampling: Sampling,
-    reward_texts: RewardTexts,
+    scorer: Scorer,
     stop: SignalListener,
 ) -> dict[str, float]:
     """Measures of greedy replies to held-out prompts; before and after training the first replies go into the log."""
     own, padded = run.own_part(rows)
     with run.accelerator.autocast():
-        rollout = collect_rollout(run.roles, padded, None, sampling, reward_texts, stop)
+        rollout = collect_rollout(run.roles, padded, None, sampling, scorer, stop)
     measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout).first(len(own))]))
     run.show_replies(own, rollout.reply_ids())
-    metrics = summarize(measures, ppo_args.kl_coef, ppo_args.missing_eos_penalty)
+    metrics = summarize(measures, scorer.rewards, ppo_args.kl_coef, ppo_args.missing_eos_penalty)
     return {f"eval_{name.partition('/')[2]}": figure for name, figure in metrics.items()}
 
 
@@ -211,7 +214,7 @@ def train_ppo(
     eval_rows: Sequence[dict],
     ppo_args: PPOArguments,
     sampling: Sampling,
-    reward_texts: RewardTexts,
+    scorer: Scorer,
 ) -> None:
     """Run the remaining updates: collect, check, update, record, evaluate, save.
 
@@ -220,7 +223,7 @@ def train_ppo(
     state, accelerator, per_update = run.state, run.accelerator, run.per_update
     order = episode_order(len(prompts), run.n_updates * per_update, sampling.seed)
     with run.guarded(sampling.batch_size) as stop:
-        measure = partial(evaluate, run, eval_rows, ppo_args, sampling, reward_texts, stop)
+        measure = partial(evaluate, run, eval_rows, ppo_args, sampling, scorer, stop)
         if eval_rows and run.evaluation_is_due():
             run.record_evaluation(measure())
         for update in range(state.global_step, run.n_updates):
@@ -231,16 +234,19 @@ def train_ppo(
             episodes = episodes[accelerator.process_index :: accelerator.num_processes]
             rows = [prompts[order[episode]] for episode in episodes]
             with accelerator.autocast():
-                rollout = collect_rollout(run.roles, rows, episodes, sampling, reward_texts, stop)
+                rollout = collect_rollout(run.roles, rows, episodes, sampling, scorer, stop)
             measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout)]))
 
             # Alarm.
             state.updates_without_end = 0 if measures.ended.any() else state.updates_without_end + 1
-            if alarm := find_alarm(measures, ppo_args.stop_at_kl, state.updates_without_end):
+            has_signal = measures.scores.std(correction=0) > 1e-6
+            state.streaks["no signal"] = 0 if has_signal else state.streaks.get("no signal", 0) + 1
+            without = state.updates_without_end, state.streaks["no signal"]
+            if alarm := find_alarm(measures, scorer.rewards, ppo_args.stop_at_kl, *without):
                 raise UserError(f"update {update + 1}: {alarm}")
 
             # Update. From here on the weights change: a signal waits for the end of the update.
-            metrics = summarize(measures, state.kl_coef, ppo_args.missing_eos_penalty)
+            metrics = summarize(measures, scorer.rewards, state.kl_coef, ppo_args.missing_eos_penalty)
             metrics |= {"objective/kl_coef": state.kl_coef, "learning_rate": run.learning_rate()}
             metrics |= ppo_update(run, rollout, ppo_args)
             if alarm := find_update_alarm(metrics):
@@ -265,15 +271,18 @@ def train_ppo(
 
 
 def describe_run(
-    run: Run, ppo_args: PPOArguments, sampling: Sampling, reward_texts: RewardTexts, n_prompts: int
+    run: Run, ppo_args: PPOArguments, sampling: Sampling, scorer: Scorer, n_prompts: int
 ) -> dict[str, str]:
     """The facts to log of sampling, scores and batch arithmetic."""
     args, shift = run.training_args, run.state.score_shift
     facts = {"template": ppo_args.template_name or "the tokenizer's own"}
     facts["stop tokens"] = ", ".join(run.tokenizer.convert_ids_to_tokens(sampling.stop_ids))
-    if reward_texts.reward_tokenizer is not None:
+    rewards, reward_texts = scorer.rewards, scorer.reward_texts
+    if reward_texts is not None and reward_texts.reward_tokenizer is not None:
         facts["reward texts"] = "the reward model reads replies again in its own tokens and template"
-    facts["scores"] = "as the reward model gives them, since the prompts have no replies to centre them by"
+    facts["rewards"] = " + ".join(f"{weight:g} x {name}" for name, weight in rewards.weight_by_name.items())
+    if rewards.has_model:
+        facts["scores"] = "as the reward model gives them, since the prompts have no replies to centre them by"
     if shift:
         facts["scores"] = f"less {shift:.3f}, the mean of up to {CENTERING_REPLIES} replies of the dialogues"
     facts["batch"] = (
@@ -292,15 +301,16 @@ def describe_run(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ arguments
-    parser = StageArgumentParser(
-        [PPOModelArguments, DataArguments, LoraArguments, RLRunArguments, PPOArguments, RLTrainingArguments]
-    )
-    model_args, data_args, lora_args, run_args, ppo_args, training_flags = parser.parse(argv)
+    groups = (RLModelArguments, DataArguments, LoraArguments, RLRunArguments, RewardArguments, PPOArguments)
+    parser = StageArgumentParser([*groups, RLTrainingArguments])
+    model_args, data_args, lora_args, run_args, reward_args, ppo_args, training_flags = parser.parse(argv)
     training_args = training_flags.training_arguments()
     check_model_path(model_args.sft_model_path, "--sft_model_path", model_args.allow_pickle_weights)
-    check_model_path(model_args.reward_model_path, "--reward_model_path", model_args.allow_pickle_weights)
+    if reward_args.reward_model_path:
+        check_model_path(reward_args.reward_model_path, "--reward_model_path", model_args.allow_pickle_weights)
     check_combination(lora_args, ppo_args, training_args)
     check_mini_batches(ppo_args, training_args)
+    rewards = load_rewards(reward_args, ppo_args.response_length)
 
     # ------------------------------------------------------------ run
     checkpoint = start_run("proximal policy optimization", training_args, run_args, parser.notes)
@@ -308,30 +318,32 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     accelerator = start_accelerator("ppo", training_args, run_args.logging_dir)
 
     # ------------------------------------------------------------ tokenizer and template
-    sft, rm, hub_options = model_args.sft_model_path, model_args.reward_model_path, model_args.hub_options
+    sft, rm, hub_options = model_args.sft_model_path, reward_args.reward_model_path, model_args.hub_options
     folder_options = hub_options | {"allow_pickle_weights": model_args.allow_pickle_weights}
     tokenizer = load_tokenizer(sft, model_args.tokenizer_name_or_path, flag="--sft_model_path", **hub_options)
     chat_template = load_chat_template(tokenizer, ppo_args.template_name)
     sampling = choose_sampling(ppo_args, tokenizer, chat_template, training_args.seed)
-    reward_texts = load_reward_texts(tokenizer, chat_template, sampling.stop_ids, rm, **folder_options)
+    reward_texts = rm and load_reward_texts(tokenizer, chat_template, sampling.stop_ids, rm, **folder_options)
+    scorer = Scorer(tokenizer, rewards, reward_texts, sampling.batch_size)
 
     # ------------------------------------------------------------ data
     n_eval = data_args.max_eval_samples or EVAL_PROMPTS
     data_args = replace(data_args, max_eval_samples=n_eval)
-    encoder = PromptEncoder(tokenizer, chat_template, ppo_args.max_source_length, ppo_args.truncation)
+    asked = {"exam_format": reward_args.exam_format, "needed_keys": rewards.needed_keys}
+    encoder = PromptEncoder(tokenizer, chat_template, ppo_args.max_source_length, ppo_args.truncation, **asked)
     data = prepare_data(read_questions, encoder, data_args, training_args, model_args.cache_dir)
     eval_rows: list[dict] = []
     if data.eval:
         eval_rows = data.eval.select(range(min(n_eval, len(data.eval)))).to_list()  # a dialogue has several
         data.facts["eval replies"] = str(len(eval_rows))
+    rewards.rehearse(data.train)
     n_prompts, per_update = len(data.train), count_episodes(training_args)
     n_updates = count_updates(n_prompts, per_update, ppo_args.total_episodes, training_args)
 
     # ------------------------------------------------------------ what a resumed run goes on with
     record = {"stage": "ppo", "template": ppo_args.template_name, "flags": parser.given, "flag": "--sft_model_path"}
     lineage = lineage_of(model_args, data_args, **record)
-    reward_weights = weights_fingerprint(rm, flag="--reward_model_path", **hub_options)
-    own = {"--reward_model_path": rm, "weights of the reward model": reward_weights[:12], "--kl_coef": ppo_args.kl_coef}
+    own = reward_settings(reward_args, **hub_options) | {"--kl_coef": ppo_args.kl_coef}
     layout = ppo_args.padding_free
     settings = fixed_settings("ppo", model_args, training_args, layout, per_update, n_prompts, own)
     begins = {CPU_BF16: training_args.use_cpu and model_args.torch_dtype == "bfloat16"}
@@ -350,18 +362,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         state.settings[PADDING_FREE] = str(roles.padding_free)
     if training_args.gradient_checkpointing:
         roles.enable_checkpointing(training_args.gradient_checkpointing_kwargs)
-    if not checkpoint:
+    if rewards.has_model and not checkpoint:
         dialogues = data.train.select(range(min(CENTERING_REPLIES, n_prompts))).to_list()
         with accelerator.autocast():
             state.score_shift = center_scores(roles, dialogues, reward_texts, sampling.batch_size)
-    roles.add_value_head(state.score_shift)
+    roles.add_value_head(state.score_shift, rewards.weight_by_name.get(REWARD_MODEL, 1.0))
 
     # ------------------------------------------------------------ train
     run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update, PPO_FIGURES)
     if checkpoint:
         run.load(checkpoint)
-    log_block(facts | data.facts | describe_run(run, ppo_args, sampling, reward_texts, n_prompts))
-    train_ppo(run, data.train, eval_rows, ppo_args, sampling, reward_texts)
+    log_block(facts | data.facts | describe_run(run, ppo_args, sampling, scorer, n_prompts))
+    train_ppo(run, data.train, eval_rows, ppo_args, sampling, scorer)
 
     # ------------------------------------------------------------ save and evaluate
     return run.finish(next_command=inference_command(lineage, run.output_dir / BEST, use_peft=True))

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Everything in one go: PT if wanted, SFT, then DPO or RM and PPO, merging, evaluation and a report.
+# Everything in one go: PT if wanted, SFT, then DPO, RM and PPO, or GRPO, merging, evaluation and a report.
 #
-# Needs: what the stages need, see run_pt.sh to run_ppo.sh. No GPU: a small model on the CPU.
+# Needs: what the stages need, see run_pt.sh to run_grpo.sh. No GPU: a small model on the CPU.
 #
 #   mkdir -p logs && DO_PT=0 ALIGN=dpo nohup bash run_all.sh > logs/all.log 2>&1 &
 #   tail -f logs/all.log
 #
 # Started on a terminal without DO_PT or ALIGN it asks for them. What else is set in the environment (BATCH, TEMPLATE,
 # CUDA_VISIBLE_DEVICES) and flags after the script's name go to all training stages, those in PT_FLAGS, SFT_FLAGS,
-# RM_FLAGS, DPO_FLAGS and PPO_FLAGS to one. What a stage says is in logs/STAGE.log too.
+# RM_FLAGS, DPO_FLAGS, PPO_FLAGS and GRPO_FLAGS to one. What a stage says is in logs/STAGE.log too.
 # The same command after an interruption goes on where it stopped: each stage finds its newest checkpoint, or that it is
 # finished, and refuses what is not the run that it began.
 set -euo pipefail
@@ -17,11 +17,12 @@ cd "$(dirname "$0")"
 
 # ---------------------------------------------------------------- edit block
 DO_PT=${DO_PT:-}                           # 1: continued pretraining first
-ALIGN=${ALIGN:-}                           # dpo, ppo (RM and PPO), both, or none
+ALIGN=${ALIGN:-}                           # dpo, ppo (RM and PPO), both, grpo, or none
 PT_DATA=${PT_DATA:-./data/pretrain}
 SFT_DATA=${SFT_DATA:-./data/finetune}
 PAIR_DATA=${PAIR_DATA:-./data/reward}
 PPO_DATA=${PPO_DATA:-$SFT_DATA}             # the prompts of PPO
+GRPO_DATA=${GRPO_DATA:-./data/exam}         # exam questions
 TEST_FILES=${TEST_FILES:-data/eval/questions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl}
 EVAL_FLAGS=${EVAL_FLAGS:---num_samples 200 --max_new_tokens 256}
 
@@ -29,13 +30,14 @@ EVAL_FLAGS=${EVAL_FLAGS:---num_samples 200 --max_new_tokens 256}
 fail() { echo "error: $*" >&2; exit "${code:-2}"; }
 if [ -t 0 ]; then
     [ -n "$DO_PT" ] || read -r -p "先做增量预训练吗？ Continued pretraining first? [y/N] " DO_PT
-    [ -n "$ALIGN" ] || read -r -p "偏好对齐 Alignment: 1) DPO  2) RM + PPO  3) both  4) none [1] " ALIGN
+    [ -n "$ALIGN" ] || read -r -p "偏好对齐 Alignment: 1) DPO  2) RM + PPO  3) both  4) none  5) GRPO [1] " ALIGN
 fi
 case ${DO_PT,,} in 1 | y | yes) DO_PT=1 ;; 0 | n | no | '') DO_PT=0 ;; *) fail "DO_PT=$DO_PT: give 0 or 1" ;; esac
-case $ALIGN in 1 | '') ALIGN=dpo ;; 2) ALIGN=ppo ;; 3) ALIGN=both ;; 4) ALIGN=none ;; esac
-[[ $ALIGN =~ ^(dpo|ppo|both|none)$ ]] || fail "ALIGN=$ALIGN: give dpo, ppo, both or none"
+case $ALIGN in 1 | '') ALIGN=dpo ;; 2) ALIGN=ppo ;; 3) ALIGN=both ;; 4) ALIGN=none ;; 5) ALIGN=grpo ;; esac
+[[ $ALIGN =~ ^(dpo|ppo|both|grpo|none)$ ]] || fail "ALIGN=$ALIGN: give dpo, ppo, both, grpo or none"
+[ "$ALIGN" != grpo ] || [ -e "$GRPO_DATA" ] || fail "GRPO_DATA=$GRPO_DATA: no such folder; name one of exam questions"
 [ -z "${TRAIN_DATA:-}${EVAL_DATA:-}" ] || fail "TRAIN_DATA and EVAL_DATA are of one stage: set PT_DATA, SFT_DATA," \
-    "PAIR_DATA or PPO_DATA, and for held-out records flags such as SFT_FLAGS='--validation_file_dir FOLDER'"
+    "PAIR_DATA, PPO_DATA or GRPO_DATA, and for held-out records flags such as SFT_FLAGS='--validation_file_dir FOLDER'"
 # Pretraining starts from the model that was not yet taught to chat, as in the guide.
 MODEL=${MODEL:-Qwen/Qwen2.5-3B$([ "$DO_PT" = 1 ] || echo -Instruct)}
 NAME=${NAME:-$(basename "${MODEL%/checkpoint-*}" | sed 's/.*/\L&/; s/^outputs-[a-z]*-//; s/-instruct$//')}
@@ -81,6 +83,10 @@ if [[ $ALIGN = ppo || $ALIGN = both ]]; then
     train rm "$PAIR_DATA" "$sft" "$@"
     export REWARD_MODEL=$best
     train ppo "$PPO_DATA" "$sft" "$@"
+    compared+=("$best")
+fi
+if [ "$ALIGN" = grpo ]; then
+    train grpo "$GRPO_DATA" "$sft" "$@"
     compared+=("$best")
 fi
 merged=$best # where all weights were trained

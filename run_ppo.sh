@@ -15,7 +15,7 @@ cd "$(dirname "$0")"
 
 # ---------------------------------------------------------------- edit block
 MODEL=${MODEL:-outputs-sft-qwen2.5-3b/checkpoint-best}   # the adapter of SFT, or a hub name or folder
-REWARD_MODEL=${REWARD_MODEL:-outputs-rm-qwen2.5-3b/checkpoint-best}
+REWARD_MODEL=${REWARD_MODEL-outputs-rm-qwen2.5-3b/checkpoint-best} # "" with other --rewards, such as exam
 TEMPLATE=${TEMPLATE-qwen}                  # the one of SFT; "" takes the tokenizer's own
 TRAIN_DATA=${TRAIN_DATA:-./data/finetune}
 EVAL_DATA=${EVAL_DATA:-./data/finetune}    # the training folder again: a part of it is held out
@@ -32,7 +32,6 @@ PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 
 args=(
     --sft_model_path "$MODEL"
-    --reward_model_path "$REWARD_MODEL"
     --train_file_dir "$TRAIN_DATA"
     --validation_file_dir "$EVAL_DATA"
     --do_train
@@ -51,6 +50,7 @@ args=(
     --cache_dir ./cache
     --output_dir "$OUTPUT"
     --resume_from_checkpoint True
+    ${REWARD_MODEL:+--reward_model_path "$REWARD_MODEL"}
     ${TEMPLATE:+--template_name "$TEMPLATE"}
     ${DEEPSPEED:+--deepspeed "$DEEPSPEED"}
 )

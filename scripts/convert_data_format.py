@@ -3,7 +3,8 @@
 Reads jsonl, json, csv (UTF-8, GB18030 or GBK, UTF-16) and parquet, one file or all below a folder, the text files
 compressed or not. Known are the guide's raw lines, every form that the stages read, and the columns of published
 sets, such as Toyhom's Chinese-medical-dialogue-data, HuatuoGPT-sft-data-v1, HuatuoGPT-o1, CMtMedQA and
-HealthCareMagic-100k. Other columns are named by flags.
+HealthCareMagic-100k. Other columns are named by flags. Exam questions (CMB, CMExam, MedQA, MedMCQA) become the prompts
+of the evaluation, with the right letter as the reply.
 
     python scripts/convert_data_format.py --input raw.jsonl --output data/finetune/train.jsonl --format sft
     python scripts/convert_data_format.py --input raw.jsonl --output data/reward/train.jsonl --format dpo
@@ -14,6 +15,7 @@ HealthCareMagic-100k. Other columns are named by flags.
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 from tqdm import tqdm
 
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from medtune.errors import UserError, run_script
 from medtune.output_files import new_text_file, refuse_same
+from medtune.reading.exams import ExamFormat
 from medtune.reading.finding import find_files
 from medtune.reading.foreign_forms import ForeignReader, add_reading_flags, reader_of
 from medtune.reading.guide_form import guide_line
@@ -58,10 +61,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="the new .jsonl file, or .jsonl.gz")
     parser.add_argument("--format", required=True, choices=tuple(KINDS), help="sft: dialogues; dpo: preference pairs")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    parser.add_argument(
+        "--exam_format", choices=get_args(ExamFormat), default="letter",
+        help="sft: exam questions ask for the letter at once, or for thinking and <answer>X</answer> (tagged)",
+    )  # fmt: skip
     add_reading_flags(parser)
     args = parser.parse_args(argv)
 
-    reader = reader_of(args, KINDS[args.format])
+    reader = reader_of(args, KINDS[args.format], args.exam_format if args.format == "sft" else None)
     if not args.output.name.lower().endswith(ENDINGS):
         raise UserError(f"--output {args.output}: one record a line is written; let it end in {' or '.join(ENDINGS)}")
     files, unread = find_files(args.input, "--input")

@@ -39,6 +39,7 @@ STAGES = {
     "rm": "Reward modelling",
     "dpo": "Direct preference optimization",
     "ppo": "Proximal policy optimization",
+    "grpo": "Group relative policy optimization",
 }
 # A panel: its axis, and the keys of the log with what they are of; keys that a stage does not log are left out.
 PANELS = (
@@ -55,7 +56,11 @@ PANELS = (
         | {"reward_margin": "training", "eval_reward_margin": "held-out"},
     ),
     ("score", {"objective/score": "sampled", "eval_score": "held-out, greedy"}),
+    ("reward", {"objective/reward": "sampled", "eval_reward": "held-out, greedy"}),
+    ("exam accuracy", {"eval_exam_accuracy_written": "held-out, greedy"}),
+    ("groups without a signal", {"groups/no_signal_frac": "sampled"}),
     ("KL from the start (nats a reply)", {"objective/kl": "sampled", "eval_kl": "held-out, greedy"}),
+    ("KL from the start (nats a token)", {"objective/token_kl": "sampled"}),
     ("entropy (nats a token)", {"objective/entropy": "sampled"}),
     ("learning rate", {"learning_rate": "schedule"}),
 )
@@ -161,13 +166,15 @@ def stages_section(runs: Sequence[Run]) -> Section:
                 f"{max(peaks):.1f}" if peaks else "",
             ]
         )
-    note = "Time is that of the last start, where a stage was interrupted; tokens/s the median, of PPO's replies."
+    note = (
+        "Time is that of the last start, where a stage was interrupted; tokens/s the median, in PPO and GRPO replies'."
+    )
     return Section("Stages", [Table(header, rows), note])
 
 
 def tokens_per_second(entry: dict) -> float | None:
-    """Tokens per second of a log entry; for PPO the tokens of replies."""
-    if "episodes_per_second" in entry:
+    """Tokens per second of a log entry; for PPO and GRPO the tokens of replies."""
+    if "tokens_per_second" not in entry and "episodes_per_second" in entry:
         return entry["episodes_per_second"] * entry["reply/mean_len"]
     return entry.get("tokens_per_second")
 

@@ -20,6 +20,7 @@ from medtune.errors import run_script
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"]
 STAGES = {"pt": "pretraining", "sft": "supervised_finetuning", "rm": "reward_modeling", "dpo": "dpo_training"}
+RL_STAGES = {"ppo": "ppo_training", "grpo": "grpo_training"}
 ADAPTER_FILES = {
     *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "lineage.json"),
     *("tokenizer.json", "tokenizer_config.json"),
@@ -120,6 +121,16 @@ def logged(output_dir: Path, name: str = "loss") -> dict[int, float]:
     return {entry["step"]: entry[name] for entry in history if name in entry}
 
 
+def history(output_dir: Path) -> list[dict]:
+    """The entries of the log of PPO or GRPO."""
+    return json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
+def updates(output_dir: Path, name: str) -> list[float]:
+    """A figure of the updates, in their order."""
+    return [entry[name] for entry in history(output_dir) if name in entry]
+
+
 # ---------------------------------------------------------------- processes
 
 
@@ -139,7 +150,7 @@ def start_stage(stage: str, argv: list[str], log: Path, **variables: str) -> mul
     """A running stage with these variables in its environment; its log is added to a file."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # Python 3.11 hands no sys.path on
     _server.set_forkserver_preload([*STAGES.values(), "deepspeed"])
-    process = _server.Process(target=_run, args=(STAGES[stage], argv, log, variables))
+    process = _server.Process(target=_run, args=((STAGES | RL_STAGES)[stage], argv, log, variables))
     process.start()
     return process
 
@@ -154,6 +165,18 @@ def start_two_processes(stage: str, argv: list[str], log: Path, **of_second: str
         start_stage(stage, argv, log, **world, RANK="0", LOCAL_RANK="0"),
         start_stage(stage, argv, log, **world, RANK="1", LOCAL_RANK="1", **of_second),
     ]
+
+
+def train_in(stage: str, n_processes: int, folder: Path, argv: list[str]) -> str:
+    """Run in one process or two that are told of each other as torchrun does, until they have ended with 0; the log."""
+    log = folder / f"{n_processes}.log"
+    if n_processes == 2:
+        processes = start_two_processes(stage, argv, log)
+    else:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        processes = [start_stage(stage, argv, log, **alone)]
+    end_well(processes, log)
+    return log.read_text()
 
 
 def end_well(processes: list[multiprocessing.Process], log: Path) -> None:

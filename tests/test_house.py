@@ -33,15 +33,15 @@ ROOMS = {
     ),
     "medtune.rl": (
         {"template", "medtune.reading", "medtune.models", "medtune.training", "medtune.measuring"},
-        {"torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "loguru", "matplotlib"},
+        {"torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "safetensors", "loguru", "matplotlib"},
     ),
     "medtune.measuring": (set(), {"numpy", "rouge_score", "sacrebleu"}),
     "medtune.sample_data": (set(), set()),
 }
-STAGES = {"pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training"}
+STAGES = {"pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training", "grpo_training"}
 TOOLS = {"merge_peft_adapter", "inference", "openai_server", "web_demo"}
 FORBIDDEN_NAMES = {"utils", "helpers", "tmp", "evaluate", "common", "misc"}
-LAUNCHERS = ["run_pt.sh", "run_sft.sh", "run_rm.sh", "run_dpo.sh", "run_ppo.sh"]
+LAUNCHERS = ["run_pt.sh", "run_sft.sh", "run_rm.sh", "run_dpo.sh", "run_ppo.sh", "run_grpo.sh"]
 
 # Names that two rooms have, and files that are still too long.
 DEFINED_TWICE = {"RENAMED", "IGNORED_LABEL"}

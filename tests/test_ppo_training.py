@@ -20,13 +20,12 @@ from safetensors.torch import load_file, save_file
 from stage_runs import (
     ADAPTER_FILES,
     PARTS,
-    end_well,
+    history,
     logits_of,
     names,
     run_process,
-    start_stage,
-    start_two_processes,
     train,
+    updates,
     weights_of,
     words,
     write_lines,
@@ -123,14 +122,6 @@ def kept_roles(monkeypatch) -> list[Roles]:
 
     monkeypatch.setattr(ppo_training, "load_roles", load)
     return kept
-
-
-def history(output_dir: Path) -> list[dict]:
-    return json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-
-
-def updates(output_dir: Path, name: str) -> list[float]:
-    return [entry[name] for entry in history(output_dir) if name in entry]
 
 
 # ---------------------------------------------------------------- before the first update
@@ -231,18 +222,7 @@ def test_bandit_is_solved(flags, tmp_path, monkeypatch, tiny_model_dir):
 # ---------------------------------------------------------------- several processes
 
 
-def train_in(n_processes: int, folder: Path, argv: list[str]) -> str:
-    """Run in processes that are told of each other as torchrun does, until they have ended with 0; the log."""
-    log = folder / f"{n_processes}.log"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(stage_runs.STAGES, "ppo", "ppo_training")
-        if n_processes == 2:
-            processes = start_two_processes("ppo", argv, log)
-        else:
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-            processes = [start_stage("ppo", argv, log, **alone)]
-        end_well(processes, log)
-    return log.read_text()
+train_in = partial(stage_runs.train_in, "ppo")
 
 
 @pytest.fixture(scope="module")
@@ -410,6 +390,83 @@ def test_prompts_without_replies(flags, tmp_path, capfd):
     ppo_training.main(flags(train_file_dir=data, max_steps=1))
     assert len(updates(tmp_path / "out", "objective/kl")) == 1
     assert "the prompts have no replies to centre them by" in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------- other rewards
+
+
+@pytest.fixture
+def exam_flags(flags, tmp_path):
+    """A function that gives the flags of a short run on exam questions without a reward model."""
+    questions = [
+        {"question": f"第{n}题，{part}疼？", "option": {"A": "风湿", "B": part, "C": "外伤"}, "answer": "ABC"[n % 3]}
+        for n, part in enumerate(PARTS * 2)
+    ]
+    data = write_lines(tmp_path / "exams/exam.jsonl", questions).parent
+    return partial(flags, train_file_dir=data, reward_model_path=None, rewards=["exam", "length:0.5"])
+
+
+def test_rewards_without_a_reward_model(exam_flags, tmp_path, kept_roles, capfd):
+    ppo_training.main(exam_flags(output_dir=tmp_path / "whole", do_eval=True, save_steps=1, max_eval_samples=1))
+    figures = history(tmp_path / "whole")
+    for name in ("objective/score", "eval_score"):
+        stem = "eval_" if name.startswith("eval") else "reward/"
+        entries = [entry for entry in figures if name in entry]
+        assert len(entries) == 2
+        for entry in entries:
+            assert entry[name] == pytest.approx(entry[f"{stem}exam"] + 0.5 * entry[f"{stem}length"])
+            assert f"{stem}exam_std" in entry
+    assert updates(tmp_path / "whole", "reward/length")[0] < 0, "replies near the limit cost"
+    roles = kept_roles[0]
+    assert roles.reward_head is roles.reward_model is None
+    assert "reward" not in roles.model.peft_config
+    log = capfd.readouterr().err
+    assert "1 x exam + 0.5 x length" in log
+    assert "starts as the policy, with a head of zeros" in log
+    # Resumed from the first update, it is the same run.
+    shutil.copytree(tmp_path / "whole/checkpoint-1", tmp_path / "parts/checkpoint-1")
+    again = {"output_dir": tmp_path / "parts", "resume_from_checkpoint": True, "do_eval": True, "max_eval_samples": 1}
+    ppo_training.main(exam_flags(**again, save_steps=1))
+    whole, parts = (weights_of(tmp_path / name / "checkpoint-2") for name in ("whole", "parts"))
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    with pytest.raises(UserError, match=r"^--rewards .*'exam': 2.*: the run in .* was started with .*'exam': 1"):
+        ppo_training.main(exam_flags(**again, rewards=["exam:2", "length:0.5"]))
+
+
+def test_a_reward_model_among_other_rewards(flags, tmp_path, kept_roles):
+    ppo_training.main(flags(rewards=["reward_model:2", "format"], max_steps=1))
+    (first,) = history(tmp_path / "out")
+    assert first["objective/score"] == pytest.approx(
+        2 * first["reward/reward_model"] + first["reward/format"], abs=1e-5
+    )
+    assert kept_roles[0].score_shift != 0, "of the reward model alone"
+    assert first["reward/format"] == 0
+
+
+def test_the_documents_own_rewards(flags, tmp_path):
+    """The file that docs/ppo.md shows, on records with the key that it reads."""
+    text = (ROOT / "docs/ppo.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text(code, encoding="utf-8")
+    dialogues = [{"question": f"{part}疼怎么办？", "answer": "就诊。", "keywords": [part, "诊"]} for part in PARTS]
+    data = write_lines(tmp_path / "own/dialogues.jsonl", dialogues).parent
+    names = ["keywords", "brevity:0.2", "reference:0.1"]
+    own = {"train_file_dir": data, "reward_model_path": None, "reward_file": tmp_path / "my_rewards.py"}
+    ppo_training.main(flags(**own, rewards=names, max_steps=1))
+    (first,) = history(tmp_path / "out")
+    assert first["reward/brevity"] == 1
+    assert 0 <= first["reward/keywords"] <= 1
+    assert 0 < first["reward/reference"] < 1
+
+
+def test_faults_of_rewards_and_their_data_come_before_weights(exam_flags, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo_training, "load_roles", None)
+    own = tmp_path / "own.py"
+    own.write_text("def mine(replies, records):\n    return [record['keywords'] for record in records]\n")
+    with pytest.raises(UserError, match=r"^reward mine: .*own.py:2: KeyError: 'keywords'$"):
+        ppo_training.main(exam_flags(rewards=["mine"], reward_file=own))
+    with pytest.raises(UserError, match=r"dialogues.jsonl:1, .*: no answer: a reward compares with the letter of"):
+        ppo_training.main(exam_flags(train_file_dir=data_dir))
 
 
 # ---------------------------------------------------------------- other models
@@ -612,6 +669,8 @@ def test_no_second_run_may_write_in_the_folder(flags, tmp_path, monkeypatch):
         ({"stop_token": "头疼头疼"}, r"^--stop_token 头疼头疼: \d+ tokens"),
         ({"sft_model_path": "./nowhere"}, r"^--sft_model_path \./nowhere: no such folder"),
         ({"reward_model_path": "./nowhere"}, r"^--reward_model_path \./nowhere: no such folder"),
+        ({"reward_model_path": None}, r"^--reward_model_path is missing: .* or score by other --rewards"),
+        ({"rewards": ["exam", "reward_model", "exams"]}, r"^--rewards exams: there are exam, format, "),
         ({"train_file_dir": None}, r"^--train_file_dir is missing"),
         ({"max_source_length": 8, "truncation": "drop"}, r"40 prompt too long\), so nothing is left"),
         ({"device_map": "auto"}, r"--device_map is not a flag of this stage"),

@@ -22,10 +22,10 @@ from medtune.errors import UserError
 from medtune.models.adapters import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK
 from medtune.old_flags import FIXED_FLAGS, RENAMED
 from medtune.reading.finding import RECORD_ENDINGS
-from medtune.reading.readers import load_dialogues
+from medtune.reading.readers import load_dialogues, load_records, read_questions
+from medtune.rl.arguments import GRPOArguments, GRPORewardArguments, PPOArguments, RewardArguments, RolloutArguments
 from medtune.training.checkpoints import MANIFEST
 from medtune.training.preference_arguments import PairArguments
-from ppo_training import PPOArguments
 from pretraining import PTArguments
 from supervised_finetuning import SFTArguments
 from template import TEMPLATES
@@ -39,21 +39,26 @@ BILINGUAL = [name for names in BOTH for name in names]
 GUIDES, FLAGS, DATA, OUTPUTS, TROUBLE = (
     [f"docs/{name}{ending}.md" for ending in ("", "_ZH")] for name in ("guide", "flags", "data", "outputs", "trouble")
 )
-ALL_PAGES = [*BILINGUAL, *(f"docs/{name}.md" for name in ("evaluation", "ppo", "reliability", "results", "serving"))]
+ALL_PAGES = [
+    *BILINGUAL,
+    *(f"docs/{name}.md" for name in ("evaluation", "grpo", "ppo", "reliability", "results", "serving")),
+]
 LAUNCHED = {
     "pretraining.py": "run_pt.sh",
     "supervised_finetuning.py": "run_sft.sh",
     "reward_modeling.py": "run_rm.sh",
     "dpo_training.py": "run_dpo.sh",
     "ppo_training.py": "run_ppo.sh",
+    "grpo_training.py": "run_grpo.sh",
 }
 SHARED = [ModelArguments, DataArguments, LoraArguments, RunArguments]
 OWN = {
-    "pretraining.py": PTArguments,
-    "supervised_finetuning.py": SFTArguments,
-    "reward_modeling.py": PairArguments,
-    "dpo_training.py": PairArguments,
-    "ppo_training.py": PPOArguments,
+    "pretraining.py": [PTArguments],
+    "supervised_finetuning.py": [SFTArguments],
+    "reward_modeling.py": [PairArguments],
+    "dpo_training.py": [PairArguments],
+    "ppo_training.py": [RewardArguments, RolloutArguments, PPOArguments],
+    "grpo_training.py": [GRPORewardArguments, GRPOArguments],
 }
 
 # Commands that are not ours, with the words that may follow.
@@ -255,7 +260,7 @@ def test_flags_of_all_stages(name):
 @pytest.mark.parametrize("name", FLAGS)
 @pytest.mark.parametrize("script", OWN)
 def test_flags_of_a_stage(name, script):
-    check_flags(table(section(name, f"`{script}`"), "`--"), script, [OWN[script]])
+    check_flags(table(section(name, f"`{script}`"), "`--"), script, OWN[script])
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -294,12 +299,15 @@ def test_templates(name):
 
 @pytest.mark.parametrize("name", DATA)
 def test_forms_of_data_are_read(name, write_jsonl):
-    rows = [line for line in text_of(name).splitlines() if re.match(r'\| [^`|]+ \| `\{"', line)]
-    assert len(rows) == 4
-    examples = [json.loads(re.search(r"`(\{.*\})`", row)[1]) for row in rows]
-    dialogues, report = load_dialogues([write_jsonl("train.jsonl", examples)])
+    rows = re.findall(r"^\| [^|]+ \| `(\{.*?\})`", text_of(name), re.MULTILINE)
+    examples = [json.loads(row) for row in rows]
+    assert len(examples) == 8
+    dialogues, report = load_dialogues([write_jsonl("train.jsonl", examples[:4])])
     assert report.summary() == "kept 4 of 4"
     assert [len(dialogue.messages) for dialogue in dialogues] == [2] * 4
+    medmcqa = examples[7] | {"cop": 0}
+    exams, _ = load_records(read_questions, [write_jsonl("exam.jsonl", [*examples[4:], medmcqa])])
+    assert [exam.exam.answer for exam in exams] == ["B", "B", "B", "B", "A"]
     assert all(f"`{ending}`" in text_of(name) for ending in RECORD_ENDINGS)
 
 
@@ -415,7 +423,7 @@ def test_environment_variables_are_read_somewhere(name):
     files = [*ROOT.glob("*.sh"), *ROOT.glob("*.py"), *ROOT.glob("medtune/**/*.py")]
     sources = "".join(path.read_text(encoding="utf-8") for path in files)
     named = set(re.findall(r"`(?:export )?([A-Z]+_[A-Z_]+)(?:=\S*)?`", text_of(name)))
-    assert {"TRAIN_DATA", "EVAL_DATA", "PPO_DATA", "HF_TOKEN", "HF_ENDPOINT", "TORCH_COMPILE"} <= named
+    assert {"TRAIN_DATA", "EVAL_DATA", "PPO_DATA", "GRPO_DATA", "HF_TOKEN", "HF_ENDPOINT", "TORCH_COMPILE"} <= named
     assert not [variable for variable in named if variable not in sources]
 
 

@@ -119,6 +119,21 @@ def test_the_long_way(project):
     assert flag(merge, "--lora_model") == "outputs-ppo-tiny/checkpoint-best"
 
 
+def test_rewards_that_can_be_checked_after_sft(project):
+    (project / "exams").mkdir()
+    finished, calls = run(project, ALIGN="grpo", GRPO_DATA="exams", GRPO_FLAGS="--rewards exam")
+    assert finished.returncode == 0, finished.stderr
+    assert scripts(calls) == ["supervised_finetuning.py", "grpo_training.py", *LAST]
+    _, grpo, merge, evaluation, report = calls
+    assert (flag(grpo, "--sft_model_path"), flag(grpo, "--train_file_dir")) == (
+        "outputs-sft-tiny/checkpoint-best",
+        "exams",
+    )
+    assert flag(grpo, "--rewards") == "exam"
+    assert flag(merge, "--lora_model") == flag(evaluation, "--base_model") == "outputs-grpo-tiny/checkpoint-best"
+    assert "--runs outputs-sft-tiny outputs-grpo-tiny" in " ".join(report)
+
+
 def test_the_choice_of_the_cpu_holds_for_what_follows_training(project):
     for flags, devices in ((["--use_cpu", "True"], {""}), ([], {"0,1"})):
         finished, _ = run(project, *flags, ALIGN="none", CUDA_VISIBLE_DEVICES="0,1")
@@ -156,12 +171,16 @@ def test_the_adapter_of_an_earlier_stage_can_be_started_from(project):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"ALIGN": "kto"}, "error: ALIGN=kto: give dpo, ppo, both or none\n"),
+        ({"ALIGN": "kto"}, "error: ALIGN=kto: give dpo, ppo, both, grpo or none\n"),
         ({"DO_PT": "2"}, "error: DO_PT=2: give 0 or 1\n"),
         (
+            {"ALIGN": "grpo"},
+            "error: GRPO_DATA=./data/exam: no such folder; name one of exam questions\n",
+        ),
+        (
             {"EVAL_DATA": "data/eval"},
-            "error: TRAIN_DATA and EVAL_DATA are of one stage: set PT_DATA, SFT_DATA, PAIR_DATA or PPO_DATA, and "
-            "for held-out records flags such as SFT_FLAGS='--validation_file_dir FOLDER'\n",
+            "error: TRAIN_DATA and EVAL_DATA are of one stage: set PT_DATA, SFT_DATA, PAIR_DATA, PPO_DATA or "
+            "GRPO_DATA, and for held-out records flags such as SFT_FLAGS='--validation_file_dir FOLDER'\n",
         ),
     ],
 )

@@ -278,9 +278,7 @@ class PromptEncoder(Encoder):
 
     def _record(self, prompt: Prompt) -> dict:
         """What rewards may know of the prompt. Raises Unusable where a needed key is not in it."""
-        exam = prompt.exam
-        if exam is not None and len(exam.answer) > 1:
-            raise Unusable("several right answers", f"{exam.answer}; questions with one are learned from")
+        exam = prompt.exam and prompt.exam.with_one_answer()
         known = {"reference": prompt.reply} if exam is None else {"answer": exam.answer, "options": exam.options}
         for key in self.needed_keys:
             if not known.get(key):

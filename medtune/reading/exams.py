@@ -5,7 +5,7 @@ import string
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from medtune.errors import Unusable
 from medtune.reading.exam_options import OPTION_LINE, options_of
@@ -44,6 +44,12 @@ class Exam:
         """The right answer in the form that the prompt asks for."""
         return f"<answer>{self.answer}</answer>" if form == "tagged" else self.answer
 
+    def with_one_answer(self) -> Self:
+        """Itself. Raises Unusable where several options are right."""
+        if len(self.answer) > 1:
+            raise Unusable("several right answers", f"{self.answer}; only questions with one are used")
+        return self
+
     def as_record(self, form: ExamFormat) -> dict:
         """The record as a question and its answer, which dialogues are made of."""
         answer = {"answer": self.reply(form)} if self.answer else {}
@@ -80,8 +86,10 @@ def to_exam(record: object) -> Exam | None:
     if question_key is None or not option_keys or not isinstance(present[question_key], str):
         return None
     options = {letter.strip().upper(): text for letter, text in options_of(present, option_keys).items()}
-    if len(options) < 2:
-        raise Unusable("broken exam question", f"it has {len(options)} option; write two or more")
+    if len(options) < 2 or any(len(letter) > 1 for letter in options):
+        raise Unusable(
+            "broken exam question", f"its options are {', '.join(options)}; it needs two or more, by letters"
+        )
     answer_keys = [key for names in (_INDICES, _ANSWERS) if (key := _first_key(present, names)) is not None]
     letters = {key: _letters(present[key], key, options) for key in answer_keys}
     named = set(filter(None, letters.values()))

@@ -26,6 +26,7 @@ from medtune.reading.dialects import (
     is_read_whole,
     lacks_prompt,
 )
+from medtune.reading.exams import ExamFormat, to_exam, with_answer_letters
 from medtune.reading.files import csv_separator, read_raw
 from medtune.reading.finding import ending_of
 from medtune.reading.keys import Reading, sort_keys, split_keys
@@ -227,7 +228,9 @@ def add_ignore_keys(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
-def reader_of(args: argparse.Namespace, kind: Literal["dialogues", "pairs"]) -> "ForeignReader":
+def reader_of(
+    args: argparse.Namespace, kind: Literal["dialogues", "pairs"], exam_format: ExamFormat | None = None
+) -> "ForeignReader":
     """The reader for these flags; raises UserError if some of the needed columns are not named."""
     names = {name: getattr(args, f"{name}_column") for name in ("answer", "chosen", "rejected", "system", "history")}
     columns = Columns(tuple(args.question_column), **names)
@@ -235,7 +238,8 @@ def reader_of(args: argparse.Namespace, kind: Literal["dialogues", "pairs"]) -> 
     lacking = [f"--{name}_column" for name in needed if not getattr(columns, name)]
     if columns != Columns() and lacking:
         raise UserError(f"{' and '.join(lacking)}: name these too; with one column named, none is found by itself")
-    return ForeignReader(kind, columns, args.encoding, args.reasoning, Reading(args.ignore_keys, args.role_map))
+    reading = Reading(args.ignore_keys, args.role_map)
+    return ForeignReader(kind, columns, args.encoding, args.reasoning, reading, exam_format)
 
 
 def known_roles(listed: str) -> dict[str, str]:
@@ -254,7 +258,10 @@ def _by_own_names(fault: Unusable, names: Mapping[str, str]) -> Unusable:
 
 
 class ForeignReader:
-    """Reads dialogues or pairs of any known form, record by record, and notes the forms and encodings."""
+    """Reads dialogues or pairs of any known form, record by record, and notes the forms and encodings.
+
+    exam_format: how exam questions are asked in dialogues; None reads them as questions like any other.
+    """
 
     def __init__(
         self,
@@ -263,6 +270,7 @@ class ForeignReader:
         encoding: str | None = None,
         reasoning: str = "leave_out",
         reading: Reading | None = None,
+        exam_format: ExamFormat | None = None,
     ):
         self.reading = reading or Reading()
         self._kind = kind
@@ -271,6 +279,8 @@ class ForeignReader:
         self._has_columns = columns != Columns()
         self._encoding = encoding
         self._reasoning = reasoning
+        self._exam_format = exam_format
+        self._n_exams = 0
         self._n_by_columns: Counter[tuple[str, ...]] = Counter()
         self._encodings: dict[Path, str] = {}
         self._separators: dict[Path, str] = {}
@@ -278,7 +288,7 @@ class ForeignReader:
     def read(self, files: Sequence[Path]) -> Iterator[Dialogue | Pair | BadRecord]:
         """One result a record, in order."""
         for path in files:
-            for source, record in self.read_raw(path):
+            for source, record in with_answer_letters(self.read_raw(path), functools.partial(self.read_raw, path)):
                 try:
                     yield self.convert(record, source)
                 except Unusable as error:
@@ -312,12 +322,15 @@ class ForeignReader:
             raise record
         if self._has_columns:
             try:
-                return self._make(self._by_columns(record), source, self.reading)
+                named = self._by_columns(record)
+                return self._from_exam(named, source) or self._make(named, source, self.reading)
             except Unusable as fault:
                 raise _by_own_names(fault, self._columns.names) from None
         if not isinstance(record, dict):
             return self._make(record, source, self.reading)
         record = self.reading.without_ignored(record)
+        if dialogue := self._from_exam(record, source):
+            return dialogue
         present = with_values(record)
         keys = tuple(present)
         if is_read_whole(keys, self._kind):
@@ -331,6 +344,15 @@ class ForeignReader:
             raise _by_own_names(fault, form.names) from None
         self._n_by_columns[form.columns] += 1
         return item
+
+    def _from_exam(self, record: dict, source: str) -> Dialogue | None:
+        """The dialogue of an exam question and its answer; None for any other record."""
+        exam = to_exam(record) if self._exam_format else None
+        if exam is None or not exam.answer:
+            return None
+        dialogue = to_dialogue(exam.with_one_answer().as_record(self._exam_format), source, self.reading)
+        self._n_exams += 1
+        return dialogue
 
     def _lowered(self, record: dict) -> dict:
         """The record with the known names in lower case; unknown names stay, for messages."""
@@ -374,6 +396,8 @@ class ForeignReader:
         lines = [
             f"{count:,} records by the columns {_listed(columns)}" for columns, count in self._n_by_columns.items()
         ]
+        if self._n_exams:
+            lines.append(f"{self._n_exams:,} exam questions, asked as in evaluation ({self._exam_format})")
         if self._reasoning == "leave_out" and any("complex_cot" in columns for columns in self._n_by_columns):
             lines.append("'complex_cot' is left out; --reasoning think_tags keeps it")
         lines += self.reading.lines()

@@ -5,13 +5,14 @@ import math
 import torch
 
 from medtune.rl.measures import EpisodeMeasures, GroupMeasures, ReplyMeasures
+from medtune.rl.rewards import REWARD_MODEL, Rewards
 
 # Alarms: so many updates in a row without a reply that ends; so many standard errors from what should be; KL in nats
 # a token between the policy before an update and in it, which in sound updates stays below 0.1.
 UPDATES_WITHOUT_END = 5
 STANDARD_ERRORS = 5.0
 TOO_LARGE_A_STEP = 1.0
-# Of GRPO: so many updates in a row, and so many groups in them, whose rewards are all equal; shares of what entropy
+# So many updates in a row whose rewards are all equal; of GRPO, so many groups in them too, and shares of what entropy
 # and the share of ended replies were in the first update.
 UPDATES_IN_A_ROW = 5
 GROUPS_WITHOUT_SIGNAL = 100
@@ -19,20 +20,35 @@ COLLAPSED = 0.02
 RUN_AWAY = 0.5
 
 
-def find_alarm(measures: EpisodeMeasures, stop_at_kl: float, updates_without_end: int) -> str | None:
+def find_alarm(
+    measures: EpisodeMeasures,
+    rewards: Rewards,
+    stop_at_kl: float,
+    updates_without_end: int,
+    updates_without_signal: int,
+) -> str | None:
     """Check the sampled replies before an update learns from them: what is wrong with the run, or None.
 
     Args:
         measures: of replies sampled from the policy.
+        rewards: what they were scored by.
         updates_without_end: how many updates in a row, this one included, had no reply with an end token.
+        updates_without_signal: and how many gave all their replies the same score.
     """
     scores, kl, n_replies = measures.scores, measures.kl, len(measures.scores)
     if not torch.isfinite(scores).all():
         return "the reward model gives scores that are not finite: its weights are broken; train it anew"
-    if n_replies > 1 and measures.n_tokens.std() > 0 and scores.std() < 1e-6:
+    is_by_model = rewards.names == (REWARD_MODEL,)
+    if is_by_model and n_replies > 1 and measures.n_tokens.std() > 0 and scores.std() < 1e-6:
         return (
             f"the reward model gives {n_replies} different replies the same score, {scores[0].item():g}: there is "
             "nothing to learn from; look at it with reward_modeling.py --do_eval"
+        )
+    if not is_by_model and n_replies > 1 and updates_without_signal >= UPDATES_IN_A_ROW:
+        return (
+            f"all replies of {updates_without_signal} updates in a row have the same score, {scores[0].item():g}: "
+            "there is nothing to learn; where all are wrong take easier prompts, more SFT or a reward for the form "
+            "(format), where all are right harder prompts"
         )
     if not torch.isfinite(kl).all():
         return "the KL from the reference is not finite: the policy is broken; lower --learning_rate"
@@ -112,7 +128,7 @@ def find_group_alarm(
     """
     if not torch.isfinite(measures.rewards).all():
         return "the reward model gives scores that are not finite: its weights are broken; train it anew"
-    if (kl := metrics.get("objective/kl", 0.0)) > stop_at_kl:
+    if (kl := metrics.get("objective/token_kl", 0.0)) > stop_at_kl:
         return (
             f"the KL from the reference is {kl:.2f} nats a token, over --stop_at_kl {stop_at_kl:g}: the policy is far "
             "from its start; lower --learning_rate, or raise --beta"

@@ -29,13 +29,6 @@ class RLModelArguments(ModelArguments):
         self.model_name_or_path = self.sft_model_path
 
 
-@dataclass(kw_only=True)
-class PPOModelArguments(RLModelArguments):
-    reward_model_path: str = field(
-        metadata={"help": "Folder of a reward model of reward_modeling.py: an adapter, or a model of its own."}
-    )
-
-
 @dataclass
 class RLRunArguments(RunArguments):
     max_bad_steps: int = field(default=1, init=False)  # a loss that is not finite stops the run at once
@@ -294,7 +287,7 @@ class RLTrainingArguments:
             if zero.get("stage") not in (1, 2):
                 raise UserError(
                     f"--deepspeed {self.deepspeed}: this stage takes ZeRO-1 and 2; ZeRO-3 would gather all weights for "
-                    "every token that is generated. Take ds_configs/zero2.json, and --load_in_4bit True where memory is "
+                    "every token that is generated. Take ds_configs/zero2.json, and --load_in_4bit True if memory is "
                     "short"
                 )
         if not self.do_train:

@@ -45,7 +45,7 @@ def grpo_figures(rewards: list[str], has_exam: bool) -> ShownFigures:
         columns=(
             ("objective/reward", "reward", ".3f"),
             *((f"reward/{name}", name, ".3f") for name in rewards if len(rewards) > 1),
-            *(("groups/no_signal_frac", "no signal", ".2f"), ("objective/kl", "kl", ".4f")),
+            *(("groups/no_signal_frac", "no signal", ".2f"), ("objective/token_kl", "kl", ".4f")),
             *(("objective/entropy", "entropy", ".3f"), ("policy/loss", "loss", ".4f")),
             *(*_UPDATE, *_REPLY, ("tokens_per_second", "tokens/s", ".0f"), _MEMORY),
         ),

@@ -7,6 +7,7 @@ from typing import Self
 import torch
 
 from medtune.rl.ppo_math import SumOverProcesses, k3
+from medtune.rl.rewards import REWARD_MODEL, Rewards
 from medtune.rl.rollout import PolicyReplies, Rollout
 
 
@@ -58,16 +59,17 @@ def sum_of_tokens(rollout: PolicyReplies, values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(kw_only=True)
 class EpisodeMeasures(ReplyMeasures):
-    """PPO's: [N] scores besides, centred and before the penalty for a missing end token; kl: k1, the reply's
-    log-ratio."""
+    """PPO's: [N] scores besides, before the penalty for a missing end token, and the [N, K] rewards that they sum up;
+    kl: k1, the reply's log-ratio."""
 
     scores: torch.Tensor
+    rewards: torch.Tensor
     kl: torch.Tensor
 
     @classmethod
     def columns(cls, rollout: Rollout) -> dict[str, torch.Tensor]:
         kl = sum_of_tokens(rollout, rollout.policy_logps - rollout.ref_logps)
-        return super().columns(rollout) | {"scores": rollout.scores, "kl": kl}
+        return super().columns(rollout) | {"scores": rollout.scores, "rewards": rollout.rewards, "kl": kl}
 
 
 @dataclass(kw_only=True)
@@ -88,10 +90,21 @@ class GroupMeasures(ReplyMeasures):
         return cls(**{name: torch.stack([getattr(p, name) for p in parts], dim=1).flatten(0, 1) for name in names})
 
 
-def summarize(measures: EpisodeMeasures, kl_coef: float, missing_eos_penalty: float) -> dict[str, float]:
-    """The means over replies under the names of the log."""
+def summarize_rewards(rewards: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Mean and standard deviation of each of K [N, K] rewards under the names of the log."""
+    figures = {}
+    for name, column in zip(names, rewards.T, strict=True):
+        figures |= {f"reward/{name}": column.mean().item(), f"reward/{name}_std": column.std(correction=0).item()}
+    return figures
+
+
+def summarize(
+    measures: EpisodeMeasures, rewards: Rewards, kl_coef: float, missing_eos_penalty: float
+) -> dict[str, float]:
+    """The means over replies under the names of the log; of a reward model alone, which is the score, no reward's."""
     penalized = measures.scores - missing_eos_penalty * (1 - measures.ended)
-    return {
+    figures = {} if rewards.names == (REWARD_MODEL,) else summarize_rewards(measures.rewards, rewards.names)
+    return figures | {
         "objective/score": measures.scores.mean().item(),
         "objective/score_std": measures.scores.std(correction=0).item(),
         "objective/kl": measures.kl.mean().item(),
@@ -113,10 +126,9 @@ def summarize_groups(
         names: of the K rewards.
     """
     figures = {"objective/reward": totals.mean().item(), "objective/reward_std": totals.std(correction=0).item()}
-    for name, rewards in zip(names, measures.rewards.T, strict=True):
-        figures |= {f"reward/{name}": rewards.mean().item(), f"reward/{name}_std": rewards.std(correction=0).item()}
+    figures |= summarize_rewards(measures.rewards, names)
     n_tokens = measures.n_tokens.sum()
-    figures |= {"objective/kl": (measures.kl_k3.sum() / n_tokens).item()} if has_reference else {}
+    figures |= {"objective/token_kl": (measures.kl_k3.sum() / n_tokens).item()} if has_reference else {}
     return figures | {
         "objective/entropy": (measures.entropy.sum() / n_tokens).item(),
         "groups/no_signal_frac": 1 - learns.double().mean().item(),

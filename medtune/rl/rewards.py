@@ -21,16 +21,21 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from medtune.errors import UserError
 from medtune.measuring.text_metrics import rouge
+from medtune.models.loading import weights_fingerprint
+from medtune.reading.finding import sha256_of
 from medtune.reading.thoughts import ReplyParts, opens_thought, split_reply
 from medtune.rl.arguments import RewardArguments
 
 REWARD_MODEL = "reward_model"
 # What a reward needs of a prompt's record.
 NEEDED_KEYS = {"exam": "answer", "reference": "reference"}
+# So many prompts' records are tried before weights load.
+REHEARSED_PROMPTS = 4
 # The last tokens of a prompt, which show whether it opens the thought.
 _N_LAST_TOKENS = 16
 
@@ -94,15 +99,16 @@ def strict_letter(reply: ScoredReply) -> str | None:
 
     Not the evaluation's reader, which makes the best of any wording: what is rewarded must leave nothing to interpret.
     """
-    answer = unicodedata.normalize("NFKC", reply.answer).strip()
-    letter = _tagged(answer) if "answer>" in answer else answer.rpartition("\n")[2].strip()
-    return letter if letter in reply.record.get("options", ()) else None
+    is_tagged = "answer>" in reply.answer
+    content = _tagged(reply.answer) if is_tagged else reply.answer.rpartition("\n")[2]
+    letter = unicodedata.normalize("NFKC", content).strip()
+    return letter if letter in reply.record["options"] else None
 
 
-def _tagged(answer: str) -> str | None:
-    """What stands in the only <answer> tag, which ends the answer; None if it does not, and for several tags."""
+def _tagged(answer: str) -> str:
+    """What stands in the only <answer> tag, which ends the answer; "" if it does not, and for several tags."""
     tag = _TAG.search(answer)
-    return tag[1].strip() if tag and answer.count("answer>") == 2 else None
+    return tag[1].strip() if tag and answer.count("answer>") == 2 else ""
 
 
 def exam_reward(reply: ScoredReply) -> float:
@@ -115,9 +121,8 @@ def format_reward(reply: ScoredReply) -> float:
 
     In the tag stands a letter of an exam question's options, or for any other question some text.
     """
-    content = _tagged(unicodedata.normalize("NFKC", reply.answer).strip())
-    options = reply.record.get("options")
-    return float(content in options if options else bool(content))
+    content = unicodedata.normalize("NFKC", _tagged(reply.answer))
+    return float(content in reply.record.get("options", [content]) and content != "")
 
 
 def length_reward(reply: ScoredReply, max_tokens: int, buffer: int) -> float:
@@ -138,13 +143,17 @@ def reference_reward(reply: ScoredReply) -> float:
 class Rewards:
     """The rewards of the flags.
 
-    names: of K rewards; weights: [K] float32.
+    names: of K rewards; weights: [K] float32 in their order.
     functions: by name, from N replies to N numbers; the reward model, whose scores the caller has, has none.
     """
 
     names: tuple[str, ...]
     weights: torch.Tensor
     functions: dict[str, Callable[[Sequence[ScoredReply]], list[float]]]
+
+    @property
+    def weight_by_name(self) -> dict[str, float]:
+        return dict(zip(self.names, self.weights.tolist(), strict=True))
 
     @property
     def has_model(self) -> bool:
@@ -173,8 +182,9 @@ class Rewards:
         """[N] weighted sums of [N, K] rewards."""
         return (rewards * self.weights.to(rewards.device)).sum(dim=1)
 
-    def rehearse(self, rows: Sequence[dict]) -> None:
+    def rehearse(self, prompts: Dataset) -> None:
         """Score made-up replies to some rows of `PromptEncoder`, so that a fault shows before weights load."""
+        rows = prompts.select(range(min(REHEARSED_PROMPTS, len(prompts))))
         texts = ("", "<think>\n想一想。\n</think>\n\n<answer>A</answer>")
         replies = [
             ScoredReply(text, len(text) + 1, bool(text), json.loads(row["messages"])[0], json.loads(row["record"]))
@@ -205,6 +215,18 @@ def load_rewards(args: RewardArguments, response_length: int) -> Rewards:
         raise UserError(f"--reward_file {args.reward_file}: name its functions in --rewards: {', '.join(own)}")
     chosen = {name: functions[name] for name in weights if name != REWARD_MODEL}
     return Rewards(tuple(weights), torch.tensor([*weights.values()]), chosen)
+
+
+def reward_settings(args: RewardArguments, **hub_options) -> dict[str, object]:
+    """What a resumed run must keep of the flags, and of the files that they name."""
+    settings: dict[str, object] = {"--rewards": args.reward_weights, "--length_buffer": args.length_buffer}
+    settings |= {"--reward_model_path": args.reward_model_path}
+    if args.reward_model_path:
+        weights = weights_fingerprint(args.reward_model_path, flag="--reward_model_path", **hub_options)
+        settings["weights of the reward model"] = weights[:12]
+    if args.reward_file:
+        settings[f"--reward_file {args.reward_file} with the content"] = sha256_of(Path(args.reward_file))[:12]
+    return settings
 
 
 def _by_rule(rule: Callable[[ScoredReply], float], replies: Sequence[ScoredReply]) -> list[float]:

@@ -75,13 +75,16 @@ class Roles:
     def has_reference(self) -> bool:
         return "reference" in self.model.peft_config
 
-    def add_value_head(self, score_shift: float) -> None:
-        """Centre the scores, and start the value head from the reward model's, so that its first values are scores."""
+    def add_value_head(self, score_shift: float, weight: float = 1.0) -> None:
+        """Centre the scores, and start the value head from the reward model's, so that its first values are scores.
+
+        weight: of the reward model among the rewards.
+        """
         self.score_shift = score_shift
         if self.reward_head is None:
             head = ValueHead(torch.zeros(1, self.model.config.hidden_size), 0.0)
         else:
-            head = ValueHead(self.reward_head.weight.detach(), score_shift)
+            head = ValueHead(self.reward_head.weight.detach() * weight, score_shift * weight)
         self.value_head = head.to(self.model.device)
 
     def enable_checkpointing(self, settings: dict | None) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from medtune.reading.tokenization import stop_token_ids
 from medtune.rl.arguments import RolloutArguments
 from medtune.rl.ppo_math import draw_uniforms, inverse_transform, reply_mask
 from medtune.rl.reward_texts import RewardTexts
+from medtune.rl.rewards import Rewards, ScoredReply, scored_replies
 from medtune.rl.roles import Roles
 from medtune.training.interruption import SignalListener
 from template import ChatTemplate
@@ -36,6 +37,8 @@ class Replies:
     ended: [N] True where the reply has an end token.
     """
 
+    of_replies: ClassVar[Sequence[str]] = ("ended",)  # the tensors that have no columns of tokens
+
     ids: torch.Tensor
     attention_mask: torch.Tensor
     mask: torch.Tensor
@@ -49,16 +52,19 @@ class Replies:
         """The tokens of each reply, without padding."""
         return [row[mask].tolist() for row, mask in zip(self.ids[:, self.n_prompt :], self.mask, strict=True)]
 
-    def take(self, rows: torch.Tensor) -> Self:
+    def take(self, rows: torch.Tensor | Sequence[int]) -> Self:
         """Some rows, without the columns that are padding in all of them."""
+        rows = torch.as_tensor(rows, device=self.ids.device)
         left = int((~self.attention_mask[rows, : self.n_prompt]).long().sum(dim=1).min())
         right = int(self.mask[rows].sum(dim=1).max())
         whole, reply = slice(left, self.n_prompt + right), slice(0, right)
 
-        def part(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor[rows] if tensor.dim() == 1 else tensor[rows, whole if self._has_prompt(tensor) else reply]
+        def part(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            if name in self.of_replies:
+                return tensor[rows]
+            return tensor[rows, whole if self._has_prompt(tensor) else reply]
 
-        return type(self)(**{name: part(tensor) for name, tensor in self.tensors().items()})
+        return type(self)(**{name: part(name, tensor) for name, tensor in self.tensors().items()})
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
@@ -66,12 +72,12 @@ class Replies:
         n_prompt = max(part.n_prompt for part in parts)
         n_reply = max(part.mask.shape[1] for part in parts)
 
-        def padded(part: Self, tensor: torch.Tensor) -> torch.Tensor:
+        def padded(part: Self, name: str) -> torch.Tensor:
+            tensor = getattr(part, name)
             left = n_prompt - part.n_prompt if part._has_prompt(tensor) else 0
-            return tensor if tensor.dim() == 1 else F.pad(tensor, (left, n_reply - part.mask.shape[1]))
+            return tensor if name in cls.of_replies else F.pad(tensor, (left, n_reply - part.mask.shape[1]))
 
-        names = parts[0].tensors()
-        return cls(**{name: torch.cat([padded(part, getattr(part, name)) for part in parts]) for name in names})
+        return cls(**{name: torch.cat([padded(part, name) for part in parts]) for name in parts[0].tensors()})
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those that there are, by name."""
@@ -101,14 +107,45 @@ class Rollout(PolicyReplies):
     """Of PPO: with values and scores.
 
     values: [N, T] float32, 0 outside the mask.
-    scores: [N] float32, minus the mean of the dialogues' own replies; before the penalty for a missing end token.
+    rewards: [N, K] float32, a reward model's minus the mean of the dialogues' own replies; scores: [N], their weighted
+        sum, before the penalty for a missing end token.
     """
 
+    of_replies: ClassVar[Sequence[str]] = (*PolicyReplies.of_replies, "rewards", "scores")
+
     values: torch.Tensor
+    rewards: torch.Tensor
     scores: torch.Tensor
 
 
 Kind = TypeVar("Kind", bound=Replies)
+
+
+# ---------------------------------------------------------------- scoring
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What scores replies, whoever wrote them: the rewards of the flags, and what the reward model reads where it is
+    among them, so many replies at a time."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rewards: Rewards
+    reward_texts: RewardTexts | None
+    batch_size: int
+
+    def read(self, rows: Sequence[dict], replies: Replies) -> list[ScoredReply]:
+        """The replies to rows of `PromptEncoder` as text."""
+        return scored_replies(self.tokenizer, rows, replies.reply_ids(), replies.ended.tolist())
+
+    def score(self, roles: Roles, rows: Sequence[dict], replies: Replies) -> torch.Tensor:
+        """[N, K] rewards of the replies to rows of `PromptEncoder`."""
+        model_scores = None
+        if self.reward_texts is not None:
+            rows_and_ids = zip(rows, replies.reply_ids(), strict=True)
+            texts = [self.reward_texts.of_ids(row, ids) for row, ids in rows_and_ids]
+            model_scores = score_texts(roles, texts, self.batch_size) - roles.score_shift
+        return self.rewards(self.read(rows, replies), model_scores).to(roles.model.device)
 
 
 # ---------------------------------------------------------------- sampling
@@ -188,41 +225,60 @@ def sample_replies(
     return Replies(ids=ids, attention_mask=torch.cat([prompt_mask, mask], dim=1), mask=mask, ended=ended)
 
 
-@torch.no_grad()
+# ---------------------------------------------------------------- collecting
+
+
 def collect_replies(
-    roles: Roles,
-    rows: Sequence[dict],
-    episodes: Sequence[int] | None,
-    sampling: Sampling,
-    stop: SignalListener,
-    complete: Callable[[list[int], Replies], Kind],
-) -> Kind:
-    """Sample replies to the prompts, batch by batch, and complete each batch; the rows keep the given order.
+    roles: Roles, rows: Sequence[dict], episodes: Sequence[int] | None, sampling: Sampling, stop: SignalListener
+) -> Replies:
+    """Sample replies to the prompts, in the given order.
 
     Args:
         rows: of `PromptEncoder`.
         episodes: of `sample_replies`.
-        complete: from the indices of a batch's rows and its replies to what is wanted of them.
 
     Raises StoppedInRolloutError in all processes once a signal has reached one of them.
     """
-    # Like lengths together waste little padding; the longest first, so that too large a batch fails at once.
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["prompt_ids"]), reverse=True)
-    parts = []
-    for begin in range(0, len(order), sampling.batch_size):
-        if stop.any_received():
-            raise StoppedInRolloutError
-        chosen = order[begin : begin + sampling.batch_size]
+
+    def sample(chosen: list[int]) -> Replies:
         prompts = [rows[index]["prompt_ids"] for index in chosen]
-        replies = sample_replies(roles, prompts, episodes and [episodes[index] for index in chosen], sampling)
-        parts.append(complete(chosen, replies))
-    back = torch.tensor(order).argsort()
-    return type(parts[0]).join(parts).take(back.to(roles.model.device))
+        return sample_replies(roles, prompts, episodes and [episodes[index] for index in chosen], sampling)
+
+    return _in_batches(rows, sampling.batch_size, stop, sample)
 
 
 @torch.no_grad()
-def with_logps(roles: Roles, replies: Replies, temperature: float) -> PolicyReplies:
+def add_logps(
+    roles: Roles, rows: Sequence[dict], replies: Replies, sampling: Sampling, stop: SignalListener
+) -> PolicyReplies:
     """The replies with their log-probs under the policy as it is, and under the reference where there is one."""
+    return _in_batches(
+        rows, sampling.batch_size, stop, lambda chosen: _with_logps(roles, replies.take(chosen), sampling.temperature)
+    )
+
+
+@torch.no_grad()
+def collect_rollout(
+    roles: Roles,
+    rows: Sequence[dict],
+    episodes: Sequence[int] | None,
+    sampling: Sampling,
+    scorer: Scorer,
+    stop: SignalListener,
+) -> Rollout:
+    """PPO's rollout: replies to the prompts, and all roles evaluated on them; arguments as of `collect_replies`."""
+    replies = collect_replies(roles, rows, episodes, sampling, stop)
+
+    def evaluate(chosen: list[int]) -> Rollout:
+        part = _with_logps(roles, replies.take(chosen), sampling.temperature)
+        values = roles.values(part.ids, part.attention_mask, part.mask)
+        rewards = scorer.score(roles, [rows[index] for index in chosen], part)
+        return Rollout(**vars(part), values=values, rewards=rewards, scores=scorer.rewards.total(rewards))
+
+    return _in_batches(rows, sampling.batch_size, stop, evaluate)
+
+
+def _with_logps(roles: Roles, replies: Replies, temperature: float) -> PolicyReplies:
     text = replies.ids, replies.attention_mask, replies.mask
     # Detail: the old log-probs are computed anew by a full forward pass.
     policy_logps, entropies, variances = roles.logps("policy", *text, temperature)
@@ -231,24 +287,24 @@ def with_logps(roles: Roles, replies: Replies, temperature: float) -> PolicyRepl
     return PolicyReplies(**vars(replies), **of_policy, ref_logps=ref_logps)
 
 
-def collect_rollout(
-    roles: Roles,
-    rows: Sequence[dict],
-    episodes: Sequence[int] | None,
-    sampling: Sampling,
-    reward_texts: RewardTexts,
-    stop: SignalListener,
-) -> Rollout:
-    """PPO's rollout: replies to the prompts, and all roles evaluated on them; arguments as of `collect_replies`."""
+def _in_batches(
+    rows: Sequence[dict], batch_size: int, stop: SignalListener, of_batch: Callable[[list[int]], Kind]
+) -> Kind:
+    """What `of_batch` gives for the indices of each batch of rows, joined in the order of the rows."""
+    # Like lengths together waste little padding; the longest first, so that too large a batch fails at once.
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["prompt_ids"]), reverse=True)
+    parts = []
+    for begin in range(0, len(order), batch_size):
+        if stop.any_received():
+            raise StoppedInRolloutError
+        parts.append(of_batch(order[begin : begin + batch_size]))
+    return type(parts[0]).join(parts).take(torch.tensor(order).argsort())
 
-    def complete(chosen: list[int], replies: Replies) -> Rollout:
-        likely = with_logps(roles, replies, sampling.temperature)
-        values = roles.values(replies.ids, replies.attention_mask, replies.mask)
-        rows_and_replies = zip(chosen, replies.reply_ids(), strict=True)
-        texts = [reward_texts.of_ids(rows[index], ids) for index, ids in rows_and_replies]
-        return Rollout(**vars(likely), values=values, scores=roles.scores(texts) - roles.score_shift)
 
-    return collect_replies(roles, rows, episodes, sampling, stop, complete)
+def score_texts(roles: Roles, texts: Sequence[list[int]], batch_size: int) -> torch.Tensor:
+    """[N] scores of the reward model, so many texts at a time."""
+    batches = [texts[begin : begin + batch_size] for begin in range(0, len(texts), batch_size)]
+    return torch.cat([roles.scores(batch) for batch in batches])
 
 
 def center_scores(roles: Roles, rows: Sequence[dict], reward_texts: RewardTexts, batch_size: int) -> float:
@@ -259,5 +315,4 @@ def center_scores(roles: Roles, rows: Sequence[dict], reward_texts: RewardTexts,
     texts = [reward_texts.of_text(row, row["reply"]) for row in rows if row["reply"]]
     if not texts:
         return 0.0
-    batches = [texts[begin : begin + batch_size] for begin in range(0, len(texts), batch_size)]
-    return torch.cat([roles.scores(batch) for batch in batches]).mean().item()
+    return score_texts(roles, texts, batch_size).mean().item()

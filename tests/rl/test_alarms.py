@@ -4,8 +4,13 @@ import pytest
 import torch
 
 from medtune.rl.alarms import find_alarm
+from medtune.rl.arguments import RewardArguments
 from medtune.rl.measures import EpisodeMeasures, TokenMeans, summarize
+from medtune.rl.rewards import Rewards, load_rewards
 from medtune.rl.rollout import Rollout
+
+BY_MODEL = load_rewards(RewardArguments(reward_model_path="rm"), response_length=40)
+BY_RULES = load_rewards(RewardArguments(rewards=["exam", "format:0.5"]), response_length=40)
 
 
 def measures_of(kl: list[float], **changes: list[float]) -> EpisodeMeasures:
@@ -13,6 +18,7 @@ def measures_of(kl: list[float], **changes: list[float]) -> EpisodeMeasures:
     n = len(kl)
     values = {
         "scores": list(range(n)),
+        "rewards": [[score] for score in range(n)],
         "ended": [1] * n,
         "n_tokens": [10 + row for row in range(n)],
         "kl": kl,
@@ -24,24 +30,35 @@ def measures_of(kl: list[float], **changes: list[float]) -> EpisodeMeasures:
     return EpisodeMeasures(**{name: torch.tensor(column, dtype=torch.float64) for name, column in values.items()})
 
 
+def alarm_of(measures: EpisodeMeasures, rewards: Rewards = BY_MODEL, updates_without_signal: int = 0) -> str | None:
+    return find_alarm(measures, rewards, 50.0, 0, updates_without_signal)
+
+
+def test_equal_scores_are_an_alarm_at_once_of_a_model_and_after_some_updates_of_rules():
+    same = measures_of([0.0] * 4, scores=[0.0] * 4)
+    assert "gives 4 different replies the same score, 0" in alarm_of(same)
+    assert alarm_of(same, BY_RULES, 4) is None, "all wrong by chance"
+    assert "all replies of 5 updates in a row have the same score, 0" in alarm_of(same, BY_RULES, 5)
+
+
 def test_surprisal_is_an_alarm_only_beyond_the_spread_that_the_policy_gives_it():
     one_token = {"n_tokens": [1] * 32, "surprise": [-1.2] * 32, "variance": [6.0] * 32}
-    assert find_alarm(measures_of([0.0] * 32, **one_token), 50.0, 0) is None, "the likeliest by chance"
+    assert alarm_of(measures_of([0.0] * 32, **one_token)) is None, "the likeliest by chance"
     far = measures_of([0.0] * 8, surprise=[40.5] * 8)
-    assert "differs from its entropy by 3.00 nats a token" in find_alarm(far, 50.0, 0)
+    assert "differs from its entropy by 3.00 nats a token" in alarm_of(far)
 
 
 def test_negative_kl_is_an_alarm_only_where_it_is_no_chance():
-    assert find_alarm(measures_of([-0.5, 0.6, -0.4, 0.2]), 50.0, 0) is None
-    assert find_alarm(measures_of([-9.0, 12.0, -15.0, 4.0]), 50.0, 0) is None  # -2 on average, with a wide spread
-    assert "-3.0 nats a reply, clearly below 0" in find_alarm(measures_of([-3.1, -2.9, -3.0, -3.0]), 50.0, 0)
-    assert "60.0 nats a reply, over --stop_at_kl 50" in find_alarm(measures_of([60.0, 60.0]), 50.0, 0)
+    assert alarm_of(measures_of([-0.5, 0.6, -0.4, 0.2])) is None
+    assert alarm_of(measures_of([-9.0, 12.0, -15.0, 4.0])) is None  # -2 on average, with a wide spread
+    assert "-3.0 nats a reply, clearly below 0" in alarm_of(measures_of([-3.1, -2.9, -3.0, -3.0]))
+    assert "60.0 nats a reply, over --stop_at_kl 50" in alarm_of(measures_of([60.0, 60.0]))
 
 
 def test_measures_by_hand():
     counts = {"scores": [2.0, 4.0], "ended": [1, 0], "n_tokens": [4, 8]}
     measures = measures_of([1.0, 3.0], kl_k3=[0.5, 1.5], entropy=[8.0, 4.0], **counts)
-    found = summarize(measures, kl_coef=0.1, missing_eos_penalty=1.0)
+    found = summarize(measures, BY_MODEL, kl_coef=0.1, missing_eos_penalty=1.0)
     assert found == pytest.approx(
         {
             "objective/score": 3.0,
@@ -54,6 +71,13 @@ def test_measures_by_hand():
             "reply/eos_frac": 0.5,
         }
     )
+
+
+def test_each_rewards_mean_and_deviation():
+    measures = measures_of([0.0] * 2, rewards=[[1, 0], [0, 0]])
+    found = summarize(measures, BY_RULES, kl_coef=0.1, missing_eos_penalty=0.0)
+    rewards = {name: figure for name, figure in found.items() if name.startswith("reward/")}
+    assert rewards == {"reward/exam": 0.5, "reward/exam_std": 0.5, "reward/format": 0, "reward/format_std": 0}
 
 
 def test_measures_of_a_rollout_by_hand():
@@ -69,6 +93,7 @@ def test_measures_of_a_rollout_by_hand():
         values=torch.zeros(2, 2),
         entropies=torch.tensor([[0.5, 0.5], [1.0, 9.0]]),
         variances=torch.tensor([[2.0, 1.0], [4.0, 9.0]]),
+        rewards=torch.tensor([[5.0], [7.0]]),
         scores=torch.tensor([5.0, 7.0]),
     )
     measures = EpisodeMeasures.of(rollout)

@@ -11,7 +11,7 @@ from medtune.errors import UserError
 from medtune.models.adapters import load_with_adapter
 from medtune.models.reward_models import load_reward_model
 from medtune.rl import ppo_math
-from medtune.rl.roles import Roles, ValueHead, load_roles
+from medtune.rl.roles import Roles, load_roles
 
 
 def write_adapter(folder: Path, model_dir: Path, model_class: type, task_type: str, **options) -> Path:
@@ -183,5 +183,5 @@ def test_value_model_starts_as_the_reward_model(roles):
     values = roles.values(IDS, ATTENTION, MASK)
     text = IDS[1].tolist()
     torch.testing.assert_close(values[1], torch.cat([roles.scores([text[:n]]) for n in (4, 5, 6)]))
-    torch.testing.assert_close(ValueHead(roles.reward_head.weight, 2.5)(torch.ones(1, 128)).item() + 2.5,
-                               roles.reward_head(torch.ones(1, 128)).item())  # fmt: skip
+    roles.add_value_head(score_shift=2.5, weight=0.5)
+    torch.testing.assert_close(roles.values(IDS, ATTENTION, MASK)[1], 0.5 * (values[1] - 2.5))

@@ -43,6 +43,7 @@ def test_rollouts_join_and_part_without_loss():
             values=per_token,
             entropies=per_token,
             variances=per_token,
+            rewards=torch.full((1, 3), value),
             scores=torch.tensor([value]),
         )
 

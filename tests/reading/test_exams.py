@@ -1,0 +1,175 @@
+"""Exam questions of the published sets: read alike, asked in one text everywhere, counted where they cannot be used."""
+
+import json
+
+import pytest
+from convert_data_format import main as convert
+from transformers import PreTrainedTokenizerBase
+
+from medtune.errors import Unusable, UserError
+from medtune.reading.encoders import PromptEncoder
+from medtune.reading.eval_items import read_tests
+from medtune.reading.exams import to_exam
+from medtune.reading.readers import load_records, read_questions
+from medtune.reading.stage_data import encode_records
+from medtune.reading.tokenization import load_chat_template
+
+OPTIONS = {"A": "地高辛", "B": "华法林", "C": "肝素", "D": "青霉素"}
+QUESTION = "哪种药要查INR？"
+LETTERED = {"opa": "地高辛", "opb": "华法林", "opc": "肝素", "opd": "青霉素"}
+# The columns of the published sets, of which each record asks the same.
+PUBLISHED = {
+    "CMB": {"exam_type": "医师考试", "question": QUESTION, "option": OPTIONS | {"E": ""}, "answer": "B"},
+    "CMExam, csv": {
+        "Question": QUESTION,
+        "Options": "A 地高辛\nB 华法林\nC 肝素\nD 青霉素",
+        "Answer": "B",
+        "Explanation": "华法林抑制维生素K。",
+    },
+    "CMExam, json": {
+        "Question": QUESTION,
+        "Options": [{"key": letter, "value": text} for letter, text in OPTIONS.items()],
+        "Answer": "B",
+    },
+    "MedQA": {"question": QUESTION, "options": OPTIONS, "answer": "华法林", "answer_idx": "B", "meta_info": "step1"},
+    "MedQA, bigbio": {
+        "question": QUESTION,
+        "options": [{"key": letter, "value": text} for letter, text in OPTIONS.items()],
+        "answer": "华法林",
+    },
+    "MedMCQA": {"id": "e9", "question": QUESTION, **LETTERED, "cop": 1, "choice_type": "single", "exp": "Warfarin."},
+    "ours": {"id": "zh:1", "exam_subject": "药理", "question": QUESTION, "option": OPTIONS, "answer": "B"},
+}
+# Of a file whose numbers count from 0.
+FIRST = {"question": "哪种是强心苷？", **LETTERED, "cop": 0}
+PROMPT = f"{QUESTION}\nA. 地高辛\nB. 华法林\nC. 肝素\nD. 青霉素\n"
+LETTER = "请直接回答正确选项的字母。"
+TAGGED = "请先思考，最后写出 <answer>X</answer>，其中 X 是正确选项的字母。"
+
+
+@pytest.fixture
+def encode(tiny_tokenizer: PreTrainedTokenizerBase, write_jsonl):
+    """A function from records to the rows of prompts and the report of what is left out."""
+
+    def encode_prompts(*records: dict, max_length: int = 1000, **settings):
+        questions, _ = load_records(read_questions, [write_jsonl("prompts.jsonl", records)])
+        chat_template = load_chat_template(tiny_tokenizer, "qwen")
+        encoder = PromptEncoder(tiny_tokenizer, chat_template, max_length, "cut_prompt_start", **settings)
+        return encode_records(questions, encoder)
+
+    return encode_prompts
+
+
+@pytest.mark.parametrize("record", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_columns_are_one_prompt_in_training_and_evaluation(record, encode, write_jsonl, tmp_path):
+    file = write_jsonl("exam.jsonl", [record, FIRST])
+    (test, _), _ = read_tests([str(file)], None, 0)
+    assert test["messages"] == [{"role": "user", "content": PROMPT + LETTER}]
+    assert (test["options"], test["answer"]) == (OPTIONS, "B")
+    for form, instruction, reply in (("letter", LETTER, "B"), ("tagged", TAGGED, "<answer>B</answer>")):
+        rows, _ = encode(record, FIRST, exam_format=form)
+        assert json.loads(rows[0]["messages"])[0] == [{"role": "user", "content": PROMPT + instruction}]
+        assert rows[0]["reply"] == reply
+        known = json.loads(rows[0]["record"])
+        assert (known["options"], known["answer"]) == (OPTIONS, "B")
+        converted = tmp_path / f"{form}.jsonl"
+        convert(["--input", str(file), "--output", str(converted), "--format", "sft", "--exam_format", form])
+        turns = json.loads(converted.read_text(encoding="utf-8").splitlines()[0])["conversations"]
+        assert [turn["value"] for turn in turns] == [PROMPT + instruction, reply]
+
+
+@pytest.mark.parametrize(
+    ("answer", "letters"),
+    [
+        ("b", "B"),
+        ("Ｂ", "B"),
+        ("(B)", "B"),
+        ("B. 华法林", "B"),
+        ("肝素", "C"),
+        ("AC", "AC"),
+        ("C, A", "AC"),
+        (["A", "C"], "AC"),
+        (None, ""),
+        ("", ""),
+    ],
+)
+def test_answers_by_letter_or_by_words(answer, letters):
+    assert to_exam({"question": QUESTION, "options": OPTIONS, "answer": answer}).answer == letters
+
+
+def test_words_of_an_option_that_look_like_letters():
+    assert to_exam({"question": "血型？", "options": {"A": "O", "B": "AB"}, "answer": "AB"}).answer == "B"
+    both = {"question": "Which?", "options": {"A": "B", "B": "A"}, "answer": "B"}
+    assert to_exam(both | {"answer_idx": "A"}).answer == "A"
+    with pytest.raises(Unusable, match="'answer' is 'B': it must be one of A, B"):
+        to_exam(both)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": "E"}, "'answer' is 'E': it must be one of A, B, C, D"),
+        ({"answer": "甲"}, "'answer' is '甲': it must be"),
+        ({"answer": "肝素", "answer_idx": "A"}, "'answer_idx' is 'A' and 'answer' is '肝素': keep the right one"),
+        ({"answer": 2}, "'answer' is 2; write the letter of the right option"),
+        ({"options": {"A": "地高辛"}}, "its options are A; it needs two or more"),
+    ],
+)
+def test_broken_exam_questions(change, message):
+    with pytest.raises(Unusable, match=message) as raised:
+        to_exam({"question": QUESTION, "options": OPTIONS, "answer": "B"} | change)
+    assert raised.value.reason == "broken exam question"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "letters"),
+    [
+        ([2, 0, 3], ["C", "A", "D"]),
+        ([2, 1, 4], ["B", "A", "D"]),
+        (["2", "4"], ["B", "D"]),  # a csv file
+        ([3, 1, 0, -1], ["D", "B", "A", ""]),  # MedMCQA's test part has no answers
+    ],
+)
+def test_the_file_shows_where_numbers_begin(numbers, letters, write_jsonl):
+    records = [{"question": f"第{n}题？", **LETTERED, "cop": number} for n, number in enumerate(numbers)]
+    questions, _ = load_records(read_questions, [write_jsonl("numbers.jsonl", records)])
+    assert [question.exam.answer for question in questions] == letters
+
+
+def test_numbers_that_do_not_show_where_they_begin_are_refused(write_jsonl):
+    file = write_jsonl("numbers.jsonl", [{"question": QUESTION, **LETTERED, "cop": 2}])
+    with pytest.raises(UserError, match=r"numbers.jsonl:1: broken exam question: 'cop' is 2; write the letter"):
+        load_records(read_questions, [file])
+
+
+def test_what_cannot_be_a_prompt_is_counted(encode):
+    several = {"question": "哪些抗凝？", "option": OPTIONS, "answer": "BC"}
+    long = {"question": "病史" * 60 + "？", "option": OPTIONS, "answer": "C"}
+    rows, report = encode(
+        PUBLISHED["CMB"], several, long, {"question": "头痛怎么办？" * 50, "answer": "就诊。"}, max_length=100
+    )
+    assert report.dropped == {"several right answers": 1, "prompt too long": 1}
+    assert len(rows) == 2, "a dialogue's prompt is cut, an exam question would be another one"
+
+
+def test_a_prompt_that_a_reward_cannot_judge_is_refused_with_its_place(encode):
+    dialogue = {"question": "头痛怎么办？", "answer": "请就诊。", "keywords": ["就诊"]}
+    rows, _ = encode(dialogue, PUBLISHED["CMB"])
+    assert [json.loads(row["record"]).get("answer") for row in rows] == [None, "B"]
+    assert json.loads(rows[0]["record"]) == {"reference": "请就诊。", "keywords": ["就诊"]}
+    with pytest.raises(UserError, match=r"prompts.jsonl:1: no answer: .*--rewards exam needs .*\n.*--on_bad_data drop"):
+        encode(dialogue, PUBLISHED["CMB"], needed_keys=["answer"])
+    with pytest.raises(UserError, match=r"prompts.jsonl:2: no reference: "):
+        encode(dialogue, PUBLISHED["CMB"], needed_keys=["reference"])
+
+
+def test_convert_counts_what_it_leaves_out_and_keeps_what_is_said_beside(tmp_path, write_jsonl, capsys):
+    several = {"question": "哪些抗凝？", "option": OPTIONS, "answer": "BC"}
+    file = write_jsonl("exam.jsonl", [PUBLISHED["CMB"] | {"system": "你是药师。"}, several])
+    output = tmp_path / "train.jsonl"
+    convert(["--input", str(file), "--output", str(output), "--format", "sft"])
+    (record,) = map(json.loads, output.read_text(encoding="utf-8").splitlines())
+    assert record["system"] == "你是药师。"
+    out = capsys.readouterr().out
+    assert "kept 1 of 2 (1 several right answers)" in out
+    assert "1 exam questions, asked as in evaluation (letter)" in out
