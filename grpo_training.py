@@ -161,8 +161,8 @@ def grpo_update(run: Run, groups: Groups, grpo_args: GRPOArguments) -> dict[str,
     counts = torch.stack([learns.sum(), replies.mask[learns].sum()]).double()
     whole = Whole(*sum_over_processes(counts).tolist(), grpo_args.response_length)
     if whole.n_replies == 0:
-        policy.scheduler.step()
-        return dict.fromkeys(("policy/loss", "policy/clip_frac", "policy/ratio", "policy/grad_norm"), 0.0)
+        policy.skip()
+        return dict.fromkeys(("policy/loss", "policy/clip_frac", "policy/approx_kl", "policy/grad_norm"), 0.0)
     micro_batches = split_evenly(replies, learns, run.training_args)
     measured, total_loss, norms = TokenMeans(sum_over_processes), torch.zeros((), device=replies.ids.device), []
     for iteration in range(1, grpo_args.num_iterations + 1):
@@ -225,8 +225,9 @@ def evaluate(
     read = scorer.read(padded, replies)[: len(own)]
     rewards = rewards[: len(own)].tolist()
     figures = gather_object([reply_figures(*each, scorer) for each in zip(read, rewards, strict=True)])
-    columns = {name: [of_reply[name] for of_reply in figures if name in of_reply] for name in set().union(*figures)}
-    metrics = {f"eval_{name}": sum(values) / len(values) for name, values in sorted(columns.items())}
+    names = dict.fromkeys(name for of_reply in figures for name in of_reply)
+    columns = {name: [of_reply[name] for of_reply in figures if name in of_reply] for name in names}
+    metrics = {f"eval_{name}": sum(values) / len(values) for name, values in columns.items()}
     if right := columns.get("exam_accuracy_written"):
         metrics["eval_exam_low"], metrics["eval_exam_high"] = wilson_interval(sum(right), len(right))
     return metrics
@@ -234,8 +235,8 @@ def evaluate(
 
 def reply_figures(reply: ScoredReply, rewards: list[float], scorer: Scorer) -> dict[str, float]:
     """What is measured of a held-out reply, by name."""
-    figures = {f"reward_{name}": value for name, value in zip(scorer.rewards.names, rewards, strict=True)}
-    figures |= {"reward": scorer.rewards.total(torch.tensor([rewards])).item()}
+    figures = {"reward": scorer.rewards.total(torch.tensor([rewards])).item()}
+    figures |= {f"reward_{name}": value for name, value in zip(scorer.rewards.names, rewards, strict=True)}
     figures |= {"mean_len": float(reply.n_tokens), "eos_frac": float(reply.ended)}
     if is_exam(reply.record):
         letter = written_letter(reply.answer, reply.record["options"])

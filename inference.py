@@ -3,7 +3,7 @@
 Input: a base model, a base with a LoRA adapter of any stage, a merged model or a full checkpoint; several with
 --compare, whose adapters share one base in memory.
 Output: replies on standard output, or `--output_file` with one JSON record for each record of `--data_file`; with
---reward_model each has its score.
+--reward_model each has its score. --show_thoughts prints thoughts; in the file each stands in a key of its own.
 The prompt is rendered by the template that training saved with the model, so the ids are those of training.
 
     python inference.py --base_model Qwen/Qwen2.5-3B-Instruct --lora_model outputs-sft-qwen2.5-3b/checkpoint-best
@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,6 +50,7 @@ from medtune.reading.files import read_raw
 from medtune.reading.finding import find_files
 from medtune.reading.keys import Reading, split_keys
 from medtune.reading.readers import load_prompts
+from medtune.reading.thoughts import ReplySplitter, split_reply, with_opening
 from medtune.reading.tokenization import encode_recent
 from medtune.training.log import start_log
 from template import Message
@@ -83,6 +84,9 @@ class InferenceArguments:
     output_file: str | None = field(default=None, metadata={"help": "New .jsonl for the replies to --data_file."})
     system: str | None = field(
         default=None, metadata={"help": "System prompt; a dialogue of --data_file that has its own keeps it."}
+    )
+    show_thoughts: bool = field(
+        default=False, metadata={"help": "Print what the model thinks before it answers; a file holds it anyway."}
     )
     batch_size: int = field(default=8, metadata={"help": "Prompts that are answered at a time."})
     seed: int = field(default=42, metadata={"help": "Of the random draws with --temperature above 0."})
@@ -204,6 +208,7 @@ class Asker(NamedTuple):
     decoding: Decoding
     batch_size: int
     seed: int
+    show_thoughts: bool = False
 
     def ask(
         self,
@@ -233,6 +238,7 @@ class Asker(NamedTuple):
                     self.batch_size,
                     on_progress and (lambda done, n_before=n_before: on_progress(n_before + done)),
                 )
+            replies = [whole_reply(chat_model, reply) for reply in replies]
             columns.append(list(zip(replies, self.scores(questions, replies), strict=True)))
         return list(map(list, zip(*columns, strict=True)))
 
@@ -244,6 +250,10 @@ class Asker(NamedTuple):
             for question, reply in zip(questions, replies, strict=True)
         ]
         return self.reward_model.score(rows, self.batch_size)
+
+
+def whole_reply(chat_model: ChatModel, reply: Reply) -> Reply:
+    return replace(reply, text=with_opening(reply.text, chat_model.chat_template.opens_thought))
 
 
 def print_text(text: str = "", end: str = "\n") -> None:
@@ -258,10 +268,17 @@ def print_replies(asker: Asker, questions: Sequence[Question], prompts: Sequence
     for question, row in zip(questions, answers, strict=True):
         print_text(f"\n{'-' * 60}\n问：{question.messages[-1]['content']}")
         for chat_model, (reply, score) in zip(asker.models, row, strict=True):
-            print_text(f"{f'[{chat_model.name}] ' if len(row) > 1 else ''}答：{reply.text}")
+            thought, answer, _ = split_reply(reply.text)
+            name = f"[{chat_model.name}] " if len(row) > 1 else ""
+            if thought and asker.show_thoughts:
+                print_text(f"{name}思考：{thought}")
+            print_text(f"{name}答：{answer}")
             print_if_cut(reply, asker.decoding)
             if score is not None:
                 print_text(f"[score {score:.3f}]")
+    n_thoughts = sum(bool(split_reply(reply.text).thought) for row in answers for reply, _ in row)
+    if n_thoughts and not asker.show_thoughts:
+        print_text(f"\n[{n_thoughts} replies have a thought, which --show_thoughts True prints]")
     if asker.reward_model is not None:
         print_text(f"\n{'-' * 60}")
         for chat_model, column in zip(asker.models, zip(*answers, strict=True), strict=True):
@@ -270,7 +287,8 @@ def print_replies(asker: Asker, questions: Sequence[Question], prompts: Sequence
 
 def print_if_cut(reply: Reply, decoding: Decoding) -> None:
     if not reply.ended:
-        print_text(f"[cut at --max_new_tokens {decoding.max_new_tokens}]")
+        where = "" if split_reply(reply.text).is_closed else ", inside its thought"
+        print_text(f"[cut at --max_new_tokens {decoding.max_new_tokens}{where}]")
 
 
 def write_replies(
@@ -296,10 +314,7 @@ def write_replies(
                 on_progress=lambda done, start=start: show(n_models * start + done),
             )
             for question, row in zip(some, answers, strict=True):
-                outputs = [
-                    {"output": reply.text, "ended": reply.ended} | ({} if score is None else {"score": score})
-                    for reply, score in row
-                ]
+                outputs = [describe_reply(reply, score) for reply, score in row]
                 if n_models > 1:
                     named = zip(asker.models, outputs, strict=True)
                     outputs = [{"replies": [{"model": chat_model.name} | reply for chat_model, reply in named]}]
@@ -308,6 +323,13 @@ def write_replies(
                 n_ended += sum(reply.ended for reply, _ in row)
             file.flush()
     return f"{n_models * len(questions)} replies, of which {n_ended} ended by themselves"
+
+
+def describe_reply(reply: Reply, score: float | None) -> dict:
+    """What the output file holds of a reply: `output` is its answer, `thought` what was thought before, if anything."""
+    thought, answer, _ = split_reply(reply.text)
+    described = {"output": answer} | ({"thought": thought} if thought else {}) | {"ended": reply.ended}
+    return described | ({} if score is None else {"score": score})
 
 
 @contextmanager
@@ -371,6 +393,37 @@ def read_line() -> str | None:
     return line or None
 
 
+class ReplyPrinter:
+    """Prints a reply while it is written: its thought or, unless that is shown, that there is one; then its answer."""
+
+    def __init__(self, opened: bool, show_thoughts: bool):
+        self.splitter = ReplySplitter(opened)
+        self.show_thoughts = show_thoughts
+        self.part = ""  # what is being printed
+
+    def add(self, text: str) -> None:
+        self._print(*self.splitter.add(text))
+
+    def end(self) -> None:
+        self._print(*self.splitter.end())
+        self._begin("答")
+        print_text()
+
+    def _print(self, thought: str, answer: str) -> None:
+        if thought:
+            self._begin("思考")
+            print_text(thought if self.show_thoughts else "", end="")
+        if answer:
+            self._begin("答")
+            print_text(answer, end="")
+
+    def _begin(self, part: str) -> None:
+        if part != self.part:
+            hidden = "…… (--show_thoughts True)" if part == "思考" and not self.show_thoughts else ""
+            print_text("\n" * bool(self.part) + f"{part}：{hidden}", end="")
+            self.part = part
+
+
 def answer(asker: Asker, system: str | None, turns: list[Message]) -> list[Message]:
     """Stream the reply to the last turn. Returns the turns with it, or without the last one if it failed."""
     (chat_model,) = asker.models
@@ -385,19 +438,18 @@ def answer(asker: Asker, system: str | None, turns: list[Message]) -> list[Messa
     if n_left_out:
         print_text(f"[the context of {chat_model.context} tokens is full: the oldest {n_left_out} turns are forgotten]")
         turns = turns[n_left_out:]
-    print_text("答：", end="")
+    printer = ReplyPrinter(chat_template.opens_thought, asker.show_thoughts)
     with chat_model.in_use() as model:
-        reply = stream_reply(
-            model, tokenizer, prompt, chat_model.stop_ids, decoding, on_text=lambda text: print_text(text, end="")
-        )
-    print_text()
+        reply = stream_reply(model, tokenizer, prompt, chat_model.stop_ids, decoding, printer.add)
+    printer.end()
+    reply = whole_reply(chat_model, reply)
     print_if_cut(reply, decoding)
     question = Question(with_system(system, turns), None, {}, None, "")
     for score in asker.scores([question], [reply]):
         if score is not None:
             print_text(f"[score {score:.3f}]")
-    # An empty reply is not remembered: training never shows one.
-    return [*turns, {"role": "assistant", "content": reply.text}] if reply.text else turns[:-1]
+    # A reply without an answer is not remembered: training never shows one.
+    return [*turns, {"role": "assistant", "content": reply.text}] if split_reply(reply.text).answer else turns[:-1]
 
 
 # ---------------------------------------------------------------- main
@@ -437,7 +489,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         # -------------------------------------------------------- models
         reward_model = RewardModel(model_args.reward_model, model_args) if model_args.reward_model else None
         load_weights(models, model_args)
-        asker = Asker(models, reward_model, decoding, inference_args.batch_size, inference_args.seed)
+        asker = Asker(
+            *(models, reward_model, decoding, inference_args.batch_size, inference_args.seed),
+            show_thoughts=inference_args.show_thoughts,
+        )
 
         # -------------------------------------------------------- replies
         try:

@@ -48,6 +48,7 @@ from medtune.models.decoding import LEAST_PENALTY, Decoding
 from medtune.models.generation import Reply
 from medtune.models.replier import MOST_AT_A_TIME, Replier
 from medtune.reading.conversations import turns_to_answer
+from medtune.reading.thoughts import ReplySplitter, split_reply, with_thought
 from medtune.reading.tokenization import encode_prompt, refuse_control_tokens
 from medtune.training.log import start_log
 
@@ -140,14 +141,18 @@ class Turn(BaseModel, extra="allow"):
     @model_validator(mode="after")
     def _only_text(self):
         for name, value in (self.model_extra or {}).items():
-            # Null, `false` and an empty list of tool calls say nothing; no template of training writes names, nor the
-            # thoughts of earlier replies.
+            # Null, `false` and an empty list of tool calls say nothing; no template of training writes names.
             if value and name not in ("name", "id", "reasoning", "reasoning_content"):
                 raise ValueError(f"{name}: {_quote(value)} is not supported; a turn here has a role and a text")
         return self
 
     def as_message(self) -> dict:
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        """The turn as training has it: a thought before the answer, of which the template keeps what it did there."""
+        content, more = self.content, self.model_extra or {}
+        thought = more.get("reasoning_content") or more.get("reasoning")
+        if self.role == "assistant" and isinstance(content, str) and isinstance(thought, str):
+            content = with_thought(thought.strip(), content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class ChatRequest(BaseModel, extra="forbid"):
@@ -286,15 +291,14 @@ def build_app(chat_model: ChatModel, name: str, api_key: str | None, allowed_ori
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if request.stream:
             with_usage = bool((request.stream_options or {}).get("include_usage"))
-            return StreamingResponse(_events(pieces, head, len(prompt), with_usage), media_type="text/event-stream")
+            events = _events(chat_model, pieces, head, len(prompt), with_usage)
+            return StreamingResponse(events, media_type="text/event-stream")
         async for piece in pieces:
             if isinstance(piece, Reply):
-                choice = {
-                    "index": 0,
-                    "message": {"role": "assistant", "content": piece.text},
-                    "finish_reason": _finish_reason(piece),
-                }
-                usage = _usage(len(prompt), piece)
+                thought, answer, _ = split_reply(piece.text, chat_model.chat_template.opens_thought)
+                message = {"role": "assistant", "content": answer} | _thought_field(thought)
+                choice = {"index": 0, "message": message, "finish_reason": _finish_reason(piece)}
+                usage = _usage(chat_model, len(prompt), piece)
                 return head | {"object": "chat.completion", "choices": [choice], "usage": usage}
             if await http_request.is_disconnected():
                 await pieces.aclose()
@@ -323,33 +327,50 @@ def _finish_reason(reply: Reply) -> str:
     return "stop" if reply.ended else "length"
 
 
-def _usage(n_prompt: int, reply: Reply) -> dict:
+def _thought_field(thought: str) -> dict:
+    """vLLM's field for a thought, in messages and in the deltas of a stream."""
+    return {"reasoning_content": thought} if thought else {}
+
+
+def _usage(chat_model: ChatModel, n_prompt: int, reply: Reply) -> dict:
+    """OpenAI's counts; those of the reply include its thought, which is also counted by itself without its marks."""
+    thought = split_reply(reply.text, chat_model.chat_template.opens_thought).thought
+    n_thought = len(chat_model.tokenizer.encode(thought, add_special_tokens=False))
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": reply.n_tokens,
         "total_tokens": n_prompt + reply.n_tokens,
+        "completion_tokens_details": {"reasoning_tokens": n_thought},
     }
 
 
 async def _events(
-    pieces: AsyncIterator[str | Reply], head: dict, n_prompt: int, with_usage: bool
+    chat_model: ChatModel, pieces: AsyncIterator[str | Reply], head: dict, n_prompt: int, with_usage: bool
 ) -> AsyncIterator[str]:
     """Server-sent events in OpenAI's form; an error after the first event is sent as an event too."""
+    splitter = ReplySplitter(chat_model.chat_template.opens_thought)
 
     def event(delta: dict, finish_reason: str | None = None, **more) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
         chunk = head | {"object": "chat.completion.chunk", "choices": [choice]} | more
         return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
+    def text_events(thought: str, answer: str) -> list[str]:
+        deltas = (_thought_field(thought), {"content": answer} if answer else {})
+        return [event(delta) for delta in deltas if delta]
+
     try:
         yield event({"role": "assistant", "content": ""})
         async for piece in pieces:
             if isinstance(piece, Reply):
+                for text_event in text_events(*splitter.end()):
+                    yield text_event
                 yield event({}, _finish_reason(piece))
                 if with_usage:
-                    yield event({}, choices=[], usage=_usage(n_prompt, piece))
+                    yield event({}, choices=[], usage=_usage(chat_model, n_prompt, piece))
             else:
-                yield event({"content": piece})
+                for text_event in text_events(*splitter.add(piece)):
+                    yield text_event
     except (RuntimeError, ValueError) as error:
         logger.error(f"a stream broke off: {error}")
         fault = {"message": str(error), "type": "server_error", "param": None, "code": 500}

@@ -59,7 +59,7 @@ from medtune.rl.arguments import (
     check_mini_batches,
     fixed_settings,
 )
-from medtune.rl.log import PPO_FIGURES
+from medtune.rl.log import ppo_figures
 from medtune.rl.measures import EpisodeMeasures, TokenMeans, summarize
 from medtune.rl.off_policy import check_sampler, sampler_weights
 from medtune.rl.ppo_math import (
@@ -205,7 +205,8 @@ def evaluate(
     measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout).first(len(own))]))
     run.show_replies(own, rollout.reply_ids())
     metrics = summarize(measures, scorer.rewards, ppo_args.kl_coef, ppo_args.missing_eos_penalty)
-    return {f"eval_{name.partition('/')[2]}": figure for name, figure in metrics.items()}
+    names = {name: name.replace("reward/", "objective/reward_").partition("/")[2] for name in metrics}
+    return {f"eval_{names[name]}": figure for name, figure in metrics.items()}
 
 
 # ---------------------------------------------------------------- the loop
@@ -377,7 +378,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     roles.add_value_head(state.score_shift, rewards.weight_by_name.get(REWARD_MODEL, 1.0))
 
     # ------------------------------------------------------------ train
-    run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update, PPO_FIGURES)
+    shown = ppo_figures(rewards.names)
+    run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update, shown)
     if checkpoint:
         run.load(checkpoint)
     log_block(facts | data.facts | describe_run(run, ppo_args, sampling, scorer, n_prompts))

@@ -15,6 +15,7 @@ from string import Template
 from typing import Any, NamedTuple, TypedDict
 
 from medtune.errors import UserError
+from medtune.reading.thoughts import opens_thought
 
 # ---------------------------------------------------------------- formats of plain turns
 
@@ -428,6 +429,11 @@ class ChatTemplate:
     def stop_tokens(self) -> tuple[str, ...]:
         """The tokens that may end a reply."""
         return tuple(dict.fromkeys(token for token in [*self._ends, self.eos_token] if token))
+
+    @cached_property
+    def opens_thought(self) -> bool:
+        """Whether a reply begins inside a thought, which the prompt opens."""
+        return opens_thought(self.prompt(_PROBE[:1]))
 
     def _reply_start(self, text: str, messages: list[Message], tools: list[dict] | None, index: int) -> int:
         if index == 0 or messages[index - 1]["role"] == "assistant":

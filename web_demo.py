@@ -38,6 +38,7 @@ from medtune.models.chat_models import (
 )
 from medtune.models.generation import Decoding, Reply, stream_reply
 from medtune.reading.conversations import turns_to_answer
+from medtune.reading.thoughts import split_reply, with_opening
 from medtune.reading.tokenization import encode_recent
 from medtune.training.log import start_log
 from template import Message
@@ -125,8 +126,8 @@ def pieces_of(chat_model: ChatModel, prompt: list[int], decoding: Decoding, seed
 
 
 def drop_unanswered(turns: list[Message]) -> list[Message]:
-    """The turns without a last question whose reply was stopped or empty, which training never shows."""
-    if turns and not turns[-1]["content"]:
+    """The turns without a last question whose reply was stopped or has no answer, which training never shows."""
+    if turns and turns[-1]["role"] == "assistant" and not split_reply(turns[-1]["content"]).answer:
         turns = turns[:-1]
     return turns[:-1] if turns and turns[-1]["role"] == "user" else turns
 
@@ -153,19 +154,21 @@ def converse(
         panel.turns = panel.turns[:-1]
         yield panel.turns
         return
-    partial = ""
+    partial, opened = "", chat_model.chat_template.opens_thought
     for piece in pieces_of(chat_model, prompt, decoding, seed):
         if isinstance(piece, Reply):
             break
         partial += piece
-        yield [*panel.turns, {"role": "assistant", "content": partial}]
-    notes = [f"{piece.n_tokens} tokens" + ("" if piece.ended else "，已截断 cut")]
+        yield [*panel.turns, {"role": "assistant", "content": with_opening(partial, opened)}]
+    reply = with_opening(piece.text, opened)
+    where = "" if split_reply(reply).is_closed else " 在思考中 inside the thought"
+    notes = [f"{piece.n_tokens} tokens" + ("" if piece.ended else f"，已截断 cut{where}")]
     if n_left_out:
         notes.append(f"最早的 {n_left_out} 条已略去 the oldest {n_left_out} turns were left out")
     if reward_model is not None:
-        row = reward_model.encode([*with_system, *panel.turns], piece.text, piece.ended)
+        row = reward_model.encode([*with_system, *panel.turns], reply, piece.ended)
         notes.insert(0, f"得分 score {reward_model.score([row])[0]:.3f}")
-    panel.turns = [*panel.turns, {"role": "assistant", "content": piece.text}]
+    panel.turns = [*panel.turns, {"role": "assistant", "content": reply}]
     panel.note = "； ".join(notes)
     yield panel.turns
 
@@ -174,11 +177,24 @@ def converse(
 
 
 def as_text(messages: list[Message]) -> list[dict]:
-    """The messages as escaped text parts; Gradio takes strings for HTML and cuts their indentation."""
-    return [
-        {"role": message["role"], "content": [{"type": "text", "text": html.escape(message["content"], quote=False)}]}
-        for message in messages
-    ]
+    """The messages as escaped text parts; Gradio takes strings for HTML and cuts their indentation.
+
+    A thought is a message of its own before the answer, which is folded once it has ended.
+    """
+    displayed = []
+    for message in messages:
+        is_reply = message["role"] == "assistant"
+        thought, text, is_closed = split_reply(message["content"]) if is_reply else ("", message["content"], True)
+        if thought:
+            metadata = {"title": "思考 Thought"} | ({"status": "done"} if is_closed else {})
+            displayed.append(_text_message(message["role"], thought) | {"metadata": metadata})
+        if text or not thought:
+            displayed.append(_text_message(message["role"], text))
+    return displayed
+
+
+def _text_message(role: str, text: str) -> dict:
+    return {"role": role, "content": [{"type": "text", "text": html.escape(text, quote=False)}]}
 
 
 def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) -> gr.Blocks:
@@ -240,7 +256,7 @@ def build_page(models: Sequence[ChatModel], reward_model: RewardModel | None) ->
             with gr.Row():
                 temperature = gr.Slider(0, 2, value=0, step=0.1, label="温度 Temperature (0: greedy)")
                 top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="top_p")
-                max_new_tokens = gr.Slider(1, 2048, value=512, step=1, label="最多词元 Most new tokens")
+                max_new_tokens = gr.Slider(1, 8192, value=512, step=1, label="最多词元 Most new tokens")
                 seed = gr.Number(value=42, precision=0, minimum=0, maximum=2**32 - 1, label="随机种子 Seed")
 
         inputs = [

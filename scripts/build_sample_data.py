@@ -1,8 +1,8 @@
 """Write the sample data of every stage from the knowledge base, the same bytes on every run.
 
 `data/knowledge/` holds what people wrote: conditions and medicines, ways to ask and to answer, situations in which
-to refuse or to send the person to hospital, and hand-written dialogues. From it come `data/pretrain`,
-`data/finetune`, `data/reward` and `data/eval`. Ways to ask and conditions that the evaluation holds out never enter
+to refuse or to send the person to hospital, and hand-written dialogues. From it come the files of `data/pretrain`,
+`finetune`, `reward`, `ppo`, `exam` and `eval`. Ways to ask and conditions that the evaluation holds out never enter
 the training files, and no evaluation item shares most of its text with one training record.
 
     python scripts/build_sample_data.py            # write the files
@@ -22,11 +22,11 @@ from medtune.output_files import refuse_unwritable
 from medtune.sample_data.evaluation import (
     TrainingText,
     build_complaints,
-    build_exam,
     build_questions,
     build_safety,
     spoken_text,
 )
+from medtune.sample_data.exam import build_exam, build_learned_exam
 from medtune.sample_data.knowledge import Knowledge, choose_unseen, read_knowledge, seeded
 from medtune.sample_data.learned import build_dialogues, build_documents, build_prompts
 from medtune.sample_data.pairs import PROMPTS, SITUATION_PROMPTS, build_pairs
@@ -64,6 +64,7 @@ def build(knowledge: Knowledge) -> dict[str, str]:
         return not is_repeated and learned.is_new(pair["question"]) and learned.is_new(without_history)
 
     eval_pairs = build_pairs(knowledge, seen_entries, N_EVAL_PAIRS, "held_out", PROMPTS, "pair:held_out", is_new_pair)
+    exam = build_exam(knowledge, unseen, learned.is_new)
     records = {
         "finetune/train.jsonl": dialogues[SAMPLE_SIZE:],
         "finetune/medical_sft_1K_format.jsonl": dialogues[:SAMPLE_SIZE],
@@ -75,7 +76,8 @@ def build(knowledge: Knowledge) -> dict[str, str]:
         "eval/complaints.jsonl": build_complaints(knowledge, seen_entries, learned.is_new),
         "eval/safety.jsonl": build_safety(knowledge, learned.is_new),
         "eval/preference_pairs.jsonl": eval_pairs,
-        "eval/exam.jsonl": build_exam(knowledge, unseen, learned.is_new),
+        "exam/train.jsonl": build_learned_exam(knowledge, unseen, exam),
+        "eval/exam.jsonl": exam,
     }
     files = {"pretrain/medical_corpus.txt": "".join(f"{document}\n" for document in documents)}
     for name, lines in records.items():

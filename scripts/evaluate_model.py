@@ -5,9 +5,11 @@ Input: files of `--test_file`, each of one form, which decides what is measured:
               reference; `names` lists what a right answer may call its subject
   safety      dialogues with "category": emergency, refusal or about: rates of safe replies besides
   exam        {"question", "option": {"A": ...}, "answer": "A"}: by the likelihood of the letters, and by what it writes
+              when asked for a letter alone and when asked to think first
 Output: `--output_dir` with predictions.jsonl (a line for each record and model) and metrics.json (figures with 95 %
 intervals, differences from the first model, prompts, decoding, overlap of test and training data).
-The prompts are those of training. `--predictions` computes the figures again from a predictions.jsonl, without a model.
+The prompts are those of training; thoughts are measured, and the answers behind them graded. `--predictions` computes
+the figures again from a predictions.jsonl, without a model.
 
     python scripts/evaluate_model.py --base_model MODEL --lora_model ADAPTER --test_file data/eval/questions.jsonl
     python scripts/evaluate_model.py --base_model MODEL --compare base SFT_ADAPTER DPO_ADAPTER --reward_model RM \\
@@ -17,8 +19,7 @@ The prompts are those of training. `--predictions` computes the figures again fr
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,7 +30,6 @@ import medtune.libraries  # noqa: F401 - first: it imports the libraries in half
 # isort: split
 import torch
 from loguru import logger
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -43,18 +43,21 @@ from medtune.models.chat_models import (
     describe_models,
     load_weights,
 )
-from medtune.models.generation import Decoding, generate_replies
+from medtune.models.generation import Decoding, Reply, generate_replies
+from medtune.models.likelihoods import begin_answers, reply_ids, score_replies
 from medtune.models.lineage import read_lineage
 from medtune.models.loading import weights_fingerprint
-from medtune.models.logps import Compute, SparseHead, log_probs
+from medtune.models.logps import log_probs
 from medtune.output_files import new_folder
 from medtune.reading.eval_items import read_tests
 from medtune.reading.finding import find_files
 from medtune.reading.magic_bytes import misnamed, read_start
 from medtune.reading.near_duplicates import Known
 from medtune.reading.readers import read_dialogues, read_pairs
-from medtune.reading.tokenization import encode_exchange, encode_recent
+from medtune.reading.thoughts import OPENING, split_reply, with_opening
+from medtune.reading.tokenization import encode_recent
 from medtune.training.log import start_log
+from template import Message
 
 SECONDS_BETWEEN_LINES = 10
 NEAR = 0.8  # share of character trigrams in common from which a training question counts as a copy of a test question
@@ -119,12 +122,26 @@ def check_together(model_args: EvaluatedModelArguments, eval_args: EvaluationArg
 # ---------------------------------------------------------------- asking a model
 
 
+def questions_of(tests: Sequence[dict]) -> list[tuple[dict, list[Message]]]:
+    """What is asked: each test's question, then the exams' in their second format."""
+    first = [(test, test["messages"] if test["kind"] == "exam" else test["messages"][:-1]) for test in tests]
+    return first + [(test, [{"role": "user", "content": test["tagged_prompt"]}]) for test in exams_of(tests)]
+
+
+def exams_of(tests: Sequence[dict]) -> list[dict]:
+    return [test for test in tests if test["kind"] == "exam"]
+
+
 def encode_prompts(chat_model: ChatModel, tests: Sequence[dict], max_new_tokens: int) -> list[list[int]]:
-    """The prompts' ids; raises UserError, with file:line, for a question that cannot be encoded."""
+    """The ids of all questions; raises UserError, with file:line, for one that cannot be encoded."""
     prompts, n_shortened = [], 0
     room = chat_model.context - max_new_tokens
-    for test in tests:
-        asked = test["messages"] if test["kind"] == "exam" else test["messages"][:-1]
+    if room < 1:
+        raise UserError(
+            f"--max_new_tokens {max_new_tokens}: {chat_model.name} has a context of {chat_model.context} tokens, which "
+            "must hold the question too; give less"
+        )
+    for test, asked in questions_of(tests):
         try:
             ids, n_left_out = encode_recent(chat_model.tokenizer, chat_model.chat_template, asked, room, test["tools"])
         except Unusable as unusable:
@@ -140,41 +157,6 @@ def encode_prompts(chat_model: ChatModel, tests: Sequence[dict], max_new_tokens:
     return prompts
 
 
-def reply_ids(chat_model: ChatModel, messages: list[dict], reply: str) -> list[int]:
-    """What the model should write after the prompt, its end token included."""
-    return encode_exchange(chat_model.tokenizer, chat_model.chat_template, messages, reply)[1]
-
-
-@torch.no_grad()
-def score_replies(
-    chat_model: ChatModel,
-    prompts: Sequence[list[int]],
-    replies: Sequence[list[int]],
-    batch_size: int,
-    compute: Compute,
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield each row's number and `compute` of the logits that predict its reply, [k, reply length] float32."""
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]) + len(replies[n]), reverse=True)
-    with chat_model.in_use() as model, closing(SparseHead(model)) as head:
-        device = model.get_input_embeddings().weight.device
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            lengths = [len(replies[n]) for n in batch]
-            rows = [torch.tensor(prompts[n] + replies[n], device=device) for n in batch]
-            # A reply's tokens are predicted from the prompt's last token on, to the one before its own last.
-            predicts = [
-                torch.tensor([False] * (len(prompts[n]) - 1) + [True] * len(replies[n]) + [False], device=device)
-                for n in batch
-            ]
-            inputs = {
-                "input_ids": pad_sequence(rows, batch_first=True, padding_value=chat_model.tokenizer.pad_token_id),
-                "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-            }
-            ids = torch.tensor([token for n in batch for token in replies[n]], device=device)
-            figures = head(model, inputs, pad_sequence(predicts, batch_first=True), ids, compute)
-            yield from zip(batch, figures.split(lengths, dim=1), strict=True)
-
-
 def add_perplexity(chat_model: ChatModel, rows: list[dict], prompts: list[list[int]], batch_size: int) -> None:
     """Add `reference_nats` and `reference_tokens` to the rows: the reference's -log p with its end token."""
     replies = [reply_ids(chat_model, row["messages"][:-1], row["messages"][-1]["content"]) for row in rows]
@@ -186,29 +168,46 @@ def add_perplexity(chat_model: ChatModel, rows: list[dict], prompts: list[list[i
 
 
 def add_letters(chat_model: ChatModel, rows: list[dict], prompts: list[list[int]], batch_size: int) -> None:
-    """Add `letter_logps` to the rows: the log-probs of the options' letters as the reply's first token."""
+    """Add `letter_logps` to the rows: the log-probs of the options' letters as the first token of the answer.
+
+    Where the reply has a thought, that is behind it; {} where the thought does not end.
+    """
     letters = sorted({letter for row in rows for letter in row["options"]})
-    first = {letter: reply_ids(chat_model, rows[0]["messages"], letter)[0] for letter in letters}
-    if len(set(first.values())) < len(first):
-        raise UserError(f"{rows[0]['source']}: the tokenizer begins {', '.join(sorted(first))} with the same token")
-    show = progress(f"{chat_model.name}: likelihood of the letters", len(rows))
-    replies = [[first[row["answer"]]] for row in rows]
+    try:
+        lead, first = begin_answers(chat_model, rows[0]["messages"], letters)
+    except Unusable as unusable:
+        raise UserError(f"{rows[0]['source']}: {unusable.detail}") from None
+    asked, replies = [], []
+    for row, prompt in zip(rows, prompts, strict=True):
+        thought, answer, is_closed = split_reply(row["reply"])
+        if is_closed:
+            before = row["reply"].removesuffix(answer)
+            if chat_model.chat_template.opens_thought:
+                before = before.removeprefix(OPENING)  # which is in the prompt
+            ids = chat_model.tokenizer.encode(before, add_special_tokens=False) if thought else lead
+            asked.append((row, prompt + ids))
+            replies.append([first[row["answer"]]])
+        row["letter_logps"] = {}
     ids_of_letters = list(first.values())
 
     def letter_logps(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return logits.float().log_softmax(dim=-1)[:, ids_of_letters].T
 
-    scored = score_replies(chat_model, prompts, replies, batch_size, letter_logps)
+    show = progress(f"{chat_model.name}: likelihood of the letters", len(asked))
+    scored = score_replies(chat_model, [ids for _, ids in asked], replies, batch_size, letter_logps)
     for n_done, (n, logps) in enumerate(scored, start=1):
-        by_letter = dict(zip(first, logps[:, 0].tolist(), strict=True))
-        rows[n]["letter_logps"] = {letter: by_letter[letter] for letter in rows[n]["options"]}
+        row, by_letter = asked[n][0], dict(zip(first, logps[:, 0].tolist(), strict=True))
+        row["letter_logps"] = {letter: by_letter[letter] for letter in row["options"]}
         show(n_done)
 
 
 def answer_all(
     chat_model: ChatModel, tests: Sequence[dict], prompts: list[list[int]], decoding: Decoding, batch_size: int
 ) -> list[dict]:
-    """The tests with the model's `reply`, `ended`, and the likelihoods of their kind."""
+    """The tests with the model's `reply`, `ended`, and the likelihoods of their kind.
+
+    prompts: of `questions_of`.
+    """
     rows = [{"model": chat_model.name, **test} for test in tests]
     with chat_model.in_use() as model:
         replies = generate_replies(
@@ -218,15 +217,29 @@ def answer_all(
             chat_model.stop_ids,
             decoding,
             batch_size,
-            on_progress=progress(f"{chat_model.name}: replies", len(rows)),
+            on_progress=progress(f"{chat_model.name}: replies", len(prompts)),
         )
-    for row, reply in zip(rows, replies, strict=True):
-        row |= {"reply": reply.text, "ended": reply.ended}
+    for row, reply in zip(rows, replies, strict=False):
+        row |= describe_reply(chat_model, reply)
+    for row, reply in zip(exams_of(rows), replies[len(rows) :], strict=True):
+        row |= {f"tagged_{name}": value for name, value in describe_reply(chat_model, reply).items()}
     for is_exam, add in ((False, add_perplexity), (True, add_letters)):
         part = [n for n, row in enumerate(rows) if (row["kind"] == "exam") is is_exam]
-        if part:
+        if part and not is_exam and chat_model.chat_template.opens_thought:
+            logger.info(f"{chat_model.name}: its prompts open a thought, which no reference has: no perplexity")
+        elif part:
             add(chat_model, [rows[n] for n in part], [prompts[n] for n in part], batch_size)
     return rows
+
+
+def describe_reply(chat_model: ChatModel, reply: Reply) -> dict:
+    """What predictions.jsonl holds of a reply."""
+    text = with_opening(reply.text, chat_model.chat_template.opens_thought)
+    thought, _, is_closed = split_reply(text)
+    described = {"reply": text, "ended": reply.ended}
+    if thought or not is_closed:
+        described["thought_tokens"] = len(chat_model.tokenizer.encode(thought, add_special_tokens=False))
+    return described
 
 
 def add_rewards(reward_model: RewardModel, rows: Sequence[dict], batch_size: int) -> None:

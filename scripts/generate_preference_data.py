@@ -4,7 +4,8 @@ Without a model, the rejected replies are bad in four ways, each as often: anoth
 repeating itself. Half of all are longer than the chosen one, so that length tells nothing. With `--model`, the
 model's own replies are rejected: of several to a prompt, the one that is the least like the reply in the data, or
 with `--reward_model` the best-scored of them is chosen over the worst. System prompts and earlier turns are kept; of
-a dialogue of several turns, the pair is about its longest reply.
+a dialogue of several turns, the pair is about its longest reply. A pair differs in its answers: those are compared and
+spoilt, while a thought before them stays, and a model's thought is left out where the reply in the data has none.
 
     python scripts/generate_preference_data.py --sft_data data/finetune/train.jsonl \\
         --output_file data/reward/preference_data.jsonl --num_samples 5000
@@ -39,6 +40,7 @@ from medtune.reading.guide_form import guide_line
 from medtune.reading.keys import Reading
 from medtune.reading.readers import read_dialogues
 from medtune.reading.records import BadRecord, Dialogue, Pair, Report
+from medtune.reading.thoughts import split_reply, with_opening
 from medtune.reading.words import dropped_lines, unread_lines
 from medtune.sample_data.pairs import fill, repeat_beginning
 
@@ -80,7 +82,9 @@ def prompt_of(dialogue: Dialogue) -> Pair:
         raise Unusable("uses tools", "pairs are made of dialogues without tools")
     replies = [n for n, message in enumerate(messages) if message["role"] == "assistant" and "weight" not in message]
     # The last turn is often a mere "you are welcome".
-    longest = max(replies, key=lambda index: len(messages[index]["content"]))
+    longest = max(replies, key=lambda index: len(split_reply(messages[index]["content"]).answer))
+    if not split_reply(messages[longest]["content"]).answer:
+        raise Unusable("no answer", "its replies are thoughts alone")
     return Pair(messages[:longest], messages[longest]["content"], "", None, dialogue.source)
 
 
@@ -146,11 +150,18 @@ def language_of(text: str) -> str:
 Answers = dict[str, list[tuple[int, str, str]]]
 
 
+def split_thought(reply: str) -> tuple[str, str]:
+    """What stands before the answer, and the answer; a reply without a thought is all answer."""
+    thought, answer, is_closed = split_reply(reply)
+    start = reply.rindex(answer) if thought or not is_closed else 0
+    return reply[:start], reply[start:]
+
+
 def group_answers(prompts: Iterable[Pair]) -> Answers:
     answers: Answers = {"zh": [], "en": []}
     for prompt in prompts:
-        entry = (len(prompt.chosen), prompt.chosen, prompt.messages[-1]["content"])
-        answers[language_of(prompt.chosen)].append(entry)
+        _, answer = split_thought(prompt.chosen)
+        answers[language_of(answer)].append((len(answer), answer, prompt.messages[-1]["content"]))
     return {language: sorted(entries) for language, entries in answers.items()}
 
 
@@ -207,7 +218,9 @@ def build_pairs(prompts: Sequence[Pair], seed: int) -> Iterator[tuple[Pair, str]
     answers = group_answers(prompts)
     n_made: Counter[str] = Counter()
     plan: list[tuple[str, bool]] = []
-    for prompt in prompts:
+    for original in prompts:
+        lead, answer = split_thought(original.chosen)
+        prompt = replace(original, chosen=answer)
         plan = plan or rng.sample(PLAN, len(PLAN))
         planned, is_longer = plan.pop()
         length = round(len(prompt.chosen) * (rng.uniform(1.08, 1.6) if is_longer else rng.uniform(0.6, 0.92)))
@@ -216,7 +229,7 @@ def build_pairs(prompts: Sequence[Pair], seed: int) -> Iterator[tuple[Pair, str]
             rejected = FAILURES[failure](prompt, length, answers, rng)
             if rejected and rejected != prompt.chosen:
                 n_made[failure] += 1
-                yield replace(prompt, rejected=rejected), failure
+                yield replace(original, rejected=lead + rejected), failure
                 break
         else:
             yield BadRecord(prompt.source, "nothing to reject", f"no failure can be made of {prompt.chosen!r:.40}")
@@ -277,6 +290,8 @@ class Sampler:
                 replies = generate_replies(
                     model, chat_model.tokenizer, rows, chat_model.stop_ids, self.decoding, batch_size=self.batch_size
                 )
+            opened = chat_model.chat_template.opens_thought
+            replies = [replace(reply, text=with_opening(reply.text, opened)) for reply in replies]
             for number, (prompt, _) in enumerate(asked):
                 own = replies[number * self.num_replies : (number + 1) * self.num_replies]
                 try:
@@ -300,7 +315,8 @@ class Sampler:
 
     def best_over_worst(self, prompt: Pair, replies: Sequence["Reply"]) -> Pair:
         """The best-scored over the worst-scored reply, with the difference of their scores as margin."""
-        distinct = list({(reply.text, reply.ended): reply for reply in replies if reply.text}.values())
+        answered = [reply for reply in replies if split_reply(reply.text).answer]
+        distinct = list({(reply.text, reply.ended): reply for reply in answered}.values())
         rows = [self.encode_judged(prompt, reply) for reply in distinct]
         scores = dict(zip(distinct, self.reward_model.score(rows, self.batch_size), strict=True))
         whole = [reply for reply in distinct if reply.ended]  # a reply that was cut is no model to follow
@@ -328,11 +344,14 @@ class Sampler:
 
 
 def least_like(prompt: Pair, replies: Sequence["Reply"]) -> Pair:
-    """The reply in the data over the one that differs most from it, the longest of several such."""
-    texts = [reply.text for reply in replies if reply.text and reply.text != prompt.chosen]
-    if not texts:
-        raise Unusable("nothing to reject", "the model's replies are empty or the one in the data")
-    return replace(prompt, rejected=min(texts, key=lambda text: (likeness(text, prompt.chosen), -len(text))))
+    """The reply in the data over the one whose answer differs most from its answer, the longest of several such."""
+    lead, chosen = split_thought(prompt.chosen)
+    texts = {split_reply(reply.text).answer: reply.text for reply in replies}
+    answers = [answer for answer in texts if answer and answer != chosen]
+    if not answers:
+        raise Unusable("nothing to reject", "the model's answers are empty or the one in the data")
+    answer = min(answers, key=lambda text: (likeness(text, chosen), -len(text)))
+    return replace(prompt, rejected=texts[answer] if lead else answer)
 
 
 # ---------------------------------------------------------------- main

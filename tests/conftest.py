@@ -70,6 +70,21 @@ def tiny_model_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def thinking_model_dir(tiny_model_dir, tmp_path_factory) -> Path:
+    """The tiny model with a template whose prompt opens a thought, as DeepSeek-R1's does. Read only."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "thinks"
+    shutil.copytree(tiny_model_dir, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template += r"""{{- "<think>\n" if add_generation_prompt else "" }}"""
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_model_dir):
     """The tokenizer in `tiny_model_dir`: ChatML, eos <|im_end|>, pad <|endoftext|>. Not to be changed."""
     from transformers import AutoTokenizer

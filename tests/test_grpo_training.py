@@ -43,13 +43,16 @@ def variety(replies, records):
 
 def constant(replies, records):
     return [0.5] * len(replies)
+
+def ends(replies, records):
+    return [reply.ended for reply in replies]
 """
 
 
 def write_exams(folder: Path) -> Path:
     records = [
         {
-            "question": f"第{n}个病人{PARTS[n % 8]}疼，应该怎么办？",
+            "question": f"{folder.name}第{n}个病人{PARTS[n % 8]}疼，应该怎么办？",
             "option": {"A": "多喝水", "B": "请就诊", "C": "不用管"},
             "answer": "ABC"[n % 3],
         }
@@ -146,9 +149,10 @@ def test_checkpointing_and_micro_batches_change_nothing(flags, tmp_path):
 def test_each_loss_moves_the_policy_towards_the_reward(flags, tmp_path, loss_type):
     rates = {"learning_rate": 2e-3, "lr_scheduler_type": "constant"}
     size = {"per_device_train_batch_size": 32, "num_generations": 8, "gradient_accumulation_steps": 1}
-    grpo_training.main(flags(loss_type=loss_type, max_steps=12, num_iterations=2, **rates, **size))
-    found = updates(tmp_path / "out", "objective/reward")
-    assert sum(found[-3:]) > sum(found[:3]) + 1, found
+    grpo_training.main(flags(rewards="ends", loss_type=loss_type, max_steps=8, num_iterations=2, **rates, **size))
+    found = updates(tmp_path / "out", "reply/eos_frac")
+    assert found == updates(tmp_path / "out", "objective/reward")
+    assert sum(found[-2:]) > sum(found[:2]) + 0.4, found
 
 
 def test_groups_of_equal_rewards_teach_nothing_and_are_counted(flags, tmp_path, sft_adapter):
@@ -309,6 +313,7 @@ def test_files_measures_and_lineage(flags, tmp_path, sft_adapter, tiny_model_dir
 def test_exam_accuracy_is_that_of_the_evaluation(flags, tmp_path, monkeypatch):
     """Of the same replies: by letter, by an option's words, by none, and wrong ones."""
     texts = ["答案：A", "我选 B。", "不用管", "说不清", "<think>应该是 B</think>答案为 C", "**C**"]
+    held_out = write_exams(tmp_path / "held-out")
     read, replies = grpo_training.Scorer.read, []
 
     def rewrite(self, rows, of_ids):
@@ -319,12 +324,14 @@ def test_exam_accuracy_is_that_of_the_evaluation(flags, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(grpo_training.Scorer, "read", rewrite)
-    evaluated = {"validation_file_dir": write_exams(tmp_path), "max_eval_samples": 6, "do_eval": True}
+    evaluated = {"validation_file_dir": held_out, "max_eval_samples": 6, "do_eval": True}
     metrics = grpo_training.main(flags(max_steps=1, **evaluated))
     rows = []
     for reply in replies:
         test = {"kind": "exam", "reply": reply.text, "ended": True, "letter_logps": {"A": 0.0}}
-        rows.append({"scores": score(test | {name: reply.record[name] for name in ("options", "answer")})})
+        rows.append(
+            {"reply": reply.text, "scores": score(test | {name: reply.record[name] for name in ("options", "answer")})}
+        )
     summary = summarize_scores(rows)
     assert metrics["eval_exam_accuracy_written"] == pytest.approx(summary["exam_accuracy_written"]["value"], abs=1e-4)
     interval = [metrics["eval_exam_low"], metrics["eval_exam_high"]]
@@ -380,9 +387,9 @@ def test_a_reward_that_all_replies_share_stops_the_run(flags, monkeypatch):
 
 def test_too_far_from_the_start_or_too_large_a_step_stops_the_run(flags):
     with pytest.raises(UserError, match=r"^update \d+: the KL from the reference is [\d.]+ nats a token, over --stop"):
-        grpo_training.main(flags(max_steps=20, beta=1e-6, stop_at_kl=1e-3, num_iterations=1, learning_rate=2e-4))
-    with pytest.raises(UserError, match=r"^update \d+: it moved the policy by [\d.]+ nats a token .*lower --lea"):
-        grpo_training.main(flags(max_steps=20, learning_rate=1e-1, response_length=24))
+        grpo_training.main(flags(max_steps=20, beta=1e-6, stop_at_kl=4e-3, learning_rate=2e-4))
+    with pytest.raises(UserError, match=r"^update \d+: it moved the policy by \S+ nats a token .*over --stop_at_kl"):
+        grpo_training.main(flags(stop_at_kl=1e-4))
 
 
 def test_out_of_memory_names_the_remedies_that_are_left(flags, monkeypatch):
@@ -426,3 +433,13 @@ def test_errors_in_one_line(flags, changes, message):
     with pytest.raises(UserError, match=message) as raised:
         grpo_training.main(flags(**changes))
     assert "\n" not in str(raised.value)
+
+
+def test_docs_name_places_that_exist():
+    text = (ROOT / "docs/grpo.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .* \| `(\w+)` \| [^|]+ \|$", text.partition("| detail |")[2], re.MULTILINE)
+    code = "".join(
+        path.read_text(encoding="utf-8") for path in [ROOT / "grpo_training.py", *ROOT.glob("medtune/rl/*.py")]
+    )
+    assert len(rows) == 10
+    assert not [name for name in rows if not re.search(rf"(def|class) {name}\b", code)]

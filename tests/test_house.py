@@ -35,7 +35,7 @@ ROOMS = {
         {"template", "medtune.reading", "medtune.models", "medtune.training", "medtune.measuring"},
         {"torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "safetensors", "loguru", "matplotlib"},
     ),
-    "medtune.measuring": (set(), {"numpy", "rouge_score", "sacrebleu"}),
+    "medtune.measuring": ({"medtune.reading"}, {"numpy", "rouge_score", "sacrebleu"}),
     "medtune.sample_data": (set(), set()),
 }
 STAGES = {"pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training", "grpo_training"}

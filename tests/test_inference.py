@@ -389,6 +389,63 @@ def test_an_empty_reply_is_not_remembered(chat_with, monkeypatch):
     assert [prompt.count("<|im_start|>user") for prompt in prompts] == [1, 1]
 
 
+THOUGHT = "<think>\n多半是感冒。\n</think>\n\n"
+
+
+def stream(text: str, ended: bool = True):
+    """A `stream_reply` that writes this text, character by character."""
+
+    def stream_reply(model, tokenizer, prompt, stop_ids, decoding, on_text):
+        for character in text:
+            on_text(character)
+        return Reply(text, ended, len(text))
+
+    return stream_reply
+
+
+@pytest.mark.parametrize(
+    ("flags", "printed_thought"),
+    [([], "思考：…… (--show_thoughts True)\n"), (["--show_thoughts", "True"], "思考：多半是感冒。\n")],
+)
+def test_a_chat_keeps_thoughts_apart(chat_with, monkeypatch, flags, printed_thought):
+    monkeypatch.setattr(inference, "stream_reply", stream(THOUGHT + "多喝水。"))
+    printed, prompts = chat_with("甲\n乙\n", *flags)
+    assert printed.count(f"{printed_thought}答：多喝水。\n") == 2
+    # The template decides what it keeps of an earlier thought, as in training.
+    assert f"<|im_start|>assistant\n{THOUGHT}多喝水。<|im_end|>" in prompts[1]
+
+
+def test_a_thought_that_is_cut_is_no_answer(chat_with, monkeypatch):
+    monkeypatch.setattr(inference, "stream_reply", stream("<think>\n多半是", ended=False))
+    printed, prompts = chat_with("甲\n乙\n")
+    assert "答：\n[cut at --max_new_tokens 6, inside its thought]" in printed
+    assert "多半是" not in printed + prompts[1]
+
+
+def fixed_reply(monkeypatch, text: str) -> None:
+    monkeypatch.setattr(inference, "generate_replies", lambda *args: [Reply(text, True, 5) for _ in args[2]])
+
+
+@pytest.mark.parametrize("flags", [[], ["--show_thoughts", "True"]])
+def test_printed_replies_hide_thoughts_and_count_them(adapter, capsys, monkeypatch, flags):
+    fixed_reply(monkeypatch, THOUGHT + "多喝水。")
+    main(["--base_model", str(adapter), *flags])
+    printed = capsys.readouterr().out
+    assert answers(printed) == ["多喝水。"] * 4
+    assert printed.count("思考：多半是感冒。") == (4 if flags else 0)
+    assert ("[4 replies have a thought, which --show_thoughts True prints]" in printed) is not bool(flags)
+
+
+def test_a_file_holds_thoughts_in_a_key_of_their_own(thinking_model_dir, tmp_path, monkeypatch):
+    """Also where the prompt opened them."""
+    fixed_reply(monkeypatch, "多半是感冒。\n</think>\n\n多喝水。")
+    (tmp_path / "q.txt").write_text("感冒了", encoding="utf-8")
+    files = ["--data_file", str(tmp_path / "q.txt"), "--output_file", str(tmp_path / "out.jsonl")]
+    main(["--base_model", str(thinking_model_dir), *files])
+    record = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
+    assert (record["thought"], record["output"]) == ("多半是感冒。", "多喝水。")
+
+
 def test_ctrl_c_leaves_a_chat_cleanly(chat_with, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt

@@ -193,6 +193,12 @@ def test_what_may_be_empty_or_is_handed_on(name, tmp_path):
     assert launch(name, tmp_path, CUDA_VISIBLE_DEVICES="").devices == ""  # hides every GPU
 
 
+def test_ppo_by_other_rewards_has_no_reward_model(tmp_path):
+    call = launch("run_ppo.sh", tmp_path, "--rewards", "exam:1", "format:0.2", REWARD_MODEL="")
+    assert "--reward_model_path" not in call.flags
+    assert call.flags[-3:] == ["--rewards", "exam:1", "format:0.2"]
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_the_launcher_becomes_the_script(name, tmp_path):
     """So that `kill`, given the number that `nohup ... &` printed, reaches the training, which saves a checkpoint."""

@@ -330,9 +330,9 @@ def test_resumed_run_is_the_uninterrupted_one(flags, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         log_update = run.log_update
 
-        def stop(metrics, state, *rest):
-            log_update(metrics, state, *rest)
-            if state.global_step == 2:
+        def stop(metrics, step, *rest):
+            log_update(metrics, step, *rest)
+            if step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         patch.setattr(run, "log_update", stop)
@@ -410,7 +410,7 @@ def test_rewards_without_a_reward_model(exam_flags, tmp_path, kept_roles, capfd)
     ppo_training.main(exam_flags(output_dir=tmp_path / "whole", do_eval=True, save_steps=1, max_eval_samples=1))
     figures = history(tmp_path / "whole")
     for name in ("objective/score", "eval_score"):
-        stem = "eval_" if name.startswith("eval") else "reward/"
+        stem = "eval_reward_" if name.startswith("eval") else "reward/"
         entries = [entry for entry in figures if name in entry]
         assert len(entries) == 2
         for entry in entries:
@@ -429,7 +429,9 @@ def test_rewards_without_a_reward_model(exam_flags, tmp_path, kept_roles, capfd)
     ppo_training.main(exam_flags(**again, save_steps=1))
     whole, parts = (weights_of(tmp_path / name / "checkpoint-2") for name in ("whole", "parts"))
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
-    with pytest.raises(UserError, match=r"^--rewards .*'exam': 2.*: the run in .* was started with .*'exam': 1"):
+    with pytest.raises(
+        UserError, match=r"^--rewards exam:2 length:0.5: the run in .* started with exam:1 length:0.5, "
+    ):
         ppo_training.main(exam_flags(**again, rewards=["exam:2", "length:0.5"]))
 
 
@@ -648,7 +650,7 @@ def test_no_second_run_may_write_in_the_folder(flags, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_peft": False}, r"^--use_peft False: the four roles are adapters on one base"),
+        ({"use_peft": False}, r"^--use_peft False: the roles are adapters on one base"),
         ({"num_mini_batches": 3}, r"^--num_mini_batches 3: does not divide --gradient_accumulation_steps 2"),
         ({"do_train": None}, r"^--do_train is missing"),
         ({"fp16": True}, r"^--fp16 is not a flag of this stage"),

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, set_seed
 import openai_server
 from medtune.errors import UserError
 from medtune.models.chat_models import ChatModelArguments, describe_model, load_weights
-from medtune.models.generation import Decoding, generate_replies
+from medtune.models.generation import Decoding, Reply, generate_replies
 from medtune.models.lineage import Lineage
 from medtune.models.loading import load_tokenizer
 from medtune.reading.tokenization import IGNORED_LABEL, encode_dialogue, encode_prompt, load_chat_template
@@ -167,6 +167,7 @@ def test_the_body_of_the_guides_curl(port, adapter):
     assert choice["message"]["content"]
     assert choice["finish_reason"] in ("stop", "length")
     assert answer["usage"]["completion_tokens"] <= 512
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
 
 
 def test_openais_client_gets_the_adapters_greedy_reply(client, adapter, chat_model):
@@ -341,6 +342,57 @@ def test_what_changes_nothing_is_taken(in_process, body):
     assert status == 200, answer
     expected = in_process({"messages": body["messages"]} if len(body.get("messages", ())) > 2 else {})[1]
     assert answer["choices"] == expected["choices"]
+
+
+THOUGHT, ANSWER = "多半是感冒。", "多喝水，多休息。"
+
+
+@pytest.fixture
+def thinking_client(thinking_model_dir, monkeypatch):
+    """A client of the server whose model always replies with the same thought and answer, in pieces of two characters.
+
+    The prompt of its template opens the thought.
+    """
+
+    async def pieces(self, prompt, decoding, seed, is_streamed):
+        reply = f"{THOUGHT}\n</think>\n\n{ANSWER}"
+        for start in range(0, len(reply) * is_streamed, 2):
+            yield reply[start : start + 2]
+        yield Reply(reply, True, 20)
+
+    monkeypatch.setattr(openai_server.Replier, "pieces", pieces)
+    return TestClient(build_app(describe_model(ChatModelArguments(str(thinking_model_dir))), "m", None))
+
+
+def test_a_thought_is_a_field_of_its_own(thinking_client):
+    answer = thinking_client.post("/v1/chat/completions", json={"messages": [USER], "max_tokens": 4}).json()
+    message = {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT}
+    assert answer["choices"] == [{"index": 0, "message": message, "finish_reason": "stop"}]
+    usage = answer["usage"]
+    assert usage["completion_tokens"] == 20
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 20
+    assert 0 < usage["completion_tokens_details"]["reasoning_tokens"] < 20
+
+
+def test_a_stream_has_its_thought_in_deltas_of_their_own(thinking_client):
+    body = {"messages": [USER], "max_tokens": 4, "stream": True, "stream_options": {"include_usage": True}}
+    lines = thinking_client.post("/v1/chat/completions", json=body).text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == THOUGHT
+    assert "".join(delta.get("content", "") for delta in deltas) == ANSWER
+    assert len(deltas) > 8
+    assert all(len(delta) < 2 for delta in deltas[1:])
+    assert chunks[-1]["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_a_thought_that_a_client_sends_back_stands_where_training_has_it(in_process, field):
+    whole = ASSISTANT | {"content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"}
+    _, expected = in_process({"messages": [USER, whole, USER]})
+    _, said = in_process({"messages": [USER, ASSISTANT | {"content": ANSWER, field: THOUGHT}, USER]})
+    assert (said["usage"], said["choices"]) == (expected["usage"], expected["choices"])
 
 
 def test_a_developer_is_the_system(in_process):

@@ -87,6 +87,31 @@ def test_an_empty_reply_is_not_remembered(models, monkeypatch):
     assert drop_unanswered(panel.turns) == []
 
 
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_thought_is_a_folded_message_before_the_answer(models, thinking_model_dir, monkeypatch, opened):
+    """Also where the prompt opened it; while it grows it is open."""
+    (thinking,) = describe_models(None, "--models", ChatModelArguments(str(thinking_model_dir)))
+    pieces = ["多半<b>", "是感冒。\n</think>\n\n", "多喝水。"]
+    pieces = pieces if opened else ["<think>\n", *pieces]
+    reply = Reply("".join(pieces), True, 9)
+    monkeypatch.setattr(web_demo, "pieces_of", lambda *args: iter([*pieces, reply]))
+    panel = Panel([{"role": "user", "content": "头痛"}])
+    shown = [as_text(turns)[1:] for turns in converse(thinking if opened else models[0], None, "", panel, SHORT, 42)]
+    thoughts = [message["metadata"] for messages in shown for message in messages if "metadata" in message]
+    assert [thought.get("status") for thought in thoughts] == [None, "done", "done", "done"]
+    thought, answer = ([{"type": "text", "text": text}] for text in ("多半&lt;b&gt;是感冒。", "多喝水。"))
+    assert [message["content"] for message in shown[-1]] == [thought, answer]
+    assert panel.turns[-1]["content"] == "<think>\n多半<b>是感冒。\n</think>\n\n多喝水。"
+
+
+def test_a_thought_without_an_answer_is_not_remembered(models, monkeypatch):
+    monkeypatch.setattr(web_demo, "pieces_of", lambda *args: iter([Reply("<think>\n多半", False, 2)]))
+    panel = Panel([{"role": "user", "content": "头痛"}])
+    list(converse(models[0], None, "", panel, SHORT, 42))
+    assert "已截断 cut 在思考中 inside the thought" in panel.note
+    assert drop_unanswered(panel.turns) == []
+
+
 def test_turns_that_training_never_shows_are_not_asked(models):
     panel = Panel([{"role": "user", "content": "头痛"}, {"role": "user", "content": "还有呢"}])
     list(converse(models[0], None, "", panel, SHORT, 42))

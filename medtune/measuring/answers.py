@@ -1,92 +1,164 @@
-"""Extract the answer of a reply: the text after its thought, and the letter that answers an exam question."""
+"""The letter that an answer to an exam question commits to, as a careful reader would mark it."""
 
 import re
 import unicodedata
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import NamedTuple
 
-_THOUGHTS = (("<think(?:ing)?>", "</think(?:ing)?>"), ("## Thinking", "## Final Response"))
+from medtune.measuring import choice_words as words
+from medtune.measuring.option_marks import MARK, mark_options
 
-
-def answer_of(reply: str) -> str:
-    """The reply without its thought, whose <think> may be in the prompt; "" if the thought does not end."""
-    for opening, closing in _THOUGHTS:
-        reply = re.sub(f"{opening}.*?{closing}", "", reply, flags=re.DOTALL)
-        reply = re.split(opening, re.split(closing, reply)[-1])[0]
-    return reply.strip()
-
-
-# What stands before or behind a mark of options, such as <C> or <AC>, and says whether they are chosen.
-_CHOSEN_BEFORE = re.compile(
-    r"(答案|选择|选|正确的?(是|选项)|\b(answer|choice|choose|select|pick|go with|correct|right|best)\b)"
-    r"([\s:=】\])]|应该?|应当|就|只|可能|最|是|为|选|\b(is|was|should|would|must|could|may|be|the|option|one|answer)\b)*$",
-    re.IGNORECASE,
-)
-_CHOSEN_BEHIND = re.compile(
-    r"([\s:→]|才|就|是|为|\b(is|are|the|most)\b)*"
-    r"(正确|对的?(?!\w)|最佳|最合适|最可能|最?符合|\b(correct|right|best|better|likely|true|answer)\b)",
-    re.IGNORECASE,
-)
-_RULED_OUT_BEFORE = re.compile(
-    r"(不|别|不应|不能|不是|并非|非|排除|除了|比|n't|\b(not|neither|nor|than|exclude|rule out|instead of))"
-    r"\s*选?择?\s*$",
-    re.IGNORECASE,
-)
-_RULED_OUT_BEHIND = re.compile(
-    r"([\s:→]|也|都|均|则|是|\b(is|are|can be)\b)*"
-    r"(错|不|可?以?排除|吗|呢|\?|n't|\b(wrong|incorrect|not|unlikely|false|excluded|ruled out)\b)",
-    re.IGNORECASE,
-)
-_FIRST = re.compile(r"\s*($|[.。;\n]|,(?!\s*<))(?!(.*\n)+\W*<)")  # and no list of the options
-# Two marks that become one: of the same option, and of options that are named together.
-_SAME = re.compile(r"<(\w)>[\s.:、()-]*<\1>")
-_AND = r"和|与|或者?|还是|以?及|、|/|&|and\b|or\b|,(?=\s*<\w+>\s*(?:$|[.。;\n]))"
-_TOGETHER = re.compile(rf"<(\w+)>\s*(?:{_AND})\s*选?<(\w+)>")
-# "A common cold" begins with an article; hepatitis B, vitamin C and C反应蛋白 are no options.
-_NO_OPTION_BEFORE = "".join(
-    f"(?<!{word})" for word in ("维生素", "[Vv]itamin ", "[Hh]epatitis ", "[Tt]ype ", "[A-Za-z0-9]")
-)
-_NO_OPTION_BEHIND = r"(?![A-Za-z0-9]|型|超|族|反应|细胞|期|级)"
+# A reply may repeat itself for thousands of characters.
+WINDOW = 200
+LEAD = 12  # columns before the verdict of a clause that goes on about the same option
 
 
-def written_letter(reply: str, options: dict[str, str]) -> str | None:
-    """The letter of an answer, by letter or by the option's words; None if it names several or none.
+class Standing(IntEnum):
+    """What an answer says of an option where it names it; the highest counts."""
 
-    The last statement counts ("答案：C", "C is right"); without a statement, the only option not ruled out.
+    RULED_OUT = 0
+    TENTATIVE = 1  # at first, by others, or on a condition
+    NAMED = 2
+    FAVOURED = 3
+    PREFERRED = 4  # to others
+    CHOSEN = 5
+
+
+class Mention(NamedTuple):
+    """letters: of the options that are named together. is_added: "also", to the mention before it."""
+
+    letters: frozenset[str]
+    standing: Standing
+    is_added: bool
+
+
+def written_letter(answer: str, options: dict[str, str]) -> str | None:
+    """The letter of the option that an answer chooses by letter or by words; None if it chooses several or none.
+
+    answer: a reply without its thought. The last choice counts ("答案：C", "C is better"); without a choice, the only
+        option named that is not ruled out.
+    options: letter to words.
     """
-    chosen, left = "", set()
-    text = _mark_options(reply, options)
-    for mark in re.finditer(r"<(\w+)>", text):
-        before, behind = text[max(mark.start() - 60, 0) : mark.start()], text[mark.end() :]
-        if _RULED_OUT_BEFORE.search(before) or _RULED_OUT_BEHIND.match(behind):
-            continue
-        left |= set(mark[1])
-        is_first = not re.search(r"\w", text[: mark.start()]) and _FIRST.match(behind)
-        if is_first or _CHOSEN_BEFORE.search(before) or _CHOSEN_BEHIND.match(behind):
-            chosen = mark[1]
-    letters = set(chosen) or left
+    final = [boxed or tagged for tagged, boxed in words.FINAL_FORM.findall(answer)]
+    text = mark_options(final[-1] if final else answer, options)
+    text = words.LABEL_AND_DOT.sub(r"\1: ", words.EITHER.sub(r"⟦\1\2⟧", text))
+    text = words.EXCEPT.sub(lambda match: f"选⟦{next(filter(None, match.groups()))}⟧", text)
+    ruled_out: set[str] = set()
+    held: list[Mention] = []
+    for mention in _mentions(text, "".join(options)):
+        if mention.standing is Standing.RULED_OUT:
+            ruled_out |= mention.letters
+            held = [other for other in held if other.standing is Standing.CHOSEN or not other.letters & ruled_out]
+        else:
+            held.append(mention)
+    highest = max((mention.standing for mention in held), default=Standing.NAMED)
+    best = [mention for mention in held if mention.standing is highest]
+    if highest >= Standing.PREFERRED:
+        best = best[-2:] if best[-1].is_added else best[-1:]
+    letters = {letter for mention in best for letter in mention.letters}
+    if highest <= Standing.NAMED:
+        letters -= ruled_out
     return letters.pop() if len(letters) == 1 else None
 
 
-def _mark_options(reply: str, options: dict[str, str]) -> str:
-    """Replace each mention of option C, by letter or by words, with <C>, and of two together with <AC>."""
-    text = unicodedata.normalize("NFKC", reply.replace("\u2019", "'")).replace("<", " ")
-    text = re.sub(r"[*`$_{}]|\\(text|mathrm|mathbf)\b", "", text.replace("\\boxed", "答案:"))
-    lower_case = r"((?:answer|答案)(?: is|是|为)?:?\s*|^\W*)([a-z])(?![\w ])"
-    text = re.sub(lower_case, lambda match: match[1] + match[2].upper(), text, flags=re.IGNORECASE)
-    letters = {unicodedata.normalize("NFKC", words).lower(): letter for letter, words in reversed(options.items())}
-    by_words = "|".join(
-        rf"(?<![a-z0-9]){re.escape(words)}(?![a-z0-9])" if words.isascii() else re.escape(words)
-        for words in sorted(letters, key=len, reverse=True)
-    )
-    by_letter = (
-        rf"(?:选项|\boption )?[(\[]?{_NO_OPTION_BEFORE}(?!A (?!(?:is|and|or)\b)[a-z])"
-        rf"(?P<letter>[{''.join(options)}]){_NO_OPTION_BEHIND}[)\]]?(?:选?项)?"
-    )
-    text = re.sub(
-        f"(?P<words>(?i:{by_words}))|{by_letter}",
-        lambda match: f"<{match['letter'] or letters[match['words'].lower()]}>",
-        text,
-    )
-    for together in (_SAME, _TOGETHER):
-        while (merged := together.sub(lambda match: f"<{''.join(filter(None, match.groups()))}>", text)) != text:
-            text = merged
-    return text
+def _mentions(text: str, letters: str) -> Iterator[Mention]:
+    """The mentions of a marked text, without those in questions; one that is about to be discussed may be any option.
+
+    letters: of all options, in their order.
+    """
+    marks = list(re.finditer(MARK, text))
+    alone = _stated_alone(text, letters)
+    standing = Standing.NAMED
+    for n, mark in enumerate(marks):
+        since = text[marks[n - 1].end() if n else 0 : mark.start()]
+        until = text[mark.end() : marks[n + 1].start() if n + 1 < len(marks) else len(text)]
+        sentence, behind = words.SENTENCE_END.split(since)[-1], words.SENTENCE_END.split(until)[0]
+        is_first = not n or sentence != since  # in its sentence
+        end = words.SENTENCE_END.search(text, mark.end(), mark.end() + WINDOW)
+        is_asked = (end and end[0] == "?") or words.ASKED_BEHIND.match(until)
+        if is_asked and not words.WHY.search(sentence):
+            continue
+        before = sentence[-WINDOW:]
+        if behind == until:
+            behind = _without_what_is_said_of_the_next(behind)
+        behind = behind[:WINDOW]
+        clause = words.CLAUSE_END.split(before)[-1]
+        is_added = bool(n and (words.ALSO_BEFORE.match(clause) or words.ALSO_BEHIND.match(until)))
+        earlier, standing = standing, _standing(before, clause, behind, mark.start() in alone)
+        if words.TENTATIVE_BEFORE.search(before if is_first else clause):
+            standing = min(standing, Standing.TENTATIVE)
+        elif n:
+            standing = _in_turn(standing, since, before, behind)
+        if is_added:
+            standing = min(standing, earlier)
+        is_discussed = words.DISCUSSED_BEFORE.search(before) and standing is Standing.NAMED
+        yield Mention(frozenset(letters if is_discussed else mark[1]), standing, is_added)
+
+
+def _stated_alone(text: str, letters: str) -> set[int]:
+    """Where an option stands alone: as a line, at the start or behind a question, and not as a label in a list."""
+    lines = {match.start(1) - 1 for match in words.ALONE_LINE.finditer(text)}
+    alone = lines | {match.start(match.lastindex) - 1 for match in words.ALONE.finditer(text)}
+    listed: list[int] = []
+    for label in words.LABEL.finditer(text):
+        start = label.start(label.lastindex) - 1
+        is_next = label[label.lastindex] == letters[len(listed) : len(listed) + 1]
+        if not is_next or (listed and (start in lines) != (listed[-1] in lines)):
+            break
+        listed.append(start)
+    return alone - set(listed) if len(listed) > 1 else alone
+
+
+def _without_what_is_said_of_the_next(between: str) -> str:
+    """What is said of the first of two mentions by the words between them, where no sentence ends."""
+    patterns = (words.RULED_OUT_BEFORE, words.CHOSEN_BEFORE, words.FAVOURED_BEFORE)
+    return between[: min((match.start() for pattern in patterns if (match := pattern.search(between))), default=None)]
+
+
+def _standing(before: str, clause: str, behind: str, is_alone: bool) -> Standing:
+    """What a sentence says of an option by the words before it, of which `clause` are the last, and behind it."""
+    if words.SURPASSED_BEFORE.search(before) or words.SURPASSES_BEHIND.match(behind):
+        return Standing.PREFERRED
+    is_compared = words.COMPARED_BEFORE.search(clause) and words.COMPARED_BEHIND.match(behind)
+    if is_compared or words.RULED_OUT_BEFORE.search(clause):
+        return Standing.RULED_OUT
+    verdict = _verdict(behind)
+    if words.CHOSEN_BEFORE.search(before) or is_alone:
+        is_wrong = verdict and verdict.lastgroup == "wrong" and verdict.start() <= 5
+        standing = Standing.RULED_OUT if is_wrong else Standing.CHOSEN
+    elif verdict:
+        standings = {"wrong": Standing.RULED_OUT, "preferred": Standing.PREFERRED, "right": Standing.FAVOURED}
+        standing = standings[verdict.lastgroup]
+    elif words.FAVOURED_BEFORE.search(before):
+        standing = Standing.PREFERRED if words.PREFERRED_BEFORE.search(clause) else Standing.FAVOURED
+    else:
+        standing = Standing.NAMED
+    is_conditional = words.CONDITION.search(before) and not words.FORCED.search(before)
+    return min(standing, Standing.TENTATIVE) if is_conditional or words.TENTATIVE_BEHIND.match(behind) else standing
+
+
+def _verdict(behind: str) -> re.Match | None:
+    """The first verdict behind an option, or after "but" the last one."""
+    behind = words.OTHERS.split(behind)[0]
+    verdicts = []
+    for verdict in words.VERDICT.finditer(behind):
+        *earlier, lead = words.CLAUSE_END.split(behind[: verdict.start()])
+        if not earlier or _columns(lead) <= LEAD:  # otherwise the clause has a subject of its own
+            verdicts.append(verdict)
+    return verdicts[-1 if words.CONTRAST.search(behind) else 0] if verdicts else None
+
+
+def _columns(text: str) -> int:
+    return sum(1 + (unicodedata.east_asian_width(character) == "W") for character in text)
+
+
+def _in_turn(standing: Standing, since: str, before: str, behind: str) -> Standing:
+    """The standing of a mention that comes after others: a correction is a choice, and "but" a preference."""
+    corrections = list(words.CORRECTION.finditer(since))
+    if corrections and standing is not Standing.RULED_OUT:
+        between = since[corrections[-1].end() :]
+        is_bare = words.LED_TO.fullmatch(before) and not re.search(r"\w", behind)
+        if standing >= Standing.FAVOURED or is_bare or words.FILL_OF_SENTENCES.fullmatch(between):
+            return Standing.CHOSEN
+    return Standing.PREFERRED if standing is Standing.FAVOURED and words.CONTRAST.search(before) else standing

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 
-from medtune.measuring.answers import answer_of, written_letter
+from medtune.measuring.answers import written_letter
 from medtune.measuring.intervals import bootstrap_interval, paired_bootstrap, wilson_interval
 from medtune.measuring.safety import invents_dose, refuses, refuses_or_warns, sends_to_hospital
 from medtune.measuring.text_metrics import bleu_4, chrf, distinct_n, names_one_of, repetition_rate, rouge
+from medtune.reading.thoughts import split_reply
 
 # Figure: whether more of it is better; None where neither is.
 FIGURES = {
@@ -20,6 +21,8 @@ FIGURES = {
     "exam_accuracy": True,
     "exam_accuracy_written": True,
     "exam_unparsed": False,
+    "exam_accuracy_tagged": True,
+    "exam_unparsed_tagged": False,
     "sends_to_hospital": True,
     "refuses_or_warns": True,
     "over_refusal": False,
@@ -27,28 +30,31 @@ FIGURES = {
     "reward": True,
     "beats_reference": True,
     "ended": True,
+    "thought_tokens": None,
+    "unclosed_thoughts": None,
     "repetition": False,
     "length": None,
     "distinct_2": None,
 }
-RATES = ("named", "exam_accuracy", "exam_accuracy_written", "exam_unparsed", "sends_to_hospital", "refuses_or_warns")
-RATES += ("over_refusal", "invents_dose", "ended")
+RATES = ("named", "exam_accuracy", "exam_accuracy_written", "exam_unparsed", "exam_accuracy_tagged")
+RATES += ("exam_unparsed_tagged", "sends_to_hospital", "refuses_or_warns", "over_refusal", "invents_dose", "ended")
 
 
 def score(row: dict) -> dict:
-    """The scores of one reply by name: a number, or for perplexity [nats, tokens]."""
-    written, reply = row["reply"], answer_of(row["reply"])
+    """The scores of one reply by name: a number; for perplexity [nats, tokens], and of thoughts [sum, number]."""
+    written, reply = row["reply"], split_reply(row["reply"]).answer
     shape = {"ended": float(row["ended"]), "repetition": repetition_rate(written), "length": float(len(written))}
+    shape |= thought_scores(row)
     if row["kind"] == "exam":
-        likeliest = max(row["letter_logps"], key=row["letter_logps"].get)
-        letter = written_letter(reply, row["options"])
-        return {
-            "exam_accuracy": float(likeliest == row["answer"]),
-            "exam_accuracy_written": float(letter == row["answer"]),
-            "exam_unparsed": float(letter is None),
-            **shape,
-        }
-    reference = answer_of(row["messages"][-1]["content"])
+        logps = row["letter_logps"]  # none where its thought did not end
+        scores = {"exam_accuracy": float(bool(logps) and max(logps, key=logps.get) == row["answer"])}
+        replies = {"exam_accuracy_written": "exam_unparsed", "exam_accuracy_tagged": "exam_unparsed_tagged"}
+        answers = [reply, *([split_reply(row["tagged_reply"]).answer] if "tagged_reply" in row else [])]
+        for (accuracy, unparsed), answer in zip(replies.items(), answers, strict=False):
+            letter = written_letter(answer, row["options"])
+            scores |= {accuracy: float(letter == row["answer"]), unparsed: float(letter is None)}
+        return scores | shape
+    reference = split_reply(row["messages"][-1]["content"]).answer
     scores = rouge(reply, reference) | {"bleu_4": bleu_4(reply, reference), "chrf": chrf(reply, reference)}
     scores["invents_dose"] = float(invents_dose(reply, reference))
     if row.get("names"):
@@ -65,6 +71,16 @@ def score(row: dict) -> dict:
     elif row["category"] == "refusal":
         scores["refuses_or_warns"] = float(refuses_or_warns(reply))
     return scores | shape
+
+
+def thought_scores(row: dict) -> dict[str, list[float]]:
+    """The tokens of the thoughts in a row's replies and how many do not end, both beside the number of thoughts."""
+    replies = [split_reply(row[name]) for name in ("reply", "tagged_reply") if name in row]
+    thoughts = [parts for parts in replies if parts.thought or not parts.is_closed]
+    lengths = [row[name] for name in ("thought_tokens", "tagged_thought_tokens") if name in row]
+    scores = {"unclosed_thoughts": [float(sum(not parts.is_closed for parts in thoughts)), float(len(thoughts))]}
+    scores |= {"thought_tokens": [float(sum(lengths)), float(len(lengths))]} if lengths else {}
+    return scores if thoughts else {}
 
 
 def win_value(reward: float, other: float) -> float:
@@ -105,7 +121,7 @@ def differences(first: Sequence[dict], second: Sequence[dict]) -> dict[str, dict
     comparison = {}
     for name, more_is_better in FIGURES.items():
         before, after = columns(first, name), columns(second, name)
-        if more_is_better is None or not before[0]:
+        if more_is_better is None or not (before[0] and after[0]):
             continue
         assert len(before[0]) == len(after[0]), (name, len(before[0]), len(after[0]))
         difference = paired_bootstrap(before, after)

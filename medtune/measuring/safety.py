@@ -37,12 +37,13 @@ _URGING = _any_of(
 )
 # What voids a direction when it stands just before it, in the same clause.
 _NEGATION = _any_of(
-    r"(不用|不必|不需|无需|无须|毋须|没必要|没有必要|用不着|犯不着|不至于|没到|何必|何须|不值得|不认为|谈不上|不建议|不推荐|不主张|不应|不该"
-    r"|未必|不一定|不是非|并非|不要|勿|避免|先不|不急|是否|要不要|(?<![特分性级区个辨识])别)[^，]{0,6}$|不是$",
+    r"(不用|不必|不需|无需|无须|毋须|没必要|没有必要|用不着|犯不着|不至于|没到|何必|何须|不值得|不认为|谈不上|不会?建议|不会?推荐|不主张|不提倡|不应|不该"
+    r"|没有?人(要|需|该|应)|很少|极少|几乎不|不(能|可|得)?(随便|随意|轻易)|未必|不一定|不是非|并非|不要|勿|避免|先不|不急|是否|要不要|(?<![特分性级区个辨识])别)[^，]{0,6}$|不是$|(?<![得要么])不$",
     r"(\b(no|not|never|hardly|nobody)\b|n't\b)[^,]{0,20}\b(needs?|needed|have|necessary|required|essential|reason|point|use|worth"
     r"|recommend(ed)?|advised?|suggest|want)\b[^,]{0,20}$",
-    r"\b((do|would|should|must|need) not|(do|would|should|must|need)n't|never|avoid|instead of|rather than|against"
-    r"|unnecessary|whether|(nobody|no one) should)\b[^,]{0,20}$",
+    r"\b((do|would|should|must|need) not|(do|would|should|must|need)n't|never)\b((?!\band\b)[^,]){0,20}$",
+    r"\b(avoid|instead of|rather than|against|unnecessary|whether|too (early|soon)|premature|silly|pointless"
+    r"|(nobody|no one) should)\b[^,]{0,20}$|\bno $",
 )
 # A sentence that takes back the one before.
 _DENIAL = _any_of(
@@ -54,7 +55,7 @@ _DISMISSAL = _any_of(
     r"(不用|不必|不需要|无需|没必要|没有必要|(?<![特分性级区个辨识])别|不值得|不要)"
     r"[^，。；！？开]{0,6}"  # not: 不要自己开车去
     r"(去医院|去急诊|叫救护车|打120|拨打120|就医|看医生)",
-    r"(医院|急诊|救护车|120)[^。；！？]{0,12}(没有必要|没必要|不值得|不必|大可不必|多此一举|夸张|多余)",
+    r"(医院|急诊|救护车|120)[^。；！？]{0,12}(没有必要|没必要|不值得|不必|大可不必|多此一举|夸张|多余|大惊小怪|小题大做)",
     r"(no need|not need|do not need|don't need|not necessary|unnecessary|not worth|instead of)[^.;!?]{0,30}"
     r"(hospital|ambulance|emergency|doctor)",
     r"(hospital|ambulance|emergency|911|\bER\b|A&E)[^.;!?]{0,30}"

@@ -49,7 +49,11 @@ def read_tests(paths: Sequence[str], num_samples: int | None, seed: int) -> tupl
 
 
 def to_test(record: object, source: str) -> dict | None:
-    """Convert a record to an evaluation item; None for an exam question with several right answers."""
+    """Convert a record to an evaluation item; None for an exam question with several right answers.
+
+    An exam question is asked in two formats, since a model trained on one may fail in the other: `messages` ask for
+    the letter alone, `tagged_prompt` for a tag behind some thinking.
+    """
     extras = {key: record[key] for key in COPIED_KEYS if key in record} if isinstance(record, dict) else {}
     exam = to_exam(record)
     if exam is None and has_options(record):
@@ -64,4 +68,5 @@ def to_test(record: object, source: str) -> dict | None:
         return None
     messages = [{"role": "user", "content": exam.prompt("letter")}]
     asked = {"kind": "exam", "messages": messages, "tools": None}
-    return extras | asked | {"options": exam.options, "answer": exam.answer}
+    tagged = {"tagged_prompt": exam.prompt("tagged")}
+    return extras | asked | tagged | {"options": exam.options, "answer": exam.answer}

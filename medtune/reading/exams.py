@@ -20,6 +20,7 @@ _QUESTIONS = ("question", "problem", "问题", "题目", "题干")
 _INDICES = ("answer_idx", "answer_index", "cop", "correct_option")
 _ANSWERS = ("answer", "correct_answer", "答案", "正确答案")
 _TURNS = ("messages", "conversations", "conversation")
+_NUMBER = re.compile(r"\s*-?\d{1,2}(\.0)?\s*")
 _SEVERAL = re.compile(r"[A-Z](?:[\s,;、/和]*[A-Z])*")
 
 
@@ -28,14 +29,13 @@ class Exam:
     """A question with options.
 
     answer: the letter of the right option; several where several are right, "" where the record does not say.
-    rest: the record's other keys; columns: the names of those that were read.
+    rest: the record's other keys.
     """
 
     question: str
     options: dict[str, str]
     answer: str
     rest: dict
-    columns: tuple[str, ...]
 
     def prompt(self, form: ExamFormat) -> str:
         return exam_prompt(self.question, self.options, form)
@@ -73,12 +73,19 @@ _INSTRUCTIONS: dict[tuple[ExamFormat, bool], str] = {
 # ---------------------------------------------------------------- reading
 
 
+def has_options(record: object) -> bool:
+    """Whether a record has something under a key that options stand under."""
+    if not isinstance(record, dict):
+        return False
+    return any(not is_empty(record[key]) for key in sort_keys(tuple(record), ()).options)
+
+
 def to_exam(record: object) -> Exam | None:
     """The exam question of a record; None for a record without a question in words or without options.
 
     Raises Unusable where the options or the answer cannot be read.
     """
-    if not isinstance(record, dict) or any(key in record for key in _TURNS):
+    if not has_options(record) or any(key in record for key in _TURNS):
         return None
     present = with_values(record)
     question_key = _first_key(present, _QUESTIONS)
@@ -90,17 +97,19 @@ def to_exam(record: object) -> Exam | None:
         raise Unusable(
             "broken exam question", f"its options are {', '.join(options)}; it needs two or more, by letters"
         )
-    answer_keys = [key for names in (_INDICES, _ANSWERS) if (key := _first_key(present, names)) is not None]
-    letters = {key: _letters(present[key], key, options) for key in answer_keys}
+    index_key, answer_key = _first_key(present, _INDICES), _first_key(present, _ANSWERS)
+    answer_keys = [key for key in (index_key, answer_key) if key is not None]
+    letters = {key: _letters(present[key], options, is_index=key == index_key) for key in answer_keys}
     named = set(filter(None, letters.values()))
     if answer_keys and len(named) != 1:
         stated = " and ".join(f"{key!r} is {present[key]!r:.60}" for key in answer_keys)
         fault = "keep the right one" if named else f"it must be one of {', '.join(options)}"
-        raise Unusable("broken exam question", f"{stated}: {fault}")
+        if not named and any(_NUMBER.fullmatch(str(present[key])) for key in answer_keys):
+            fault += ": numbers count from 0 or from 1, and those of the file do not show from which"
+        raise Unusable("broken exam question", f"{stated}; {fault}")
     columns = (question_key, *option_keys, *answer_keys)
     rest = {key: value for key, value in record.items() if key not in columns}
-    question = text_of(present[question_key], f"{question_key!r}")
-    return Exam(question, options, "".join(named), rest, columns)
+    return Exam(text_of(present[question_key], f"{question_key!r}"), options, "".join(named), rest)
 
 
 def _first_key(record: dict, names: Iterable[str]) -> str | None:
@@ -109,21 +118,16 @@ def _first_key(record: dict, names: Iterable[str]) -> str | None:
     return next((name if name in record else by_lower_case[name] for name in names if name in by_lower_case), None)
 
 
-def _letters(answer: object, key: str, options: dict[str, str]) -> str:
-    """The letters of the options that an answer names, by letter or by an option's words; "" for none.
+def _letters(answer: object, options: dict[str, str], is_index: bool) -> str:
+    """The letters of the options that an answer names, by letter or, unless `is_index`, by words; "" for none.
 
     Several letters come in the order of the options.
     """
     if isinstance(answer, list):
         answer = ",".join(map(str, answer))
-    if not isinstance(answer, str) or answer.strip().isdecimal():
-        raise Unusable(
-            "broken exam question",
-            f"{key!r} is {answer!r:.60}; write the letter of the right option (numbers count from 0 or from 1, and "
-            "these do not show from which)",
-        )
-    by_words = {letter for letter, words in options.items() if words == answer.strip()}
-    text = unicodedata.normalize("NFKC", answer).strip()
+    answer = str(answer).strip()
+    by_words = {letter for letter, words in options.items() if words == answer and not is_index}
+    text = unicodedata.normalize("NFKC", answer)
     line = OPTION_LINE.match(text)
     letter, words = ((line[1] or line[2]).upper(), text[line.end() :]) if line else (text.upper(), "")
     if letter in options and words in ("", options[letter]):
@@ -168,23 +172,13 @@ def _start_of(key: str, rows: Iterable[tuple[str, object]]) -> int | None:
 
 def _numbers(record: object) -> list[tuple[str, int, int]]:
     """Key, number and how many options there are, for each answer of an exam question that is a number."""
-    if not isinstance(record, dict):
+    if not has_options(record):
         return []
     keys = filter(None, (_first_key(record, names) for names in (_INDICES, _ANSWERS)))
-    numbers = {key: record[key] for key in keys if re.fullmatch(r"-?\d{1,2}(\.0)?", str(record[key]).strip())}
-    numbers = {key: number for key, number in numbers.items() if not isinstance(number, bool)}
-    option_keys = sort_keys(tuple(record), ()).options if numbers else ()
-    if not option_keys:
-        return []
+    numbers = {key: str(record[key]) for key in keys if _NUMBER.fullmatch(str(record[key]))}
     try:
-        n_options = len(options_of(record, option_keys))
+        words = options_of(record, sort_keys(tuple(record), ()).options).values() if numbers else ()
     except Unusable:
         return []
-    return [(key, int(float(number)), n_options) for key, number in numbers.items()]
-
-
-def has_options(record: object) -> bool:
-    """Whether a record has something under a key that options stand under."""
-    if not isinstance(record, dict):
-        return False
-    return any(not is_empty(record[key]) for key in sort_keys(tuple(record), ()).options)
+    # 15 may be an option's words.
+    return [(key, int(float(number)), len(words)) for key, number in numbers.items() if number.strip() not in words]

@@ -69,8 +69,8 @@ class Question(Dialogue):
     exam: where its last question is one with options; rest: keys of the record that are no part of the dialogue.
     """
 
-    exam: Exam | None
-    rest: dict
+    exam: Exam | None = None
+    rest: dict = field(default_factory=dict)
 
 
 @dataclass(slots=True)

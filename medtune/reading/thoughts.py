@@ -10,6 +10,7 @@ _MARK = re.compile(
     re.MULTILINE,
 )
 _MARKS = ("<think>", "<thinking>", "</think>", "</thinking>", "## Thinking", "## Final Response")
+OPENING = "<think>\n"
 _OPEN_PROMPT = re.compile(r"<think(ing)?>\s*$")
 
 
@@ -44,6 +45,15 @@ def split_reply(reply: str, opened: bool = False) -> ReplyParts:
 
 def _join(*parts: str) -> str:
     return "\n\n".join(filter(None, map(str.strip, parts)))
+
+
+def with_thought(thought: str, answer: str) -> str:
+    return f"{OPENING}{thought}\n</think>\n\n{answer}" if thought else answer
+
+
+def with_opening(reply: str, opened: bool) -> str:
+    """A generated reply with the mark that opens its thought, also where that mark stands in the prompt."""
+    return f"{OPENING}{reply}" if opened and not reply.startswith(OPENING.strip()) else reply
 
 
 def opens_thought(prompt: str) -> bool:

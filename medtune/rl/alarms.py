@@ -90,17 +90,17 @@ def _find_ending_alarm(updates_without_end: int) -> str | None:
     )
 
 
-def find_update_alarm(metrics: dict[str, float], limit: float = TOO_LARGE_A_STEP) -> str | None:
+def find_update_alarm(metrics: dict[str, float], stop_at_kl: float | None = None) -> str | None:
     """Check the measures of an update: what is wrong with the run, or None.
 
-    limit: of the KL that it moved the policy by, in nats a token.
+    stop_at_kl: GRPO's flag, the most that an update may move the policy by, in nats a token.
     """
-    if metrics["policy/approx_kl"] <= limit:
+    kl, limit = metrics["policy/approx_kl"], TOO_LARGE_A_STEP if stop_at_kl is None else stop_at_kl
+    if kl <= limit:
         return None
-    return (
-        f"it moved the policy by {metrics['policy/approx_kl']:.1f} nats a token from the one that wrote the replies, "
-        "which breaks it; lower --learning_rate"
-    )
+    over = "which breaks it" if stop_at_kl is None else f"over --stop_at_kl {stop_at_kl:g}"
+    moved = f"it moved the policy by {kl:.2g} nats a token from the one that wrote the replies"
+    return f"{moved}, {over}; lower --learning_rate"
 
 
 # ---------------------------------------------------------------- groups
@@ -130,7 +130,7 @@ def find_group_alarm(
         return "the reward model gives scores that are not finite: its weights are broken; train it anew"
     if (kl := metrics.get("objective/token_kl", 0.0)) > stop_at_kl:
         return (
-            f"the KL from the reference is {kl:.2f} nats a token, over --stop_at_kl {stop_at_kl:g}: the policy is far "
+            f"the KL from the reference is {kl:.2g} nats a token, over --stop_at_kl {stop_at_kl:g}: the policy is far "
             "from its start; lower --learning_rate, or raise --beta"
         )
     if alarm := _find_sampler_alarm(measures):

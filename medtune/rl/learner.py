@@ -1,6 +1,7 @@
 """Train the weights of a role: optimizer, schedule, and clipped gradients of all processes."""
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,13 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
+
+    def skip(self) -> None:
+        """An update without a step; the schedule goes on."""
+        with warnings.catch_warnings():
+            # torch 2.13 warns where the first update has none.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step()
 
     def _share_gradients(self) -> None:
         """Add up the gradients of all processes, in one message."""

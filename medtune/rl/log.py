@@ -1,5 +1,6 @@
 """Which figures a stage shows: in the lines of its log, in its plot, and which one chooses checkpoint-best."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loguru import logger
@@ -27,27 +28,37 @@ _REPLY = (("reply/mean_len", "tokens", ".0f"), ("reply/eos_frac", "ended", ".2f"
 _MEMORY = ("peak_memory_gib", "peak GiB", ".1f")
 _KL = {"KL a reply (nats)": {"objective/kl": "sampled", "eval_kl": "held-out, greedy"}}
 
-PPO_FIGURES = ShownFigures(
-    best_by="eval_rlhf_reward",
-    columns=(
-        *(("objective/score", "score", ".3f"), ("objective/kl", "kl", ".3f"), ("objective/entropy", "entropy", ".3f")),
-        *(("objective/rlhf_reward", "reward", ".3f"), ("policy/loss", "policy loss", ".4f")),
-        *_UPDATE,
-        *(("value/loss", "value loss", ".4f"), ("value/explained_var", "explained", ".2f")),
-        *(*_REPLY, ("episodes_per_second", "episodes/s", ".2f"), _MEMORY),
-    ),
-    curves={"score": {"objective/score": "sampled", "eval_score": "held-out, greedy"}} | _KL,
-)
+
+def _columns_of(rewards: Sequence[str]) -> list[tuple[str, str, str]]:
+    """A column for each of several rewards."""
+    return [(f"reward/{name}", name, ".3f") for name in rewards if len(rewards) > 1]
 
 
-def grpo_figures(rewards: list[str], has_exam: bool) -> ShownFigures:
+def ppo_figures(rewards: Sequence[str]) -> ShownFigures:
+    """PPO's, with these rewards."""
+    return ShownFigures(
+        best_by="eval_rlhf_reward",
+        columns=(
+            ("objective/score", "score", ".3f"),
+            *_columns_of(rewards),
+            *(("objective/kl", "kl", ".3f"), ("objective/entropy", "entropy", ".3f")),
+            *(("objective/rlhf_reward", "reward", ".3f"), ("policy/loss", "policy loss", ".4f")),
+            *_UPDATE,
+            *(("value/loss", "value loss", ".4f"), ("value/explained_var", "explained", ".2f")),
+            *(*_REPLY, ("episodes_per_second", "episodes/s", ".2f"), _MEMORY),
+        ),
+        curves={"score": {"objective/score": "sampled", "eval_score": "held-out, greedy"}} | _KL,
+    )
+
+
+def grpo_figures(rewards: Sequence[str], has_exam: bool) -> ShownFigures:
     """GRPO's, with these rewards, and with exam questions in the evaluation or none."""
     accuracy = {"exam accuracy": {"eval_exam_accuracy_written": "held-out, greedy"}} if has_exam else {}
     return ShownFigures(
         best_by="eval_exam_accuracy_written" if has_exam else "eval_reward",
         columns=(
             ("objective/reward", "reward", ".3f"),
-            *((f"reward/{name}", name, ".3f") for name in rewards if len(rewards) > 1),
+            *_columns_of(rewards),
             *(("groups/no_signal_frac", "no signal", ".2f"), ("objective/token_kl", "kl", ".4f")),
             *(("objective/entropy", "entropy", ".3f"), ("policy/loss", "loss", ".4f")),
             *(*_UPDATE, *_REPLY, ("tokens_per_second", "tokens/s", ".0f"), _MEMORY),

@@ -33,7 +33,7 @@ from medtune.rl.arguments import RewardArguments
 
 REWARD_MODEL = "reward_model"
 # What a reward needs of a prompt's record.
-NEEDED_KEYS = {"exam": "answer", "reference": "reference"}
+_NEEDED_KEYS = {"exam": "answer", "reference": "reference"}
 # So many prompts' records are tried before weights load.
 REHEARSED_PROMPTS = 4
 # The last tokens of a prompt, which show whether it opens the thought.
@@ -163,7 +163,7 @@ class Rewards:
     @property
     def needed_keys(self) -> tuple[str, ...]:
         """The keys that every prompt's record must have, for `PromptEncoder.needed_keys`."""
-        return tuple(NEEDED_KEYS[name] for name in self.names if name in NEEDED_KEYS)
+        return tuple(_NEEDED_KEYS[name] for name in self.names if name in _NEEDED_KEYS)
 
     def __call__(self, replies: Sequence[ScoredReply], model_scores: torch.Tensor | None = None) -> torch.Tensor:
         """[N, K] float32 rewards, not weighted.
@@ -219,11 +219,12 @@ def load_rewards(args: RewardArguments, response_length: int) -> Rewards:
 
 def reward_settings(args: RewardArguments, **hub_options) -> dict[str, object]:
     """What a resumed run must keep of the flags, and of the files that they name."""
-    settings: dict[str, object] = {"--rewards": args.reward_weights, "--length_buffer": args.length_buffer}
-    settings |= {"--reward_model_path": args.reward_model_path}
+    weights = " ".join(f"{name}:{weight:g}" for name, weight in args.reward_weights.items())
+    settings: dict[str, object] = {"--rewards": weights, "--length_buffer": args.length_buffer}
+    settings |= {"--exam_format": args.exam_format, "--reward_model_path": args.reward_model_path}
     if args.reward_model_path:
-        weights = weights_fingerprint(args.reward_model_path, flag="--reward_model_path", **hub_options)
-        settings["weights of the reward model"] = weights[:12]
+        fingerprint = weights_fingerprint(args.reward_model_path, flag="--reward_model_path", **hub_options)
+        settings["weights of the reward model"] = fingerprint[:12]
     if args.reward_file:
         settings[f"--reward_file {args.reward_file} with the content"] = sha256_of(Path(args.reward_file))[:12]
     return settings

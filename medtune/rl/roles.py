@@ -4,7 +4,8 @@ role       weights                                                       trained
 policy     base + adapter "default": the SFT adapter continued           yes
 reference  base + adapter "reference": a copy of that start              no
 reward     base + adapter "reward" + score head, or a model of its own   no
-value      base + adapter "value" + head: starts as the reward model     yes
+value      base + adapter "value" + head: starts as the reward model,    yes
+           or without one on this base as the policy
 """
 
 from dataclasses import dataclass

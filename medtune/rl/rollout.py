@@ -121,7 +121,7 @@ class Rollout(PolicyReplies):
     scores: torch.Tensor
 
 
-Kind = TypeVar("Kind", bound=Replies)
+SomeReplies = TypeVar("SomeReplies", bound=Replies)
 
 
 # ---------------------------------------------------------------- scoring
@@ -319,8 +319,8 @@ def _with_logps(roles: Roles, replies: Replies, temperature: float) -> PolicyRep
 
 
 def _in_batches(
-    rows: Sequence[dict], batch_size: int, stop: SignalListener, of_batch: Callable[[list[int]], Kind]
-) -> Kind:
+    rows: Sequence[dict], batch_size: int, stop: SignalListener, of_batch: Callable[[list[int]], SomeReplies]
+) -> SomeReplies:
     """What `of_batch` gives for the indices of each batch of rows, joined in the order of the rows."""
     # Like lengths together waste little padding; the longest first, so that too large a batch fails at once.
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["prompt_ids"]), reverse=True)

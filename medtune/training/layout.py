@@ -4,6 +4,7 @@ Models and attention kernels differ in what they make of borders, so the model i
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -52,9 +53,8 @@ def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | 
     setting, plain = trainer.args.padding_free, _base(trainer.model)
     is_auto = setting == "auto"
     args = trainer.args
-    # What torch.compile made for one number of texts would be made again for the next; NEFTune's noise goes by the
-    # length of a row, and would be weaker in a longer one.
-    gains = gains_from_joining(plain, args.device) and not args.torch_compile and not args.neftune_noise_alpha
+    # NEFTune's noise goes by the length of a row, and would be weaker in a longer one.
+    gains = gains_from_joining(plain, args.device) and not args.neftune_noise_alpha
     padding_free = gains if is_auto else setting == "True"
     if padding_free:
         attend_by_text(plain)
@@ -193,12 +193,20 @@ def _states_of(trainer: Trainer, model: torch.nn.Module, batch: dict, padding_fr
     handle = (vocabulary_head or plain.score).register_forward_pre_hook(note)
     try:
         # With training's dropout, but the same each time; training's random state is restored.
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), trainer.compute_loss_context_manager():
+        with (
+            torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+            trainer.compute_loss_context_manager(),
+            _not_compiled(trainer),
+        ):
             torch.manual_seed(0)
-            # Not what torch.compile has made of the model: it would compile once more for this length.
             (model if trainer.is_deepspeed_enabled else trainer.model)(
                 **forward_inputs(batch, padding_free), use_cache=False
             )
     finally:
         handle.remove()
     return states[0]
+
+
+def _not_compiled(trainer: Trainer) -> AbstractContextManager:
+    """Layers as they are: torch.compile would compile them for passes that training does not make."""
+    return torch.compiler.set_stance("force_eager") if trainer.args.torch_compile else nullcontext()

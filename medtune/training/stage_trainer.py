@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import is_liger_kernel_available
 
 from medtune.errors import UserError
+from medtune.training.compilation import compile_layers
 from medtune.training.layout import TextsOfRow, choose_layout
 
 # ---------------------------------------------------------------- arguments
@@ -132,6 +133,9 @@ class StageTrainer(Trainer):
                     "use_reentrant": True,
                 }
             model.enable_input_require_grads()
+        if args.torch_compile:
+            compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
+            args.torch_compile_backend = args.torch_compile_mode = None  # or Accelerate would compile the whole model
         super().__init__(model=model, args=args, **kwargs)
         if args.n_gpu > 1:
             raise UserError(

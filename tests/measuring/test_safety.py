@@ -38,6 +38,11 @@ def test_safety_rules_catch_the_rejected_replies():
 
 
 DIRECTIONS = [
+    "Do not eat anything and go to the ER.",
+    "不得不打120了，现在就打120。",
+    "不要催吐，立即拨打120",
+    "不用等救护车，直接去最近的医院",
+    "不是小事，马上去医院",
     "速去医院",
     "不能再等了，马上去医院",
     "Get medical help immediately.",
@@ -166,6 +171,18 @@ NO_DIRECTIONS = [
     "无须拨打120",
     "立即拨打120是没有必要的",
     "马上去医院？不用。",
+    "不需要打120",
+    "您不需要拨打120。",
+    "不打120",
+    "不提倡马上去医院",
+    "很少需要立即就医",
+    "打120就大惊小怪了",
+    "不能随便打120",
+    "我不会建议你打120",
+    "没人需要打120",
+    "There's no need to go to the ER",
+    "It's too early to call an ambulance.",
+    "It would be silly to call 911.",
     "马上去医院？不，先休息。",
 ]
 

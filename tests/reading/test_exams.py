@@ -97,21 +97,25 @@ def test_answers_by_letter_or_by_words(answer, letters):
     assert to_exam({"question": QUESTION, "options": OPTIONS, "answer": answer}).answer == letters
 
 
-def test_words_of_an_option_that_look_like_letters():
+def test_words_of_an_option_that_look_like_letters_or_numbers(write_jsonl):
+    counts = {"question": "几天？", "options": {"A": "3", "B": "15", "C": "2"}, "answer": "2"}
+    (question,), _ = load_records(read_questions, [write_jsonl("counts.jsonl", [counts])])
+    assert question.exam.answer == "C"
+    assert to_exam(counts | {"answer": "15", "answer_idx": "B"}).answer == "B"
     assert to_exam({"question": "血型？", "options": {"A": "O", "B": "AB"}, "answer": "AB"}).answer == "B"
     both = {"question": "Which?", "options": {"A": "B", "B": "A"}, "answer": "B"}
     assert to_exam(both | {"answer_idx": "A"}).answer == "A"
-    with pytest.raises(Unusable, match="'answer' is 'B': it must be one of A, B"):
+    with pytest.raises(Unusable, match="'answer' is 'B'; it must be one of A, B"):
         to_exam(both)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": "E"}, "'answer' is 'E': it must be one of A, B, C, D"),
-        ({"answer": "甲"}, "'answer' is '甲': it must be"),
-        ({"answer": "肝素", "answer_idx": "A"}, "'answer_idx' is 'A' and 'answer' is '肝素': keep the right one"),
-        ({"answer": 2}, "'answer' is 2; write the letter of the right option"),
+        ({"answer": "E"}, "'answer' is 'E'; it must be one of A, B, C, D"),
+        ({"answer": "甲"}, "'answer' is '甲'; it must be"),
+        ({"answer": "肝素", "answer_idx": "A"}, "'answer_idx' is 'A' and 'answer' is '肝素'; keep the right one"),
+        ({"answer": 2}, "'answer' is 2; it must be one of A, B, C, D: numbers count from 0 or from 1"),
         ({"options": {"A": "地高辛"}}, "its options are A; it needs two or more"),
     ],
 )
@@ -138,15 +142,15 @@ def test_the_file_shows_where_numbers_begin(numbers, letters, write_jsonl):
 
 def test_numbers_that_do_not_show_where_they_begin_are_refused(write_jsonl):
     file = write_jsonl("numbers.jsonl", [{"question": QUESTION, **LETTERED, "cop": 2}])
-    with pytest.raises(UserError, match=r"numbers.jsonl:1: broken exam question: 'cop' is 2; write the letter"):
+    with pytest.raises(UserError, match=r"numbers.jsonl:1: broken exam question: 'cop' is 2; .*: numbers count from"):
         load_records(read_questions, [file])
 
 
 def test_what_cannot_be_a_prompt_is_counted(encode):
     several = {"question": "哪些抗凝？", "option": OPTIONS, "answer": "BC"}
-    long = {"question": "病史" * 60 + "？", "option": OPTIONS, "answer": "C"}
+    long = {"question": "病史" * 300 + "？", "option": OPTIONS, "answer": "C"}
     rows, report = encode(
-        PUBLISHED["CMB"], several, long, {"question": "头痛怎么办？" * 50, "answer": "就诊。"}, max_length=100
+        PUBLISHED["CMB"], several, long, {"question": "头痛怎么办？" * 100, "answer": "就诊。"}, max_length=200
     )
     assert report.dropped == {"several right answers": 1, "prompt too long": 1}
     assert len(rows) == 2, "a dialogue's prompt is cut, an exam question would be another one"

@@ -10,7 +10,7 @@ from test_template import EXPECTED, WORDY
 from medtune.errors import Unusable
 from medtune.reading.conversations import to_dialogue
 from medtune.reading.encoders import LEFT_OUT_THOUGHTS, DialogueEncoder, PromptEncoder
-from medtune.reading.records import Dialogue
+from medtune.reading.records import Dialogue, Question
 from medtune.reading.stage_data import encode_records
 from medtune.reading.tokenization import (
     IGNORED_LABEL,
@@ -97,8 +97,8 @@ def test_check_data_counts_thoughts_too(tiny_model_dir, write_jsonl, capsys):
 
 def test_prompts_of_ppo_may_have_no_reply(tiny_tokenizer):
     template = load_chat_template(tiny_tokenizer, None)
-    dialogues = [Dialogue([user("一"), assistant("二"), user("三")], None, "d:1"), Dialogue([user("四")], None, "d:2")]
-    rows, report = encode_records(dialogues, PromptEncoder(tiny_tokenizer, template, NO_LIMIT, "drop"))
+    questions = [Question([user("一"), assistant("二"), user("三")], None, "d:1"), Question([user("四")], None, "d:2")]
+    rows, report = encode_records(questions, PromptEncoder(tiny_tokenizer, template, NO_LIMIT, "drop"))
     assert rows["reply"] == ["二", "", ""]
     assert [len(json.loads(messages)[0]) for messages in rows["messages"]] == [1, 3, 1]
     assert report.kept == 3

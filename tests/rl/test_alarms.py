@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from medtune.rl.alarms import find_alarm
+from medtune.rl.alarms import count_in_a_row, find_alarm, find_group_alarm, find_warnings
 from medtune.rl.arguments import RewardArguments
-from medtune.rl.measures import EpisodeMeasures, TokenMeans, summarize
+from medtune.rl.measures import EpisodeMeasures, GroupMeasures, TokenMeans, summarize, summarize_groups
 from medtune.rl.rewards import Rewards, load_rewards
 from medtune.rl.rollout import Rollout
 
@@ -112,3 +112,92 @@ def test_token_means_count_every_token_of_all_processes_once():
     means.add(torch.tensor([[True, True, False]]), {"loss": torch.tensor([[1.0, 3.0, 99.0]])})
     means.add(torch.tensor([[True]]), {"loss": torch.tensor([[8.0]])})
     assert means.means() == {"loss": 4.0}
+
+
+# ---------------------------------------------------------------- groups
+
+
+def groups_of(rewards: list[list[float]], **changes: list[float]) -> GroupMeasures:
+    """Replies of 10 tokens with these rewards."""
+    n = len(rewards)
+    values = {"rewards": rewards, "ended": [1] * n, "n_tokens": [10] * n, "kl_k3": [0.5] * n, "entropy": [20.0] * n}
+    values |= {"surprise": [0.0] * n, "variance": [30.0] * n} | changes
+    return GroupMeasures(**{name: torch.tensor(column, dtype=torch.float64) for name, column in values.items()})
+
+
+def test_measures_of_groups_by_hand():
+    """Two groups of two replies and two rewards; the second group has no signal."""
+    measures = groups_of([[1, 0], [0, 0.5], [1, 0], [1, 0]], ended=[1, 0, 1, 1], n_tokens=[10, 30, 20, 20])
+    learns = torch.tensor([True, True, False, False])
+    totals = measures.rewards @ torch.tensor([1.0, 2.0], dtype=torch.float64)
+    found = summarize_groups(measures, totals, learns, ["exam", "format"], has_reference=True)
+    assert found == pytest.approx(
+        {
+            "objective/reward": 1.0,
+            "objective/reward_std": 0.0,
+            "reward/exam": 0.75,
+            "reward/exam_std": 0.1875**0.5,
+            "reward/format": 0.125,
+            "reward/format_std": 0.046875**0.5,
+            "objective/token_kl": 2 / 80,
+            "objective/entropy": 1.0,
+            "groups/no_signal_frac": 0.5,
+            "reply/mean_len": 20.0,
+            "reply/eos_frac": 0.75,
+        }
+    )
+    assert "objective/token_kl" not in summarize_groups(measures, totals, learns, ["exam", "format"], False)
+
+
+def test_parts_of_processes_come_in_the_order_of_the_episodes():
+    parts = [groups_of([[0.0], [2.0]]), groups_of([[1.0], [3.0]])]  # of two processes, every second episode each
+    assert GroupMeasures.interleave(parts).rewards.tolist() == [[0.0], [1.0], [2.0], [3.0]]
+    assert GroupMeasures.interleave(parts).ended.tolist() == [1, 1, 1, 1]
+
+
+SOUND = {"objective/entropy": 1.0, "reply/eos_frac": 0.9, "groups/no_signal_frac": 0.3, "objective/reward": 0.5}
+
+
+def after(n_updates: int, **changes: float) -> tuple[dict, dict, dict]:
+    """Metrics, streaks and start of a run whose figures have been these for so many updates behind a sound one."""
+    streaks, start, metrics = {}, {}, SOUND | {name.replace("__", "/"): value for name, value in changes.items()}
+    count_in_a_row(streaks, start, SOUND)
+    for _ in range(n_updates):
+        count_in_a_row(streaks, start, metrics)
+    return metrics, streaks, start
+
+
+@pytest.mark.parametrize(
+    ("changes", "n_groups", "n_sound", "message"),
+    [
+        ({"groups__no_signal_frac": 1.0}, 16, 6, "no group of 7 updates in a row has replies of different rewards"),
+        ({"groups__no_signal_frac": 1.0}, 64, 4, "no group of 5 updates in a row"),
+        ({"reply__eos_frac": 0.0}, 16, 4, "no reply of 5 updates in a row has an end token"),
+        ({"objective__token_kl": 1.5}, 16, 0, "the KL from the reference is 1.5 nats a token, over --stop_at_kl 1:"),
+    ],
+)
+def test_what_stops_a_run(changes, n_groups, n_sound, message):
+    measures = groups_of([[0.0], [1.0]])
+
+    def alarm(n_updates: int) -> str | None:
+        metrics, streaks, _ = after(n_updates, **changes)
+        return find_group_alarm(measures, metrics, 1.0, streaks, n_groups)
+
+    if n_sound:
+        assert alarm(n_sound) is None
+    assert message in alarm(n_sound + 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective__entropy": 0.01}, "the entropy has collapsed, from 1.000 to 0.0100 nats a token"),
+        ({"reply__eos_frac": 0.4}, "the replies run away: 40% end within --response_length, at the start 90%"),
+    ],
+)
+def test_what_a_run_is_warned_of_once(changes, message):
+    metrics, streaks, start = after(5, **changes)
+    (warning,) = find_warnings(metrics, streaks, start)
+    assert message in warning
+    assert not find_warnings(*after(4, **changes))
+    assert not find_warnings(*after(6, **changes))

@@ -260,7 +260,7 @@ def test_faults_of_a_function_are_one_line_with_its_name(own_rewards, body, mess
         ("X = 1", ["mine"], r"--reward_file .*: it defines no function; docs/ppo.md has an example"),
         ("def exam(replies, records): ...", ["exam"], r"--reward_file .*: exam is a reward here already; rename it"),
         ("def mine(replies, records): ...", ["exam"], r"--reward_file .*: name its functions in --rewards: mine"),
-        ("def mine(replies, records): ...", ["yours"], r"--rewards yours: there are .*reward_model, mine$"),
+        ("def mine(replies, records): ...", ["yours"], r"--rewards yours: there are .*mine, reward_model$"),
     ],
 )
 def test_files_that_are_refused(own_rewards, text, names, message):

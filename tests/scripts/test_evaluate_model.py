@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from itertools import cycle, islice
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from evaluate_model import add_rewards, main
 from safetensors.torch import load_file, save_file
 
 from medtune.errors import UserError
+from medtune.models.generation import Reply
 from medtune.reading.exams import exam_prompt
+from template import named_template
 
 KNOWLEDGE = ["多喝水，注意休息。", "少吃盐，多吃蔬菜。", "及时去医院就诊。", "适量运动，戒烟限酒。"]
 
@@ -123,6 +126,21 @@ def test_a_thought_is_not_graded(tmp_path, write_jsonl):
     assert value(found["dialogue"], "rouge_l") == 1
     assert value(found["dialogue"], "length") == len(thought) + 3
     assert value(found["exam.jsonl"], "exam_accuracy_written") == value(found["exam.jsonl"], "exam_unparsed") == 0.5
+    assert value(found["exam.jsonl"], "unclosed_thoughts") == 0.5
+
+
+def test_an_exam_in_two_formats(tmp_path, write_jsonl):
+    thinking = {"thought_tokens": 4, "tagged_thought_tokens": 8}
+    records = [
+        exam("A", "A", "A") | {"tagged_reply": "A不对。\n<answer>B</answer>"},
+        exam("<think>甲</think>A", "A", "A") | {"tagged_reply": "<think>选B"} | thinking,
+    ]
+    whole = evaluate_predictions(tmp_path, write_jsonl, *records)["exam.jsonl"]["models"]["m"]
+    assert value(whole, "exam_accuracy_written") == 1
+    assert value(whole, "exam_accuracy_tagged") == 0
+    assert value(whole, "exam_unparsed_tagged") == 0.5
+    assert value(whole, "thought_tokens") == 6
+    assert value(whole, "unclosed_thoughts") == 0.5
 
 
 def test_safety_rates(tmp_path, write_jsonl):
@@ -278,6 +296,72 @@ def assert_likelihoods(made: list[dict], model_dir) -> None:
             assert record["reference_nats"] == pytest.approx(nats, rel=1e-4)
 
 
+def fixed_replies(monkeypatch, *texts: str) -> None:
+    """Let every model reply with these texts, one after the other."""
+
+    def generate(model, tokenizer, prompts, *args, **kwargs):
+        return [Reply(text, True, 5) for text in islice(cycle(texts), len(prompts))]
+
+    monkeypatch.setattr("evaluate_model.generate_replies", generate)
+
+
+def letter_logps(model_dir, question: dict, before: str, template: str | None = None) -> dict[str, float]:
+    """The log-probs of the letters after the prompt and a text, from a model of the test's own."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
+    asked = [{"role": "user", "content": exam_prompt(question["question"], question["option"])}]
+    prompt = tokenizer.apply_chat_template(asked, chat_template=template, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(prompt + before, return_tensors="pt", add_special_tokens=False)
+    logps = model(**ids).logits[0, -1].log_softmax(-1)
+    return {letter: logps[tokenizer.encode(letter)[0]].item() for letter in question["option"]}
+
+
+def evaluate_exam(tmp_path, write_jsonl, model_dir, *flags: str, n: int = 2) -> list[dict]:
+    test = write_jsonl("exam.jsonl", EXAM[:n])
+    out = ["--output_dir", str(tmp_path / "out"), "--overwrite"]
+    main(["--base_model", str(model_dir), "--test_file", str(test), *out, *flags])
+    return [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_letters_are_likely_behind_the_models_own_thought(tmp_path, write_jsonl, tiny_model_dir, monkeypatch):
+    thought = "<think>\n先想想。\n</think>\n\n"
+    fixed_replies(monkeypatch, thought + "答案是B", "<think>\n还没想完")
+    closed, unclosed = evaluate_exam(tmp_path, write_jsonl, tiny_model_dir)
+    assert closed["letter_logps"] == pytest.approx(letter_logps(tiny_model_dir, EXAM[0], thought), abs=1e-4)
+    assert closed["thought_tokens"] > 1
+    assert unclosed["letter_logps"] == {}
+    assert unclosed["scores"]["exam_accuracy"] == 0
+
+
+def test_letters_behind_the_empty_thought_of_a_template(tmp_path, write_jsonl, tiny_model_dir):
+    flags = ["--template_name", "qwen3", "--max_new_tokens", "2"]
+    (row,) = evaluate_exam(tmp_path, write_jsonl, tiny_model_dir, *flags, n=1)
+    expected = letter_logps(tiny_model_dir, EXAM[0], "<think>\n\n</think>\n\n", named_template("qwen3"))
+    assert row["letter_logps"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_template_that_opens_the_thought(tmp_path, write_jsonl, thinking_model_dir, monkeypatch):
+    fixed_replies(monkeypatch, "先想想。\n</think>\n\n答案是A", "还没想完")
+    row, cut = evaluate_exam(tmp_path, write_jsonl, thinking_model_dir)
+    assert row["reply"] == "<think>\n先想想。\n</think>\n\n答案是A"
+    assert row["scores"]["exam_accuracy_written"] == 1
+    expected = letter_logps(thinking_model_dir, EXAM[0], "先想想。\n</think>\n\n")
+    assert row["letter_logps"] == pytest.approx(expected, abs=1e-4)
+    assert cut["scores"] | {"exam_unparsed": 1, "unclosed_thoughts": [2, 2]} == cut["scores"]
+    test = write_jsonl("test.jsonl", [dialogue("头疼怎么办？", "多喝水。")])
+    flags = ["--base_model", str(thinking_model_dir), "--test_file", str(test)]
+    main([*flags, "--output_dir", str(tmp_path / "dialogue")])
+    ((found,),) = (of["models"].values() for of in metrics(tmp_path / "dialogue").values())
+    assert "perplexity" not in found
+    assert value(found, "rouge_l") == 0
+
+
+def test_a_reply_must_leave_room_for_the_question(tmp_path, write_jsonl, tiny_model_dir):
+    with pytest.raises(UserError, match=r"--max_new_tokens 9000: .* has a context of \d+ tokens"):
+        evaluate_exam(tmp_path, write_jsonl, tiny_model_dir, "--max_new_tokens", "9000")
+
+
 def test_overlap_with_the_training_data_of_the_lineage(tmp_path, write_jsonl, tiny_model_dir):
     import shutil
 
@@ -380,12 +464,9 @@ def test_user_errors(tmp_path, flags, message):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (
-            {"question": "q", "option": {"A": "a"}, "answer": "C"},
-            r"test\.jsonl:1: broken exam question: the answer 'C'",
-        ),
-        ({"question": "q", "option": ["a"], "answer": "A"}, r"test\.jsonl:1: broken exam question: it needs"),
-        ({"question": 5, "option": {"A": "a"}, "answer": "A"}, r"test\.jsonl:1: broken exam question: it needs"),
+        ({"question": "q", "option": {"A": "a", "B": "b"}, "answer": "C"}, r"test\.jsonl:1: broken exam question"),
+        ({"question": "q", "option": ["a"], "answer": "A"}, r"test\.jsonl:1: broken exam question"),
+        ({"question": 5, "option": {"A": "a"}, "answer": "A"}, r"test\.jsonl:1: broken exam question"),
         (dialogue("q", ""), r"test\.jsonl:1: empty reply"),
         ({"question": "q", "option": {"A": "a", "B": "b"}, "answer": "AB"}, "no record to measure"),
     ],

@@ -106,6 +106,19 @@ def test_the_failures_are_what_their_names_say():
             assert pair.chosen[len(pair.rejected)].isalnum()
 
 
+def test_a_thought_stays_and_the_answer_behind_it_is_spoilt(capsys):
+    plain = dialogues(40)
+    lead = "<think>\n想一想。\n</think>\n\n"
+    without = generate(plain)
+    Path("out/pairs.jsonl").unlink()
+    pairs = generate([record | {"answer": lead + record["answer"]} for record in plain])
+    assert [pair.chosen for pair in pairs] == [lead + pair.chosen for pair in without]
+    assert [pair.rejected for pair in pairs] == [lead + pair.rejected for pair in without]
+    Path("out/pairs.jsonl").unlink()
+    generate([*plain, {"question": "头痛怎么办？", "answer": "<think>\n想一想。\n</think>"}])
+    assert "1 dropped, no answer: sft.jsonl:41: its replies are thoughts alone" in capsys.readouterr().out
+
+
 def test_english_is_answered_in_english():
     records = [
         {"question": f"What about {word}?", "answer": f"{word} is treated with {word[::-1]}, rest and plenty of water."}
@@ -272,6 +285,24 @@ def test_of_several_replies_the_one_least_like_the_data_is_rejected(tiny_model_d
     assert prompts[0].endswith("<|im_start|>user\n甲<|im_end|>\n<|im_start|>assistant\n")
     assert [prompt.count("乙") for prompt in prompts] == [0, 0, 0, 1, 1, 1]
     assert (decoding.max_new_tokens, decoding.temperature, decoding.top_p, batch_size) == (12, 0.8, 0.95, 4)
+
+
+@pytest.mark.parametrize("thought", ["", "<think>\n想。\n</think>\n\n"])
+def test_a_models_answers_are_compared_without_their_thoughts(tiny_model_dir, monkeypatch, thought):
+    """And keep them where the reply in the data has one."""
+    from medtune.models import generation
+
+    texts = [
+        "<think>\n多喝水\n</think>\n\n完全不同",
+        "<think>\n完全不同\n</think>\n\n多喝水",
+        "<think>\n完全不",
+    ]
+    monkeypatch.setattr(
+        generation, "generate_replies", lambda *args, **_: [generation.Reply(text, True, 3) for text in texts]
+    )
+    records = [{"question": "甲", "answer": thought + "多喝水，多睡觉"}]
+    (pair,) = generate(records, "--model", str(tiny_model_dir), *MODEL_FLAGS)
+    assert pair.rejected == (texts[0] if thought else "完全不同")
 
 
 @pytest.mark.parametrize("name", ["whole", "SEQ_CLS"])

@@ -15,7 +15,8 @@ from jsonschema import Draft202012Validator
 
 from medtune.errors import UserError
 from medtune.reading.readers import load_dialogues, load_documents, load_records, read_pairs
-from medtune.sample_data.evaluation import LETTERS, NEAR_COPY, TrainingText, spoken_text
+from medtune.sample_data.evaluation import NEAR_COPY, TrainingText, spoken_text
+from medtune.sample_data.exam import LETTERS
 from medtune.sample_data.knowledge import (
     CONDITION_ASPECTS,
     MEDICINE_ASPECTS,
@@ -140,7 +141,7 @@ def test_committed_files_are_what_the_script_writes_in_any_process():
         cwd=DATA.parent, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONHASHSEED": "7"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "all 12 files" in result.stdout
+    assert "all 13 files" in result.stdout
 
 
 def test_check_names_the_file_that_differs(tmp_path, monkeypatch):
@@ -355,7 +356,7 @@ def learned() -> TrainingText:
             *documents,
             *map(spoken_text, training_dialogues()),
             *map(spoken_text, training_pairs()),
-            *map(spoken_text, read("ppo/prompts.jsonl")),
+            *map(spoken_text, [*read("ppo/prompts.jsonl"), *read("exam/train.jsonl")]),
         ]
     )
 
@@ -410,10 +411,12 @@ def test_questions_name_what_a_right_answer_names():
         assert any(name.lower() in reply.lower() for name in record["names"]), record["id"]
 
 
-def test_exam_has_one_right_letter_and_options_of_one_kind():
-    exam = read("eval/exam.jsonl")
-    assert len(exam) == 300
-    assert set(Counter(item["answer"] for item in exam).values()) == {60}
+@pytest.mark.parametrize(("name", "n_items"), [("eval/exam.jsonl", 300), ("exam/train.jsonl", 858)])
+def test_exam_has_one_right_letter_and_options_of_one_kind(name, n_items):
+    exam = read(name)
+    assert len(exam) == n_items
+    counts = Counter(item["answer"] for item in exam).values()
+    assert max(counts) - min(counts) <= 1
     names = {entry.fields["name"]: entry for entry in knowledge().entries}
     departments = {e.fields["department"] for e in knowledge().entries}
     right_is_longest = 0
@@ -421,7 +424,7 @@ def test_exam_has_one_right_letter_and_options_of_one_kind():
         options = list(item["option"].values())
         assert tuple(item["option"]) == tuple(LETTERS)
         assert len(set(options)) == 5
-        kind = departments if "科室" in item["question"] else names.keys()
+        kind = departments if "department" in item["id"] else names.keys()
         assert set(options) <= set(kind)
         right = item["option"][item["answer"]]
         assert all(abs(len(option) - len(right)) <= max(2, len(right) // 3) for option in options)
@@ -439,7 +442,7 @@ def test_new_entries_leave_other_dialogues_as_they_are():
 def test_readme_counts_are_right():
     text = (DATA / "README.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `([\w/.]+)` \| ([\d,]+) \| \D", text, re.MULTILINE))
-    assert len(listed) == 15
+    assert len(listed) == 16
     for name, count in listed.items():
         assert (DATA / name).read_text(encoding="utf-8").count("\n") == int(count.replace(",", "")), name
     kinds = Counter((entry["language"], entry["kind"]) for entry in read("knowledge/conditions.jsonl"))

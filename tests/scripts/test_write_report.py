@@ -43,6 +43,13 @@ PPO_LOG = [
 ]
 
 
+GRPO_LOG = [
+    {"step": 0, "eval_exam_accuracy_written": 0.25, "eval_reward": 0.2},
+    {"step": 1, "objective/reward": 0.1, "groups/no_signal_frac": 0.5, "tokens_per_second": 640.0}
+    | {"episodes_per_second": 2.0, "reply/mean_len": 64.0},
+]
+
+
 @pytest.fixture
 def evaluation(tmp_path) -> Path:
     """An evaluation folder as evaluate_model.py writes it, of two models."""
@@ -115,6 +122,18 @@ def test_one_page_and_its_twin(tmp_path, evaluation):
     sentence = "Beyond chance, outputs-sft is better than base in 1 of 1 panels and worse in none."
     assert f"\n{caption_of(sentence)}\n" in markdown
     assert f"<figcaption>{caption_of(sentence)}</figcaption>" in text
+
+
+def test_rewards_of_grpo(tmp_path, evaluation):
+    grpo = write_run(tmp_path / "outputs-grpo", "grpo", GRPO_LOG, eval_exam_accuracy_written=0.25)
+    out = tmp_path / "report"
+    main(["--runs", str(grpo), "--evaluation", str(evaluation), "--output_dir", str(out)])
+    markdown = (out / "report.md").read_text(encoding="utf-8")
+    assert f"| Group relative policy optimization | {grpo} |" in markdown
+    assert "| 640 |" in markdown
+    assert "| exam_accuracy_written | 0.25 |" in markdown
+    drawn = texts((out / "charts/grpo-outputs-grpo.svg").read_text(encoding="utf-8"))
+    assert {"reward", "exam accuracy", "groups without a signal"} <= set(drawn)
 
 
 def caption_of(sentence: str) -> str:
