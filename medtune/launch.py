@@ -17,6 +17,8 @@ from medtune.devices import are_hidden, count_gpus, cpu_reason, read_flags
 from medtune.errors import UserError, run_script
 
 SECONDS_TO_SAVE = 600
+# The stages that VLLM_GPUS is for; in run_all.sh it stands before others too.
+WITH_ROLLOUTS = {"ppo_training.py", "grpo_training.py"}
 
 
 def is_one_of_several_nodes(environment: Mapping[str, str]) -> bool:
@@ -42,7 +44,8 @@ def rendezvous(environment: Mapping[str, str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     script_and_flags = list(sys.argv[1:] if argv is None else argv)
     flags = read_flags(script_and_flags)
-    if os.environ.get("VLLM_GPUS", "") not in ("", "0") and not flags.help:
+    has_servers = os.environ.get("VLLM_GPUS", "") not in ("", "0") and {*script_and_flags} & WITH_ROLLOUTS
+    if has_servers and not flags.help:
         os.execv(sys.executable, [sys.executable, "-m", "medtune.rl.vllm_launch", *script_and_flags])
     on_cpu = flags.use_cpu or are_hidden()
     requested = os.environ.get("N_PROCESSES") or ("1" if on_cpu else str(count_gpus()))

