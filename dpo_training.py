@@ -49,6 +49,7 @@ from medtune.training.precision import base_dtype
 from medtune.training.preference_arguments import PairArguments, PreferenceConfig
 from medtune.training.preference_trainer import PreferenceTrainer
 from medtune.training.run import finish_run, inference_command, is_finished, start_run, train
+from medtune.training.template_choice import choose_thinking
 from template import ChatTemplate
 
 N_SAMPLES = 8
@@ -186,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ tokenizer and template
     path = model_args.model_name_or_path
     tokenizer = load_tokenizer(path, model_args.tokenizer_name_or_path, **model_args.hub_options)
-    chat_template = load_chat_template(tokenizer, pair_args.template_name)
+    thinking = choose_thinking(pair_args, path, checkpoint)
+    chat_template = load_chat_template(tokenizer, pair_args.template_name, thinking)
 
     # ------------------------------------------------------------ data
     read_records, encoder_class, collator_class, trainer_class = (
@@ -207,7 +209,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------ what a resumed run goes on with
     template = pair_args.template_name
-    lineage = lineage_of(model_args, data_args, stage="dpo", template=template, flags=parser.given)
+    record = {"stage": "dpo", "template": template, "thinking": chat_template.thinking, "flags": parser.given}
+    lineage = lineage_of(model_args, data_args, **record)
     if is_finished(training_args, data.train, lineage, checkpoint):
         return {}
 

@@ -53,6 +53,7 @@ from medtune.models.loading import load_tokenizer
 from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoders import PromptEncoder
+from medtune.reading.exams import ExamFormat
 from medtune.reading.readers import read_questions
 from medtune.reading.stage_data import prepare_data
 from medtune.reading.tokenization import load_chat_template
@@ -73,7 +74,7 @@ from medtune.rl.measures import GroupMeasures, TokenMeans, summarize_groups
 from medtune.rl.off_policy import check_sampler, sampler_weights
 from medtune.rl.ppo_math import episode_order, k3
 from medtune.rl.reward_texts import load_reward_texts
-from medtune.rl.rewards import ScoredReply, load_rewards, reward_settings
+from medtune.rl.rewards import load_rewards, reward_settings
 from medtune.rl.roles import CHECKED_PROMPTS, load_roles
 from medtune.rl.rollout import PolicyReplies, Replies, Sampling, Scorer, add_logps, choose_sampling, collect_replies
 from medtune.rl.run import Run, State, count_episodes, count_updates, is_done, resumed_state, start_accelerator
@@ -84,9 +85,15 @@ from medtune.training.log import log_block, peak_memory_gib
 from medtune.training.precision import CPU_BF16, base_dtype, describe_precision
 from medtune.training.processes import largest_of_processes
 from medtune.training.run import inference_command, start_run
+from medtune.training.template_choice import choose_thinking
 
 # Held-out prompts without --max_eval_samples: a greedy reply to each is written at every evaluation.
 EVAL_PROMPTS = 100
+# By --exam_format, what scripts/evaluate_model.py calls the figures of replies to questions in this form.
+EXAM_FIGURES = {
+    "letter": ("exam_accuracy_written", "exam_unparsed"),
+    "tagged": ("exam_accuracy_tagged", "exam_unparsed_tagged"),
+}
 
 # ---------------------------------------------------------------- groups
 
@@ -211,12 +218,13 @@ def split_evenly(
 
 
 def evaluate(
-    run: Run, rows: Sequence[dict], sampling: Sampling, scorer: Scorer, stop: SignalListener
+    run: Run, rows: Sequence[dict], sampling: Sampling, scorer: Scorer, exam_format: ExamFormat, stop: SignalListener
 ) -> dict[str, float]:
     """Measures of greedy replies to held-out prompts; before and after training the first replies go into the log.
 
     Exam accuracy is that of scripts/evaluate_model.py for these replies, with the 95 % interval.
     """
+    accuracy, unparsed = EXAM_FIGURES[exam_format]
     own, padded = run.own_part(rows)
     with run.accelerator.autocast():
         replies = collect_replies(run.roles, padded, None, sampling, stop)
@@ -224,25 +232,22 @@ def evaluate(
     run.show_replies(own, replies.reply_ids())
     read = scorer.read(padded, replies)[: len(own)]
     rewards = rewards[: len(own)].tolist()
-    figures = gather_object([reply_figures(*each, scorer) for each in zip(read, rewards, strict=True)])
+    figures = []
+    for reply, of_reply in zip(read, rewards, strict=True):
+        measured = {"reward": scorer.rewards.total(torch.tensor([of_reply])).item()}
+        measured |= {f"reward_{name}": value for name, value in zip(scorer.rewards.names, of_reply, strict=True)}
+        measured |= {"mean_len": float(reply.n_tokens), "eos_frac": float(reply.ended)}
+        if is_exam(reply.record):
+            letter = written_letter(reply.parts.answer, reply.record["options"])
+            measured |= {accuracy: float(letter == reply.record["answer"]), unparsed: float(letter is None)}
+        figures.append(measured)
+    figures = gather_object(figures)
     names = dict.fromkeys(name for of_reply in figures for name in of_reply)
     columns = {name: [of_reply[name] for of_reply in figures if name in of_reply] for name in names}
     metrics = {f"eval_{name}": sum(values) / len(values) for name, values in columns.items()}
-    if right := columns.get("exam_accuracy_written"):
+    if right := columns.get(accuracy):
         metrics["eval_exam_low"], metrics["eval_exam_high"] = wilson_interval(sum(right), len(right))
     return metrics
-
-
-def reply_figures(reply: ScoredReply, rewards: list[float], scorer: Scorer) -> dict[str, float]:
-    """What is measured of a held-out reply, by name."""
-    figures = {"reward": scorer.rewards.total(torch.tensor([rewards])).item()}
-    figures |= {f"reward_{name}": value for name, value in zip(scorer.rewards.names, rewards, strict=True)}
-    figures |= {"mean_len": float(reply.n_tokens), "eos_frac": float(reply.ended)}
-    if is_exam(reply.record):
-        letter = written_letter(reply.answer, reply.record["options"])
-        figures["exam_accuracy_written"] = float(letter == reply.record["answer"])
-        figures["exam_unparsed"] = float(letter is None)
-    return figures
 
 
 def is_exam(record: dict) -> bool:
@@ -260,6 +265,7 @@ def train_grpo(
     grpo_args: GRPOArguments,
     sampling: Sampling,
     scorer: Scorer,
+    exam_format: ExamFormat,
 ) -> None:
     """Run the remaining updates: collect, check, update, record, evaluate, save.
 
@@ -269,7 +275,7 @@ def train_grpo(
     n_groups_at_most = run.n_updates * n_groups * (1 + grpo_args.redraw_groups)
     order = episode_order(len(prompts), n_groups_at_most, sampling.seed)
     with run.guarded(sampling.batch_size) as stop:
-        measure = partial(evaluate, run, eval_rows, sampling, scorer, stop)
+        measure = partial(evaluate, run, eval_rows, sampling, scorer, exam_format, stop)
         if eval_rows and run.evaluation_is_due():
             run.record_evaluation(measure())
         for update in range(state.global_step, run.n_updates):
@@ -357,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------ tokenizer and template
     tokenizer = load_tokenizer(sft, model_args.tokenizer_name_or_path, flag="--sft_model_path", **hub_options)
-    chat_template = load_chat_template(tokenizer, grpo_args.template_name)
+    chat_template = load_chat_template(tokenizer, grpo_args.template_name, choose_thinking(grpo_args, sft, checkpoint))
     sampling = choose_sampling(grpo_args, tokenizer, chat_template, training_args.seed)
     folder_options = hub_options | {"allow_pickle_weights": model_args.allow_pickle_weights}
     reward_texts = rm and load_reward_texts(tokenizer, chat_template, sampling.stop_ids, rm, **folder_options)
@@ -379,8 +385,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     n_updates = count_updates(n_replies, per_update, grpo_args.total_episodes, training_args)
 
     # ------------------------------------------------------------ what a resumed run goes on with
-    record = {"stage": "grpo", "template": grpo_args.template_name, "flags": parser.given, "flag": "--sft_model_path"}
-    lineage = lineage_of(model_args, data_args, **record)
+    record = {"stage": "grpo", "template": grpo_args.template_name, "thinking": chat_template.thinking}
+    lineage = lineage_of(model_args, data_args, **record, flags=parser.given, flag="--sft_model_path")
     kept = ("num_generations", "loss_type", "beta")
     own = reward_settings(reward_args, **hub_options) | {f"--{name}": getattr(grpo_args, name) for name in kept}
     layout = grpo_args.padding_free
@@ -409,12 +415,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------ train
     has_exam = any(is_exam(json.loads(row["record"])) for row in eval_rows)
-    shown = grpo_figures(rewards.names, has_exam)
+    shown = grpo_figures(rewards.names, EXAM_FIGURES[reward_args.exam_format][0] if has_exam else None)
     run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update, shown)
     if checkpoint:
         run.load(checkpoint)
     log_block(facts | data.facts | describe_run(run, grpo_args, sampling, scorer, n_prompts))
-    train_grpo(run, data.train, eval_rows, grpo_args, sampling, scorer)
+    train_grpo(run, data.train, eval_rows, grpo_args, sampling, scorer, reward_args.exam_format)
 
     # ------------------------------------------------------------ save and evaluate
     return run.finish(next_command=inference_command(lineage, run.output_dir / BEST, use_peft=True))

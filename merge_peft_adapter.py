@@ -297,6 +297,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         vocab_size=folder.config.get_text_config().vocab_size,
         start_weights=weights_fingerprint(lora_model),
         flags=parser.given,
+        thinking=folder.lineage.thinking if folder.lineage else "",
+        reads_thoughts=folder.reads_thoughts,
     )
     if read_lineage(output_dir) == lineage:
         logger.info(f"{output_dir} holds this model already, merged by the same flags: nothing to do")

@@ -92,6 +92,7 @@ from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
 from medtune.training.precision import CPU_BF16, base_dtype, describe_precision
 from medtune.training.run import inference_command, start_run
+from medtune.training.template_choice import choose_thinking
 
 # Held-out prompts without --max_eval_samples: a greedy reply to each is written at every evaluation.
 EVAL_PROMPTS = 100
@@ -328,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     sft, rm, hub_options = model_args.sft_model_path, reward_args.reward_model_path, model_args.hub_options
     folder_options = hub_options | {"allow_pickle_weights": model_args.allow_pickle_weights}
     tokenizer = load_tokenizer(sft, model_args.tokenizer_name_or_path, flag="--sft_model_path", **hub_options)
-    chat_template = load_chat_template(tokenizer, ppo_args.template_name)
+    chat_template = load_chat_template(tokenizer, ppo_args.template_name, choose_thinking(ppo_args, sft, checkpoint))
     sampling = choose_sampling(ppo_args, tokenizer, chat_template, training_args.seed)
     reward_texts = rm and load_reward_texts(tokenizer, chat_template, sampling.stop_ids, rm, **folder_options)
     scorer = Scorer(tokenizer, rewards, reward_texts, sampling.batch_size)
@@ -348,8 +349,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     n_updates = count_updates(n_prompts, per_update, ppo_args.total_episodes, training_args)
 
     # ------------------------------------------------------------ what a resumed run goes on with
-    record = {"stage": "ppo", "template": ppo_args.template_name, "flags": parser.given, "flag": "--sft_model_path"}
-    lineage = lineage_of(model_args, data_args, **record)
+    record = {"stage": "ppo", "template": ppo_args.template_name, "thinking": chat_template.thinking}
+    lineage = lineage_of(model_args, data_args, **record, flags=parser.given, flag="--sft_model_path")
     own = reward_settings(reward_args, **hub_options) | {"--kl_coef": ppo_args.kl_coef}
     layout = ppo_args.padding_free
     settings = fixed_settings("ppo", model_args, training_args, layout, per_update, n_prompts, own)

@@ -53,6 +53,7 @@ from medtune.training.precision import base_dtype
 from medtune.training.preference_arguments import PairArguments
 from medtune.training.reward_trainer import RewardTrainer, RMTrainingArguments
 from medtune.training.run import finish_run, is_finished, start_run, train
+from medtune.training.template_choice import choose_thinking
 from template import ChatTemplate
 
 # ---------------------------------------------------------------- data
@@ -111,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ tokenizer and template
     path = model_args.model_name_or_path
     tokenizer = load_tokenizer(path, model_args.tokenizer_name_or_path, **model_args.hub_options)
-    chat_template = load_chat_template(tokenizer, pair_args.template_name)
+    thinking = choose_thinking(pair_args, path, checkpoint)
+    chat_template = load_chat_template(tokenizer, pair_args.template_name, thinking)
     set_pad_token(tokenizer, chat_template)
 
     # ------------------------------------------------------------ data
@@ -119,8 +121,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     data = prepare_data(read_pairs, encoder, data_args, training_args, model_args.cache_dir)
 
     # ------------------------------------------------------------ what a resumed run goes on with
-    template = pair_args.template_name
-    lineage = lineage_of(model_args, data_args, stage="rm", template=template, flags=parser.given)
+    template, reads_thoughts = pair_args.template_name, any(data.train["n_thoughts"])
+    record = {"stage": "rm", "template": template, "thinking": chat_template.thinking, "flags": parser.given}
+    lineage = lineage_of(model_args, data_args, **record, reads_thoughts=reads_thoughts)
     if is_finished(training_args, data.train, lineage, checkpoint):
         return {}
 

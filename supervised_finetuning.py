@@ -41,15 +41,13 @@ from medtune.training.layout import TextsOfRow
 from medtune.training.log import log_facts
 from medtune.training.precision import base_dtype
 from medtune.training.run import finish_run, inference_command, is_finished, start_run, train
+from medtune.training.template_choice import TemplateArguments, choose_thinking
 
 # ---------------------------------------------------------------- arguments
 
 
 @dataclass
-class SFTArguments:
-    template_name: str | None = field(
-        default=None, metadata={"help": "Named prompt template of template.py instead of the tokenizer's own."}
-    )
+class SFTArguments(TemplateArguments):
     model_max_length: int = field(default=2048, metadata={"help": "Longest dialogue in tokens, prompt and replies."})
     truncation: Literal["drop", "cut_prompt_start", "cut_reply"] = field(
         default="drop",
@@ -104,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ tokenizer and template
     path = model_args.model_name_or_path
     tokenizer = load_tokenizer(path, model_args.tokenizer_name_or_path, **model_args.hub_options)
-    chat_template = load_chat_template(tokenizer, sft_args.template_name)
+    thinking = choose_thinking(sft_args, path, checkpoint)
+    chat_template = load_chat_template(tokenizer, sft_args.template_name, thinking)
 
     # ------------------------------------------------------------ data
     encoder = DialogueEncoder(
@@ -119,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------ what a resumed run goes on with
     template = sft_args.template_name
-    lineage = lineage_of(model_args, data_args, stage="sft", template=template, flags=parser.given)
+    record = {"stage": "sft", "template": template, "thinking": chat_template.thinking, "flags": parser.given}
+    lineage = lineage_of(model_args, data_args, **record)
     if is_finished(training_args, train_dataset, lineage, checkpoint):
         return {}
 

@@ -15,7 +15,8 @@ from string import Template
 from typing import Any, NamedTuple, TypedDict
 
 from medtune.errors import UserError
-from medtune.reading.thoughts import opens_thought
+from medtune.reading.thinking import Thinking, reads_thought_apart, switch_thinking
+from medtune.reading.thoughts import opens_thought, split_reply
 
 # ---------------------------------------------------------------- formats of plain turns
 
@@ -103,15 +104,14 @@ _FIND_LAST_USER = """\
   {%- if message.role == "user" %}{%- set ns.last_user = loop.index0 %}{%- endif %}
 {%- endfor %}"""
 
-# Takes `<think>...</think>` off `text`; `thought` stays empty in a reply that a later user turn follows.
+# Takes `<think>...</think>` off `text`; `thought` is empty in a reply that a later user turn follows.
 _SPLIT_THOUGHT = r"""
-    {%- set thought = "" %}
-    {%- if "</think>" in text %}
-      {%- if loop.index0 > ns.last_user %}
-        {%- set thought = text.split("</think>")[0].split("<think>")[-1].strip("\n") %}
-      {%- endif %}
+    {%- set thought = message.reasoning_content if message.reasoning_content is string else "" %}
+    {%- if message.reasoning_content is not string and "</think>" in text %}
+      {%- set thought = text.split("</think>")[0].split("<think>")[-1] %}
       {%- set text = text.split("</think>")[-1].lstrip("\n") %}
-    {%- endif %}"""
+    {%- endif %}
+    {%- set thought = thought.strip("\n") if loop.index0 > ns.last_user else "" %}"""
 
 _QWEN3_THOUGHT = (
     _SPLIT_THOUGHT
@@ -158,11 +158,18 @@ _QWEN = Template(
     {{- "<|im_start|>" ~ message.role ~ "\n" ~ text ~ "<|im_end|>\n" }}
   {%- endif %}
 {%- endfor %}
-{{- "<|im_start|>assistant\n$no_thought" if add_generation_prompt else "" }}"""
+{{- "<|im_start|>assistant\n" if add_generation_prompt else "" }}$ask"""
 )
+
+# How a template of a model that thinks is told to ask for a reply without a thought.
+_ASKS_FOR_NONE = "enable_thinking is defined and not enable_thinking"
+_QWEN3_ASK = rf"""
+{{%- if add_generation_prompt and {_ASKS_FOR_NONE} %}}{{{{- "<think>\n\n</think>\n\n" }}}}{{%- endif %}}"""
 
 _GLM4_MOE = (
     _FIND_LAST_USER
+    + f"""
+{{%- set no_thought = {_ASKS_FOR_NONE} %}}"""
     + r"""
 {{- "[gMASK]<sop>" }}
 {%- if tools %}
@@ -195,22 +202,23 @@ _GLM4_MOE = (
     {{- "\n<tool_response>\n" ~ text ~ "\n</tool_response>" }}
   {%- else %}
     {{- "<|" ~ message.role ~ "|>\n" ~ text }}
+    {{- "/nothink" if message.role == "user" and no_thought and not text.endswith("/nothink") else "" }}
   {%- endif %}
 {%- endfor %}
-{{- "<|assistant|>" if add_generation_prompt else "" }}"""
+{%- if add_generation_prompt %}{{- "<|assistant|>" ~ ("\n<think></think>" if no_thought else "") }}{%- endif %}"""
 )
 
 
-def _qwen(*, default_system: str = "none", thought: str = "", no_thought: str = "") -> str:
-    return _QWEN.substitute(default_system=default_system, thought=thought, no_thought=no_thought)
+def _qwen(*, default_system: str = "none", thought: str = "", ask: str = "") -> str:
+    return _QWEN.substitute(default_system=default_system, thought=thought, ask=ask)
 
 
 # ---------------------------------------------------------------- the named templates
 
 TEMPLATES: dict[str, str] = {
     "qwen": _qwen(default_system=_jinja("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")),
-    "qwen3": _qwen(thought=_QWEN3_THOUGHT),
-    "qwen3_nothink": _qwen(thought=_QWEN3_THOUGHT, no_thought=r"<think>\n\n</think>\n\n"),
+    "qwen3": _qwen(thought=_QWEN3_THOUGHT, ask=_QWEN3_ASK),
+    "qwen3_nothink": switch_thinking(_qwen(thought=_QWEN3_THOUGHT, ask=_QWEN3_ASK), on=False),
     "chatml": _chatml("chatml"),
     "yi": _chatml("yi"),
     "internlm2": _chatml("internlm2", start="{bos}"),
@@ -349,7 +357,10 @@ class ToolCall(TypedDict):
 
 
 class Message(TypedDict, total=False):
-    """A turn: role is system, user, assistant or tool; only an assistant's turn may hold tool_calls."""
+    """A turn: role is system, user, assistant or tool; only an assistant's turn may hold tool_calls.
+
+    An assistant's thought stands in its content, `<think>...</think>` before the answer.
+    """
 
     role: str
     content: str
@@ -386,6 +397,7 @@ class ChatTemplate:
     render: (messages, tools, add_generation_prompt) -> text.
     special_tokens: all strings that the tokenizer takes for one token each, added ones included.
     control_tokens: those of them that stand for no words, which only the template may write.
+    thinking: what it writes of thoughts; None leaves those of the texts to `render`.
     """
 
     name: str
@@ -393,16 +405,18 @@ class ChatTemplate:
     special_tokens: Sequence[str]
     eos_token: str
     control_tokens: Sequence[str] = ()
+    thinking: Thinking | None = None
 
     def prompt(self, messages: list[Message], tools: list[dict] | None = None) -> str:
         """The text that a reply to the last message continues."""
-        return self.render(messages, tools, True)
+        return self.render(self._with_chosen_thoughts(messages), tools, True)
 
     def segments(self, messages: list[Message], tools: list[dict] | None = None) -> list[Segment]:
         """The rendered conversation in segments; every reply runs from the end of its prompt through its end token.
 
         An eos token is added where the template writes no end token after the last reply.
         """
+        messages = self._with_chosen_thoughts(messages)
         text = self.render(messages, tools, False)
         if messages[-1]["role"] == "assistant" and not self._ends[1]:
             text += self.eos_token
@@ -435,10 +449,32 @@ class ChatTemplate:
         """Whether a reply begins inside a thought, which the prompt opens."""
         return opens_thought(self.prompt(_PROBE[:1]))
 
+    @cached_property
+    def learns_thoughts(self) -> bool:
+        return self.thinking in (None, "keep")
+
+    def _with_chosen_thoughts(self, messages: list[Message]) -> list[Message]:
+        if self.learns_thoughts and not (self.thinking and self._reads_thought_apart):
+            return messages
+        return [
+            self._with_chosen_thought(message) if message["role"] == "assistant" else message for message in messages
+        ]
+
+    def _with_chosen_thought(self, message: Message) -> Message:
+        parts = split_reply(message["content"])
+        if self.learns_thoughts:
+            return message | {"content": parts.answer, "reasoning_content": parts.thought}
+        # A thought alone stays, since a turn needs words.
+        return message | {"content": parts.answer} if parts.answer or message.get("tool_calls") else message
+
+    @cached_property
+    def _reads_thought_apart(self) -> bool:
+        return reads_thought_apart(lambda messages: self.render(messages, None, False))
+
     def _reply_start(self, text: str, messages: list[Message], tools: list[dict] | None, index: int) -> int:
         if index == 0 or messages[index - 1]["role"] == "assistant":
             raise UserError(f"message {index + 1} answers nothing: put a user or tool message before it")
-        prompt = self.prompt(messages[:index], tools)
+        prompt = self.render(messages[:index], tools, True)
         if text.startswith(prompt):
             return len(prompt)
         start = len(prompt) - self._dropped

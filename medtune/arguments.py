@@ -172,6 +172,8 @@ class RunArguments:
 SECRETS = {"--hub_token"}
 # Of these lists names are joined by commas; of all others words by blanks.
 WITH_COMMAS = ("--target_modules", "--modules_to_save", "--ignore_keys")
+# Of a flag that is suggested for an unknown one: --packing is no --ddp_backend, whose likeness is 0.64.
+LEAST_LIKENESS = 0.7
 # Smaller values train nothing, or fail far from here.
 AT_LEAST = {
     "per_device_train_batch_size": 1,
@@ -253,9 +255,9 @@ class StageArgumentParser(HfArgumentParser):
             return []
         if flag in self._option_string_actions:
             action = self._option_string_actions[flag]
-            if not values and action.type is string_to_bool:
-                values = ["True"]
-            if set(action.choices or ()) == {"auto", "True", "False"} and values != ["auto"]:
+            if action.type is string_to_bool and len(values) < 2:
+                values = [str(_one_bool(flag, values))]
+            elif set(action.choices or ()) == {"auto", "True", "False"} and values != ["auto"]:
                 values = [str(_one_bool(flag, values, "auto, True or False"))]
             if flag == "--optim" and values == ["adamw_hf"]:
                 self.notes.append("--optim adamw_hf is gone: adamw_torch, the same algorithm, is used")
@@ -294,8 +296,10 @@ class StageArgumentParser(HfArgumentParser):
             if flag.removeprefix("--") in TrainingArguments.__dataclass_fields__:
                 hints.append(f"{flag} is not a flag of this stage, which has no use for it; leave it out")
                 continue
-            near = difflib.get_close_matches(flag, known, n=1)
-            hints.append(f"{flag} is not a flag of this stage" + (f"; did you mean {near[0]}?" if near else ""))
+            near = difflib.get_close_matches(flag, known, n=1, cutoff=LEAST_LIKENESS)
+            near = near or [option for option in known if flag.removeprefix("--") in option]
+            meant = f"; did you mean {near[0]}?" if len(near) == 1 else ""
+            hints.append(f"{flag} is not a flag of this stage{meant}")
         return ". ".join(hints)
 
     def _settle_training_arguments(self, values: dict, given: set[str]) -> None:

@@ -35,6 +35,7 @@ from medtune.reading.kinds import READERS, Kind, find_kind
 from medtune.reading.near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Known, bare_text
 from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Report
 from medtune.reading.sources import Sources
+from medtune.reading.thinking import CHOICES, thinking_of_name
 from medtune.reading.token_flags import add_token_flags, lengths_at, limits_of, settle_token_flags
 from medtune.reading.words import question_of, unread_lines, words_of
 
@@ -100,21 +101,21 @@ def measure_by(args: argparse.Namespace, kind: Kind, reading: Reading) -> Callab
     if not args.tokenizer:
         return lambda record: Measured(len(words_of(record)))
     from medtune.models.loading import load_tokenizer
-    from medtune.reading.encoders import LEFT_OUT_THOUGHTS, unlimited_encoder
+    from medtune.reading.encoders import unlimited_encoder
 
     hub_options = {"cache_dir": args.cache_dir, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.tokenizer, flag="--model_name_or_path", **hub_options)
-    encoder = unlimited_encoder(kind, tokenizer, args.template_name)
+    encoder = unlimited_encoder(kind, tokenizer, args.template_name, args.thinking)
 
     def measure(record: Record) -> Measured:
         row = encoder(record)
+        for _ in range(row.get("n_thoughts_left_out", 0)):
+            reading.note(encoder.left_out_thoughts, record.source)
         if isinstance(record, Pair | Feedback):
             prompt, reply = len(row["prompt_ids"]), row["length"] - len(row["prompt_ids"])
             over = [f"prompt {prompt:,}"] if prompt > args.max_source_length else []
             over += [f"reply {reply:,}"] if reply > args.max_target_length else []
             return Measured(row["length"], ", ".join(over))
-        for _ in range(row.get("n_thoughts_left_out", 0)):
-            reading.note(LEFT_OUT_THOUGHTS, record.source)
         # Documents are cut into blocks.
         is_over = isinstance(record, Dialogue) and row["length"] > args.model_max_length
         return Measured(row["length"], f"{row['length']:,}" if is_over else "")
@@ -384,6 +385,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, value in describe(result, "tokens" if args.tokenizer else "characters", evaluation):
         print(f"  {name:<18}{value}")
     wrong = verdict(result, evaluation)
+    if reading.thoughts_apart and not thinking_of_name(args.template_name, args.thinking):
+        asks = f"{reading.thoughts_apart}: a stage asks what becomes of them: {CHOICES}"
+        (wrong if args.tokenizer else notes).append(asks)
     conclusion = [f"wrong: {line}" for line in wrong] or ["verdict: a stage can train on this"]
     print("\n".join([*unread_lines(unread), *reading.lines(), *notes, *advice(result), *conclusion]))
     if wrong:

@@ -67,7 +67,7 @@ def load_encoder(args: argparse.Namespace, kind: Kind) -> "Encoder":
 
     hub_options = {"cache_dir": args.cache_dir, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.tokenizer, flag="--model_name_or_path", **hub_options)
-    encoder = unlimited_encoder(kind, tokenizer, args.template_name)
+    encoder = unlimited_encoder(kind, tokenizer, args.template_name, args.thinking)
     if kind != "dialogues":
         return encoder
     limits = {"max_length": args.model_max_length, "truncation": args.truncation}
@@ -251,11 +251,12 @@ def fill_cache(args: argparse.Namespace, encoder: "Encoder", parts: dict[str, Pa
     return lines
 
 
+OF_TEMPLATE = ("template_name", "thinking")
 # The script of each kind, and those of its flags that are known here.
 STAGES = {
-    "dialogues": ("supervised_finetuning.py", ("template_name", "model_max_length", "truncation", "train_on_inputs")),
-    "pairs": ("dpo_training.py", ("template_name", "max_source_length", "max_target_length")),
-    "replies": ("dpo_training.py --loss_type kto", ("template_name", "max_source_length", "max_target_length")),
+    "dialogues": ("supervised_finetuning.py", (*OF_TEMPLATE, "model_max_length", "truncation", "train_on_inputs")),
+    "pairs": ("dpo_training.py", (*OF_TEMPLATE, "max_source_length", "max_target_length")),
+    "replies": ("dpo_training.py --loss_type kto", (*OF_TEMPLATE, "max_source_length", "max_target_length")),
     "documents": ("pretraining.py", ()),
 }
 

@@ -57,7 +57,7 @@ PANELS = (
     ),
     ("score", {"objective/score": "sampled", "eval_score": "held-out, greedy"}),
     ("reward", {"objective/reward": "sampled", "eval_reward": "held-out, greedy"}),
-    ("exam accuracy", {"eval_exam_accuracy_written": "held-out, greedy"}),
+    ("exam accuracy", {f"eval_exam_accuracy_{form}": f"held-out, greedy, {form}" for form in ("written", "tagged")}),
     ("groups without a signal", {"groups/no_signal_frac": "sampled"}),
     ("KL from the start (nats a reply)", {"objective/kl": "sampled", "eval_kl": "held-out, greedy"}),
     ("KL from the start (nats a token)", {"objective/token_kl": "sampled"}),

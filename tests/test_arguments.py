@@ -301,13 +301,14 @@ def test_without_cuda_everything_is_float32_on_the_cpu_and_said(monkeypatch):
     [
         ("--learning_rat 1", "--learning_rat is not a flag of this stage; did you mean --learning_rate?"),
         ("--lora_r 8", "--lora_r is not a flag of this stage; did you mean --lora_rank?"),
-        ("--learn 1", "--learn is not a flag of this stage"),  # argparse would take it for --learning_rate
+        ("--learn 1", "--learn is not a flag of this stage; did you mean --learning_rate?"),  # argparse would take it
+        ("--epochs 1", "did you mean --num_train_epochs?"),
         ("--loggin_dir x", "did you mean --logging_dir?"),
         ("--save_safetensor True", "did you mean --save_safetensors?"),
         ("-x 1", "-x is not a flag of this stage"),
         ("--bf16 True False", "False: these words belong to no flag"),
         ("--run_name two words", "words: these words belong to no flag"),
-        ("--do_eval data/finetune", "--do_eval: Truthy value expected: got data/finetune"),
+        ("--do_eval data/finetune", "--do_eval data/finetune: give True or False"),
         ("--run_name", "--run_name: expected one argument"),
         ("--learning_rate abc", "--learning_rate: invalid float value: 'abc'"),
         ("--max_steps x", "--max_steps: invalid int value: 'x'"),
@@ -352,6 +353,12 @@ def test_without_cuda_everything_is_float32_on_the_cpu_and_said(monkeypatch):
 )
 def test_refused_in_one_line(command, line):
     assert line in refused(command)
+
+
+def test_a_flag_of_another_stage_is_not_taken_for_a_neighbour():
+    """Which would be --ddp_backend."""
+    others = [arguments_class for arguments_class in SFT if arguments_class is not SFTArguments]
+    assert refused("--packing True", others) == "--packing is not a flag of this stage"
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,7 @@ STOPPED = {
     "reward_modeling": ["--model_name_or_path", "nowhere", *STAGE],
     "dpo_training": ["--model_name_or_path", "nowhere", *STAGE],
     "ppo_training": ["--sft_model_path", "nowhere", "--reward_model_path", "nowhere", *STAGE],
+    "grpo_training": ["--sft_model_path", "nowhere", *STAGE],
     "inference": MODEL,
     "openai_server": MODEL,
     "web_demo": MODEL,

@@ -35,6 +35,7 @@ from medtune.rl.rewards import Rewards
 from medtune.rl.roles import Roles, load_roles
 
 ROOT = Path(__file__).resolve().parents[1]
+slow = partial(pytest.param, marks=pytest.mark.slow)
 STATE_FILES = {"manifest.sha256", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
 # A reward that the replies of a model with hardly any training differ in.
 OWN_REWARDS = """
@@ -126,7 +127,7 @@ def test_first_step_starts_at_ratio_one_with_a_reference_only_where_it_is_needed
 
 def test_the_kl_holds_the_policy_where_it_started(flags, tmp_path):
     for beta in (1e-4, 100.0):
-        grpo_training.main(flags(output_dir=tmp_path / str(beta), beta=beta, max_steps=6))
+        grpo_training.main(flags(output_dir=tmp_path / str(beta), beta=beta, max_steps=4))
     free, held = (updates(tmp_path / beta, "objective/token_kl") for beta in ("0.0001", "100.0"))
     assert free[0] == pytest.approx(0.0, abs=1e-5)
     assert free[-1] > 2 * held[-1] > 0
@@ -145,7 +146,7 @@ def test_checkpointing_and_micro_batches_change_nothing(flags, tmp_path):
         assert figures(history(tmp_path / name)[0]) == pytest.approx(figures(whole), abs=2e-4), name
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "gspo"])
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo", *(slow(name) for name in ("grpo", "dr_grpo"))])
 def test_each_loss_moves_the_policy_towards_the_reward(flags, tmp_path, loss_type):
     rates = {"learning_rate": 2e-3, "lr_scheduler_type": "constant"}
     size = {"per_device_train_batch_size": 32, "num_generations": 8, "gradient_accumulation_steps": 1}
@@ -244,13 +245,13 @@ def stop_after_two_updates(monkeypatch, number: int) -> None:
     monkeypatch.setattr(run, "log_update", stop)
 
 
-RESUMED = {"max_steps": 4, "num_iterations": 2, "redraw_groups": 1, "beta": 0.01}
+RESUMED = {"max_steps": 3, "num_iterations": 2, "redraw_groups": 1, "beta": 0.01}
 
 
 def assert_same_run(parts: Path, whole: Path) -> None:
     for name in ("objective/reward", "objective/token_kl", "policy/loss", "policy/approx_kl", "learning_rate"):
         assert updates(parts, name) == updates(whole, name), name
-    ours, theirs = (weights_of(folder / "checkpoint-4") for folder in (parts, whole))
+    ours, theirs = (weights_of(folder / "checkpoint-3") for folder in (parts, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -300,7 +301,7 @@ def test_files_measures_and_lineage(flags, tmp_path, sft_adapter, tiny_model_dir
     assert len(re.findall(r"update \d  evaluation: reward ", log)) == 3
     assert log.count("reply: ") == 4, "two replies before and two after"
     entries = [entry for entry in history(out) if "eval_reward" in entry]
-    best = max(entries, key=lambda entry: entry["eval_exam_accuracy_written"])
+    best = max(entries, key=lambda entry: entry["eval_exam_accuracy_tagged"])
     assert metrics == json.loads((out / "eval_results.json").read_text()) == best
     lineage = read_lineage(out / "checkpoint-best")
     assert (lineage.base_model, lineage.parent, lineage.stage) == (str(tiny_model_dir), str(sft_adapter), "grpo")
@@ -312,7 +313,7 @@ def test_files_measures_and_lineage(flags, tmp_path, sft_adapter, tiny_model_dir
 
 def test_exam_accuracy_is_that_of_the_evaluation(flags, tmp_path, monkeypatch):
     """Of the same replies: by letter, by an option's words, by none, and wrong ones."""
-    texts = ["答案：A", "我选 B。", "不用管", "说不清", "<think>应该是 B</think>答案为 C", "**C**"]
+    texts = ["答案：A", "我选 B。", "不用管", "说不清", "<think>应该是 B</think>答案为 C", "<think>应该是 A"]
     held_out = write_exams(tmp_path / "held-out")
     read, replies = grpo_training.Scorer.read, []
 
@@ -333,10 +334,10 @@ def test_exam_accuracy_is_that_of_the_evaluation(flags, tmp_path, monkeypatch):
             {"reply": reply.text, "scores": score(test | {name: reply.record[name] for name in ("options", "answer")})}
         )
     summary = summarize_scores(rows)
-    assert metrics["eval_exam_accuracy_written"] == pytest.approx(summary["exam_accuracy_written"]["value"], abs=1e-4)
+    assert metrics["eval_exam_accuracy_tagged"] == pytest.approx(summary["exam_accuracy_written"]["value"], abs=1e-4)
     interval = [metrics["eval_exam_low"], metrics["eval_exam_high"]]
     assert interval == pytest.approx(summary["exam_accuracy_written"]["interval"], abs=1e-4)
-    assert metrics["eval_exam_unparsed"] == pytest.approx(1 / 6)
+    assert metrics["eval_exam_unparsed_tagged"] == pytest.approx(2 / 6)
 
 
 def test_finished_run_is_left_as_it_is(flags, tmp_path, capfd):
@@ -387,7 +388,7 @@ def test_a_reward_that_all_replies_share_stops_the_run(flags, monkeypatch):
 
 def test_too_far_from_the_start_or_too_large_a_step_stops_the_run(flags):
     with pytest.raises(UserError, match=r"^update \d+: the KL from the reference is [\d.]+ nats a token, over --stop"):
-        grpo_training.main(flags(max_steps=20, beta=1e-6, stop_at_kl=4e-3, learning_rate=2e-4))
+        grpo_training.main(flags(max_steps=20, beta=1e-6, stop_at_kl=3e-3, learning_rate=2e-4))
     with pytest.raises(UserError, match=r"^update \d+: it moved the policy by \S+ nats a token .*over --stop_at_kl"):
         grpo_training.main(flags(stop_at_kl=1e-4))
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training"]
+SCRIPTS = ["pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training", "grpo_training"]
 SCRIPTS += ["inference", "merge_peft_adapter", "openai_server"]
 
 # Each takes from a tenth of a second to seconds, and no script needs it to know its flags.

@@ -40,7 +40,14 @@ def written_letter(answer: str, options: dict[str, str]) -> str | None:
         option named that is not ruled out.
     options: letter to words.
     """
-    final = [boxed or tagged for tagged, boxed in words.FINAL_FORM.findall(answer)]
+    for question in words.NEXT_QUESTION.finditer(answer):
+        if letter := _letter(answer[: question.start()], options):
+            return letter
+    return _letter(answer, options)
+
+
+def _letter(answer: str, options: dict[str, str]) -> str | None:
+    final = ["".join(groups) for groups in words.FINAL_FORM.findall(answer)]
     text = mark_options(final[-1] if final else answer, options)
     text = words.LABEL_AND_DOT.sub(r"\1: ", words.EITHER.sub(r"⟦\1\2⟧", text))
     text = words.EXCEPT.sub(lambda match: f"选⟦{next(filter(None, match.groups()))}⟧", text)

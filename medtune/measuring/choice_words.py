@@ -17,7 +17,16 @@ CLAUSE_END = re.compile(r",|—|--")
 
 # ---------------------------------------------------------------- forms
 
-FINAL_FORM = re.compile(r"<answer>(.*?)</answer>|\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", re.DOTALL | re.IGNORECASE)
+FINAL_FORM = re.compile(
+    r"<answer>(.*?)</answer>|\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+    r"|\"[^\"\n]*(?:answer|choice|答案|选项)[^\"\n]*\"\s*:\s*\"([^\"\n]{1,60})\"",  # a key of JSON
+    re.DOTALL | re.IGNORECASE,
+)
+# Where a base model goes on to a question of its own.
+NEXT_QUESTION = re.compile(
+    r"\n\s*(?:question|q|题目|问题|问|human|user|用户)\s*\d*\s*[:：]|\n\s*第\s*\d+\s*题|\n\s*\d+\s*[.、．].*\n\s*[AaＡ]\s*[.、．)）]",
+    re.IGNORECASE,
+)
 ONE_MARK = MARK.replace("+", "")
 # What may lead to an option that stands alone.
 _LINKS = (
@@ -42,6 +51,7 @@ EXCEPT = _any_of(
     rf"{_VERDICT},? (?:except|but)(?: for)? {MARK}",
     rf"{MARK}(?:以外|之外)[^⟦⟧。.;\n]{{0,16}}?{_VERDICT}",
     rf"非 ?{MARK} ?莫属",
+    rf"\b(?:exception|odd one out)(?: is|:)? (?:option )?{MARK}",
 )
 EITHER = re.compile(rf"不是{MARK},?[就便]是{MARK}")
 WHY = _any_of(r"为(?:什么|何|啥)[^不]*$", r"\bwhy\b(?!.*not\b)")

@@ -208,7 +208,7 @@ class RewardModel:
     def __init__(self, path: str, model_args: ChatModelArguments):
         """Check the reward model, then load its weights."""
         folder = _describe(path, "--reward_model", model_args)
-        self.tokenizer, self.context = folder.tokenizer, folder.context
+        self.tokenizer, self.context, self.reads_thoughts = folder.tokenizer, folder.context, folder.reads_thoughts
         # A template that it was trained with is not exchanged for the one that the models are asked in.
         self.chat_template = folder.chat_template or load_chat_template(self.tokenizer, model_args.template_name)
         model = load_reward_model(
@@ -220,7 +220,8 @@ class RewardModel:
         self, messages: list[Message], reply: str, ended: bool = True, tools: list[dict] | None = None
     ) -> list[int]:
         """The ids to score: prompt and reply, with the end token unless the reply was cut."""
-        return reward_ids(self.tokenizer, self.chat_template, messages, reply, tools, ended=ended)
+        options = {"ended": ended, "reads_thoughts": self.reads_thoughts}
+        return reward_ids(self.tokenizer, self.chat_template, messages, reply, tools, **options)
 
     @torch.no_grad()
     def score(self, rows: Sequence[list[int]], batch_size: int = 8) -> list[float]:

@@ -56,6 +56,8 @@ class Lineage:
     base_weights: `weights_fingerprint` of the base, so that a base of the same sizes is recognized too.
     start_weights: the same of what the stage started from, so that a run is not resumed on others.
     flags: of the command that trained it, with their values as written.
+    thinking: what --thinking made of the template, "" without it.
+    reads_thoughts: of a reward model, whether replies that it was trained on had thoughts.
     """
 
     base_model: str
@@ -68,6 +70,8 @@ class Lineage:
     base_weights: str = ""
     start_weights: str = ""
     flags: dict[str, str] = field(default_factory=dict)
+    thinking: str = ""
+    reads_thoughts: bool = False
 
     def save(self, folder: str | Path) -> None:
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)

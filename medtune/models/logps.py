@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from medtune.models.text_attention import forward_inputs, of_tokens
+from medtune.models.text_attention import Layout, forward_inputs, places
 
 # Positions whose float32 logits exist at a time: 256 x 152k x 4 bytes = 0.15 GB.
 CHUNK_POSITIONS = 256
@@ -109,7 +109,7 @@ class SparseHead:
     def __init__(self, model: PreTrainedModel | PeftModel, one_pass: bool = False):
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
         self.one_pass = one_pass
-        self.mask: torch.Tensor | None = None
+        self.places: tuple[torch.Tensor, torch.Tensor] | None = None  # rows and columns of the scored positions
         self.states: torch.Tensor | None = None  # [batch, length, hidden], of the backbone
         self.scored: torch.Tensor | None = None  # [positions, hidden] of these
         self.hooks = [
@@ -123,23 +123,24 @@ class SparseHead:
             hook.remove()
 
     def _note_states(self, backbone: torch.nn.Module, inputs: tuple, outputs: ModelOutput) -> None:
-        if self.mask is not None:
+        if self.places is not None:
             self.output_class, self.states = type(outputs), getattr(outputs, "last_hidden_state", None)
 
     def _keep_positions(self, head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple | None:
-        """Reduce [batch, length, hidden] to one position of the mask, and keep the states of all for later."""
-        if self.mask is None:
+        """Reduce [batch, length, hidden] to one of the scored positions, and keep the states of all for later."""
+        if self.places is None:
             return None
-        mask = self.mask.to(inputs[0].device)
+        states = inputs[0]
+        places = tuple(index.to(states.device) for index in self.places)
         # Without states the model's own forward passes its backbone by, and nothing could be computed later.
         if self.one_pass or self.states is None:
-            return (inputs[0][mask],)
-        device = mask.device.type
+            return (states[places],)
+        device = states.device.type
         self.autocast = partial(
             torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         )
-        self.scored = self.states[mask]
-        return (inputs[0][mask][:1],)
+        self.scored = self.states[places]
+        return (states[places][:1],)
 
     def __call__(
         self,
@@ -148,7 +149,7 @@ class SparseHead:
         mask: torch.Tensor,
         ids: torch.Tensor,
         compute: Compute,
-        padding_free: bool = False,
+        layout: Layout = Layout.PADDED,
     ) -> torch.Tensor:
         """[k, N] float32: `compute` on the logits at the N positions of the mask and on their ids.
 
@@ -157,14 +158,14 @@ class SparseHead:
             batch: padded rows, as `forward_inputs` takes them.
             mask: [batch, length] bool, True at a position that predicts one of the ids.
             ids: [N] int64, in the order of the mask.
-            padding_free: pass the rows through the model as one.
+            layout: in which the rows pass through the model.
         """
-        self.mask = of_tokens(mask, batch, padding_free)
+        self.places = places(mask, batch, layout)
         try:
-            logits = model(**forward_inputs(batch, padding_free), use_cache=False).logits
+            logits = model(**forward_inputs(batch, layout), use_cache=False).logits
         finally:
             states = self.scored
-            self.mask = self.states = self.scored = None
+            self.places = self.states = self.scored = None
         if states is None:
             return in_chunks(lambda logits: logits, logits, ids.to(logits.device), compute).to(mask.device)
         head = partial(own_logits, self.model, self.output_class)
@@ -181,15 +182,15 @@ class SparseHead:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         mask: torch.Tensor,
-        padding_free: bool = False,
+        layout: Layout = Layout.PADDED,
     ) -> torch.Tensor:
         """[batch, length - 1] float32 log-probs in nats of the tokens from the second on; 0 outside the mask.
 
         Args:
-            model, padding_free: as for a call.
+            model, layout: as for a call.
             input_ids, attention_mask: [batch, length] int64.
             mask: [batch, length - 1] bool.
         """
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        (logps,) = self(model, batch, F.pad(mask, (0, 1), value=False), input_ids[:, 1:][mask], log_probs, padding_free)
+        (logps,) = self(model, batch, F.pad(mask, (0, 1), value=False), input_ids[:, 1:][mask], log_probs, layout)
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logps)

@@ -23,8 +23,9 @@ from medtune.models.lineage import (
 )
 from medtune.models.loading import load_config, load_tokenizer, weights_fingerprint
 from medtune.models.score_heads import is_reward_model
+from medtune.reading.thinking import NOTHINK, Thinking
 from medtune.reading.tokenization import load_chat_template
-from template import ChatTemplate
+from template import ChatTemplate, named_template
 
 # ---------------------------------------------------------------- a model to be used
 
@@ -60,6 +61,11 @@ class ModelFolder:
     def context(self) -> int:
         """The longest prompt and reply in tokens."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+    @property
+    def reads_thoughts(self) -> bool:
+        """Whether a reward model was trained on replies with thoughts, and so scores them."""
+        return self.lineage is not None and self.lineage.reads_thoughts
 
 
 def describe_folder(
@@ -106,9 +112,23 @@ def refuse_reward_model(folder: ModelFolder, instead: str = "") -> None:
 
 def _own_template(tokenizer: PreTrainedTokenizerBase, lineage: Lineage | None) -> ChatTemplate | None:
     """The template saved with the tokenizer, or else the one that the lineage names."""
+    thinking = _thinking_of(lineage)
     if tokenizer.chat_template is not None:
-        return load_chat_template(tokenizer, None)
-    return load_chat_template(tokenizer, lineage.template) if lineage and lineage.template else None
+        return load_chat_template(tokenizer, None, thinking)
+    return load_chat_template(tokenizer, lineage.template, thinking) if lineage and lineage.template else None
+
+
+def _thinking_of(lineage: Lineage | None) -> Thinking | None:
+    return (lineage and lineage.thinking) or None
+
+
+def _thinking_for(template_name: str | None, lineage: Lineage | None) -> Thinking | None:
+    """What a named template is to write of thoughts: as in training, if it can."""
+    thinking = _thinking_of(lineage)
+    if template_name is None:
+        return thinking
+    has_no_place = thinking == "empty" and "enable_thinking" not in named_template(template_name)
+    return None if has_no_place or template_name.endswith(NOTHINK) else thinking
 
 
 def choose_template(folder: ModelFolder, template_name: str | None) -> ChatTemplate:
@@ -120,7 +140,7 @@ def choose_template(folder: ModelFolder, template_name: str | None) -> ChatTempl
     if template_name is None and own is not None:
         return own
     own_prompts = _rendered_probes(own) if own else [None] * len(_PROBES)
-    chat_template = load_chat_template(folder.tokenizer, template_name)
+    chat_template = load_chat_template(folder.tokenizer, template_name, _thinking_for(template_name, folder.lineage))
     is_trained = folder.lineage is not None or folder.tokenizer_source == folder.lora_model
     # Pretraining reads text without turns: any template may be tried on it.
     if is_trained and not (folder.lineage and folder.lineage.stage == "pt"):
@@ -166,6 +186,8 @@ def lineage_of(
     *,
     stage: str,
     template: str | None = None,
+    thinking: Thinking | None = None,
+    reads_thoughts: bool = False,
     flags: Mapping[str, str],
     flag: str = "--model_name_or_path",
 ) -> Lineage:
@@ -173,6 +195,8 @@ def lineage_of(
 
     Args:
         template: its `--template_name`; None is the tokenizer's own.
+        thinking: what the template writes of thoughts (`ChatTemplate.thinking`).
+        reads_thoughts: of a reward model, whether the replies that it is trained on have thoughts.
         flags: of the command, as written (`StageArgumentParser.given`).
         flag: what named the model to start from.
     """
@@ -190,4 +214,6 @@ def lineage_of(
         base_weights=weights_fingerprint(base_model, flag=flag, **hub_options),
         start_weights=weights_fingerprint(start, flag=flag, **hub_options),
         flags=dict(flags),
+        thinking=thinking or "",
+        reads_thoughts=reads_thoughts,
     )

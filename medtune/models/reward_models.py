@@ -14,7 +14,8 @@ from medtune.models.lineage import read_adapter_config
 from medtune.models.loading import load_tokenizer
 from medtune.models.model_files import ADAPTER_WEIGHTS
 from medtune.models.score_heads import UNTRAINED_HEAD, check_score_head, is_head, load_scoring_base
-from medtune.reading.tokenization import encode_exchange
+from medtune.reading.thoughts import split_reply
+from medtune.reading.tokenization import encode_exchange, encode_prompt
 from template import ChatTemplate, Message
 
 
@@ -70,11 +71,21 @@ def reward_ids(
     tools: list[dict] | None = None,
     *,
     ended: bool = True,
+    reads_thoughts: bool = False,
 ) -> list[int]:
     """The ids of a reply for a reward model, as in training; a reply that was cut has no end token.
 
     Args:
         tokenizer, chat_template: the reward model's own.
+        reads_thoughts: whether it was trained on replies with thoughts, which are left out for any other.
     """
+    if not reads_thoughts:
+        reply = split_reply(reply).answer
+        messages = [
+            message | {"content": split_reply(message["content"]).answer} if message["role"] == "assistant" else message
+            for message in messages
+        ]
+        if not reply and not ended:  # cut in its thought
+            return encode_prompt(tokenizer, chat_template, messages, tools)
     prompt_ids, reply_ids = encode_exchange(tokenizer, chat_template, messages, reply, tools, ended=ended)
     return prompt_ids + reply_ids

@@ -13,7 +13,7 @@ from medtune.models.lineage import read_adapter_config
 from medtune.models.loading import load_base_model, load_config
 from medtune.models.lora_layers import HEADS
 from medtune.models.model_files import ADAPTER_WEIGHTS
-from medtune.models.text_attention import forward_inputs, of_tokens
+from medtune.models.text_attention import Layout, forward_inputs, places
 
 UNTRAINED_HEAD = "its score head is all zeros, so it was never trained; take a later checkpoint, or train it longer"
 
@@ -45,34 +45,34 @@ class LastScores:
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel):
-        self.is_last: torch.Tensor | None = None  # [1, tokens] bool, of joined rows
+        self.last: tuple[torch.Tensor, torch.Tensor] | None = None  # rows and columns of joined texts' last tokens
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         base.score.register_forward_hook(self._of_texts)
 
     def _of_texts(self, head: torch.nn.Module, inputs: tuple, scores: torch.Tensor) -> torch.Tensor | None:
         """[1, tokens, texts]: at each token the scores of all texts, whichever token transformers takes."""
-        if self.is_last is None:
+        if self.last is None:
             return None
-        return scores[self.is_last].squeeze(-1).expand(*self.is_last.shape, -1)
+        return scores[self.last].squeeze(-1).expand(*scores.shape[:2], -1)
 
     def __call__(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], padding_free: bool = False
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], layout: Layout = Layout.PADDED
     ) -> torch.Tensor:
         """[rows] float32.
 
         Args:
             model: as its trainer wraps it, or as it is.
             batch: `input_ids` and `attention_mask`, [rows, length] int64, padded on the right.
-            padding_free: pass the rows through the model as one.
+            layout: in which the rows pass through the model.
         """
-        if padding_free:
+        if layout is not Layout.PADDED:
             is_token = batch["attention_mask"]
             is_last = is_token.bool() & (is_token.cumsum(dim=1) == is_token.sum(dim=1, keepdim=True))
-            self.is_last = of_tokens(is_last, batch, padding_free)
+            self.last = places(is_last, batch, layout)
         try:
-            logits = model(**forward_inputs(batch, padding_free), use_cache=False).logits
+            logits = model(**forward_inputs(batch, layout), use_cache=False).logits
         finally:
-            self.is_last = None
+            self.last = None
         return logits.float().flatten()
 
 

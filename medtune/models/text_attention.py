@@ -1,9 +1,11 @@
 """Batches without padding: their rows joined into one, in which each text sees itself alone.
 
 transformers' SDPA multiplies all pairs of tokens of a row and masks those of different texts. `attention_by_text`
-costs what the texts cost.
+costs what the texts cost. It also takes texts whose common prefix stands in the row once, as the prompt of two replies:
+all layers but attention then compute it once.
 """
 
+from enum import Enum
 from itertools import pairwise
 
 import torch
@@ -14,6 +16,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SDPA, SDPA_BY_TEXT = "sdpa", "sdpa_by_text"
+# Tokens from which on a common prefix passes once: gathering its keys costs a step what about ten tokens do.
+LEAST_SHARED = 16
+
+
+class Layout(Enum):
+    """How the rows of a batch pass through a model."""
+
+    PADDED = "padded"
+    JOINED = "joined"  # into one row
+    SHARED_PREFIXES = "shared prefixes"  # joined, and a prefix that texts have in common is there once
 
 
 def attention_by_text(
@@ -23,6 +35,8 @@ def attention_by_text(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    text_columns: torch.Tensor | None = None,
+    own_tokens: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """transformers' SDPA, text by text: [1, tokens, heads, head size].
@@ -31,9 +45,19 @@ def attention_by_text(
         query, key, value: [1, heads, tokens, head size]; key and value may have fewer heads.
         attention_mask: [1, 1, tokens, tokens], whose blocks of two different texts are never read; None if causal.
         cu_seq_lens_q: [texts + 1] int, where the texts begin, and the end; None for plain SDPA.
+        text_columns: [tokens of all texts] int64, the texts one after another as columns of the row; None if the row is
+            that already.
+        own_tokens: [tokens] int64, which of these are the columns of the row.
+
+    Raises:
+        ValueError: a mask, which goes by distances in the row, for texts that share a prefix.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if text_columns is not None:
+        if attention_mask is not None:
+            raise ValueError("a mask does not keep packed sequences apart that share a prefix")
+        query, key, value = (states.index_select(2, text_columns) for states in (query, key, value))
     borders = cu_seq_lens_q.tolist()
     outputs = []
     for start, end in pairwise(borders):
@@ -41,7 +65,8 @@ def attention_by_text(
         mask = None if attention_mask is None else attention_mask[..., text, text]
         parts = (states[:, :, text] for states in (query, key, value))
         outputs.append(sdpa_attention_forward(module, *parts, mask, **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
+    output = torch.cat(outputs, dim=1)
+    return (output if own_tokens is None else output.index_select(1, own_tokens)), None
 
 
 def mask_by_text(
@@ -53,8 +78,10 @@ def mask_by_text(
     **kwargs,
 ) -> torch.Tensor | None:
     """transformers' mask for SDPA; None, which is causal, where only the borders of texts would make it another one."""
-    if attention_mask is None and local_size is None and q_length == kv_length:
-        return None
+    if attention_mask is None and q_length == kv_length:
+        if local_size is None:
+            return None
+        kwargs["allow_is_causal_skip"] = False  # a window shows in short rows too, of which texts may share prefixes
     return sdpa_mask(
         q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, local_size=local_size, **kwargs
     )
@@ -84,38 +111,69 @@ def gains_from_joining(model: PreTrainedModel, device: torch.device) -> bool:
 # ---------------------------------------------------------------- rows without padding
 
 
-def forward_inputs(batch: dict[str, torch.Tensor], padding_free: bool) -> dict[str, torch.Tensor | int]:
-    """Keywords of a model's forward pass for a batch of padded rows; `padding_free` joins them into one row.
-
-    In that row, [1, tokens], the tokens stand in the order of `attention_mask`'s ones.
+def forward_inputs(batch: dict[str, torch.Tensor], layout: Layout) -> dict[str, torch.Tensor | int]:
+    """Keywords of a model's forward pass for a batch of padded rows in a layout; `places` tells where their tokens are.
 
     Args:
         batch: `input_ids` and `attention_mask`, [rows, length] int64, with `position_ids` like them if rows hold
-            several texts, in each of which they begin at 0.
+            several texts, in each of which they begin at 0; such texts share no prefixes.
     """
     ids, attention_mask, positions = (batch.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-    if not padding_free:
+    if layout is Layout.PADDED:
         # With a mask transformers 5.24 would let the texts of a row see each other.
         return {"input_ids": ids} | (
             {"attention_mask": attention_mask} if positions is None else {"position_ids": positions}
         )
     is_token = attention_mask.bool()
-    positions = (attention_mask.cumsum(dim=1) - 1 if positions is None else positions)[is_token]
-    borders = F.pad((positions == 0).nonzero().flatten(), (0, 1), value=len(positions)).int()
+    columns, is_own = _join(batch, layout)
+    positions = attention_mask.cumsum(dim=1) - 1 if positions is None else positions
+    starts = (positions[is_token] == 0).nonzero().flatten()
+    borders = F.pad(starts, (0, 1), value=int(is_token.sum())).int()
     lengths = borders.diff()
     longest = int(lengths.max())
+    own_tokens = is_own[is_token].nonzero().flatten()
+    texts = torch.arange(len(lengths), dtype=torch.int32, device=ids.device).repeat_interleave(lengths)
     # The borders in the forms that attention and convolutions ask for.
-    return {
-        "input_ids": ids[is_token][None],
-        "position_ids": positions[None],
+    inputs = {
+        "input_ids": ids[is_own][None],
+        "position_ids": positions[is_own][None],
         "cu_seq_lens_q": borders,
         "cu_seq_lens_k": borders,
         "max_length_q": longest,
         "max_length_k": longest,
-        "seq_idx": torch.arange(len(lengths), dtype=torch.int32, device=ids.device).repeat_interleave(lengths)[None],
+        "seq_idx": texts[own_tokens][None],
     }
+    shared = {"text_columns": columns[is_token], "own_tokens": own_tokens}
+    return inputs | shared if layout is Layout.SHARED_PREFIXES else inputs
 
 
-def of_tokens(values: torch.Tensor, batch: dict[str, torch.Tensor], padding_free: bool) -> torch.Tensor:
-    """[rows, length] values of a batch's tokens in the shape of its `forward_inputs`."""
-    return values[batch["attention_mask"].bool()][None] if padding_free else values
+def places(mask: torch.Tensor, batch: dict[str, torch.Tensor], layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns, [N] int64 each, at which a batch's `forward_inputs` have the N tokens of its mask.
+
+    mask: [rows, length] bool.
+    """
+    rows, columns = mask.nonzero(as_tuple=True)
+    if layout is Layout.PADDED:
+        return rows, columns
+    return torch.zeros_like(rows), _join(batch, layout)[0][mask]
+
+
+def _join(batch: dict[str, torch.Tensor], layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows, length] each: int64 the column of each token in the joined row, and True where it is its row's own."""
+    ids, is_own = batch["input_ids"], batch["attention_mask"].bool()
+    if layout is Layout.JOINED or "position_ids" in batch:
+        return _count(is_own), is_own
+    agrees = (ids[:, None] == ids) & (is_own[:, None] == is_own)
+    n_common = (agrees.cumprod(dim=2) * is_own).sum(dim=2).tril(-1)  # with each earlier row
+    n_shared, sharers = n_common.max(dim=1)
+    n_shared[n_shared < LEAST_SHARED] = 0
+    is_own = is_own & (is_own.cumsum(dim=1) > n_shared[:, None])
+    columns = _count(is_own)
+    for row, earlier in enumerate(sharers.tolist()):
+        columns[row] = columns[row].where(is_own[row], columns[earlier])
+    return columns, is_own
+
+
+def _count(mask: torch.Tensor) -> torch.Tensor:
+    """How many are True before each that is, in the order of the rows."""
+    return (mask.flatten().cumsum(dim=0) - 1).view(mask.shape)

@@ -17,6 +17,8 @@ from medtune.reading.keys import (
     check_reply_keys,
     feedback_of,
     is_labelled,
+    refuse_thoughts,
+    reply_with_thought,
     sort_keys,
 )
 from medtune.reading.records import Dialogue, Document, Feedback, Pair, Question
@@ -66,6 +68,7 @@ def lone_reply(record: dict, reading: Reading) -> str:
         return ""
     check_media(present, plan.keys, reading, "the record")
     _check_learned(present, plan, reading)
+    refuse_thoughts(present, plan.keys, reading, "write it into the text")
     if "weight" in turns[0]:
         raise Unusable("not to be learned", "the only reply is marked so; delete the record or the mark")
     return turns[0]["content"]
@@ -77,7 +80,8 @@ def to_dialogue(record: object, source: str, reading: Reading | None = None, for
     turns = _with_system(record, plan.dialect.read(record, reading))
     if not plan.is_plain:
         turns = _whole_prompt(turns, record, plan, reading)
-        _check_learned(record, plan, reading, "\n".join(t["content"] for t in turns if t["role"] == "assistant"))
+        _check_learned(record, plan, reading)
+        turns = _with_thought(turns, record, plan, reading)
     check_turns(turns)
     tools = tools_of(record)
     _note(source, turns, plan, reading)
@@ -125,6 +129,7 @@ def to_pair(record: object, source: str, reading: Reading | None = None) -> Pair
     if not plan.is_plain:
         turns = _whole_prompt(turns, record, plan, reading, (chosen, rejected))
         _check_learned(record, plan, reading)
+        refuse_thoughts(record, plan.keys, reading, "write it into the reply that it led to, as <think>...</think>")
     turns = _without_weights(turns)
     check_turns([*turns, {"role": "assistant", "content": chosen}])
     if not rejected:
@@ -203,9 +208,22 @@ def _without_weights(turns: list[dict]) -> list[dict]:
     ]
 
 
-def _check_learned(record: dict, plan: RecordPlan, reading: Reading, replies: str = "") -> None:
-    """Raise Unusable where a key says that the reply is not to be learned. `replies`: what may hold a key's thought."""
-    if key := check_reply_keys(record, plan.keys, reading, "the record", replies):
+def _with_thought(turns: list[dict], record: dict, plan: RecordPlan, reading: Reading) -> list[dict]:
+    """The turns, with the thought that a key of the record holds before the only reply, or the one beside a history."""
+    replies = [turn for turn in turns if turn["role"] == "assistant"]
+    if not plan.keys.thoughts or not replies or turns[-1] is not replies[-1] or not replies[-1]["content"]:
+        return turns
+    if plan.dialect.has_turns and len(replies) > 1:
+        advice = "write it as 'reasoning_content' into the turn that it led to"
+        refuse_thoughts(record, plan.keys, reading, advice, "\n".join(reply["content"] for reply in replies))
+        return turns
+    content = reply_with_thought(record, plan.keys, reading, "the record", replies[-1]["content"])
+    return [*turns[:-1], turns[-1] | {"content": content}]
+
+
+def _check_learned(record: dict, plan: RecordPlan, reading: Reading) -> None:
+    """Raise Unusable where a key says that the reply is not to be learned."""
+    if key := check_reply_keys(record, plan.keys, reading, "the record"):
         both = "; dpo_training.py --loss_type kto learns from good and bad replies" if key in FEEDBACK_KEYS else ""
         advice = f"delete the record, or {reading.ignoring(key)}{both}"
         raise Unusable("not to be learned", f"{key!r} is {record[key]!r}; {advice}")

@@ -22,6 +22,8 @@ from medtune.reading.finding import RECORD_ENDINGS, TEXT_ENDINGS
 from medtune.reading.keys import Reading
 from medtune.reading.kinds import Kind
 from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Prompt, Question, Report, T
+from medtune.reading.thinking import Thinking
+from medtune.reading.thoughts import split_reply
 from medtune.reading.tokenization import (
     Truncation,
     encode_dialogue,
@@ -33,9 +35,6 @@ from medtune.reading.tokenization import (
     shorten_prompt,
 )
 from template import ChatTemplate
-
-# Counted of replies before the last, whose thoughts many templates leave out.
-LEFT_OUT_THOUGHTS = "thoughts of earlier replies, left out by the template while the replies are learned"
 
 _IDS, _LENGTH, _TEXT = ListFeature(Value("int32")), Value("int32"), Value("string")
 
@@ -49,6 +48,11 @@ class Encoder(ABC):
     endings: ClassVar[Sequence[str]] = RECORD_ENDINGS  # of the files that hold such records
 
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def thinking(self) -> Thinking | None:
+        """What the template writes of thoughts; None without the flag."""
+        return None
 
     def __call__(self, record: T) -> dict:
         """The row of a record. Raises Unusable for a fault, and where nothing is left within the limits."""
@@ -93,13 +97,37 @@ class Encoder(ABC):
 
 
 @dataclass
-class DialogueEncoder(Encoder):
+class TemplateEncoder(Encoder):
+    """Of records with replies, whose thoughts are learned or not."""
+
+    chat_template: ChatTemplate
+
+    @property
+    def thinking(self) -> Thinking | None:
+        return self.chat_template.thinking
+
+    @property
+    def left_out_thoughts(self) -> str:
+        """What is counted of the thoughts that are not learned."""
+        if self.chat_template.learns_thoughts:
+            return "thoughts of earlier replies, left out by the template while the replies are learned"
+        return f"thoughts of replies that are learned without them (--thinking {self.thinking})"
+
+    def note_left_out(self, rows: Dataset, report: Report) -> None:
+        notes = Reading()
+        for n_left_out, source in zip(rows["n_thoughts_left_out"], rows["source"], strict=True):
+            for _ in range(n_left_out):
+                notes.note(self.left_out_thoughts, source)
+        report.notes += notes.lines()
+
+
+@dataclass
+class DialogueEncoder(TemplateEncoder):
     """Rows of `input_ids` and `labels`, as `encode_dialogue` makes them."""
 
     kind = "dialogues"
     features = Features(input_ids=_IDS, labels=_IDS, length=_LENGTH, n_thoughts_left_out=_LENGTH, source=_TEXT)
 
-    chat_template: ChatTemplate
     max_length: int
     truncation: Truncation = "drop"
     train_on_inputs: bool = False
@@ -110,11 +138,7 @@ class DialogueEncoder(Encoder):
         return {"input_ids": ids, "labels": labels, "length": len(ids), "n_thoughts_left_out": n_left_out}
 
     def finish(self, rows: Dataset, report: Report) -> Dataset:
-        notes = Reading()
-        for n_left_out, source in zip(rows["n_thoughts_left_out"], rows["source"], strict=True):
-            for _ in range(n_left_out):
-                notes.note(LEFT_OUT_THOUGHTS, source)
-        report.notes = notes.lines()
+        self.note_left_out(rows, report)
         return rows.remove_columns("n_thoughts_left_out")
 
     def describe(self, rows: Dataset) -> str:
@@ -122,11 +146,11 @@ class DialogueEncoder(Encoder):
 
 
 @dataclass
-class PairEncoder(Encoder):
+class PairEncoder(TemplateEncoder):
     """Rows with the ids of a prompt and of both replies; `length` counts the prompt and the longer reply.
 
     A prompt over its limit loses its oldest exchanges, then the start of the question; a reply over its limit is cut
-    and gets no end token. `margin` is NaN where the data has none.
+    and gets no end token. `margin` is NaN where the data has none. `n_thoughts` are those of the two replies' ids.
     """
 
     kind = "pairs"
@@ -136,11 +160,12 @@ class PairEncoder(Encoder):
         rejected_ids=_IDS,
         margin=Value("float32"),
         n_cut=_LENGTH,
+        n_thoughts=_LENGTH,
+        n_thoughts_left_out=_LENGTH,
         length=_LENGTH,
         source=_TEXT,
     )
 
-    chat_template: ChatTemplate
     max_prompt_length: int
     max_reply_length: int
 
@@ -150,12 +175,22 @@ class PairEncoder(Encoder):
             self.tokenizer, self.chat_template, record.messages, replies, record.tools, **self.limits
         )
         if chosen_ids == rejected_ids:
+            if not (n_cut or self.chat_template.learns_thoughts):
+                same = f"the replies differ in their thoughts alone, which --thinking {self.thinking} leaves out"
+                raise Unusable("same answers", same)
             same = f"both replies begin with the same --max_target_length {self.max_reply_length} tokens"
             raise Unusable("same within the limit", same)
+        n_thoughts = sum(bool(split_reply(reply).thought) for reply in replies)
+        n_learned = n_thoughts if self.chat_template.learns_thoughts else 0
         margin = math.nan if record.margin is None else record.margin
         length = len(prompt_ids) + max(len(chosen_ids), len(rejected_ids))
         ids = {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
-        return ids | {"n_cut": n_cut, "margin": margin, "length": length}
+        counts = {"n_cut": n_cut, "n_thoughts": n_learned, "n_thoughts_left_out": n_thoughts - n_learned}
+        return ids | counts | {"margin": margin, "length": length}
+
+    def finish(self, rows: Dataset, report: Report) -> Dataset:
+        self.note_left_out(rows, report)
+        return rows.remove_columns("n_thoughts_left_out")
 
     def describe(self, rows: Dataset) -> str:
         n_cut = sum(rows["n_cut"])
@@ -173,7 +208,7 @@ class ScoredPairEncoder(PairEncoder):
 
 
 @dataclass
-class FeedbackEncoder(Encoder):
+class FeedbackEncoder(TemplateEncoder):
     """Rows of a prompt, its reply, whether it is a good one, and another prompt's reply (`mismatched_ids`).
 
     The limits are those of pairs; `length` is that of the prompt and the longer reply.
@@ -181,10 +216,15 @@ class FeedbackEncoder(Encoder):
 
     kind = "replies"
     features = Features(
-        prompt_ids=_IDS, reply_ids=_IDS, is_desirable=Value("bool"), is_cut=Value("bool"), length=_LENGTH, source=_TEXT
+        prompt_ids=_IDS,
+        reply_ids=_IDS,
+        is_desirable=Value("bool"),
+        is_cut=Value("bool"),
+        n_thoughts_left_out=_LENGTH,
+        length=_LENGTH,
+        source=_TEXT,
     )
 
-    chat_template: ChatTemplate
     max_prompt_length: int
     max_reply_length: int
 
@@ -192,10 +232,14 @@ class FeedbackEncoder(Encoder):
         prompt_ids, (reply_ids,), n_cut = encode_replies(
             self.tokenizer, self.chat_template, record.messages, [record.reply], record.tools, **self.limits
         )
+        is_left_out = bool(split_reply(record.reply).thought) and not self.chat_template.learns_thoughts
         columns = {"prompt_ids": prompt_ids, "reply_ids": reply_ids, "is_cut": n_cut > 0}
+        columns |= {"n_thoughts_left_out": int(is_left_out)}
         return columns | {"length": len(prompt_ids) + len(reply_ids), "is_desirable": record.is_desirable}
 
     def finish(self, rows: Dataset, report: Report) -> Dataset:
+        self.note_left_out(rows, report)
+        rows = rows.remove_columns("n_thoughts_left_out")
         if len(kinds := set(rows["is_desirable"])) == 1:
             kind = "desirable" if kinds.pop() else "undesirable"
             report.notes.append(f"all replies are {kind}: KTO learns from the difference, so add some that are not")
@@ -241,7 +285,7 @@ _NEEDED = {
 
 
 @dataclass
-class PromptEncoder(Encoder):
+class PromptEncoder(TemplateEncoder):
     """The prompt before each answer to a user's turn, with its history; each prompt once.
 
     A dialogue that ends with the user asks too. Rows of `prompt_ids`, `messages` (JSON of the messages that these ids
@@ -256,7 +300,6 @@ class PromptEncoder(Encoder):
     kind = "prompts"
     features = Features(prompt_ids=_IDS, messages=_TEXT, reply=_TEXT, record=_TEXT, length=_LENGTH, source=_TEXT)
 
-    chat_template: ChatTemplate
     max_prompt_length: int
     truncation: Literal["drop", "cut_prompt_start"]
     exam_format: ExamFormat = "tagged"
@@ -357,11 +400,13 @@ class DocumentEncoder(Encoder):
         return f"{sum(rows['length']):,} in {len(rows):,} blocks of at most {self.block_size}"
 
 
-def unlimited_encoder(kind: Kind, tokenizer: PreTrainedTokenizerBase, template_name: str | None) -> Encoder:
+def unlimited_encoder(
+    kind: Kind, tokenizer: PreTrainedTokenizerBase, template_name: str | None, thinking: Thinking | None = None
+) -> Encoder:
     """The encoder of a kind of records without limits, for the tools that measure them."""
     if kind == "documents":
         return DocumentEncoder(tokenizer)
-    chat_template = load_chat_template(tokenizer, template_name)
+    chat_template = load_chat_template(tokenizer, template_name, thinking)
     if kind in ("pairs", "replies"):
         encoder_class = PairEncoder if kind == "pairs" else FeedbackEncoder
         return encoder_class(tokenizer, chat_template, max_prompt_length=sys.maxsize, max_reply_length=sys.maxsize)

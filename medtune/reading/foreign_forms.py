@@ -31,8 +31,9 @@ from medtune.reading.files import csv_separator, read_raw
 from medtune.reading.finding import ending_of
 from medtune.reading.keys import Reading, sort_keys, split_keys
 from medtune.reading.records import BadRecord, Dialogue, Pair
+from medtune.reading.thinking import THOUGHT_FORMS
 from medtune.reading.turns import SPEAKER
-from medtune.reading.values import is_empty, kind_of, parse_nested, text_of, with_values
+from medtune.reading.values import is_empty, parse_nested, text_of, with_values
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,6 @@ def _from_title_and_ask(record: dict) -> dict:
     """The title is the question in short; the long one often repeats it."""
     title, ask = (str(record.pop(key, None) or "").strip() for key in ("title", "ask"))
     return {**record, "question": ask if title in ask else title if ask in title else f"{title}\n{ask}"}
-
-
-def _with_reasoning(how: str, record: dict) -> dict:
-    """The reply, with what was thought before it if that is asked for."""
-    answer, thought = record.pop("response"), record.pop("complex_cot")
-    if how != "leave_out" and not isinstance(thought, str | None):
-        raise Unusable("not text", f"'complex_cot' is {kind_of(thought)}; it must be a string")
-    if how != "leave_out" and isinstance(answer, str) and isinstance(thought, str) and thought.strip():
-        answer = _REASONING[how].format(thought.strip(), answer.strip())
-    return {**record, "answer": answer}
-
-
-_REASONING = {
-    "leave_out": "{1}",
-    "think_tags": "<think>\n{0}\n</think>\n\n{1}",
-    "headings": "## Thinking\n\n{0}\n\n## Final Response\n\n{1}",
-}
 
 
 def _from_spoken_list(key: str, record: dict) -> dict:
@@ -98,12 +82,12 @@ def _renamed(names: dict[str, str], record: dict) -> dict:
     return renamed
 
 
-def _dialogue_form(keys: Sequence[str], reasoning: str) -> _Form | None:
+def _dialogue_form(keys: Sequence[str]) -> _Form | None:
     """The form of dialogues with these keys: Toyhom's, HuatuoGPT-o1's, HuatuoGPT's, MedDialog's, DISC-Med-SFT's ..."""
     if "ask" in keys and "answer" in keys:
         return _Form(tuple(key for key in ("title", "ask", "answer") if key in keys), _from_title_and_ask)
     if {"question", "complex_cot", "response"} <= set(keys):
-        return _Form(("question", "complex_cot", "response"), functools.partial(_with_reasoning, reasoning))
+        return _Form(("question", "complex_cot", "response"), functools.partial(_renamed, {"response": "answer"}))
     alpaca = {"instruction": ("instruction", "指令"), "input": ("input", "输入")}
     for prompt_meanings in ({"question": QUESTIONS}, alpaca):
         if form := _renaming_form(
@@ -123,9 +107,9 @@ def _pair_form(keys: Sequence[str]) -> _Form | None:
 
 
 @functools.lru_cache(maxsize=4000)
-def _form_of(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"], reasoning: str) -> _Form | None:
+def _form_of(keys: tuple[str, ...], kind: Literal["dialogues", "pairs"]) -> _Form | None:
     """The form of records with these keys; None if dialects.py reads them, or if they are unknown."""
-    find = functools.partial(_dialogue_form, reasoning=reasoning) if kind == "dialogues" else _pair_form
+    find = _dialogue_form if kind == "dialogues" else _pair_form
     if has_dialect(keys, kind):
         return find(keys) if lacks_prompt(keys) else None
     lower = tuple(dict.fromkeys(key.strip().lower() for key in keys))
@@ -206,9 +190,9 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `reader_of`."""
     parser.add_argument("--encoding", type=known_encoding, help="of text files; by default UTF-8, GB18030 or UTF-16")
     parser.add_argument(
-        "--reasoning", choices=tuple(_REASONING), default="leave_out",
-        help="what becomes of HuatuoGPT-o1's Complex_CoT: left out, or in front of the reply in <think> tags or "
-        "under that model's headings",
+        "--reasoning", choices=tuple(THOUGHT_FORMS), default="leave_out",
+        help="what becomes of thoughts in a key of their own, such as reasoning_content or HuatuoGPT-o1's Complex_CoT: "
+        "left out, or in front of the reply in <think> tags or under that model's headings",
     )  # fmt: skip
     add_ignore_keys(parser)
     parser.add_argument(
@@ -238,8 +222,8 @@ def reader_of(
     lacking = [f"--{name}_column" for name in needed if not getattr(columns, name)]
     if columns != Columns() and lacking:
         raise UserError(f"{' and '.join(lacking)}: name these too; with one column named, none is found by itself")
-    reading = Reading(args.ignore_keys, args.role_map)
-    return ForeignReader(kind, columns, args.encoding, args.reasoning, reading, exam_format)
+    reading = Reading(args.ignore_keys, args.role_map, thoughts=args.reasoning)
+    return ForeignReader(kind, columns, args.encoding, reading, exam_format)
 
 
 def known_roles(listed: str) -> dict[str, str]:
@@ -268,7 +252,6 @@ class ForeignReader:
         kind: Literal["dialogues", "pairs"],
         columns: Columns = Columns(),
         encoding: str | None = None,
-        reasoning: str = "leave_out",
         reading: Reading | None = None,
         exam_format: ExamFormat | None = None,
     ):
@@ -278,7 +261,6 @@ class ForeignReader:
         self._columns = columns
         self._has_columns = columns != Columns()
         self._encoding = encoding
-        self._reasoning = reasoning
         self._exam_format = exam_format
         self._n_exams = 0
         self._n_by_columns: Counter[tuple[str, ...]] = Counter()
@@ -335,7 +317,7 @@ class ForeignReader:
         keys = tuple(present)
         if is_read_whole(keys, self._kind):
             return self._make(present, source, self.reading)
-        form = _form_of(keys, self._kind, self._reasoning) or _form_of(tuple(record), self._kind, self._reasoning)
+        form = _form_of(keys, self._kind) or _form_of(tuple(record), self._kind)
         if form is None:
             return self._make(record, source, self.reading)
         try:
@@ -398,8 +380,6 @@ class ForeignReader:
         ]
         if self._n_exams:
             lines.append(f"{self._n_exams:,} exam questions, asked as in evaluation ({self._exam_format})")
-        if self._reasoning == "leave_out" and any("complex_cot" in columns for columns in self._n_by_columns):
-            lines.append("'complex_cot' is left out; --reasoning think_tags keeps it")
         lines += self.reading.lines()
         lines += [f"{path} is {encoding}" for path, encoding in self._encodings.items()]
         return lines + [f"{path} has its cells separated by {mark!r}" for path, mark in self._separators.items()]

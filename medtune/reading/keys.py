@@ -5,13 +5,22 @@ counted by its name.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 from medtune.errors import Unusable
-from medtune.reading.values import holds_nothing, is_empty, strip_blanks
+from medtune.reading.thinking import THOUGHT_FORMS
+from medtune.reading.thoughts import split_reply
+from medtune.reading.values import holds_nothing, is_empty, text_of
+
+_WRITTEN = {
+    "leave_out": "left out (--reasoning think_tags keeps them)",
+    "think_tags": "read as <think>...</think> before the reply",
+    "headings": "written under headings before the reply",
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,9 @@ class Reading:
     ignore_keys: tuple[str, ...] | None = None  # keys of records and turns that are read as if they were absent
     role_map: Mapping[str, str] | None = None  # a name, and the role that it stands for
     null_words: bool = True  # whether "None" in a turn is a missing value, and not what somebody said
+    thoughts: str = "think_tags"  # how thoughts in keys of their own are written, of THOUGHT_FORMS
     _notes: dict[str, list] = field(default_factory=dict)  # what: [how often, where first]
+    _thought_keys: Counter[str] = field(default_factory=Counter)
 
     def ignoring(self, *keys: str) -> str:
         """Advice: how to read on without these keys."""
@@ -47,6 +58,17 @@ class Reading:
         for key in keys:
             self.note(f"{of}\0{key}")
 
+    def with_thought(self, thought: str, key: str, reply: str) -> str:
+        """The reply, with the thought that a key holds before it; counted."""
+        self._thought_keys[key] += 1
+        return THOUGHT_FORMS[self.thoughts].format(thought, reply).rstrip()
+
+    @property
+    def thoughts_apart(self) -> str:
+        """How many replies had their thought in which keys; "" if none."""
+        n_replies, keys = self._thought_keys.total(), ", ".join(map(repr, self._thought_keys))
+        return f"thoughts of replies in a key of their own ({keys}): {n_replies:,}" if n_replies else ""
+
     def lines(self) -> list[str]:
         """One line for each note, one for all unknown keys of records, and one for those of turns."""
         lines = []
@@ -58,6 +80,8 @@ class Reading:
                 more = f" and {len(counts) - 20} more" if len(counts) > 20 else ""
                 lines.append(f"keys {of} that are not read: {listed}{more}")
         others = [(what, n, source) for what, (n, source) in self._notes.items() if "\0" not in what]
+        if self.thoughts_apart:
+            lines.append(f"{self.thoughts_apart}, {_WRITTEN[self.thoughts]}")
         return lines + [f"{what}: {n:,}, the first in {source}" for what, n, source in others]
 
 
@@ -169,6 +193,8 @@ _TABLES = {
     "verdicts": VERDICTS, "weights": WEIGHTS, "thoughts": THOUGHTS, "media": MEDIA, "options": OPTIONS,
     "harmless": HARMLESS,
 }  # fmt: skip
+# Where a part of a thought has its text.
+_THOUGHT_PARTS = ("text", "thinking", "summary")
 _KINDS = {_bare(name): kind for kind, names in _TABLES.items() for name in names}
 
 
@@ -199,22 +225,58 @@ def check_prompt_keys(turn: dict, plan: KeyPlan, reading: Reading, where: str) -
             )
 
 
-def check_reply_keys(
-    record: dict, plan: KeyPlan, reading: Reading, where: str, reply: str = "", of_turn: bool = False
-) -> str:
+def reply_with_thought(record: dict, plan: KeyPlan, reading: Reading, where: str, reply: str) -> str:
+    """The reply of a record or turn, with the thought before it that a key holds and the reply does not.
+
+    Raises Unusable where there are two thoughts, or one that is no text.
+    """
+    keys = [key for key in plan.thoughts if _is_thought(record[key])]
+    if not keys:
+        return reply
+    if reading.thoughts == "leave_out":
+        return reading.with_thought("", keys[0], reply)
+    texts = {_thought_text(record[key], key, where, reading): key for key in keys}
+    texts = {text: key for text, key in texts.items() if text not in reply}
+    if not texts:
+        return reply
+    if len(texts) > 1 or split_reply(reply).thought:
+        raise Unusable(
+            "two thoughts",
+            f"{where} has a thought in {' and in '.join(map(repr, texts.values()))}"
+            f"{' and another in the reply' if len(texts) == 1 else ''}; {reading.ignoring(*texts.values())}",
+        )
+    ((thought, key),) = texts.items()
+    return reading.with_thought(thought, key, reply)
+
+
+def _thought_text(value: object, key: str, where: str, reading: Reading) -> str:
+    """The text of a thought: a string, a list of steps, or parts as Anthropic's and OpenRouter's interfaces give."""
+    parts = value if isinstance(value, list) else [value]
+    texts = [
+        next((part[name] for name in _THOUGHT_PARTS if name in part), part) if isinstance(part, dict) else part
+        for part in parts
+    ]
+    try:
+        return "\n".join(text_of(text, f"{where} ({key!r})") for text in texts)
+    except Unusable as fault:
+        raise Unusable(fault.reason, f"{fault.detail}; {reading.ignoring(key)}") from None
+
+
+def refuse_thoughts(record: dict, plan: KeyPlan, reading: Reading, advice: str, replies: str = "") -> None:
+    """Raise Unusable where a key of a record holds a thought that no reply has, and it is open before which."""
+    keys = [key for key in plan.thoughts if _is_thought(record[key]) and reading.thoughts != "leave_out"]
+    if keys := [key for key in keys if _thought_text(record[key], key, "the record", reading) not in replies]:
+        listed = ", ".join(map(repr, keys))
+        raise Unusable("thought apart", f"the record has a thought in {listed}; {advice}, or {reading.ignoring(*keys)}")
+
+
+def check_reply_keys(record: dict, plan: KeyPlan, reading: Reading, where: str, of_turn: bool = False) -> str:
     """The key that marks the reply of a record or turn as one not to learn, "" if no key does.
 
-    reply: its text, which may hold a thought that a key repeats. Raises Unusable where a key cannot be honoured.
+    Raises Unusable where a key cannot be honoured.
     """
     if of_turn:
         check_media(record, plan, reading, where)
-    for key in plan.thoughts:
-        if _is_thought(record[key]) and not (isinstance(record[key], str) and strip_blanks(record[key]) in reply):
-            raise Unusable(
-                "thought apart",
-                f"{where} has what was thought before the reply in {key!r}, which is not learned from there; write it "
-                f"into the reply as <think>...</think>, or {reading.ignoring(key)}",
-            )
     for key in plan.verdicts:
         if not _is_approved(record[key], key, reading, where):
             return key

@@ -18,15 +18,16 @@ from medtune.arguments import DataArguments
 from medtune.errors import Unusable, UserError
 from medtune.reading.cache import open_cache
 from medtune.reading.encoders import Encoder
-from medtune.reading.finding import are_same_files, content_fingerprint, find_files
+from medtune.reading.finding import are_same_files, content_fingerprint, find_files, some_names
 from medtune.reading.holdout import choose_part
 from medtune.reading.keys import Reading, split_keys
 from medtune.reading.readers import OnBadData, load_records
 from medtune.reading.records import BadRecord, Report, T
+from medtune.reading.thinking import CHOICES
 
 # Why a sound record is left out, always counted; every other reason is a fault that --on_bad_data decides about.
 LEFT_OUT = (
-    *("too long", "prompt too long", "reply too long", "same within the limit", "same prompt"),
+    *("too long", "prompt too long", "reply too long", "same within the limit", "same answers", "same prompt"),
     "several right answers",
 )
 
@@ -135,6 +136,7 @@ def prepare_part(
     ignore_keys = split_keys(data_args.ignore_keys)
     key = encoder.limits | choice | {
         "rows": encoder.kind,
+        "thinking": encoder.thinking,
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
         "part": part,
         "files": content_fingerprint(files),
@@ -145,7 +147,10 @@ def prepare_part(
     with open_cache(Path(cache_dir or "cache", "tokenized"), key, data_args.overwrite_cache) as cache:
         was_cached = cache.rows is not None
         if not was_cached:
-            records, report = load_records(read_records, files, data_args.on_bad_data, Reading(ignore_keys))
+            reading = Reading(ignore_keys)
+            records, report = load_records(read_records, files, data_args.on_bad_data, reading)
+            if reading.thoughts_apart and encoder.thinking is None:
+                raise UserError(f"{some_names(files)}: {reading.thoughts_apart}; say what becomes of them: {CHOICES}")
             chosen = choose_part(records, part, held_out, **choice)
             rows, encoded = encode_records(chosen, encoder, data_args.preprocessing_num_workers, data_args.on_bad_data)
             cache.save(rows, {"read": report.as_dict(), "encoded": encoded.as_dict()})

@@ -5,9 +5,11 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import get_args
 
 from medtune.errors import UserError
 from medtune.reading.kinds import Kind
+from medtune.reading.thinking import Thinking
 
 
 def lengths_at(lengths: Counter[int], shares: Sequence[float]) -> list[int]:
@@ -29,6 +31,7 @@ def add_token_flags(parser: argparse._ActionsContainer) -> None:
     """The tokenizer, and the flags that say how a stage would use it."""
     parser.add_argument("--model_name_or_path", "--tokenizer", dest="tokenizer", help="hub name or folder of the model")
     parser.add_argument("--template_name", help="named prompt template instead of the tokenizer's own")
+    parser.add_argument("--thinking", choices=get_args(Thinking), help="what the stage learns of thoughts")
     for name, (_, default, what) in LIMITS.items():
         parser.add_argument(f"--{name}", type=int, help=f"tokens of the longest {what} (default: {default})")
 
@@ -38,7 +41,7 @@ def settle_token_flags(args: argparse.Namespace, kind: Kind) -> list[str]:
 
     Raises UserError where there is no tokenizer to count by, or nothing fits.
     """
-    for name in ("template_name", *LIMITS):
+    for name in ("template_name", "thinking", *LIMITS):
         value = getattr(args, name)
         if value is not None and not args.tokenizer:
             raise UserError(f"--{name} {value}: counts in tokens, so name the model too: --model_name_or_path")

@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 import template
 from medtune.errors import Unusable, UserError
+from medtune.reading.thinking import Thinking, template_for, thinking_of_name
+from medtune.reading.thoughts import opens_thought, split_reply
 from template import ChatTemplate, Message
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
@@ -29,11 +31,15 @@ PROMPT_ROLES = ("user", "tool")
 SEAM = "\ufdd0"
 
 
-def load_chat_template(tokenizer: PreTrainedTokenizerBase, template_name: str | None) -> ChatTemplate:
-    """The named template, or the tokenizer's own. A named one is set on the tokenizer and so saved with it.
+def load_chat_template(
+    tokenizer: PreTrainedTokenizerBase, template_name: str | None, thinking: Thinking | None = None
+) -> ChatTemplate:
+    """The named template, or the tokenizer's own, as --thinking changes it; set on the tokenizer and saved with it.
 
-    Raises UserError when there is none, or when the token that ends a reply is none of the tokenizer's tokens.
+    Raises UserError when there is none or it cannot be so changed, or when the token that ends a reply is none of the
+        tokenizer's tokens.
     """
+    thinking = thinking_of_name(template_name, thinking)
     if template_name is not None:
         tokenizer.chat_template = template.named_template(template_name)
     elif tokenizer.chat_template is None:
@@ -46,12 +52,17 @@ def load_chat_template(tokenizer: PreTrainedTokenizerBase, template_name: str | 
             f"the tokenizer of {tokenizer.name_or_path} runs in Python and gives no character offsets, which the "
             "loss mask needs: convert it to a fast tokenizer (tokenizer.json)"
         )
+    name, is_own = template_name or tokenizer.name_or_path, template_name is None
+    render = partial(_render, tokenizer, is_own)
+    if thinking:
+        tokenizer.chat_template = template_for(thinking, tokenizer.get_chat_template(), render, name)
     chat_template = ChatTemplate(
-        name=template_name or tokenizer.name_or_path,
-        render=partial(_render, tokenizer, template_name is None),
+        name=name,
+        render=render,
         special_tokens=sorted({str(token) for token in tokenizer.added_tokens_decoder.values()}),
         control_tokens=sorted({str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}),
         eos_token=tokenizer.eos_token,
+        thinking=thinking,
     )
     for token in chat_template.stop_tokens:
         if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
@@ -68,7 +79,9 @@ def _render(
     messages: list[Message],
     tools: list[dict] | None,
     add_generation_prompt: bool,
+    jinja: str | None = None,
 ) -> str:
+    """jinja: None for the tokenizer's."""
     if own_template:
         # The models' templates read OpenAI's form, in which a call lies under "function".
         messages = [
@@ -79,7 +92,7 @@ def _render(
         ]
     try:
         return tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, tools=tools, chat_template=jinja, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except (jinja2.TemplateError, TypeError, OverflowError) as error:
         raise UserError(f"the chat template refuses the dialogue: {error}") from error
@@ -155,6 +168,7 @@ def encode_dialogue(
         UserError: the template cannot render it.
     """
     refuse_control_tokens(chat_template, messages, tools)
+    _refuse_lone_thoughts(chat_template, messages)
     ids, labels = _ids_and_labels(tokenizer, chat_template, messages, tools, train_on_inputs)
     if len(ids) <= max_length:
         return ids, labels
@@ -178,18 +192,29 @@ def encode_dialogue(
 
 
 def n_thoughts_left_out(chat_template: ChatTemplate, messages: list[Message], tools: list[dict] | None) -> int:
-    """How many replies begin with `<think>...</think>` of which the template writes none."""
-    thoughts = [thought_of(message["content"]) for message in messages if message["role"] == "assistant"]
+    """How many replies begin with a thought of which nothing is learned."""
+    thoughts = [split_reply(message["content"]).thought for message in messages if message["role"] == "assistant"]
     if not any(thoughts):
         return 0
     replies = [segment.text for segment in chat_template.segments(messages, tools) if segment.learned]
-    return sum(thought not in reply for thought, reply in zip(thoughts, replies, strict=True))
+    return sum(
+        any(part not in reply for part in thought.split("\n\n"))
+        for thought, reply in zip(thoughts, replies, strict=True)
+    )
 
 
-def thought_of(reply: str) -> str:
-    """What a reply says between <think> and </think>, "" without."""
-    before, end, _ = reply.partition("</think>")
-    return before.rpartition("<think>")[2].strip() if end else ""
+def _refuse_lone_thoughts(chat_template: ChatTemplate, messages: list[Message]) -> None:
+    """Raise Unusable where nothing is left of a reply whose thought is not learned."""
+    if chat_template.learns_thoughts:
+        return
+    for number, message in enumerate(messages, 1):
+        is_reply = message["role"] == "assistant" and not message.get("tool_calls")
+        if is_reply and message["content"] and not split_reply(message["content"]).answer:
+            raise Unusable(
+                "thought without answer",
+                f"message {number} (assistant) is a thought alone, of which --thinking {chat_template.thinking} "
+                "leaves nothing; write the answer behind </think>, or delete the record",
+            )
 
 
 def refuse_control_tokens(chat_template: ChatTemplate, messages: list[Message], tools: list[dict] | None) -> None:
@@ -249,10 +274,13 @@ def _ids_and_labels(
             joined = text[end : offsets[token - 1][1]] if token > first else ""
             # Phi's tokens take the blanks behind them, whatever these belong to: no other token hangs on that.
             if joined and not (joined.isspace() and _is_added(tokenizer, ids[token - 1])):
+                advice = "change its first or last characters"
+                if opens_thought(text[:end]):
+                    advice = "the prompt opens a thought that it lacks, so write one, or ask with --thinking empty"
                 raise Unusable(
                     "merged token",
                     f"the tokenizer joins {text[end - 5 : end]!r} and {text[end : end + 5]!r}, so a reply has no "
-                    "exact border; change its first or last characters",
+                    f"exact border; {advice}",
                 )
             is_learned = next(replies) if segment.learned else train_on_inputs
             if is_learned:
@@ -309,7 +337,9 @@ def encode_replies(
     Raises Unusable where nothing would be left of the prompt, or a reply or the system prompt holds a control token.
     """
     for reply in replies:
-        refuse_control_tokens(chat_template, [*messages, {"role": "assistant", "content": reply}], tools)
+        whole = [*messages, {"role": "assistant", "content": reply}]
+        refuse_control_tokens(chat_template, whole, tools)
+        _refuse_lone_thoughts(chat_template, whole)
     while True:
         prompt_ids, first_ids = encode_exchange(tokenizer, chat_template, messages, replies[0], tools)
         if len(prompt_ids) <= max_prompt_length:

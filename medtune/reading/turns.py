@@ -6,7 +6,14 @@ import re
 from dataclasses import dataclass
 
 from medtune.errors import Unusable
-from medtune.reading.keys import KeyPlan, Reading, check_prompt_keys, check_reply_keys, sort_keys
+from medtune.reading.keys import (
+    KeyPlan,
+    Reading,
+    check_prompt_keys,
+    check_reply_keys,
+    reply_with_thought,
+    sort_keys,
+)
 from medtune.reading.values import (
     NAME_KEYS,
     NO_TEXT,
@@ -178,11 +185,14 @@ def _messages(turn: object, where: str, reading: Reading) -> list[dict]:
 
 
 def _honour_keys(message: dict, turn: dict, plan: KeyPlan, reading: Reading, where: str) -> None:
-    """Mark a reply that is not learned with OpenAI's `"weight": 0`."""
+    """Write a thought before the reply, and mark a reply that is not learned with OpenAI's `"weight": 0`."""
     if message["role"] != "assistant":
         check_prompt_keys(turn, plan, reading, where)
-    elif check_reply_keys(turn, plan, reading, where, message["content"], of_turn=True):
+        return
+    if check_reply_keys(turn, plan, reading, where, of_turn=True):
         message["weight"] = 0
+    if message["content"] or message.get("tool_calls"):
+        message["content"] = reply_with_thought(turn, plan, reading, where, message["content"])
 
 
 def _exchange_of_turn(turn: dict, form: _TurnForm, where: str, reading: Reading) -> list[dict]:

@@ -12,6 +12,7 @@ from medtune.arguments import LoraArguments, ModelArguments, RunArguments
 from medtune.errors import UserError
 from medtune.reading.exams import ExamFormat
 from medtune.training.checkpoints import PADDING_FREE
+from medtune.training.template_choice import TemplateArguments
 
 EPISODES_AN_UPDATE = "episodes an update"
 
@@ -103,10 +104,7 @@ class GRPORewardArguments(RewardArguments):
 
 
 @dataclass
-class RolloutArguments:
-    template_name: str | None = field(
-        default=None, metadata={"help": "Named prompt template of template.py instead of the tokenizer's own."}
-    )
+class RolloutArguments(TemplateArguments):
     max_source_length: int = field(default=1024, metadata={"help": "Longest prompt in tokens."})
     truncation: Literal["drop", "cut_prompt_start"] = field(
         default="cut_prompt_start",

@@ -51,11 +51,11 @@ def ppo_figures(rewards: Sequence[str]) -> ShownFigures:
     )
 
 
-def grpo_figures(rewards: Sequence[str], has_exam: bool) -> ShownFigures:
-    """GRPO's, with these rewards, and with exam questions in the evaluation or none."""
-    accuracy = {"exam accuracy": {"eval_exam_accuracy_written": "held-out, greedy"}} if has_exam else {}
+def grpo_figures(rewards: Sequence[str], exam_accuracy: str | None) -> ShownFigures:
+    """GRPO's, with these rewards; exam_accuracy: what the evaluation calls it, None without exam questions."""
+    accuracy = {"exam accuracy": {f"eval_{exam_accuracy}": "held-out, greedy"}} if exam_accuracy else {}
     return ShownFigures(
-        best_by="eval_exam_accuracy_written" if has_exam else "eval_reward",
+        best_by=f"eval_{exam_accuracy}" if exam_accuracy else "eval_reward",
         columns=(
             ("objective/reward", "reward", ".3f"),
             *_columns_of(rewards),

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from medtune.errors import Unusable, UserError
 from medtune.models.model_folder import choose_template, describe_folder
 from medtune.models.reward_models import reward_ids
+from medtune.reading.thoughts import split_reply
 from medtune.reading.tokenization import stop_token_ids
 from template import ChatTemplate
 
@@ -18,6 +19,7 @@ class RewardTexts:
 
     stop_ids: the tokens that end a reply; the reward model was trained on the first.
     reward_tokenizer, reward_template: of a reward model that reads other ids than the policy writes; None otherwise.
+    reads_thoughts: whether the reward model scores thoughts too, and not the answer alone.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -25,15 +27,24 @@ class RewardTexts:
     stop_ids: list[int]
     reward_tokenizer: PreTrainedTokenizerBase | None = None
     reward_template: ChatTemplate | None = None
+    reads_thoughts: bool = False
 
     def of_ids(self, row: dict, reply_ids: list[int]) -> list[int]:
         """What the reward model reads for a prompt and the reply that the policy wrote to it."""
         ended = bool(reply_ids) and reply_ids[-1] in self.stop_ids
         words = reply_ids[:-1] if ended else reply_ids
-        if self.reward_tokenizer is None:
-            return row["prompt_ids"] + words + self.stop_ids[:1] * ended
         text = self.tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if self.chat_template.opens_thought:
+            text = f"<think>\n{text}"
+        if self.reward_tokenizer is None and (self.reads_thoughts or not self._has_thought(row, text)):
+            return row["prompt_ids"] + words + self.stop_ids[:1] * ended
         return self.of_text(row, text.strip(), ended)
+
+    def _has_thought(self, row: dict, reply: str) -> bool:
+        """Whether the reply, or one before it in the prompt, has a thought."""
+        messages, _ = json.loads(row["messages"])
+        earlier = [message["content"] for message in messages if message["role"] == "assistant"]
+        return any(split_reply(text).thought for text in [*earlier, reply])
 
     def of_text(self, row: dict, reply: str, ended: bool = True) -> list[int]:
         """What the reward model reads for a prompt and a reply that is words, such as the dialogue's own."""
@@ -42,7 +53,8 @@ class RewardTexts:
         if tokenizer is None:
             tokenizer, chat_template = self.tokenizer, self.chat_template
         try:
-            return reward_ids(tokenizer, chat_template, messages, reply, tools, ended=ended)
+            options = {"ended": ended, "reads_thoughts": self.reads_thoughts}
+            return reward_ids(tokenizer, chat_template, messages, reply, tools, **options)
         except (Unusable, UserError) as error:
             raise UserError(
                 f"--reward_model_path: its prompt template does not write the reply {reply!r:.60} "
@@ -61,8 +73,8 @@ def load_reward_texts(
 
     folder_options: of `describe_folder`.
     """
-    reward_texts = RewardTexts(tokenizer, chat_template, stop_ids)
     own = describe_folder(reward_model_path, "--reward_model_path", **folder_options)
+    reward_texts = RewardTexts(tokenizer, chat_template, stop_ids, reads_thoughts=own.reads_thoughts)
     own_template = choose_template(own, None)
     reads_the_same = (
         tokenizer.get_vocab() == own.tokenizer.get_vocab()

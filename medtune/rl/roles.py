@@ -27,7 +27,7 @@ from medtune.models.lora_layers import describe_trainable
 from medtune.models.reward_models import add_reward_adapter, load_reward_model
 from medtune.models.running_batch import Row, complete_rows
 from medtune.models.score_heads import ScoreHead
-from medtune.models.text_attention import attend_by_text, forward_inputs, gains_from_joining
+from medtune.models.text_attention import Layout, attend_by_text, forward_inputs, gains_from_joining
 from medtune.rl.ppo_math import position_ids, token_logps
 
 # By role, the adapter's name in PEFT where it is another.
@@ -200,7 +200,7 @@ class Roles:
         if not self.padding_free:
             # Detail: positions from the mask, whatever the padding.
             return backbone(**batch, position_ids=position_ids(attention_mask), use_cache=False)
-        outputs = backbone(**forward_inputs(batch, padding_free=True), use_cache=False)
+        outputs = backbone(**forward_inputs(batch, Layout.JOINED), use_cache=False)
         (joined,) = outputs.last_hidden_state
         states = joined.new_zeros(*ids.shape, joined.shape[-1])
         outputs.last_hidden_state = states.index_put(tuple(attention_mask.bool().nonzero(as_tuple=True)), joined)

@@ -110,7 +110,7 @@ class CausalLMTrainer(StageTrainer):
         learned = labels[:, 1:] != IGNORED_LABEL
         compute = partial(losses_and_hits, label_smoothing=self.args.label_smoothing_factor if model.training else 0.0)
         predicts = F.pad(learned, (0, 1), value=False)
-        losses, hits = self.head(model, batch, predicts, labels[:, 1:][learned], compute, self.padding_free)
+        losses, hits = self.head(model, batch, predicts, labels[:, 1:][learned], compute, self.layout)
         return losses, hits, learned
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

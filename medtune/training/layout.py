@@ -14,7 +14,15 @@ from transformers import PreTrainedModel, Trainer
 
 from medtune.errors import UserError
 from medtune.models.dropout import has_dropout
-from medtune.models.text_attention import attend_by_text, forward_inputs, gains_from_joining
+from medtune.models.text_attention import (
+    LEAST_SHARED,
+    SDPA_BY_TEXT,
+    Layout,
+    attend_by_text,
+    forward_inputs,
+    gains_from_joining,
+    places,
+)
 from medtune.training.batches import pad_right
 
 # Tokens of the three texts in a row that show whether texts see each other.
@@ -37,11 +45,12 @@ class TextsOfRow:
 JOINED_ROWS = TextsOfRow("text", "--padding_free False gives each a row of its own")
 
 
-def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | None) -> bool:
-    """Whether the rows of a batch are joined into one, by the trainer's --padding_free.
+def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | None) -> Layout:
+    """How the rows of a batch pass through the model, by the trainer's --padding_free.
 
     auto joins them where attention takes their borders and where that was measured to be faster: with FlashAttention,
-    and on a CPU. Models with recurrent layers keep rows, and so do models that the probe finds leaks in.
+    and on a CPU. Models with recurrent layers keep rows, and so do models that the probe finds leaks in. Of joined rows
+    that have prompts in common these pass once if our own attention reads them and the probe finds the same states.
 
     Args:
         model: as its forward passes are called now, in DeepSpeed's engine for example.
@@ -55,32 +64,38 @@ def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | 
     args = trainer.args
     # NEFTune's noise goes by the length of a row, and would be weaker in a longer one.
     gains = gains_from_joining(plain, args.device) and not args.neftune_noise_alpha
-    padding_free = gains if is_auto else setting == "True"
-    if padding_free:
+    layout = Layout.PADDED
+    if gains if is_auto else setting == "True":
         attend_by_text(plain)
-        fault, summary = look_at_texts(trainer, model, padding_free)
+        shares = trainer.rows_share_prompts and plain.config._attn_implementation == SDPA_BY_TEXT
+        for layout in (Layout.SHARED_PREFIXES, Layout.JOINED) if shares else (Layout.JOINED,):
+            fault, summary = look_at_texts(trainer, model, layout)
+            if not fault:
+                break
         if fault and is_auto:
             logger.info(f"rows are padded, since they would not stay apart if they were joined ({summary})")
             attend_by_text(plain, False)
-            padding_free = False
+            layout = Layout.PADDED
         elif fault:
             raise _leak(texts or JOINED_ROWS, plain, summary)
         else:
             drops = args.do_train and has_dropout(plain)
             logger.info(
                 f"the rows of a batch are joined into one without padding: a {(texts or JOINED_ROWS).name} sees itself "
-                f"alone ({summary})" + ("; dropout draws other numbers than with padding" if drops else "")
+                f"alone ({summary})"
+                + ("; a prompt that rows share passes once" if layout is Layout.SHARED_PREFIXES else "")
+                + ("; dropout draws other numbers than with padding" if drops else "")
             )
-    if texts and not padding_free:
-        fault, summary = look_at_texts(trainer, model, padding_free)
+    if texts and layout is Layout.PADDED:
+        fault, summary = look_at_texts(trainer, model, layout)
         if fault:
             raise _leak(texts, plain, summary)
         logger.info(f"checked with three texts in a row: a {texts.name} sees itself alone ({summary})")
-    if args.neftune_noise_alpha and (padding_free or texts):
+    if args.neftune_noise_alpha and (layout is not Layout.PADDED or texts):
         logger.info(
             "--neftune_noise_alpha: the noise goes by the length of a row, and is weaker where it has several texts"
         )
-    return padding_free
+    return layout
 
 
 def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -121,7 +136,7 @@ def _spread(states: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def look_at_texts(trainer: Trainer, model: torch.nn.Module, padding_free: bool) -> tuple[bool, str]:
+def look_at_texts(trainer: Trainer, model: torch.nn.Module, layout: Layout) -> tuple[bool, str]:
     """Whether texts of a row are something else there than alone, in any process, and what shows it."""
     tokenizer = trainer.processing_class
     ordinary = [token_id for token_id in range(len(tokenizer)) if token_id not in tokenizer.added_tokens_decoder]
@@ -132,8 +147,9 @@ def look_at_texts(trainer: Trainer, model: torch.nn.Module, padding_free: bool) 
     )
     rows = plain, [other_first, *plain[1:]], [*plain[:-1], other_last]
     try:
-        moved, rounding = moved_states(*(_states_of_row(trainer, model, row, padding_free) for row in rows))
-        apart = _apart_from_alone(trainer, model, plain) if padding_free else 0.0
+        moved, rounding = moved_states(*(_states_of_row(trainer, model, row, layout) for row in rows))
+        sharing = [*plain, plain[0][:LEAST_SHARED] + other_last]
+        apart = 0.0 if layout is Layout.PADDED else _apart_from_alone(trainer, model, sharing, layout)
     except ValueError as error:
         # transformers 5.24 itself refuses what some layers cannot keep apart.
         if "packed sequences apart" not in str(error):
@@ -153,35 +169,40 @@ def look_at_texts(trainer: Trainer, model: torch.nn.Module, padding_free: bool) 
 
 
 def _states_of_row(
-    trainer: Trainer, model: torch.nn.Module, texts: Sequence[Sequence[int]], padding_free: bool
+    trainer: Trainer, model: torch.nn.Module, texts: Sequence[Sequence[int]], layout: Layout
 ) -> torch.Tensor:
     """[rows, length, hidden] inputs of the head for a row of texts, in a layout.
 
     The row is repeated if batches have several: some attention kernels separate texts only in a batch of one.
     """
     args = trainer.args
-    n_rows = 1 if padding_free or max(args.train_batch_size, args.eval_batch_size) == 1 else 2
+    is_single = layout is not Layout.PADDED or max(args.train_batch_size, args.eval_batch_size) == 1
+    n_rows = 1 if is_single else 2
     ids = torch.tensor([[token_id for text in texts for token_id in text]] * n_rows, device=args.device)
     positions = torch.tensor([[position for text in texts for position in range(len(text))]] * n_rows)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions.to(args.device)}
-    return _states_of(trainer, model, batch, padding_free)
+    return _states_of(trainer, model, batch, layout)
 
 
-def _apart_from_alone(trainer: Trainer, model: torch.nn.Module, texts: Sequence[Sequence[int]]) -> float:
+def _apart_from_alone(
+    trainer: Trainer, model: torch.nn.Module, texts: Sequence[Sequence[int]], layout: Layout
+) -> float:
     """How far the texts' states in one row are from those in padded rows, in units of their spread, without dropout."""
     device = trainer.args.device
     batch = {"input_ids": pad_right(texts, texts[0][0]), "attention_mask": pad_right([[1] * len(t) for t in texts], 0)}
     batch = {name: values.to(device) for name, values in batch.items()}
     modes = [(module, module.training) for module in trainer.model.modules()]
     trainer.model.eval()
-    joined, padded = (_states_of(trainer, model, batch, padding_free) for padding_free in (True, False))
+    is_token = batch["attention_mask"].bool()
+    joined, alone = (
+        _states_of(trainer, model, batch, each)[places(is_token, batch, each)][None] for each in (layout, Layout.PADDED)
+    )
     for module, mode in modes:
         module.training = mode
-    alone = padded[batch["attention_mask"].bool()][None]
     return _root_mean_square(joined - alone) / _spread(alone)
 
 
-def _states_of(trainer: Trainer, model: torch.nn.Module, batch: dict, padding_free: bool) -> torch.Tensor:
+def _states_of(trainer: Trainer, model: torch.nn.Module, batch: dict, layout: Layout) -> torch.Tensor:
     """Inputs of the head, [rows, length, hidden] or [1, tokens, hidden]."""
     plain, states = _base(trainer.model), []
     vocabulary_head = plain.get_output_embeddings()
@@ -199,9 +220,7 @@ def _states_of(trainer: Trainer, model: torch.nn.Module, batch: dict, padding_fr
             _not_compiled(trainer),
         ):
             torch.manual_seed(0)
-            (model if trainer.is_deepspeed_enabled else trainer.model)(
-                **forward_inputs(batch, padding_free), use_cache=False
-            )
+            (model if trainer.is_deepspeed_enabled else trainer.model)(**forward_inputs(batch, layout), use_cache=False)
     finally:
         handle.remove()
     return states[0]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from medtune.errors import UserError
 from medtune.training.stage_trainer import StageTrainingArguments
+from medtune.training.template_choice import TemplateArguments
 
 DPO_LOSSES = ("sigmoid", "hinge", "ipo", "robust", "sft")
 REFERENCE_FREE = ("orpo", "simpo")
@@ -18,12 +19,9 @@ REMOVED_LOSSES = (
 
 
 @dataclass
-class PairArguments:
+class PairArguments(TemplateArguments):
     """Template and limits of the replies that the reward model and DPO compare."""
 
-    template_name: str | None = field(
-        default=None, metadata={"help": "Named prompt template of template.py instead of the tokenizer's own."}
-    )
     max_source_length: int = field(
         default=1024,
         metadata={"help": "Longest prompt in tokens; a longer one loses its oldest exchanges, then its start."},

@@ -125,6 +125,7 @@ class PreferenceTrainer(StageTrainer):
     """
 
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
+    rows_share_prompts = True
     ids_columns: ClassVar[tuple[str, ...]] = ("prompt_ids", "chosen_ids", "rejected_ids")
     ref_columns: ClassVar[tuple[str, ...]] = ("ref_chosen_logps", "ref_rejected_logps")
     row_kind: ClassVar[str] = "pairs"
@@ -207,7 +208,7 @@ class PreferenceTrainer(StageTrainer):
 
     def token_logps(self, model: torch.nn.Module, batch: dict, mask: torch.Tensor) -> torch.Tensor:
         """[rows, length - 1] log-probs in nats of the mask's tokens under the policy."""
-        return self.head.logps(model, batch["input_ids"], batch["attention_mask"], mask, self.padding_free)
+        return self.head.logps(model, batch["input_ids"], batch["attention_mask"], mask, self.layout)
 
     def losses_and_figures(
         self, model: torch.nn.Module, batch: dict, ref_logps: torch.Tensor | None
@@ -264,7 +265,7 @@ class PreferenceTrainer(StageTrainer):
 
     def choose_layout_once(self, model: torch.nn.Module) -> None:
         super().choose_layout_once(model)
-        self.reference.use_layout(self.padding_free)
+        self.reference.use_layout(self.layout)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean loss over the rows of the whole step, all processes and micro-batches together."""

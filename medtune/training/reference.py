@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from medtune.errors import UserError
 from medtune.models.dropout import switch_off_dropout
 from medtune.models.logps import SparseHead
-from medtune.models.text_attention import attend_by_text
+from medtune.models.text_attention import Layout, attend_by_text
 
 REFERENCE = "ref"
 # Largest |logp - ref_logp| of a reply before the first step, in nats, and a token of it: a sum of hundreds of nats has
@@ -95,7 +95,7 @@ class Reference:
         model: PreTrainedModel | None = None,
     ):
         self.name, self.policy, self.accelerator = name, policy, accelerator
-        self.model, self.head, self.padding_free = policy, policy_head, False
+        self.model, self.head, self.layout = policy, policy_head, Layout.PADDED
         self.uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         if model is not None:
             switch_off_dropout(model)
@@ -106,10 +106,10 @@ class Reference:
                 else accelerator.prepare_model(model, evaluation_mode=True)
             )
 
-    def use_layout(self, padding_free: bool) -> None:
+    def use_layout(self, layout: Layout) -> None:
         """Pass batches through the model as the policy does."""
-        self.padding_free = padding_free
-        if padding_free:
+        self.layout = layout
+        if layout is not Layout.PADDED:
             attend_by_text(self.head.model)
 
     @torch.no_grad()
@@ -119,7 +119,7 @@ class Reference:
         self.policy.eval()  # or gradient checkpointing warns that there are no gradients
         with as_reference(self.policy):
             mask = batch["reply_mask"][:, 1:]
-            by_token = self.head.logps(self.model, batch["input_ids"], batch["attention_mask"], mask, self.padding_free)
+            by_token = self.head.logps(self.model, batch["input_ids"], batch["attention_mask"], mask, self.layout)
             logps = by_token.sum(dim=1)
         self.policy.train(was_training)
         return logps

@@ -72,6 +72,7 @@ class RewardTrainer(StageTrainer):
     """Trainer on rows of pairs with a `margin`; needs `PairCollator` as its collator."""
 
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", "margin")
+    rows_share_prompts = True
 
     def __init__(self, model: torch.nn.Module, args: RMTrainingArguments, **kwargs):
         if args.disable_dropout:
@@ -81,7 +82,7 @@ class RewardTrainer(StageTrainer):
 
     def _losses_and_scores(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[pairs] float32 each: losses, scores of the chosen and of the rejected replies."""
-        chosen, rejected = self.last_scores(model, inputs, self.padding_free).chunk(2)
+        chosen, rejected = self.last_scores(model, inputs, self.layout).chunk(2)
         centering = self.args.center_rewards_coefficient
         losses = bradley_terry_losses(chosen, rejected, inputs["margin"], centering)
         return losses, chosen.detach(), rejected.detach()

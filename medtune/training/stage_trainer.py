@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import is_liger_kernel_available
 
 from medtune.errors import UserError
+from medtune.models.text_attention import Layout
 from medtune.training.compilation import compile_layers
 from medtune.training.layout import TextsOfRow, choose_layout
 
@@ -112,7 +113,8 @@ class StageTrainer(Trainer):
     """
 
     columns: ClassVar[tuple[str, ...]]
-    padding_free = layout_is_chosen = False  # until the first batch
+    rows_share_prompts: ClassVar[bool] = False  # those of a batch, which then may pass once
+    layout, layout_is_chosen = Layout.PADDED, False  # until the first batch
     loss_is_scaled_for_ga = True  # `mean_over_step` has divided by all micro-batches
 
     def __init__(
@@ -165,8 +167,8 @@ class StageTrainer(Trainer):
         model: as its forward passes are called.
         """
         if not self.layout_is_chosen:
-            self.padding_free = choose_layout(self, model, self.texts_of_row)
-            self.args.padding_free = str(self.padding_free)
+            self.layout = choose_layout(self, model, self.texts_of_row)
+            self.args.padding_free = str(self.layout is not Layout.PADDED)
             self.layout_is_chosen = True
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:

@@ -7,16 +7,22 @@ from transformers import AutoModelForSequenceClassification, Qwen2Config
 
 from medtune.models.dropout import switch_off_dropout
 from medtune.models.score_heads import LastScores
-from medtune.models.text_attention import attend_by_text, forward_inputs, of_tokens
+from medtune.models.text_attention import Layout, attend_by_text, forward_inputs, places
+from medtune.training.batches import pad_right
 
 IDS = torch.tensor(
     [[7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [20, 21, 0, 0, 0, 0, 0, 0, 0, 0, 0], [30, 31, 32, 33] + [0] * 7]
 )
 BATCH = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
+# The second text begins with 18 tokens of the first, the third with 20 of the second, and the fourth is in the first.
+FIRST, OTHER = list(range(7, 37)), list(range(40, 50))
+TEXTS = [FIRST, FIRST[:18] + OTHER, FIRST[:18] + OTHER[:2] + [50, 51], FIRST[:17], [52, 53, 54]]
+SHARING = {"input_ids": pad_right(TEXTS, 0)} | {"attention_mask": (pad_right(TEXTS, 0) > 0).long()}
 
 
-def test_one_row_has_all_tokens_and_the_borders_of_the_texts():
-    inputs = forward_inputs(BATCH, padding_free=True)
+@pytest.mark.parametrize("layout", [Layout.JOINED, Layout.SHARED_PREFIXES])
+def test_one_row_has_all_tokens_and_the_borders_of_the_texts(layout):
+    inputs = forward_inputs(BATCH, layout)
     assert inputs["input_ids"].tolist() == [[*range(7, 18), 20, 21, 30, 31, 32, 33]]
     assert inputs["position_ids"].tolist() == [[*range(11), 0, 1, 0, 1, 2, 3]]
     assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == [0, 11, 13, 17]
@@ -24,30 +30,55 @@ def test_one_row_has_all_tokens_and_the_borders_of_the_texts():
     assert inputs["seq_idx"].tolist() == [[0] * 11 + [1] * 2 + [2] * 4]
     # Two texts in the first row.
     positions = torch.tensor([[*range(5), *range(6)], [0, 1] + [0] * 9, [0, 1, 2, 3] + [0] * 7])
-    inputs = forward_inputs(BATCH | {"position_ids": positions}, padding_free=True)
+    inputs = forward_inputs(BATCH | {"position_ids": positions}, layout)
     assert inputs["cu_seq_lens_q"].tolist() == [0, 5, 11, 13, 17]
 
 
+def test_a_prefix_of_several_texts_is_there_once():
+    inputs = forward_inputs(SHARING, Layout.SHARED_PREFIXES)
+    assert inputs["input_ids"].tolist() == [[*FIRST, *OTHER, 50, 51, 52, 53, 54]]
+    assert inputs["position_ids"].tolist() == [[*range(30), *range(18, 28), 20, 21, 0, 1, 2]]
+    assert inputs["seq_idx"].tolist() == [[0] * 30 + [1] * 10 + [2] * 2 + [4] * 3]
+    rows, columns = places(SHARING["attention_mask"].bool(), SHARING, Layout.SHARED_PREFIXES)
+    assert inputs["input_ids"][rows, columns].tolist() == [token_id for text in TEXTS for token_id in text]
+    assert inputs["position_ids"][rows, columns].tolist() == [n for text in TEXTS for n in range(len(text))]
+    # A prefix of few tokens costs more than it saves.
+    short = {name: values[:, 3:] for name, values in SHARING.items()}
+    assert forward_inputs(short, Layout.SHARED_PREFIXES)["input_ids"].shape == (1, 27 + 25 + 2 + 14)
+
+
+def test_padding_on_the_left_shares_prefixes_too():
+    ids = torch.tensor([[0, 0, *FIRST[:16], 40], [0, 0, *FIRST[:16], 41], [*FIRST[:16], 42, 43, 44]])
+    inputs = forward_inputs({"input_ids": ids, "attention_mask": (ids > 0).long()}, Layout.SHARED_PREFIXES)
+    assert inputs["input_ids"].tolist() == [[*FIRST[:16], 40, 41, *FIRST[:16], 42, 43, 44]]
+
+
 def test_padded_rows_pass_as_they_are():
-    assert forward_inputs(BATCH, padding_free=False) == BATCH
-    assert list(forward_inputs(BATCH | {"position_ids": IDS}, padding_free=False)) == ["input_ids", "position_ids"]
+    assert forward_inputs(BATCH, Layout.PADDED) == BATCH
+    assert list(forward_inputs(BATCH | {"position_ids": IDS}, Layout.PADDED)) == ["input_ids", "position_ids"]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("layout", [Layout.JOINED, Layout.SHARED_PREFIXES])
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text", "gpt2", "opt", "qwen3_moe", "glm4_moe", "afmoe"])
-def test_logits_and_gradients_are_those_of_padded_rows(model_type, checkpointing):
+def test_logits_and_gradients_are_those_of_padded_rows(model_type, layout, checkpointing):
     """Gemma's window is shorter than the longest text, and GPT-2 and OPT have learned positions."""
     model = tiny_model(model_type).train()
     switch_off_dropout(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    weights = torch.randn(int(BATCH["attention_mask"].sum()), 640, generator=torch.Generator().manual_seed(0))
+    if layout is Layout.SHARED_PREFIXES and getattr(model.config, "sliding_window", None):
+        attend_by_text(model)
+        with pytest.raises(ValueError, match="packed sequences apart that share a prefix"):
+            model(**forward_inputs(SHARING, layout), use_cache=False)
+        return
+    is_token = SHARING["attention_mask"].bool()
+    weights = torch.randn(int(is_token.sum()), 640, generator=torch.Generator().manual_seed(0))
     found = []
-    for padding_free in (False, True):
-        attend_by_text(model, padding_free)
+    for each in (Layout.PADDED, layout):
+        attend_by_text(model, each is layout)
         model.zero_grad()
-        logits = model(**forward_inputs(BATCH, padding_free), use_cache=False).logits
-        logits = logits[of_tokens(BATCH["attention_mask"].bool(), BATCH, padding_free)]
+        logits = model(**forward_inputs(SHARING, each), use_cache=False).logits[places(is_token, SHARING, each)]
         (logits * weights).mean().backward()
         found.append((logits.detach(), [weight.grad for weight in model.parameters()]))
     (padded, of_padded), (joined, of_joined) = found
@@ -68,7 +99,7 @@ def test_attention_by_text_makes_no_mask_of_the_whole_row(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
     model = tiny_model("qwen3")
     attend_by_text(model)
-    model(**forward_inputs(BATCH, padding_free=True), use_cache=False)
+    model(**forward_inputs(BATCH, Layout.JOINED), use_cache=False)
     assert seen == [(11, None), (2, None), (4, None)] * 4
 
 
@@ -81,14 +112,14 @@ def test_generation_with_attention_by_text_is_that_of_sdpa():
     assert torch.equal(model.generate(**prompts, max_new_tokens=6, do_sample=False), plain)
 
 
-@pytest.mark.parametrize("padding_free", [False, True])
-def test_last_scores_are_those_of_each_text_alone(padding_free):
+@pytest.mark.parametrize("layout", list(Layout))
+def test_last_scores_are_those_of_each_text_alone(layout):
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, num_labels=1, pad_token_id=0,
     )  # fmt: skip
     model = AutoModelForSequenceClassification.from_config(config).eval()
-    alone = [model(row[row > 0][None]).logits.item() for row in IDS]
-    attend_by_text(model, padding_free)
-    assert LastScores(model)(model, BATCH, padding_free).tolist() == pytest.approx(alone, abs=1e-5)
+    alone = [model(torch.tensor([text])).logits.item() for text in TEXTS]
+    attend_by_text(model, layout is not Layout.PADDED)
+    assert LastScores(model)(model, SHARING, layout).tolist() == pytest.approx(alone, abs=1e-5)

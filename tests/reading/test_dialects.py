@@ -395,7 +395,9 @@ def test_beside_columns_that_are_named_nothing_is_lost():
     assert noted.messages == [EARLIER[0], user("失眠"), TURNS[1]]
     assert noted.tools == [{"name": "f"}]
     assert found == ["keys of records that are not read: '科室' (1)"]
-    for lost in ({"历史": [["a", "b"]]}, {"图片": "a.png"}, {"思考": "先想。"}):
+    thinking, _ = read(思考="先想。")
+    assert thinking.messages[-1]["content"] == f"<think>\n先想。\n</think>\n\n{TURNS[1]['content']}"
+    for lost in ({"历史": [["a", "b"]]}, {"图片": "a.png"}):
         with pytest.raises(Unusable):
             read(**lost)
 

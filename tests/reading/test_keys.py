@@ -135,14 +135,15 @@ def test_a_measurement_beside_a_record_is_no_weight(measured):
 
 @pytest.mark.parametrize("key", [*THOUGHTS, "Complex_CoT"])
 @pytest.mark.parametrize("value", ["先想原因。", [{"type": "thinking", "thinking": "先想原因。"}]])
-def test_a_thought_in_a_key_of_its_own_is_refused(key, value):
+def test_a_thought_in_a_key_of_its_own_is_read_before_the_reply(key, value):
     for record in (QUESTION | {key: value}, with_reply(**{key: value})):
-        refused = reason(to_dialogue, record)
-        assert refused.startswith("thought apart: ") and f"--ignore_keys {key} reads on without it" in refused
-        assert read_without(to_dialogue, record, key)
+        answer, reading = read_without(to_dialogue, record, key).messages[1]["content"], Reading(())
+        reply = to_dialogue(record, "d.jsonl:1", reading).messages[1]["content"]
+        assert reply == f"<think>\n先想原因。\n</think>\n\n{answer}"
+        assert reading.thoughts_apart == f"thoughts of replies in a key of their own ({key!r}): 1"
     chosen = assistant("看口腔科。", **{key: value})
     pair = {"prompt": [TURNS[0]], "chosen": [chosen], "rejected": [assistant("忍着。")]}
-    assert fault(to_pair, pair) == "thought apart"
+    assert to_pair(pair, "d.jsonl:1").chosen == "<think>\n先想原因。\n</think>\n\n看口腔科。"
 
 
 @pytest.mark.parametrize("value", [None, "", [], False, True, "on", "off"])
@@ -274,7 +275,7 @@ def test_advice_to_read_another_form_is_given_where_there_is_a_whole_one():
     assert read_without(to_dialogue, whole, "messages")
     lower = {"question": "一", "answer": "B", "complex_cot": "想", "response": "二"}
     assert "convert_data_format.py --ignore_keys answer reads on" in reason(to_dialogue, lower)
-    reader = ForeignReader("dialogues", reading=Reading(("answer",)))
+    reader = ForeignReader("dialogues", reading=Reading(("answer",), thoughts="leave_out"))
     assert reader.convert(lower, "d.jsonl:1").messages[1]["content"] == "二"
 
 
@@ -302,7 +303,7 @@ def test_thoughts_beside_exam_columns_are_found_once_the_exam_is_ignored(tmp_pat
     (refused,) = ForeignReader("dialogues", reading=Reading(())).read([path])
     assert refused.reason == "two forms"
     assert "--ignore_keys question,answer,options reads on without them" in refused.detail
-    reader = ForeignReader("dialogues", reasoning="think_tags", reading=Reading(("question", "answer", "options")))
+    reader = ForeignReader("dialogues", reading=Reading(("question", "answer", "options")))
     (dialogue,) = reader.read([path])
     assert dialogue.messages[1]["content"] == "<think>\nLet me think.\n</think>\n\nThe sphincter."
 
@@ -324,7 +325,7 @@ def test_a_thought_that_the_reply_says_too_does_no_harm():
     said = QUESTION | {"answer": "<think>\n先问痰。\n</think>\n\n有痰吗？"}
     assert to_dialogue(said | {"reasoning_content": "先问痰。\n"}, "d.jsonl:1").messages[1]["content"] == said["answer"]
     assert to_dialogue({"messages": [TURNS[0], TURNS[1] | {"thinking": "先坐下。"}]}, "d.jsonl:1").messages == TURNS
-    assert fault(to_dialogue, said | {"reasoning_content": "再问热。"}) == "thought apart"
+    assert fault(to_dialogue, said | {"reasoning_content": "再问热。"}) == "two thoughts"
 
 
 def test_a_key_has_one_meaning():
@@ -335,7 +336,7 @@ def test_a_key_has_one_meaning():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("isCorrect", False), ("is-correct", "0"), ("reasoningContent", "先问痰。"), ("Image Path", "a.png")],
+    [("isCorrect", False), ("is-correct", "0"), ("reasoningContent", {"a": 1}), ("Image Path", "a.png")],
 )
 def test_marks_and_capitals_in_a_name_do_not_matter(key, value):
     assert fault(to_dialogue, QUESTION | {key: value})
@@ -389,7 +390,7 @@ KEYS = st.sampled_from([*VERDICTS, *WEIGHTS, *THOUGHTS, *MEDIA, *OPTIONS, *sorte
     st.dictionaries(KEYS, VALUES, max_size=4), st.sampled_from([QUESTION, MESSAGES, PAIR, {"text": "高血压应限盐。"}])
 )
 def test_whatever_stands_beside_the_texts_they_are_learned_as_they_are_or_refused(extra, record):
-    """No other text is ever learned, but with options; and ignoring all of it reads the record as it is."""
+    """No other text is ever learned, but options and thoughts; and ignoring all of it reads the record as it is."""
     make = to_pair if record is PAIR else to_document if "text" in record else to_dialogue
     plain = make(record, "d.jsonl:1", Reading(()))
     assert read_without(make, record | extra, *extra) == plain
@@ -400,12 +401,13 @@ def test_whatever_stands_beside_the_texts_they_are_learned_as_they_are_or_refuse
             refused.reason == "broken options"
         )
     else:
-        if not set(extra) & set(OPTIONS):
+        if not set(extra) & {*OPTIONS, *THOUGHTS}:
             assert read == plain
 
 
 def test_bad_records_are_left_out_and_counted_by_reason(write_jsonl):
-    records = [QUESTION, QUESTION | {"label": False}, QUESTION | {"image": "a.png"}, QUESTION | {"reasoning": "嗯。"}]
+    records = [QUESTION, QUESTION | {"label": False}, QUESTION | {"image": "a.png"}]
+    records += [QUESTION | {"reasoning": "嗯。", "thought": "哦。"}]
     dialogues, report = load_dialogues([write_jsonl("d.jsonl", records)], "drop", Reading(()))
     assert len(dialogues) == 1
-    assert report.dropped == {"not to be learned": 1, "not text": 1, "thought apart": 1}
+    assert report.dropped == {"not to be learned": 1, "not text": 1, "two thoughts": 1}

@@ -9,7 +9,7 @@ from test_template import EXPECTED, WORDY
 
 from medtune.errors import Unusable
 from medtune.reading.conversations import to_dialogue
-from medtune.reading.encoders import LEFT_OUT_THOUGHTS, DialogueEncoder, PromptEncoder
+from medtune.reading.encoders import DialogueEncoder, PromptEncoder
 from medtune.reading.records import Dialogue, Question
 from medtune.reading.stage_data import encode_records
 from medtune.reading.tokenization import (
@@ -85,7 +85,7 @@ def test_thoughts_that_the_template_leaves_out_are_counted(tokenizer, name, n_le
     dialogues = [Dialogue(THOUGHTS, None, "d.jsonl:1"), Dialogue(ASKED, None, "d.jsonl:2")]
     rows, report = encode_records(dialogues, DialogueEncoder(tokenizer, template, NO_LIMIT))
     assert set(rows.column_names) == {"input_ids", "labels", "length", "source"}
-    expected = f"{LEFT_OUT_THOUGHTS}: 2, the first in d.jsonl:1"
+    expected = f"{DialogueEncoder(tokenizer, template, NO_LIMIT).left_out_thoughts}: 2, the first in d.jsonl:1"
     assert report.notes == ([expected] if n_left_out else [])
 
 

@@ -2,13 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_template import EXPECTED, TOOL_TURNS, TOOLS
 from transformers import AutoTokenizer
 
-from medtune.errors import UserError
 from medtune.reading.tokenization import (
     IGNORED_LABEL,
     encode_dialogue,
@@ -69,14 +69,22 @@ def test_the_reward_model_reads_what_it_was_trained_on(tiny_model_dir, name, own
     assert read_of(reward_texts, generated(reply) + end, WITH_SYSTEM) == trained(reply, WITH_SYSTEM)
     later = [*QUESTION, {"role": "assistant", "content": "多少度？"}, {"role": "user", "content": "39"}]
     assert read_of(reward_texts, generated(reply) + end, later) == trained(reply, later)
-    thought = "<think>\n先看时间。\n</think>\n\n多喝水。"
-    if name == "qwen3_nothink":
-        with pytest.raises(UserError, match=r"^--reward_model_path: its prompt template does not write the reply '<th"):
-            read_of(reward_texts, generated(thought) + end, QUESTION)
-    else:
-        assert read_of(reward_texts, generated(thought) + end, QUESTION) == trained(thought)
     row = {"messages": json.dumps([QUESTION, None])}
     assert reward_texts.of_text(row, reply) == trained(reply), "a dialogue's own reply"
+
+    thought = f"<think>\n先看时间。\n</think>\n\n{reply}"
+    for read in (read_of(reward_texts, generated(thought) + end, QUESTION), reward_texts.of_text(row, thought)):
+        assert read == trained(reply), "without its thought"
+    cut = read_of(reward_texts, generated("<think>\n先看"), QUESTION)
+    prompt = encode_prompt(reward_texts.reward_tokenizer, reward_texts.reward_template, QUESTION)
+    assert cut == prompt == trained(reply)[: len(cut)], "a thought that was cut has no answer"
+    earlier = [*QUESTION, {"role": "assistant", "content": thought}, {"role": "user", "content": "39"}]
+    plain = [message | {"content": message["content"].replace(thought, reply)} for message in earlier]
+    assert read_of(reward_texts, generated(thought) + end, earlier) == trained(reply, plain)
+    if name == "qwen3_nothink":
+        return
+    reward_texts = replace(reward_texts, reads_thoughts=True)
+    assert read_of(reward_texts, generated(thought) + end, QUESTION) == trained(thought), "trained with thoughts"
 
 
 @pytest.mark.parametrize("name", ["qwen", "qwen3", "qwen3_nothink", "glm4_moe"])
@@ -119,5 +127,8 @@ def test_a_reward_model_of_the_same_tokens_reads_the_policys_own(tiny_model_dir)
     row = {"prompt_ids": [1, 2], "messages": json.dumps([QUESTION, None])}
     assert reward_texts.of_ids(row, [3, 4, 7]) == reward_texts.of_ids(row, [3, 4, 9]) == [1, 2, 3, 4, 7]
     assert reward_texts.of_ids(row, [3, 4]) == [1, 2, 3, 4]
+    thought = tokenizer("<think>\n先想。\n</think>\n\n好。", add_special_tokens=False)["input_ids"]
+    assert reward_texts.of_ids(row, [*thought, 9]) == reward_texts.of_text(row, "好。")
+    assert replace(reward_texts, reads_thoughts=True).of_ids(row, [*thought, 9]) == [1, 2, *thought, 7]
     whole = "<|im_start|>user\n发烧怎么办？<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n好。<|im_end|>"
     assert tokenizer.decode(reward_texts.of_text(row, "好。")) == whole

@@ -356,3 +356,20 @@ def test_labelled_replies_in_tokens_and_of_one_label(check, write_jsonl, tiny_mo
     assert lines[-1] == "wrong: all replies have the same label, and KTO learns from the difference: add others"
     code, lines = check(ignore_keys="label")
     assert (code, lines[0]) == (0, "in: dialogues in 1 file")
+
+
+def test_thoughts_in_keys_are_counted_and_wait_for_the_choice(check, write_jsonl, tiny_model_dir):
+    turns = [
+        {"role": "user", "content": "头疼怎么办？"},
+        {"role": "assistant", "content": "休息。", "thinking": "不重。"},
+    ]
+    write_jsonl("in/a.jsonl", [{"messages": turns}, {"question": "胃疼？", "answer": "少吃辣。"}])
+    asks = "thoughts of replies in a key of their own ('thinking'): 1: a stage asks what becomes of them: --thinking"
+    code, lines = check()
+    assert (code, any(line.startswith(asks) for line in lines)) == (0, True)
+    model = ("--model_name_or_path", str(tiny_model_dir), "--template_name", "qwen3")
+    code, lines = check(*model)
+    assert (code, any(line.startswith(f"wrong: {asks}") for line in lines)) == (1, True)
+    code, lines = check(*model, "--thinking", "drop")
+    assert code == 0
+    assert any("learned without them (--thinking drop): 1, the first in" in line for line in lines)

@@ -161,7 +161,19 @@ def test_huatuogpt_o1(lower, reasoning, answer, capsys):
     record = {"Question": "胸痛挂什么科？", "Complex_CoT": "胸痛要紧。\n", "Response": "看心内科。"}
     raw = write("o1.json", [{key.lower() if lower else key: value for key, value in record.items()}])
     assert convert(raw, "sft", "--reasoning", reasoning) == [said("胸痛挂什么科？", answer)]
-    assert ("'complex_cot' is left out" in capsys.readouterr().out) == (reasoning == "leave_out")
+    line = (
+        "thoughts of replies in a key of their own ('complex_cot'): 1, left out (--reasoning think_tags keeps them)\n"
+    )
+    assert (line in capsys.readouterr().out) == (reasoning == "leave_out")
+
+
+def test_every_thought_in_a_key_of_its_own_goes_the_same_way(capsys):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "t"}]
+    raw = write("raw.jsonl", [{"messages": turns}])
+    assert convert(raw, "sft") == [said("q", "a")]
+    assert "('reasoning_content'): 1, left out (--reasoning think_tags keeps them)" in capsys.readouterr().out
+    assert convert(raw, "sft", "--reasoning", "think_tags", "--overwrite") == [said("q", "<think>\nt\n</think>\n\na")]
+    assert "('reasoning_content'): 1, read as <think>...</think> before the reply" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

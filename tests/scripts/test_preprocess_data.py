@@ -507,3 +507,21 @@ def test_labelled_replies_keep_their_labels(preprocess, write_jsonl, tmp_path):
     by_text = {json.dumps(record) for record in expected}
     assert {json.dumps(record) for lines in written.values() for record in lines} == by_text
     assert "next: python dpo_training.py --loss_type kto --train_file_dir " in out
+
+
+def test_thoughts_in_keys_are_kept_counted_and_cached_by_the_choice(preprocess, write_jsonl, tmp_path, tiny_model_dir):
+    records = random_dialogues(12)
+    for record in records:
+        record["conversations"][-1]["reasoning_content"] = "先想，电话13812345678。"
+    write_jsonl("in/a.jsonl", records)
+    values = {"model_name_or_path": tiny_model_dir, "template_name": "qwen3", "thinking": "empty"}
+    out, report = preprocess("--mask_personal_data", **values, validation_size=2, cache_dir=tmp_path / "cache")
+    line = "thoughts of replies in a key of their own ('reasoning_content'): 12, read as <think>...</think> before the "
+    line += "reply"
+    assert line in out
+    assert report["notes"] == [line]
+    assert "--thinking empty" in out.splitlines()[-1]
+    for record in read_lines(tmp_path / "out/train/dialogues.jsonl"):
+        assert record["conversations"][-1]["value"].startswith("<think>\n先想，电话[手机号]。\n</think>\n\n")
+    command = [*out.splitlines()[-1].split(" ")[3:-1], "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    supervised_finetuning.main([*command, "--gradient_checkpointing", "False"])

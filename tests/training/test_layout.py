@@ -12,6 +12,7 @@ from medtune.training import stage_trainer
 from medtune.training.causal_lm_trainer import CausalLMConfig
 
 JOINED = "the rows of a batch are joined into one without padding"
+SHARED = "a prompt that rows share passes once"
 
 
 def feedback(folder):
@@ -29,7 +30,10 @@ def feedback(folder):
         ("sft", {"gradient_checkpointing": True}),
         ("sft", {"use_peft": False, "learning_rate": 1e-4}),
         ("rm", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
+        ("rm", {"use_peft": False, "learning_rate": 1e-4}),
         ("dpo", {"loss_type": "orpo"}),
+        ("dpo", {"gradient_checkpointing": True, "modules_to_save": "lm_head"}),
+        ("dpo", {"load_in_4bit": True}),
         ("dpo", {"precompute_ref_log_probs": True, "loss_type": ["sigmoid", "sft"]}),
         ("dpo", {"loss_type": "kto"}),
     ],
@@ -44,7 +48,9 @@ def test_losses_and_weights_are_those_of_padded_rows(tmp_path, tiny_model_dir, s
     for layout in ("False", "auto"):
         (folder := tmp_path / layout).mkdir()
         metrics[layout] = main(stage_flags(stage, tiny_model_dir, folder, **same, padding_free=layout))
-        assert (JOINED in capfd.readouterr().err) is (layout == "auto")
+        log = capfd.readouterr().err
+        assert (JOINED in log) is (layout == "auto")
+        assert (SHARED in log) is (layout == "auto" and stage in ("rm", "dpo"))
         if options.get("use_peft", True):
             weights[layout] = weights_of(folder / "out/checkpoint-best")
     losses = [logged(tmp_path / layout / "out") for layout in ("False", "auto")]

@@ -20,9 +20,9 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from medtune.models import logps
+from medtune.models import logps, text_attention
 from medtune.models.logps import SparseHead, in_chunks, log_probs
-from medtune.models.text_attention import attend_by_text
+from medtune.models.text_attention import Layout, attend_by_text
 from medtune.reading.encoders import with_mismatched_replies
 from medtune.reading.tokenization import IGNORED_LABEL
 from medtune.training.batches import FeedbackCollator, PairCollator
@@ -63,6 +63,11 @@ def assert_alike(loss: torch.Tensor, wanted: torch.Tensor, model: torch.nn.Modul
     assert any(gradient.abs().max() > 1e-3 for gradient in theirs.values())
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: name + text)
+
+
+@pytest.fixture(autouse=True)
+def share_prefixes_of_any_length(monkeypatch):
+    monkeypatch.setattr(text_attention, "LEAST_SHARED", 1)
 
 
 def without_init(trainer_class: type, **attributes):
@@ -180,13 +185,13 @@ def test_bradley_terry_is_that_of_trl(centering):
 
 
 def our_pair_loss(
-    model: torch.nn.Module, moved: torch.Tensor = MOVED, padding_free: bool = False, **options
+    model: torch.nn.Module, moved: torch.Tensor = MOVED, layout: Layout = Layout.PADDED, **options
 ) -> tuple[torch.Tensor, dict]:
     """The loss where the policy's log-probs lie `moved` above the reference's; and the batch with these."""
     args = config(**options)
     batch = PairCollator(pad_token_id=0)(PAIRS)
-    attend_by_text(model, padding_free)
-    trainer = without_init(PreferenceTrainer, args=args, head=SparseHead(model), padding_free=padding_free)
+    attend_by_text(model, layout is not Layout.PADDED)
+    trainer = without_init(PreferenceTrainer, args=args, head=SparseHead(model), layout=layout)
     ref_logps = trainer.reply_logps(model, batch).detach() - moved
     trainer.note_step([batch])
     losses, _ = trainer.losses_and_figures(model, batch, ref_logps if args.has_reference else None)
@@ -196,7 +201,7 @@ def our_pair_loss(
     return losses.mean(), theirs | {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
 
 
-@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize(
     "options",
     [
@@ -206,9 +211,9 @@ def our_pair_loss(
     ],
     ids=lambda options: "-".join(options["loss_type"]),
 )
-def test_losses_with_a_reference_are_those_of_trl(options, padding_free):
+def test_losses_with_a_reference_are_those_of_trl(options, layout):
     model = tiny_model("qwen3")
-    loss, batch = our_pair_loss(model, padding_free=padding_free, **options)
+    loss, batch = our_pair_loss(model, layout=layout, **options)
     names = options["loss_type"]
     their_model = copy.deepcopy(model)
     their_trainer = as_trl(
@@ -226,7 +231,7 @@ def test_losses_with_a_reference_are_those_of_trl(options, padding_free):
     assert_alike(loss, wanted, model, their_model)
 
 
-@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize(
     ("trainer_class", "options"),
     [
@@ -235,9 +240,9 @@ def test_losses_with_a_reference_are_those_of_trl(options, padding_free):
     ],
     ids=["orpo", "simpo"],
 )
-def test_losses_without_a_reference_are_those_of_trl(trainer_class, options, padding_free):
+def test_losses_without_a_reference_are_those_of_trl(trainer_class, options, layout):
     model = tiny_model("qwen3")
-    loss, batch = our_pair_loss(model, padding_free=padding_free, **options)
+    loss, batch = our_pair_loss(model, layout=layout, **options)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED_LABEL)
     ready = {f"concatenated_{name}": batch[name] for name in ("input_ids", "attention_mask")}
     theirs = SimpleNamespace(
@@ -291,28 +296,28 @@ def kto_loss(
     rows: list[dict],
     moved: torch.Tensor,
     accelerator=ON_THE_CPU,
-    padding_free: bool = False,
+    layout: Layout = Layout.PADDED,
     **options,
 ):
     """[rows] losses where the log-ratios of replies and mismatched replies are `moved`; and the batch."""
     batch = FeedbackCollator(pad_token_id=0)(rows)
-    attend_by_text(model, padding_free)
+    attend_by_text(model, layout is not Layout.PADDED)
     args = config(loss_type=["kto"], **options)
-    trainer = without_init(KTOTrainer, args=args, head=SparseHead(model), padding_free=padding_free)
+    trainer = without_init(KTOTrainer, args=args, head=SparseHead(model), layout=layout)
     ref_logps = trainer.reply_logps(model, batch).detach() - moved
     batch["ref_logps"] = ref_logps
     trainer.kl = mismatched_kl(accelerator.gather(trainer.mismatched_ratios(model, batch)))
     return trainer.losses_and_figures(model, trainer.matched(batch), ref_logps[: len(rows)])[0], batch
 
 
-@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize("kl_moved", [[0.5, 1.0, -0.2, 2.0], [-1.0, -1.0, -1.0, 0.1]], ids=["kl", "kl below 0"])
-def test_kto_is_that_of_trl(kl_moved, padding_free):
+def test_kto_is_that_of_trl(kl_moved, layout):
     model = tiny_model("qwen3")
     rows = list(with_mismatched_replies(Dataset.from_list(FEEDBACK)))
     moved = torch.tensor([1.0, -0.5, 2.0, 0.7, *kl_moved])
     weights = {"desirable_weight": 1.3, "undesirable_weight": 0.8}
-    losses, batch = kto_loss(model, rows, moved, beta=0.3, padding_free=padding_free, **weights)
+    losses, batch = kto_loss(model, rows, moved, beta=0.3, layout=layout, **weights)
     theirs = {
         "label": batch["is_desirable"],
         "ref_logps": batch["ref_logps"][:4],
