@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from fake_vllm import FakeVllm
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from random_adapters import random_adapter
 from safetensors.torch import load_file
 from stage_runs import PARTS, history, names, train_in, updates, words, write_lines
@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 import grpo_training
 import ppo_training
 from medtune.errors import UserError
+from medtune.models.adapters import load_for_training, save_zero_adapter
+from medtune.models.lineage import read_adapter_config
 from medtune.rl.arguments import RolloutArguments
 from medtune.rl.off_policy import check_sampler
 from medtune.rl.ppo_math import truncated_ratios
@@ -159,6 +161,19 @@ def test_two_servers_share_the_prompts(tiny_model_dir, fake, second, connect, st
 def test_requests_pass_by_the_proxies_of_the_environment(fake, connect, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     connect(fake.url)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 24, "target_modules": "q_proj,v_proj", "use_rslora": True}])
+def test_the_adapter_that_is_tried_is_the_new_one_in_zeros(tiny_model_dir, tmp_path, changes):
+    save_zero_adapter(tmp_path, str(tiny_model_dir), LORA | changes)
+    new = load_for_training(str(tiny_model_dir), **LORA | changes)
+    zeros = load_file(tmp_path / "adapter_model.safetensors")
+    shapes = {name: weights.shape for name, weights in get_peft_model_state_dict(new).items()}
+    assert {name: weights.shape for name, weights in zeros.items()} == shapes
+    assert not any(weights.any() for weights in zeros.values())
+    config, of_new = read_adapter_config(tmp_path), new.peft_config["default"]
+    for name in ("r", "lora_alpha", "target_modules", "use_rslora", "base_model_name_or_path"):
+        assert getattr(config, name) == getattr(of_new, name)
 
 
 # ---------------------------------------------------------------- weights

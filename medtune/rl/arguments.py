@@ -285,7 +285,7 @@ class RLTrainingArguments:
     report_to: str = field(default="none", metadata={"help": "Trackers: tensorboard, wandb, ..."})
     run_name: str | None = field(default=None, metadata={"help": "The run's name there."})
     disable_tqdm: bool | None = field(default=None, metadata={"help": "No progress bars."})
-    ddp_timeout: int = field(default=1800, metadata={"help": "Seconds that processes wait for each other."})
+    ddp_timeout: int = field(default=1800, metadata={"help": "Seconds to wait for other processes, and for vLLM."})
     ddp_backend: str | None = field(default=None, metadata={"help": "How processes talk: nccl or gloo."})
     deepspeed: str | None = field(default=None, metadata={"help": "A configuration of ZeRO-1 or 2: ds_configs/."})
 
