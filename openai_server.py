@@ -48,7 +48,8 @@ from medtune.models.decoding import LEAST_PENALTY, Decoding
 from medtune.models.generation import Reply
 from medtune.models.replier import MOST_AT_A_TIME, Replier
 from medtune.reading.conversations import turns_to_answer
-from medtune.reading.thoughts import ReplySplitter, split_reply, with_thought
+from medtune.reading.thinking import THOUGHT_FORMS
+from medtune.reading.thoughts import ReplySplitter, split_reply
 from medtune.reading.tokenization import encode_prompt, refuse_control_tokens
 from medtune.training.log import start_log
 
@@ -151,7 +152,7 @@ class Turn(BaseModel, extra="allow"):
         content, more = self.content, self.model_extra or {}
         thought = more.get("reasoning_content") or more.get("reasoning")
         if self.role == "assistant" and isinstance(content, str) and isinstance(thought, str):
-            content = with_thought(thought.strip(), content)
+            content = THOUGHT_FORMS["think_tags"].format(thought.strip(), content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
@@ -335,7 +336,8 @@ def _thought_field(thought: str) -> dict:
 def _usage(chat_model: ChatModel, n_prompt: int, reply: Reply) -> dict:
     """OpenAI's counts; those of the reply include its thought, which is also counted by itself without its marks."""
     thought = split_reply(reply.text, chat_model.chat_template.opens_thought).thought
-    n_thought = len(chat_model.tokenizer.encode(thought, add_special_tokens=False))
+    # Of an odd text more tokens can be made than were generated.
+    n_thought = min(len(chat_model.tokenizer.encode(thought, add_special_tokens=False)), reply.n_tokens)
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": reply.n_tokens,

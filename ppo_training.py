@@ -155,6 +155,8 @@ def ppo_update(run: Run, rollout: Rollout, ppo_args: PPOArguments) -> dict[str, 
     roles, policy, value, update = run.roles, run.learners["policy"], run.learners["value"], run.state.global_step
     sum_over_processes = partial(run.accelerator.reduce, reduction="sum")
     targets = compute_targets(rollout, run.state.kl_coef, ppo_args, sum_over_processes)
+    # Replies of one score and no KL, as rules may give at the start, have advantages of 0, and no gradient.
+    has_signal = bool(sum_over_processes(targets.advantages.abs().sum()) > 0)
     measured = TokenMeans(sum_over_processes)
     norms = []
     for epoch in range(ppo_args.num_ppo_epochs):
@@ -181,7 +183,7 @@ def ppo_update(run: Run, rollout: Rollout, ppo_args: PPOArguments) -> dict[str, 
                     columns["policy/ratio"] = (logps - part.policy_logps).exp()
                     columns |= {"value/loss": errors, "value/clip_frac": held}
                     measured.add(part.mask, columns)
-            norms.append(run.step(measured.means()))
+            norms.append(run.step(measured.means(), has_gradients=has_signal))
     for learner in run.learners.values():
         learner.scheduler.step()
     mean_norms = {f"{role}/grad_norm": sum(norm[role] for norm in norms) / len(norms) for role in run.learners}
@@ -247,7 +249,8 @@ def train_ppo(
             state.updates_without_end = 0 if measures.ended.any() else state.updates_without_end + 1
             has_signal = measures.scores.std(correction=0) > 1e-6
             state.streaks["no signal"] = 0 if has_signal else state.streaks.get("no signal", 0) + 1
-            without = state.updates_without_end, state.streaks["no signal"]
+            never_had_one = state.streaks["no signal"] == update + 1
+            without = state.updates_without_end, update + 1 if never_had_one else 0
             if alarm := find_alarm(measures, scorer.rewards, ppo_args.stop_at_kl, *without):
                 raise UserError(f"update {update + 1}: {alarm}")
 

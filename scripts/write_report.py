@@ -26,6 +26,7 @@ import matplotlib
 from medtune.errors import UserError, run_script
 from medtune.measuring.pages import Chart, Section, Table, to_html, to_markdown
 from medtune.output_files import new_folder
+from medtune.reading.thoughts import split_reply
 
 matplotlib.use("svg")
 from matplotlib import pyplot
@@ -249,7 +250,10 @@ def answers_section(models: Sequence[str], predictions: Sequence[dict]) -> Secti
                 row = rows.get(model)
                 if row is not None:
                     reward = f" (reward {row['reward']:.2f})" if "reward" in row else ""
-                    answers.append([short_name(model) + reward, row["reply"] + ("" if row["ended"] else " [cut]")])
+                    thought, answer, is_closed = split_reply(row["reply"])
+                    thinks = " (after a thought)" if thought and is_closed else ""
+                    cut = "" if row["ended"] else " [cut]" if is_closed else "[cut inside its thought]"
+                    answers.append([short_name(model) + reward + thinks, answer + cut])
             section.blocks.append(Table([Path(file).name, ""], answers))
     return section
 

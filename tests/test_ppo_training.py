@@ -435,6 +435,11 @@ def test_rewards_without_a_reward_model(exam_flags, tmp_path, kept_roles, capfd)
         ppo_training.main(exam_flags(**again, rewards=["exam:2", "length:0.5"]))
 
 
+def test_a_run_without_any_right_answer_is_stopped(exam_flags):
+    with pytest.raises(UserError, match=r"^update 5: all replies of the first 5 updates have the same score, 0: "):
+        ppo_training.main(exam_flags(rewards=["exam"], max_steps=6))
+
+
 def test_a_reward_model_among_other_rewards(flags, tmp_path, kept_roles):
     ppo_training.main(flags(rewards=["reward_model:2", "format"], max_steps=1))
     (first,) = history(tmp_path / "out")

@@ -51,6 +51,7 @@ FAMILIES = {
     | {"layer_types": ["mamba", "attention"] * 2, "num_local_experts": 0, "shared_intermediate_size": 64},
     "falcon_h1": HEADS | MAMBA | {"mamba_d_ssm": 128},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
+    "mistral": HEADS | {"sliding_window": 8},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "afmoe": HEADS | EXPERTS,
     "gpt_oss": HEADS | EXPERTS | {"num_local_experts": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},

@@ -76,7 +76,7 @@ def _mentions(text: str, letters: str) -> Iterator[Mention]:
     """
     marks = list(re.finditer(MARK, text))
     alone = _stated_alone(text, letters)
-    standing = Standing.NAMED
+    standing, whole = Standing.NAMED, ""
     for n, mark in enumerate(marks):
         since = text[marks[n - 1].end() if n else 0 : mark.start()]
         until = text[mark.end() : marks[n + 1].start() if n + 1 < len(marks) else len(text)]
@@ -87,13 +87,17 @@ def _mentions(text: str, letters: str) -> Iterator[Mention]:
         if is_asked and not words.WHY.search(sentence):
             continue
         before = sentence[-WINDOW:]
-        if behind == until:
+        if behind == until and n + 1 < len(marks):
             behind = _without_what_is_said_of_the_next(behind)
         behind = behind[:WINDOW]
         clause = words.CLAUSE_END.split(before)[-1]
         is_added = bool(n and (words.ALSO_BEFORE.match(clause) or words.ALSO_BEHIND.match(until)))
         earlier, standing = standing, _standing(before, clause, behind, mark.start() in alone)
-        if words.TENTATIVE_BEFORE.search(before if is_first else clause):
+        whole = before if is_first else f"{whole}{before}"[-WINDOW:]  # of the sentence before the mention
+        is_conditional = words.CONDITION.search(whole) and not (
+            words.FORCED.search(whole) or words.CONCLUSION.search(before)
+        )
+        if is_conditional or words.TENTATIVE_BEFORE.search(before if is_first else clause):
             standing = min(standing, Standing.TENTATIVE)
         elif n:
             standing = _in_turn(standing, since, before, behind)
@@ -137,12 +141,16 @@ def _standing(before: str, clause: str, behind: str, is_alone: bool) -> Standing
     elif verdict:
         standings = {"wrong": Standing.RULED_OUT, "preferred": Standing.PREFERRED, "right": Standing.FAVOURED}
         standing = standings[verdict.lastgroup]
-    elif words.FAVOURED_BEFORE.search(before):
+    elif words.FAVOURED_BEFORE.search(before) or (clause != before and _is_bare(clause, behind)):
         standing = Standing.PREFERRED if words.PREFERRED_BEFORE.search(clause) else Standing.FAVOURED
     else:
         standing = Standing.NAMED
-    is_conditional = words.CONDITION.search(before) and not words.FORCED.search(before)
-    return min(standing, Standing.TENTATIVE) if is_conditional or words.TENTATIVE_BEHIND.match(behind) else standing
+    return min(standing, Standing.TENTATIVE) if words.TENTATIVE_BEHIND.match(behind) else standing
+
+
+def _is_bare(before: str, behind: str) -> bool:
+    """Whether an option stands alone between what is before and behind it."""
+    return bool(words.LED_TO.fullmatch(before)) and not re.search(r"\w", behind)
 
 
 def _verdict(behind: str) -> re.Match | None:
@@ -165,7 +173,6 @@ def _in_turn(standing: Standing, since: str, before: str, behind: str) -> Standi
     corrections = list(words.CORRECTION.finditer(since))
     if corrections and standing is not Standing.RULED_OUT:
         between = since[corrections[-1].end() :]
-        is_bare = words.LED_TO.fullmatch(before) and not re.search(r"\w", behind)
-        if standing >= Standing.FAVOURED or is_bare or words.FILL_OF_SENTENCES.fullmatch(between):
+        if standing >= Standing.FAVOURED or _is_bare(before, behind) or words.FILL_OF_SENTENCES.fullmatch(between):
             return Standing.CHOSEN
     return Standing.PREFERRED if standing is Standing.FAVOURED and words.CONTRAST.search(before) else standing

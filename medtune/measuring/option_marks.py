@@ -23,9 +23,9 @@ _NO_OPTION_BEHIND = (
 )
 # "A common cold" begins with an article, "A is", "A inhibits" and "so A fits" do not.
 _NO_ARTICLE = (
-    r"(?!(?<![a-z,'] )A (?:\d|(?!(?:\w+(?<![sui])s|is|was|and|or|can|could|cannot|would|will|should|may|might|must|do"
-    r"|does|did|has|had|as|because|but|if|for|to|in|over|rather|instead|nor|vs|than|though|although|while|since"
-    r"|alone|correct|incorrect|right|wrong)\b)[a-z]))"
+    r"(?!(?<![a-z,'] )A (?:\d|(?!IS |AND |OR )[A-Z]{2}|(?!(?:\w+(?<![sui])s|is|was|and|or|can|could|cannot|would|will"
+    r"|should|may|might|must|do|does|did|has|had|as|because|but|if|for|to|in|over|rather|instead|nor|vs|than|though"
+    r"|although|while|since|alone|first|correct|incorrect|right|wrong)\b)[a-z]))"
 )
 _NO_PRONOUN = r"(?!I(?! is (?:the |correct|right)|\s*[.)\]:]|\s*$))"
 _LOWER_CASE = re.compile(
@@ -52,15 +52,15 @@ def mark_options(text: str, options: dict[str, str]) -> str:
     """
     text = unicodedata.normalize("NFKC", re.sub("[\u2018\u2019]", "'", text))
     text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text))
-    text = re.sub(r"[*`$_{}#⟦⟧]|\\(text|math|box)\w*|</?\w+>", "", text)
+    text = re.sub(r"[*`$_{}#⟦⟧]|\\(text|math|box)\w*|</?\w+>|~~.+?~~", "", text)
     text = _LOWER_CASE.sub(
         lambda match: match[0][:-1] + match[2].upper() if match[2].upper() in options else match[0], text
     )
     letters = {_fold(words): letter for letter, words in reversed(options.items())}
     by_words = "|".join(map(_pattern_of, sorted(filter(None, letters), key=len, reverse=True))) or "(?!)"
     by_letter = (
-        rf"(?:选项|\b(?i:option|choice) )?[(\[“\"'「]?{_NO_OPTION_BEFORE}{_NO_ARTICLE}{_NO_PRONOUN}"
-        rf"(?P<letter>[{re.escape(''.join(options))}]){_NO_OPTION_BEHIND}[)\]”\"'」]?(?:选?项)?"
+        rf"(?:选项|\b(?i:option|choice) )?(?P<bracket>[(\[“\"'「])?{_NO_OPTION_BEFORE}{_NO_ARTICLE}{_NO_PRONOUN}"
+        rf"(?P<letter>[{re.escape(''.join(options))}]){_NO_OPTION_BEHIND}(?(bracket)[)\]”\"'」]?)(?:选?项)?"
     )
     text = re.sub(
         f"(?P<words>(?i:{by_words}))|{by_letter}",

@@ -108,6 +108,14 @@ def gains_from_joining(model: PreTrainedModel, device: torch.device) -> bool:
     return takes_borders and not model._is_stateful
 
 
+def shares_prefixes(model: PreTrainedModel) -> bool:
+    """Whether texts whose common prefix stands in the row once can be told apart: all layers attend by text, to all of
+    it. A window, a convolution or a recurrent state would go by the order of the row.
+    """
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None)
+    return model.config._attn_implementation == SDPA_BY_TEXT and set(layer_types or ()) <= {"full_attention"}
+
+
 # ---------------------------------------------------------------- rows without padding
 
 
@@ -164,7 +172,7 @@ def _join(batch: dict[str, torch.Tensor], layout: Layout) -> tuple[torch.Tensor,
     if layout is Layout.JOINED or "position_ids" in batch:
         return _count(is_own), is_own
     agrees = (ids[:, None] == ids) & (is_own[:, None] == is_own)
-    n_common = (agrees.cumprod(dim=2) * is_own).sum(dim=2).tril(-1)  # with each earlier row
+    n_common = (agrees.cumprod(dim=2, dtype=torch.int8) * is_own).sum(dim=2).tril(-1)  # with each earlier row
     n_shared, sharers = n_common.max(dim=1)
     n_shared[n_shared < LEAST_SHARED] = 0
     is_own = is_own & (is_own.cumsum(dim=1) > n_shared[:, None])

@@ -47,10 +47,6 @@ def _join(*parts: str) -> str:
     return "\n\n".join(filter(None, map(str.strip, parts)))
 
 
-def with_thought(thought: str, answer: str) -> str:
-    return f"{OPENING}{thought}\n</think>\n\n{answer}" if thought else answer
-
-
 def with_opening(reply: str, opened: bool) -> str:
     """A generated reply with the mark that opens its thought, also where that mark stands in the prompt."""
     return f"{OPENING}{reply}" if opened and not reply.startswith(OPENING.strip()) else reply

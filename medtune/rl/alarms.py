@@ -33,7 +33,7 @@ def find_alarm(
         measures: of replies sampled from the policy.
         rewards: what they were scored by.
         updates_without_end: how many updates in a row, this one included, had no reply with an end token.
-        updates_without_signal: and how many gave all their replies the same score.
+        updates_without_signal: how many there were, all of whose replies had the same score; 0 once they differed.
     """
     scores, kl, n_replies = measures.scores, measures.kl, len(measures.scores)
     if not torch.isfinite(scores).all():
@@ -46,7 +46,7 @@ def find_alarm(
         )
     if not is_by_model and n_replies > 1 and updates_without_signal >= UPDATES_IN_A_ROW:
         return (
-            f"all replies of {updates_without_signal} updates in a row have the same score, {scores[0].item():g}: "
+            f"all replies of the first {updates_without_signal} updates have the same score, {scores[0].item():g}: "
             "there is nothing to learn; where all are wrong take easier prompts, more SFT or a reward for the form "
             "(format), where all are right harder prompts"
         )

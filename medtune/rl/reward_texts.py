@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from medtune.errors import Unusable, UserError
 from medtune.models.model_folder import choose_template, describe_folder
 from medtune.models.reward_models import reward_ids
-from medtune.reading.thoughts import split_reply
+from medtune.reading.thoughts import split_reply, with_opening
 from medtune.reading.tokenization import stop_token_ids
 from template import ChatTemplate
 
@@ -34,8 +34,7 @@ class RewardTexts:
         ended = bool(reply_ids) and reply_ids[-1] in self.stop_ids
         words = reply_ids[:-1] if ended else reply_ids
         text = self.tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if self.chat_template.opens_thought:
-            text = f"<think>\n{text}"
+        text = with_opening(text, self.chat_template.opens_thought)
         if self.reward_tokenizer is None and (self.reads_thoughts or not self._has_thought(row, text)):
             return row["prompt_ids"] + words + self.stop_ids[:1] * ended
         return self.of_text(row, text.strip(), ended)

@@ -16,12 +16,12 @@ from medtune.errors import UserError
 from medtune.models.dropout import has_dropout
 from medtune.models.text_attention import (
     LEAST_SHARED,
-    SDPA_BY_TEXT,
     Layout,
     attend_by_text,
     forward_inputs,
     gains_from_joining,
     places,
+    shares_prefixes,
 )
 from medtune.training.batches import pad_right
 
@@ -67,7 +67,7 @@ def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | 
     layout = Layout.PADDED
     if gains if is_auto else setting == "True":
         attend_by_text(plain)
-        shares = trainer.rows_share_prompts and plain.config._attn_implementation == SDPA_BY_TEXT
+        shares = trainer.rows_share_prompts and shares_prefixes(plain)
         for layout in (Layout.SHARED_PREFIXES, Layout.JOINED) if shares else (Layout.JOINED,):
             fault, summary = look_at_texts(trainer, model, layout)
             if not fault:

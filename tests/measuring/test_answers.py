@@ -33,6 +33,12 @@ def test_no_letter_is_taken_from_a_thought():
             assert letter_of(f"<think>\n{thought}", row["options"]) is None
 
 
+@pytest.mark.parametrize("words", ["应选用", "应该选项", "答案是", ", therefore", "is the ", "A不对，", "更", "\n"])
+def test_a_reply_that_repeats_itself_is_read_in_no_time(words):
+    """Patterns that match a text in many ways would take longer than the universe has."""
+    assert letter_of(words * 1000 + "。答案是B", ["感冒", "痛风"]) == "B"
+
+
 @pytest.mark.parametrize(
     ("reply", "letter"), [("B", "B"), ("感冒或痛风", None), ("An apple", None), ("I think so", None), ("", None)]
 )

@@ -38,7 +38,7 @@ def test_equal_scores_are_an_alarm_at_once_of_a_model_and_after_some_updates_of_
     same = measures_of([0.0] * 4, scores=[0.0] * 4)
     assert "gives 4 different replies the same score, 0" in alarm_of(same)
     assert alarm_of(same, BY_RULES, 4) is None, "all wrong by chance"
-    assert "all replies of 5 updates in a row have the same score, 0" in alarm_of(same, BY_RULES, 5)
+    assert "all replies of the first 5 updates have the same score, 0" in alarm_of(same, BY_RULES, 5)
 
 
 def test_surprisal_is_an_alarm_only_beyond_the_spread_that_the_policy_gives_it():

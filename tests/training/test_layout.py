@@ -79,6 +79,17 @@ def test_noise_that_goes_by_the_length_of_a_row_keeps_padding(tmp_path, tiny_mod
     assert "--neftune_noise_alpha: the noise goes by the length of a row" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("model_type", ["gemma3_text", "mistral"])
+def test_models_with_windows_pass_the_prompt_of_each_reply(tmp_path, tiny_model_dir, model_type, capfd):
+    """Their masks go by distances in the row."""
+    model = save_tiny_model(model_type, tmp_path / model_type, tiny_model_dir)
+    short = {"max_steps": 1, "save_strategy": "no"}
+    importlib.import_module(STAGES["dpo"]).main(stage_flags("dpo", model, tmp_path, **short))
+    log = capfd.readouterr().err
+    assert JOINED in log
+    assert SHARED not in log
+
+
 @pytest.mark.parametrize(("dropout", "do_train"), [(0.1, True), (0.1, False), (0.0, True)])
 def test_the_log_says_where_dropout_draws_other_numbers(tmp_path, tiny_model_dir, capfd, dropout, do_train):
     """OPT's layers call the function, and have no module for it."""
