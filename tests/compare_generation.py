@@ -177,7 +177,7 @@ def compare_vllm(model: Path, n_prompts: int, mean_length: int) -> None:
     from medtune.rl.arguments import RolloutArguments
     from medtune.rl.roles import Roles
     from medtune.rl.rollout import Sampling, collect_replies
-    from medtune.rl.vllm_launch import end_servers, read_server_flags, server_command, start_server, wait_for
+    from medtune.rl.vllm_launch import CPU_FLAGS, end_servers, read_server_flags, server_command, start_server, wait_for
     from medtune.rl.vllm_servers import connect_servers
     from medtune.training.interruption import SignalListener
 
@@ -189,7 +189,7 @@ def compare_vllm(model: Path, n_prompts: int, mean_length: int) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "vllm.log")
-        server = start_server([*command, "--enforce-eager"], None, log)
+        server = start_server([*command, *CPU_FLAGS], None, log)
         try:
             wait_for(server, url, log)
             torch.manual_seed(0)

@@ -31,7 +31,7 @@ from medtune.rl.off_policy import check_sampler
 from medtune.rl.ppo_math import truncated_ratios
 from medtune.rl.roles import Roles
 from medtune.rl.rollout import PolicyReplies, Sampling, add_logps, collect_replies, sample_replies
-from medtune.rl.vllm_launch import end_servers, read_server_flags, server_command, start_server, wait_for
+from medtune.rl.vllm_launch import CPU_FLAGS, end_servers, read_server_flags, server_command, start_server, wait_for
 from medtune.rl.vllm_servers import VllmServer, connect_servers, refuse_other_base
 from medtune.training.interruption import SignalListener
 
@@ -425,8 +425,7 @@ def vllm(vllm_python, tiny_model_dir, tmp_path_factory):
             port = free_port()
             command = server_command(vllm_python, port, "0.2", read_server_flags(flags.split()))
             log = tmp_path_factory.mktemp("vllm") / f"{port}.log"
-            # Compiled for a CPU vLLM 0.32 gives other tokens.
-            servers.append(start_server([*command, "--enforce-eager"], None, log))
+            servers.append(start_server([*command, *CPU_FLAGS], None, log))
             urls.append(f"http://127.0.0.1:{port}")
             logs.append(log)
     for server, url, log in zip(servers, urls, logs, strict=True):
@@ -492,7 +491,7 @@ def test_a_run_learns_from_the_replies_of_vllm(vllm, flags, grpo_flags, tmp_path
 @pytest.mark.slow
 def test_the_launcher_starts_vllm_trains_and_ends_it(vllm_python, flags, tmp_path):
     port = free_port()
-    variables = {"PYTHON": sys.executable, "VLLM_GPUS": "1", "VLLM_PORT": str(port), "VLLM_FLAGS": "--enforce-eager"}
+    variables = {"PYTHON": sys.executable, "VLLM_GPUS": "1", "VLLM_PORT": str(port)}
     variables |= {"CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_MEMORY": "0.2"}
     argv = flags(vllm_url=None, torch_dtype="float32", report_to="none", max_steps=None, total_episodes=16)
     command = ["bash", Path(ppo_training.__file__).with_name("run_ppo.sh"), *map(str, argv)]

@@ -191,6 +191,7 @@ def test_servers_run_while_the_stage_does(machine, tmp_path, capfd, n_gpus, vari
         assert words[words.index("--host") + 1] == "127.0.0.1"
         assert words[words.index("--gpu-memory-utilization") + 1] == memory
         assert words[-2:] == ["--dtype", "half"]
+        assert ("--enforce-eager" in words) == (n_gpus == 0)
         assert server["updating"] == "True"
         ports.append(words[words.index("--port") + 1])
         assert f"logs/vllm-{ports[-1]}.log" in out
