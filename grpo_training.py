@@ -170,7 +170,7 @@ def grpo_update(run: Run, groups: Groups, grpo_args: GRPOArguments) -> dict[str,
     if whole.n_replies == 0:
         policy.skip()
         return dict.fromkeys(("policy/loss", "policy/clip_frac", "policy/approx_kl", "policy/grad_norm"), 0.0)
-    micro_batches = split_evenly(replies, learns, run.training_args)
+    micro_batches = split_evenly(replies, learns, run.training_args, by_prompt=roles.padding_free)
     measured, total_loss, norms = TokenMeans(sum_over_processes), torch.zeros((), device=replies.ids.device), []
     for iteration in range(1, grpo_args.num_iterations + 1):
         for rows, counted in micro_batches:
@@ -200,14 +200,22 @@ def grpo_update(run: Run, groups: Groups, grpo_args: GRPOArguments) -> dict[str,
 
 
 def split_evenly(
-    replies: Replies, learns: torch.Tensor, training_args: TrainingArguments
+    replies: Replies, learns: torch.Tensor, training_args: TrainingArguments, by_prompt: bool
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Micro-batches of the replies to learn from, the longest first: indices of rows, and whether each counts.
 
     All processes have as many, as ZeRO asks: one with fewer replies repeats a row that does not count.
+
+    by_prompt: replies to one prompt stay together, since joined rows pass it once; otherwise like lengths, which waste
+        little padding.
     """
     rows = learns.nonzero().flatten()
-    rows = rows[replies.attention_mask[rows].sum(dim=1).argsort(descending=True, stable=True)]
+    lengths = replies.attention_mask[rows].sum(dim=1)
+    if by_prompt:
+        _, prompt = replies.ids[rows, : replies.n_prompt].unique(dim=0, return_inverse=True)
+        longest = torch.zeros_like(lengths).scatter_reduce(0, prompt, lengths, "amax")
+        lengths = longest[prompt] * len(rows) + prompt
+    rows = rows[lengths.argsort(descending=True, stable=True)]
     n_filling = largest_of_processes(len(rows), training_args) - len(rows)
     counts = F.pad(torch.ones_like(rows, dtype=torch.bool), (0, n_filling))
     batch_size = training_args.per_device_train_batch_size

@@ -24,6 +24,7 @@ from stage_runs import (
     words,
     write_lines,
 )
+from transformers import TrainingArguments
 
 import grpo_training
 from medtune.errors import UserError
@@ -33,6 +34,7 @@ from medtune.models.lineage import read_lineage
 from medtune.rl import alarms, run
 from medtune.rl.rewards import Rewards
 from medtune.rl.roles import Roles, load_roles
+from medtune.rl.rollout import Replies
 
 ROOT = Path(__file__).resolve().parents[1]
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -191,9 +193,9 @@ def test_replies_that_are_cut_teach_nothing_where_that_is_asked_for(flags, tmp_p
     learned = []
     split = grpo_training.split_evenly
 
-    def note(replies, learns, args):
+    def note(replies, learns, *args, **options):
         learned.append((replies, learns))
-        return split(replies, learns, args)
+        return split(replies, learns, *args, **options)
 
     monkeypatch.setattr(grpo_training, "split_evenly", note)
     for masked in (False, True):
@@ -201,6 +203,18 @@ def test_replies_that_are_cut_teach_nothing_where_that_is_asked_for(flags, tmp_p
     (replies, every), (_, ended) = learned
     assert torch.equal(ended, every & replies.ended)
     assert 0 < ended.sum() < every.sum()
+
+
+def test_replies_to_one_prompt_stay_together_where_rows_are_joined(tmp_path):
+    prompts, n_tokens = torch.tensor([[1, 2], [3, 4], [1, 2], [3, 4], [1, 2]]), torch.tensor([1, 2, 4, 3, 2])
+    mask = torch.arange(4) < n_tokens[:, None]
+    whole = torch.cat([torch.ones_like(prompts, dtype=torch.bool), mask], dim=1)
+    ids = torch.cat([prompts, mask.long()], dim=1)
+    replies = Replies(ids=ids, attention_mask=whole, mask=mask, ended=mask.any(dim=1))
+    args = TrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=3)
+    learns = torch.tensor([True, True, True, True, True])
+    for by_prompt, rows in ((False, [[2, 3, 1], [4, 0]]), (True, [[0, 2, 4], [1, 3]])):
+        assert [part.tolist() for part, _ in grpo_training.split_evenly(replies, learns, args, by_prompt)] == rows
 
 
 # ---------------------------------------------------------------- several processes, resume

@@ -27,7 +27,14 @@ from medtune.models.lora_layers import describe_trainable
 from medtune.models.reward_models import add_reward_adapter, load_reward_model
 from medtune.models.running_batch import Row, complete_rows
 from medtune.models.score_heads import ScoreHead
-from medtune.models.text_attention import Layout, attend_by_text, forward_inputs, gains_from_joining
+from medtune.models.text_attention import (
+    Layout,
+    attend_by_text,
+    forward_inputs,
+    gains_from_joining,
+    places,
+    shares_prefixes,
+)
 from medtune.rl.ppo_math import position_ids, token_logps
 
 # By role, the adapter's name in PEFT where it is another.
@@ -130,7 +137,9 @@ class Roles:
         padding_free: the flag; with auto rows are joined if that gives the same.
         """
         width = min(CHECKED_TOKENS, *map(len, prompts))
-        ids = torch.tensor([prompt[:width] for prompt in prompts[:CHECKED_PROMPTS]], device=self.model.device)
+        rows = [prompt[:width] for prompt in prompts[:CHECKED_PROMPTS]]
+        rows.append(rows[0][: width // 2] + rows[-1][width // 2 :])  # and one that begins as another does
+        ids = torch.tensor(rows, device=self.model.device)
         mask = torch.ones_like(ids, dtype=torch.bool)
         logits = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
         own_logps = (logits.float() / temperature).log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
@@ -200,10 +209,13 @@ class Roles:
         if not self.padding_free:
             # Detail: positions from the mask, whatever the padding.
             return backbone(**batch, position_ids=position_ids(attention_mask), use_cache=False)
-        outputs = backbone(**forward_inputs(batch, Layout.JOINED), use_cache=False)
-        (joined,) = outputs.last_hidden_state
+        # The replies of a group share their prompt, which then passes once.
+        layout = Layout.SHARED_PREFIXES if shares_prefixes(self.model.get_base_model()) else Layout.JOINED
+        outputs = backbone(**forward_inputs(batch, layout), use_cache=False)
+        is_token, joined = attention_mask.bool(), outputs.last_hidden_state
         states = joined.new_zeros(*ids.shape, joined.shape[-1])
-        outputs.last_hidden_state = states.index_put(tuple(attention_mask.bool().nonzero(as_tuple=True)), joined)
+        own = joined[places(is_token, batch, layout)]
+        outputs.last_hidden_state = states.index_put(is_token.nonzero(as_tuple=True), own)
         return outputs
 
     def _switch_to(self, role: str) -> None:
