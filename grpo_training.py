@@ -71,12 +71,14 @@ from medtune.rl.arguments import (
 from medtune.rl.grpo_math import LOSS_TYPES, Whole, group_advantages, has_signal, surrogate_losses
 from medtune.rl.log import grpo_figures
 from medtune.rl.measures import GroupMeasures, TokenMeans, summarize_groups
+from medtune.rl.off_policy import check_sampler, sampler_weights
 from medtune.rl.ppo_math import episode_order, k3
 from medtune.rl.reward_texts import load_reward_texts
 from medtune.rl.rewards import load_rewards, reward_settings
 from medtune.rl.roles import CHECKED_PROMPTS, load_roles
 from medtune.rl.rollout import PolicyReplies, Replies, Sampling, Scorer, add_logps, choose_sampling, collect_replies
 from medtune.rl.run import Run, State, count_episodes, count_updates, is_done, resumed_state, start_accelerator
+from medtune.rl.vllm_servers import connect_servers
 from medtune.training.checkpoints import BEST, PADDING_FREE
 from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
@@ -177,6 +179,7 @@ def grpo_update(run: Run, groups: Groups, grpo_args: GRPOArguments) -> dict[str,
             logps, *_ = policy.forward(roles.logps, "policy", *text, temperature)
             log_ratios, advantages = log_ratios_of(logps, part.policy_logps, mask), groups.advantages[rows]
             losses, clipped = surrogate_losses(log_ratios, advantages, grpo_args.epsilon, grpo_args.epsilon_high)
+            losses = losses * sampler_weights(part, grpo_args.vllm_is_cap)
             if part.ref_logps is not None:
                 losses = losses + grpo_args.beta * k3(logps, part.ref_logps)
             loss = average(losses, mask, whole)
@@ -290,6 +293,7 @@ def train_grpo(
             metrics = groups.metrics | {"learning_rate": run.learning_rate()}
 
             # Alarm.
+            metrics |= check_sampler(run.accelerator, run.roles, groups.replies, grpo_args)
             count_in_a_row(state.streaks, state.start, metrics)
             if alarm := find_group_alarm(groups.measures, metrics, grpo_args.stop_at_kl, state.streaks, n_groups):
                 raise UserError(f"update {update + 1}: {alarm}")
@@ -335,6 +339,8 @@ def describe_run(
         f", {grpo_args.beta:g} x KL from the start" if grpo_args.beta else ", no KL and no reference"
     )
     facts["updates"] = f"{run.n_updates} ({run.n_updates * run.per_update} replies, {n_prompts} prompts)"
+    if sampling.servers is not None:
+        facts["replies"] = sampling.servers.describe(grpo_args.vllm_is_cap)
     if args.deepspeed:
         facts["DeepSpeed"] = f"{args.deepspeed}: gradients and optimizers in parts"
     return facts | {"precision": describe_precision(args, run.roles.model), "output": str(run.output_dir)}
@@ -399,6 +405,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return {}
 
     # ------------------------------------------------------------ model
+    servers = connect_servers(grpo_args, sft, vars(lora_args), sampling.stop_ids, training_args, **hub_options)
+    sampling = replace(sampling, servers=servers)
     roles, facts = load_roles(
         sft, rm, vars(lora_args), accelerator.device, with_reference=grpo_args.beta > 0, with_value=False,
         **model_args.loading_options,

@@ -61,6 +61,7 @@ from medtune.rl.arguments import (
 )
 from medtune.rl.log import ppo_figures
 from medtune.rl.measures import EpisodeMeasures, TokenMeans, summarize
+from medtune.rl.off_policy import check_sampler, sampler_weights
 from medtune.rl.ppo_math import (
     SumOverProcesses,
     adapted_kl_coef,
@@ -85,6 +86,7 @@ from medtune.rl.run import (
     resumed_state,
     start_accelerator,
 )
+from medtune.rl.vllm_servers import connect_servers
 from medtune.training.checkpoints import BEST, PADDING_FREE
 from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
@@ -170,6 +172,7 @@ def ppo_update(run: Run, rollout: Rollout, ppo_args: PPOArguments) -> dict[str, 
                 advantages, returns = targets.advantages[rows, :width], targets.returns[rows, :width]
                 logps, *_ = policy.forward(roles.logps, "policy", *text, ppo_args.temperature)
                 losses, clipped = policy_losses(logps, part.policy_logps, advantages, ppo_args.cliprange)
+                losses = losses * sampler_weights(part, ppo_args.vllm_is_cap)
                 policy.backward((losses * part.mask).sum() / n_tokens)
                 values = value.forward(roles.values, *text)
                 errors, held = value_losses(values, part.values, returns, targets.cliprange_value)
@@ -242,6 +245,7 @@ def train_ppo(
             measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout)]))
 
             # Alarm.
+            of_sampler = check_sampler(accelerator, run.roles, rollout, ppo_args)
             state.updates_without_end = 0 if measures.ended.any() else state.updates_without_end + 1
             has_signal = measures.scores.std(correction=0) > 1e-6
             state.streaks["no signal"] = 0 if has_signal else state.streaks.get("no signal", 0) + 1
@@ -252,7 +256,7 @@ def train_ppo(
 
             # Update. From here on the weights change: a signal waits for the end of the update.
             metrics = summarize(measures, scorer.rewards, state.kl_coef, ppo_args.missing_eos_penalty)
-            metrics |= {"objective/kl_coef": state.kl_coef, "learning_rate": run.learning_rate()}
+            metrics |= {"objective/kl_coef": state.kl_coef, "learning_rate": run.learning_rate()} | of_sampler
             metrics |= ppo_update(run, rollout, ppo_args)
             if alarm := find_update_alarm(metrics):
                 raise UserError(f"update {update + 1}: {alarm}")
@@ -296,6 +300,8 @@ def describe_run(
         f"{ppo_args.num_mini_batches} step(s)"
     )
     facts["updates"] = f"{run.n_updates} ({run.n_updates * run.per_update} episodes, {n_prompts} prompts)"
+    if sampling.servers is not None:
+        facts["replies"] = sampling.servers.describe(ppo_args.vllm_is_cap)
     if args.deepspeed:
         facts["DeepSpeed"] = f"{args.deepspeed}: gradients and optimizers in parts"
     return facts | {"precision": describe_precision(args, run.roles.model), "output": str(run.output_dir)}
@@ -357,6 +363,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return {}
 
     # ------------------------------------------------------------ model
+    servers = connect_servers(ppo_args, sft, vars(lora_args), sampling.stop_ids, training_args, **hub_options)
+    sampling = replace(sampling, servers=servers)
     roles, facts = load_roles(sft, rm, vars(lora_args), accelerator.device, **model_args.loading_options)
     check_vocabulary(tokenizer, roles.model)
     with accelerator.autocast():

@@ -27,6 +27,8 @@ EPISODES=${EPISODES:-10000}
 MAX_PROMPT=${MAX_PROMPT:-1024}             # tokens
 MAX_REPLY=${MAX_REPLY:-512}
 DEEPSPEED=${DEEPSPEED:-}                    # ds_configs/zero2.json shards gradients and optimizer over the GPUs
+export VLLM_GPUS=${VLLM_GPUS:-}            # so many of the GPUs for vLLM, which then writes the replies: docs/vllm.md
+export VLLM_MEMORY=${VLLM_MEMORY:-}        # share of a GPU that vLLM takes; "" is 0.9, or 0.4 where training shares it
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1} # one process for each that is there; "" is the CPU
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 

@@ -69,11 +69,15 @@ def add_use_cpu(parser: argparse._ActionsContainer, *other_names: str) -> None:
 # ---------------------------------------------------------------- the GPUs
 
 
-def count_gpus() -> int:
-    """Those that are both there and in CUDA_VISIBLE_DEVICES."""
+def visible_gpus() -> list[str]:
+    """Those that are both there and in CUDA_VISIBLE_DEVICES, as it calls them."""
     n_gpus = len(_names(_nvidia_smi("-L")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return n_gpus if visible is None else min(n_gpus, len(visible.split(",")))
+    return [str(index) for index in range(n_gpus)] if visible is None else visible.split(",")[:n_gpus]
+
+
+def count_gpus() -> int:
+    return len(visible_gpus())
 
 
 def _nvidia_smi(*words: str) -> str:

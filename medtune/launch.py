@@ -1,5 +1,6 @@
 """Start a stage with python if it is one process, otherwise with torchrun, one process per GPU.
 
+With VLLM_GPUS above 0 vLLM servers are started first, which write PPO's and GRPO's replies (medtune/rl/vllm_launch.py).
 NNODES, NODE_RANK and MASTER_ADDR set several nodes; N_PROCESSES sets the number of processes on this one.
 torchrun forwards a signal, gives the processes half a minute to save a checkpoint, and exits with 1 and a traceback.
 Here they have ten minutes, and the exit code is theirs: 143 after SIGTERM, 130 after Ctrl-C, 2 for a mistake. If the
@@ -16,6 +17,8 @@ from medtune.devices import are_hidden, count_gpus, cpu_reason, read_flags
 from medtune.errors import UserError, run_script
 
 SECONDS_TO_SAVE = 600
+# The stages that VLLM_GPUS is for; in run_all.sh it stands before others too.
+WITH_ROLLOUTS = {"ppo_training.py", "grpo_training.py"}
 
 
 def is_one_of_several_nodes(environment: Mapping[str, str]) -> bool:
@@ -41,6 +44,9 @@ def rendezvous(environment: Mapping[str, str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     script_and_flags = list(sys.argv[1:] if argv is None else argv)
     flags = read_flags(script_and_flags)
+    has_servers = os.environ.get("VLLM_GPUS", "") not in ("", "0") and {*script_and_flags} & WITH_ROLLOUTS
+    if has_servers and not flags.help:
+        os.execv(sys.executable, [sys.executable, "-m", "medtune.rl.vllm_launch", *script_and_flags])
     on_cpu = flags.use_cpu or are_hidden()
     requested = os.environ.get("N_PROCESSES") or ("1" if on_cpu else str(count_gpus()))
     if not requested.isdecimal():

@@ -1,10 +1,12 @@
-"""How much faster is generation together? Clients of the server at once and in turn, and two versions side by side.
+"""How much faster is generation together? Clients of the server at once and in turn, two versions side by side, and
+rollouts by vLLM and by training itself.
 
     python scripts/build_tiny_model.py --output_dir models/tiny-qwen2
     python tests/compare_generation.py make ../smol             # SmolLM2-135M's shape, random weights, that tokenizer
     python tests/compare_generation.py clients models/tiny-qwen2
     git worktree add ../before HEAD~1
     python tests/compare_generation.py versions models/tiny-qwen2 ../before .
+    VLLM_PYTHON=PATH/bin/python python tests/compare_generation.py vllm models/tiny-qwen2
 
 Every figure is of one run, the two sides in turn, three rounds of it; the times of a round and their ratio are printed,
 and of CPU time too, which tells more where other programs run.
@@ -19,6 +21,7 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -153,6 +156,72 @@ def make_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+# ---------------------------------------------------------------- rollouts by vLLM
+
+
+def cpu_seconds_of_group(leader: int) -> float:
+    """Of a process and all that it started."""
+    stats = [path.read_text(encoding="utf-8").rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
+    return sum(sum(map(int, stat[11:13])) for stat in stats if int(stat[2]) == leader) / os.sysconf("SC_CLK_TCK")
+
+
+def compare_vllm(model: Path, n_prompts: int, mean_length: int) -> None:
+    """Both draw from the same policy in float32, with a thread each where there are two cores, as vLLM leaves one free;
+    the adapter's way into the server is part of vLLM's time."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+    from medtune.arguments import LoraArguments
+    from medtune.rl.arguments import RolloutArguments
+    from medtune.rl.roles import Roles
+    from medtune.rl.rollout import Sampling, collect_replies
+    from medtune.rl.vllm_launch import CPU_FLAGS, end_servers, read_server_flags, server_command, start_server, wait_for
+    from medtune.rl.vllm_servers import connect_servers
+    from medtune.training.interruption import SignalListener
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url, longest = f"http://127.0.0.1:{port}", 4 * mean_length
+    flags = f"--sft_model_path {model} --torch_dtype float32 --max_source_length 128 --response_length {longest}"
+    command = server_command(os.environ["VLLM_PYTHON"], port, "0.3", read_server_flags(flags.split()))
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "vllm.log")
+        server = start_server([*command, *CPU_FLAGS], None, log)
+        try:
+            wait_for(server, url, log)
+            torch.manual_seed(0)
+            torch.set_num_threads(max(os.cpu_count() - 1, 1))
+            base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            roles = Roles(get_peft_model(base, LoraConfig(r=8, target_modules="all-linear")).eval(), None, None)
+            n_tokens = len(AutoTokenizer.from_pretrained(model))
+            stop_ids = torch.randperm(n_tokens)[: base.config.vocab_size // mean_length].tolist()
+            lengths = torch.randint(20, 120, (n_prompts,)).tolist()
+            rows = [{"prompt_ids": torch.randint(5, n_tokens, (length,)).tolist()} for length in lengths]
+            args = RolloutArguments(max_source_length=128, response_length=longest, vllm_url=url)
+            training_args = TrainingArguments(output_dir=folder, use_cpu=True)
+            servers = connect_servers(args, str(model), vars(LoraArguments(lora_rank=8)), stop_ids, training_args)
+            stop, speeds = SignalListener(training_args), {}
+            for round_ in range(ROUNDS + 1):  # the first one warms up
+                for name, writes in (("ours", None), ("vLLM", servers)):
+                    sampling = Sampling(1.0, longest, n_prompts, stop_ids, 0, seed=round_, servers=writes)
+                    before = time.perf_counter(), time.process_time() + cpu_seconds_of_group(server.pid)
+                    replies = collect_replies(roles, rows, range(n_prompts), sampling, stop)
+                    after = time.perf_counter(), time.process_time() + cpu_seconds_of_group(server.pid)
+                    wall, cpu = (end - begin for begin, end in zip(before, after, strict=True))
+                    n_written = int(replies.mask.sum())
+                    speeds[name] = n_written / wall, n_written / cpu
+                    if round_ > 0:
+                        print(f"{name}: {n_written} tokens, wall {wall:.1f} s, CPU {cpu:.1f} s", flush=True)
+                if round_ > 0:
+                    wall, cpu = (vllm / own for own, vllm in zip(speeds["ours"], speeds["vLLM"], strict=True))
+                    print(f"tokens a second, vLLM against ours: wall {wall:.3f}, CPU {cpu:.3f}", flush=True)
+        finally:
+            end_servers([server])
+
+
 # ---------------------------------------------------------------- main
 
 
@@ -168,11 +237,17 @@ def main() -> None:
     versions.add_argument("model", type=Path)
     versions.add_argument("trees", type=Path, nargs=2)
     versions.add_argument("--mean_length", type=int, default=64, help="tokens of a reply; it is cut at four times them")
+    vllm = commands.add_parser("vllm", help="rollouts by vLLM of the environment of VLLM_PYTHON, and by training")
+    vllm.add_argument("model", type=Path)
+    vllm.add_argument("--prompts", type=int, default=64, help="of a rollout")
+    vllm.add_argument("--mean_length", type=int, default=64, help="tokens of a reply; it is cut at four times them")
     args = parser.parse_args()
     if args.command == "make":
         make_model(args.folder)
     elif args.command == "clients":
         compare_clients(args.model, args.most_tokens)
+    elif args.command == "vllm":
+        compare_vllm(args.model, args.prompts, args.mean_length)
     else:
         compare_versions(args.model, args.trees, args.mean_length)
 

@@ -169,7 +169,12 @@ def test_flags_that_decide_on_processes(started, flags, processes):
 
 @pytest.mark.parametrize(
     ("variables", "processes"),
-    [({"N_PROCESSES": "2"}, 2), ({"N_PROCESSES": "1"}, 0), ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a"}, 1)],
+    [
+        ({"N_PROCESSES": "2"}, 2),
+        ({"N_PROCESSES": "1"}, 0),
+        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a"}, 1),
+        ({"N_PROCESSES": "2", "VLLM_GPUS": "1"}, 2),  # which is for PPO and GRPO
+    ],
 )
 def test_variables_that_decide_on_processes(started, variables, processes):
     assert started(0, CUDA_VISIBLE_DEVICES="0,1", **variables) == processes

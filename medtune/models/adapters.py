@@ -12,8 +12,8 @@ from loguru import logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import safe_open
-from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from medtune.errors import UserError
 from medtune.models.families import check_same_family
@@ -114,8 +114,36 @@ def load_for_training(
                 "away; --torch_dtype float32 keeps them and takes twice the memory for weights, gradients and optimizer"
             )
         return base
+    config = _new_lora_config(
+        base,
+        task_type=task_type,
+        target_modules=target_modules,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+        modules_to_save=modules_to_save,
+    )
+    with _explain_peft_faults(base, path, target_modules, config):
+        return get_peft_model(base, config)
+
+
+def _new_lora_config(
+    base: PreTrainedModel,
+    *,
+    task_type: TaskType = TaskType.CAUSAL_LM,
+    target_modules: str | None,
+    lora_rank: int | None,
+    lora_alpha: float | None,
+    lora_dropout: float,
+    use_dora: bool,
+    use_rslora: bool,
+    modules_to_save: str | None,
+) -> LoraConfig:
+    """The configuration of a new adapter on this base, from the flags."""
     trained_whole = _split_names(modules_to_save)
-    config = LoraConfig(
+    return LoraConfig(
         task_type=task_type,
         r=lora_rank or DEFAULT_LORA_RANK,
         lora_alpha=lora_alpha or DEFAULT_LORA_ALPHA,
@@ -128,8 +156,26 @@ def load_for_training(
         use_dora=use_dora,
         use_rslora=use_rslora,
     )
-    with _explain_peft_faults(base, path, target_modules, config):
-        return get_peft_model(base, config)
+
+
+def save_zero_adapter(folder: Path, path: str, lora: dict, **hub_options) -> None:
+    """Save an adapter of zeros as a new one on the base at `path` would be, without loading the base's weights.
+
+    lora: keywords of `load_for_training` for a new adapter.
+    """
+    settings = {name: value for name, value in lora.items() if name != "use_peft"}
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            load_config(path, **hub_options), trust_remote_code=hub_options.get("trust_remote_code", False)
+        )
+        config = _new_lora_config(base, **settings)
+        with _explain_peft_faults(base, path, settings["target_modules"], config):
+            model = get_peft_model(base, config)
+    shapes = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
+    config.base_model_name_or_path = path
+    config.save_pretrained(str(folder))
+    zeros = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_file(zeros, Path(folder, ADAPTER_WEIGHTS), metadata={"format": "pt"})
 
 
 @contextmanager

@@ -39,6 +39,7 @@ class Row:
 
     prompt, ids: token ids, of the reply with its end token.
     seed: decides the draws of a reply with a temperature, and nothing else does.
+    logps: of the ids, where a server wrote them and gives them.
     ended: by one of the stop ids.
     finished: nothing more is generated.
     """
@@ -48,6 +49,7 @@ class Row:
     decoding: Decoding
     seed: int = 0
     ids: list[int] = field(default_factory=list)
+    logps: list[float] | None = None
     ended: bool = False
     finished: bool = False
 

@@ -128,9 +128,19 @@ class RolloutArguments(TemplateArguments):
         default=None, metadata={"help": "The token that ends a reply; without it the template's and the tokenizer's."}
     )
     temperature: float = field(default=0.7, metadata={"help": "Of sampling, and of the log-probs learned from."})
+    vllm_url: str | None = field(
+        default=None,
+        metadata={"help": "vLLM servers that write the replies, such as http://127.0.0.1:8001; several with commas."},
+    )
+    vllm_is_cap: float = field(
+        default=2.0,
+        metadata={"help": "Cap of the ratios of policy and vLLM that weight its tokens in the loss; 0: no weights."},
+    )
 
     def __post_init__(self):
         self.refuse_zero("response_length", "rollout_batch_size", "temperature")
+        if self.vllm_is_cap and not self.vllm_is_cap >= 1:
+            raise UserError(f"--vllm_is_cap {self.vllm_is_cap:g}: give at least 1, or 0 for no weights")
         if self.max_source_length < 8:
             raise UserError(f"--max_source_length {self.max_source_length}: no prompt fits; give a number of tokens")
         if self.total_episodes is not None and self.total_episodes < 1:
@@ -275,7 +285,7 @@ class RLTrainingArguments:
     report_to: str = field(default="none", metadata={"help": "Trackers: tensorboard, wandb, ..."})
     run_name: str | None = field(default=None, metadata={"help": "The run's name there."})
     disable_tqdm: bool | None = field(default=None, metadata={"help": "No progress bars."})
-    ddp_timeout: int = field(default=1800, metadata={"help": "Seconds that processes wait for each other."})
+    ddp_timeout: int = field(default=1800, metadata={"help": "Seconds to wait for other processes, and for vLLM."})
     ddp_backend: str | None = field(default=None, metadata={"help": "How processes talk: nccl or gloo."})
     deepspeed: str | None = field(default=None, metadata={"help": "A configuration of ZeRO-1 or 2: ds_configs/."})
 

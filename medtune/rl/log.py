@@ -20,7 +20,10 @@ class ShownFigures:
     curves: dict[str, dict[str, str]]
 
 
-_UPDATE = (("policy/approx_kl", "approx kl", ".4f"), ("policy/clip_frac", "clipped", ".3f"))
+_UPDATE = (
+    *(("policy/approx_kl", "approx kl", ".4f"), ("policy/clip_frac", "clipped", ".3f")),
+    *(("sampler/logp_diff", "vLLM off by", ".4f"), ("sampler/is_ratio", "IS ratio", ".4f")),
+)
 _REPLY = (("reply/mean_len", "tokens", ".0f"), ("reply/eos_frac", "ended", ".2f"), ("learning_rate", "lr", ".2e"))
 _MEMORY = ("peak_memory_gib", "peak GiB", ".1f")
 _KL = {"KL a reply (nats)": {"objective/kl": "sampled", "eval_kl": "held-out, greedy"}}

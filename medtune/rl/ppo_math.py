@@ -30,9 +30,13 @@ def episode_order(n_prompts: int, n_episodes: int, seed: int) -> list[int]:
     return order[:n_episodes]
 
 
+def episode_seed(seed: int, episode: int) -> int:
+    return seed * 1_000_003 + episode
+
+
 def draw_uniforms(n_tokens: int, seed: int, episode: int) -> list[float]:
     """n_tokens float64 uniform numbers of an episode."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + episode)
+    generator = torch.Generator().manual_seed(episode_seed(seed, episode))
     return torch.rand(n_tokens, generator=generator, dtype=torch.float64).tolist()
 
 
@@ -182,6 +186,12 @@ def policy_losses(
     free = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     return torch.maximum(free, clipped), clipped > free
+
+
+def truncated_ratios(policy_logps: torch.Tensor, sampler_logps: torch.Tensor, cap: float) -> torch.Tensor:
+    """[B, T] importance ratios min(policy / sampler, cap) of tokens that another engine drew, by which the policy's
+    losses are weighted (Yao et al. 2025, https://fengyao.notion.site/off-policy-rl; truncation of Ionides 2008)."""
+    return (policy_logps - sampler_logps).exp().clamp(max=cap)
 
 
 def value_losses(

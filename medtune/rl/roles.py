@@ -121,6 +121,13 @@ class Roles:
         flat = token_logps(predicting, ids[:, -n_reply:][mask], head, temperature, is_frozen)
         return tuple(torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, values) for values in flat)
 
+    def base_logps(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, temperature: float
+    ) -> torch.Tensor:
+        """[B, T] log-probs of the reply tokens under the base without an adapter."""
+        with self.model.disable_adapter():
+            return self.logps("policy", ids, attention_mask, mask, temperature)[0]
+
     @torch.no_grad()
     def check_logps(
         self, prompts: list[list[int]], temperature: float, where: str, padding_free: str = "False"

@@ -13,10 +13,11 @@ from medtune.models.decoding import Decoding
 from medtune.models.running_batch import Row
 from medtune.reading.tokenization import stop_token_ids
 from medtune.rl.arguments import RolloutArguments
-from medtune.rl.ppo_math import draw_uniforms, inverse_transform, reply_mask
+from medtune.rl.ppo_math import draw_uniforms, episode_seed, inverse_transform, reply_mask
 from medtune.rl.reward_texts import RewardTexts
 from medtune.rl.rewards import Rewards, ScoredReply, scored_replies
 from medtune.rl.roles import Roles
+from medtune.rl.vllm_servers import VllmServers, raise_in_all
 from medtune.training.interruption import SignalListener
 from template import ChatTemplate
 
@@ -35,6 +36,7 @@ class Replies:
     ids: [N, P + T] int64; attention_mask: the same shape, True on real tokens.
     mask: [N, T] True on a reply's tokens, its end token included.
     ended: [N] True where the reply has an end token.
+    sampler_logps: [N, T] float32, of the vLLM server that drew the tokens, 0 outside the mask; None for our own.
     """
 
     of_replies: ClassVar[Sequence[str]] = ("ended",)  # the tensors that have no columns of tokens
@@ -43,6 +45,7 @@ class Replies:
     attention_mask: torch.Tensor
     mask: torch.Tensor
     ended: torch.Tensor
+    sampler_logps: torch.Tensor | None = None
 
     @property
     def n_prompt(self) -> int:
@@ -153,7 +156,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How replies are sampled: `batch_size` at a time, of at most `max_tokens` tokens each."""
+    """How replies are sampled: `batch_size` at a time, of at most `max_tokens` tokens each; or by servers, together."""
 
     temperature: float
     max_tokens: int
@@ -161,6 +164,7 @@ class Sampling:
     stop_ids: list[int]
     pad_id: int
     seed: int
+    servers: VllmServers | None = None
 
 
 def choose_sampling(
@@ -190,7 +194,8 @@ class EpisodeRow(Row):
     def __init__(self, prompt: list[int], sampling: Sampling, episode: int | None):
         """episode: None decodes greedily."""
         temperature = 0.0 if episode is None else sampling.temperature
-        super().__init__(prompt, frozenset(sampling.stop_ids), Decoding(sampling.max_tokens, temperature))
+        seed = 0 if episode is None else episode_seed(sampling.seed, episode)
+        super().__init__(prompt, frozenset(sampling.stop_ids), Decoding(sampling.max_tokens, temperature), seed)
         self.uniforms = [] if episode is None else draw_uniforms(sampling.max_tokens, sampling.seed, episode)
 
     @staticmethod
@@ -208,12 +213,20 @@ def sample_replies(
     Args:
         episodes: the episode number of each, which decides its random draws; None decodes greedily.
     """
-    numbers = [None] * len(prompts) if episodes is None else episodes
-    rows = [EpisodeRow(prompt, sampling, number) for prompt, number in zip(prompts, numbers, strict=True)]
+    rows = episode_rows(prompts, episodes, sampling)
     roles.complete(rows)
-    device = roles.model.device
+    return replies_of(rows, sampling, roles.model.device)
+
+
+def episode_rows(prompts: Sequence[list[int]], episodes: Sequence[int] | None, sampling: Sampling) -> list[EpisodeRow]:
+    numbers = [None] * len(prompts) if episodes is None else episodes
+    return [EpisodeRow(prompt, sampling, number) for prompt, number in zip(prompts, numbers, strict=True)]
+
+
+def replies_of(rows: Sequence[EpisodeRow], sampling: Sampling, device: torch.device) -> Replies:
+    """The tensors of finished rows."""
     # Detail: prompts are padded on the left, so that all replies start at one column.
-    n_prompt, n_reply = max(map(len, prompts)), max(len(row.ids) for row in rows)
+    n_prompt, n_reply = max(len(row.prompt) for row in rows), max(len(row.ids) for row in rows)
     padding = [(n_prompt - len(row.prompt), n_reply - len(row.ids)) for row in rows]
     pad = [sampling.pad_id]
     ids = [pad * left + row.prompt + row.ids + pad * right for row, (left, right) in zip(rows, padding, strict=True)]
@@ -222,7 +235,16 @@ def sample_replies(
     prompt_mask = torch.arange(n_prompt, device=device) >= n_padding[:, None]
     # Cut at the end token; the mask marks the reply (detail: one mask for policy and value).
     mask, ended = reply_mask(ids[:, n_prompt:], sampling.stop_ids)
-    return Replies(ids=ids, attention_mask=torch.cat([prompt_mask, mask], dim=1), mask=mask, ended=ended)
+    sampler_logps = None
+    if all(row.logps and row.decoding.temperature for row in rows):
+        sampler_logps = torch.tensor([row.logps + [0.0] * (n_reply - len(row.logps)) for row in rows], device=device)
+    return Replies(
+        ids=ids,
+        attention_mask=torch.cat([prompt_mask, mask], dim=1),
+        mask=mask,
+        ended=ended,
+        sampler_logps=sampler_logps,
+    )
 
 
 # ---------------------------------------------------------------- collecting
@@ -237,8 +259,17 @@ def collect_replies(
         rows: of `PromptEncoder`.
         episodes: of `sample_replies`.
 
-    Raises StoppedInRolloutError in all processes once a signal has reached one of them.
+    Raises StoppedInRolloutError in all processes once a signal has reached one of them, ServerError if a server that
+    writes the replies fails.
     """
+    if sampling.servers is not None:
+        sampling.servers.load_policy(roles.model)
+        written = episode_rows([row["prompt_ids"] for row in rows], episodes, sampling)
+        failure = sampling.servers.complete(written, stop)
+        if stop.any_received():
+            raise StoppedInRolloutError
+        raise_in_all(failure)
+        return replies_of(written, sampling, roles.model.device)
 
     def sample(chosen: list[int]) -> Replies:
         prompts = [rows[index]["prompt_ids"] for index in chosen]

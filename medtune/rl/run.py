@@ -24,6 +24,7 @@ from medtune.rl.learner import Learner, load_optimizers, save_optimizers
 from medtune.rl.log import ShownFigures, log_evaluation, log_update
 from medtune.rl.roles import Roles
 from medtune.rl.rollout import StoppedInRolloutError
+from medtune.rl.vllm_servers import ServerError
 from medtune.rl.zero import ZeroLearner, load_engines, save_engines
 from medtune.training.checkpoints import (
     BEST,
@@ -184,7 +185,8 @@ class Run:
     def guarded(self, rollout_batch_size: int) -> Iterator[SignalListener]:
         """A context for the loop: locks the output folder, and explains a full memory or disk.
 
-        If a signal ends a rollout, the last whole update is saved; exits with 128 + signal number.
+        If a signal ends a rollout, the last whole update is saved; exits with 128 + signal number. If a server that
+        writes the replies fails, it is saved too; raises UserError.
         """
         self._refuse_small_disk()
         stop = SignalListener(self.training_args)
@@ -200,6 +202,12 @@ class Run:
                 step = self.state.global_step
                 saved = self.output_dir / f"checkpoint-{step}"
                 exit_interrupted(stop.received, f"update {step}/{self.n_updates}", saved)
+            except ServerError as error:
+                self.save()
+                saved = self.output_dir / f"checkpoint-{self.state.global_step}"
+                raise UserError(
+                    f"{error}; saved in {saved}, and the same command with --resume_from_checkpoint True goes on"
+                ) from error
             finally:
                 stop.stop_listening()
 

@@ -49,6 +49,19 @@ ATTENTION = torch.tensor([[0, 0, 1, 1, 1, 1, 0], [1] * 7], dtype=torch.bool)
 MASK = ATTENTION[:, 4:]
 
 
+def test_log_probs_of_the_base_leave_the_adapters_as_they_are(roles, tiny_model_dir):
+    before = roles.logps("policy", IDS, ATTENTION, MASK, 0.7)[0].detach()
+    logps = roles.base_logps(IDS, ATTENTION, MASK, 0.7).detach()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        logits = base(input_ids=IDS[1:]).logits[0, 3:-1] / 0.7
+    torch.testing.assert_close(logps[1], logits.log_softmax(-1).gather(1, IDS[1, 4:, None]).squeeze(1))
+    after = roles.logps("policy", IDS, ATTENTION, MASK, 0.7)[0]
+    assert torch.equal(after, before)
+    assert after.requires_grad  # the policy still learns
+    assert not torch.allclose(logps, before)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("role", ["policy", "reference"])

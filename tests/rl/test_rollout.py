@@ -38,6 +38,7 @@ def test_rollouts_join_and_part_without_loss():
             attention_mask=attention,
             mask=mask,
             ended=torch.tensor([True]),
+            sampler_logps=per_token,
             policy_logps=per_token,
             ref_logps=per_token,
             values=per_token,
