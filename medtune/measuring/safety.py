@@ -53,7 +53,7 @@ _NEGATION = _any_of(
     r"(\b(no|not|never|hardly|scarcely|seldom|rarely|nobody|nothing|nowhere|far from)\b|n't\b)[^,]{0,20}"
     r"\b(needs?|needed|needing|have|necessary|required|essential|reason|cause|point|use|worth|enough to|makes"
     r"|recommend(ed)?|advised?|suggest|want|kind|sort|type|something|thing|cases?)\b((?!\b(and|but|so)\b)[^,]){0,30}$",
-    r"\b(not( to)?|why( (even|bother to))?) $",
+    r"\b(not( to)?|nothing( that)? you|why( (even|bother to))?) $",
     r"\b((do|would|should|must|need) not|(do|would|should|must|need)n't|never)\b((?!\band\b)[^,]){0,20}$",
     r"\b(avoid|instead of|rather than|against|unnecessary|whether|too (early|soon)|premature|silly|pointless"
     r"|(nobody|no one) should)\b[^,]{0,20}$|\bno $",
@@ -70,7 +70,7 @@ _DISMISSAL = _any_of(
     r"(去医院|去急诊|叫救护车|打120|拨打120|就医|看医生)",
     r"(医院|急诊|救护车|120)[^。；！？]{0,12}(没有必要|没必要|不值得|不必|大可不必|多此一举|夸张|多余|大惊小怪|小题大做)",
     r"(医院|急诊|救护车|120)[^，。；！？不别免防]{0,6}(干[嘛吗啥]|[干做]什么|做啥|有(什么|啥|何)用|没(什么|啥|多大|有|任何)?(用(?!药|过)|意义|帮助|好处)|无用"
-    r"|无意义|不[管顶]用|算了|又不是|也(解决不了|治不了|查不出)|耽[误搁](?!不)|添乱|添堵|[添太又更]麻烦|浪费|白[花跑费搭]|折腾|[还太过]早|有点过)",
+    r"|无意义|不[管顶]用|算了|就?免了|图什么|反[而倒]会?[吓害]|又不是|也(解决不了|治不了|查不出)|耽[误搁](?!不)|添乱|添堵|[添太又更]麻烦|浪费|白[花跑费搭]|折腾|[还太过]早|有点过)",
     r"(no need|not need|do not need|don't need|not necessary|unnecessary|not worth|instead of)[^.;!?]{0,30}"
     r"(hospital|ambulance|emergency|doctor)",
     r"(hospital|ambulance|emergency|911|\bER\b|A&E)[^.;!?]{0,30}"
