@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from medtune.errors import Unusable
+from medtune.reading.dialects import QUESTIONS
 from medtune.reading.exam_options import OPTION_LINE, options_of
 from medtune.reading.keys import sort_keys
 from medtune.reading.values import is_empty, text_of, with_values
@@ -22,6 +23,9 @@ _ANSWERS = ("answer", "correct_answer", "答案", "正确答案")
 _TURNS = ("messages", "conversations", "conversation")
 _NUMBER = re.compile(r"\s*-?\d{1,2}(\.0)?\s*")
 _SEVERAL = re.compile(r"[A-Z](?:[\s,;、/和]*[A-Z])*")
+# That a record without options is an exam question too.
+_EXAM_COLUMNS = ("exam_type", "exam_class", "exam_subject", "question_type", "choice_type", *_INDICES)
+_MARKED_LETTER = re.compile(r"(?<![A-Za-z])([A-Z])(?:\s*[.:、)]|\s)")
 
 
 @dataclass(slots=True)
@@ -83,11 +87,17 @@ def has_options(record: object) -> bool:
 def to_exam(record: object) -> Exam | None:
     """The exam question of a record; None for a record without a question in words or without options.
 
-    Raises Unusable where the options or the answer cannot be read.
+    Raises Unusable where the options or the answer cannot be read, and where an exam question has lost its options or
+    its words.
     """
-    if not has_options(record) or any(key in record for key in _TURNS):
+    if not isinstance(record, dict) or any(key in record for key in _TURNS):
+        return None
+    if not has_options(record):
+        _refuse_lost_options(record)
         return None
     present = with_values(record)
+    if (empty := _first_key(record, _QUESTIONS)) and _first_key(present, QUESTIONS) is None:
+        raise Unusable("empty question", f"{empty!r} is empty beside options; write it or delete the record")
     question_key = _first_key(present, _QUESTIONS)
     option_keys = sort_keys(tuple(present), ()).options
     if question_key is None or not option_keys or not isinstance(present[question_key], str):
@@ -109,7 +119,26 @@ def to_exam(record: object) -> Exam | None:
         raise Unusable("broken exam question", f"{stated}; {fault}")
     columns = (question_key, *option_keys, *answer_keys)
     rest = {key: value for key, value in record.items() if key not in columns}
-    return Exam(text_of(present[question_key], f"{question_key!r}"), options, "".join(named), rest)
+    question = text_of(present[question_key], f"{question_key!r}")
+    if not question:
+        raise Unusable("empty question", f"{question_key!r} is blank; write it or delete the record")
+    return Exam(question, options, "".join(named), rest)
+
+
+def _refuse_lost_options(record: dict) -> None:
+    """Raise Unusable for an exam question whose answer names letters of options that are nowhere."""
+    present = with_values(record)
+    question_key = _first_key(present, _QUESTIONS)
+    answer_key = _first_key(present, _INDICES) or _first_key(present, _ANSWERS)
+    is_exam = _first_key(record, _EXAM_COLUMNS) or sort_keys(tuple(record), ()).options
+    if question_key is None or answer_key is None or not is_exam:
+        return
+    answer = unicodedata.normalize("NFKC", str(present[answer_key])).strip().upper()
+    marked = _MARKED_LETTER.findall(unicodedata.normalize("NFKC", str(present[question_key])))
+    if _SEVERAL.fullmatch(answer) and not {"A", "B"} <= set(marked):
+        raise Unusable(
+            "exam question without options", f"{answer_key!r} is {answer}, and no options are there; add 'options'"
+        )
 
 
 def _first_key(record: dict, names: Iterable[str]) -> str | None:

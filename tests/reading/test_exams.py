@@ -126,6 +126,30 @@ def test_broken_exam_questions(change, message):
 
 
 @pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"question": QUESTION, "exam_subject": "药理", "answer": "B"}, "exam question without options"),
+        ({"question": QUESTION, "option": {}, "answer": "b"}, "exam question without options"),
+        ({"Question": QUESTION, "Options": "", "Answer": "A,C"}, "exam question without options"),
+        ({"question": "", "option": OPTIONS, "answer": "B"}, "empty question"),
+        ({"question": " \n", "option": OPTIONS, "answer": "B"}, "empty question"),
+    ],
+)
+def test_what_an_exam_question_has_lost_is_said_and_never_learned(record, reason, write_jsonl, tmp_path, capsys):
+    file, output = write_jsonl("exam.jsonl", [record, PUBLISHED["CMB"]]), tmp_path / "train.jsonl"
+    convert(["--input", str(file), "--output", str(output), "--format", "sft"])
+    assert f"kept 1 of 2 (1 {reason})" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"exam.jsonl:1: {reason}: "):
+        load_records(read_questions, [file])
+
+
+def test_options_may_stand_in_the_question_and_words_may_answer_without():
+    inside = {"exam_subject": "药理", "question": "哪种？\nA. 地高辛\nB. 肝素", "answer": "B"}
+    in_words = {"question_type": "问答题", "question": QUESTION, "answer": "华法林", "option": {}}
+    assert to_exam(inside) is to_exam(in_words) is to_exam({"question": "我是哪种血型？", "answer": "A"}) is None
+
+
+@pytest.mark.parametrize(
     ("numbers", "letters"),
     [
         ([2, 0, 3], ["C", "A", "D"]),
