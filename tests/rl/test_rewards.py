@@ -171,7 +171,9 @@ def test_the_reward_models_column_is_the_callers():
         ({"rewards": ["exam:0"]}, "--rewards exam:0: give one of them a weight other than 0"),
         ({}, "--reward_model_path is missing: name a folder of reward_modeling.py, or score by other --rewards"),
         ({"rewards": ["exam"], "reward_model_path": "rm"}, "--reward_model_path rm: add reward_model to --rewards"),
-        ({"rewards": ["exam"], "length_buffer": 5}, "--length_buffer 5: give at least 1, with length among"),
+        ({"rewards": ["exam"], "length_buffer": 5}, "--length_buffer 5: length is missing from --rewards"),
+        ({"rewards": ["length"], "length_buffer": 0}, "--length_buffer 0: give at least 1"),
+        ({"rewards": ["exam", "format"], "exam_format": "letter"}, "--exam_format letter: such prompts ask for no <an"),
         ({"rewards": ["length"], "length_buffer": 50}, "--length_buffer 50: more than --response_length 40"),
         (
             {"rewards": ["exams"]},
