@@ -147,7 +147,7 @@ def prepare_part(
     with open_cache(Path(cache_dir or "cache", "tokenized"), key, data_args.overwrite_cache) as cache:
         was_cached = cache.rows is not None
         if not was_cached:
-            reading = Reading(ignore_keys)
+            reading = Reading(ignore_keys, unread=encoder.unread)
             records, report = load_records(read_records, files, data_args.on_bad_data, reading)
             if reading.thoughts_apart and encoder.thinking is None:
                 raise UserError(f"{some_names(files)}: {reading.thoughts_apart}; say what becomes of them: {CHOICES}")

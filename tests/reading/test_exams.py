@@ -6,12 +6,13 @@ import pytest
 from convert_data_format import main as convert
 from transformers import PreTrainedTokenizerBase
 
+from medtune.arguments import DataArguments
 from medtune.errors import Unusable, UserError
-from medtune.reading.encoders import PromptEncoder
+from medtune.reading.encoders import DialogueEncoder, PromptEncoder
 from medtune.reading.eval_items import read_tests
 from medtune.reading.exams import to_exam
-from medtune.reading.readers import load_records, read_questions
-from medtune.reading.stage_data import encode_records
+from medtune.reading.readers import load_records, read_dialogues, read_questions
+from medtune.reading.stage_data import encode_records, prepare_part
 from medtune.reading.tokenization import load_chat_template
 
 OPTIONS = {"A": "地高辛", "B": "华法林", "C": "肝素", "D": "青霉素"}
@@ -168,6 +169,20 @@ def test_numbers_that_do_not_show_where_they_begin_are_refused(write_jsonl):
     file = write_jsonl("numbers.jsonl", [{"question": QUESTION, **LETTERED, "cop": 2}])
     with pytest.raises(UserError, match=r"numbers.jsonl:1: broken exam question: 'cop' is 2; .*: numbers count from"):
         load_records(read_questions, [file])
+
+
+def test_keys_that_reward_functions_read_are_not_called_unread(tiny_tokenizer, write_jsonl, tmp_path):
+    record = {"question": "头痛怎么办？", "answer": "就诊。", "metamap_phrases": ["头痛"]}
+    files = [write_jsonl("prompts.jsonl", [record])]
+    data_args = DataArguments(train_file_dir=str(files[0]))
+    notes = {}
+    for read, encoder_class in ((read_questions, PromptEncoder), (read_dialogues, DialogueEncoder)):
+        encoder = encoder_class(tiny_tokenizer, load_chat_template(tiny_tokenizer, "qwen"), 100, "drop")
+        part = prepare_part("train", files, False, read, encoder, data_args, 0, str(tmp_path))
+        notes[encoder_class] = part.read.notes
+    assert notes[PromptEncoder] == [f"keys of records that are {PromptEncoder.unread}: 'metamap_phrases' (1)"]
+    assert "--reward_file" in PromptEncoder.unread
+    assert notes[DialogueEncoder] == ["keys of records that are not read: 'metamap_phrases' (1)"]
 
 
 def test_what_cannot_be_a_prompt_is_counted(encode):
