@@ -326,6 +326,8 @@ class PromptEncoder(TemplateEncoder):
         exam = prompt.exam and prompt.exam.with_one_answer()
         known = {"reference": prompt.reply} if exam is None else {"answer": exam.answer, "options": exam.options}
         for key in self.needed_keys:
+            if exam and key == "answer":
+                exam.refuse_unanswered()
             if not known.get(key):
                 raise Unusable(f"no {key}", _NEEDED[key])
         return prompt.rest | known

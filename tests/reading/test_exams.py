@@ -1,6 +1,7 @@
 """Exam questions of the published sets: read alike, asked in one text everywhere, counted where they cannot be used."""
 
 import json
+import re
 
 import pytest
 from convert_data_format import main as convert
@@ -186,13 +187,33 @@ def test_keys_that_reward_functions_read_are_not_called_unread(tiny_tokenizer, w
 
 
 def test_what_cannot_be_a_prompt_is_counted(encode):
+    twice = {"question": "哪种抗凝？", "option": OPTIONS | {"D": "肝素"}, "answer": "B"}
     several = {"question": "哪些抗凝？", "option": OPTIONS, "answer": "BC"}
     long = {"question": "病史" * 300 + "？", "option": OPTIONS, "answer": "C"}
     rows, report = encode(
-        PUBLISHED["CMB"], several, long, {"question": "头痛怎么办？" * 100, "answer": "就诊。"}, max_length=200
+        PUBLISHED["CMB"], several, twice, long, {"question": "头痛怎么办？" * 100, "answer": "就诊。"}, max_length=200
     )
-    assert report.dropped == {"several right answers": 1, "prompt too long": 1}
+    same_options = "broken exam question (same options)"
+    assert report.dropped == {"several right answers": 1, "prompt too long": 1, same_options: 1}
     assert len(rows) == 2, "a dialogue's prompt is cut, an exam question would be another one"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"cop": -1}, r"no right answer \(cop -1\)"),
+        ({"cop": "-1"}, r"no right answer \(cop -1\)"),
+    ],
+)
+def test_questions_that_cannot_be_answered_are_left_out_by_their_reason(
+    change, reason, encode, write_jsonl, tmp_path, capsys
+):
+    records = [FIRST, {"question": QUESTION, **LETTERED, "cop": 1} | change]
+    file, output = write_jsonl("exam.jsonl", records), tmp_path / "train.jsonl"
+    convert(["--input", str(file), "--output", str(output), "--format", "sft"])
+    assert re.search(f"kept 1 of 2 \\(1 {reason}\\)", capsys.readouterr().out)
+    with pytest.raises(UserError, match=f"prompts.jsonl:2: {reason}: "):
+        encode(*records, needed_keys=["answer"])
 
 
 def test_a_prompt_that_a_reward_cannot_judge_is_refused_with_its_place(encode):
@@ -208,11 +229,12 @@ def test_a_prompt_that_a_reward_cannot_judge_is_refused_with_its_place(encode):
 
 def test_convert_counts_what_it_leaves_out_and_keeps_what_is_said_beside(tmp_path, write_jsonl, capsys):
     several = {"question": "哪些抗凝？", "option": OPTIONS, "answer": "BC"}
-    file = write_jsonl("exam.jsonl", [PUBLISHED["CMB"] | {"system": "你是药师。"}, several])
+    twice = {"question": "哪种抗凝？", "option": OPTIONS | {"D": "肝素"}, "answer": "B"}
+    file = write_jsonl("exam.jsonl", [PUBLISHED["CMB"] | {"system": "你是药师。"}, several, twice])
     output = tmp_path / "train.jsonl"
     convert(["--input", str(file), "--output", str(output), "--format", "sft"])
     (record,) = map(json.loads, output.read_text(encoding="utf-8").splitlines())
     assert record["system"] == "你是药师。"
     out = capsys.readouterr().out
-    assert "kept 1 of 2 (1 several right answers)" in out
+    assert "kept 1 of 3 (1 several right answers, 1 broken exam question (same options))" in out
     assert "1 exam questions, asked as in evaluation (letter)" in out
