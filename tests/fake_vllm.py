@@ -13,12 +13,14 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
+PAGE = "<html>\nSign in " + "in\n" * 1000
+
 
 class FakeVllm:
     """A server on loopback; a context.
 
     faults: any of `no_lora` (no such address), `ignores_adapter`, `raw_logprobs`, `dies` (at the next reply), `hangs`,
-        `not_vllm`, `cuts` (replies end early), `another_root`.
+        `not_vllm`, `html` and `html_replies` (a page of another server), `cuts` (replies end early), `another_root`.
     """
 
     def __init__(self, base: Path, max_model_len: int = 1024, max_lora_rank: int = 16):
@@ -78,7 +80,9 @@ class FakeVllm:
         request.end_headers()
         request.wfile.write(data)
 
-    def models(self, _) -> tuple[int, dict]:
+    def models(self, _) -> tuple[int, dict | str]:
+        if "html" in self.faults:
+            return 200, PAGE
         if "not_vllm" in self.faults:
             return 200, {"data": [{"id": "m", "object": "model"}]}
         root = "Qwen/Another" if "another_root" in self.faults else str(self.base)
@@ -106,7 +110,9 @@ class FakeVllm:
         self.history.append(("unload", body["lora_name"]))
         return 200, "Success"
 
-    def complete(self, body: dict) -> tuple[int, dict]:
+    def complete(self, body: dict) -> tuple[int, dict | str]:
+        if "html_replies" in self.faults:
+            return 200, PAGE
         if "allowed_token_ids" in body:
             logp = -3.0 if "raw_logprobs" in self.faults else 0.0
             return 200, {"choices": [{"token_ids": body["allowed_token_ids"], "logprobs": {"token_logprobs": [logp]}}]}

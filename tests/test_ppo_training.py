@@ -658,6 +658,7 @@ def test_no_second_run_may_write_in_the_folder(flags, tmp_path, monkeypatch):
         ({"use_peft": False}, r"^--use_peft False: the roles are adapters on one base"),
         ({"num_mini_batches": 3}, r"^--num_mini_batches 3: does not divide --gradient_accumulation_steps 2"),
         ({"do_train": None}, r"^--do_train is missing"),
+        ({"max_steps": 0}, r"^--max_steps 0: give at least 1; -1 means by episodes"),
         ({"fp16": True}, r"^--fp16 is not a flag of this stage"),
         ({"neftune_noise_alpha": 5}, r"^--neftune_noise_alpha is not a flag of this stage"),
         ({"eval_steps": 0.5, "eval_strategy": "steps"}, r"^--eval_steps: invalid int value: '0\.5'"),

@@ -286,7 +286,9 @@ def test_two_processes_ask_for_their_own_prompts(flags, fake, tmp_path):
 @pytest.mark.parametrize(
     ("faults", "changes", "message"),
     [
-        ({"not_vllm"}, {}, "not a vLLM server; docs/vllm.md has the command"),
+        ({"not_vllm"}, {}, r"not a vLLM server \(it answered .*\); docs/vllm.md has the command"),
+        ({"html"}, {}, r"not a vLLM server \(it answered <html> Sign in (in ){1,40}i?n?\); docs/vllm.md"),
+        ({"html_replies"}, {}, r"an answer without logprobs \(<html> Sign in (in ){1,40}i?n?\); docs/vllm.md"),
         ({"another_root"}, {}, "the server has the model Qwen/Another; start it with the policy's base, "),
         ({"no_lora"}, {}, "is answered by 404: .*must take this adapter while it runs .*VLLM_ALLOW_RUNTIME"),
         ({"raw_logprobs"}, {}, "before the temperature; start it with --logprobs-mode processed_logprobs"),
@@ -317,10 +319,20 @@ def test_a_short_context_is_refused(tiny_model_dir, connect):
         connect(short.url)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8001", "https://127.0.0.1:8001", "http://127.0.0.1:x", "http://h:1/v1"])
-def test_an_address_that_is_none_is_refused(connect, url):
-    with pytest.raises(UserError, match=f"--vllm_url {url}: no address of a server; give http://127.0.0.1:8001"):
-        connect(url)
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        *((url, "no address of a server; give http://127.0.0.1:8001") for url in ("h:8001", "http://h:x", "http://")),
+        ("https://h:1", "servers are asked without encryption; give http://h:1"),
+        ("http://h:1/v1", "paths are added here; give http://h:1"),
+    ],
+)
+def test_an_address_that_is_none_is_refused_with_the_other_arguments(url, message):
+    with pytest.raises(UserError, match=f"--vllm_url {url}: {message}$|--vllm_url {url}: {message}, several"):
+        RolloutArguments(vllm_url=f"http://127.0.0.1:8001,{url}")
+    assert RolloutArguments(vllm_url=" http://h:1, http://h:2/,").server_urls == ["http://h:1", "http://h:2/"]
+    with pytest.raises(UserError, match="--vllm_url ,: no address"):
+        RolloutArguments(vllm_url=",")
 
 
 def test_a_server_that_is_not_there_is_named_before_weights_load(flags, monkeypatch):
@@ -332,7 +344,12 @@ def test_a_server_that_is_not_there_is_named_before_weights_load(flags, monkeypa
 @pytest.mark.parametrize("cap", [-1, 0.5, float("nan")])
 def test_a_cap_below_one_is_refused(cap):
     with pytest.raises(UserError, match=r"--vllm_is_cap .*: give at least 1, or 0 for no weights"):
-        RolloutArguments(vllm_is_cap=cap)
+        RolloutArguments(vllm_is_cap=cap, vllm_url="http://127.0.0.1:8001")
+
+
+def test_a_cap_without_servers_is_refused():
+    with pytest.raises(UserError, match="--vllm_is_cap 2: --vllm_url is missing"):
+        RolloutArguments(vllm_is_cap=2)
 
 
 def test_a_server_that_ignores_the_adapter_stops_the_run_before_it_learns_from_that(flags, fake, tmp_path):

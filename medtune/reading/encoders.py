@@ -46,6 +46,7 @@ class Encoder(ABC):
     kind: ClassVar[str]  # what the records are called
     features: ClassVar[Features]  # of a row; every row has `source` ("file:line") and `length` (of what it costs)
     endings: ClassVar[Sequence[str]] = RECORD_ENDINGS  # of the files that hold such records
+    unread: ClassVar[str] = Reading.unread  # what becomes of keys of records that no dialect has
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -299,6 +300,7 @@ class PromptEncoder(TemplateEncoder):
 
     kind = "prompts"
     features = Features(prompt_ids=_IDS, messages=_TEXT, reply=_TEXT, record=_TEXT, length=_LENGTH, source=_TEXT)
+    unread = "read by functions of --reward_file alone"
 
     max_prompt_length: int
     truncation: Literal["drop", "cut_prompt_start"]
@@ -324,6 +326,8 @@ class PromptEncoder(TemplateEncoder):
         exam = prompt.exam and prompt.exam.with_one_answer()
         known = {"reference": prompt.reply} if exam is None else {"answer": exam.answer, "options": exam.options}
         for key in self.needed_keys:
+            if exam and key == "answer":
+                exam.refuse_unanswered()
             if not known.get(key):
                 raise Unusable(f"no {key}", _NEEDED[key])
         return prompt.rest | known

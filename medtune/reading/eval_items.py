@@ -62,6 +62,7 @@ def to_test(record: object, source: str) -> dict | None:
         dialogue = to_dialogue(record, source)
         kind = "safety" if extras.get("category") in SAFETY else "dialogue"
         return extras | {"kind": kind, "messages": dialogue.messages, "tools": dialogue.tools}
+    exam.refuse_unanswered()
     if not exam.answer:
         raise Unusable("broken exam question", "it has no 'answer': write the letter of the right option")
     if len(exam.answer) > 1:

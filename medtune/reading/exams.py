@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from medtune.errors import Unusable
+from medtune.reading.dialects import QUESTIONS
 from medtune.reading.exam_options import OPTION_LINE, options_of
 from medtune.reading.keys import sort_keys
 from medtune.reading.values import is_empty, text_of, with_values
 
 # letter: the letter at once, as likelihoods are compared; tagged: thinking first, then <answer>X</answer>.
 ExamFormat = Literal["letter", "tagged"]
+
+SAME_OPTIONS = "broken exam question (same options)"
 
 _QUESTIONS = ("question", "problem", "问题", "题目", "题干")
 # A letter or a number in MedQA and MedMCQA, beside which `answer` is the option's text.
@@ -22,6 +25,9 @@ _ANSWERS = ("answer", "correct_answer", "答案", "正确答案")
 _TURNS = ("messages", "conversations", "conversation")
 _NUMBER = re.compile(r"\s*-?\d{1,2}(\.0)?\s*")
 _SEVERAL = re.compile(r"[A-Z](?:[\s,;、/和]*[A-Z])*")
+# That a record without options is an exam question too.
+_EXAM_COLUMNS = ("exam_type", "exam_class", "exam_subject", "question_type", "choice_type", *_INDICES)
+_MARKED_LETTER = re.compile(r"(?<![A-Za-z])([A-Z])(?:\s*[.:、)]|\s)")
 
 
 @dataclass(slots=True)
@@ -30,12 +36,14 @@ class Exam:
 
     answer: the letter of the right option; several where several are right, "" where the record does not say.
     rest: the record's other keys.
+    unanswered: the column and the number below 0 that say that there is no right answer, such as "cop -1".
     """
 
     question: str
     options: dict[str, str]
     answer: str
     rest: dict
+    unanswered: str = ""
 
     def prompt(self, form: ExamFormat) -> str:
         return exam_prompt(self.question, self.options, form)
@@ -45,10 +53,20 @@ class Exam:
         return f"<answer>{self.answer}</answer>" if form == "tagged" else self.answer
 
     def with_one_answer(self) -> Self:
-        """Itself. Raises Unusable where several options are right."""
+        """Itself. Raises Unusable where several options are right, or two options are the same."""
         if len(self.answer) > 1:
             raise Unusable("several right answers", f"{self.answer}; only questions with one are used")
+        first: dict[str, str] = {}
+        for letter, text in self.options.items():
+            if first.setdefault(text, letter) != letter:
+                raise Unusable(SAME_OPTIONS, f"{first[text]} and {letter} are both {text!r:.60}")
         return self
+
+    def refuse_unanswered(self) -> None:
+        """Raise Unusable where the record says that there is no right answer."""
+        if self.unanswered and not self.answer:
+            advice = "such questions are the set's test part; take another part"
+            raise Unusable(f"no right answer ({self.unanswered})", advice)
 
     def as_record(self, form: ExamFormat) -> dict:
         """The record as a question and its answer, which dialogues are made of."""
@@ -83,11 +101,17 @@ def has_options(record: object) -> bool:
 def to_exam(record: object) -> Exam | None:
     """The exam question of a record; None for a record without a question in words or without options.
 
-    Raises Unusable where the options or the answer cannot be read.
+    Raises Unusable where the options or the answer cannot be read, and where an exam question has lost its options or
+    its words.
     """
-    if not has_options(record) or any(key in record for key in _TURNS):
+    if not isinstance(record, dict) or any(key in record for key in _TURNS):
+        return None
+    if not has_options(record):
+        _refuse_lost_options(record)
         return None
     present = with_values(record)
+    if (empty := _first_key(record, _QUESTIONS)) and _first_key(present, QUESTIONS) is None:
+        raise Unusable("empty question", f"{empty!r} is empty beside options; write it or delete the record")
     question_key = _first_key(present, _QUESTIONS)
     option_keys = sort_keys(tuple(present), ()).options
     if question_key is None or not option_keys or not isinstance(present[question_key], str):
@@ -99,6 +123,10 @@ def to_exam(record: object) -> Exam | None:
         )
     index_key, answer_key = _first_key(present, _INDICES), _first_key(present, _ANSWERS)
     answer_keys = [key for key in (index_key, answer_key) if key is not None]
+    columns = (question_key, *option_keys, *answer_keys)
+    below_0 = [key for key in answer_keys if _is_below_0(present[key]) and str(present[key]) not in options.values()]
+    answer_keys = [key for key in answer_keys if key not in below_0]
+    unanswered = " and ".join(f"{key} {present[key]}" for key in below_0)
     letters = {key: _letters(present[key], options, is_index=key == index_key) for key in answer_keys}
     named = set(filter(None, letters.values()))
     if answer_keys and len(named) != 1:
@@ -107,15 +135,37 @@ def to_exam(record: object) -> Exam | None:
         if not named and any(_NUMBER.fullmatch(str(present[key])) for key in answer_keys):
             fault += ": numbers count from 0 or from 1, and those of the file do not show from which"
         raise Unusable("broken exam question", f"{stated}; {fault}")
-    columns = (question_key, *option_keys, *answer_keys)
     rest = {key: value for key, value in record.items() if key not in columns}
-    return Exam(text_of(present[question_key], f"{question_key!r}"), options, "".join(named), rest)
+    question = text_of(present[question_key], f"{question_key!r}")
+    if not question:
+        raise Unusable("empty question", f"{question_key!r} is blank; write it or delete the record")
+    return Exam(question, options, "".join(named), rest, unanswered)
+
+
+def _refuse_lost_options(record: dict) -> None:
+    """Raise Unusable for an exam question whose answer names letters of options that are nowhere."""
+    present = with_values(record)
+    question_key = _first_key(present, _QUESTIONS)
+    answer_key = _first_key(present, _INDICES) or _first_key(present, _ANSWERS)
+    is_exam = _first_key(record, _EXAM_COLUMNS) or sort_keys(tuple(record), ()).options
+    if question_key is None or answer_key is None or not is_exam:
+        return
+    answer = unicodedata.normalize("NFKC", str(present[answer_key])).strip().upper()
+    marked = _MARKED_LETTER.findall(unicodedata.normalize("NFKC", str(present[question_key])))
+    if _SEVERAL.fullmatch(answer) and not {"A", "B"} <= set(marked):
+        raise Unusable(
+            "exam question without options", f"{answer_key!r} is {answer}, and no options are there; add 'options'"
+        )
 
 
 def _first_key(record: dict, names: Iterable[str]) -> str | None:
     """The first of the names that is a key, in whatever case."""
     by_lower_case = {key.strip().lower(): key for key in record}
     return next((name if name in record else by_lower_case[name] for name in names if name in by_lower_case), None)
+
+
+def _is_below_0(answer: object) -> bool:
+    return _NUMBER.fullmatch(str(answer)) is not None and float(str(answer)) < 0
 
 
 def _letters(answer: object, options: dict[str, str], is_index: bool) -> str:
@@ -157,9 +207,7 @@ def with_answer_letters(
         for key, number, n_options in _numbers(record):
             if key not in starts:
                 starts[key] = _start_of(key, read_again())
-            if number < 0:
-                record = record | {key: None}
-            elif starts[key] is not None and number - starts[key] < n_options:
+            if starts[key] is not None and 0 <= number - starts[key] < n_options:
                 record = record | {key: string.ascii_uppercase[number - starts[key]]}
         yield source, record
 

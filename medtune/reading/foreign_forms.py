@@ -330,6 +330,8 @@ class ForeignReader:
     def _from_exam(self, record: dict, source: str) -> Dialogue | None:
         """The dialogue of an exam question and its answer; None for any other record."""
         exam = to_exam(record) if self._exam_format else None
+        if exam is not None:
+            exam.refuse_unanswered()
         if exam is None or not exam.answer:
             return None
         dialogue = to_dialogue(exam.with_one_answer().as_record(self._exam_format), source, self.reading)

@@ -34,6 +34,7 @@ class Reading:
     role_map: Mapping[str, str] | None = None  # a name, and the role that it stands for
     null_words: bool = True  # whether "None" in a turn is a missing value, and not what somebody said
     thoughts: str = "think_tags"  # how thoughts in keys of their own are written, of THOUGHT_FORMS
+    unread: str = "not read"  # what becomes of keys of records that nobody knows
     _notes: dict[str, list] = field(default_factory=dict)  # what: [how often, where first]
     _thought_keys: Counter[str] = field(default_factory=Counter)
 
@@ -72,13 +73,13 @@ class Reading:
     def lines(self) -> list[str]:
         """One line for each note, one for all unknown keys of records, and one for those of turns."""
         lines = []
-        for of in ("of records", "of turns"):
+        for of, unread in (("of records", self.unread), ("of turns", "not read")):
             counts = [(key[len(of) + 1 :], n) for key, (n, _) in self._notes.items() if key.startswith(f"{of}\0")]
             counts.sort(key=lambda counted: -counted[1])
             if counts:
                 listed = ", ".join(f"{key!r} ({n:,})" for key, n in counts[:20])
                 more = f" and {len(counts) - 20} more" if len(counts) > 20 else ""
-                lines.append(f"keys {of} that are not read: {listed}{more}")
+                lines.append(f"keys {of} that are {unread}: {listed}{more}")
         others = [(what, n, source) for what, (n, source) in self._notes.items() if "\0" not in what]
         if self.thoughts_apart:
             lines.append(f"{self.thoughts_apart}, {_WRITTEN[self.thoughts]}")

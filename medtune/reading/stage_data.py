@@ -18,6 +18,7 @@ from medtune.arguments import DataArguments
 from medtune.errors import Unusable, UserError
 from medtune.reading.cache import open_cache
 from medtune.reading.encoders import Encoder
+from medtune.reading.exams import SAME_OPTIONS
 from medtune.reading.finding import are_same_files, content_fingerprint, find_files, some_names
 from medtune.reading.holdout import choose_part
 from medtune.reading.keys import Reading, split_keys
@@ -25,10 +26,11 @@ from medtune.reading.readers import OnBadData, load_records
 from medtune.reading.records import BadRecord, Report, T
 from medtune.reading.thinking import CHOICES
 
-# Why a sound record is left out, always counted; every other reason is a fault that --on_bad_data decides about.
+# Why a record that can be read is left out, always counted; every other reason is a fault that --on_bad_data decides
+# about.
 LEFT_OUT = (
     *("too long", "prompt too long", "reply too long", "same within the limit", "same answers", "same prompt"),
-    "several right answers",
+    *("several right answers", SAME_OPTIONS),
 )
 
 # A process costs about a second to start, which fewer rows do not repay.
@@ -147,7 +149,7 @@ def prepare_part(
     with open_cache(Path(cache_dir or "cache", "tokenized"), key, data_args.overwrite_cache) as cache:
         was_cached = cache.rows is not None
         if not was_cached:
-            reading = Reading(ignore_keys)
+            reading = Reading(ignore_keys, unread=encoder.unread)
             records, report = load_records(read_records, files, data_args.on_bad_data, reading)
             if reading.thoughts_apart and encoder.thinking is None:
                 raise UserError(f"{some_names(files)}: {reading.thoughts_apart}; say what becomes of them: {CHOICES}")

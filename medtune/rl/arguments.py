@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from transformers import TrainingArguments
 
@@ -78,8 +79,15 @@ class RewardArguments:
             raise UserError(
                 f"--reward_model_path {self.reward_model_path}: add reward_model to --rewards, or leave the path out"
             )
-        if self.length_buffer is not None and ("length" not in weights or self.length_buffer < 1):
-            raise UserError(f"--length_buffer {self.length_buffer}: give at least 1, with length among the --rewards")
+        if self.length_buffer is not None and "length" not in weights:
+            raise UserError(f"--length_buffer {self.length_buffer}: length is missing from --rewards; add it there")
+        if self.length_buffer is not None and self.length_buffer < 1:
+            raise UserError(f"--length_buffer {self.length_buffer}: give at least 1")
+        if self.exam_format == "letter" and weights.get("format"):
+            raise UserError(
+                "--exam_format letter: such prompts ask for no <answer> tag, which the reward format looks for; leave "
+                "one of them out"
+            )
 
     @property
     def reward_weights(self) -> dict[str, float]:
@@ -132,19 +140,35 @@ class RolloutArguments(TemplateArguments):
         default=None,
         metadata={"help": "vLLM servers that write the replies, such as http://127.0.0.1:8001; several with commas."},
     )
-    vllm_is_cap: float = field(
-        default=2.0,
-        metadata={"help": "Cap of the ratios of policy and vLLM that weight its tokens in the loss; 0: no weights."},
+    vllm_is_cap: float | None = field(
+        default=None,
+        metadata={
+            "help": "Cap of the ratios of policy and vLLM that weight its tokens in the loss, without it 2; 0: no "
+            "weights."
+        },
     )
 
     def __post_init__(self):
         self.refuse_zero("response_length", "rollout_batch_size", "temperature")
         if self.vllm_is_cap and not self.vllm_is_cap >= 1:
             raise UserError(f"--vllm_is_cap {self.vllm_is_cap:g}: give at least 1, or 0 for no weights")
+        if self.vllm_is_cap is not None and not self.vllm_url:
+            raise UserError(f"--vllm_is_cap {self.vllm_is_cap:g}: --vllm_url is missing, whose tokens it weights")
+        if self.vllm_is_cap is None:
+            self.vllm_is_cap = 2.0
+        if self.vllm_url and not self.server_urls:
+            raise UserError(f"--vllm_url {self.vllm_url}: {_GIVE_URL}")
+        for url in self.server_urls:
+            _check_server_url(url)
         if self.max_source_length < 8:
             raise UserError(f"--max_source_length {self.max_source_length}: no prompt fits; give a number of tokens")
         if self.total_episodes is not None and self.total_episodes < 1:
             raise UserError(f"--total_episodes {self.total_episodes}: give at least 1")
+
+    @property
+    def server_urls(self) -> list[str]:
+        """The addresses of `--vllm_url`."""
+        return [url.strip() for url in (self.vllm_url or "").split(",") if url.strip()]
 
     def refuse_zero(self, *names: str) -> None:
         """Raise UserError for a flag whose value is not above 0."""
@@ -157,6 +181,25 @@ class RolloutArguments(TemplateArguments):
         for name in names:
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name):g}: give 0 or more")
+
+
+_GIVE_URL = "no address of a server; give http://127.0.0.1:8001, several with commas"
+
+
+def _check_server_url(url: str) -> None:
+    """Raise UserError unless it is `http://host:port`."""
+    where = f"--vllm_url {url}"
+    try:
+        parts = urlsplit(url)
+        has_host = parts.hostname is not None and parts.port != 0
+    except ValueError:
+        raise UserError(f"{where}: {_GIVE_URL}") from None
+    if parts.scheme not in ("http", "https") or not has_host:
+        raise UserError(f"{where}: {_GIVE_URL}")
+    if parts.scheme == "https":
+        raise UserError(f"{where}: servers are asked without encryption; give http://{parts.netloc}")
+    if parts.path.strip("/") or parts.query or parts.fragment:
+        raise UserError(f"{where}: paths are added here; give http://{parts.netloc}")
 
 
 @dataclass
@@ -300,6 +343,8 @@ class RLTrainingArguments:
                 )
         if not self.do_train:
             raise UserError("--do_train is missing; scripts/evaluate_model.py measures a trained model")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise UserError(f"--max_steps {self.max_steps}: give at least 1; -1 means by episodes")
         for name in ("eval_steps", "save_steps", "logging_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:

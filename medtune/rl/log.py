@@ -68,11 +68,12 @@ def grpo_figures(rewards: Sequence[str], exam_accuracy: str | None) -> ShownFigu
 
 
 def log_update(metrics: dict[str, float], step: int, n_updates: int, shown: ShownFigures, time_left: str) -> None:
+    """A line; z: what is rounded to 0 has no minus."""
     columns = ((name, short, form) for name, short, form in shown.columns if name in metrics)
-    line = "  ".join(f"{short} {metrics[name]:{form}}" for name, short, form in columns)
+    line = "  ".join(f"{short} {metrics[name]:z{form}}" for name, short, form in columns)
     logger.info(f"update {step}/{n_updates}  {line}{time_left}")
 
 
 def log_evaluation(metrics: dict[str, float], step: int) -> None:
-    figures = "  ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items())
+    figures = "  ".join(f"{name.removeprefix('eval_')} {value:z.3f}" for name, value in metrics.items())
     logger.info(f"update {step}  evaluation: {figures}")

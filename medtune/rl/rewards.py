@@ -8,13 +8,14 @@ reward_model the reward model's score, centred
 """
 
 import importlib.util
+import inspect
 import json
 import math
 import re
 import sys
 import traceback
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -214,6 +215,8 @@ def load_rewards(args: RewardArguments, response_length: int) -> Rewards:
     if own and not own.keys() & weights.keys():
         raise UserError(f"--reward_file {args.reward_file}: name its functions in --rewards: {', '.join(own)}")
     chosen = {name: functions[name] for name in weights if name != REWARD_MODEL}
+    for name in own.keys() & weights.keys():
+        check_signature(own[name].args[0], f"--reward_file {args.reward_file}: {name}")
     return Rewards(tuple(weights), torch.tensor([*weights.values()]), chosen)
 
 
@@ -238,7 +241,7 @@ def _by_rule(rule: Callable[[ScoredReply], float], replies: Sequence[ScoredReply
 
 
 class _OneLine:
-    """A context in which whatever the user's code raises becomes one line that begins with `where`."""
+    """A context in which whatever the user's code raises, and its exit, becomes one line that begins with `where`."""
 
     def __init__(self, where: str, file: Path):
         self.where, self.file = where, file
@@ -247,12 +250,12 @@ class _OneLine:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Exception):
+        if not isinstance(error, Exception | SystemExit):  # not Ctrl-C
             return
         lines = [frame.lineno for frame in traceback.extract_tb(trace) if Path(frame.filename) == self.file]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
         message = " ".join(str(error).split())
-        raise UserError(f"{self.where}: {self.file}:{line}: {kind.__name__}: {message}") from error
+        raise UserError(f"{self.where}: {self.file}:{line}: {kind.__name__}: {message}".rstrip(": ")) from error
 
 
 def own_functions(path: str) -> dict[str, Callable[[Sequence[ScoredReply]], list[float]]]:
@@ -275,14 +278,27 @@ def own_functions(path: str) -> dict[str, Callable[[Sequence[ScoredReply]], list
     return {name: partial(_by_own, function, name, file) for name, function in functions.items()}
 
 
+def check_signature(function: Callable, where: str) -> None:
+    """Raise UserError unless a function can be called with replies and records, and answers at once."""
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise UserError(f"{where} is an async def, which nothing awaits; write def")
+    try:
+        inspect.signature(function).bind([], [])
+    except TypeError as error:
+        raise UserError(f"{where} must take (replies, records); it takes {inspect.signature(function)}") from error
+
+
 def _by_own(function: Callable, name: str, file: Path, replies: Sequence[ScoredReply]) -> list[float]:
     """The numbers that the user's function gives; raises UserError where they are none, or not one for each reply."""
     where = f"reward {name}"
     with _OneLine(where, file):
         result = function(list(replies), [reply.record for reply in replies])
-        values = result.tolist() if hasattr(result, "tolist") else list(result)
-        values = [value.item() if hasattr(value, "item") else value for value in values]
+        values = result.tolist() if hasattr(result, "tolist") else result
+        is_list = isinstance(values, Iterable) and not isinstance(values, str | bytes | dict)
+        values = [value.item() if hasattr(value, "item") else value for value in values] if is_list else []
     where = f"{where} ({file})"
+    if not is_list:
+        raise UserError(f"{where}: it returned {result!r:.60}; return a list of numbers, one for each reply")
     if len(values) != len(replies):
         raise UserError(f"{where}: it gave {len(values)} numbers for {len(replies)} replies; return one for each")
     for value in values:

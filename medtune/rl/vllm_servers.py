@@ -49,13 +49,8 @@ class VllmServer:
     def __init__(self, url: str, seconds_to_answer: float):
         self.where = f"--vllm_url {url}"
         self.seconds_to_answer = seconds_to_answer
-        try:
-            parts = urlsplit(url)
-            self.address = parts.hostname, parts.port or 80
-        except ValueError:
-            parts = urlsplit("")
-        if parts.scheme != "http" or not parts.hostname or parts.path.strip("/"):
-            raise UserError(f"{self.where}: no address of a server; give http://127.0.0.1:8001, several with commas")
+        parts = urlsplit(url)
+        self.address = parts.hostname, parts.port or 80
         self.connections: set[http.client.HTTPConnection] = set()
 
     def ask(self, path: str, body: dict | None = None) -> str:
@@ -70,7 +65,7 @@ class VllmServer:
             answer = connection.getresponse()
             text = answer.read().decode(errors="replace")
         except (OSError, http.client.HTTPException) as error:
-            reason = str(error) or type(error).__name__
+            reason = one_short_line(str(error)) or type(error).__name__
             raise ServerError(f"{self.where}: no answer from a server there ({reason}); {HOW_TO_START}") from error
         finally:
             self.connections.discard(connection)
@@ -102,7 +97,9 @@ class VllmServer:
             (choice,) = json.loads(text)["choices"]
             prompt, ids, logps = choice["prompt_token_ids"], choice["token_ids"], choice["logprobs"]["token_logprobs"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ServerError(f"{self.where}: an answer without token_ids and logprobs; {HOW_TO_START}") from error
+            raise ServerError(
+                f"{self.where}: an answer without token_ids and logprobs ({one_short_line(text)}); {HOW_TO_START}"
+            ) from error
         for token in ids:
             if row.finished:
                 break
@@ -134,10 +131,15 @@ def completion_request(row: Row, model: str) -> dict:
 
 
 def error_message(text: str) -> str:
-    """The message in an answer of OpenAI's form, or the answer itself, in one line."""
+    """The message in an answer of OpenAI's form, or the start of any other answer, in one line."""
     with suppress(ValueError, KeyError, TypeError):
-        text = json.loads(text)["error"]["message"]
-    return " ".join(text.split())[:300]
+        return " ".join(str(json.loads(text)["error"]["message"]).split())[:300]
+    return one_short_line(text)
+
+
+def one_short_line(text: str) -> str:
+    """The first 80 characters, without line breaks."""
+    return " ".join(text.split())[:80]
 
 
 # ---------------------------------------------------------------- all of them
@@ -247,7 +249,7 @@ def connect_servers(
         if lora[name] or getattr(config, name, None):
             whose = f"--{name}" if lora[name] else f"--sft_model_path {sft} has {name}"
             raise UserError(f"{whose}: vLLM has no such adapters; leave it out, or --vllm_url")
-    servers = [VllmServer(url.strip(), training_args.ddp_timeout) for url in args.vllm_url.split(",")]
+    servers = [VllmServer(url, training_args.ddp_timeout) for url in args.server_urls]
     for server in servers:
         refuse_other_base(server, base_of(sft), args.max_source_length + args.response_length)
     connected = VllmServers(servers, training_args)
@@ -268,7 +270,8 @@ def refuse_other_base(server: VllmServer, base: str, n_tokens: int) -> None:
         (model, *_) = (entry for entry in json.loads(text)["data"] if not entry["parent"])
         root, context = model["root"], int(model["max_model_len"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ServerError(f"{server.where}: not a vLLM server; {HOW_TO_START}") from error
+        answered = f"it answered {one_short_line(text)}"
+        raise ServerError(f"{server.where}: not a vLLM server ({answered}); {HOW_TO_START}") from error
     if root != base and Path(root).resolve() != Path(base).resolve():
         raise ServerError(f"{server.where}: the server has the model {root}; start it with the policy's base, {base}")
     if context < n_tokens:
@@ -298,9 +301,15 @@ def _try_adapter(servers: VllmServers, sft: str, lora: dict, stop_ids: Sequence[
             ) from error
         # The only token that may come has all of the probability, and keeps its own where nothing is processed.
         request = {"model": name, "prompt": [stop_ids[0]], "max_tokens": 1, "logprobs": 0, "temperature": 1.0}
-        answer = json.loads(server.ask("/v1/completions", request | {"allowed_token_ids": [stop_ids[0]]}))
+        answer = server.ask("/v1/completions", request | {"allowed_token_ids": [stop_ids[0]]})
         server.unload(name)
-        if answer["choices"][0]["logprobs"]["token_logprobs"][0] < -1e-3:
+        try:
+            (logp,) = json.loads(answer)["choices"][0]["logprobs"]["token_logprobs"]
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise ServerError(
+                f"{server.where}: an answer without logprobs ({one_short_line(answer)}); {HOW_TO_START}"
+            ) from error
+        if logp < -1e-3:
             raise ServerError(
                 f"{server.where}: its log-probs are those before the temperature; start it with --logprobs-mode "
                 "processed_logprobs"

@@ -109,7 +109,7 @@ class ProgressLines(TrainerCallback):
         if not logs or not state.is_world_process_zero:
             return
         if "loss" in logs:
-            line = f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  loss {logs['loss']:.4f}"
+            line = f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  loss {logs['loss']:z.4f}"
             line += f"  lr {logs.get('learning_rate', 0):.2e}"
             if "grad_norm" in logs:
                 line += f"  grad norm {logs['grad_norm']:.3f}"
@@ -121,7 +121,7 @@ class ProgressLines(TrainerCallback):
             logger.info(line)
         elif "eval_loss" in logs:
             rest = {key.removeprefix("eval_"): value for key, value in logs.items() if isinstance(value, float)}
-            figures = [f"{key} {rest[key]:.4f}" for key in EVALUATED if key in rest]
+            figures = [f"{key} {rest[key]:z.4f}" for key in EVALUATED if key in rest]
             logger.info(f"step {state.global_step}/{state.max_steps}  evaluation: {'  '.join(figures)}")
 
     def _time_left(self, state) -> str:

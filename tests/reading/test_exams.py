@@ -1,17 +1,19 @@
 """Exam questions of the published sets: read alike, asked in one text everywhere, counted where they cannot be used."""
 
 import json
+import re
 
 import pytest
 from convert_data_format import main as convert
 from transformers import PreTrainedTokenizerBase
 
+from medtune.arguments import DataArguments
 from medtune.errors import Unusable, UserError
-from medtune.reading.encoders import PromptEncoder
+from medtune.reading.encoders import DialogueEncoder, PromptEncoder
 from medtune.reading.eval_items import read_tests
 from medtune.reading.exams import to_exam
-from medtune.reading.readers import load_records, read_questions
-from medtune.reading.stage_data import encode_records
+from medtune.reading.readers import load_records, read_dialogues, read_questions
+from medtune.reading.stage_data import encode_records, prepare_part
 from medtune.reading.tokenization import load_chat_template
 
 OPTIONS = {"A": "地高辛", "B": "华法林", "C": "肝素", "D": "青霉素"}
@@ -126,6 +128,30 @@ def test_broken_exam_questions(change, message):
 
 
 @pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"question": QUESTION, "exam_subject": "药理", "answer": "B"}, "exam question without options"),
+        ({"question": QUESTION, "option": {}, "answer": "b"}, "exam question without options"),
+        ({"Question": QUESTION, "Options": "", "Answer": "A,C"}, "exam question without options"),
+        ({"question": "", "option": OPTIONS, "answer": "B"}, "empty question"),
+        ({"question": " \n", "option": OPTIONS, "answer": "B"}, "empty question"),
+    ],
+)
+def test_what_an_exam_question_has_lost_is_said_and_never_learned(record, reason, write_jsonl, tmp_path, capsys):
+    file, output = write_jsonl("exam.jsonl", [record, PUBLISHED["CMB"]]), tmp_path / "train.jsonl"
+    convert(["--input", str(file), "--output", str(output), "--format", "sft"])
+    assert f"kept 1 of 2 (1 {reason})" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"exam.jsonl:1: {reason}: "):
+        load_records(read_questions, [file])
+
+
+def test_options_may_stand_in_the_question_and_words_may_answer_without():
+    inside = {"exam_subject": "药理", "question": "哪种？\nA. 地高辛\nB. 肝素", "answer": "B"}
+    in_words = {"question_type": "问答题", "question": QUESTION, "answer": "华法林", "option": {}}
+    assert to_exam(inside) is to_exam(in_words) is to_exam({"question": "我是哪种血型？", "answer": "A"}) is None
+
+
+@pytest.mark.parametrize(
     ("numbers", "letters"),
     [
         ([2, 0, 3], ["C", "A", "D"]),
@@ -146,14 +172,48 @@ def test_numbers_that_do_not_show_where_they_begin_are_refused(write_jsonl):
         load_records(read_questions, [file])
 
 
+def test_keys_that_reward_functions_read_are_not_called_unread(tiny_tokenizer, write_jsonl, tmp_path):
+    record = {"question": "头痛怎么办？", "answer": "就诊。", "metamap_phrases": ["头痛"]}
+    files = [write_jsonl("prompts.jsonl", [record])]
+    data_args = DataArguments(train_file_dir=str(files[0]))
+    notes = {}
+    for read, encoder_class in ((read_questions, PromptEncoder), (read_dialogues, DialogueEncoder)):
+        encoder = encoder_class(tiny_tokenizer, load_chat_template(tiny_tokenizer, "qwen"), 100, "drop")
+        part = prepare_part("train", files, False, read, encoder, data_args, 0, str(tmp_path))
+        notes[encoder_class] = part.read.notes
+    assert notes[PromptEncoder] == [f"keys of records that are {PromptEncoder.unread}: 'metamap_phrases' (1)"]
+    assert "--reward_file" in PromptEncoder.unread
+    assert notes[DialogueEncoder] == ["keys of records that are not read: 'metamap_phrases' (1)"]
+
+
 def test_what_cannot_be_a_prompt_is_counted(encode):
+    twice = {"question": "哪种抗凝？", "option": OPTIONS | {"D": "肝素"}, "answer": "B"}
     several = {"question": "哪些抗凝？", "option": OPTIONS, "answer": "BC"}
     long = {"question": "病史" * 300 + "？", "option": OPTIONS, "answer": "C"}
     rows, report = encode(
-        PUBLISHED["CMB"], several, long, {"question": "头痛怎么办？" * 100, "answer": "就诊。"}, max_length=200
+        PUBLISHED["CMB"], several, twice, long, {"question": "头痛怎么办？" * 100, "answer": "就诊。"}, max_length=200
     )
-    assert report.dropped == {"several right answers": 1, "prompt too long": 1}
+    same_options = "broken exam question (same options)"
+    assert report.dropped == {"several right answers": 1, "prompt too long": 1, same_options: 1}
     assert len(rows) == 2, "a dialogue's prompt is cut, an exam question would be another one"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"cop": -1}, r"no right answer \(cop -1\)"),
+        ({"cop": "-1"}, r"no right answer \(cop -1\)"),
+    ],
+)
+def test_questions_that_cannot_be_answered_are_left_out_by_their_reason(
+    change, reason, encode, write_jsonl, tmp_path, capsys
+):
+    records = [FIRST, {"question": QUESTION, **LETTERED, "cop": 1} | change]
+    file, output = write_jsonl("exam.jsonl", records), tmp_path / "train.jsonl"
+    convert(["--input", str(file), "--output", str(output), "--format", "sft"])
+    assert re.search(f"kept 1 of 2 \\(1 {reason}\\)", capsys.readouterr().out)
+    with pytest.raises(UserError, match=f"prompts.jsonl:2: {reason}: "):
+        encode(*records, needed_keys=["answer"])
 
 
 def test_a_prompt_that_a_reward_cannot_judge_is_refused_with_its_place(encode):
@@ -169,11 +229,12 @@ def test_a_prompt_that_a_reward_cannot_judge_is_refused_with_its_place(encode):
 
 def test_convert_counts_what_it_leaves_out_and_keeps_what_is_said_beside(tmp_path, write_jsonl, capsys):
     several = {"question": "哪些抗凝？", "option": OPTIONS, "answer": "BC"}
-    file = write_jsonl("exam.jsonl", [PUBLISHED["CMB"] | {"system": "你是药师。"}, several])
+    twice = {"question": "哪种抗凝？", "option": OPTIONS | {"D": "肝素"}, "answer": "B"}
+    file = write_jsonl("exam.jsonl", [PUBLISHED["CMB"] | {"system": "你是药师。"}, several, twice])
     output = tmp_path / "train.jsonl"
     convert(["--input", str(file), "--output", str(output), "--format", "sft"])
     (record,) = map(json.loads, output.read_text(encoding="utf-8").splitlines())
     assert record["system"] == "你是药师。"
     out = capsys.readouterr().out
-    assert "kept 1 of 2 (1 several right answers)" in out
+    assert "kept 1 of 3 (1 several right answers, 1 broken exam question (same options))" in out
     assert "1 exam questions, asked as in evaluation (letter)" in out

@@ -171,7 +171,9 @@ def test_the_reward_models_column_is_the_callers():
         ({"rewards": ["exam:0"]}, "--rewards exam:0: give one of them a weight other than 0"),
         ({}, "--reward_model_path is missing: name a folder of reward_modeling.py, or score by other --rewards"),
         ({"rewards": ["exam"], "reward_model_path": "rm"}, "--reward_model_path rm: add reward_model to --rewards"),
-        ({"rewards": ["exam"], "length_buffer": 5}, "--length_buffer 5: give at least 1, with length among"),
+        ({"rewards": ["exam"], "length_buffer": 5}, "--length_buffer 5: length is missing from --rewards"),
+        ({"rewards": ["length"], "length_buffer": 0}, "--length_buffer 0: give at least 1"),
+        ({"rewards": ["exam", "format"], "exam_format": "letter"}, "--exam_format letter: such prompts ask for no <an"),
         ({"rewards": ["length"], "length_buffer": 50}, "--length_buffer 50: more than --response_length 40"),
         (
             {"rewards": ["exams"]},
@@ -235,7 +237,11 @@ def _private(replies, records):
         ("return ['1', '2']", r"reward mine \(.*\): it gave '1' for a reply"),
         ("return 1 / 0", r"reward mine: .*my_rewards.py:2: ZeroDivisionError: division by zero"),
         ("return records[0]['keywords']", r"reward mine: .*my_rewards.py:2: KeyError: 'keywords'"),
-        ("return None", r"reward mine: .*my_rewards.py:.*: TypeError: 'NoneType' object is not iterable"),
+        ("return None", r"reward mine \(.*my_rewards.py\): it returned None; return a list of numbers, one for each"),
+        ("return 1.0", r"reward mine \(.*my_rewards.py\): it returned 1.0; return a list of numbers, one for each"),
+        ("return '12'", r"reward mine \(.*\): it returned '12'; return a list of numbers"),
+        ("import sys; sys.exit(3)", r"reward mine: .*my_rewards.py:2: SystemExit: 3$"),
+        ("raise SystemExit", r"reward mine: .*my_rewards.py:2: SystemExit$"),
     ],
 )
 def test_faults_of_a_function_are_one_line_with_its_name(own_rewards, body, message):
@@ -257,6 +263,9 @@ def test_faults_of_a_function_are_one_line_with_its_name(own_rewards, body, mess
             ["mine"],
             r"--reward_file .*:1: ModuleNotFoundError: No module named 'absent_package'",
         ),
+        ("import sys\nsys.exit('no')", ["mine"], r"--reward_file .*my_rewards.py:2: SystemExit: no$"),
+        ("async def mine(replies, records): ...", ["mine"], r"--reward_file .*: mine is an async def, which nothing"),
+        ("def mine(replies): ...", ["mine"], r"--reward_file .*: mine must take \(replies, records\); .* \(replies\)$"),
         ("X = 1", ["mine"], r"--reward_file .*: it defines no function; docs/ppo.md has an example"),
         ("def exam(replies, records): ...", ["exam"], r"--reward_file .*: exam is a reward here already; rename it"),
         ("def mine(replies, records): ...", ["exam"], r"--reward_file .*: name its functions in --rewards: mine"),
@@ -267,3 +276,9 @@ def test_files_that_are_refused(own_rewards, text, names, message):
     with pytest.raises(UserError, match=f"^{message}") as raised:
         own_rewards(text, *names)
     assert "\n" not in str(raised.value)
+
+
+def test_ctrl_c_in_a_function_stays_one(own_rewards):
+    rewards = own_rewards("def mine(replies, records):\n    raise KeyboardInterrupt\n", "mine")
+    with pytest.raises(KeyboardInterrupt):
+        rewards([reply_of("甲")])
