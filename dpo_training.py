@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         callbacks=[DegenerationAlarm()],
     )
     facts = {"model": f"{path}: {describe_trainable(model)}", "reference": reference}
-    facts |= describe_loss(training_args, lora_args) | {"template": template or "the tokenizer's own"} | data.facts
+    facts |= describe_loss(training_args, lora_args) | {"template": lineage.asked_by} | data.facts
     log_facts(trainer, facts)
     log_first(tokenizer, data.train[0])
     keeper = train(trainer, lineage, checkpoint, run_args)

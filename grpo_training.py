@@ -326,7 +326,7 @@ def describe_run(
 ) -> dict[str, str]:
     """The facts to log of sampling, rewards and batch arithmetic."""
     args, size = run.training_args, grpo_args.num_generations
-    facts = {"template": grpo_args.template_name or "the tokenizer's own"}
+    facts = {"template": run.lineage.asked_by}
     facts["stop tokens"] = ", ".join(run.tokenizer.convert_ids_to_tokens(sampling.stop_ids))
     facts["rewards"] = " + ".join(f"{weight:g} x {name}" for name, weight in scorer.rewards.weight_by_name.items())
     if scorer.reward_texts is not None and scorer.reward_texts.reward_tokenizer is not None:

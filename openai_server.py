@@ -51,6 +51,7 @@ from medtune.reading.conversations import turns_to_answer
 from medtune.reading.thinking import THOUGHT_FORMS
 from medtune.reading.thoughts import ReplySplitter, split_reply
 from medtune.reading.tokenization import encode_prompt, refuse_control_tokens
+from medtune.reading.values import is_parts, text_of
 from medtune.training.log import start_log
 
 # Tokens of a reply whose request names no limit.
@@ -133,6 +134,8 @@ NEUTRAL: dict[str, tuple] = {
 # Fields that change no reply whatever they say.
 UNREAD = ("cache_salt", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options")
 UNREAD += ("prompt_cache_retention", "request_id", "safety_identifier", "service_tier", "session_id", "store", "user")
+# Where clients send a thought back: DeepSeek's name and that of earlier versions of vLLM, and vLLM's name by now.
+THOUGHT_FIELDS = ("reasoning_content", "reasoning")
 
 
 class Turn(BaseModel, extra="allow"):
@@ -143,16 +146,35 @@ class Turn(BaseModel, extra="allow"):
     def _only_text(self):
         for name, value in (self.model_extra or {}).items():
             # Null, `false` and an empty list of tool calls say nothing; no template of training writes names.
-            if value and name not in ("name", "id", "reasoning", "reasoning_content"):
+            if not value or name in ("name", "id"):
+                continue
+            if name not in THOUGHT_FIELDS:
                 raise ValueError(f"{name}: {_quote(value)} is not supported; a turn here has a role and a text")
+            if self.role != "assistant":
+                raise ValueError(f"{name}: {_quote(value)} is not supported; only turns of the assistant have thoughts")
+            if not isinstance(value, str):
+                raise ValueError(f"{name}: {_quote(value)} is not supported; a thought is a string")
         return self
 
-    def as_message(self) -> dict:
-        """The turn as training has it: a thought before the answer, of which the template keeps what it did there."""
-        content, more = self.content, self.model_extra or {}
-        thought = more.get("reasoning_content") or more.get("reasoning")
-        if self.role == "assistant" and isinstance(content, str) and isinstance(thought, str):
-            content = THOUGHT_FORMS["think_tags"].format(thought.strip(), content)
+    def as_message(self, number: int) -> dict:
+        """The turn as training has it: a thought before the answer, of which the template keeps what it did there.
+
+        number: of the turn, for messages.
+
+        Raises Unusable for two thoughts that differ.
+        """
+        content, where = self.content, f"turn {number} ({self.role})"
+        fields = {name: (self.model_extra or {}).get(name) or "" for name in THOUGHT_FIELDS}
+        thoughts = {value.strip(): name for name, value in fields.items() if value.strip()}
+        if thoughts and is_parts(content):
+            content = text_of(content, where)
+        if thoughts and isinstance(content, str):
+            if inside := split_reply(content).thought:
+                thoughts.setdefault(inside, "content")
+            if len(thoughts) > 1:
+                names = " and in ".join(thoughts.values())
+                raise Unusable("two thoughts", f"{where} has different thoughts in {names}; send one of them")
+            content = content if inside else THOUGHT_FORMS["think_tags"].format(*thoughts, content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
@@ -218,7 +240,7 @@ def _quote(value: object) -> str:
 def encode_request(chat_model: ChatModel, request: ChatRequest) -> tuple[list[int], Decoding]:
     """The prompt's ids and the decoding; raises HTTPException 400 for a request that cannot be answered."""
     try:
-        messages = turns_to_answer([turn.as_message() for turn in request.messages])
+        messages = turns_to_answer([turn.as_message(number) for number, turn in enumerate(request.messages, 1)])
         refuse_control_tokens(chat_model.chat_template, messages, None)
         prompt = encode_prompt(chat_model.tokenizer, chat_model.chat_template, messages)
         decoding = request.decoding(chat_model.context - len(prompt))

@@ -284,7 +284,7 @@ def describe_run(
 ) -> dict[str, str]:
     """The facts to log of sampling, scores and batch arithmetic."""
     args, shift = run.training_args, run.state.score_shift
-    facts = {"template": ppo_args.template_name or "the tokenizer's own"}
+    facts = {"template": run.lineage.asked_by}
     facts["stop tokens"] = ", ".join(run.tokenizer.convert_ids_to_tokens(sampling.stop_ids))
     rewards, reward_texts = scorer.rewards, scorer.reward_texts
     if reward_texts is not None and reward_texts.reward_tokenizer is not None:

@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
     )
     facts = {"model": f"{path}: {describe_trainable(model)}"}
-    facts |= {"template": template or "the tokenizer's own"} | data.facts
+    facts |= {"template": lineage.asked_by} | data.facts
     log_facts(trainer, facts)
     first = data.train[0]
     texts = (first["prompt_ids"] + first["chosen_ids"], first["rejected_ids"])

@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
     )
     facts = {"model": f"{path}: {describe_trainable(model)}"}
-    facts |= {"template": template or "the tokenizer's own"} | data.facts
+    facts |= {"template": lineage.asked_by} | data.facts
     log_facts(trainer, facts)
     logger.info(f"the first example, learned tokens between « and »:\n{example}")
     keeper = train(trainer, lineage, checkpoint, run_args)

@@ -15,7 +15,7 @@ from string import Template
 from typing import Any, NamedTuple, TypedDict
 
 from medtune.errors import UserError
-from medtune.reading.thinking import Thinking, reads_thought_apart, switch_thinking
+from medtune.reading.thinking import EMPTY_THOUGHT, Thinking, reads_thought_apart, switch_thinking
 from medtune.reading.thoughts import opens_thought, split_reply
 
 # ---------------------------------------------------------------- formats of plain turns
@@ -452,6 +452,11 @@ class ChatTemplate:
     @cached_property
     def learns_thoughts(self) -> bool:
         return self.thinking in (None, "keep")
+
+    @cached_property
+    def writes_empty_thoughts(self) -> bool:
+        """Whether it writes an empty thought before a reply that has none."""
+        return bool(EMPTY_THOUGHT.search(self.render(_PROBE, None, False)))
 
     def _with_chosen_thoughts(self, messages: list[Message]) -> list[Message]:
         if self.learns_thoughts and not (self.thinking and self._reads_thought_apart):

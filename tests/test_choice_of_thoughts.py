@@ -1,5 +1,6 @@
 """--thinking from stage to stage: what stops a run, what is recorded, resumed, inherited and asked from then on."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import supervised_finetuning
 from medtune.models.chat_models import ChatModelArguments, RewardModel, describe_model
 from medtune.models.lineage import read_lineage
 from medtune.reading.tokenization import encode_prompt
+from medtune.training.template_choice import TemplateArguments, choose_thinking
 
 QUESTIONS = [f"{part}疼怎么办？" for part in PARTS]
 DIALOGUES = [
@@ -88,11 +90,21 @@ def test_later_stages_go_on_with_the_choice(trained, tmp_path, capfd):
     assert (read_lineage(aligned).thinking, asked_by(aligned)) == ("empty", HEADER + EMPTY)
     log = capfd.readouterr().err
     assert f"--thinking empty: as {trained} was trained" in log
+    assert re.search(r"  template +qwen3, --thinking empty\n", log)
+    assert "learned with empty" not in log
     assert f"{HEADER}{EMPTY}«请就诊。<|im_end|>»" in log
     assert "thoughts of replies that are learned without them (--thinking empty): 8, the first in" in log
     other = train(dpo_training, tmp_path / "keep", trained, PAIRS, "--template_name", "qwen3", "--thinking", "keep")
     assert (read_lineage(other).thinking, asked_by(other)) == ("keep", HEADER)
-    assert f"{HEADER}«<think>\n先问病程。\n</think>\n\n请就诊。<|im_end|>»" in capfd.readouterr().err
+    log = capfd.readouterr().err
+    assert re.search(r"  template +qwen3, --thinking keep\n", log)
+    assert f"{HEADER}«<think>\n先问病程。\n</think>\n\n请就诊。<|im_end|>»" in log
+    assert log.count(f"--thinking keep: {trained} learned with empty; prompts and replies differ from what") == 1
+    # A template's name may be the other choice; a run that goes on has been told.
+    nothink = TemplateArguments(template_name="qwen3_nothink")
+    assert [choose_thinking(nothink, str(other), checkpoint) for checkpoint in (None, str(aligned))] == ["empty"] * 2
+    warning = f"--template_name qwen3_nothink: --thinking empty: {other} learned with keep; prompts and replies differ"
+    assert capfd.readouterr().err.count(warning) == 1
 
 
 def test_a_reward_model_scores_thoughts_where_it_was_trained_on_some(tiny_model_dir, tmp_path):

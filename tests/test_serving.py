@@ -387,11 +387,23 @@ def test_a_stream_has_its_thought_in_deltas_of_their_own(thinking_client):
     assert chunks[-1]["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
 
 
-@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
-def test_a_thought_that_a_client_sends_back_stands_where_training_has_it(in_process, field):
-    whole = ASSISTANT | {"content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"}
-    _, expected = in_process({"messages": [USER, whole, USER]})
-    _, said = in_process({"messages": [USER, ASSISTANT | {"content": ANSWER, field: THOUGHT}, USER]})
+WHOLE = {"role": "assistant", "content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"}
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"content": ANSWER, "reasoning_content": THOUGHT},
+        {"content": ANSWER, "reasoning": THOUGHT, "reasoning_content": None},
+        {"content": [{"type": "text", "text": ANSWER}], "reasoning": THOUGHT},
+        {"content": ANSWER, "reasoning": THOUGHT, "reasoning_content": f"{THOUGHT}\n"},
+        {"reasoning_content": THOUGHT},
+    ],
+    ids=lambda turn: ",".join(turn),
+)
+def test_a_thought_that_a_client_sends_back_stands_where_training_has_it_once(in_process, turn):
+    _, expected = in_process({"messages": [USER, WHOLE, USER]})
+    _, said = in_process({"messages": [USER, WHOLE | turn, USER]})
     assert (said["usage"], said["choices"]) == (expected["usage"], expected["choices"])
 
 
@@ -437,6 +449,22 @@ TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments
         ({"seed": "x"}, 'seed: "x" is not supported; input should be a valid integer'),
         ({"messages": [{"role": "function", "name": "f", "content": "1"}]}, 'role: "function" is not supported; '),
         ({"messages": [USER, ASSISTANT | {"tool_calls": [TOOL_CALL]}, USER]}, "messages.1: tool_calls: [{"),
+        (
+            {"messages": [USER, ASSISTANT | {"reasoning_content": 5}, USER]},
+            "messages.1: reasoning_content: 5 is not supported; a thought is a string",
+        ),
+        (
+            {"messages": [USER | {"reasoning": "想。"}]},
+            'messages.0: reasoning: "想。" is not supported; only turns of the assistant have thoughts',
+        ),
+        (
+            {"messages": [USER, ASSISTANT | {"reasoning_content": "甲", "reasoning": "乙"}, USER]},
+            "turn 2 (assistant) has different thoughts in reasoning_content and in reasoning; send one of them",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "<think>甲</think>好", "reasoning": "乙"}, USER]},
+            "turn 2 (assistant) has different thoughts in reasoning and in content; send one of them",
+        ),
     ],
     ids=lambda value: ",".join(value)[:40] if isinstance(value, dict) else "",
 )

@@ -70,7 +70,7 @@ def _letter(answer: str, options: dict[str, str]) -> str | None:
 
 
 def _mentions(text: str, letters: str) -> Iterator[Mention]:
-    """The mentions of a marked text, without those in questions; one that is about to be discussed may be any option.
+    """The mentions of a marked text, in questions only those answered; one about to be discussed may be any option.
 
     letters: of all options, in their order.
     """
@@ -83,8 +83,14 @@ def _mentions(text: str, letters: str) -> Iterator[Mention]:
         sentence, behind = words.SENTENCE_END.split(since)[-1], words.SENTENCE_END.split(until)[0]
         is_first = not n or sentence != since  # in its sentence
         end = words.SENTENCE_END.search(text, mark.end(), mark.end() + WINDOW)
-        is_asked = (end and end[0] == "?") or words.ASKED_BEHIND.match(until)
-        if is_asked and not words.WHY.search(sentence):
+        asked = words.ASKED_BEHIND.match(until)
+        if ((end and end[0] == "?") or asked) and not words.WHY.search(sentence):
+            start = mark.end() + len(asked[0]) if asked else end.end()
+            is_of_others = not is_first or start > mark.end() + len(until)
+            answer = words.ANSWER.match(text, start)
+            if answer and not (is_of_others or words.NEGATED_QUESTION.search(f"{sentence}{behind}")):
+                standing = Standing.RULED_OUT if answer["wrong"] else Standing.FAVOURED
+                yield Mention(frozenset(mark[1]), standing, is_added=False)
             continue
         before = sentence[-WINDOW:]
         if behind == until and n + 1 < len(marks):

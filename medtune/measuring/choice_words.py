@@ -59,6 +59,17 @@ EXCEPT = _any_of(
 EITHER = re.compile(rf"不是{MARK},?[就便]是{MARK}")
 WHY = _any_of(r"为(?:什么|何|啥)[^不]*$", r"\bwhy\b(?!.*not\b)")
 ASKED_BEHIND = re.compile(r"[^,]{0,12}[吗呢](?=\W|$)")
+# "A? No. C? Yes." The groups say what the answer makes of the option in the question.
+ANSWER = _any_of(
+    r"[\s?,(\"'—-]*(?:(?:well|h+m+|i think|i'd say|clearly|definitely|absolutely|of course|certainly|probably"
+    r"|嗯|我觉得|我想|应该|显然|当然|肯定)[\s,]*)*"
+    r"(?:(?P<wrong>no(?:pe)?|not (?:really|quite|at all|likely)|wrong|incorrect|false|unlikely"
+    r"|不(?:是|对|行|正确|符合?|可能|太?像)?|否|错误?|有误)"
+    r"|(?P<right>yes|yep|yeah|(?:that's |that is )?(?:correct|right(?!,)|true)|exactly|是|对|正确|没错|符合))"
+    r"[的了啊呀哦吧]*(?=\s*(?:[.,。;!:)(—-]|\n|$)|\s⟦)"
+)
+# 是不是 and 对不对 negate nothing.
+NEGATED_QUESTION = _any_of(r"^不|(.)不(?!\1)|并?非|错|排除|\b(?:not|wrong|incorrect|excluded)\b|n't\b")
 
 # ---------------------------------------------------------------- before an option
 

@@ -77,6 +77,11 @@ class Lineage:
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
         Path(folder, LINEAGE).write_text(text + "\n", encoding="utf-8")
 
+    @property
+    def asked_by(self) -> str:
+        """The prompt template and what --thinking made of it, in words."""
+        return (self.template or "the tokenizer's own") + (f", --thinking {self.thinking}" if self.thinking else "")
+
     def refuse_other_run(self, checkpoint: str, finished: bool) -> None:
         """Raise UserError if the run to resume started from other weights or was finished with other flags."""
         was = read_lineage(checkpoint)

@@ -204,16 +204,20 @@ def n_thoughts_left_out(chat_template: ChatTemplate, messages: list[Message], to
 
 
 def _refuse_lone_thoughts(chat_template: ChatTemplate, messages: list[Message]) -> None:
-    """Raise Unusable where nothing is left of a reply whose thought is not learned."""
-    if chat_template.learns_thoughts:
-        return
+    """Raise Unusable where a reply has no answer behind its thought.
+
+    Without --thinking only where the template takes a thought that does not end for words, and puts an empty one
+    before it.
+    """
     for number, message in enumerate(messages, 1):
-        is_reply = message["role"] == "assistant" and not message.get("tool_calls")
-        if is_reply and message["content"] and not split_reply(message["content"]).answer:
+        if message["role"] != "assistant" or message.get("tool_calls") or not message["content"]:
+            continue
+        _, answer, is_closed = split_reply(message["content"])
+        if not answer and (chat_template.thinking or (not is_closed and chat_template.writes_empty_thoughts)):
             raise Unusable(
                 "thought without answer",
-                f"message {number} (assistant) is a thought alone, of which --thinking {chat_template.thinking} "
-                "leaves nothing; write the answer behind </think>, or delete the record",
+                f"message {number} (assistant) is a thought alone, which teaches to end without an answer; write it "
+                "behind </think>, or delete the record",
             )
 
 

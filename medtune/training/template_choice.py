@@ -28,6 +28,8 @@ class TemplateArguments:
 def choose_thinking(template_args: TemplateArguments, start: str, checkpoint: str | None) -> Thinking | None:
     """--thinking; without it what the run to resume, or the model to start from, was trained with.
 
+    Another choice than the model's is a new start, and logged as one.
+
     Args:
         start: hub name or folder of the model.
         checkpoint: of the run to resume.
@@ -42,4 +44,10 @@ def choose_thinking(template_args: TemplateArguments, start: str, checkpoint: st
     if thinking is None and before and before.thinking:
         logger.info(f"--thinking {before.thinking}: as {checkpoint or start} was trained")
         return before.thinking
+    if before and before.thinking and thinking != before.thinking:
+        flag = "" if template_args.thinking else f"--template_name {template_args.template_name}: "
+        logger.warning(
+            f"{flag}--thinking {thinking}: {start} learned with {before.thinking}; prompts and replies differ from "
+            "what it learned"
+        )
     return thinking

@@ -15,7 +15,13 @@ from medtune.reading.keys import Reading
 from medtune.reading.readers import read_dialogues, read_pairs, read_prompts
 from medtune.reading.records import Dialogue, Feedback, Pair
 from medtune.reading.stage_data import encode_records, prepare_data
-from medtune.reading.tokenization import IGNORED_LABEL, encode_dialogue, encode_prompt, load_chat_template
+from medtune.reading.tokenization import (
+    IGNORED_LABEL,
+    encode_dialogue,
+    encode_prompt,
+    encode_replies,
+    load_chat_template,
+)
 from template import TEMPLATES, named_template
 
 NO_LIMIT = 100_000
@@ -193,14 +199,29 @@ def test_a_template_that_cannot_is_refused_in_a_line(load, name, thinking, messa
         load(name, thinking)
 
 
-def test_a_reply_that_is_all_thought_is_refused_where_thoughts_go(load):
-    lone = [user("咳嗽？"), assistant("<think>\n先问痰")]
-    assert learned(*load("chatml", "keep"), lone)[0] == [f"<think>\n先问痰{END}"]
-    with pytest.raises(Unusable, match="thought without answer") as fault:
-        encode_dialogue(*load("chatml", "drop"), lone, max_length=NO_LIMIT)
-    assert fault.value.detail.startswith(
-        "message 2 (assistant) is a thought alone, of which --thinking drop leaves nothing"
-    )
+@pytest.mark.parametrize(
+    ("name", "thinking"),
+    [
+        *(("qwen3", thinking) for thinking in ("keep", "drop", "empty", None)),
+        *((name, "keep") for name in ("own/qwen3", "own/qwen3_6", "glm4_moe", "chatml")),
+        *(("chatml", "drop"), ("qwen3_nothink", None)),
+    ],
+)
+def test_a_thought_without_an_answer_is_refused_at_its_place(load, name, thinking):
+    encoder = DialogueEncoder(*load(name, thinking), NO_LIMIT)
+    lone = [user("咳嗽？"), assistant("<think>\n想一想病毒")]
+    _, report = encode_records([Dialogue(lone, None, "d:2")], encoder, on_bad_data="drop")
+    assert report.examples("thought without answer") == [
+        "d:2: message 2 (assistant) is a thought alone, which teaches to end without an answer; "
+        "write it behind </think>, or delete the record"
+    ]
+    with pytest.raises(Unusable, match="thought without answer"):
+        encode_replies(*load(name, thinking), lone[:1], [lone[1]["content"]], max_prompt_length=99, max_reply_length=99)
+
+
+def test_without_the_flag_a_thought_alone_is_words_where_the_template_has_no_other(load):
+    for name, reply in (("chatml", "<think>\n先问痰"), ("qwen3", "<think>\n先问痰\n</think>\n\n")):
+        assert learned(*load(name, None), [user("咳嗽？"), assistant(reply)])[0] == [reply + END]
 
 
 def test_a_prompt_that_opens_a_thought_which_the_reply_lacks(load):
