@@ -17,6 +17,7 @@ from medtune.reading.values import is_empty, text_of, with_values
 ExamFormat = Literal["letter", "tagged"]
 
 SAME_OPTIONS = "broken exam question (same options)"
+_NO_OPTIONS = "exam question without options"
 
 _QUESTIONS = ("question", "problem", "问题", "题目", "题干")
 # A letter or a number in MedQA and MedMCQA, beside which `answer` is the option's text.
@@ -117,6 +118,8 @@ def to_exam(record: object) -> Exam | None:
     if question_key is None or not option_keys or not isinstance(present[question_key], str):
         return None
     options = {letter.strip().upper(): text for letter, text in options_of(present, option_keys).items()}
+    if not options:
+        raise Unusable(_NO_OPTIONS, f"{option_keys[0]!r} holds none; write them there")
     if len(options) < 2 or any(len(letter) > 1 for letter in options):
         raise Unusable(
             "broken exam question", f"its options are {', '.join(options)}; it needs two or more, by letters"
@@ -143,19 +146,19 @@ def to_exam(record: object) -> Exam | None:
 
 
 def _refuse_lost_options(record: dict) -> None:
-    """Raise Unusable for an exam question whose answer names letters of options that are nowhere."""
+    """Raise Unusable for an exam question whose answer names one of options that are nowhere."""
     present = with_values(record)
     question_key = _first_key(present, _QUESTIONS)
-    answer_key = _first_key(present, _INDICES) or _first_key(present, _ANSWERS)
+    index_key = _first_key(present, _INDICES)
+    answer_key = index_key or _first_key(present, _ANSWERS)
     is_exam = _first_key(record, _EXAM_COLUMNS) or sort_keys(tuple(record), ()).options
     if question_key is None or answer_key is None or not is_exam:
         return
     answer = unicodedata.normalize("NFKC", str(present[answer_key])).strip().upper()
     marked = _MARKED_LETTER.findall(unicodedata.normalize("NFKC", str(present[question_key])))
-    if _SEVERAL.fullmatch(answer) and not {"A", "B"} <= set(marked):
-        raise Unusable(
-            "exam question without options", f"{answer_key!r} is {answer}, and no options are there; add 'options'"
-        )
+    names_option = _SEVERAL.fullmatch(answer) or (index_key and _NUMBER.fullmatch(answer))
+    if names_option and not {"A", "B"} <= set(marked):
+        raise Unusable(_NO_OPTIONS, f"{answer_key!r} is {answer}, and no options are there; add 'options'")
 
 
 def _first_key(record: dict, names: Iterable[str]) -> str | None:

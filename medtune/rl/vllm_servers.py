@@ -138,8 +138,8 @@ def error_message(text: str) -> str:
 
 
 def one_short_line(text: str) -> str:
-    """The first 80 characters, without line breaks."""
-    return " ".join(text.split())[:80]
+    """The first 80 characters, without line breaks and what else cannot be printed."""
+    return "".join(filter(str.isprintable, " ".join(text.split())))[:80]
 
 
 # ---------------------------------------------------------------- all of them

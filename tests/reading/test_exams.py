@@ -133,6 +133,8 @@ def test_broken_exam_questions(change, message):
         ({"question": QUESTION, "exam_subject": "药理", "answer": "B"}, "exam question without options"),
         ({"question": QUESTION, "option": {}, "answer": "b"}, "exam question without options"),
         ({"Question": QUESTION, "Options": "", "Answer": "A,C"}, "exam question without options"),
+        ({"question": QUESTION, "options": "{}", "answer": "B"}, "exam question without options"),
+        ({"question": QUESTION, "opa": "", "opb": "", "cop": 1}, "exam question without options"),
         ({"question": "", "option": OPTIONS, "answer": "B"}, "empty question"),
         ({"question": " \n", "option": OPTIONS, "answer": "B"}, "empty question"),
     ],
