@@ -211,7 +211,7 @@ def test_bandit_is_solved(flags, tmp_path, monkeypatch, tiny_model_dir):
     monkeypatch.setattr(Roles, "scores", scores)
     monkeypatch.setattr(alarms, "UPDATES_WITHOUT_END", 1000)  # all replies have three tokens
     size = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "rollout_batch_size": 32}
-    learning = {"learning_rate": 5e-3, "kl_coef": 0, "temperature": 1.0, "lr_scheduler_type": "constant"}
+    learning = {"learning_rate": 5e-3, "kl_coef": 0, "temperature": 1.0, "lr_scheduler_type": "linear"}
     bandit = {"sft_model_path": tiny_model_dir, "response_length": 3, "stop_token": "<|endoftext|>", "max_steps": 45}
     ppo_training.main(flags(**size, **learning, **bandit))
     found = updates(tmp_path / "out", "objective/score")
