@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medtune.errors import UserError, run_script
-from medtune.nvidia_smi import ask_nvidia_smi, driver_versions, gpu_names, list_gpus
+from medtune.nvidia_smi import ask_nvidia_smi, driver_versions, gpu_names, list_gpus, version_numbers
 from medtune.torch_builds import choose_build, dotted, has_kernels
 
 WITHOUT = "--use_cpu True goes on without"
@@ -152,6 +152,22 @@ def _refuse_processes_without_gpu(n_gpus: int) -> None:
             f"{n_processes} processes on this machine and {n_gpus} GPU(s) that torch can use{where}: each needs one; "
             f"give torchrun --nproc_per_node {n_gpus}, or the launcher N_PROCESSES={n_gpus}"
         )
+
+
+# ---------------------------------------------------------------- GPUs that do not reach each other
+
+# RTX 4090 and its like hang when they reach for each other by PCIe with a driver older than this, and accelerate 1.15
+# refuses them without these variables, with which they go by way of the machine's memory.
+PEERLESS, PEERLESS_BEFORE = "RTX 40", "550.40.07"
+WITHOUT_PEERS = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+
+
+def are_peerless() -> bool:
+    """Whether several GPUs need `WITHOUT_PEERS`."""
+    names = gpu_names(ask_nvidia_smi("-L"))
+    if len(names) < 2 or not any(PEERLESS in name for name in names):
+        return False
+    return version_numbers(driver_versions()[0]) < version_numbers(PEERLESS_BEFORE)
 
 
 # ---------------------------------------------------------------- for launchers

@@ -15,7 +15,9 @@ import sys
 
 driver, cuda, cards, processes = {state}
 query, _, fields = sys.argv[1].partition("=") if len(sys.argv) > 1 else ("", "", "")
-if query == "-L":
+if not cards:
+    sys.exit("No devices were found")
+elif query == "-L":
     for index, card in enumerate(cards):
         print(f"GPU {{index}}: {{card['name']}} (UUID: GPU-{{index}}a)")
 elif query in ("--query-gpu", "--query-compute-apps"):
