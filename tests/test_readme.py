@@ -66,7 +66,7 @@ OWN = {
 FOREIGN = {"mkdir", "tail", "tensorboard", "source", "export", "curl", "hf"}
 # Not flags of a script: of torchrun, of the launchers' set-up, and the first words of `hf`'s.
 OTHER_FLAGS = {"--nproc_per_node", "--gpu", "--active", "--dev", "--all", "--logdir", "--port", "--bind_all", "--help"}
-OTHER_FLAGS |= {"--repo", "--local"}
+OTHER_FLAGS |= {"--repo", "--local", "--train"}
 
 
 @cache
@@ -162,7 +162,7 @@ def test_command(name, words, tmp_path):
     elif started == "run_tests.sh":
         assert not flags or flags[-2] == "-k"
         check_tests(flags[:-2], flags[-1] if flags else "")
-    elif started == "run_demo.sh":
+    elif started in ("run_demo.sh", "check_machine.sh"):
         assert not flags
     elif started == "run_all.sh":
         assert all(f"{variable}=${{{variable}:-" in text_of(started) for variable in variables)

@@ -118,3 +118,14 @@ def test_no_answer_in_time(monkeypatch, on_path):
     (on_path / "nvidia-smi").write_text("#!/bin/sh\nexec /bin/sleep 30\n")
     (on_path / "nvidia-smi").chmod(0o755)
     assert list_gpus() == []
+
+
+@pytest.mark.parametrize("name", ["docs/trouble.md", "docs/trouble_ZH.md"])
+def test_the_table_of_the_docs(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    header = next(line for line in lines if "V100" in line and "B200" in line)
+    rows = [line.split("|")[2:5] for line in lines[lines.index(header) + 2 :][:2]]
+    for driver, row in zip(("580.65.06", "579.99"), rows, strict=True):
+        for cell, card in zip(row, ("V100", "A100", "B200"), strict=True):
+            assert cell.strip() == f"CUDA {choose_build(driver, gpus(card)).cuda}"
+    assert BUILDS[1].driver in "".join(lines)
