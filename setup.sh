@@ -64,7 +64,7 @@ done
 torch=$(grep '^torch==' requirements.txt) cuda=
 if [ "$gpu" = 1 ]; then
     check_interpreter
-    build=$("$interpreter" -m medtune.torch_builds "${torch#torch==}") || exit
+    build=$("$interpreter" -m medtune.torch_builds) || exit
     [ -z "$build" ] || { read -r cuda torch && read -r reason; } <<< "$build"
     echo "setup: ${reason:-nvidia-smi lists no GPU here: torch as pip finds it}"
 fi

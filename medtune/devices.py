@@ -112,8 +112,7 @@ def _install_right_build(driver: str) -> str:
         return str(error)
     if build.cuda == torch.version.cuda:
         return "this is the right build for the driver: restart the machine, or look for the GPUs' own faults (dmesg)"
-    words = " ".join(build.words(torch.__version__.partition("+")[0]))
-    return f"install the build with CUDA {build.cuda}: {sys.executable} -m pip install {words}"
+    return f"install the build with CUDA {build.cuda}: {sys.executable} -m pip install {' '.join(build.words())}"
 
 
 def _refuse_missing_kernels() -> None:

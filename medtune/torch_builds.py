@@ -1,6 +1,6 @@
 """Which build of torch runs with this driver and on these GPUs; torch itself need not be installed.
 
-`python -m medtune.torch_builds 2.13.0` tells setup.sh on two lines the words for pip, and why; nothing where
+`python -m medtune.torch_builds` tells setup.sh on two lines the words for pip, and why; nothing where
 nvidia-smi lists no GPU.
 
 The table is of torch 2.13: builds by PyTorch's RELEASE.md and the index below, kernels by
@@ -8,14 +8,17 @@ torch.cuda.PYTORCH_RELEASES_CODE_CC, drivers by docs.nvidia.com/deploy/cuda-comp
 Compatibility" has all of CUDA 12 run from driver 525.60.13 on and all of CUDA 13 from 580.
 """
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from medtune.errors import UserError, run_script
 from medtune.nvidia_smi import Gpu, driver_versions, list_gpus, version_numbers
 
+REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 INDEX = "https://download.pytorch.org/whl"
 
 
@@ -34,9 +37,9 @@ class Build:
     def name(self) -> str:
         return f"cu{self.cuda.replace('.', '')}"
 
-    def words(self, version: str) -> list[str]:
+    def words(self) -> list[str]:
         """For `pip install`."""
-        return [f"torch=={version}+{self.name}", "--extra-index-url", f"{INDEX}/{self.name}"]
+        return [f"torch=={tested_torch()}+{self.name}", "--extra-index-url", f"{INDEX}/{self.name}"]
 
     def fault(self, driver: str, gpus: Iterable[Gpu]) -> str:
         """Why it does not run there; "" if it does."""
@@ -86,14 +89,18 @@ def dotted(capability: tuple[int, ...] | None) -> str:
     return ".".join(map(str, capability or ())) or "unknown"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    [version] = sys.argv[1:] if argv is None else argv
+def tested_torch() -> str:
+    """The version that requirements.txt pins."""
+    return re.search(r"^torch==(.+)$", REQUIREMENTS.read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
+def main() -> None:
     gpus = list_gpus()
     if not gpus:
         return
     driver, _ = driver_versions()
     build = choose_build(driver, gpus)
-    words = [f"torch=={version}"] if build is OF_PYPI else build.words(version)
+    words = [f"torch=={tested_torch()}"] if build is OF_PYPI else build.words()
     sys.stdout.write(f"{build.cuda} {' '.join(words)}\n")
     sys.stdout.write(f"driver {driver}, {describe(gpus)}: torch built with CUDA {build.cuda}\n")
 

@@ -33,7 +33,7 @@ class Project:
     def __init__(self, folder: Path):
         self.folder = folder
         shutil.copy(ROOT / "setup.sh", folder)
-        (folder / "medtune").symlink_to(ROOT / "medtune")
+        shutil.copytree(ROOT / "medtune", folder / "medtune", ignore=lambda *_: ["__pycache__"])
         self.write("requirements.txt", "# pinned\ntorch==1.0\ntransformers==2.0\n")
         self.write("requirements/dev.txt", "-r ../requirements.txt\npytest==3.0\n")
         self.write("requirements/gpu.txt", "deepspeed==4.0\n")

@@ -96,13 +96,13 @@ def test_a_driver_that_does_not_know_compute_capabilities(on_path):
 def test_no_nvidia_smi(on_path, capsys):
     assert list_gpus() == []
     assert driver_versions() == ("", "")
-    torch_builds.main(["2.13.0"])
+    torch_builds.main()
     assert capsys.readouterr().out == ""
 
 
 def test_what_setup_is_told(on_path, capsys):
     write_nvidia_smi(on_path, "550.54.14", [Card.of("A100"), Card.of("A100")])
-    torch_builds.main(["2.13.0"])
+    torch_builds.main()
     words, reason = capsys.readouterr().out.splitlines()
     assert words == "12.6 torch==2.13.0+cu126 --extra-index-url https://download.pytorch.org/whl/cu126"
     assert reason == "driver 550.54.14, 2 x NVIDIA A100: torch built with CUDA 12.6"

@@ -2,17 +2,14 @@
 
 import importlib.metadata
 import importlib.util
-import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from medtune.devices import are_hidden, cpu_reason
 from medtune.errors import UserError
 from medtune.machine.findings import FINE, GIB, MIB, MODEL, NOTE, WRONG, Finding
 from medtune.nvidia_smi import driver_versions, list_gpus, query
-from medtune.torch_builds import choose_build, describe
+from medtune.torch_builds import choose_build, describe, tested_torch
 
-REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 # Of a GPU's memory; less is what the driver itself takes.
 USED_BY_OTHERS = 0.05
 
@@ -40,9 +37,9 @@ def _build_to_install() -> Finding:
 def _check_installed(version: str) -> Iterator[Finding]:
     reason = cpu_reason(False)
     gpus, (driver, cuda) = list_gpus(), driver_versions()
-    tested = re.search(r"^torch==(.+)$", REQUIREMENTS.read_text(), re.MULTILINE)[1]
-    if version.partition("+")[0] != tested:
-        yield Finding(NOTE, "torch", f"{version} is not the tested {tested}, which bash setup.sh --gpu puts into .venv")
+    if version.partition("+")[0] != tested_torch():
+        todo = f"bash setup.sh --gpu puts {tested_torch()} into .venv"
+        yield Finding(NOTE, "torch", f"{version} is not the tested version: {todo}")
     if not reason:
         yield Finding(FINE, "torch", f"{version} runs on driver {driver} (CUDA {cuda}) and {describe(gpus)}")
         return

@@ -86,7 +86,7 @@ def test_no_gpu_and_hidden_ones(machine, monkeypatch):
 
 def test_another_torch_than_the_tested_one(monkeypatch):
     monkeypatch.setattr(driver.importlib.metadata, "version", lambda name: "2.5.1+cu124")
-    assert next(check_torch()).text.startswith("2.5.1+cu124 is not the tested 2.")
+    assert next(check_torch()).text.startswith("2.5.1+cu124 is not the tested version: bash setup.sh --gpu puts 2.")
 
 
 def test_memory_of_gpus_and_who_else_is_there(machine):
