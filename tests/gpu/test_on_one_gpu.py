@@ -166,14 +166,14 @@ run_script(lambda: supervised_finetuning.main(sys.argv[1:]))
 
 
 def test_memory_that_is_full_is_one_line_with_what_to_do(tiny_model_dir, tmp_path):
-    records = [{"question": f"{n}号病人头疼怎么办？", "answer": "多喝水，注意休息。" * 80} for n in range(64)]
+    records = [{"question": f"{n}号病人头疼怎么办？", "answer": "多喝水，注意休息。" * 80} for n in range(128)]
     data = write_lines(tmp_path / "long/records.jsonl", records).parent
-    options = {"train_file_dir": data, "per_device_train_batch_size": 32, "model_max_length": 1024}
+    options = {"train_file_dir": data, "per_device_train_batch_size": 64, "model_max_length": 1024}
     argv = stage_flags("sft", tiny_model_dir, tmp_path, **options)
     command = [sys.executable, "-c", LITTLE_MEMORY, *argv]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 2, run.stderr
-    assert "error: out of memory at step 1; in this order: --per_device_train_batch_size 16 " in run.stderr
+    assert "error: out of memory at step 1; in this order: --per_device_train_batch_size 32 " in run.stderr
     assert "--gradient_checkpointing True; --load_in_4bit True; --model_max_length" in run.stderr
     assert "Traceback" not in run.stderr
 

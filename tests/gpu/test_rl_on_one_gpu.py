@@ -26,12 +26,12 @@ def before(tiny_model_dir, tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def run(before, tmp_path):
-    """A function that trains PPO or GRPO for two updates and returns their figures."""
+    """A function that trains PPO or GRPO for two updates of one epoch and returns their figures."""
 
     def train(stage: str, **options) -> list[dict]:
         sft, rm = before
         if stage == "ppo":
-            ppo_training.main(ppo_flags(sft, rm, tmp_path, **options))
+            ppo_training.main(ppo_flags(sft, rm, tmp_path, num_ppo_epochs=1, **options))
         else:
             grpo_training.main(grpo_flags(sft, tmp_path, **options))
         weights = weights_of(tmp_path / "out" / BEST)

@@ -97,7 +97,7 @@ def test_reinforcement_learning_on_two_gpus(tiny_model_dir, tmp_path, stage):
     sft = train_sft(tmp_path / "sft", tiny_model_dir, "--max_steps", "12")
     options = {"max_steps": 1, "torch_dtype": "float32", "gradient_accumulation_steps": 2}
     if stage == "ppo":
-        argv = ppo_flags(sft, train_rm(tmp_path / "rm", sft), tmp_path, **options)
+        argv = ppo_flags(sft, train_rm(tmp_path / "rm", sft), tmp_path, num_ppo_epochs=1, **options)
     else:
         argv = grpo_flags(sft, tmp_path, **options)
     launch(f"{RL_STAGES[stage]}.py", argv, GPUS[:2], 2)

@@ -331,3 +331,11 @@ def test_all_reduce_sums_are_compared(monkeypatch):
     monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: tensor[1:].add_(2))
     with pytest.raises(AssertionError, match=r"sums from 1.0 to 3.0 where all are 3.0"):
         measure(4096, torch.device("cpu"))
+
+
+def test_tests_for_gpus_want_one(tmp_path):
+    (tmp_path / "dirname").symlink_to("/usr/bin/dirname")
+    command = ["/bin/bash", str(ROOT / "run_tests.sh"), "--gpu"]
+    refused = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "error: --gpu: there is no nvidia-smi, so no GPU; leave the flag out\n"
