@@ -12,11 +12,11 @@ from medtune.devices import visible_gpus
 from medtune.machine.between_gpus import run_limited
 from medtune.machine.findings import FINE, WRONG, Finding
 
-SECONDS_OF_A_STAGE = 300
+SECONDS_OF_A_STAGE = 600
 BATCH, ACCUMULATION, N_STEPS = 2, 2, 3
 FLAGS = "--logging_steps 1 --eval_strategy no --report_to none --resume_from_checkpoint False"
 FLAGS += " --preprocessing_num_workers 1"
-SUPERVISED = f"--max_steps {N_STEPS} --max_train_samples 64"
+SUPERVISED = f"--max_steps {N_STEPS} --max_train_samples 64 --max_eval_samples 8"
 
 
 def check_training(output_dir: Path) -> Iterator[Finding]:
