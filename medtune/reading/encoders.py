@@ -133,6 +133,13 @@ class DialogueEncoder(TemplateEncoder):
     truncation: Truncation = "drop"
     train_on_inputs: bool = False
 
+    def examples(self, record: Dialogue) -> list[Dialogue]:
+        try:
+            parts = self.chat_template.examples(record.messages)
+        except UserError:
+            parts = [record.messages]  # of which its row says what is wrong
+        return [replace(record, messages=messages) for messages in parts]
+
     def row(self, record: Dialogue) -> dict:
         ids, labels = encode_dialogue(self.tokenizer, self.chat_template, record.messages, record.tools, **self.limits)
         n_left_out = n_thoughts_left_out(self.chat_template, record.messages, record.tools)
@@ -140,6 +147,11 @@ class DialogueEncoder(TemplateEncoder):
 
     def finish(self, rows: Dataset, report: Report) -> Dataset:
         self.note_left_out(rows, report)
+        if n_further := len(rows) - len(set(rows["source"])):
+            report.notes.append(
+                f"dialogues of several questions as one example for each, {n_further} more than dialogues: the "
+                "template writes earlier replies otherwise than it asks for them, so each is learned as the last"
+            )
         return rows.remove_columns("n_thoughts_left_out")
 
     def describe(self, rows: Dataset) -> str:

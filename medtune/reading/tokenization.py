@@ -192,8 +192,12 @@ def encode_dialogue(
 
 
 def n_thoughts_left_out(chat_template: ChatTemplate, messages: list[Message], tools: list[dict] | None) -> int:
-    """How many replies begin with a thought of which nothing is learned."""
-    thoughts = [split_reply(message["content"]).thought for message in messages if message["role"] == "assistant"]
+    """How many of the learned replies begin with a thought of which nothing is learned."""
+    thoughts = [
+        split_reply(message["content"]).thought if message.get("weight") != 0 else ""
+        for message in messages
+        if message["role"] == "assistant"
+    ]
     if not any(thoughts):
         return 0
     replies = [segment.text for segment in chat_template.segments(messages, tools) if segment.learned]
