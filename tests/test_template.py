@@ -311,30 +311,31 @@ HARMONY_THOUGHTS = [(thinking_apart("thinking"), None), ([Q1, ONE_CALL[0] | {"th
 HARMONY_THOUGHTS += [([*messages, A1, Q2], tools) for messages, tools in HARMONY_THOUGHTS[1:]]
 
 
-@pytest.mark.parametrize(
-    ("name", "trl_name", "flags", "cases"),
-    [
-        ("qwen", "qwen2_5", {}, ALL_CASES),
-        ("qwen3", "qwen3", {"enable_thinking": True}, ALL_CASES + THINKING_CASES),
-        ("qwen3_nothink", "qwen3", {"enable_thinking": False}, ALL_CASES + THINKING_CASES),
-        ("qwen3_instruct_2507", "qwen3_instruct_2507", {}, ALL_CASES),
-        ("qwen3_5", "qwen3_5_think", {}, ALL_CASES + THINKING_CASES),
-        ("qwen3_5_nothink", "qwen3_5_nothink", {}, ALL_CASES + THINKING_CASES),
-        ("qwen3_5", "qwen3_6", {}, ALL_CASES + THINKING_CASES),
-        ("llama3", "llama3", {}, PLAIN_CASES + SYSTEM_CASES),
-        ("llama3", "llama3_1", {}, CALL_CASES),
-        ("gemma", "gemma", {}, PLAIN_CASES),
-        ("gemma", "gemma3", {}, PLAIN_CASES + SYSTEM_CASES),
-        ("gemma3", "gemma3", {}, PLAIN_CASES + SYSTEM_CASES),
-        ("gemma4", "gemma4_v5", {}, [*WORDLESS_CASES, THINKING_CASES[2]]),
-        ("phi", "phi3", {}, PLAIN_CASES + SYSTEM_CASES),
-        ("deepseek", "deepseekv3", {}, PLAIN_CASES + SYSTEM_CASES),
-        ("glm4_moe", "glm4moe", {}, ALL_CASES + THINKING_CASES),
-        ("gptoss", "gptoss", {}, PLAIN_CASES + SYSTEM_CASES + CALL_CASES + HARMONY_THOUGHTS),
-        ("lfm2", "lfm2_v2", {}, ALL_CASES),
-        ("lfm2_5", "lfm2_2_5_v2", {}, [*ALL_CASES, THINKING_CASES[2]]),
-    ],
-)
+# The template, TRL's copy of the model's own, flags of the latter, and dialogues with tools.
+COMPARED = [
+    ("qwen", "qwen2_5", {}, ALL_CASES),
+    ("qwen3", "qwen3", {"enable_thinking": True}, ALL_CASES + THINKING_CASES),
+    ("qwen3_nothink", "qwen3", {"enable_thinking": False}, ALL_CASES + THINKING_CASES),
+    ("qwen3_instruct_2507", "qwen3_instruct_2507", {}, ALL_CASES),
+    ("qwen3_5", "qwen3_5_think", {}, ALL_CASES + THINKING_CASES),
+    ("qwen3_5_nothink", "qwen3_5_nothink", {}, ALL_CASES + THINKING_CASES),
+    ("qwen3_5", "qwen3_6", {}, ALL_CASES + THINKING_CASES),
+    ("llama3", "llama3", {}, PLAIN_CASES + SYSTEM_CASES),
+    ("llama3", "llama3_1", {}, CALL_CASES),
+    ("gemma", "gemma", {}, PLAIN_CASES),
+    ("gemma", "gemma3", {}, PLAIN_CASES + SYSTEM_CASES),
+    ("gemma3", "gemma3", {}, PLAIN_CASES + SYSTEM_CASES),
+    ("gemma4", "gemma4_v5", {}, [*WORDLESS_CASES, THINKING_CASES[2]]),
+    ("phi", "phi3", {}, PLAIN_CASES + SYSTEM_CASES),
+    ("deepseek", "deepseekv3", {}, PLAIN_CASES + SYSTEM_CASES),
+    ("glm4_moe", "glm4moe", {}, ALL_CASES + THINKING_CASES),
+    ("gptoss", "gptoss", {}, PLAIN_CASES + SYSTEM_CASES + CALL_CASES + HARMONY_THOUGHTS),
+    ("lfm2", "lfm2_v2", {}, ALL_CASES),
+    ("lfm2_5", "lfm2_2_5_v2", {}, [*ALL_CASES, THINKING_CASES[2]]),
+]
+
+
+@pytest.mark.parametrize(("name", "trl_name", "flags", "cases"), COMPARED)
 def test_text_and_ids_are_those_of_trl(name, trl_name, flags, cases, tokenizers):
     tokenizer, tokens = tokenizer_for(name, tokenizers), EXPECTED[name][0]
     ours = renderer(tokenizer, named_template(name), tokens)
@@ -456,17 +457,25 @@ def test_tool_calls_are_learned_and_tool_results_are_not(name, calls, tokenizers
     assert "".join(segment.text for segment in segments).startswith(template.prompt(TOOL_TURNS[:4], TOOLS))
 
 
-def test_openai_tool_calls_render_as_ours(tokenizers):
+@pytest.mark.parametrize("name", sorted(TOOLS_TOO))
+def test_openai_tool_calls_render_as_ours(name, tokenizers):
     """A server hands the template `{"function": {...}}` and content None."""
-    as_sent = [
-        {**message, "content": message["content"] or None, "tool_calls": [{"function": c} for c in calls]}
-        if (calls := message.get("tool_calls"))
-        else message
-        for message in TOOL_TURNS
+    sent = [turn | {"content": None} if turn.get("tool_calls") else turn for turn in as_sent(ONE_BY_ONE)]
+    render = chat_template(name, tokenizers).render
+    assert render(sent, TOOLS, False) == render(ONE_BY_ONE, TOOLS, False)
+
+
+def test_a_token_that_ends_a_thought_too_ends_no_reply(tokenizers):
+    """gpt-oss's <|end|> stands behind its analysis, and behind the replies that others follow."""
+    template = chat_template("gptoss", tokenizers)
+    assert template.stop_tokens == ("<|return|>", "<|call|>")
+    learned = learned_texts(template.segments([Q1, THINKING[3]]))
+    analysis = "<|channel|>analysis<|message|>later<|end|><|start|>assistant"
+    assert learned == [f"{analysis}<|channel|>final<|message|>A2<|return|>"]
+    # One text would teach the first reply to end so; it is the last of a dialogue of its own.
+    assert [learned_texts(template.segments(messages))[-1] for messages in template.examples(CONVERSATION)] == [
+        f"<|channel|>final<|message|>{answer}<|return|>" for answer in ("A1", "A2")
     ]
-    for name in ("qwen", "qwen3", "qwen3_nothink", "glm4_moe"):
-        render = chat_template(name, tokenizers).render
-        assert render(as_sent, TOOLS, False) == render(TOOL_TURNS, TOOLS, False)
 
 
 def test_qwen3_learns_the_last_thought_only(tokenizers):
@@ -484,6 +493,7 @@ def test_an_earlier_reply_keeps_a_first_character_that_starts_the_empty_thought_
     ("trl_name", "tokens", "ends"),
     [
         ("qwen3_instruct_2507", CHATML, ("<|im_end|>", "<|im_end|>")),
+        ("gptoss", HARMONY, ("<|end|>", "<|return|>")),
         ("llama3_2", EXPECTED["llama3"][0], ("<|eot_id|>", "<|eot_id|>")),
         ("gemma3", EXPECTED["gemma"][0], ("<end_of_turn>", "<end_of_turn>")),
         ("phi3_5", EXPECTED["phi"][0], ("<|end|>", "<|end|>")),
@@ -493,7 +503,8 @@ def test_an_earlier_reply_keeps_a_first_character_that_starts_the_empty_thought_
 def test_the_tokenizers_own_templates_work_as_well(trl_name, tokens, ends, tokenizers):
     render = renderer(tokenizers[0], (TRL_TEMPLATES / f"{trl_name}.jinja").read_text(), tokens)
     template = ChatTemplate(trl_name, render, tokens, tokens[-1])
-    assert learned_texts(template.segments(CONVERSATION)) == [f"A1{ends[0]}", f"A2{ends[1]}"]
+    channel = "<|channel|>final<|message|>" if trl_name == "gptoss" else ""
+    assert learned_texts(template.segments(CONVERSATION)) == [f"{channel}A1{ends[0]}", f"{channel}A2{ends[1]}"]
 
 
 @pytest.mark.parametrize(
@@ -505,6 +516,9 @@ def test_the_tokenizers_own_templates_work_as_well(trl_name, tokens, ends, token
         ("gemma", EXPECTED["gemma"][0], ("<end_of_turn>", "<eos>")),
         ("glm4", GLM, ("<|user|>", "<|endoftext|>")),
         ("vicuna", LLAMA, ("</s>",)),
+        ("glm4_moe", GLM, ("<|user|>", "<|endoftext|>", "<|observation|>")),
+        ("gemma4", GEMMA4, ("<turn|>", "<eos>", "<|tool_response>")),
+        ("llama3", EXPECTED["llama3"][0], ("<|eot_id|>",)),
     ],
 )
 def test_stop_tokens(name, tokens, stop_tokens, tokenizers):
@@ -595,8 +609,9 @@ def test_an_unknown_name_lists_the_known_ones():
         named_template("Qwen2")
     assert str(error.value) == (
         "--template_name Qwen2: no such template; did you mean qwen? known are alpaca, baichuan2, chatml, "
-        "deepseek, gemma, glm4, glm4_moe, internlm2, llama2, llama3, mistral, phi, plain, qwen, qwen3, "
-        "qwen3_nothink, vicuna, yi, zephyr"
+        "deepseek, gemma, gemma3, gemma4, glm4, glm4_moe, gptoss, granite, internlm2, lfm2, lfm2_5, llama2, llama3, "
+        "minicpm, ministral3, mistral, phi, plain, qwen, qwen3, qwen3_5, qwen3_5_nothink, qwen3_instruct_2507, "
+        "qwen3_nothink, smollm3, vicuna, yi, zephyr"
     )
     with pytest.raises(UserError, match="no such template; known are alpaca"):
         named_template("#")
