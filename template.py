@@ -307,6 +307,11 @@ class Message(TypedDict, total=False):
     weight: int  # 0 for a reply that is not learned
 
 
+def unlearned(messages: Sequence[Message]) -> list[Message]:
+    """The messages, with replies that are there to be read."""
+    return [message | {"weight": 0} if message["role"] == "assistant" else message for message in messages]
+
+
 class Segment(NamedTuple):
     """A stretch of rendered text; a learned one is a whole reply with its end token."""
 
@@ -361,20 +366,28 @@ class ChatTemplate:
         """The text that a reply to the last message continues."""
         return self.render(self._with_chosen_thoughts(messages), tools, True)
 
-    def segments(self, messages: list[Message], tools: list[dict] | None = None) -> list[Segment]:
+    def segments(
+        self, messages: list[Message], tools: list[dict] | None = None, only_learned: bool = False
+    ) -> list[Segment]:
         """The rendered conversation in segments; every reply runs from the end of its prompt through its end token.
 
         An eos token is added where the template writes no end token after the last reply.
+
+        only_learned: a reply of weight 0 is no segment of its own, and need not be written as it was asked for.
         """
         messages = self._with_chosen_thoughts(messages)
         text = self.render(messages, tools, False)
         if messages[-1]["role"] == "assistant" and not self._ends[1]:
             text += self.eos_token
-        replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        replies = [
+            index
+            for index, message in enumerate(messages)
+            if message["role"] == "assistant" and not (only_learned and message.get("weight") == 0)
+        ]
         starts = [self._reply_start(text, messages, tools, index) for index in replies]
 
         segments, done = [], 0
-        for index, start, limit in zip(replies, starts, [*starts[1:], len(text)], strict=True):
+        for index, start, limit in zip(replies, starts, [*starts, len(text)][1:], strict=True):
             end = self._reply_end(text, messages, index, start, limit)
             segments += [Segment(text[done:start], False), Segment(text[start:end], True)]
             done = end
@@ -384,22 +397,38 @@ class ChatTemplate:
         """The dialogue, or one for each of its questions, in which the replies to earlier ones are not learned.
 
         The latter where one text would teach an earlier reply behind another prompt than inference gives, or with
-        another end; and where earlier replies lose thoughts that are to be learned.
+        another end; and where earlier replies lose thoughts that are to be learned. Where this is so of a call that its
+        result and the answer follow, one for each reply.
         """
-        users = [index for index, message in enumerate(messages) if message["role"] == "user"]
-        if len(users) < 2 or not (self._rewrites_replies or self._loses_thoughts(messages[: users[-1]])):
+        followers = [*(message["role"] for message in messages[1:]), "user"]
+        replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        answers = [index for index in replies if followers[index] == "user"]
+        if len(answers) < len(replies) and self._rewrites_calls:
+            ends = replies
+        elif len(answers) > 1 and (self._rewrites_replies or self._loses_thoughts(messages[: answers[-2] + 1])):
+            ends = answers
+        else:
             return [messages]
-        examples = []
-        for start, end in zip(users, [*users[1:], len(messages)], strict=True):
-            earlier = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in messages[:start]]
-            if any(turn["role"] == "assistant" and turn.get("weight") != 0 for turn in messages[start:end]):
-                examples.append(earlier + messages[start:end])
+        examples, done = [], 0
+        for end in (index + 1 for index in ends):
+            if any(messages[index].get("weight") != 0 for index in replies if done <= index < end):
+                examples.append(unlearned(messages[:done]) + messages[done:end])
+            done = end
         return examples
 
     @cached_property
     def _rewrites_replies(self) -> bool:
         """Whether a reply is written otherwise once another follows: behind another prompt, or with another end."""
         return self._dropped > 0 or self._ends[0] not in self.stop_tokens
+
+    @cached_property
+    def _rewrites_calls(self) -> bool:
+        """Whether a call is written behind another prompt once its result and an answer follow."""
+        if self.call_text is None:
+            return False
+        answered = [*_PROBE_CALL, {"role": "assistant", "content": "probe answer"}]
+        asked = self.render(_PROBE_CALL[:1], [_PROBE_TOOL], True)
+        return not self.render(answered, [_PROBE_TOOL], False).startswith(asked)
 
     def _loses_thoughts(self, earlier: list[Message]) -> bool:
         has_thoughts = any(turn["role"] == "assistant" and split_reply(turn["content"]).thought for turn in earlier)
@@ -420,7 +449,7 @@ class ChatTemplate:
         """The text with a seam behind the first character of each control token."""
         return self._control_pattern.sub(lambda token: token[0][0] + seam + token[0][1:], text)
 
-    @property
+    @cached_property
     def stop_tokens(self) -> tuple[str, ...]:
         """The tokens that may end a reply, the usual one first."""
         middle_end, last_end = self._ends

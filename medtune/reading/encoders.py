@@ -134,11 +134,9 @@ class DialogueEncoder(TemplateEncoder):
     train_on_inputs: bool = False
 
     def examples(self, record: Dialogue) -> list[Dialogue]:
-        try:
-            parts = self.chat_template.examples(record.messages)
-        except UserError:
-            parts = [record.messages]  # of which its row says what is wrong
-        return [replace(record, messages=messages) for messages in parts]
+        if self.train_on_inputs:  # which learns all that is written, as it is
+            return [record]
+        return [replace(record, messages=messages) for messages in self.chat_template.examples(record.messages)]
 
     def row(self, record: Dialogue) -> dict:
         ids, labels = encode_dialogue(self.tokenizer, self.chat_template, record.messages, record.tools, **self.limits)

@@ -48,16 +48,20 @@ def _read_mistral(text: str, schemas: Schemas) -> list[ToolCall]:
 def _read_python(text: str, schemas: Schemas) -> list[ToolCall]:
     """LFM2's list of calls in Python, with JSON's words for true, false and null too."""
     body = re.search(r"<\|tool_call_start\|>(.*?)<\|tool_call_end\|>", text, re.DOTALL)[1]
-    words = {"true": True, "false": False, "null": None}
-    calls = []
-    for call in ast.parse(body.strip(), mode="eval").body.elts:
-        for node in ast.walk(call):
-            for field, value in ast.iter_fields(node):
-                if isinstance(value, ast.Name) and value.id in words:
-                    setattr(node, field, ast.Constant(words[value.id]))
-        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        calls.append({"name": ast.unparse(call.func), "arguments": arguments})
-    return calls
+    calls = _JsonWords().visit(ast.parse(body.strip(), mode="eval")).body.elts
+    return [
+        {
+            "name": ast.unparse(call.func),
+            "arguments": {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords},
+        }
+        for call in calls
+    ]
+
+
+class _JsonWords(ast.NodeTransformer):
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        words = {"true": True, "false": False, "null": None}
+        return ast.copy_location(ast.Constant(words[node.id]), node) if node.id in words else node
 
 
 def _read_gemma(text: str, schemas: Schemas) -> list[ToolCall]:
@@ -171,7 +175,7 @@ class CallReader:
             calls = self.form.read(self.text[len(words) :], self.schemas) if len(words) < len(self.text) else []
         except (ValueError, SyntaxError, AttributeError, TypeError):
             calls = []
-        return self._news(words.rstrip() if calls else self.text), calls
+        return self._news(words if calls else self.text), calls
 
     def _words(self, text: str, is_whole: bool) -> str:
         """What comes before the first call."""
@@ -184,7 +188,7 @@ class CallReader:
             return "" if openings or may_become else text
         starts = [text.index(opening) for opening in self.form.openings if opening in text]
         if starts:
-            return text[: min(starts)]
+            return text[: min(starts)].rstrip()
         # The blanks before a call are none of the words.
         return text if is_whole else before_part_of(self.form.openings, text).rstrip()
 
