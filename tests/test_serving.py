@@ -548,7 +548,7 @@ def test_vllm_is_asked_what_the_adapter_changes(monkeypatch, capsys):
 
 
 def test_nothing_is_asked_of_a_server_whose_process_has_ended(monkeypatch, capsys):
-    monkeypatch.setattr(adapter_effect, "SECONDS_BETWEEN_LOOKS", 0)
+    monkeypatch.setattr(adapter_effect, "SECONDS_BETWEEN_TRIES", 0)
     ended = subprocess.Popen(["true"])
     ended.wait()
     adapter_effect.main("http://127.0.0.1:1", "policy", str(ended.pid))

@@ -16,7 +16,7 @@ QUESTION = {"role": "user", "content": "你好"}
 # Log-probs that differ by less are the same, computed in another order.
 LEAST_CHANGE = 1e-5
 
-SECONDS_BETWEEN_LOOKS = 2
+SECONDS_BETWEEN_TRIES = 2
 
 
 def describe_effect(adapter: str, change: float) -> str:
@@ -60,7 +60,7 @@ def _answers(url: str, process: int) -> bool:
             with urllib.request.urlopen(f"{url}/health"):
                 return True
         except OSError:
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(SECONDS_BETWEEN_TRIES)
         try:
             os.kill(process, 0)
         except ProcessLookupError:
