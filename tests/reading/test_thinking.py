@@ -192,6 +192,7 @@ EVERY_WAY = [
     *((name, thinking) for name in ("gptoss", "gemma4", "lfm2_5", "smollm3") for thinking in ("keep", "drop")),
     *((f"own/{name}", thinking) for name in ("qwen3", "qwen3_6", "qwen3_8") for thinking in ("keep", "drop", "empty")),
     *((f"own/{name}", "keep") for name in OWN_TOKENS),
+    *((f"own/{name}", thinking) for name in ("qwen3_5_think", "nemotron_3_nano") for thinking in ("keep", "empty")),
 ]
 
 
