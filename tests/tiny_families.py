@@ -79,7 +79,7 @@ def save_multimodal_model_of_text_class(folder: Path, tokenizer_from: Path) -> P
     return _save(model, folder, tokenizer_from)
 
 
-def tiny_model(model_type: str, attention: str = "sdpa", **changes) -> torch.nn.Module:
+def tiny_model(model_type: str, attention: str | None = None, **changes) -> torch.nn.Module:
     """An untrained model as its class draws it."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](**SHAPE | FAMILIES[model_type] | changes)

@@ -45,4 +45,8 @@ def loaded_config(config: PretrainedConfig) -> PretrainedConfig:
     """
     own = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     text = text_config(config)
-    return text if own is not None and own.config_class is type(text) else config
+    if own is None or text is config or own.config_class is not type(text):
+        return config
+    if quantization := getattr(config, "quantization_config", None):
+        text.quantization_config = quantization
+    return text

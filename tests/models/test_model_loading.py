@@ -527,11 +527,11 @@ def test_quantization_config():
 @pytest.mark.parametrize(
     ("flash_attn", "cuda", "capability", "installed", "expected", "line"),
     [
-        (False, True, (8, 0), True, "sdpa", ""),
+        (False, True, (8, 0), True, None, ""),
         (True, True, (8, 0), True, "flash_attention_2", ""),
-        (True, True, (8, 0), False, "sdpa", "--flash_attn: the package flash-attn is not installed"),
-        (True, True, (7, 0), True, "sdpa", "--flash_attn: FlashAttention 2 needs an Ampere GPU or newer"),
-        (True, False, None, True, "sdpa", "--flash_attn: FlashAttention needs a CUDA device"),
+        (True, True, (8, 0), False, None, "--flash_attn: the package flash-attn is not installed"),
+        (True, True, (7, 0), True, None, "--flash_attn: FlashAttention 2 needs an Ampere GPU or newer"),
+        (True, False, None, True, None, "--flash_attn: FlashAttention needs a CUDA device"),
     ],
 )
 def test_attention_of_a_gpu(monkeypatch, log, flash_attn, cuda, capability, installed, expected, line):
@@ -798,8 +798,8 @@ def test_bitsandbytes_is_left_alone_on_a_gpu(monkeypatch, base):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(loading, "_keep_bitsandbytes_weights_plain", lambda: pytest.fail("patched"))
     monkeypatch.setattr(loading, "placement", lambda *args: None)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: (kwargs, None))
-    monkeypatch.setattr(loading, "check_loaded", lambda *args: None)
+    monkeypatch.setattr(loading, "_load_with_attention", lambda load, *args: (load.keywords, None))
+    monkeypatch.setattr(loading, "check_loaded", lambda *args, **kwargs: None)
     kwargs = load_base_model(base, load_in_4bit=True)
     assert kwargs["quantization_config"].load_in_4bit
     assert kwargs["quantization_config"].bnb_4bit_compute_dtype == torch.bfloat16
@@ -1040,9 +1040,20 @@ def test_what_cannot_be_a_reward_model(base, copied, tmp_path):
     assert line.endswith("a kind of model that these versions of the libraries give no such head")
 
 
-def test_a_model_that_the_attention_used_here_does_not_fit_is_refused(base, tmp_path):
-    folder = save_tiny_model("gpt_oss", tmp_path, Path(base), attention="eager")
-    assert "a kind of model without PyTorch's SDPA attention" in refused(load_base_model, str(folder))
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_attention_is_what_the_model_can_have(base, tmp_path, flash_attn, monkeypatch, log):
+    """Asked for FlashAttention, as where its package is there: Gemma 3's wrapper cannot have it, nor gpt-oss SDPA."""
+    if flash_attn:
+        monkeypatch.setattr(loading, "attention_implementation", lambda flash_attn: "flash_attention_2")
+    gpt_oss = str(save_tiny_model("gpt_oss", tmp_path / "gpt_oss", Path(base)))
+    gemma = str(save_multimodal_model(tmp_path / "gemma3", Path(base)))
+    assert load_base_model(gpt_oss, flash_attn=flash_attn).config._attn_implementation == "eager"
+    assert load_base_model(gemma, flash_attn=flash_attn).config._attn_implementation == "sdpa"
+    eager = "eager attention is used, whose memory grows with the square of the length"
+    assert [line.endswith(eager) for line in log if "GptOssForCausalLM has no SDPA" in line] == [True]
+    refused_flash = [line for line in log if line.startswith("--flash_attn:")]
+    assert len(refused_flash) == 2 * flash_attn
+    assert all(line.endswith("; it goes without") for line in refused_flash)
 
 
 # ---------------------------------------------------------------- base and adapter together
