@@ -234,6 +234,21 @@ def _load_with_attention(load: Callable, attention: str | None, path: str) -> tu
     return model, report
 
 
+def load_saved_weights(model: PreTrainedModel, folder: str) -> bool:
+    """Load what `save_pretrained` wrote if it names the tensors otherwise than the model does, as it does for fused
+    experts and for parts of a wrapper. False, and nothing is loaded, where the names are the same.
+    """
+    names = set()
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            names |= set(tensors.keys())
+    if names <= model.state_dict().keys():
+        return False
+    saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+    return True
+
+
 def dtype_for_use(torch_dtype: str, use_cpu: bool = False) -> str:
     """The dtype of weights for use, not for training: float32 without a GPU, since the CPU is fast in it."""
     return torch_dtype if torch.cuda.is_available() and not use_cpu else "float32"
