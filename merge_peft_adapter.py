@@ -45,7 +45,7 @@ from medtune.models.loading import load_base_model, weights_fingerprint
 from medtune.models.model_folder import describe_folder
 from medtune.models.text_part import language_model_class, loaded_config
 from medtune.models.vocabulary import check_vocabulary
-from medtune.models.whole_checkpoint import add_other_parts, summarize
+from medtune.models.whole_checkpoint import add_other_parts, summarize_parts
 from medtune.output_files import new_folder, refuse_unwritable
 from medtune.reading.tokenization import encode_prompt, stop_token_ids
 from medtune.training.log import start_log
@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         write_model(model, tokenizer, lineage, written)
         if not is_reward_model and (others := add_other_parts(written, model, base_model, **hub_options)):
-            logger.info(f"unchanged from {base_model}: {summarize(others)}")
+            logger.info(f"unchanged from {base_model}: {summarize_parts(others)}")
         del model
         gc.collect()
         merged = load_base_model(str(written), flag="--output_dir", **load_options).to(device)

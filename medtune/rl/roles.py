@@ -35,6 +35,7 @@ from medtune.models.text_attention import (
     places,
     shares_prefixes,
 )
+from medtune.models.text_part import text_config
 from medtune.rl.ppo_math import position_ids, token_logps
 
 # By role, the adapter's name in PEFT where it is another.
@@ -90,7 +91,7 @@ class Roles:
         """
         self.score_shift = score_shift
         if self.reward_head is None:
-            head = ValueHead(torch.zeros(1, self.model.config.hidden_size), 0.0)
+            head = ValueHead(torch.zeros(1, text_config(self.model.config).hidden_size), 0.0)
         else:
             head = ValueHead(self.reward_head.weight.detach() * weight, score_shift * weight)
         self.value_head = head.to(self.model.device)
