@@ -76,9 +76,8 @@ FAMILIES = {
     | GROUPS
     | {"num_key_value_heads": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1},
     "gemma4_text": HEADS
-    | SLIDING
-    | {"global_head_dim": 32, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
-    | {"vocab_size_per_layer_input": 640},
+    | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+    | {"global_head_dim": 32, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 640},
     "qwen3_5_moe_text": HEADS | EXPERTS | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 32},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mamba", "moe"], "head_dim": 16, "mamba_num_heads": 8}
     | {"mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
@@ -122,7 +121,8 @@ def save_gemma4(folder: Path, tokenizer_from: Path) -> Path:
     tokens = {f"{kind}_token_id": 639 - index for index, kind in enumerate(("image", "video", "audio"))}
     vision = VISION | {"num_key_value_heads": 2, "head_dim": 16, "patch_size": 8, "position_embedding_size": 64}
     text = SHAPE | FAMILIES["gemma4_text"]
-    return _save(Gemma4ForConditionalGeneration(Gemma4Config(text, vision, None, **tokens)), folder, tokenizer_from)
+    config = Gemma4Config(text_config=text, vision_config=vision, audio_config=None, **tokens)
+    return _save(Gemma4ForConditionalGeneration(config), folder, tokenizer_from)
 
 
 def tiny_model(model_type: str, attention: str | None = None, **changes) -> torch.nn.Module:
