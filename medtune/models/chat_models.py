@@ -54,7 +54,7 @@ class ChatModelArguments(LoadingOptions):
     device_map: str | None = field(default=None, metadata={"help": "auto splits the model over several GPUs."})
     use_cpu: bool = field(default=False, metadata={"help": "The CPU, though there are GPUs."})
     flash_attn: bool = field(
-        default=False, metadata={"help": "FlashAttention 2 if it is installed, otherwise PyTorch's SDPA."}
+        default=False, metadata={"help": "FlashAttention 2 if installed and possible, otherwise SDPA or eager."}
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloaded models."})
     trust_remote_code: bool = field(
