@@ -42,7 +42,7 @@ N_SITUATION_PAIRS = 600  # more, only about emergencies and requests to refuse
 N_SAMPLE_PAIRS = 500  # of dpo_zh_500.jsonl
 N_EVAL_PAIRS = 300
 N_EVAL_QUESTIONS = 500
-N_CORPUS_DOCUMENTS = 75_000
+N_CORPUS_DOCUMENTS = 120_000
 
 
 def build(knowledge: Knowledge) -> dict[str, str]:

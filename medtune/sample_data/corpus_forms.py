@@ -149,7 +149,10 @@ class Composer:
 
     def sentence(self, entry: Entry, aspect: str, name: str) -> str:
         """One aspect of an entry in one of its wordings; where to go with an emergency begins with the ambulance."""
-        text = self.word(self.forms[entry.fields["kind"]][aspect], n=name, **self.slots(entry, aspect))
+        wordings, slots = self.forms[entry.fields["kind"]][aspect], self.slots(entry, aspect)
+        if not any(own.lower() in slots.get("x", own).lower() for own in entry.names):
+            wordings = [wording for wording in wordings if "{n}" in wording]
+        text = self.word(wordings, n=name, **slots)
         if aspect == "department" and is_urgent(entry):
             return self.join([self.sentence(entry, "urgent", name), text])
         return text

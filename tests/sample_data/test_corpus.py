@@ -145,6 +145,15 @@ def test_every_seen_entry_is_told_equally_often():
     assert len(turns) == len(knowledge().entries) - sum(e.fields["id"] in unseen for e in knowledge().entries) + n_more
 
 
+def test_a_sentence_has_the_name_or_the_word_that_stands_for_it():
+    for shelf in shelves():
+        for number, entry in enumerate(shelf.entries):
+            c = Composer(shelf, entry, random.Random(number))
+            for aspect in aspects_of(entry):
+                sentence = c.sentence(entry, aspect, "NAME")
+                assert any(name.lower() in sentence.lower() for name in ["NAME", *entry.names]), sentence
+
+
 def test_a_fact_is_told_in_many_wordings_and_the_name_comes_first_and_last():
     c = composer("急性支气管炎")
     told = {c.sentence(c.entry, "symptoms", "急性支气管炎") for _ in range(300)}
