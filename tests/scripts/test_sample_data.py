@@ -93,6 +93,10 @@ def test_entries_are_as_many_as_promised():
     assert kinds["zh", "condition"] >= 150
     assert kinds["zh", "medicine"] >= 20
     assert kinds["en", "condition"] + kinds["en", "medicine"] >= 40
+    more = Counter((entry["language"], entry["kind"]) for entry in read("knowledge/more_conditions.jsonl"))
+    assert more["zh", "condition"] >= 60
+    assert more["zh", "medicine"] >= 40
+    assert more["en", "condition"] + more["en", "medicine"] >= 25
     ids = [(entry["language"], entry["id"]) for entry in entries()]
     assert len(set(ids)) == len(ids)
     assert {name for language, name in ids if language == "en"} <= {name for language, name in ids if language == "zh"}
