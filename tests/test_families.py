@@ -25,7 +25,7 @@ from medtune.errors import UserError
 # Recurrent layers and convolutions without their kernels, and gpt-oss, whose masks go by no positions.
 SEE_EACH_OTHER = {
     *("qwen3_5", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "lfm2", "lfm2_moe", "granitemoehybrid"),
-    *("falcon_h1", "nemotron_h", "jamba", "mamba2", "gpt_oss", "afmoe", "opt"),
+    *("falcon_h1", "nemotron_h", "jamba", "mamba2", "gpt_oss"),
 }
 NO_SCORE_HEAD = {
     *("mistral3", "gemma4", "gemma4_text", "granite", "granitemoehybrid", "lfm2", "lfm2_moe", "cohere2", "internlm3"),
@@ -41,6 +41,8 @@ def refusals(family: str) -> dict[str, str]:
         lines["packing"] = "--packing False gives each a row of its own"
     if family in NO_SCORE_HEAD:
         lines["rm"] = "a kind of model that these versions of the libraries give no such head"
+    if family == "opt":  # whose head goes by a decoder inside of its backbone
+        lines["ppo"] = lines["grpo"] = "and would be trained on wrong probabilities; take another model"
     if family == "jamba":  # whose kernels take dt_proj's weights past the layer
         lines["sft"] = "Without --gradient_checkpointing, or with other --target_modules, they may"
     return lines
