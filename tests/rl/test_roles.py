@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_families import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from medtune.errors import UserError
@@ -162,6 +163,19 @@ def test_log_probs_that_are_not_the_models_own_are_refused():
         UserError, match=r"^here: this stage's log-probs differ .* by [\d.]+ nats a token, where rounding"
     ):
         roles.check_logps([list(range(5, 50))] * 2 + [[7, 8, 9]], 0.7, "here")
+
+
+def test_rows_that_the_kernels_of_a_model_refuse_joined_stay_padded():
+    """Convolutions without the package that separates texts."""
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["in_proj"])
+    roles = Roles(get_peft_model(tiny_model("lfm2"), lora), None, None)
+    prompts = [list(range(5, 30))] * 2
+    roles.check_logps(prompts, 0.7, "", "auto")
+    assert not roles.padding_free
+    with pytest.raises(
+        UserError, match=r"^--padding_free True: the rows do not stay apart in Lfm2ForCausalLM \(`causal_"
+    ):
+        roles.check_logps(prompts, 0.7, "", "True")
 
 
 def test_no_gradient_comes_from_prompt_or_padding(roles):
