@@ -109,7 +109,8 @@ def train_tokenizer(
         min_frequency=2,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
-        max_token_length=max_token_length,
+        # tokenizers 0.23 makes tokens that are shorter than its limit.
+        max_token_length=None if max_token_length is None else max_token_length + 1,
     )
     # The words that templates put around every turn are single tokens, as in Qwen's vocabulary.
     backend.train_from_iterator([*texts, *["system\nuser\nassistant\n"] * len(texts)], trainer)

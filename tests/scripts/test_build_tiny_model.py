@@ -56,7 +56,7 @@ def test_the_shape_of_the_base_model_is_small_enough_to_ship(tiny_tokenizer):
 
 
 def test_no_token_has_more_bytes_than_asked():
-    texts = ["感冒后咳嗽越来越突出，咳久了胸腹肌肉酸。"] * 20
+    texts = ["感冒后咳嗽越来越突出，咳久了胸腹肌肉酸。", "孩子手心和脚底长了好些小红疹"] * 20
     free, limited = (train_tokenizer(texts, 600, limit) for limit in (None, 12))
     longest = [
         max(map(len, tokenizer.convert_ids_to_tokens(range(len(tokenizer) - 3)))) for tokenizer in (free, limited)

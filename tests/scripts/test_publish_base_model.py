@@ -62,7 +62,7 @@ def test_a_sitting_is_published_in_bfloat16_with_how_it_ran(run):
     assert AutoTokenizer.from_pretrained(published).chat_template
     assert not (published / "lineage.json").exists()  # a base model of its own
     (record,) = json.loads((published / "sittings.json").read_text(encoding="utf-8"))
-    assert record["steps"], record["tokens"] == (60, 60 * 8192)
+    assert (record["steps"], record["tokens"]) == (60, 60 * 8192)
     assert record["hours"] == round((20 * 8192 / 1000 + 40 * 8192 / 2000) / 3600, 2)
     assert record["corpus_sha256"] == hashlib.sha256('{"text": "头痛"}\n'.encode()).hexdigest()
     assert record["flags"] == {"--learning_rate": "2e-3", "--block_size": "512"}
