@@ -35,6 +35,7 @@ from medtune.models.text_attention import (
     places,
     shares_prefixes,
 )
+from medtune.models.text_part import text_config
 from medtune.rl.ppo_math import position_ids, token_logps
 
 # By role, the adapter's name in PEFT where it is another.
@@ -90,7 +91,7 @@ class Roles:
         """
         self.score_shift = score_shift
         if self.reward_head is None:
-            head = ValueHead(torch.zeros(1, self.model.config.hidden_size), 0.0)
+            head = ValueHead(torch.zeros(1, text_config(self.model.config).hidden_size), 0.0)
         else:
             head = ValueHead(self.reward_head.weight.detach() * weight, score_shift * weight)
         self.value_head = head.to(self.model.device)
@@ -185,7 +186,7 @@ class Roles:
         device = self.model.device
         longest = max(map(len, texts))
         # A model of transformers takes the last token that is not this one; here the mask says where the end is.
-        pad = 0 if self.reward_model is None else self.reward_model.config.get_text_config().pad_token_id
+        pad = 0 if self.reward_model is None else text_config(self.reward_model.config).pad_token_id
         ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=device)
         lengths = torch.tensor([len(text) for text in texts], device=device)
         mask = torch.arange(longest, device=device) < lengths[:, None]
