@@ -101,7 +101,7 @@ def attend_by_text(model: PreTrainedModel, by_text: bool = True) -> None:
 def gains_from_joining(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether a batch was measured to be faster as one row: with FlashAttention, which takes borders, and on a CPU.
 
-    False for models with recurrent layers too, which would carry their state from text to text.
+    False for models with recurrent layers too, most of which would carry their state from text to text.
     """
     attention = model.config._attn_implementation
     takes_borders = "flash" in attention or (attention == SDPA and device.type == "cpu")
