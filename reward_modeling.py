@@ -132,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         path,
         **vars(lora_args),
         task_type=TaskType.SEQ_CLS,
+        checkpoint=checkpoint,
         pad_token_id=tokenizer.pad_token_id,
         **model_args.loading_options,
     )

@@ -9,6 +9,8 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
 )
@@ -116,6 +118,15 @@ def install_kernels(monkeypatch) -> None:
             monkeypatch.setattr(modeling_qwen3_5, name, function.__wrapped__)
     monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_fn", convolve_texts)
     monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", delta_rule_of_texts)
+
+
+def save_mistral3(folder: Path, tokenizer_from: Path) -> Path:
+    """Ministral 3 with its vision tower, which AutoModelForCausalLM does not know."""
+    torch.manual_seed(0)
+    text, vision = SHAPE | HEADS | {"model_type": "ministral3"}, VISION | {"image_size": 32, "patch_size": 8}
+    vision |= {"model_type": "pixtral", "head_dim": 16}
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=639, spatial_merge_size=2)
+    return _save(Mistral3ForConditionalGeneration(config), folder, tokenizer_from)
 
 
 def tiny_model(model_type: str, attention: str | None = None, **changes) -> torch.nn.Module:

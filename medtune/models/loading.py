@@ -82,16 +82,10 @@ def weights_fingerprint(
             return hashlib.file_digest(weights, "sha256").hexdigest()
     if hasattr(load_config(path, flag=flag, cache_dir=cache_dir, **hub_options), "quantization_config"):
         return ""
-    # Offline, a file that the hub does not have is a connection error.
-    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    find = partial(cached_file, path, cache_dir=cache_dir, **lenient)
-    names = {"model.safetensors"}
-    if index := find(WEIGHTS_INDEX):
-        names = indexed_files(Path(index))
+    if not (files := weight_files(path, cache_dir=cache_dir)):
+        return ""
     first_values = {}
-    for name in names:
-        if not (file := find(name)):
-            return ""
+    for file in files:
         with explain_load_errors(path, flag), safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - it is no mapping
                 first_values[key] = tensors.get_slice(key)[:1].flatten()[:64].to(torch.bfloat16)
@@ -99,6 +93,23 @@ def weights_fingerprint(
     for key in sorted(first_values.keys() - {"lm_head.weight"}):  # which a copy may hold although it is tied
         whole.update(key.encode() + first_values[key].view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
+
+
+def base_file(path: str, name: str, *, cache_dir: str | None = None, **_) -> Path | None:
+    """A file of a model's folder or repository, None where it has none of that name."""
+    # Offline, a file that the hub does not have is a connection error.
+    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    file = cached_file(path, name, cache_dir=cache_dir, **lenient)
+    return Path(file) if file else None
+
+
+def weight_files(path: str, **hub_options) -> list[Path]:
+    """The safetensors files of a model (not an adapter); none of a model with pickle weights, or not complete."""
+    names = {"model.safetensors"}
+    if index := base_file(path, WEIGHTS_INDEX, **hub_options):
+        names = indexed_files(index)
+    files = [base_file(path, name, **hub_options) for name in sorted(names)]
+    return files if all(files) else []
 
 
 def quantization_config(
@@ -221,6 +232,21 @@ def _load_with_attention(load: Callable, attention: str | None, path: str) -> tu
             "is used, whose memory grows with the square of the length"
         )
     return model, report
+
+
+def load_saved_weights(model: PreTrainedModel, folder: str) -> bool:
+    """Load what `save_pretrained` wrote if it names the tensors otherwise than the model does, as it does for fused
+    experts and for parts of a wrapper. False, and nothing is loaded, where the names are the same.
+    """
+    names = set()
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            names |= set(tensors.keys())
+    if names <= model.state_dict().keys():
+        return False
+    saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+    return True
 
 
 def dtype_for_use(torch_dtype: str, use_cpu: bool = False) -> str:

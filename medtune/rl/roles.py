@@ -232,6 +232,7 @@ def load_roles(
     device: torch.device,
     with_reference: bool = True,
     with_value: bool = True,
+    checkpoint: str | None = None,
     **base_options,
 ) -> tuple[Roles, dict[str, str]]:
     """Load the base once, with the adapters of the roles that fit on it; and the facts to log.
@@ -239,12 +240,13 @@ def load_roles(
     Args:
         sft, rm: what --sft_model_path and --reward_model_path name.
         with_reference, with_value: whether these roles are needed; one that is not takes no memory.
-        lora: keywords of `load_for_training` for a policy that starts a new adapter.
+        lora, checkpoint: of `load_for_training`, for a policy that starts a new adapter.
         base_options: of `load_base_model`.
     """
     # Detail: no dropout in any role, or policy and reference would differ by chance.
     dropout, lora = lora.get("lora_dropout"), lora | {"lora_dropout": 0.0}
-    model = load_for_training(sft, **lora, **base_options, **({} if is_adapter(sft) else {"flag": "--sft_model_path"}))
+    flag = {} if is_adapter(sft) else {"flag": "--sft_model_path"}
+    model = load_for_training(sft, checkpoint=checkpoint, **lora, **flag, **base_options)
     policy = f"{sft}: {describe_trainable(model)}"
     switch_off_dropout(model)
     start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
