@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     facts |= describe_loss(training_args, lora_args) | {"template": lineage.asked_by} | data.facts
     log_facts(trainer, facts)
     log_first(tokenizer, data.train[0])
-    keeper = train(trainer, lineage, checkpoint, run_args)
+    keeper = train(trainer, lineage, checkpoint, run_args, model_args.hub_options)
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)

@@ -47,7 +47,7 @@ from medtune.models.reward_card import write_reward_card
 from medtune.models.score_heads import register_scoring_class
 from medtune.models.text_part import language_model_class, loaded_config
 from medtune.models.vocabulary import check_vocabulary
-from medtune.models.whole_checkpoint import add_other_parts, summarize
+from medtune.models.whole_checkpoint import add_other_parts, summarize_parts
 from medtune.output_files import new_folder, refuse_unwritable
 from medtune.reading.tokenization import encode_prompt, stop_token_ids
 from medtune.training.log import start_log
@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if is_reward_model:
             write_reward_card(written, model)
         elif others := add_other_parts(written, model, base_model, **hub_options):
-            logger.info(f"unchanged from {base_model}: {summarize(others)}")
+            logger.info(f"unchanged from {base_model}: {summarize_parts(others)}")
         del model
         gc.collect()
         merged = load_base_model(str(written), flag="--output_dir", **load_options).to(device)

@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         facts["a document has"] = f"rows of its own, which are padded: {mixing}"
     log_facts(trainer, facts)
     logger.info(f"the first block begins, learned tokens between « and »:\n{example}")
-    keeper = train(trainer, lineage, checkpoint, run_args)
+    keeper = train(trainer, lineage, checkpoint, run_args, model_args.hub_options)
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)

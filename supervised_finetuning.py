@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     facts |= {"template": lineage.asked_by} | data.facts
     log_facts(trainer, facts)
     logger.info(f"the first example, learned tokens between « and »:\n{example}")
-    keeper = train(trainer, lineage, checkpoint, run_args)
+    keeper = train(trainer, lineage, checkpoint, run_args, model_args.hub_options)
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)

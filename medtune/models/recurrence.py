@@ -9,9 +9,8 @@ import sys
 
 from medtune.models.lineage import base_of
 from medtune.models.loading import load_config
-from medtune.models.text_part import language_model_class, loaded_config, text_config
-
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+from medtune.models.text_attention import has_recurrent_layers
+from medtune.models.text_part import language_model_class, loaded_config
 
 
 def why_texts_mix(path: str, **hub_options) -> str:
@@ -23,10 +22,8 @@ def why_texts_mix(path: str, **hub_options) -> str:
     if type(config) not in language_models:
         return ""
     model_class = language_models[type(config)]
-    layer_types = set(getattr(text_config(config), "layer_types", None) or ())
-    is_recurrent = bool(layer_types - ATTENTION) if layer_types else model_class._is_stateful
-    packages = _lacking_packages(vars(sys.modules[model_class.__module__])) if is_recurrent else []
-    if not packages:
+    packages = _lacking_packages(vars(sys.modules[model_class.__module__]))
+    if not (packages and has_recurrent_layers(model_class, config)):
         return ""
     return (
         f"the recurrent layers of {config.model_type} keep texts apart only by GPU kernels that are not installed, "

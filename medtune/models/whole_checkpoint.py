@@ -54,7 +54,7 @@ def add_other_parts(folder: Path, model: PreTrainedModel, base_model: str, **hub
     return left_out
 
 
-def summarize(names: Iterable[str]) -> str:
+def summarize_parts(names: Iterable[str]) -> str:
     """Tensors by the part they belong to, as `mtp (7), visual (33)`."""
     parts: dict[str, int] = {}
     for name in names:

@@ -30,6 +30,7 @@ from medtune.models.score_heads import ScoreHead
 from medtune.models.text_attention import (
     Layout,
     attend_by_text,
+    border_fault,
     forward_inputs,
     gains_from_joining,
     places,
@@ -162,16 +163,19 @@ class Roles:
             return
         self.padding_free = True
         attend_by_text(base)
-        apart = difference()
-        if apart <= rounding:
+        try:
+            apart = difference()
+            fault = "" if apart <= rounding else f"log-probs move by {apart:.2g} nats a token"
+        except ValueError as error:
+            fault = border_fault(error)
+        if not fault:
             logger.info(f"rows are joined into one without padding; their log-probs are the same to {apart:.2g} nats")
         elif padding_free == "auto":
             self.padding_free = False
             attend_by_text(base, False)
         else:
             raise UserError(
-                f"--padding_free True: the rows do not stay apart in {type(base).__name__} (log-probs move by "
-                f"{apart:.2g} nats a token); leave it out"
+                f"--padding_free True: the rows do not stay apart in {type(base).__name__} ({fault}); leave it out"
             )
 
     def values(self, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

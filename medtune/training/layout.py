@@ -19,6 +19,7 @@ from medtune.models.text_attention import (
     LEAST_SHARED,
     Layout,
     attend_by_text,
+    border_fault,
     forward_inputs,
     gains_from_joining,
     places,
@@ -168,10 +169,7 @@ def look_at_texts(trainer: Trainer, model: torch.nn.Module, layout: Layout) -> t
         sharing = [*plain, plain[0][:LEAST_SHARED] + other_last]
         apart = 0.0 if layout is Layout.PADDED else _apart_from_alone(trainer, model, sharing, layout)
     except ValueError as error:
-        # transformers 5.24 itself refuses what some layers cannot keep apart.
-        if "packed sequences apart" not in str(error):
-            raise
-        return True, str(error).partition(". ")[0]
+        return True, border_fault(error)
     figures = torch.tensor([[moved, rounding, apart]], device=trainer.args.device)
     moved, rounding, apart = trainer.accelerator.gather(figures).amax(0).tolist()
     largest = max(LARGEST_MOVE, ROUNDING_MARGIN * rounding)

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_families import save_multimodal_model, save_multimodal_model_of_text_class, save_tiny_model
 from transformers import AutoTokenizer, PreTrainedModel
 
+from medtune.errors import UserError
 from medtune.models.loading import load_base_model
 from medtune.models.lora_layers import linear_module_names
 from medtune.models.reward_card import write_reward_card
@@ -117,3 +118,9 @@ def test_an_adapter_of_the_language_model_fits_on_it_with_a_score_head(family, s
         assert scores_of(model, batch) != pytest.approx(scores, abs=1e-2)
     assert scores_of(load_reward_model(str(folder), str(adapter)), batch) == pytest.approx(scores, abs=1e-6)
     assert scores_by_card(adapter, monkeypatch) == pytest.approx(scores, abs=1e-4)
+
+
+def test_a_model_without_attention_takes_no_score_head(save_base):
+    folder = save_base("mamba2")
+    with pytest.raises(UserError, match=r"mamba2: a kind of model that these versions .* give no such head$"):
+        load_scoring_base(str(folder), pad_token_id=0)
