@@ -1,6 +1,5 @@
-"""Reward models of families that transformers gives no class with a score head: through every tool that reads them."""
+"""Reward models of families that transformers has no class with a score head for: training, merging, PPO, scores."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -14,9 +13,6 @@ import ppo_training
 import reward_modeling
 from medtune.models.lineage import base_of
 from medtune.models.reward_models import load_reward_model
-
-generate_preference_data = importlib.import_module("scripts.generate_preference_data")
-evaluate_model = importlib.import_module("scripts.evaluate_model")
 
 PAIRS = [
     {"question": f"{part}疼怎么办？", "response_chosen": f"{part}疼请就诊。", "response_rejected": "不用管。"}
@@ -50,7 +46,7 @@ def ppo_flags(folder: Path, policy: Path, reward_model: Path, **changes) -> list
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["lfm2", "gemma4_text", "qwen3_5", "nemotron_h"])
-def test_an_adapter_with_a_score_head_serves_every_reader(family, tmp_path, tiny_model_dir, capfd):
+def test_a_reward_adapter_after_sft_serves_ppo_and_merges(family, tmp_path, tiny_model_dir, capfd):
     base = save_family(family, tmp_path / "base", tiny_model_dir)
     named = ("--target_modules", "q_proj,v_proj", *NO_DROPOUT)
     sft = train_sft(tmp_path / "sft", base, *named)
@@ -68,7 +64,7 @@ def test_an_adapter_with_a_score_head_serves_every_reader(family, tmp_path, tiny
     assert "```python" in (tmp_path / "merged/README.md").read_text(encoding="utf-8")
 
     scores = {}
-    questions = write_lines(tmp_path / "questions.jsonl", PAIRS[:2])
+    (questions := tmp_path / "questions.txt").write_text("头疼怎么办？\n胃疼怎么办？\n", encoding="utf-8")
     for name, path in (("adapter", reward_model), ("merged", tmp_path / "merged")):
         options = {"base_model": base, "data_file": questions, "reward_model": path, "max_new_tokens": 6}
         inference.main(words(options | {"output_file": tmp_path / f"{name}.jsonl", "template_name": "qwen"}))
@@ -79,7 +75,7 @@ def test_an_adapter_with_a_score_head_serves_every_reader(family, tmp_path, tiny
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--use_peft", "False"), ("--load_in_4bit", "True", *NO_DROPOUT)], ids=str)
-@pytest.mark.parametrize("family", ["lfm2", "gemma4_text", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5_moe_text"])
 def test_whole_and_quantized_reward_models(family, flags, tmp_path, tiny_model_dir):
     base = save_family(family, tmp_path / "base", tiny_model_dir)
     reward_model = train(reward_modeling, tmp_path / "rm", base, PAIRS, *flags)
