@@ -3,7 +3,7 @@
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,11 +94,11 @@ def load_for_training(
                 "--lora_alpha": (lora_alpha, config.lora_alpha),
                 "--target_modules": (
                     None if target_modules in ALL_LINEAR else _split_names(target_modules),
-                    _last_names(config.target_modules),
+                    _target_names(config),
                 ),
                 "--use_dora": (use_dora or None, config.use_dora),
                 "--use_rslora": (use_rslora or None, config.use_rslora),
-                "--modules_to_save": (_split_names(modules_to_save), _last_names(set(config.modules_to_save or []))),
+                "--modules_to_save": (_split_names(modules_to_save), _last_names(config.modules_to_save or [])),
             },
         )
     quantized = base_options.get("load_in_4bit") or base_options.get("load_in_8bit")
@@ -235,8 +235,8 @@ def _explain_peft_faults(base: PreTrainedModel, path: str, target_modules: str |
             reason = f"{flag}: no such module in {path}; it has {', '.join(sorted(linear))}, or say all"
         elif "ParamWrapper does not work with" in str(error):
             reason = f"--use_dora True: an adapter on the experts of {path} cannot have that; give --use_dora False"
-        elif "Cannot convert PEFT target" in str(error):
-            reason = f"{flag}: {path} has these layers fused: give gate_proj,up_proj both, or neither"
+        elif fused := re.search(r"target\(s\) (.+) without also targeting (.+) because", str(error)):
+            reason = f"{flag}: in {path} {fused[1]} and {fused[2]} are one layer; name both, or neither"
         elif refused := re.search(r"Module '(\w+)' is incompatible with Mamba", str(error)):
             possible = ",".join(sorted(linear - {refused[1]}))
             reason = f"{flag}: no adapter can be on {refused[1]} of {path}; give --target_modules {possible}"
@@ -298,11 +298,18 @@ def _split_names(names: str | None) -> list[str] | None:
     return [name.strip() for name in names.split(",") if name.strip()] if names else None
 
 
-def _last_names(target_modules: set[str] | str) -> set[str] | str:
-    """The last parts of module names, which PEFT may store in full for "all-linear"; a pattern stays."""
-    if isinstance(target_modules, str):
-        return target_modules
-    return {name.rpartition(".")[2] for name in target_modules}
+def _last_names(names: Iterable[str]) -> set[str]:
+    """The last parts of module names, which PEFT may store in full for "all-linear"."""
+    return {name.rpartition(".")[2] for name in names}
+
+
+def _target_names(config: LoraConfig) -> set[str] | str:
+    """What --target_modules says for an adapter's layers, those among them whose weights it is on; a pattern stays."""
+    if isinstance(config.target_modules, str):
+        return config.target_modules
+    weights = _last_names(name.removesuffix(".weight") for name in config.target_parameters or ())
+    fused = {"gate_proj", "up_proj"} if "gate_up_proj" in weights else set()
+    return _last_names(config.target_modules) | weights - {"gate_up_proj"} | fused
 
 
 def put_adapter_on(

@@ -20,7 +20,7 @@ from medtune.models.text_part import text_backbone
 # The last layer under the names that models give it; a reward model's is always called score here.
 HEADS = ("lm_head", "embed_out", "score", "classifier")
 # Whose weights Mamba's kernels take past the layer.
-FORBIDDEN_IN_MAMBA = {"out_proj"}
+MAMBA_OUTPUT = "out_proj"
 
 
 class LoraTargets(NamedTuple):
@@ -47,7 +47,7 @@ def all_linear_layers(base: PreTrainedModel) -> LoraTargets:
             linear.setdefault(path.rpartition(".")[2], []).append(path)
         elif weights.is_floating_point() and len(getattr(weights, "ds_shape", weights.shape)) == 3:
             parameters.append(f"{path}.{tensor}")
-    modules = linear.keys() - FORBIDDEN_IN_MAMBA if _is_mamba(base) else set(linear)
+    modules = linear.keys() - {MAMBA_OUTPUT} if _is_mamba(base) else set(linear)
     swallowed = modules - _kept_by_peft(base, modules)
     paths = [path for name in swallowed for path in linear[name]]
     parameters += [f"{path}.weight" for path in paths if base.get_parameter(f"{path}.weight").is_floating_point()]
@@ -69,9 +69,9 @@ def _kept_by_peft(base: PreTrainedModel, names: Collection[str]) -> set[str]:
 
 
 def _is_mamba(base: PreTrainedModel) -> bool:
-    """Whether PEFT 0.21 refuses adapters on FORBIDDEN_IN_MAMBA in this model."""
+    """Whether PEFT 0.21 refuses adapters on MAMBA_OUTPUT in this model."""
     try:
-        _check_lora_target_modules_mamba(LoraConfig(), base, *FORBIDDEN_IN_MAMBA)
+        _check_lora_target_modules_mamba(LoraConfig(), base, MAMBA_OUTPUT)
     except ValueError:
         return True
     return False

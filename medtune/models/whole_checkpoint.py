@@ -9,9 +9,10 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from loguru import logger
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from medtune.errors import UserError
 from medtune.models.loading import base_file, load_config, weight_files
@@ -36,8 +37,14 @@ def add_other_parts(folder: Path, model: PreTrainedModel, base_model: str, **hub
     written = {name: file for file in written_files for name in _names(file)}
     # A head that shares the embeddings' weights is not written, and an untied one not in the base.
     is_head = {name for name in where.keys() | written.keys() if set(name.split(".")) & set(HEADS)}
-    # Where the names are others altogether nothing can be told apart, and the model is its base in other words.
-    left_out = sorted(where.keys() - written.keys() - is_head) if written.keys() - is_head <= where.keys() else []
+    shipped = load_config(base_model, **hub_options)
+    is_alone = loaded_config(shipped) is not shipped
+    if not written.keys() - is_head <= where.keys():
+        # Nothing can be told apart; a wrapper has written all its parts itself.
+        if is_alone:
+            logger.warning(f"{base_model} names its tensors otherwise: {folder.name} holds its language model alone")
+        return []
+    left_out = sorted(where.keys() - written.keys() - is_head)
     if left_out:
         _check_room(folder, base_files)
         others = {}
@@ -45,9 +52,8 @@ def add_other_parts(folder: Path, model: PreTrainedModel, base_model: str, **hub
             with safe_open(file, framework="pt") as tensors:
                 others |= {name: tensors.get_tensor(name) for name in left_out if where[name] == file}
         _write_shards(folder, written_files, written, others)
-    shipped = load_config(base_model, **hub_options)
-    if loaded_config(shipped) is not shipped:
-        _write_wrapper_config(folder, model, base_model, **hub_options)
+    if is_alone:
+        _write_wrapper_config(folder, model, shipped)
     for name in PROCESSORS:
         if (file := base_file(base_model, name, **hub_options)) and not (folder / name).is_file():
             shutil.copyfile(file, folder / name)
@@ -94,9 +100,8 @@ def _write_shards(folder: Path, files: list[Path], written: dict[str, Path], oth
     (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_wrapper_config(folder: Path, model: PreTrainedModel, base_model: str, **hub_options) -> None:
+def _write_wrapper_config(folder: Path, model: PreTrainedModel, shipped: PretrainedConfig) -> None:
     """The base's configuration with the text part's as it is now."""
-    shipped = load_config(base_model, **hub_options)
     shipped.text_config, shipped.dtype = model.config, model.dtype
     if hasattr(shipped, "tie_word_embeddings"):
         shipped.tie_word_embeddings = model.config.tie_word_embeddings

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from medtune.errors import Unusable
 from medtune.reading.dialects import Form, RecordPlan, check_other_forms, is_pair, plan_record
 from medtune.reading.exam_options import with_options
-from medtune.reading.exams import to_exam
+from medtune.reading.exams import as_taught, to_exam
 from medtune.reading.keys import (
     FEEDBACK_KEYS,
     Reading,
@@ -88,6 +88,17 @@ def to_dialogue(record: object, source: str, reading: Reading | None = None, for
     return Dialogue(turns, tools, source)
 
 
+def to_taught(record: object, source: str, reading: Reading | None = None) -> Dialogue:
+    """The dialogue of `to_dialogue`; an exam question is asked as in evaluation, and answered by its letter."""
+    reading = reading or Reading()
+    exam = as_taught(record, "letter")
+    if exam is None:
+        return to_dialogue(record, source, reading)
+    dialogue = to_dialogue(exam, source, reading)
+    reading.note("exam questions, asked for the letter as in evaluation", source)
+    return dialogue
+
+
 def to_prompt(record: object, source: str, reading: Reading | None = None) -> Dialogue:
     """A dialogue that may lack its last reply. Keys that judge this reply are ignored."""
     reading = reading or Reading()
@@ -160,11 +171,11 @@ def to_feedback(record: object, source: str, reading: Reading | None = None) -> 
 
 
 def turns_to_answer(messages: Sequence[dict]) -> list[dict]:
-    """The messages of a conversation that ends with a question, as training reads them.
+    """The messages of a conversation that ends with a question or a tool's result, as training reads them.
 
     Raises Unusable for content that is no text and for an order of turns that training never shows.
     """
-    if messages and messages[-1]["role"] != "user":
+    if messages and messages[-1]["role"] not in ("user", "tool"):
         where = f"turn {len(messages)} ({messages[-1]['role']})"
         raise Unusable("no question", f"{where} is the last; end with the user's question")
     return to_prompt({"messages": list(messages)}, "", Reading(null_words=False)).messages

@@ -186,6 +186,19 @@ class StageTrainer(Trainer):
             return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's; raises UserError where the checkpoint's optimizer is of other weights than are trained."""
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint}: its optimizer is of other weights than this version trains "
+                "(of a multimodal model the language model alone); train it again (--resume_from_checkpoint False "
+                "--overwrite_output_dir True keeps it beside)"
+            ) from error
+
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         grouped = self.args.train_sampling_strategy == "group_by_length"

@@ -784,7 +784,8 @@ def test_what_an_adapter_on_a_family_cannot_have(base, tmp_path):
     line = refused(load_for_training, experts, use_peft=True, use_dora=True)
     assert line == f"--use_dora True: an adapter on the experts of {experts} cannot have that; give --use_dora False"
     line = refused(load_for_training, experts, use_peft=True, target_modules="q_proj,gate_proj")
-    assert line.startswith(f"--target_modules q_proj,gate_proj: {experts} has these layers fused")
+    layers = f"in {experts} gate_proj and up_proj are one layer; name both, or neither"
+    assert line == f"--target_modules q_proj,gate_proj: {layers}"
     mamba = str(save_tiny_model("falcon_h1", tmp_path / "mamba", Path(base)))
     assert refused(load_for_training, mamba, use_peft=True, target_modules="q_proj,out_proj") == (
         f"--target_modules q_proj,out_proj: no adapter can be on out_proj of {mamba}; give --target_modules "
@@ -795,9 +796,12 @@ def test_what_an_adapter_on_a_family_cannot_have(base, tmp_path):
 def test_named_layers_are_all_that_have_the_name(base, tmp_path):
     """PEFT would leave out those of the first layer and of the shared experts; a router is trained if it is named."""
     folder = str(save_tiny_model("glm4_moe", tmp_path / "base", Path(base)))
-    model = load_for_training(folder, use_peft=True, target_modules="q_proj,gate,gate_proj,up_proj,down_proj")
+    names = "q_proj,gate,gate_proj,up_proj,down_proj"
+    model = load_for_training(folder, use_peft=True, target_modules=names)
     experts = {"experts.gate_up_proj": 3, "experts.down_proj": 3}
     assert lora_modules(model) == {"q_proj": 4, "gate": 3} | MLP | experts
+    model.save_pretrained(tmp_path / "adapter")
+    load_for_training(str(tmp_path / "adapter"), use_peft=True, target_modules=names)
 
 
 # ---------------------------------------------------------------- quantized bases on the CPU
