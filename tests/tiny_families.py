@@ -57,18 +57,6 @@ FAMILIES = {
     | {"layer_types": ["mamba", "attention"] * 2, "num_local_experts": 0, "shared_intermediate_size": 64},
     "falcon_h1": HEADS | MAMBA | {"mamba_d_ssm": 128},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
-    "nemotron_h": HEADS
-    | {"layers_block_type": ["mamba", "attention", "moe"], "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 1}
-    | {"ssm_state_size": 16, "chunk_size": 16, "moe_shared_expert_intermediate_size": 32}
-    | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
-    "cohere2": HEADS | SLIDING | {"logit_scale": 0.25},
-    "internlm3": HEADS,
-    "gemma4_text": HEADS
-    | SLIDING
-    | {"global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
-    | {"vocab_size_per_layer_input": 640, "final_logit_softcapping": 3.0},
-    "qwen3_5_moe_text": HEADS | EXPERTS | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 32},
     "mistral": HEADS | {"sliding_window": 8},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "afmoe": HEADS | EXPERTS,
