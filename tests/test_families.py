@@ -40,6 +40,8 @@ def refusals(family: str) -> dict[str, str]:
         lines["packing"] = "--packing False gives each a row of its own"
     if family in NO_SCORE_HEAD:
         lines["rm"] = "a kind of model that these versions of the libraries give no such head"
+    if family == "jamba":  # whose kernels take dt_proj's weights past the layer
+        lines["sft"] = "Without --gradient_checkpointing, or with other --target_modules, they may"
     return lines
 
 
@@ -65,11 +67,12 @@ def through_all_stages(model: Path, folder: Path) -> dict[str, str]:
 
     results = {
         "pt": train("pt", pretraining.main, "pt", model),
-        "sft": train("sft", supervised_finetuning.main, "sft", model),
         "packing": train("packing", supervised_finetuning.main, "sft", model, packing=True),
-        "rm": train("rm", reward_modeling.main, "rm", sft),
-        "dpo": train("dpo", dpo_training.main, "dpo", sft),
+        "sft": train("sft", supervised_finetuning.main, "sft", model),
     }
+    if results["sft"] != "ok":
+        return results
+    results |= {"rm": train("rm", reward_modeling.main, "rm", sft), "dpo": train("dpo", dpo_training.main, "dpo", sft)}
     if results["rm"] == "ok":
         flags = test_ppo_training.short_run(sft, rm, folder, output_dir=out["ppo"])
         results["ppo"] = outcome(ppo_training.main, flags)
@@ -87,8 +90,9 @@ def through_all_stages(model: Path, folder: Path) -> dict[str, str]:
         file = folder / f"{name}.jsonl"
         flags = words(models | {"data_file": questions, "output_file": file, "max_new_tokens": 8})
         results[f"inference, {name}"] = outcome(inference.main, flags)
-        replies.append(re.findall('"output": "(.*?)"', file.read_text(encoding="utf-8")))
-    assert replies[0] == replies[1] != []
+        replies.append(re.findall('"output": "(.*?)"', file.read_text(encoding="utf-8") if file.is_file() else ""))
+    assert len(replies[0]) == 2
+    assert replies[0] == replies[1]
     return results
 
 

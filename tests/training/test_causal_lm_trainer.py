@@ -441,3 +441,17 @@ def test_a_hybrid_without_experts_trains(tiny_tokenizer, tmp_path):
     """Its class has a router loss, and nothing to compute it from."""
     trainer = make_trainer(tiny_model("granitemoehybrid"), tiny_tokenizer, tmp_path, make_rows(4))
     assert trainer.train().training_loss > 0
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def test_an_optimizer_of_other_weights_is_refused(tiny_model_dir, tiny_tokenizer, tmp_path):
+    """As of a run that trained a vision tower too."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    make_trainer(model, tiny_tokenizer, tmp_path, make_rows(4), **options).train()
+    model.model.norm.requires_grad_(False)
+    trainer = make_trainer(model, tiny_tokenizer, tmp_path, make_rows(4), **options)
+    with pytest.raises(UserError, match=r"checkpoint-1: its optimizer is of other weights than this version trains"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
