@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     example = mark_learned(tokenizer, first["input_ids"][:EXAMPLE_TOKENS], first["labels"][:EXAMPLE_TOKENS])
 
     # ------------------------------------------------------------ what a resumed run goes on with
-    lineage = lineage_of(model_args, data_args, stage="pt", flags=parser.given)
+    lineage = lineage_of(model_args, data_args, stage="pt", documents=encoder.form, flags=parser.given)
     if is_finished(training_args, data.train, lineage, checkpoint):
         return {}
 

@@ -33,6 +33,7 @@ from medtune.reading.readers import load_documents
 from medtune.reading.records import Document
 from medtune.reading.stage_data import encode_records
 from medtune.training.causal_lm_trainer import IGNORED_LABEL, Collator, loss_statistics, token_losses
+from medtune.training.checkpoints import MANIFEST, write_manifest
 from pretraining import last_tokens, stream_blocks, stream_data
 
 TEXTS = [f"{PARTS[n % 8]}部不适第{n}种：多喝水，注意休息，{n}天不好请去医院就诊。Rest for {n} days." for n in range(40)]
@@ -186,7 +187,28 @@ def test_documents_stand_between_the_marks_of_their_tokenizer(tiny_tokenizer, fa
         backend.post_processor = TemplateProcessing(single=[*starts, "$A"], special_tokens=pieces)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos)
     ids = DocumentEncoder(tokenizer)(Document(TEXTS[0], "a:1"))["input_ids"]
-    assert tokenizer.decode(ids) == "".join(starts) + TEXTS[0] + ENDS.get(family, "<|endoftext|>")
+    end = ENDS.get(family, "<|endoftext|>")
+    assert tokenizer.decode(ids) == "".join(starts) + TEXTS[0] + end
+    is_usual = family in ("qwen", "others")
+    assert DocumentEncoder(tokenizer).form == ("" if is_usual else f"between {' '.join([*starts, end])}")
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+def test_a_run_whose_documents_had_another_form_is_not_resumed(flags, tmp_path, streaming):
+    options = {"do_eval": None, "validation_file_dir": None, "streaming": streaming, "max_steps": 4}
+    pretraining.main(flags(**options))
+    (tmp_path / "out/loss.png").unlink()
+    for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+        record = json.loads((checkpoint / "lineage.json").read_text(encoding="utf-8"))
+        assert record["documents"] == ""
+        record["documents"] = "between <bos> <eos>"
+        (checkpoint / "lineage.json").write_text(json.dumps(record), encoding="utf-8")
+    checkpoint = tmp_path / "out/checkpoint-2"
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint)
+    line = r"another form \(between <bos> <eos>; now only the end token behind each\); train it again"
+    with pytest.raises(UserError, match=line):
+        pretraining.main(flags(**options, resume_from_checkpoint=checkpoint))
 
 
 def test_a_control_token_in_a_text_is_refused_or_left_out(tiny_tokenizer):
