@@ -40,6 +40,8 @@ def refusals(family: str) -> dict[str, str]:
         lines["packing"] = "--packing False gives each a row of its own"
     if family in NO_SCORE_HEAD:
         lines["rm"] = "a kind of model that these versions of the libraries give no such head"
+    if family == "opt":  # whose head goes by a decoder inside of its backbone
+        lines["ppo"] = lines["grpo"] = "and would be trained on wrong probabilities; take another model"
     if family == "jamba":  # whose kernels take dt_proj's weights past the layer
         lines["sft"] = "Without --gradient_checkpointing, or with other --target_modules, they may"
     return lines

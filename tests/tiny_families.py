@@ -50,7 +50,9 @@ FAMILIES = {
     "qwen3_next": HEADS | EXPERTS | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 32},
     "qwen3_5_text": HEADS | LINEAR_ATTENTION,
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
-    "lfm2_moe": EXPERTS
+    # Weights large enough that a leak is more than rounding.
+    "lfm2_moe": {"initializer_range": 0.1}
+    | EXPERTS
     | {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_dense_layers": 1, "conv_L_cache": 3},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
     "granitemoehybrid": MAMBA

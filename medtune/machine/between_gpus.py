@@ -58,7 +58,8 @@ def all_reduce(n_processes: int, log: Path, **variables: str) -> dict | str:
 
 def run_limited(command: Sequence[str], seconds: float, variables: Mapping[str, str], log: Path) -> int | None:
     """Run it from the root, with more variables; its exit code, or None if it had to be killed after these seconds."""
-    options = {"cwd": ROOT, "env": os.environ | variables, "stdin": subprocess.DEVNULL, "start_new_session": True}
+    environment = os.environ | variables | {"LAUNCHER_PID": str(os.getpid())}  # so that it ends with this process
+    options = {"cwd": ROOT, "env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, **options)
     try:

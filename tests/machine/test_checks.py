@@ -10,6 +10,8 @@ import check_machine
 import pytest
 import torch
 from fake_nvidia_smi import Card, write_nvidia_smi
+from test_launchers import launch
+from test_readme import parse
 
 from medtune.errors import UserError
 from medtune.machine import between_gpus, computing, driver, short_runs, storage
@@ -339,3 +341,15 @@ def test_tests_for_gpus_want_one(tmp_path):
     refused = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "error: --gpu: there is no nvidia-smi, so no GPU; leave the flag out\n"
+
+
+def test_short_runs_have_flags_that_the_stages_take(machine, monkeypatch, tmp_path):
+    machine("550.54.14", Card.of("A100"), Card.of("A100"))
+    commands = short_runs._commands(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # to parse on the CPU
+    assert [name.partition(",")[0] for name in commands] == ["tiny model", "sft", "dpo", "rm", "ppo"]
+    for (_, launcher, *flags), variables in list(commands.values())[1:]:
+        assert (variables["CUDA_VISIBLE_DEVICES"], variables["EPISODES"]) == ("0,1", "24")
+        own = {name: value for name, value in variables.items() if name != "PYTHON"}
+        call = launch(launcher, tmp_path, *flags, **own)
+        parse(call.script, call.flags)
