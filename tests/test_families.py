@@ -43,7 +43,7 @@ def refusals(family: str) -> dict[str, str]:
     if family == "opt":  # whose head goes by a decoder inside of its backbone
         lines["ppo"] = lines["grpo"] = "and would be trained on wrong probabilities; take another model"
     if family == "jamba":  # whose kernels take dt_proj's weights past the layer
-        lines["sft"] = "Without --gradient_checkpointing, or with other --target_modules, they may"
+        lines["pt"] = lines["sft"] = "Without --gradient_checkpointing, or with other --target_modules, they may"
     return lines
 
 

@@ -46,7 +46,7 @@ def register_scoring_class(config: PretrainedConfig) -> None:
     language_models = language_model_class(config)._model_mapping
     if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or type(config) not in language_models:
         return
-    if not hasattr(text_config(config), "num_attention_heads"):
+    if not hasattr(type(text_config(config))(), "num_attention_heads"):
         return  # transformers' part with the head reads attentions, and a Mamba's output has none
     language_model = language_models[type(config)]
     family = next(parent for parent in language_model.__mro__ if parent.__name__.endswith("PreTrainedModel"))
