@@ -43,6 +43,8 @@ from medtune.models.families import check_same_family
 from medtune.models.lineage import Lineage, is_adapter, read_adapter_config, read_lineage
 from medtune.models.loading import load_base_model, weights_fingerprint
 from medtune.models.model_folder import describe_folder
+from medtune.models.reward_card import write_reward_card
+from medtune.models.score_heads import register_scoring_class
 from medtune.models.text_part import language_model_class, loaded_config
 from medtune.models.vocabulary import check_vocabulary
 from medtune.models.whole_checkpoint import add_other_parts, summarize_parts
@@ -285,7 +287,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "allow_pickle_weights": merge_args.allow_pickle_weights,
         "model_class": AutoModelForSequenceClassification if is_reward_model else language_model_class(folder.config),
     }
-    load_options |= {"num_labels": 1} if is_reward_model else {}
+    if is_reward_model:
+        register_scoring_class(folder.config)
+        load_options["num_labels"] = 1
     if hasattr(folder.config, "quantization_config"):
         raise UserError(f"--base_model {base_model}: its weights are quantized; give the model it was made from")
     check_same_family(base_model, lora_model, **hub_options)
@@ -330,7 +334,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if is_reward_model:  # a score is read in front of the padding
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         write_model(model, tokenizer, lineage, written)
-        if not is_reward_model and (others := add_other_parts(written, model, base_model, **hub_options)):
+        if is_reward_model:
+            write_reward_card(written, model)
+        elif others := add_other_parts(written, model, base_model, **hub_options):
             logger.info(f"unchanged from {base_model}: {summarize_parts(others)}")
         del model
         gc.collect()

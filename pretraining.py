@@ -4,7 +4,9 @@ Input: plain text, a document a line (.txt), or records with `text` (jsonl, json
 Output: `--output_dir` with checkpoint-N, checkpoint-best (a LoRA adapter, or a model with --use_peft False),
 train_results.json, eval_results.json, trainer_state.json, loss.png and TensorBoard events in runs/.
 Loss: cross entropy on every token that something in its own document precedes (Gururangan et al. 2020,
-https://arxiv.org/abs/2004.10964). Documents are joined by the end token and cut into blocks.
+https://arxiv.org/abs/2004.10964). Documents end with the end-of-text token, begin with what the tokenizer puts before
+a text (Gemma's, Llama 3's bos), and are joined and cut into blocks; where a model's recurrent layers would mix those of
+a block, each has rows of its own.
 
     CUDA_VISIBLE_DEVICES=0 python pretraining.py --model_name_or_path Qwen/Qwen2.5-3B ...
     CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc_per_node 2 pretraining.py ...
@@ -32,6 +34,7 @@ from medtune.models.lineage import check_model_path
 from medtune.models.loading import load_tokenizer
 from medtune.models.lora_layers import describe_trainable
 from medtune.models.model_folder import lineage_of
+from medtune.models.recurrence import why_texts_mix
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.blocks import learned_bytes_per_token
 from medtune.reading.encoders import DocumentEncoder
@@ -62,7 +65,8 @@ class PTArguments:
     packing_across_documents: bool = field(
         default=False,
         metadata={
-            "help": "Let a document see the ones before it in its block; by default it does not, or the run is refused."
+            "help": "Let a document see the ones before it in its block; by default it does not, and where a model "
+            "cannot keep them apart it has rows of its own, or the run is refused."
         },
     )
     streaming: bool = field(
@@ -127,7 +131,10 @@ def stream_blocks(files: Sequence[Path], encoder: DocumentEncoder, on_bad_data: 
                 if on_bad_data == "error":
                     raise UserError(f"{bad}; fix it, or go on without: --on_bad_data drop") from None
                 logger.warning(f"left out: {bad}")
-        if waiting["input_ids"]:
+        if waiting["input_ids"] and encoder.one_document_a_row:
+            yield from rows_of(encoder.blocks(waiting))
+            waiting = {"input_ids": [], "source": []}
+        elif waiting["input_ids"]:
             *whole, tail = rows_of(encoder.blocks(waiting))
             yield from whole
             waiting = last_tokens(waiting, tail["length"])
@@ -173,7 +180,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     tokenizer = load_tokenizer(path, model_args.tokenizer_name_or_path, **model_args.hub_options)
 
     # ------------------------------------------------------------ data
-    encoder = DocumentEncoder(tokenizer, pt_args.block_size, pt_args.packing_across_documents)
+    mixing = "" if pt_args.packing_across_documents else why_texts_mix(path, **model_args.hub_options)
+    encoder = DocumentEncoder(tokenizer, pt_args.block_size, pt_args.packing_across_documents, bool(mixing))
     if pt_args.streaming:
         data = stream_data(encoder, data_args, training_args, model_args.cache_dir)
     else:
@@ -182,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     example = mark_learned(tokenizer, first["input_ids"][:EXAMPLE_TOKENS], first["labels"][:EXAMPLE_TOKENS])
 
     # ------------------------------------------------------------ what a resumed run goes on with
-    lineage = lineage_of(model_args, data_args, stage="pt", flags=parser.given)
+    lineage = lineage_of(model_args, data_args, stage="pt", documents=encoder.form, flags=parser.given)
     if is_finished(training_args, data.train, lineage, checkpoint):
         return {}
 
@@ -201,12 +209,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         train_dataset=data.train,
         eval_dataset=data.eval,
         bytes_per_token=learned_bytes_per_token(tokenizer, data.eval["labels"]) if data.eval else None,
-        texts_of_row=None if pt_args.packing_across_documents else alone,
+        texts_of_row=None if pt_args.packing_across_documents or mixing else alone,
         processing_class=tokenizer,
     )
     facts = {"model": f"{path}: {describe_trainable(model)}"} | data.facts
     if pt_args.packing_across_documents:
         facts["a document sees"] = "the ones before it in its block"
+    elif mixing:
+        facts["a document has"] = f"rows of its own, which are padded: {mixing}"
     log_facts(trainer, facts)
     logger.info(f"the first block begins, learned tokens between « and »:\n{example}")
     keeper = train(trainer, lineage, checkpoint, run_args, model_args.hub_options)

@@ -11,12 +11,7 @@ https://arxiv.org/abs/2307.09288, section 3.2.2). A score is the head's output a
     CUDA_VISIBLE_DEVICES=0 python reward_modeling.py --model_name_or_path outputs-sft-qwen2.5-3b/checkpoint-best ...
     CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc_per_node 2 reward_modeling.py ...
 
-Loaded without this repository (a text: prompt and reply, up to the reply's end token and with it):
-
-    tokenizer = AutoTokenizer.from_pretrained(rm)
-    head = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
-    base = AutoModelForSequenceClassification.from_pretrained(base_model, **head)
-    scores = PeftModel.from_pretrained(base, rm).eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+The README.md of a saved model has the lines that load it without this repository.
 
 Launcher: run_rm.sh.
 """

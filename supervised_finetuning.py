@@ -37,7 +37,7 @@ from medtune.reading.stage_data import prepare_data
 from medtune.reading.tokenization import load_chat_template, mark_learned, turn_token_ids
 from medtune.training.causal_lm_trainer import CausalLMConfig, CausalLMTrainer, Collator
 from medtune.training.checkpoints import BEST
-from medtune.training.layout import TextsOfRow
+from medtune.training.layout import TextsOfRow, refuse_mixed_texts
 from medtune.training.log import log_facts
 from medtune.training.precision import base_dtype
 from medtune.training.run import finish_run, inference_command, is_finished, start_run, train
@@ -68,6 +68,8 @@ class SFTArguments(TemplateArguments):
 
 # ---------------------------------------------------------------- data
 
+DIALOGUES = TextsOfRow("dialogue", "--packing False gives each a row of its own")
+
 
 def pack(dataset: Dataset, max_length: int) -> Dataset:
     """Best-fit-decreasing packing into rows of at most `max_length` tokens; positions restart with each dialogue."""
@@ -93,14 +95,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         [ModelArguments, DataArguments, LoraArguments, RunArguments, SFTArguments, CausalLMConfig]
     )
     model_args, data_args, lora_args, run_args, sft_args, training_args = parser.parse(argv)
-    check_model_path(model_args.model_name_or_path, "--model_name_or_path", model_args.allow_pickle_weights)
+    path = model_args.model_name_or_path
+    check_model_path(path, "--model_name_or_path", model_args.allow_pickle_weights)
+    if sft_args.packing:
+        refuse_mixed_texts(DIALOGUES, path, **model_args.hub_options)
 
     # ------------------------------------------------------------ run
     checkpoint = start_run("supervised fine-tuning", training_args, run_args, parser.notes)
     model_args.torch_dtype = base_dtype(model_args, lora_args, training_args, parser.given, checkpoint)
 
     # ------------------------------------------------------------ tokenizer and template
-    path = model_args.model_name_or_path
     tokenizer = load_tokenizer(path, model_args.tokenizer_name_or_path, **model_args.hub_options)
     thinking = choose_thinking(sft_args, path, checkpoint)
     chat_template = load_chat_template(tokenizer, sft_args.template_name, thinking)
@@ -129,14 +133,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     warn_of_dead_tokens(model, tokenizer, *turn_token_ids(tokenizer, chat_template))
 
     # ------------------------------------------------------------ train
-    alone = TextsOfRow("dialogue", "--packing False gives each a row of its own")
     trainer = CausalLMTrainer(
         model=model,
         args=training_args,
         data_collator=Collator(tokenizer.pad_token_id),
         train_dataset=train_dataset,
         eval_dataset=data.eval,
-        texts_of_row=alone if sft_args.packing else None,
+        texts_of_row=DIALOGUES if sft_args.packing else None,
         processing_class=tokenizer,
     )
     facts = {"model": f"{path}: {describe_trainable(model)}"}

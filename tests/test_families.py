@@ -22,29 +22,28 @@ import reward_modeling
 import supervised_finetuning
 from medtune.errors import UserError
 
-# Recurrent layers and convolutions without their kernels, and gpt-oss, whose masks go by no positions.
-SEE_EACH_OTHER = {
+# Recurrent layers and convolutions without their kernels.
+MIX_TEXTS = {
     *("qwen3_5", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "lfm2", "lfm2_moe", "granitemoehybrid"),
-    *("falcon_h1", "nemotron_h", "jamba", "mamba2", "gpt_oss"),
+    *("falcon_h1", "nemotron_h", "jamba", "mamba2"),
 }
-NO_SCORE_HEAD = {
-    *("mistral3", "gemma4", "gemma4_text", "granite", "granitemoehybrid", "lfm2", "lfm2_moe", "cohere2", "internlm3"),
-    *("glm4_moe", "qwen3_5_moe_text", "falcon_h1", "nemotron_h", "afmoe", "mamba2"),
-}
+MASKS_GO_BY_NO_POSITIONS = {"gpt_oss"}
+NO_SCORE_HEAD = {"mamba2"}
 
 
 def refusals(family: str) -> dict[str, str]:
     """By stage the end of the line, with the way on."""
     lines = {}
-    if family in SEE_EACH_OTHER:
+    if family in MASKS_GO_BY_NO_POSITIONS:
         lines["pt"] = "--packing_across_documents True goes on, and lets a document see the ones before it in its block"
+    if family in MIX_TEXTS | MASKS_GO_BY_NO_POSITIONS:
         lines["packing"] = "--packing False gives each a row of its own"
     if family in NO_SCORE_HEAD:
         lines["rm"] = "a kind of model that these versions of the libraries give no such head"
     if family == "opt":  # whose head goes by a decoder inside of its backbone
         lines["ppo"] = lines["grpo"] = "and would be trained on wrong probabilities; take another model"
     if family == "jamba":  # whose kernels take dt_proj's weights past the layer
-        lines["sft"] = "Without --gradient_checkpointing, or with other --target_modules, they may"
+        lines["pt"] = lines["sft"] = "Without --gradient_checkpointing, or with other --target_modules, they may"
     return lines
 
 

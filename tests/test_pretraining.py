@@ -15,9 +15,11 @@ from guide import GUIDE_PT
 from peft import TaskType
 from stage_runs import PARTS, RESULTS, logged, names, run_process, stage_flags
 from tiny_families import save_tiny_model
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterable
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import merge_peft_adapter
 import pretraining
@@ -31,6 +33,7 @@ from medtune.reading.readers import load_documents
 from medtune.reading.records import Document
 from medtune.reading.stage_data import encode_records
 from medtune.training.causal_lm_trainer import IGNORED_LABEL, Collator, loss_statistics, token_losses
+from medtune.training.checkpoints import MANIFEST, write_manifest
 from pretraining import last_tokens, stream_blocks, stream_data
 
 TEXTS = [f"{PARTS[n % 8]}部不适第{n}种：多喝水，注意休息，{n}天不好请去医院就诊。Rest for {n} days." for n in range(40)]
@@ -90,6 +93,15 @@ def test_packing_across_documents_learns_all_but_the_first_token_of_a_block():
     assert blocks["source"] == [["d:1", "d:2"], ["d:2", "d:3"]]
 
 
+def test_documents_with_rows_of_their_own_are_cut_each_by_itself():
+    documents = documents_of([1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12, 13])
+    blocks = plain(cut_blocks(documents, block_size=4, one_document_a_row=True))
+    assert blocks["input_ids"] == [[1, 2, 3, 4], [5, 6], [7, 8], [9, 10, 11, 12]]
+    assert blocks["labels"] == [[IGNORED_LABEL, *ids[1:]] for ids in blocks["input_ids"]]
+    assert blocks["seq_lengths"] == [[4], [2], [2], [4]]
+    assert blocks["source"] == [["d:1"], ["d:1"], ["d:2"], ["d:3"]]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_blocks_of_random_documents(seed):
     rng = np.random.default_rng(seed)
@@ -115,12 +127,12 @@ def test_the_end_of_joined_documents():
     assert last_tokens(documents, 7) == documents
 
 
-@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("limits", [{}, {"packing_across_documents": True}, {"one_document_a_row": True}], ids=str)
 @pytest.mark.parametrize("batch", [1, 7, 1000])
-def test_streaming_gives_the_blocks_of_the_whole_text(data_dir, tiny_tokenizer, monkeypatch, batch, across):
+def test_streaming_gives_the_blocks_of_the_whole_text(data_dir, tiny_tokenizer, monkeypatch, batch, limits):
     monkeypatch.setattr(pretraining, "STREAM_BATCH", batch)
     files = [data_dir / "a.txt", data_dir / "deep/b.jsonl"]
-    encoder = DocumentEncoder(tiny_tokenizer, 50, across)
+    encoder = DocumentEncoder(tiny_tokenizer, 50, **limits)
     whole, _ = encode_records(load_documents(files)[0], encoder)
     assert list(stream_blocks(files, encoder, "error")) == whole.to_list()
 
@@ -148,6 +160,55 @@ def test_documents_end_with_the_base_models_end_token(tiny_tokenizer, qwen_token
         ids = DocumentEncoder(tokenizer)(Document(TEXTS[0], "a:1"))["input_ids"]
         assert tokenizer.decode(ids) == TEXTS[0] + "<|endoftext|>"
         assert ids[-1] == document_end_id(tokenizer)
+
+
+# Special tokens of families, with the eos and the bos of their chat models and whether tokenizers write the bos.
+MARKS = {
+    "llama3": (["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], "<|eot_id|>", ["<|begin_of_text|>"]),
+    "gemma": (["<pad>", "<eos>", "<bos>", "<end_of_turn>"], "<end_of_turn>", ["<bos>"]),
+    "mistral": (["<s>", "</s>", "[INST]"], "</s>", ["<s>"]),
+    "lfm2": (["<|startoftext|>", "<|endoftext|>", "<|im_end|>"], "<|im_end|>", ["<|startoftext|>"]),
+    "glm4": (["<|endoftext|>", "[gMASK]", "<sop>"], "<|endoftext|>", ["[gMASK]", "<sop>"]),
+    "qwen": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>", []),
+    "others": (["<|end_of_sequence|>"], "<|end_of_sequence|>", []),
+}
+ENDS = {"llama3": "<|end_of_text|>", "gemma": "<eos>", "mistral": "</s>", "others": "<|end_of_sequence|>"}
+
+
+@pytest.mark.parametrize("family", MARKS)
+def test_documents_stand_between_the_marks_of_their_tokenizer(tiny_tokenizer, family):
+    special, eos, starts = MARKS[family]
+    content = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
+    content["added_tokens"], content["post_processor"] = [], None
+    backend = Tokenizer.from_str(json.dumps(content))
+    backend.add_special_tokens(special)
+    if starts:
+        pieces = [(token, backend.token_to_id(token)) for token in starts]
+        backend.post_processor = TemplateProcessing(single=[*starts, "$A"], special_tokens=pieces)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos)
+    ids = DocumentEncoder(tokenizer)(Document(TEXTS[0], "a:1"))["input_ids"]
+    end = ENDS.get(family, "<|endoftext|>")
+    assert tokenizer.decode(ids) == "".join(starts) + TEXTS[0] + end
+    is_usual = family in ("qwen", "others")
+    assert DocumentEncoder(tokenizer).form == ("" if is_usual else f"between {' '.join([*starts, end])}")
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+def test_a_run_whose_documents_had_another_form_is_not_resumed(flags, tmp_path, streaming):
+    options = {"do_eval": None, "validation_file_dir": None, "streaming": streaming, "max_steps": 4}
+    pretraining.main(flags(**options))
+    (tmp_path / "out/loss.png").unlink()
+    for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+        record = json.loads((checkpoint / "lineage.json").read_text(encoding="utf-8"))
+        assert record["documents"] == ""
+        record["documents"] = "between <bos> <eos>"
+        (checkpoint / "lineage.json").write_text(json.dumps(record), encoding="utf-8")
+    checkpoint = tmp_path / "out/checkpoint-2"
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint)
+    line = r"another form \(between <bos> <eos>; now only the end token behind each\); train it again"
+    with pytest.raises(UserError, match=line):
+        pretraining.main(flags(**options, resume_from_checkpoint=checkpoint))
 
 
 def test_a_control_token_in_a_text_is_refused_or_left_out(tiny_tokenizer):
@@ -245,13 +306,30 @@ ACROSS = "--packing_across_documents True goes on, and lets a document see the o
 
 @pytest.mark.parametrize("options", [{}, {"load_in_4bit": True, "gradient_checkpointing": True}, {"streaming": True}])
 def test_documents_that_see_each_other_stop_the_run(flags, tmp_path, tiny_model_dir, options, capfd):
-    model = save_tiny_model("lfm2", tmp_path / "lfm2", tiny_model_dir)
+    """OPT makes no mask of positions."""
+    model = save_tiny_model("opt", tmp_path / "opt", tiny_model_dir)
     if "streaming" in options:
         options = options | {"do_eval": None, "validation_file_dir": None}
     with pytest.raises(UserError, match=rf"^the documents of a row see each other in this model .*; {ACROSS}$"):
-        pretraining.main(flags(model_name_or_path=model, **options))
+        pretraining.main(flags(model_name_or_path=model, padding_free=False, **options))
     assert "itself alone" not in capfd.readouterr().err
     assert not list((tmp_path / "out").glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+def test_a_document_has_rows_of_its_own_where_recurrent_layers_would_mix_those_of_a_block(
+    flags, tmp_path, tiny_model_dir, streaming, capfd
+):
+    model = save_tiny_model("lfm2", tmp_path / "lfm2", tiny_model_dir)
+    options = {"do_eval": None, "validation_file_dir": None, "streaming": streaming, "max_steps": 2}
+    pretraining.main(flags(model_name_or_path=model, **options))
+    log = re.sub(" +", " ", capfd.readouterr().err)
+    assert "a document has rows of its own, which are padded: the recurrent layers of lfm2 keep texts apart only" in log
+    assert "those of causal_conv1d (requirements/gpu.txt says how)" in log
+    if not streaming:
+        state = json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())
+        recorded = state["stateful_callbacks"]["CheckpointKeeper"]["attributes"]
+        assert recorded["rows of training data"] >= len(TEXTS)
 
 
 def test_documents_see_each_other_where_the_user_says_so(flags, tmp_path, tiny_model_dir, capfd):

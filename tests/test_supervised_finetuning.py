@@ -13,9 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from guide import GUIDE_SFT
+from random_adapters import random_adapter
 from safetensors.torch import load_file
 from stage_runs import ADAPTER_FILES, RESULTS, STATE_FILES, logged, names, run_process, stage_flags, weights_of
-from tiny_families import save_multimodal_model, save_multimodal_model_of_text_class, save_tiny_model
+from tiny_families import (
+    install_kernels,
+    save_multimodal_model,
+    save_multimodal_model_of_text_class,
+    save_tiny_model,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, masking_utils
 
 import supervised_finetuning
@@ -190,20 +196,47 @@ def test_options_train(flags, tmp_path, options):
 GUARD = "`causal_conv1d_fn` can't keep packed sequences apart without `causal_conv1d`"
 
 
-@pytest.mark.parametrize(
-    ("flag", "name", "found"),
-    [
-        ("packing", "dialogue", r"when one changes, the states of the others move by [\d.e-]+ of their spread"),
-        ("padding_free", "text", GUARD),
-    ],
-)
-def test_dialogues_of_a_row_that_see_each_other_stop_the_run(flags, tmp_path, tiny_model_dir, flag, name, found, capfd):
+def test_texts_of_a_joined_row_that_see_each_other_stop_the_run(flags, tmp_path, tiny_model_dir, capfd):
     model = save_tiny_model("qwen3_5_text", tmp_path / "qwen", tiny_model_dir)
-    line = rf"^the {name}s of a row see each other in this model \(qwen3_5_text: {found}\); --{flag} False gives each"
+    line = (
+        rf"^the texts of a row see each other in this model \(qwen3_5_text: {GUARD}\); --padding_free False gives each"
+    )
     with pytest.raises(UserError, match=line):
-        supervised_finetuning.main(flags(model_name_or_path=model, **{flag: True}))
-    supervised_finetuning.main(flags(model_name_or_path=model, max_steps=1, do_eval=None, **{flag: False}))
+        supervised_finetuning.main(flags(model_name_or_path=model, padding_free=True))
+    supervised_finetuning.main(flags(model_name_or_path=model, max_steps=1, do_eval=None, padding_free=False))
     assert "sees itself alone" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["text", "wrapper", "adapter"])
+def test_packing_without_the_kernels_it_takes_is_refused_before_data_and_weights(
+    flags, tmp_path, tiny_model_dir, kind, monkeypatch
+):
+    save = save_multimodal_model_of_text_class if kind == "wrapper" else partial(save_tiny_model, "qwen3_5_text")
+    model = save(tmp_path / "qwen", tiny_model_dir)
+    if kind == "adapter":
+        model = random_adapter(model, tmp_path / "adapter")
+    for name in ("start_run", "prepare_data", "load_for_training"):
+        monkeypatch.setattr(supervised_finetuning, name, lambda *args, **kwargs: pytest.fail("the run began"))
+    line = (
+        r"^the dialogues of a row would see each other: the recurrent layers of qwen3_5_text keep texts apart only by "
+        r"GPU kernels that are not installed, those of causal_conv1d and flash-linear-attention "
+        r"\(requirements/gpu\.txt says how\); --packing False gives each a row of its own$"
+    )
+    with pytest.raises(UserError, match=line):
+        supervised_finetuning.main(flags(model_name_or_path=model, packing=True))
+
+
+def test_packing_with_these_kernels_learns_what_rows_alone_do(flags, tmp_path, tiny_model_dir, monkeypatch, capfd):
+    model = save_tiny_model("qwen3_5_text", tmp_path / "qwen", tiny_model_dir)
+    short = {"model_name_or_path": model, "max_steps": 1, "lora_dropout": 0, "per_device_train_batch_size": 24}
+    short |= {"gradient_accumulation_steps": 1, "save_strategy": "no", "do_eval": None, "validation_file_dir": None}
+    supervised_finetuning.main(flags(**short))
+    install_kernels(monkeypatch)
+    supervised_finetuning.main(flags(**short, packing=True, output_dir=tmp_path / "packed"))
+    log = capfd.readouterr().err
+    assert "the rows of a batch are joined into one without padding: a dialogue sees itself alone" in log
+    for name in ("loss", "grad_norm"):
+        assert logged(tmp_path / "packed", name)[1] == pytest.approx(logged(tmp_path / "out", name)[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("save", [save_multimodal_model, save_multimodal_model_of_text_class, "qwen3_moe"])

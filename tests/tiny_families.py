@@ -16,6 +16,7 @@ from transformers import (
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
 )
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 SHAPE = {
     "vocab_size": 640,
@@ -106,6 +107,32 @@ def save_multimodal_model_of_text_class(folder: Path, tokenizer_from: Path) -> P
     vision = VISION | {"depth": 2, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 64}
     model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision))
     return _save(model, folder, tokenizer_from)
+
+
+def install_kernels(monkeypatch) -> None:
+    """Slow functions for Qwen3.5's recurrent layers that take the borders of texts, as the kernels for GPUs do."""
+    convolve, delta_rule = modeling_qwen3_5.causal_conv1d_fn, modeling_qwen3_5.torch_chunk_gated_delta_rule
+
+    def convolve_texts(hidden_states, *weights, activation=None, seq_idx=None, **_):
+        """[rows, channels, tokens], with the texts' numbers in seq_idx, [1, tokens]."""
+        numbers = torch.zeros(hidden_states.shape[-1], dtype=torch.int32) if seq_idx is None else seq_idx[0]
+        lengths = numbers.bincount().tolist()
+        texts = hidden_states.split(lengths, dim=-1)
+        return torch.cat([convolve(text, *weights, activation=activation) for text in texts], dim=-1)
+
+    def delta_rule_of_texts(query, key, value, *, g, beta, cu_seqlens=None, seq_idx=None, **kwargs):
+        """[rows, tokens, ...] each, with the texts' borders in cu_seqlens, [texts + 1]."""
+        lengths = [query.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
+        parts = zip(*(states.split(lengths, dim=1) for states in (query, key, value, g, beta)), strict=True)
+        options = {name: kwargs[name] for name in ("initial_state", "output_final_state", "use_qk_l2norm_in_kernel")}
+        outputs = [delta_rule(*part[:3], g=part[3], beta=part[4], **options)[0] for part in parts]
+        return torch.cat(outputs, dim=1), None
+
+    for name, function in vars(modeling_qwen3_5).items():
+        if name.startswith(("causal_conv1d", "torch_")) and hasattr(function, "__wrapped__"):
+            monkeypatch.setattr(modeling_qwen3_5, name, function.__wrapped__)
+    monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_fn", convolve_texts)
+    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", delta_rule_of_texts)
 
 
 def save_mistral3(folder: Path, tokenizer_from: Path) -> Path:

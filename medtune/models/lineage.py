@@ -58,6 +58,7 @@ class Lineage:
     flags: of the command that trained it, with their values as written.
     thinking: what --thinking made of the template, "" without it.
     reads_thoughts: of a reward model, whether replies that it was trained on had thoughts.
+    documents: of pretraining, `DocumentEncoder.form`.
     """
 
     base_model: str
@@ -72,6 +73,7 @@ class Lineage:
     flags: dict[str, str] = field(default_factory=dict)
     thinking: str = ""
     reads_thoughts: bool = False
+    documents: str = ""
 
     def save(self, folder: str | Path) -> None:
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
@@ -105,6 +107,9 @@ class Lineage:
             fault = f"started from {was_start} and not from {start}; give that"
         elif is_other:
             fault = f"started from other weights than {start} has now"
+        elif self.documents != was.documents:
+            plain = "only the end token behind each"
+            fault = f"had its documents in another form ({was.documents or plain}; now {self.documents or plain})"
         elif finished and was.flags and changes:
             fault = f"is finished, with other flags: {', '.join(changes.values())}; give those"
         else:

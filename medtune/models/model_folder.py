@@ -188,6 +188,7 @@ def lineage_of(
     template: str | None = None,
     thinking: Thinking | None = None,
     reads_thoughts: bool = False,
+    documents: str = "",
     flags: Mapping[str, str],
     flag: str = "--model_name_or_path",
 ) -> Lineage:
@@ -197,6 +198,7 @@ def lineage_of(
         template: its `--template_name`; None is the tokenizer's own.
         thinking: what the template writes of thoughts (`ChatTemplate.thinking`).
         reads_thoughts: of a reward model, whether the replies that it is trained on have thoughts.
+        documents: of pretraining, their form (`DocumentEncoder.form`).
         flags: of the command, as written (`StageArgumentParser.given`).
         flag: what named the model to start from.
     """
@@ -216,4 +218,5 @@ def lineage_of(
         flags=dict(flags),
         thinking=thinking or "",
         reads_thoughts=reads_thoughts,
+        documents=documents,
     )

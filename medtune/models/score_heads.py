@@ -1,4 +1,4 @@
-"""The head of a reward model: one score from the last token's state."""
+"""The head of a reward model: one score from the last token's state, on the language model of any family."""
 
 from pathlib import Path
 
@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, TaskType
 from safetensors import safe_open
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from medtune.errors import UserError
 from medtune.models.lineage import read_adapter_config
@@ -14,6 +20,7 @@ from medtune.models.loading import load_base_model, load_config
 from medtune.models.lora_layers import HEADS
 from medtune.models.model_files import ADAPTER_WEIGHTS
 from medtune.models.text_attention import Layout, forward_inputs, places
+from medtune.models.text_part import language_model_class, loaded_config, text_config
 
 UNTRAINED_HEAD = "its score head is all zeros, so it was never trained; take a later checkpoint, or train it longer"
 
@@ -27,6 +34,32 @@ def is_reward_model(config: PretrainedConfig | LoraConfig) -> bool:
 
 def is_head(tensor_name: str) -> bool:
     return bool(set(HEADS) & set(tensor_name.split(".")))
+
+
+def register_scoring_class(config: PretrainedConfig) -> None:
+    """Let AutoModelForSequenceClassification know a class for a checkpoint's language model with a score head.
+
+    It has the language model's names of layers. It is made as transformers makes its own, which many families lack:
+    of the part with the head, and of what the family's classes have in common.
+    """
+    config = loaded_config(config)
+    language_models = language_model_class(config)._model_mapping
+    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or type(config) not in language_models:
+        return
+    if not hasattr(type(text_config(config))(), "num_attention_heads"):
+        return  # transformers' part with the head reads attentions, and a Mamba's output has none
+    language_model = language_models[type(config)]
+    family = next(parent for parent in language_model.__mro__ if parent.__name__.endswith("PreTrainedModel"))
+    name = family.__name__.replace("PreTrainedModel", "ForSequenceClassification")
+    attributes = {
+        "__module__": family.__module__,  # by which transformers knows how checkpoints name the family's weights
+        "base_model_prefix": language_model.base_model_prefix,
+        "config_class": type(config),
+        "_keys_to_ignore_on_load_unexpected": language_model._keys_to_ignore_on_load_unexpected,
+    }
+    scoring_class = type(name, (GenericForSequenceClassification, family), attributes)
+    # Without exist_ok transformers 5.24 would ignore a class for a configuration of its own.
+    AutoModelForSequenceClassification.register(type(config), scoring_class, exist_ok=True)
 
 
 class ScoreHead(torch.nn.Linear):
@@ -93,6 +126,7 @@ def load_scoring_base(
         raise UserError(f"{flag} {path}: a classifier with {config.num_labels} classes; a reward model gives one score")
     if needs_head and not scores_already:
         raise UserError(f"{flag} {path}: no reward model: it has no score head; reward_modeling.py trains one")
+    register_scoring_class(config)
     base = load_base_model(
         path, flag=flag, model_class=AutoModelForSequenceClassification, num_labels=1, **base_options
     )
@@ -102,7 +136,7 @@ def load_scoring_base(
     with torch.no_grad():
         head.weight.copy_(base.score.weight) if scores_already else head.weight.zero_()
     base.score = head
-    base.config.get_text_config().pad_token_id = pad_token_id
+    text_config(base.config).pad_token_id = pad_token_id
     return base
 
 

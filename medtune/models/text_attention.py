@@ -11,13 +11,14 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SDPA, SDPA_BY_TEXT = "sdpa", "sdpa_by_text"
 # Tokens from which on a common prefix passes once: gathering its keys costs a step what about ten tokens do.
 LEAST_SHARED = 16
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class Layout(Enum):
@@ -98,14 +99,27 @@ def attend_by_text(model: PreTrainedModel, by_text: bool = True) -> None:
         model.set_attn_implementation(after)
 
 
+def has_recurrent_layers(model_class: type[PreTrainedModel], config: PretrainedConfig) -> bool:
+    """Whether layers besides attention carry something along a row: states, or a convolution's last tokens."""
+    layer_types = getattr(config.get_text_config(), "layer_types", None)
+    return bool(set(layer_types) - ATTENTION_LAYERS) if layer_types else model_class._is_stateful
+
+
 def gains_from_joining(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether a batch was measured to be faster as one row: with FlashAttention, which takes borders, and on a CPU.
 
-    False for models with recurrent layers too, which would carry their state from text to text.
+    False for models with recurrent layers, most of which would carry their state from text to text.
     """
     attention = model.config._attn_implementation
     takes_borders = "flash" in attention or (attention == SDPA and device.type == "cpu")
-    return takes_borders and not model._is_stateful
+    return takes_borders and not has_recurrent_layers(type(model), model.config)
+
+
+def border_fault(error: ValueError) -> str:
+    """What a layer that cannot keep texts apart says in transformers 5.24, and here; another error is raised."""
+    if "packed sequences apart" not in str(error):
+        raise error
+    return str(error).partition(". ")[0]
 
 
 def shares_prefixes(model: PreTrainedModel) -> bool:

@@ -10,21 +10,35 @@ from transformers import PreTrainedTokenizerBase
 from medtune.errors import UserError
 from medtune.reading.tokenization import IGNORED_LABEL
 
+# What tokenizers call the token that ends a text; the eos of a chat model's may end turns.
+ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<EOS_TOKEN>", "<｜end▁of▁sentence｜>")
+
 
 def document_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token after each document: Qwen's <|endoftext|> if there is one, since its chat models' eos ends turns.
+    """The token after each document: the tokenizer's end of text, which of a chat model's is often not its eos.
 
     Raises UserError if the tokenizer has no end token.
     """
-    added = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
-    end_id = added.get("<|endoftext|>", tokenizer.eos_token_id)
-    if end_id is None:
+    special = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if tokenizer.eos_token is None:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no end token to join documents by")
-    return end_id
+    is_end_of_turn = tokenizer.eos_token not in ENDS_OF_TEXT
+    ends = [special[name] for name in ENDS_OF_TEXT if is_end_of_turn and name in special]
+    return ends[0] if ends else tokenizer.eos_token_id
+
+
+def document_start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself writes before a text: the bos of Gemma, Llama 3 and others, and mostly nothing."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("a")["input_ids"]
+    return next(ids[:start] for start in range(len(ids)) if ids[start : start + len(bare)] == bare)
 
 
 def cut_blocks(
-    documents: Dataset | dict[str, list], block_size: int, packing_across_documents: bool = False
+    documents: Dataset | dict[str, list],
+    block_size: int,
+    packing_across_documents: bool = False,
+    one_document_a_row: bool = False,
 ) -> dict[str, list]:
     """Join the documents in their order and cut them into blocks; the last block may be shorter.
 
@@ -33,6 +47,8 @@ def cut_blocks(
         block_size: tokens a block.
         packing_across_documents: attend across the documents of a block. Otherwise each attends only to itself
                     (`seq_lengths`), and its first token is not learned, since it has no context.
+        one_document_a_row: cut each document by itself, so that its last block may be shorter. A last token that would
+                    be alone, with nothing before it to learn it by, is left out.
 
     Returns:
         Columns `input_ids`, `labels`, `seq_lengths`, `length` and `source` (of every document in the block).
@@ -41,11 +57,16 @@ def cut_blocks(
     ids = np.concatenate([[], *documents["input_ids"]]).astype(np.int32)
     ends = lengths.cumsum()
     starts = ends - lengths
+    if one_document_a_row:
+        cut_wholes = [(range(start, end - 1, block_size), end) for start, end in zip(starts, ends, strict=True)]
+    else:
+        cut_wholes = [(range(0, len(ids), block_size), len(ids))]
+    cuts = [(start, min(start + block_size, end)) for cut_whole, end in cut_wholes for start in cut_whole]
     columns: dict[str, list] = {"input_ids": [], "labels": [], "seq_lengths": [], "length": [], "source": []}
-    for start in range(0, len(ids), block_size):
-        block = ids[start : start + block_size]
+    for start, end in cuts:
+        block = ids[start:end]
         first = int(np.searchsorted(ends, start, side="right"))
-        last = int(np.searchsorted(starts, start + len(block), side="left"))
+        last = int(np.searchsorted(starts, end, side="left"))
         borders = [0, *(starts[first + 1 : last] - start).tolist()]
         if packing_across_documents:
             borders = [0]

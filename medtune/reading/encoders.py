@@ -16,7 +16,7 @@ from datasets import List as ListFeature
 from transformers import PreTrainedTokenizerBase
 
 from medtune.errors import Unusable, UserError
-from medtune.reading.blocks import cut_blocks, document_end_id
+from medtune.reading.blocks import ENDS_OF_TEXT, cut_blocks, document_end_id, document_start_ids
 from medtune.reading.exams import Exam, ExamFormat
 from medtune.reading.finding import RECORD_ENDINGS, TEXT_ENDINGS
 from medtune.reading.keys import Reading
@@ -36,6 +36,7 @@ from medtune.reading.tokenization import (
 )
 from template import ChatTemplate
 
+USUAL_END = ENDS_OF_TEXT[0]
 _IDS, _LENGTH, _TEXT = ListFeature(Value("int32")), Value("int32"), Value("string")
 
 
@@ -372,7 +373,7 @@ class PromptEncoder(TemplateEncoder):
 
 @dataclass
 class DocumentEncoder(Encoder):
-    """Rows of ids of a document and its end token; `cut_blocks` joins and cuts them into the final rows."""
+    """Rows of ids of a document between its marks; `cut_blocks` joins and cuts them into the final rows."""
 
     kind = "documents"
     features = Features(input_ids=_IDS, length=_LENGTH, source=_TEXT)
@@ -381,9 +382,21 @@ class DocumentEncoder(Encoder):
 
     block_size: int = 1024
     packing_across_documents: bool = False
+    one_document_a_row: bool = False
 
     def __post_init__(self):
-        self.end_id = document_end_id(self.tokenizer)
+        self.start_ids, self.end_id = document_start_ids(self.tokenizer), document_end_id(self.tokenizer)
+
+    @property
+    def form(self) -> str:
+        """What a resumed run goes on with: the tokens around a document and its rows; "" for blocks of documents with
+        nothing but <|endoftext|>, or else the eos, behind each.
+        """
+        marks = self.tokenizer.convert_ids_to_tokens([*self.start_ids, self.end_id])
+        added = map(str, self.tokenizer.added_tokens_decoder.values())
+        usual = USUAL_END if USUAL_END in added else self.tokenizer.eos_token
+        parts = ["between " + " ".join(marks)] if marks != [usual] else []
+        return ", ".join(parts + ["in rows of its own"] * self.one_document_a_row)
 
     @cached_property
     def _control_tokens(self) -> list[str]:
@@ -400,7 +413,8 @@ class DocumentEncoder(Encoder):
             if token := next((token for token in self._control_tokens if token in text), None):
                 rows.append(Unusable("control token", f"it holds {token}, which is no word but a mark; take it out"))
             else:
-                rows.append({"input_ids": [*ids, self.end_id], "length": len(ids) + 1})
+                ids = [*self.start_ids, *ids, self.end_id]
+                rows.append({"input_ids": ids, "length": len(ids)})
         return rows
 
     def finish(self, rows: Dataset, report: Report) -> Dataset:

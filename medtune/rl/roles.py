@@ -8,7 +8,6 @@ value      base + adapter "value" + head: starts as the reward model,    yes
            or without one on this base as the policy
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from medtune.models.score_heads import ScoreHead
 from medtune.models.text_attention import (
     Layout,
     attend_by_text,
+    border_fault,
     forward_inputs,
     gains_from_joining,
     places,
@@ -164,21 +164,18 @@ class Roles:
         self.padding_free = True
         attend_by_text(base)
         try:
-            apart, moved = difference(), "log-probs move by {:.2g} nats a token"
+            apart = difference()
+            fault = "" if apart <= rounding else f"log-probs move by {apart:.2g} nats a token"
         except ValueError as error:
-            # transformers 5.24 itself refuses what some layers cannot keep apart.
-            if "packed sequences apart" not in str(error):
-                raise
-            apart, moved = math.inf, str(error).partition(". ")[0]
-        if apart <= rounding:
+            fault = border_fault(error)
+        if not fault:
             logger.info(f"rows are joined into one without padding; their log-probs are the same to {apart:.2g} nats")
         elif padding_free == "auto":
             self.padding_free = False
             attend_by_text(base, False)
         else:
             raise UserError(
-                f"--padding_free True: the rows do not stay apart in {type(base).__name__} ({moved.format(apart)}); "
-                "leave it out"
+                f"--padding_free True: the rows do not stay apart in {type(base).__name__} ({fault}); leave it out"
             )
 
     def values(self, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -193,7 +190,7 @@ class Roles:
         device = self.model.device
         longest = max(map(len, texts))
         # A model of transformers takes the last token that is not this one; here the mask says where the end is.
-        pad = 0 if self.reward_model is None else self.reward_model.config.get_text_config().pad_token_id
+        pad = 0 if self.reward_model is None else text_config(self.reward_model.config).pad_token_id
         ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=device)
         lengths = torch.tensor([len(text) for text in texts], device=device)
         mask = torch.arange(longest, device=device) < lengths[:, None]

@@ -14,10 +14,12 @@ from transformers import PreTrainedModel, Trainer
 
 from medtune.errors import UserError
 from medtune.models.dropout import has_dropout
+from medtune.models.recurrence import why_texts_mix
 from medtune.models.text_attention import (
     LEAST_SHARED,
     Layout,
     attend_by_text,
+    border_fault,
     forward_inputs,
     gains_from_joining,
     places,
@@ -45,12 +47,18 @@ class TextsOfRow:
 JOINED_ROWS = TextsOfRow("text", "--padding_free False gives each a row of its own")
 
 
+def refuse_mixed_texts(texts: TextsOfRow, path: str, **hub_options) -> None:
+    """Raise UserError where the configuration of the model at `path` tells that the texts of a row see each other."""
+    if reason := why_texts_mix(path, **hub_options):
+        raise UserError(f"the {texts.name}s of a row would see each other: {reason}; {texts.remedy}")
+
+
 def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | None) -> Layout:
     """How the rows of a batch pass through the model, by the trainer's --padding_free.
 
     auto joins them where attention takes their borders and where that was measured to be faster: with FlashAttention,
-    and on a CPU. Models with recurrent layers keep rows, and so do models that the probe finds leaks in. Of joined rows
-    that have prompts in common these pass once if our own attention reads them and the probe finds the same states.
+    and on a CPU. Models with recurrent layers keep rows, and so do models that the probe finds leaks in. But where rows
+    hold several texts that stay apart only so, they are joined: the kernels of recurrent layers take borders alone.
 
     Args:
         model: as its forward passes are called now, in DeepSpeed's engine for example.
@@ -59,43 +67,53 @@ def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | 
     Raises:
         UserError, in every process: texts of a row see each other in a layout that was asked for, or that the data has.
     """
-    setting, plain = trainer.args.padding_free, _base(trainer.model)
-    is_auto = setting == "auto"
-    args = trainer.args
+    args, plain = trainer.args, _base(trainer.model)
+    is_auto = args.padding_free == "auto"
     # NEFTune's noise goes by the length of a row, and would be weaker in a longer one.
     gains = gains_from_joining(plain, args.device) and not args.neftune_noise_alpha
     layout = Layout.PADDED
-    if gains if is_auto else setting == "True":
-        attend_by_text(plain)
-        shares = trainer.rows_share_prompts and shares_prefixes(plain)
-        for layout in (Layout.SHARED_PREFIXES, Layout.JOINED) if shares else (Layout.JOINED,):
-            fault, summary = look_at_texts(trainer, model, layout)
-            if not fault:
-                break
+    if gains if is_auto else args.padding_free == "True":
+        layout, fault = _join(trainer, model, texts)
         if fault and is_auto:
-            logger.info(f"rows are padded, since they would not stay apart if they were joined ({summary})")
-            attend_by_text(plain, False)
-            layout = Layout.PADDED
+            logger.info(f"rows are padded, since they would not stay apart if they were joined ({fault})")
         elif fault:
-            raise _leak(texts or JOINED_ROWS, plain, summary)
-        else:
-            drops = args.do_train and has_dropout(plain)
+            raise _leak(texts or JOINED_ROWS, plain, fault)
+    if texts and layout is Layout.PADDED:
+        is_fault, summary = look_at_texts(trainer, model, layout)
+        if not is_fault:
+            logger.info(f"checked with three texts in a row: a {texts.name} sees itself alone ({summary})")
+        elif is_auto and not gains:
+            layout, summary = _join(trainer, model, texts)
+        if is_fault and layout is Layout.PADDED:
+            raise _leak(texts, plain, summary)
+    if args.neftune_noise_alpha and (layout is not Layout.PADDED or texts):
+        logger.info(
+            "--neftune_noise_alpha: the noise goes by the length of a row, and is weaker where it has several texts"
+        )
+    return layout
+
+
+def _join(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | None) -> tuple[Layout, str]:
+    """The layout of joined rows in which the probe finds texts as they are alone; or padded rows, and what it finds.
+
+    Of rows that have prompts in common these pass once if our own attention reads them.
+    """
+    plain = _base(trainer.model)
+    attend_by_text(plain)
+    shares = trainer.rows_share_prompts and shares_prefixes(plain)
+    for layout in (Layout.SHARED_PREFIXES, Layout.JOINED) if shares else (Layout.JOINED,):
+        is_fault, summary = look_at_texts(trainer, model, layout)
+        if not is_fault:
+            drops = trainer.args.do_train and has_dropout(plain)
             logger.info(
                 f"the rows of a batch are joined into one without padding: a {(texts or JOINED_ROWS).name} sees itself "
                 f"alone ({summary})"
                 + ("; a prompt that rows share passes once" if layout is Layout.SHARED_PREFIXES else "")
                 + ("; dropout draws other numbers than with padding" if drops else "")
             )
-    if texts and layout is Layout.PADDED:
-        fault, summary = look_at_texts(trainer, model, layout)
-        if fault:
-            raise _leak(texts, plain, summary)
-        logger.info(f"checked with three texts in a row: a {texts.name} sees itself alone ({summary})")
-    if args.neftune_noise_alpha and (layout is not Layout.PADDED or texts):
-        logger.info(
-            "--neftune_noise_alpha: the noise goes by the length of a row, and is weaker where it has several texts"
-        )
-    return layout
+            return layout, ""
+    attend_by_text(plain, False)
+    return Layout.PADDED, summary
 
 
 def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -151,10 +169,7 @@ def look_at_texts(trainer: Trainer, model: torch.nn.Module, layout: Layout) -> t
         sharing = [*plain, plain[0][:LEAST_SHARED] + other_last]
         apart = 0.0 if layout is Layout.PADDED else _apart_from_alone(trainer, model, sharing, layout)
     except ValueError as error:
-        # transformers 5.24 itself refuses what some layers cannot keep apart.
-        if "packed sequences apart" not in str(error):
-            raise
-        return True, str(error).partition(". ")[0]
+        return True, border_fault(error)
     figures = torch.tensor([[moved, rounding, apart]], device=trainer.args.device)
     moved, rounding, apart = trainer.accelerator.gather(figures).amax(0).tolist()
     largest = max(LARGEST_MOVE, ROUNDING_MARGIN * rounding)

@@ -9,6 +9,7 @@ from transformers import EvalPrediction
 
 from medtune.errors import UserError
 from medtune.models.dropout import switch_off_dropout
+from medtune.models.reward_card import write_reward_card
 from medtune.models.score_heads import LastScores
 from medtune.training.stage_trainer import StageTrainer, StageTrainingArguments
 
@@ -79,6 +80,11 @@ class RewardTrainer(StageTrainer):
             switch_off_dropout(model)
         super().__init__(model=model, args=args, compute_metrics=pair_statistics, **kwargs)
         self.last_scores = LastScores(self.model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_reward_card(output_dir or self.args.output_dir, self.model)
 
     def _losses_and_scores(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[pairs] float32 each: losses, scores of the chosen and of the rejected replies."""

@@ -103,6 +103,10 @@ def test_a_role_is_its_own_whatever_was_called_before_and_learns_where_gradients
 OWN_WAYS = {
     "qwen2": {},
     "gemma2": {"final_logit_softcapping": 1.5, "head_dim": 16},
+    "gemma4_text": {"final_logit_softcapping": 1.5, "head_dim": 16, "global_head_dim": 16, "num_kv_shared_layers": 0}
+    | {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 100},
+    "falcon_h1": {"lm_head_multiplier": 0.3, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8}
+    | {"mamba_n_groups": 1, "mamba_d_state": 16},
     "granite": {"logits_scaling": 4.0},
     "cohere2": {"logit_scale": 0.25, "layer_types": ["full_attention"] * 2},
     "minicpm3": {"dim_model_base": 128, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8}

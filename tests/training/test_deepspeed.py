@@ -102,17 +102,17 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["plain", "zero3"])
 def test_documents_that_see_each_other_stop_every_process(tiny_model_dir, tmp_path, config):
-    options, log = {}, tmp_path / "log"
+    options, log = {"padding_free": False}, tmp_path / "log"
     if config != "plain":
         options["deepspeed"] = without_compiling(ROOT / f"ds_configs/{config}.json", tmp_path)
-    model = save_tiny_model("lfm2", tmp_path / "lfm2", tiny_model_dir)
+    model = save_tiny_model("opt", tmp_path / "opt", tiny_model_dir)
     processes = start_two_processes("pt", stage_flags("pt", model, tmp_path, **options), log)
     for process in processes:
         process.join(500)
     assert [process.exitcode for process in processes] == [2, 2], log.read_text()[-4000:]
     lines = [line for line in log.read_text().splitlines() if line.startswith("error:")]
     assert len(set(lines)) == 1
-    assert lines[0].startswith("error: the documents of a row see each other in this model (lfm2: ")
+    assert lines[0].startswith("error: the documents of a row see each other in this model (opt: ")
 
 
 @pytest.mark.slow
