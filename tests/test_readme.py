@@ -42,7 +42,10 @@ GUIDES, FLAGS, DATA, OUTPUTS, TROUBLE = (
 )
 ALL_PAGES = [
     *BILINGUAL,
-    *(f"docs/{name}.md" for name in ("evaluation", "grpo", "ppo", "reliability", "results", "serving", "vllm")),
+    *(
+        f"docs/{name}.md"
+        for name in ("estimate", "evaluation", "grpo", "ppo", "reliability", "results", "serving", "vllm")
+    ),
 ]
 LAUNCHED = {
     "pretraining.py": "run_pt.sh",

@@ -114,7 +114,7 @@ def load_for_training(
                 "away; --torch_dtype float32 keeps them and takes twice the memory for weights, gradients and optimizer"
             )
         return base
-    config = _new_lora_config(
+    config = new_lora_config(
         base,
         task_type=task_type,
         target_modules=target_modules,
@@ -129,7 +129,7 @@ def load_for_training(
         return get_peft_model(base, config)
 
 
-def _new_lora_config(
+def new_lora_config(
     base: PreTrainedModel,
     *,
     task_type: TaskType = TaskType.CAUSAL_LM,
@@ -168,7 +168,7 @@ def save_zero_adapter(folder: Path, path: str, lora: dict, **hub_options) -> Non
         base = AutoModelForCausalLM.from_config(
             load_config(path, **hub_options), trust_remote_code=hub_options.get("trust_remote_code", False)
         )
-        config = _new_lora_config(base, **settings)
+        config = new_lora_config(base, **settings)
         with _explain_peft_faults(base, path, settings["target_modules"], config):
             model = get_peft_model(base, config)
     shapes = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
