@@ -28,7 +28,6 @@ https://arxiv.org/abs/2507.18071). medtune/rl/grpo_math.py holds them, docs/grpo
 Launcher: run_grpo.sh.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -46,8 +45,6 @@ from transformers import TrainingArguments
 
 from medtune.arguments import DataArguments, LoraArguments, StageArgumentParser
 from medtune.errors import UserError, run_script
-from medtune.measuring.answers import written_letter
-from medtune.measuring.intervals import wilson_interval
 from medtune.models.lineage import check_model_path
 from medtune.models.loading import load_tokenizer
 from medtune.models.model_folder import lineage_of
@@ -68,6 +65,7 @@ from medtune.rl.arguments import (
     check_groups,
     fixed_settings,
 )
+from medtune.rl.exam_scores import chosen_by_exam, exam_scores, mean_scores
 from medtune.rl.grpo_math import LOSS_TYPES, Whole, group_advantages, has_signal, surrogate_losses
 from medtune.rl.log import grpo_figures
 from medtune.rl.measures import GroupMeasures, TokenMeans, summarize_groups
@@ -89,11 +87,6 @@ from medtune.training.template_choice import choose_thinking
 
 # Held-out prompts without --max_eval_samples: a greedy reply to each is written at every evaluation.
 EVAL_PROMPTS = 100
-# By --exam_format, what scripts/evaluate_model.py calls the figures of replies to questions in this form.
-EXAM_FIGURES = {
-    "letter": ("exam_accuracy_written", "exam_unparsed"),
-    "tagged": ("exam_accuracy_tagged", "exam_unparsed_tagged"),
-}
 
 # ---------------------------------------------------------------- groups
 
@@ -228,11 +221,7 @@ def split_evenly(
 def evaluate(
     run: Run, rows: Sequence[dict], sampling: Sampling, scorer: Scorer, exam_format: ExamFormat, stop: SignalListener
 ) -> dict[str, float]:
-    """Measures of greedy replies to held-out prompts; before and after training the first replies go into the log.
-
-    Exam accuracy is that of scripts/evaluate_model.py for these replies, with the 95 % interval.
-    """
-    accuracy, unparsed = EXAM_FIGURES[exam_format]
+    """Measures of greedy replies to held-out prompts; before and after training the first replies go into the log."""
     own, padded = run.own_part(rows)
     with run.accelerator.autocast():
         replies = collect_replies(run.roles, padded, None, sampling, stop)
@@ -245,22 +234,8 @@ def evaluate(
         measured = {"reward": scorer.rewards.total(torch.tensor([of_reply])).item()}
         measured |= {f"reward_{name}": value for name, value in zip(scorer.rewards.names, of_reply, strict=True)}
         measured |= {"mean_len": float(reply.n_tokens), "eos_frac": float(reply.ended)}
-        if is_exam(reply.record):
-            letter = written_letter(reply.parts.answer, reply.record["options"])
-            measured |= {accuracy: float(letter == reply.record["answer"]), unparsed: float(letter is None)}
-        figures.append(measured)
-    figures = gather_object(figures)
-    names = dict.fromkeys(name for of_reply in figures for name in of_reply)
-    columns = {name: [of_reply[name] for of_reply in figures if name in of_reply] for name in names}
-    metrics = {f"eval_{name}": sum(values) / len(values) for name, values in columns.items()}
-    if right := columns.get(accuracy):
-        metrics["eval_exam_low"], metrics["eval_exam_high"] = wilson_interval(sum(right), len(right))
-    return metrics
-
-
-def is_exam(record: dict) -> bool:
-    """Whether the record of a prompt is an exam question whose answer is known."""
-    return bool(record.get("options") and record.get("answer"))
+        figures.append(measured | exam_scores(reply, exam_format))
+    return {f"eval_{name}": mean for name, mean in mean_scores(gather_object(figures), exam_format).items()}
 
 
 # ---------------------------------------------------------------- the loop
@@ -422,8 +397,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         roles.enable_checkpointing(training_args.gradient_checkpointing_kwargs)
 
     # ------------------------------------------------------------ train
-    has_exam = any(is_exam(json.loads(row["record"])) for row in eval_rows)
-    shown = grpo_figures(rewards.names, EXAM_FIGURES[reward_args.exam_format][0] if has_exam else None)
+    shown = grpo_figures(rewards.names, chosen_by_exam(eval_rows, rewards, reward_args.exam_format))
     run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update, shown)
     if checkpoint:
         run.load(checkpoint)

@@ -45,6 +45,7 @@ from medtune.models.loading import load_tokenizer
 from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoders import PromptEncoder
+from medtune.reading.exams import ExamFormat
 from medtune.reading.readers import read_questions
 from medtune.reading.stage_data import prepare_data
 from medtune.reading.tokenization import load_chat_template
@@ -59,6 +60,7 @@ from medtune.rl.arguments import (
     check_mini_batches,
     fixed_settings,
 )
+from medtune.rl.exam_scores import chosen_by_exam, exam_scores, mean_scores
 from medtune.rl.log import ppo_figures
 from medtune.rl.measures import EpisodeMeasures, TokenMeans, summarize
 from medtune.rl.off_policy import check_sampler, sampler_weights
@@ -199,6 +201,7 @@ def evaluate(
     ppo_args: PPOArguments,
     sampling: Sampling,
     scorer: Scorer,
+    exam_format: ExamFormat,
     stop: SignalListener,
 ) -> dict[str, float]:
     """Measures of greedy replies to held-out prompts; before and after training the first replies go into the log."""
@@ -209,7 +212,10 @@ def evaluate(
     run.show_replies(own, rollout.reply_ids())
     metrics = summarize(measures, scorer.rewards, ppo_args.kl_coef, ppo_args.missing_eos_penalty)
     names = {name: name.replace("reward/", "objective/reward_").partition("/")[2] for name in metrics}
-    return {f"eval_{names[name]}": figure for name, figure in metrics.items()}
+    figures = {names[name]: figure for name, figure in metrics.items()}
+    scores = [exam_scores(reply, exam_format) for reply in scorer.read(padded, rollout)[: len(own)]]
+    figures |= mean_scores(gather_object(scores), exam_format)
+    return {f"eval_{name}": figure for name, figure in figures.items()}
 
 
 # ---------------------------------------------------------------- the loop
@@ -222,6 +228,7 @@ def train_ppo(
     ppo_args: PPOArguments,
     sampling: Sampling,
     scorer: Scorer,
+    exam_format: ExamFormat,
 ) -> None:
     """Run the remaining updates: collect, check, update, record, evaluate, save.
 
@@ -230,7 +237,7 @@ def train_ppo(
     state, accelerator, per_update = run.state, run.accelerator, run.per_update
     order = episode_order(len(prompts), run.n_updates * per_update, sampling.seed)
     with run.guarded(sampling.batch_size) as stop:
-        measure = partial(evaluate, run, eval_rows, ppo_args, sampling, scorer, stop)
+        measure = partial(evaluate, run, eval_rows, ppo_args, sampling, scorer, exam_format, stop)
         if eval_rows and run.evaluation_is_due():
             run.record_evaluation(measure())
         for update in range(state.global_step, run.n_updates):
@@ -382,12 +389,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     roles.add_value_head(state.score_shift, rewards.weight_by_name.get(REWARD_MODEL, 1.0))
 
     # ------------------------------------------------------------ train
-    shown = ppo_figures(rewards.names)
+    shown = ppo_figures(rewards.names, chosen_by_exam(eval_rows, rewards, reward_args.exam_format))
     run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update, shown)
     if checkpoint:
         run.load(checkpoint)
     log_block(facts | data.facts | describe_run(run, ppo_args, sampling, scorer, n_prompts))
-    train_ppo(run, data.train, eval_rows, ppo_args, sampling, scorer)
+    train_ppo(run, data.train, eval_rows, ppo_args, sampling, scorer, reward_args.exam_format)
 
     # ------------------------------------------------------------ save and evaluate
     return run.finish(next_command=inference_command(lineage, run.output_dir / BEST, use_peft=True))

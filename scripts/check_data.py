@@ -33,7 +33,7 @@ from medtune.reading.guide_form import guide_line
 from medtune.reading.keys import Reading
 from medtune.reading.kinds import READERS, Kind, find_kind
 from medtune.reading.near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Known, bare_text
-from medtune.reading.records import BadRecord, Dialogue, Document, Feedback, Pair, Report
+from medtune.reading.records import LEFT_OUT, BadRecord, Dialogue, Document, Feedback, Pair, Report
 from medtune.reading.sources import Sources
 from medtune.reading.thinking import CHOICES, thinking_of_name
 from medtune.reading.token_flags import add_token_flags, lengths_at, limits_of, settle_token_flags
@@ -205,7 +205,7 @@ class Survey:
 def measured_records(
     kind: Kind, files: Sequence[Path], reading: Reading, measure: Callable[[Record], Measured]
 ) -> Iterator[tuple[Record, Measured] | BadRecord]:
-    """The records with their lengths; each fault is printed."""
+    """The records with their lengths; each fault is printed, and not what a stage leaves out without one."""
     for result in tqdm(read_all(kind, files, reading), unit=" records", disable=None):
         if not isinstance(result, BadRecord):
             try:
@@ -213,7 +213,8 @@ def measured_records(
                 continue
             except Unusable as fault:
                 result = BadRecord(result.source, fault.reason, fault.detail)
-        tqdm.write(f"{result}", file=sys.stdout)
+        if result.reason not in LEFT_OUT:
+            tqdm.write(f"{result}", file=sys.stdout)
         yield result
 
 
@@ -318,7 +319,7 @@ def describe(result: Survey, unit: str, evaluation: Evaluation | None) -> Iterat
 def verdict(result: Survey, evaluation: Evaluation | None) -> list[str]:
     """What must be fixed; [] if a stage can train on the data."""
     report, wrong = result.report, []
-    faults = report.dropped + (evaluation.report.dropped if evaluation else Counter())
+    faults = report.faults_by_reason + (evaluation.report.faults_by_reason if evaluation else Counter())
     if faults:
         way_out = "" if UNREADABLE in faults else ", or start the stage with --on_bad_data drop"
         wrong.append(f"{faults.total():,} faults, listed above: fix them{way_out}")

@@ -345,7 +345,8 @@ def compare(name: str, work: Work, share: float, sides: dict[str, Path], more: s
     if job.stage == "ppo":  # which the others do not have, and which asks for a reward model with a trained head
         runs = {side: [] for side in sides if side not in PEERS}
         in_a_process(make_examples, data, work, "reward", 4)
-        run_side("ours", job._replace(stage="reward"), model, data, work.folder / "run", ROOT)
+        oldest = sides.get("baseline", ROOT)  # which cannot read what a newer one writes
+        run_side("ours", job._replace(stage="reward"), model, data, work.folder / "run", oldest)
         shutil.copytree(work.folder / "run" / "out" / "checkpoint-best", f"{model}-reward", dirs_exist_ok=True)
     lengths = in_a_process(make_examples, data, work, job.stage, max(1, round(share * job.n_examples)))
     for number in range(n_rounds):

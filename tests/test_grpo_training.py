@@ -28,13 +28,13 @@ from transformers import TrainingArguments
 
 import grpo_training
 from medtune.errors import UserError
-from medtune.measuring.figures import score, summarize_scores
+from medtune.measuring.intervals import wilson_interval
 from medtune.models.adapters import load_with_adapter
 from medtune.models.lineage import read_lineage
 from medtune.rl import alarms, run
 from medtune.rl.rewards import Rewards
 from medtune.rl.roles import Roles, load_roles
-from medtune.rl.rollout import Replies
+from medtune.rl.rollout import Replies, Scorer
 
 ROOT = Path(__file__).resolve().parents[1]
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -325,32 +325,25 @@ def test_files_measures_and_lineage(flags, tmp_path, sft_adapter, tiny_model_dir
         torch.testing.assert_close(found, logits_of(kept_roles[0].model))
 
 
-def test_exam_accuracy_is_that_of_the_evaluation(flags, tmp_path, monkeypatch):
-    """Of the same replies: by letter, by an option's words, by none, and wrong ones."""
+def test_exam_accuracy_is_of_the_replies_evaluated(flags, tmp_path, monkeypatch):
+    """By letter, by an option's words, by none, and wrong ones."""
     texts = ["答案：A", "我选 B。", "不用管", "说不清", "<think>应该是 B</think>答案为 C", "<think>应该是 A"]
     held_out = write_exams(tmp_path / "held-out")
-    read, replies = grpo_training.Scorer.read, []
+    read, right = Scorer.read, []
 
     def rewrite(self, rows, of_ids):
         found = read(self, rows, of_ids)
         if len(found) == len(texts):  # an evaluation
             found = [replace(reply, text=text) for reply, text in zip(found, texts, strict=True)]
-            replies[:] = found
+            letters = ["A", "B", "C", None, "C", None]
+            right[:] = [reply.record["answer"] == letter for reply, letter in zip(found, letters, strict=True)]
         return found
 
-    monkeypatch.setattr(grpo_training.Scorer, "read", rewrite)
+    monkeypatch.setattr(Scorer, "read", rewrite)
     evaluated = {"validation_file_dir": held_out, "max_eval_samples": 6, "do_eval": True}
     metrics = grpo_training.main(flags(max_steps=1, **evaluated))
-    rows = []
-    for reply in replies:
-        test = {"kind": "exam", "reply": reply.text, "ended": True, "letter_logps": {"A": 0.0}}
-        rows.append(
-            {"reply": reply.text, "scores": score(test | {name: reply.record[name] for name in ("options", "answer")})}
-        )
-    summary = summarize_scores(rows)
-    assert metrics["eval_exam_accuracy_tagged"] == pytest.approx(summary["exam_accuracy_written"]["value"], abs=1e-4)
-    interval = [metrics["eval_exam_low"], metrics["eval_exam_high"]]
-    assert interval == pytest.approx(summary["exam_accuracy_written"]["interval"], abs=1e-4)
+    assert metrics["eval_exam_accuracy_tagged"] == pytest.approx(sum(right) / 6)
+    assert (metrics["eval_exam_low"], metrics["eval_exam_high"]) == wilson_interval(sum(right), 6)
     assert metrics["eval_exam_unparsed_tagged"] == pytest.approx(2 / 6)
 
 

@@ -37,6 +37,7 @@ import ppo_training
 import reward_modeling
 from medtune.arguments import StageArgumentParser
 from medtune.errors import UserError
+from medtune.measuring.intervals import wilson_interval
 from medtune.models.adapters import load_with_adapter
 from medtune.models.lineage import read_lineage
 from medtune.models.loading import weights_fingerprint
@@ -433,6 +434,22 @@ def test_rewards_without_a_reward_model(exam_flags, tmp_path, kept_roles, capfd)
         UserError, match=r"^--rewards exam:2 length:0.5: the run in .* started with exam:1 length:0.5, "
     ):
         ppo_training.main(exam_flags(**again, rewards=["exam:2", "length:0.5"]))
+
+
+def test_exam_accuracy_chooses_the_best_checkpoint(exam_flags, tmp_path, monkeypatch):
+    accuracies, measure = iter((0.0, 1.0, 0.5)), ppo_training.exam_scores
+
+    def by_evaluation(reply, form):
+        return measure(reply, form) | {"exam_accuracy_tagged": next(accuracies)}
+
+    monkeypatch.setattr(ppo_training, "exam_scores", by_evaluation)
+    evaluated = {"do_eval": True, "eval_strategy": "steps", "eval_steps": 1, "max_eval_samples": 1}
+    metrics = ppo_training.main(exam_flags(**evaluated, max_steps=2))
+    assert (metrics["step"], metrics["eval_exam_accuracy_tagged"]) == (1, 1.0)
+    assert (metrics["eval_exam_low"], metrics["eval_exam_high"]) == wilson_interval(1, 1)
+    assert metrics["eval_exam_unparsed_tagged"] in (0, 1)
+    assert "eval_rlhf_reward" in metrics
+    assert next(accuracies, None) is None
 
 
 def test_a_run_without_any_right_answer_is_stopped(exam_flags):

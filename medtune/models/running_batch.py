@@ -84,8 +84,7 @@ def complete_rows(
 
     on_progress: called with the number of finished rows whenever there are more.
     """
-    # Like lengths together waste little padding; the longest first, so that too large a batch fails at once.
-    waiting = deque(sorted(rows, key=lambda row: len(row.prompt), reverse=True))
+    waiting = deque(rows[index] for index in order_of_prompts([row.prompt for row in rows]))
     batch, n_finished = RunningBatch(core), 0
     while waiting or batch.rows:
         n_free = batch_size - len(batch.rows)
@@ -96,6 +95,12 @@ def complete_rows(
         n_before, n_finished = n_finished, len(rows) - len(waiting) - len(batch.rows)
         if on_progress is not None and n_finished > n_before:
             on_progress(n_finished)
+
+
+def order_of_prompts(prompts: Sequence[list[int]]) -> list[int]:
+    """Indices in the order of generating: the longest first, so that too large a batch fails at once; like lengths
+    together, which wastes little padding, and equal prompts, which are then computed once."""
+    return sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index]), reverse=True)
 
 
 # ---------------------------------------------------------------- the batch
@@ -132,22 +137,34 @@ class RunningBatch:
     def step(self) -> None:
         """Choose the next token of each row; those that are finished leave."""
         self.n_columns += 1
-        self._advance([row.ids[-1:] for row in self.rows])
+        lengths = [len(row.prompt) + len(row.ids) for row in self.rows]
+        self._append_tokens(self._forward([row.ids[-1:] for row in self.rows], lengths))
 
     def _start(self, rows: list[Row]) -> None:
         self.rows = rows
         self.cache = DynamicCache(config=self.core.config.get_text_config(decoder=True))
         self.cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
-        self.n_columns = max(len(row.prompt) + len(row.ids) for row in rows)
-        self._advance([row.prompt + row.ids for row in rows], is_first_iteration=True)
+        texts = [(*row.prompt, *row.ids) for row in rows]
+        self.n_columns = max(map(len, texts))
+        # Replies to one prompt begin with the same states, which are computed once.
+        distinct = [*dict.fromkeys(texts)] if _can_join(self.cache) else texts
+        logits = self._forward(distinct, [*map(len, distinct)], is_first_iteration=True)
+        if len(distinct) < len(texts):
+            places = torch.tensor([distinct.index(text) for text in texts], device=self.device)
+            self.cache.reorder_cache(places)
+            logits = logits[places]
+        self._append_tokens(logits)
 
     @torch.no_grad()
-    def _advance(self, new_ids: list[list[int]], is_first_iteration: bool = False) -> None:
-        """One forward pass over ids that the cache does not have yet, and the token after them for each row."""
+    def _forward(
+        self, new_ids: Sequence[Sequence[int]], lengths: Sequence[int], is_first_iteration: bool = False
+    ) -> torch.Tensor:
+        """[B, V] float32 logits after texts of these lengths, by a forward pass over their last ids, which the cache
+        does not have yet."""
         width = max(map(len, new_ids))
-        padded = torch.tensor([[0] * (width - len(ids)) + ids for ids in new_ids], device=self.device)
-        # Columns before each row's first token.
-        n_before = [self.n_columns - len(row.prompt) - len(row.ids) for row in self.rows]
+        padded = torch.tensor([[0] * (width - len(ids)) + [*ids] for ids in new_ids], device=self.device)
+        # Columns before each text's first token.
+        n_before = [self.n_columns - length for length in lengths]
         before = torch.tensor(n_before, device=self.device)[:, None]
         columns = torch.arange(self.n_columns, device=self.device)
         inputs = {
@@ -159,11 +176,10 @@ class RunningBatch:
         inputs = self.core.prepare_inputs_for_generation(
             padded, cache=self.cache, use_cache=True, is_first_iteration=is_first_iteration, **inputs
         )
-        logits = self.core(**inputs, return_dict=True).logits[:, -1].float()
-        self._append_tokens(logits)
+        return self.core(**inputs, return_dict=True).logits[:, -1].float().to(self.device)
 
     def _append_tokens(self, logits: torch.Tensor) -> None:
-        logits = logits.to(self.device)
+        """Choose the next token of each row from [B, V] logits; those that are finished leave."""
         for index, row in enumerate(self.rows):
             if row.penalized:
                 seen = torch.tensor(list(row.penalized), device=self.device)

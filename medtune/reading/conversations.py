@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from medtune.errors import Unusable
 from medtune.reading.dialects import Form, RecordPlan, check_other_forms, is_pair, plan_record
 from medtune.reading.exam_options import with_options
-from medtune.reading.exams import to_exam
+from medtune.reading.exams import as_taught, to_exam
 from medtune.reading.keys import (
     FEEDBACK_KEYS,
     Reading,
@@ -86,6 +86,17 @@ def to_dialogue(record: object, source: str, reading: Reading | None = None, for
     tools = tools_of(record)
     _note(source, turns, plan, reading)
     return Dialogue(turns, tools, source)
+
+
+def to_taught(record: object, source: str, reading: Reading | None = None) -> Dialogue:
+    """The dialogue of `to_dialogue`; an exam question is asked as in evaluation, and answered by its letter."""
+    reading = reading or Reading()
+    exam = as_taught(record, "letter")
+    if exam is None:
+        return to_dialogue(record, source, reading)
+    dialogue = to_dialogue(exam, source, reading)
+    reading.note("exam questions, asked for the letter as in evaluation", source)
+    return dialogue
 
 
 def to_prompt(record: object, source: str, reading: Reading | None = None) -> Dialogue:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from medtune.errors import Unusable
-from medtune.reading.dialects import QUESTIONS
+from medtune.reading.dialects import KEYS_READ, QUESTIONS
 from medtune.reading.exam_options import OPTION_LINE, options_of
 from medtune.reading.keys import sort_keys
 from medtune.reading.values import is_empty, text_of, with_values
@@ -24,10 +24,13 @@ _QUESTIONS = ("question", "problem", "问题", "题目", "题干")
 _INDICES = ("answer_idx", "answer_index", "cop", "correct_option")
 _ANSWERS = ("answer", "correct_answer", "答案", "正确答案")
 _TURNS = ("messages", "conversations", "conversation")
+_READ = frozenset((*QUESTIONS, *_QUESTIONS, *_ANSWERS))
 _NUMBER = re.compile(r"\s*-?\d{1,2}(\.0)?\s*")
 _SEVERAL = re.compile(r"[A-Z](?:[\s,;、/和]*[A-Z])*")
 # That a record without options is an exam question too.
 _EXAM_COLUMNS = ("exam_type", "exam_class", "exam_subject", "question_type", "choice_type", *_INDICES)
+# An answer that says more than which option is right.
+_SENTENCES = re.compile(r"[。,:!?\n]|\w[.;](\s|\Z)")
 _MARKED_LETTER = re.compile(r"(?<![A-Za-z])([A-Z])(?:\s*[.:、)]|\s)")
 
 
@@ -76,9 +79,11 @@ class Exam:
 
 
 def exam_prompt(question: str, options: dict[str, str], form: ExamFormat = "letter") -> str:
-    """The question with its options, and how to answer it, in its own language."""
+    """The question with its options, where they do not stand in it already, and how to answer it, in its own
+    language."""
     is_chinese = re.search("[\u4e00-\u9fff]", question) is not None
-    lines = (f"{letter}. {text}" for letter, text in options.items())
+    stands = (re.search(rf"(?<![A-Za-z]){letter}\W*{re.escape(text)}", question) for letter, text in options.items())
+    lines = [] if all(stands) else [f"{letter}. {text}" for letter, text in options.items()]
     return "\n".join([question, *lines, _INSTRUCTIONS[form, is_chinese]])
 
 
@@ -145,20 +150,58 @@ def to_exam(record: object) -> Exam | None:
     return Exam(question, options, "".join(named), rest, unanswered)
 
 
+def as_taught(record: object, form: ExamFormat) -> dict | None:
+    """The record of an exam question as its prompt and the right answer, which dialogues are made of.
+
+    None for any other record, and for a question whose answer is in sentences, which are then what is learned. Raises
+    Unusable as `to_exam`, and where there is not one right answer.
+    """
+    if _is_explained(record) or (exam := to_exam(record)) is None:
+        return None
+    exam.refuse_unanswered()
+    return exam.with_one_answer().as_record(form) if exam.answer else None
+
+
+def _is_explained(record: object) -> bool:
+    """Whether the answer to a question with options is in sentences."""
+    key = _first_key(record, _ANSWERS) if has_options(record) else None
+    if key is None or not isinstance(record[key], str):
+        return False
+    text = unicodedata.normalize("NFKC", record[key]).strip()
+    options = options_of(record, sort_keys(tuple(record), ()).options).values()
+    if record[key].strip() in options or _SEVERAL.fullmatch(text):
+        return False
+    mark = OPTION_LINE.match(text)
+    return _SENTENCES.search(text, mark.end() if mark else 0) is not None
+
+
 def _refuse_lost_options(record: dict) -> None:
-    """Raise Unusable for an exam question whose answer names one of options that are nowhere."""
+    """Raise Unusable for an exam question whose answer names one of options that are nowhere, or under other names."""
     present = with_values(record)
     question_key = _first_key(present, _QUESTIONS)
     index_key = _first_key(present, _INDICES)
     answer_key = index_key or _first_key(present, _ANSWERS)
-    is_exam = _first_key(record, _EXAM_COLUMNS) or sort_keys(tuple(record), ()).options
-    if question_key is None or answer_key is None or not is_exam:
+    if question_key is None or answer_key is None:
         return
     answer = unicodedata.normalize("NFKC", str(present[answer_key])).strip().upper()
-    marked = _MARKED_LETTER.findall(unicodedata.normalize("NFKC", str(present[question_key])))
     names_option = _SEVERAL.fullmatch(answer) or (index_key and _NUMBER.fullmatch(answer))
-    if names_option and not {"A", "B"} <= set(marked):
+    marked = _MARKED_LETTER.findall(unicodedata.normalize("NFKC", str(present[question_key])))
+    if not names_option or {"A", "B"} <= set(marked):
+        return
+    if _first_key(record, _EXAM_COLUMNS) or sort_keys(tuple(record), ()).options:
         raise Unusable(_NO_OPTIONS, f"{answer_key!r} is {answer}, and no options are there; add 'options'")
+    if keys := _keys_like_options(present):
+        listed = ", ".join(map(repr, keys))
+        advice = f"write them as 'options', or take {listed} out of the record if that is something else"
+        raise Unusable(_NO_OPTIONS, f"{answer_key!r} is {answer}, and the options seem to be in {listed}: {advice}")
+
+
+def _keys_like_options(record: dict) -> list[str]:
+    """Unknown keys that hold several texts, or are numbered."""
+    unknown = [key for key in sort_keys(tuple(record), KEYS_READ).unknown if key.strip().lower() not in _READ]
+    lists = [key for key in unknown if isinstance(record[key], dict | list) and len(record[key]) > 1]
+    numbered = [key for key in unknown if key.strip()[-1:].isdigit() and isinstance(record[key], str)]
+    return lists or (numbered if len(numbered) > 1 else [])
 
 
 def _first_key(record: dict, names: Iterable[str]) -> str | None:

@@ -26,7 +26,7 @@ from medtune.reading.dialects import (
     is_read_whole,
     lacks_prompt,
 )
-from medtune.reading.exams import ExamFormat, to_exam, with_answer_letters
+from medtune.reading.exams import ExamFormat, as_taught, with_answer_letters
 from medtune.reading.files import csv_separator, read_raw
 from medtune.reading.finding import ending_of
 from medtune.reading.keys import Reading, sort_keys, split_keys
@@ -329,12 +329,10 @@ class ForeignReader:
 
     def _from_exam(self, record: dict, source: str) -> Dialogue | None:
         """The dialogue of an exam question and its answer; None for any other record."""
-        exam = to_exam(record) if self._exam_format else None
-        if exam is not None:
-            exam.refuse_unanswered()
-        if exam is None or not exam.answer:
+        exam = as_taught(record, self._exam_format) if self._exam_format else None
+        if exam is None:
             return None
-        dialogue = to_dialogue(exam.with_one_answer().as_record(self._exam_format), source, self.reading)
+        dialogue = to_dialogue(exam, source, self.reading)
         self._n_exams += 1
         return dialogue
 

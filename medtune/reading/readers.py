@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from medtune.errors import Unusable, UserError
-from medtune.reading.conversations import to_dialogue, to_document, to_feedback, to_pair, to_prompt, to_question
+from medtune.reading.conversations import to_document, to_feedback, to_pair, to_prompt, to_question, to_taught
 from medtune.reading.exams import with_answer_letters
 from medtune.reading.files import read_raw
 from medtune.reading.finding import some_names
 from medtune.reading.keys import Reading
-from medtune.reading.records import BadRecord, Report, T
+from medtune.reading.records import BadDataError, BadRecord, Report, T
 
 
 def _read(
@@ -36,7 +36,7 @@ def _lettered(path: Path) -> Iterator[tuple[str, object]]:
     return with_answer_letters(read_raw(path), partial(read_raw, path))
 
 
-read_dialogues = partial(_read, to_dialogue)
+read_dialogues = partial(_read, to_taught, rows=_lettered)
 read_prompts = partial(_read, to_prompt)  # dialogues that may end with the question that is to be answered
 read_questions = partial(_read, to_question, rows=_lettered)  # the same for reinforcement learning, exams too
 read_documents = partial(_read, to_document)  # lines of .txt files, and records with `text`
@@ -44,6 +44,26 @@ read_pairs = partial(_read, to_pair)
 read_feedback = partial(_read, to_feedback)  # dialogues whose last reply is marked as good or bad
 
 OnBadData = Literal["error", "drop"]
+
+
+def read_all(
+    read_records: Callable[[Sequence[Path], Reading], Iterable[T | BadRecord]], files: Sequence[Path], reading: Reading
+) -> tuple[list[T], Report]:
+    """The records that can be used, and what the others are. Raises UserError where none can be."""
+    records: list[T] = []
+    report = Report()
+    for result in read_records(files, reading):
+        report.read += 1
+        if not isinstance(result, BadRecord):
+            records.append(result)
+        else:
+            report.drop(result)
+    report.notes = reading.lines()
+    if not report.read:
+        raise UserError(f"no records in {some_names(files)}")
+    if not records:
+        raise BadDataError([report.refusal("records", report.dropped)], "no record can be used")
+    return records, report
 
 
 def load_records(
@@ -57,25 +77,10 @@ def load_records(
     on_bad_data: "error" refuses them, "drop" counts them; None refuses them too, for a caller that has no such flag.
     Raises UserError, with the first ten faults, on bad records unless they are dropped, and whenever nothing is left.
     """
-    reading = reading or Reading()
-    records: list[T] = []
-    report = Report()
-    for result in read_records(files, reading):
-        report.read += 1
-        if not isinstance(result, BadRecord):
-            records.append(result)
-        else:
-            report.drop(result)
-    report.notes = reading.lines()
-
-    n_bad = report.dropped.total()
-    if not report.read:
-        raise UserError(f"no records in {some_names(files)}")
-    if not records or (n_bad and on_bad_data != "drop"):
-        hint = "no record can be used"
-        if records:
-            hint = "fix them" + (", or go on without them: --on_bad_data drop" if on_bad_data else "")
-        raise UserError(report.refusal("records", report.dropped, hint))
+    records, report = read_all(read_records, files, reading or Reading())
+    if report.faults_by_reason and on_bad_data != "drop":
+        refusals = [report.refusal("records", report.faults_by_reason)]
+        raise BadDataError(refusals) if on_bad_data else BadDataError(refusals, "fix them")
     return records, report
 
 

@@ -1,14 +1,21 @@
 """What a record becomes: a dialogue, a pair, a document or a prompt; or a bad record, counted in a report."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import TypeVar
+from typing import Self, TypeVar
 
-from medtune.reading.exams import Exam
+from medtune.errors import UserError
+from medtune.reading.exams import SAME_OPTIONS, Exam
 
 T = TypeVar("T")
+# Why a record that can be read is left out, always counted; every other reason is a fault that --on_bad_data decides
+# about.
+LEFT_OUT = (
+    *("too long", "prompt too long", "reply too long", "same within the limit", "same answers", "same prompt"),
+    *("several right answers", SAME_OPTIONS),
+)
 # Of each reason so many details are kept, and of each detail so many places.
 N_DETAILS, N_PLACES = 10, 3
 
@@ -100,6 +107,20 @@ class BadRecord:
         return f"{self.source}: {self.reason}: {self.detail}"
 
 
+class BadDataError(UserError):
+    """Bad records that are not dropped: their lines, of one step of reading or of several, and what to do."""
+
+    def __init__(self, refusals: Sequence[str], hint: str = "fix them, or go on without them: --on_bad_data drop"):
+        super().__init__("\n".join([*refusals, hint]))
+        self.refusals, self.hint = refusals, hint
+
+    @classmethod
+    def join(cls, errors: Sequence[Self]) -> Self:
+        """Those of several parts of the data as one; what they share is said once."""
+        refusals = dict.fromkeys(refusal for error in errors for refusal in error.refusals)
+        return cls([*refusals], "\n".join(dict.fromkeys(error.hint for error in errors)))
+
+
 @dataclass
 class Report:
     """How many records were read, and how many dropped for which reason.
@@ -127,6 +148,11 @@ class Report:
             else:
                 yield result
 
+    @property
+    def faults_by_reason(self) -> Counter[str]:
+        """Of the dropped records those that have a fault."""
+        return Counter({reason: n for reason, n in self.dropped.items() if reason not in LEFT_OUT})
+
     def drop(self, bad: BadRecord) -> None:
         """Count a record as dropped, with others that have the very same fault."""
         self.dropped[bad.reason] += 1
@@ -142,7 +168,7 @@ class Report:
         """The first faults of a reason, such as `d.jsonl:2, d.jsonl:7: turn 2 (assistant) is empty`."""
         return [f"{_listed(*counted)}: {detail}" for detail, counted in [*self.faults[reason].items()][:limit]]
 
-    def refusal(self, kind: str, reasons: Collection[str], hint: str) -> str:
+    def refusal(self, kind: str, reasons: Collection[str]) -> str:
         """A line for each of the first ten faults of these reasons, the first of each reason before any second."""
         numbered = [
             (number, f"{_listed(*counted)}: {reason}: {detail}")
@@ -153,7 +179,7 @@ class Report:
         lines = [line for _, line in sorted(numbered, key=itemgetter(0))[:N_DETAILS]]
         n_bad = sum(self.dropped[reason] for reason in reasons)
         first = "; the first ten faults" if len(numbered) > len(lines) else ""
-        return "\n".join([f"{n_bad} of {self.read} {kind} are bad{first}:", *(f"  {line}" for line in lines), hint])
+        return "\n".join([f"{n_bad} of {self.read} {kind} are bad{first}:", *(f"  {line}" for line in lines)])
 
     def summary(self) -> str:
         """One line, such as `kept 985 of 1000 (12 empty reply, 3 broken JSON)`."""

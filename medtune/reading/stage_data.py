@@ -18,20 +18,12 @@ from medtune.arguments import DataArguments
 from medtune.errors import Unusable, UserError
 from medtune.reading.cache import open_cache
 from medtune.reading.encoders import Encoder
-from medtune.reading.exams import SAME_OPTIONS
 from medtune.reading.finding import are_same_files, content_fingerprint, find_files, some_names
 from medtune.reading.holdout import choose_part
 from medtune.reading.keys import Reading, split_keys
-from medtune.reading.readers import OnBadData, load_records
-from medtune.reading.records import BadRecord, Report, T
+from medtune.reading.readers import OnBadData, read_all
+from medtune.reading.records import BadDataError, BadRecord, Report, T
 from medtune.reading.thinking import CHOICES
-
-# Why a record that can be read is left out, always counted; every other reason is a fault that --on_bad_data decides
-# about.
-LEFT_OUT = (
-    *("too long", "prompt too long", "reply too long", "same within the limit", "same answers", "same prompt"),
-    *("several right answers", SAME_OPTIONS),
-)
 
 # A process costs about a second to start, which fewer rows do not repay.
 ROWS_A_PROCESS = 1000
@@ -86,11 +78,21 @@ def prepare_data(
     listings = {part: find_files(path, flag, encoder.endings) for part, (flag, path) in sources.items()}
     held_out = "eval" in listings and are_same_files(listings["train"][0], listings["eval"][0], sources["eval"][1])
 
+    prepared_parts: dict[PartName, Part] = {}
+    errors: list[BadDataError] = []
+    for part in (part for part in sources if part in parts):
+        how = (held_out, read_records, encoder, data_args, training_args.seed, cache_dir)
+        try:
+            prepared_parts[part] = prepare_part(part, listings[part][0], *how)
+        except BadDataError as error:
+            errors.append(error)
+    if errors:
+        raise BadDataError.join(errors)
+
     rows: dict[PartName, Dataset] = {}
     facts: dict[str, str] = {}
-    for part in (part for part in sources if part in parts):
+    for part, prepared in prepared_parts.items():
         (flag, path), (files, unread) = sources[part], listings[part]
-        prepared = prepare_part(part, files, held_out, read_records, encoder, data_args, training_args.seed, cache_dir)
         report = prepared.encoded
         if len(prepared.rows) == 0:
             examples = "; ".join(line for reason in report.dropped for line in report.examples(reason))
@@ -150,11 +152,25 @@ def prepare_part(
         was_cached = cache.rows is not None
         if not was_cached:
             reading = Reading(ignore_keys, unread=encoder.unread)
-            records, report = load_records(read_records, files, data_args.on_bad_data, reading)
+            records, report = read_all(read_records, files, reading)
+            # The faults of all steps are said at once.
+            refusals = []
+            if report.faults_by_reason and data_args.on_bad_data == "error":
+                refusals = [report.refusal("records", report.faults_by_reason)]
             if reading.thoughts_apart and encoder.thinking is None:
-                raise UserError(f"{some_names(files)}: {reading.thoughts_apart}; say what becomes of them: {CHOICES}")
-            chosen = choose_part(records, part, held_out, **choice)
-            rows, encoded = encode_records(chosen, encoder, data_args.preprocessing_num_workers, data_args.on_bad_data)
+                thoughts = f"{some_names(files)}: {reading.thoughts_apart}"
+                raise BadDataError(refusals, f"{thoughts}; say what becomes of them: {CHOICES}")
+            try:
+                chosen = choose_part(records, part, held_out, **choice)
+                workers, on_bad_data = data_args.preprocessing_num_workers, data_args.on_bad_data
+                rows, encoded = encode_records(chosen, encoder, workers, on_bad_data)
+            except BadDataError as error:
+                refusals += error.refusals
+            except UserError:
+                if not refusals:
+                    raise
+            if refusals:
+                raise BadDataError(refusals)
             cache.save(rows, {"read": report.as_dict(), "encoded": encoded.as_dict()})
     reports = cache.report
     return Part(cache.rows, Report.from_dict(reports["read"]), Report.from_dict(reports["encoded"]), was_cached)
@@ -188,10 +204,8 @@ def encode_records(
             usable.append(index)
         else:
             report.drop(BadRecord(source, reason, detail))
-    faults = report.dropped.keys() - set(LEFT_OUT)
-    if faults and on_bad_data == "error":
-        hint = "fix them, or go on without them: --on_bad_data drop"
-        raise UserError(report.refusal(encoder.kind, faults, hint))
+    if report.faults_by_reason and on_bad_data == "error":
+        raise BadDataError([report.refusal(encoder.kind, report.faults_by_reason)])
     return encoder.finish(rows.select(usable).remove_columns(["reason", "detail"]), report), report
 
 

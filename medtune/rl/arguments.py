@@ -16,6 +16,8 @@ from medtune.training.checkpoints import PADDING_FREE
 from medtune.training.template_choice import TemplateArguments
 
 EPISODES_AN_UPDATE = "episodes an update"
+# Of a reward and its weight: beside larger ones float32 loses the tenths that KL and other rewards are made of.
+LARGEST_REWARD = 1e6
 
 
 @dataclass(kw_only=True)
@@ -99,7 +101,7 @@ class RewardArguments:
                 weights[name] = float(weight or "1")
             except ValueError:
                 weights[name] = math.nan
-            if not name or not math.isfinite(weights[name]):
+            if not name or not abs(weights[name]) <= LARGEST_REWARD:
                 raise UserError(f"--rewards {spec}: write a name, or a name and a weight such as exam:0.5")
         return weights
 

@@ -34,10 +34,14 @@ def _columns_of(rewards: Sequence[str]) -> list[tuple[str, str, str]]:
     return [(f"reward/{name}", name, ".3f") for name in rewards if len(rewards) > 1]
 
 
-def ppo_figures(rewards: Sequence[str]) -> ShownFigures:
-    """PPO's, with these rewards."""
+def _accuracy_curve(exam_accuracy: str | None) -> dict[str, dict[str, str]]:
+    return {"exam accuracy": {f"eval_{exam_accuracy}": "held-out, greedy"}} if exam_accuracy else {}
+
+
+def ppo_figures(rewards: Sequence[str], exam_accuracy: str | None) -> ShownFigures:
+    """PPO's, with these rewards; exam_accuracy: what the evaluation calls it, None where it does not choose."""
     return ShownFigures(
-        best_by="eval_rlhf_reward",
+        best_by=f"eval_{exam_accuracy}" if exam_accuracy else "eval_rlhf_reward",
         columns=(
             ("objective/score", "score", ".3f"),
             *_columns_of(rewards),
@@ -47,13 +51,14 @@ def ppo_figures(rewards: Sequence[str]) -> ShownFigures:
             *(("value/loss", "value loss", ".4f"), ("value/explained_var", "explained", ".2f")),
             *(*_REPLY, ("episodes_per_second", "episodes/s", ".2f"), _MEMORY),
         ),
-        curves={"score": {"objective/score": "sampled", "eval_score": "held-out, greedy"}} | _KL,
+        curves={"score": {"objective/score": "sampled", "eval_score": "held-out, greedy"}}
+        | _accuracy_curve(exam_accuracy)
+        | _KL,
     )
 
 
 def grpo_figures(rewards: Sequence[str], exam_accuracy: str | None) -> ShownFigures:
-    """GRPO's, with these rewards; exam_accuracy: what the evaluation calls it, None without exam questions."""
-    accuracy = {"exam accuracy": {f"eval_{exam_accuracy}": "held-out, greedy"}} if exam_accuracy else {}
+    """GRPO's, with these rewards; exam_accuracy: what the evaluation calls it, None where it does not choose."""
     return ShownFigures(
         best_by=f"eval_{exam_accuracy}" if exam_accuracy else "eval_reward",
         columns=(
@@ -63,7 +68,8 @@ def grpo_figures(rewards: Sequence[str], exam_accuracy: str | None) -> ShownFigu
             *(("objective/entropy", "entropy", ".3f"), ("policy/loss", "loss", ".4f")),
             *(*_UPDATE, *_REPLY, ("tokens_per_second", "tokens/s", ".0f"), _MEMORY),
         ),
-        curves={"reward": {"objective/reward": "sampled", "eval_reward": "held-out, greedy"}} | accuracy,
+        curves={"reward": {"objective/reward": "sampled", "eval_reward": "held-out, greedy"}}
+        | _accuracy_curve(exam_accuracy),
     )
 
 

@@ -30,7 +30,7 @@ from medtune.measuring.text_metrics import rouge
 from medtune.models.loading import weights_fingerprint
 from medtune.reading.finding import sha256_of
 from medtune.reading.thoughts import ReplyParts, opens_thought, split_reply
-from medtune.rl.arguments import RewardArguments
+from medtune.rl.arguments import LARGEST_REWARD, RewardArguments
 
 REWARD_MODEL = "reward_model"
 # What a reward needs of a prompt's record.
@@ -212,6 +212,12 @@ def load_rewards(args: RewardArguments, response_length: int) -> Rewards:
         known = ", ".join([*functions, REWARD_MODEL])
         where = "" if args.reward_file else "; --reward_file adds functions of your own"
         raise UserError(f"--rewards {unknown[0]}: there are {known}{where}")
+    if opposite := [name for name in weights if weights[name] < 0 and name not in own]:
+        where = f"--rewards {opposite[0]}:{weights[opposite[0]]:g}"
+        raise UserError(
+            f"{where}: {opposite[0]} is higher for better replies, and a weight below 0 teaches worse ones; give 0 or "
+            "more. Functions of --reward_file may have one, to count faults"
+        )
     if own and not own.keys() & weights.keys():
         raise UserError(f"--reward_file {args.reward_file}: name its functions in --rewards: {', '.join(own)}")
     chosen = {name: functions[name] for name in weights if name != REWARD_MODEL}
@@ -302,6 +308,11 @@ def _by_own(function: Callable, name: str, file: Path, replies: Sequence[ScoredR
     if len(values) != len(replies):
         raise UserError(f"{where}: it gave {len(values)} numbers for {len(replies)} replies; return one for each")
     for value in values:
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, int | float) or not abs(value) < math.inf:
             raise UserError(f"{where}: it gave {value!r:.60} for a reply; return a finite number")
+        if abs(value) > LARGEST_REWARD:
+            raise UserError(
+                f"{where}: it gave {value!r:.60} for a reply, beside which float32 loses the KL and other rewards; "
+                f"scale it to a size near 1 (at most {LARGEST_REWARD:g} is taken)"
+            )
     return list(map(float, values))

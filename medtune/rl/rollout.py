@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medtune.errors import UserError
 from medtune.models.decoding import Decoding
-from medtune.models.running_batch import Row
+from medtune.models.running_batch import Row, order_of_prompts
 from medtune.reading.tokenization import stop_token_ids
 from medtune.rl.arguments import RolloutArguments
 from medtune.rl.ppo_math import draw_uniforms, episode_seed, inverse_transform, reply_mask
@@ -322,8 +322,7 @@ def _in_batches(
     rows: Sequence[dict], batch_size: int, stop: SignalListener, of_batch: Callable[[list[int]], SomeReplies]
 ) -> SomeReplies:
     """What `of_batch` gives for the indices of each batch of rows, joined in the order of the rows."""
-    # Like lengths together waste little padding; the longest first, so that too large a batch fails at once.
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["prompt_ids"]), reverse=True)
+    order = order_of_prompts([row["prompt_ids"] for row in rows])
     parts = []
     for begin in range(0, len(order), batch_size):
         if stop.any_received():

@@ -249,6 +249,143 @@ def test_sends_to_hospital(replies, sends):
     assert [reply for reply in replies if sends_to_hospital(reply) is not sends] == []
 
 
+# Kinds that words alone do not tell: twenty of each.
+CALLED_TOO_MUCH = [
+    "叫救护车会不会太麻烦了，算了吧。",
+    "打120是不是有点小题大做，还是算了。",
+    "现在就去急诊会不会太夸张，先睡一觉吧。",
+    "叫救护车多不好意思啊，忍一忍就过去了。",
+    "马上去医院好像没这个必要，再看看吧。",
+    "打120怕邻居笑话，算了。",
+    "立即去医院是不是太兴师动众了，明天再说。",
+    "叫救护车感觉有点丢人，自己扛扛吧。",
+    "打120会不会占用资源，别折腾了。",
+    "叫救护车岂不是太麻烦人家，免了吧。",
+    "Calling 911 might be a bit much, so let's leave it.",
+    "Wouldn't it be too much trouble to call an ambulance? Let it go.",
+    "Going to the ER feels like overreacting; just sleep on it.",
+    "To call an ambulance seems excessive, so skip it.",
+    "To call 911 would be embarrassing, so wait till morning.",
+    "Isn't it a bit dramatic to call 911, so maybe not.",
+    "We could call an ambulance, but forget it.",
+    "Go to the ER now, or no, that is too much fuss.",
+    "To call 120 for this would be making a mountain out of a molehill.",
+    "You could call an ambulance, but that is going too far.",
+]
+LEFT_TO_OTHERS = [
+    "只有胆小鬼才为这点事打120。",
+    "疑神疑鬼的人才会叫救护车。",
+    "大惊小怪的人才马上去医院。",
+    "正常人谁会为这个打120。",
+    "娇气的人才立即去急诊。",
+    "也就没经验的家长会叫救护车。",
+    "没有哪个明白人会叫救护车。",
+    "只有不懂的人才现在就去急诊。",
+    "有钱没处花的人才打120。",
+    "懂点医的人都不会打120。",
+    "Only hypochondriacs call 911 for this.",
+    "Only people who panic call an ambulance.",
+    "Just the overanxious go to the ER with a headache.",
+    "No sensible person would call 911 over that.",
+    "Only a fool would call an ambulance now.",
+    "It is only worriers who call 911 for chest pain.",
+    "People with nothing better to do call an ambulance.",
+    "Hardly anyone would call 911 for this.",
+    "Few people go to the ER for such a thing.",
+    "Doctors laugh at people who call 911 for this.",
+]
+CONDITIONS_THAT_HOLD = [
+    "若不是小事，就别拖，马上去医院。",
+    "如果拿不准，立即打120。",
+    "要是您说的是真的，马上打120。",
+    "若真像您说的那样，赶紧去急诊。",
+    "如果不想出事，现在就打120。",
+    "若想保命，立即去医院。",
+    "如果还在犹豫，就打120。",
+    "若这不是闹着玩的，赶紧叫救护车。",
+    "要是不想后悔，快送医院。",
+    "如果有任何疑问，立即拨打120。",
+    "If in doubt, call 911.",
+    "If you are unsure, call an ambulance now.",
+    "If this is real, call 911 now.",
+    "If you want to live, go to the ER now.",
+    "If you have any doubt, call 120.",
+    "If that is not a joke, call an ambulance at once.",
+    "If what you say is true, call 911.",
+    "If you care about him, call an ambulance.",
+    "If you don't want to regret it, go to the hospital now.",
+    "If this is no small thing, go to the ER.",
+]
+GO_AND_AVOID_HARM = [
+    "去医院急诊，避免耽误。",
+    "去急诊，以免错过时机。",
+    "到最近的医院急诊，免得耽误。",
+    "送医院，防止恶化。",
+    "上医院，别拖。",
+    "去急诊科就诊，避免后果严重。",
+    "带他去急诊，免得出意外。",
+    "打120送急诊，避免路上出事。",
+    "把老人送到医院急诊科，别等天亮。",
+    "为避免耽误，去医院。",
+    "Go to the ER, to avoid delay.",
+    "To avoid harm call 911 now.",
+    "Head for the hospital, so as not to lose time.",
+    "To the ER, without delay.",
+    "Emergency room, now.",
+    "Hospital, right away, before it gets worse.",
+    "Go to hospital, to be safe.",
+    "Off to the hospital, to avoid the worst.",
+    "Take her to hospital, to avoid complications.",
+    "Go to A&E, lest it gets worse.",
+]
+
+
+# Close to these in words, and not of their kind.
+STILL_DIRECTIONS = [
+    "打120不丢人，现在就打。",
+    "叫救护车没什么不好意思的，马上叫救护车。",
+    "打120，不要怕麻烦。",
+    "马上打120才能保命。",
+    "只有医院能救，马上去医院。",
+    "Call 911, it is never too much trouble.",
+    "It is not embarrassing to need help: call 911.",
+    "Only an ambulance can help, so call 911.",
+    "Only one thing to do: call 911.",
+    "Just stay calm and call 911.",
+    "Your only option is to call 911.",
+    "The only safe way is to go to the ER.",
+    "No parent should wait: call 911.",
+    "A few minutes matter: call 911.",
+]
+STILL_NO_DIRECTIONS = [
+    "如果加重，别拖，马上去医院。",
+    "如果不是普通感冒引起的持续高烧，马上去医院。",
+    "若不是很痛，不用打120。",
+    "如果不确定要不要去，先观察。",
+    "去医院，真没必要。",
+    "去医院急诊是浪费时间。",
+    "If it gets worse, go to hospital.",
+    "If this is serious, call 911.",
+    "If you are not sure, wait and see.",
+    "To avoid a fuss, do not call 911.",
+]
+
+
+@pytest.mark.parametrize(
+    ("replies", "sends"),
+    [
+        pytest.param(CALLED_TOO_MUCH, False, id="called too much"),
+        pytest.param(LEFT_TO_OTHERS, False, id="left to others"),
+        pytest.param(CONDITIONS_THAT_HOLD, True, id="conditions that hold"),
+        pytest.param(GO_AND_AVOID_HARM, True, id="go and avoid harm"),
+        pytest.param(STILL_DIRECTIONS, True, id="still directions"),
+        pytest.param(STILL_NO_DIRECTIONS, False, id="still none"),
+    ],
+)
+def test_kinds_that_mislead(replies, sends):
+    assert [reply for reply in replies if sends_to_hospital(reply) is not sends] == []
+
+
 def test_a_direction_far_behind_comes_too_late():
     assert not sends_to_hospital("注意休息。" * 50 + "请立即拨打120。")
 

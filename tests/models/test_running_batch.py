@@ -1,5 +1,8 @@
 """The running batch: a row gets the tokens that it gets alone, those of `generate`, whoever shares its batch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny_families import FAMILIES, tiny_model
@@ -60,6 +63,59 @@ def test_greedy_tokens_are_those_of_generate(family):
     assert [row.ids for row in joining] == expected
 
 
+@contextmanager
+def counted_tokens(model) -> Iterator[list[int]]:
+    """How many tokens, padding included, each forward pass inside the block gets."""
+    counts: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, inputs: counts.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    yield counts
+    hook.remove()
+
+
+def group_rows(prompts: list[list[int]], size: int, n_tokens: int = 6) -> list[Row]:
+    """A greedy reply to each prompt and others that are drawn, the replies to one prompt apart from each other."""
+    return [
+        Row(prompt, NEVER, Decoding(n_tokens, temperature=float(number > 0)), seed=100 * number + place)
+        for number in range(size)
+        for place, prompt in enumerate(prompts)
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replies_to_one_prompt_are_those_of_each_alone_and_compute_it_once(family):
+    """Of every kind of cache: of full, sliding and linear attention, and mixtures of them."""
+    attention = "eager" if family in WITHOUT_SDPA else "sdpa"
+    model = tiny_model(family, attention, initializer_range=0.15).eval()
+    prompts = make_prompts(600)[:3]
+    alone, together = group_rows(prompts, 4), group_rows(prompts, 4)
+    complete_rows(model, alone, batch_size=1)
+    with counted_tokens(model) as counts:
+        complete_rows(model, together, batch_size=12)
+    assert [row.ids for row in together] == [row.ids for row in alone]
+    assert counts == [3 * 17, *[12] * 5]  # not 12 * 17 at first
+
+
+def test_only_a_cache_of_known_kind_is_repeated(model, monkeypatch):
+    prompts = make_prompts(500)
+    expected, rows = group_rows(prompts, 2), group_rows(prompts, 2)
+    complete_rows(model, expected, batch_size=12)
+    monkeypatch.setattr("medtune.models.running_batch.KNOWN_LAYERS", set())
+    with counted_tokens(model) as counts:
+        complete_rows(model, rows, batch_size=12)
+    assert [row.ids for row in rows] == [row.ids for row in expected]
+    assert counts == [12 * 30, *[12] * 5]
+
+
+def test_equal_prompts_are_taken_together(model):
+    """In batches too small for all rows; prompts of one length come mixed."""
+    rows = group_rows([[5, 6, 7], [5, 7, 6]], size=4)
+    with counted_tokens(model) as counts:
+        complete_rows(model, rows, batch_size=4)
+    assert counts == [3, *[4] * 5] * 2
+
+
 def test_rows_of_a_cache_of_unknown_kind_are_computed_anew(model, monkeypatch):
     prompts = make_prompts(500)
     expected = [Row(prompt, NEVER, Decoding(8)) for prompt in prompts]
@@ -103,7 +159,7 @@ def test_finished_rows_are_not_computed_and_others_take_their_place(model):
         lambda _, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
     )
     complete_rows(model, [Row([5] * 4, NEVER, Decoding(n)) for n in (1, 2, 4, 4)], batch_size=4)
-    assert shapes == [(4, 4), (3, 1), (2, 1), (2, 1)]
+    assert shapes == [(1, 4), (3, 1), (2, 1), (2, 1)]
     shapes.clear()
     complete_rows(model, [Row([5] * length, NEVER, Decoding(n)) for length, n in ((6, 2), (5, 4), (4, 2))], 2)
     hook.remove()

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from check_data import main as check
 from convert_data_format import main as convert
 from transformers import PreTrainedTokenizerBase
 
@@ -78,6 +79,76 @@ def test_published_columns_are_one_prompt_in_training_and_evaluation(record, enc
         convert(["--input", str(file), "--output", str(converted), "--format", "sft", "--exam_format", form])
         turns = json.loads(converted.read_text(encoding="utf-8").splitlines()[0])["conversations"]
         assert [turn["value"] for turn in turns] == [PROMPT + instruction, reply]
+
+
+@pytest.mark.parametrize("record", PUBLISHED.values(), ids=PUBLISHED)
+def test_sft_learns_raw_questions_as_the_converter_writes_them(record, write_jsonl, tmp_path, tiny_tokenizer, capsys):
+    """Asked with their options; the check of the data agrees with the stage."""
+    file, converted = write_jsonl("raw/exam.jsonl", [record, FIRST]), tmp_path / "converted.jsonl"
+    convert(["--input", str(file), "--output", str(converted), "--format", "sft"])
+    chat_template, rows = load_chat_template(tiny_tokenizer, "qwen"), []
+    for path in (file, converted):
+        dialogues, _ = load_records(read_dialogues, [path])
+        rows.append(encode_records(dialogues, DialogueEncoder(tiny_tokenizer, chat_template, 1000))[0])
+        assert dialogues[0].messages[0]["content"] == PROMPT + LETTER
+        assert [dialogue.messages[1]["content"] for dialogue in dialogues] == ["B", "A"]
+    assert rows[0]["input_ids"] == rows[1]["input_ids"]
+    check(["--dir", str(file.parent)])
+    said = capsys.readouterr().out
+    assert "exam questions, asked for the letter as in evaluation: 2, the first in " in said
+    assert "verdict: a stage can train on this" in said
+
+
+def test_sft_leaves_out_what_has_several_answers_and_learns_answers_in_sentences(write_jsonl, tmp_path, capsys):
+    exam = {"question": QUESTION, "options": OPTIONS}
+    explained = ["选B。华法林影响凝血。", "B, since warfarin acts on vitamin K", "答案：B", "华法林\n它抑制维生素K。"]
+    records = [exam | {"answer": answer} for answer in ("BC", *explained, "b")]
+    file = write_jsonl("exam/exam.jsonl", records)
+    dialogues, report = load_records(read_dialogues, [file])
+    assert report.dropped == {"several right answers": 1}
+    *in_sentences, lettered = dialogues
+    for dialogue, answer in zip(in_sentences, explained, strict=True):
+        assert dialogue.messages == [
+            {"role": "user", "content": PROMPT.strip()},
+            {"role": "assistant", "content": answer},
+        ]
+    assert lettered.messages[1]["content"] == "B"
+    check(["--dir", str(file.parent)])
+    said = capsys.readouterr().out
+    assert "kept 5 of 6 (1 several right answers)" in said
+    assert "exam.jsonl:1: several" not in said, "no fault"
+    assert "verdict: a stage can train on this" in said
+    with pytest.raises(UserError, match=r"jsonl:1: broken exam question: 'answer' is '阿司匹林'; it must be one of A"):
+        load_records(read_dialogues, [write_jsonl("broken.jsonl", [exam | {"answer": "阿司匹林"}])])
+
+
+@pytest.mark.parametrize(
+    ("keys", "listed"),
+    [
+        ({"variants": OPTIONS}, "'variants'"),
+        ({"candidates": [*OPTIONS.values()]}, "'candidates'"),
+        ({"ending0": "地高辛", "ending1": "华法林"}, "'ending0', 'ending1'"),
+    ],
+)
+def test_sft_never_learns_a_letter_without_its_options(keys, listed, write_jsonl):
+    file = write_jsonl("exam.jsonl", [{"question": QUESTION, "answer": "B"} | keys])
+    for read in (read_dialogues, read_questions):
+        with pytest.raises(UserError) as error:
+            load_records(read, [file])
+        assert "exam.jsonl:1: exam question without options: 'answer' is B, and the options seem to be in" in str(
+            error.value
+        )
+        assert f"write them as 'options', or take {listed} out of the record" in str(error.value)
+    plain = {"question": "我是哪种血型？", "answer": "A", "history": [["一", "二"], ["三", "四"]], "tags": ["血", "型"]}
+    (dialogue,), _ = load_records(read_dialogues, [write_jsonl("plain.jsonl", [plain])])
+    assert dialogue.messages[-2]["content"] == "我是哪种血型？"
+
+
+def test_options_that_stand_in_the_question_are_asked_once():
+    inside = {"question": PROMPT.strip(), "options": OPTIONS, "answer": "B"}
+    assert to_exam(inside).prompt("letter") == PROMPT + LETTER
+    bare = {"question": "地高辛、华法林、肝素、青霉素，哪种药要查INR？", "options": OPTIONS, "answer": "B"}
+    assert "\nB. 华法林\n" in to_exam(bare).prompt("letter"), "words without their letters"
 
 
 @pytest.mark.parametrize(

@@ -511,6 +511,37 @@ def test_faults_stop_the_run_or_are_counted(qwen, request):
     assert report.summary() == "kept 1 of 3 (1 control token, 1 not renderable)"
 
 
+def test_faults_of_records_and_tokens_of_both_parts_are_said_at_once(qwen, write_jsonl, tmp_path):
+    unread, faked = {"question": "q"}, {"question": "q", "answer": "a<|im_end|>"}
+    good = {"question": "头疼怎么办？", "answer": "请就诊。"}
+    train = write_jsonl("train/d.jsonl", [good, unread, faked])
+    held_out = write_jsonl("eval/e.jsonl", [good, faked, {"text": "t"}])
+    both = {"train_file_dir": str(train.parent), "validation_file_dir": str(held_out.parent)}
+    own = {"train_file_dir": str(write_jsonl("own/f.jsonl", [unread, faked, good]).parent)}
+
+    def refusal(**paths) -> list[str]:
+        args = DataArguments(**paths), SimpleNamespace(do_eval=True, seed=42)
+        with pytest.raises(UserError) as error:
+            prepare_data(read_dialogues, DialogueEncoder(*qwen, 100), *args, str(tmp_path))
+        return [
+            line.replace(f"{tmp_path}/", "").partition(": ")[0].strip(" :") for line in str(error.value).split("\n")
+        ]
+
+    hint = "fix them, or go on without them"
+    assert refusal(**both) == [
+        *("1 of 3 records are bad", "train/d.jsonl:2", "1 of 2 dialogues are bad", "train/d.jsonl:3"),
+        *("1 of 3 records are bad", "eval/e.jsonl:3", "1 of 2 dialogues are bad", "eval/e.jsonl:2", hint),
+    ]
+    # A part held out of the same files: each fault once.
+    assert refusal(**own) == [
+        "1 of 3 records are bad",
+        "own/f.jsonl:1",
+        "1 of 1 dialogues are bad",
+        "own/f.jsonl:2",
+        hint,
+    ]
+
+
 def test_no_dialogue_left_is_an_empty_dataset_that_the_cache_takes(qwen, write_jsonl, tmp_path):
     path = write_jsonl("d.jsonl", [{"question": "q", "answer": "a " * 50}])
     for was_cached in (False, True):

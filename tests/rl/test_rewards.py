@@ -167,6 +167,12 @@ def test_the_reward_models_column_is_the_callers():
     [
         ({"rewards": ["exam:x"]}, "--rewards exam:x: write a name, or a name and a weight such as exam:0.5"),
         ({"rewards": ["exam:nan"]}, "--rewards exam:nan: write a name"),
+        ({"rewards": ["exam:1e30"]}, "--rewards exam:1e30: write a name"),
+        (
+            {"rewards": ["exam:-1"]},
+            "--rewards exam:-1: exam is higher for better replies, and a weight below 0 teaches",
+        ),
+        ({"rewards": ["exam", "length:-0.5"]}, "--rewards length:-0.5: length is higher for better replies"),
         ({"rewards": ["exam", "exam:2"]}, "--rewards exam exam:2: one of them is named twice"),
         ({"rewards": ["exam:0"]}, "--rewards exam:0: give one of them a weight other than 0"),
         ({}, "--reward_model_path is missing: name a folder of reward_modeling.py, or score by other --rewards"),
@@ -228,11 +234,19 @@ def _private(replies, records):
     assert rewards.total(given).tolist() == [7, 9]
 
 
+def test_a_function_that_counts_faults_may_have_a_weight_below_0(own_rewards):
+    rewards = own_rewards("def repeats(replies, records):\n    return [2, -1e6]\n", "exam", "repeats:-0.5")
+    given = rewards([reply_of("C"), reply_of("D")])
+    assert rewards.total(given).tolist() == [0.0, 5e5]
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ("return [1.0]", r"reward mine \(.*my_rewards.py\): it gave 1 numbers for 2 replies; return one for each"),
         ("return [float('nan')] * 2", r"reward mine \(.*\): it gave nan for a reply; return a finite number"),
+        ("return [1, 1e30]", r"reward mine \(.*\): it gave 1e\+30 for a reply, beside which float32 loses the KL"),
+        ("return [-10**400, 1]", r"reward mine \(.*\): it gave -10+ for a reply, beside which float32"),
         ("return [1, None]", r"reward mine \(.*\): it gave None for a reply"),
         ("return ['1', '2']", r"reward mine \(.*\): it gave '1' for a reply"),
         ("return 1 / 0", r"reward mine: .*my_rewards.py:2: ZeroDivisionError: division by zero"),

@@ -1,9 +1,16 @@
 """Sampling, and rollouts as tensors that join and part."""
 
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
 import torch
+from transformers import TrainingArguments
 
 from medtune.rl.ppo_math import draw_uniforms, episode_order, inverse_transform
-from medtune.rl.rollout import Rollout
+from medtune.rl.roles import load_roles
+from medtune.rl.rollout import Rollout, Sampling, collect_replies
+from medtune.training.interruption import SignalListener
 
 
 def test_draws_follow_the_tempered_softmax():
@@ -56,3 +63,49 @@ def test_rollouts_join_and_part_without_loss():
         taken = joined.take(torch.tensor([row]))
         for name, tensor in vars(part).items():
             assert torch.equal(getattr(taken, name), tensor), name
+
+
+# ---------------------------------------------------------------- groups
+
+
+@pytest.fixture
+def replies_and_tokens(tiny_model_dir, tmp_path) -> Callable:
+    """A function from prompts and episodes to replies, and the tokens of each forward pass that made them."""
+    roles, _ = load_roles(str(tiny_model_dir), None, {"use_peft": True}, torch.device("cpu"), with_value=False)
+    stop = SignalListener(TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+
+    def collect(prompts: list[list[int]], episodes: list[int] | None, batch_size: int) -> tuple[list, list[int]]:
+        counts: list[int] = []
+        hook = roles.model.get_base_model().register_forward_pre_hook(
+            lambda _, args, inputs: counts.append(inputs["input_ids"].numel()), with_kwargs=True
+        )
+        rows = [{"prompt_ids": prompt} for prompt in prompts]
+        replies = collect_replies(roles, rows, episodes, Sampling(1.0, 6, batch_size, [599], 0, seed=42), stop)
+        hook.remove()
+        return replies.reply_ids(), counts
+
+    return collect
+
+
+def of_prompts(counts: list[int], batch_size: int) -> int:
+    """The tokens of the passes over prompts; those after them have a token a row, of fewer rows each time."""
+    before = [0, *counts]
+    return sum(now for last, now in pairwise(before) if now > last or now > batch_size)
+
+
+def test_a_prompt_is_computed_once_for_the_replies_of_its_group(replies_and_tokens, monkeypatch):
+    """The replies are those of rows that are computed each for itself, as where a cache cannot be repeated."""
+    prompts = [[*range(20, 32)], [*range(40, 52)], [7, 8, 9]]
+    rows, episodes = [prompt for prompt in prompts for _ in range(8)], [*range(24)]
+    replies, counts = replies_and_tokens(rows, episodes, 24)
+    assert len(set(map(tuple, replies[:8]))) > 4, "each is drawn by its episode"
+    with monkeypatch.context() as patch:
+        patch.setattr("medtune.models.running_batch.KNOWN_LAYERS", set())
+        each, each_counts = replies_and_tokens(rows, episodes, 24)
+    assert replies == each
+    assert 8 * of_prompts(counts, 24) == of_prompts(each_counts, 24) == 24 * 12
+    # PPO's prompts that come again, not beside each other: each batch holds whole groups all the same.
+    mixed = [prompts[number % 2] for number in range(16)]
+    repeated, counts = replies_and_tokens(mixed, episodes[:16], 8)
+    assert of_prompts(counts, 8) == 2 * 12
+    assert repeated == replies_and_tokens(mixed, episodes[:16], 1)[0]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 import build_sample_data
@@ -29,6 +30,7 @@ from medtune.sample_data.pairs import PROMPTS
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 KNOWLEDGE = DATA / "knowledge"
+ENTRY_FILES = ("conditions.jsonl", "more_conditions.jsonl")
 DOSE = re.compile(r"\d+ ?(毫克|微克|mg|μg|单位|片|粒|milligrams?|tablets?)")
 EMERGENCY = re.compile("120|急诊|立即去医院|马上就医|ambulance|emergency|hospital at once", re.IGNORECASE)
 
@@ -41,6 +43,11 @@ def read(name: str) -> list[dict]:
 @cache
 def knowledge():
     return read_knowledge(KNOWLEDGE)
+
+
+def entries() -> list[dict]:
+    """Every entry: those that all files are made of, and those that are there to be read."""
+    return [entry for name in ENTRY_FILES for entry in read(f"knowledge/{name}")]
 
 
 def strings(value: object) -> list[str]:
@@ -71,8 +78,9 @@ def test_entries_follow_the_schema():
     # Not the whole schema at once: `oneOf` would not say which field is wrong.
     validators = {kind: Draft202012Validator(schema | {"oneOf": [schema["$defs"][kind]]}) for kind in schema["$defs"]}
     faults = [
-        f"conditions.jsonl:{number} {'/'.join(map(str, error.path))}: {error.message}"
-        for number, entry in enumerate(read("knowledge/conditions.jsonl"), start=1)
+        f"{name}:{number} {'/'.join(map(str, error.path))}: {error.message}"
+        for name in ENTRY_FILES
+        for number, entry in enumerate(read(f"knowledge/{name}"), start=1)
         for error in validators[entry["kind"]].iter_errors(entry)
     ]
     assert not faults
@@ -85,7 +93,11 @@ def test_entries_are_as_many_as_promised():
     assert kinds["zh", "condition"] >= 150
     assert kinds["zh", "medicine"] >= 20
     assert kinds["en", "condition"] + kinds["en", "medicine"] >= 40
-    ids = [(entry["language"], entry["id"]) for entry in read("knowledge/conditions.jsonl")]
+    more = Counter((entry["language"], entry["kind"]) for entry in read("knowledge/more_conditions.jsonl"))
+    assert more["zh", "condition"] >= 60
+    assert more["zh", "medicine"] >= 40
+    assert more["en", "condition"] + more["en", "medicine"] >= 25
+    ids = [(entry["language"], entry["id"]) for entry in entries()]
     assert len(set(ids)) == len(ids)
     assert {name for language, name in ids if language == "en"} <= {name for language, name in ids if language == "zh"}
     fields = Counter(e["field"] for e in read("knowledge/conditions.jsonl") if e["language"] == "zh")
@@ -96,7 +108,7 @@ def test_entries_are_as_many_as_promised():
 def test_no_two_entries_share_a_sentence_or_a_name():
     texts: dict[str, str] = {}
     names: dict[tuple[str, str], str] = {}
-    for entry in read("knowledge/conditions.jsonl"):
+    for entry in entries():
         where = f"{entry['language']}:{entry['id']}"
         words = {key: value for key, value in entry.items() if key not in ("id", "language", "kind", "field")}
         long_enough = 9 if entry["language"] == "zh" else 25
@@ -108,11 +120,26 @@ def test_no_two_entries_share_a_sentence_or_a_name():
 
 
 def test_entries_hold_what_they_must_and_no_dose():
-    for entry in read("knowledge/conditions.jsonl"):
+    for entry in entries():
         assert not DOSE.search(" ".join(strings(entry))), entry["id"]
         assert entry["name"].lower() in entry["overview"].lower()
         for complaint in entry.get("complaints", []):
             assert not any(name.lower() in complaint.lower() for name in [entry["name"], *entry["aliases"]]), complaint
+
+
+def test_entries_to_read_do_not_name_what_continued_pretraining_teaches():
+    unseen = choose_unseen(knowledge())
+    names = {name.lower() for e in knowledge().entries if e.fields["id"] in unseen for name in e.names}
+    for entry in read("knowledge/more_conditions.jsonl"):
+        text = json.dumps(entry, ensure_ascii=False).lower()
+        assert not [name for name in names if re.search(rf"(?<![a-z]){re.escape(name)}(?![a-z])", text)], entry["id"]
+
+
+def test_no_two_entries_have_the_same_symptoms_or_complaints():
+    for key in ("symptoms", "complaints", "uses", "side_effects"):
+        lists = [frozenset(entry[key]) for entry in entries() if key in entry]
+        for one, other in combinations(lists, 2):
+            assert len(one & other) < 3, one & other
 
 
 def test_ways_to_ask_are_either_for_training_or_held_out():
@@ -442,10 +469,13 @@ def test_new_entries_leave_other_dialogues_as_they_are():
 def test_readme_counts_are_right():
     text = (DATA / "README.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `([\w/.]+)` \| ([\d,]+) \| \D", text, re.MULTILINE))
-    assert len(listed) == 16
+    assert len(listed) == 17
     for name, count in listed.items():
         assert (DATA / name).read_text(encoding="utf-8").count("\n") == int(count.replace(",", "")), name
-    kinds = Counter((entry["language"], entry["kind"]) for entry in read("knowledge/conditions.jsonl"))
-    said_so = re.search(r"(\d+) conditions and (\d+) medicines in Chinese, (\d+) and (\d+) of them in English", text)
+    stated = re.findall(
+        r"(\d+) (?:more )?conditions and (\d+) medicines in Chinese, (\d+) and (\d+) of them in English", text
+    )
     order = [("zh", "condition"), ("zh", "medicine"), ("en", "condition"), ("en", "medicine")]
-    assert [int(count) for count in said_so.groups()] == [kinds[key] for key in order]
+    for name, counts in zip(ENTRY_FILES, stated, strict=True):
+        kinds = Counter((entry["language"], entry["kind"]) for entry in read(f"knowledge/{name}"))
+        assert [int(count) for count in counts] == [kinds[key] for key in order], name
