@@ -148,6 +148,9 @@ def write_data(stage: str, n_tokens: int, file: Path) -> None:
         else:
             records.append({"question": letters(rng, n), "answer": letters(rng, 20)})
     file.parent.mkdir(parents=True, exist_ok=True)
+    # Of GRPO, whose replies must differ in it to be learned from.
+    variety = "def variety(replies):\n    return [float(len(set(reply.text))) for reply in replies]\n"
+    file.with_name("variety.py").write_text(variety, encoding="utf-8")
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
@@ -168,7 +171,8 @@ def flags_of(stage: str, shape: str, n_tokens: int, flags: str, models: Path, fo
         "rm": f" --max_source_length {n_tokens} --max_target_length {n_tokens}",
         "dpo": f" --max_source_length {n_tokens} --max_target_length {n_tokens}",
         "ppo": f" --max_source_length {n_tokens} --reward_model_path {models / f'{shape}-rm'}",
-        "grpo": f" --max_source_length {n_tokens} --rewards length:1 --num_generations 4 --stop_token <|im_start|>",
+        "grpo": f" --max_source_length {n_tokens} --rewards variety --num_generations 4 "
+        f"--reward_file {folder / 'variety.py'} --stop_token <|im_start|>",
     }[stage]
     return f"{words} {flags}".split()
 

@@ -85,7 +85,7 @@ def measure(
         memory.fixed, memory.fragments = CPU_CONTEXT, CPU_FRAGMENTS
     else:
         memory.fixed, memory.fragments = CUDA_CONTEXT, CUDA_FRAGMENTS
-        _share(memory, plan)
+        share(memory, plan)
     return memory
 
 
@@ -105,7 +105,7 @@ def _measure_at(
 # ---------------------------------------------------------------- several GPUs
 
 
-def _share(memory: Memory, plan: RunPlan) -> None:
+def share(memory: Memory, plan: RunPlan) -> None:
     """Add what several processes need, and divide what DeepSpeed shares among them."""
     n, stage, parts = plan.n_gpus, plan.zero_stage, memory.parts
     gradients = _gradient_bytes(memory, plan)
