@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"N_PROCESSES={requested}: give a number of processes, one a GPU")
     n_processes = max(int(requested), 1)
     if n_gpus and not flags.help:
-        note_estimate(n_processes, script_and_flags)
+        note_estimate(n_processes * int(os.environ.get("NNODES") or 1), script_and_flags)
     if flags.help or (n_processes == 1 and not is_one_of_several_nodes(os.environ) and not flags.deepspeed):
         os.execv(sys.executable, [sys.executable, *script_and_flags])
     cpu_reason(on_cpu)  # once, before as many processes meet it
