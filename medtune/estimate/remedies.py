@@ -1,5 +1,7 @@
 """Changes of a command that make its run smaller, the mildest first, as the advice for a full memory names them."""
 
+import math
+
 from medtune.estimate.plan import RunPlan
 
 
@@ -13,7 +15,7 @@ def remedies(plan: RunPlan, longest: int) -> list[list[str]]:
         steps += [["--rollout_batch_size", str(size)] for size in _halves(own.rollout_batch_size)]
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     for size in _halves(batch):
-        accumulated = str(accumulation * batch // size)
+        accumulated = str(math.ceil(accumulation * batch / size))
         steps.append(["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", accumulated])
     if not plan.is_rl and args.do_eval and args.per_device_eval_batch_size > 1:
         steps.append(["--per_device_eval_batch_size", "1"])
@@ -22,7 +24,7 @@ def remedies(plan: RunPlan, longest: int) -> list[list[str]]:
     if not plan.lora_args.use_peft:
         steps.append(["--use_peft", "True"])
     if plan.bits > 4 and plan.zero_stage < 3:
-        steps.append(["--load_in_8bit", "False", "--load_in_4bit", "True"])
+        steps.append([*(["--load_in_8bit", "False"] if plan.bits == 8 else []), "--load_in_4bit", "True"])
     limit = {"pt": "block_size", "sft": "model_max_length"}.get(plan.stage)
     if limit and getattr(own, limit) > 1:
         steps.append([f"--{limit}", str(min(longest, getattr(own, limit)) // 2)])
@@ -40,6 +42,6 @@ def _halves(number: int) -> list[int]:
 
 
 def _last_values(words: list[str]) -> list[str]:
-    """Each flag once, with its last value; --load_in_8bit False says nothing where 4 bits are asked for too."""
+    """Each flag once, with its last value."""
     values = dict(zip(words[::2], words[1::2], strict=True))
     return [word for pair in values.items() for word in pair]
