@@ -40,6 +40,7 @@ ROOMS = {
         {"torch", "transformers", "peft", "datasets", "numpy"},
     ),
     "medtune.measuring": ({"medtune.reading"}, {"numpy", "rouge_score", "sacrebleu"}),
+    "medtune.machine": (set(), {"torch", "bitsandbytes"}),
     "medtune.sample_data": (set(), set()),
 }
 STAGES = {"pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training", "grpo_training"}

@@ -44,7 +44,7 @@ class QuantizedLinear(nn.Linear):
             n_weights // SCALED + 4 * (n_weights // SCALED // SCALES_SCALED) if bits == 4 else 4 * self.out_features
         )
         like = layer.weight.new_empty
-        self.weight = nn.Parameter(like(n_weights * bits // 8, dtype=torch.uint8), requires_grad=False)
+        self.weight = nn.Parameter(like(n_weights * bits // 8, 1, dtype=torch.uint8), requires_grad=False)
         self.register_buffer("scales", like(n_scales, dtype=torch.uint8))
         self.bias = layer.bias
 
