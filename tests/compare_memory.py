@@ -203,13 +203,13 @@ def run_stage(stage: str, argv: list[str]) -> float:
 
 
 def estimate(stage: str, argv: list[str]) -> dict:
-    from medtune.estimate.memory import measure
+    from medtune.estimate.memory import measure_memory
     from medtune.estimate.plan import read_plan
     from medtune.estimate.rows import find_rows
     from medtune.estimate.shapes import model_config
 
     plan = read_plan(importlib.import_module(SCRIPTS[stage]), argv, 1, "")
-    memory = measure(plan, model_config(plan.base_model, "")[0], find_rows(plan, None))
+    memory = measure_memory(plan, model_config(plan.base_model, "")[0], find_rows(plan, None))
     stays = sum(memory.parts.values())
     return {"stays": stays, "moment": max(memory.moments.values()), "decides": memory.decides}
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 from medtune.estimate.cards import FREE, Card, Price
 from medtune.estimate.hours import Hours, count_steps_and_tokens, estimate_disk, estimate_hours
-from medtune.estimate.memory import GIB, Memory, measure
+from medtune.estimate.memory import GIB, Memory, measure_memory
 from medtune.estimate.plan import RunPlan, read_plan
 from medtune.estimate.remedies import remedies
 from medtune.estimate.role_moments import has_own_base
@@ -86,7 +86,7 @@ def measure_command(command: Command, flags: Sequence[str] = ()) -> Measured:
     if plan.is_rl and (base := has_own_base(plan)):
         reward_config, _ = model_config(base, "--reward_model_path", **hub_options)
     rows = find_rows(plan, command.tokens)
-    memory = measure(plan, config, rows, reward_config)
+    memory = measure_memory(plan, config, rows, reward_config)
     return Measured(list(flags), plan, rows, memory, source, count_weights(config))
 
 

@@ -53,7 +53,7 @@ class Memory:
         return self.allocated * (1 + self.fragments) + self.fixed
 
 
-def measure(
+def measure_memory(
     plan: RunPlan, config: PretrainedConfig, rows: RunRows, reward_config: PretrainedConfig | None = None
 ) -> Memory:
     """Run the stage's moments at two depths, and go along the line through them to the model's own.

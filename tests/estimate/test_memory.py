@@ -7,7 +7,7 @@ import pytest
 from stage_runs import RL_STAGES, STAGES, stage_flags, words, write_lines
 from transformers import Qwen2Config
 
-from medtune.estimate.memory import GIB, Memory, measure
+from medtune.estimate.memory import GIB, Memory, measure_memory
 from medtune.estimate.plan import read_plan
 from medtune.estimate.remedies import remedies
 from medtune.estimate.rows import find_rows, padded_tokens
@@ -53,7 +53,7 @@ def memory_of(stage: str, n_gpus: int = 1, config: Qwen2Config = SHAPE, **flags)
     if stage == "grpo":
         values |= {"num_generations": 2}
     plan = read_plan(importlib.import_module(SCRIPTS[stage]), words(values | flags), n_gpus, "base")
-    return measure(plan, config, find_rows(plan, 100))
+    return measure_memory(plan, config, find_rows(plan, 100))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_real_data_gives_the_longest_rows(tiny_model_dir, tmp_path, monkeypatch)
     rows = find_rows(plan, None)
     assert len(rows.lengths) == 8
     assert [len(row["input_ids"]) for row in rows.longest] == sorted(rows.lengths.tolist())[-2:][::-1]
-    memory = measure(plan, model_config(plan.base_model, "")[0], rows)
+    memory = measure_memory(plan, model_config(plan.base_model, "")[0], rows)
     assert 0 < memory.total < 2 * GIB
 
 
