@@ -3,7 +3,7 @@
 The truth is the process's own peak of resident memory from the loading of its model on, less what it had before. Every
 run is a process of its own, forked from one that has imported the libraries, with one thread; large tensors are given
 back to the system when they are freed (MALLOC_MMAP_THRESHOLD_). Each stage's combinations are dealt in turn into two
-halves: the constants of `medtune/estimate/memory.py` for a CPU are fitted on the first, and the error is that of the
+halves: the constant of `medtune/estimate/memory.py` for a CPU is fitted on the first, and the error is that of the
 second.
 
     python tests/compare_memory.py measure memory.jsonl             # half an hour; goes on where it stopped
@@ -37,6 +37,7 @@ ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
 }
 MIB = 2**20
+PAGE = 1024  # elements of a page of memory, at most
 SCRIPTS = {
     "pt": "pretraining",
     "sft": "supervised_finetuning",
@@ -193,6 +194,9 @@ def run_stage(stage: str, argv: list[str]) -> float:
         gc.collect()
         before.append(resident())
         loaded = load(*args, **options)
+        model = loaded[0].model if isinstance(loaded, tuple) else loaded
+        for weights in model.parameters():
+            weights.detach().view(-1)[::PAGE].sum()  # rows of a mapped file come into memory as they are read
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         return loaded
@@ -281,15 +285,10 @@ def halves(runs: list[dict]) -> tuple[list[dict], list[dict]]:
     return parts
 
 
-def fit(runs: list[dict]) -> tuple[float, float]:
-    """The constants, fixed bytes and a share of what is allocated, with the least relative errors (least squares)."""
-    import numpy as np
-
-    computed = np.array([run["stays"] + run["moment"] for run in runs], dtype=float)
-    peaks = np.array([run["peak"] for run in runs], dtype=float)
-    design = np.stack([np.ones_like(computed), computed], axis=1) / peaks[:, None]
-    (fixed, factor), *_ = np.linalg.lstsq(design, np.ones_like(peaks), rcond=None)
-    return float(fixed), float(factor) - 1
+def fit(runs: list[dict]) -> float:
+    """The constant, fixed bytes, with the least squares of relative errors."""
+    weighted = [(run["peak"] - run["stays"] - run["moment"], run["peak"] ** -2) for run in runs]
+    return sum(beside * weight for beside, weight in weighted) / sum(weight for _, weight in weighted)
 
 
 def print_table(file: Path) -> None:
@@ -297,14 +296,14 @@ def print_table(file: Path) -> None:
 
     runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     first, second = halves(runs)
-    fixed, share = fit(first)
-    print(f"fitted on {len(first)} runs: {fixed / MIB:.0f} MiB and {share:.1%} of what is allocated\n")
+    fixed = fit(first)
+    print(f"fitted on {len(first)} runs: {fixed / MIB:.0f} MiB beside what is counted\n")
     print("| run | half | measured, MiB | estimate, MiB | error |")
     print("|---|---|---|---|---|")
     errors: dict[str, list[float]] = {}
     for half, part in (("first", first), ("second", second)):
         for run in part:
-            total = (run["stays"] + run["moment"]) * (1 + share) + fixed
+            total = run["stays"] + run["moment"] + fixed
             error = total / run["peak"] - 1
             errors.setdefault(half, []).append(error)
             if half == "second":

@@ -82,18 +82,17 @@ def main() -> None:
     header = [f"{n} x {card}" for n, card in MACHINES]
     print(f"| model | stage | {' | '.join(header)} |")
     print("|---|---|" + "---|" * len(header))
+    first: dict[str, list[str]] = {}
     for model in MODELS:
         for stage in STAGES:
-            print(
-                f"| {model.partition('/')[2]} | {stage} | {' | '.join(cells(stage, model, TOKENS[stage]))} |",
-                flush=True,
-            )
-    print("\n| stage | the guide | rows of the assumed length | three times that |")
-    print("|---|---|---|---|")
+            texts = cells(stage, model, TOKENS[stage])
+            first.setdefault(stage, texts)
+            print(f"| {model.partition('/')[2]} | {stage} | {' | '.join(texts)} |", flush=True)
+    print("\n| stage | the guide | estimate |")
+    print("|---|---|---|")
     index = MACHINES.index((2, "A100 40GB"))
     for stage in STAGES:
-        hours = [cells(stage, MODELS[0], n * TOKENS[stage])[index].partition(", ")[2] for n in (1, 3)]
-        print(f"| {stage} | {GUIDE[stage]} | {' | '.join(hours)} |", flush=True)
+        print(f"| {stage} | {GUIDE[stage]} | {first[stage][index].partition(', ')[2]} |")
 
 
 if __name__ == "__main__":
