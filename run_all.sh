@@ -25,6 +25,7 @@ PPO_DATA=${PPO_DATA:-$SFT_DATA}             # the prompts of PPO
 GRPO_DATA=${GRPO_DATA:-./data/exam}         # exam questions
 TEST_FILES=${TEST_FILES:-data/eval/questions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl}
 EVAL_FLAGS=${EVAL_FLAGS:---num_samples 200 --max_new_tokens 256}
+ESTIMATE=${ESTIMATE:-}                      # 1: print what each training stage will take, and train nothing
 
 # ---------------------------------------------------------------- the guide's questions
 fail() { echo "error: $*" >&2; exit "${code:-2}"; }
@@ -44,15 +45,19 @@ NAME=${NAME:-$(basename "${MODEL%/checkpoint-*}" | sed 's/.*/\L&/; s/^outputs-[a
 export PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 gpus=$("$PYTHON" -m medtune.devices "$@") || exit # where torch cannot use the GPUs, which it has said
 [ "$gpus" != cpu ] || export CUDA_VISIBLE_DEVICES= # --use_cpu for what follows the training stages too
+[ "$ESTIMATE" != 0 ] || ESTIMATE=
+export ESTIMATE ESTIMATE_BASE=$MODEL
 mkdir -p logs
 exec 9> logs/.run_all.lock # the stages inherit it: one that outlived this script holds it
-flock -n 9 || fail "run_all.sh or a stage of it is still at work in this folder; wait for it, or stop it (ps -ef)"
+[ -n "$ESTIMATE" ] || flock -n 9 ||
+    fail "run_all.sh or a stage of it is still at work in this folder; wait for it, or stop it (ps -ef)"
 
 # ---------------------------------------------------------------- one stage
 # `|| true`: there may be no stage, and a terminal that is lost takes no line.
 trap 'kill -TERM $(jobs -p) 2> /dev/null || true; wait
     echo "interrupted: the same command goes on from the last checkpoint" >&2 || true; exit 130' INT TERM HUP
 stage() { # NAME COMMAND...
+    [ -z "$ESTIMATE" ] || { "${@:2}"; return; }
     local name=$1 code=0
     echo "$(date '+%F %T') $name: started; tail -f logs/$name.log"
     set -m # in a process group of its own, so that Ctrl-C reaches the stage once, through the trap
@@ -89,6 +94,7 @@ if [ "$ALIGN" = grpo ]; then
     train grpo "$GRPO_DATA" "$sft" "$@"
     compared+=("$best")
 fi
+[ -z "$ESTIMATE" ] || exit 0
 merged=$best # where all weights were trained
 if [ -f "$best/adapter_config.json" ]; then
     merged=${best%/checkpoint-best}-merged

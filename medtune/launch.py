@@ -1,5 +1,6 @@
 """Start a stage with python if it is one process, otherwise with torchrun, one process per GPU.
 
+With ESTIMATE set the run is estimated and not started (scripts/estimate_run.py).
 With VLLM_GPUS above 0 vLLM servers are started first, which write PPO's and GRPO's replies (medtune/rl/vllm_launch.py).
 NNODES, NODE_RANK and MASTER_ADDR set several nodes; N_PROCESSES sets the number of processes on this one.
 torchrun forwards a signal, gives the processes half a minute to save a checkpoint, and exits with 1 and a traceback.
@@ -9,14 +10,18 @@ launcher itself is killed, they get SIGTERM (`errors.run_script`).
     python -m medtune.launch supervised_finetuning.py --model_name_or_path ...
 """
 
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from medtune.devices import WITHOUT_PEERS, are_hidden, are_peerless, count_gpus, cpu_reason, read_flags
 from medtune.errors import UserError, run_script
 
 SECONDS_TO_SAVE = 600
+ESTIMATE_RUN = str(Path(__file__).resolve().parents[1] / "scripts/estimate_run.py")
 # The stages that VLLM_GPUS is for; in run_all.sh it stands before others too.
 WITH_ROLLOUTS = {"ppo_training.py", "grpo_training.py"}
 
@@ -44,14 +49,20 @@ def rendezvous(environment: Mapping[str, str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     script_and_flags = list(sys.argv[1:] if argv is None else argv)
     flags = read_flags(script_and_flags)
+    if (estimate := os.environ.get("ESTIMATE", "")) not in ("", "0") and not flags.help:
+        own_words = json.loads(estimate) if estimate.startswith("[") else []
+        os.execv(sys.executable, [sys.executable, ESTIMATE_RUN, *own_words, *script_and_flags])
     has_servers = os.environ.get("VLLM_GPUS", "") not in ("", "0") and {*script_and_flags} & WITH_ROLLOUTS
     if has_servers and not flags.help:
         os.execv(sys.executable, [sys.executable, "-m", "medtune.rl.vllm_launch", *script_and_flags])
     on_cpu = flags.use_cpu or are_hidden()
-    requested = os.environ.get("N_PROCESSES") or ("1" if on_cpu else str(count_gpus()))
+    n_gpus = 0 if on_cpu else count_gpus()
+    requested = os.environ.get("N_PROCESSES") or str(max(n_gpus, 1))
     if not requested.isdecimal():
         raise UserError(f"N_PROCESSES={requested}: give a number of processes, one a GPU")
     n_processes = max(int(requested), 1)
+    if n_gpus and not flags.help:
+        note_estimate(n_processes * int(os.environ.get("NNODES") or 1), script_and_flags)
     if flags.help or (n_processes == 1 and not is_one_of_several_nodes(os.environ) and not flags.deepspeed):
         os.execv(sys.executable, [sys.executable, *script_and_flags])
     cpu_reason(on_cpu)  # once, before as many processes meet it
@@ -60,6 +71,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not on_cpu and are_peerless():
             os.environ.update(WITHOUT_PEERS | os.environ)
     torchrun([*rendezvous(os.environ), "--nproc_per_node", str(n_processes), *script_and_flags])
+
+
+def note_estimate(n_gpus: int, script_and_flags: Sequence[str]) -> None:
+    """Print what the run will take of a GPU's memory, and leave the figure to the run, whose results keep it beside the
+    truth.
+    """
+    words = ["--for_launcher", "--gpus", str(n_gpus), *script_and_flags]
+    answer = subprocess.run([sys.executable, ESTIMATE_RUN, *words], capture_output=True, text=True, check=False)
+    if answer.returncode == 0:  # what is wrong with the command, the stage itself says
+        sys.stderr.write(answer.stderr)
+        os.environ["ESTIMATED_GIB"] = answer.stdout.strip()
 
 
 def torchrun(words: Sequence[str]) -> None:

@@ -35,6 +35,10 @@ ROOMS = {
         {"template", "medtune.reading", "medtune.models", "medtune.training", "medtune.measuring"},
         {"torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "safetensors", "loguru", "matplotlib"},
     ),
+    "medtune.estimate": (
+        {"medtune.reading", "medtune.models", "medtune.training", "medtune.rl"},
+        {"torch", "transformers", "peft", "datasets", "numpy"},
+    ),
     "medtune.measuring": ({"medtune.reading"}, {"numpy", "rouge_score", "sacrebleu"}),
     "medtune.machine": (set(), {"torch", "bitsandbytes"}),
     "medtune.sample_data": (set(), set()),

@@ -39,7 +39,7 @@ ALL_PAGES = [
     *BILINGUAL,
     *(
         f"docs/{name}.md"
-        for name in ("evaluation", "grpo", "models", "ppo", "reliability", "results", "serving", "vllm")
+        for name in ("estimate", "evaluation", "grpo", "models", "ppo", "reliability", "results", "serving", "vllm")
     ),
 ]
 LAUNCHED = {

@@ -119,6 +119,15 @@ def test_the_long_way(project):
     assert flag(merge, "--lora_model") == "outputs-ppo-tiny/checkpoint-best"
 
 
+def test_an_estimate_asks_the_training_stages_alone(project):
+    finished, calls = run(project, ALIGN="ppo", ESTIMATE="1")
+    assert finished.returncode == 0, finished.stderr
+    assert scripts(calls) == ["supervised_finetuning.py", "reward_modeling.py", "ppo_training.py"]
+    assert "all done" not in finished.stdout
+    assert not (project / "logs/sft.log").exists()
+    assert scripts(run(project, ALIGN="none", ESTIMATE="0")[1]) == ["supervised_finetuning.py", *LAST]
+
+
 def test_rewards_that_can_be_checked_after_sft(project):
     (project / "exams").mkdir()
     finished, calls = run(project, ALIGN="grpo", GRPO_DATA="exams", GRPO_FLAGS="--rewards exam")

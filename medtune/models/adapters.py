@@ -111,7 +111,7 @@ def load_for_training(
     linear = all_linear_layers(base).modules
     with _explain_peft_faults(base, path, target_modules):
         if config is None:
-            config = _new_lora_config(
+            config = new_lora_config(
                 base,
                 task_type=task_type,
                 target_modules=target_modules,
@@ -154,7 +154,7 @@ def _with_trained_language_model(base: PreTrainedModel) -> PreTrainedModel:
     return base
 
 
-def _new_lora_config(
+def new_lora_config(
     base: PreTrainedModel,
     *,
     task_type: TaskType = TaskType.CAUSAL_LM,
@@ -213,7 +213,7 @@ def save_zero_adapter(folder: Path, path: str, lora: dict, **hub_options) -> Non
             loaded_config(shipped), trust_remote_code=hub_options.get("trust_remote_code", False)
         )
         with _explain_peft_faults(base, path, settings["target_modules"]):
-            config = _new_lora_config(base, **settings)
+            config = new_lora_config(base, **settings)
             model = get_peft_model(base, config)
     shapes = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
     config.base_model_name_or_path = path

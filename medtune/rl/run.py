@@ -43,7 +43,7 @@ from medtune.training.checkpoints import (
     write_manifest,
 )
 from medtune.training.interruption import SignalListener, exit_interrupted
-from medtune.training.log import plot_curves
+from medtune.training.log import memory_figures, plot_curves
 from medtune.training.out_of_memory import batch_remedies, explain_full_memory_or_disk
 from medtune.training.processes import leave_process_group
 from medtune.training.run import leave_finished_run
@@ -401,7 +401,7 @@ class Run:
         metrics = state.evaluations().get(state.best_step, {})
         if self.accelerator.is_main_process:
             results = {"updates": state.global_step, "episodes": state.global_step * self.per_update}
-            _write_json(self.output_dir / "train_results.json", results | {"seconds": state.seconds})
+            _write_json(self.output_dir / "train_results.json", results | {"seconds": state.seconds} | memory_figures())
             if metrics:
                 _write_json(self.output_dir / "eval_results.json", metrics)
             state.save(self.output_dir / "trainer_state.json")

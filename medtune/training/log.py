@@ -174,6 +174,13 @@ def peak_memory_gib() -> float:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
+def memory_figures() -> dict[str, float]:
+    """For a run's results: its peak of memory, and beside it the estimate that the launcher printed."""
+    figures = {"peak_memory_gib": round(peak_memory_gib(), 3)}
+    estimated = os.environ.get("ESTIMATED_GIB")
+    return figures | ({"estimated_memory_gib": float(estimated)} if estimated else {})
+
+
 def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -34,7 +34,7 @@ from medtune.training.log import (
     ProgressLines,
     QuietProgressBar,
     device_name,
-    peak_memory_gib,
+    memory_figures,
     plot_curves,
     start_log,
     version_notes,
@@ -165,7 +165,7 @@ def train(
             step, steps = trainer.state.global_step, trainer.state.max_steps
             saved = Path(trainer.args.output_dir, f"checkpoint-{step}")
             exit_interrupted(stop.received, f"step {step}/{steps}", saved)
-        metrics["peak_memory_gib"] = round(peak_memory_gib(), 2)
+        metrics |= memory_figures()
         trainer.save_metrics("train", metrics, combined=False)
         trainer.save_state()
     return keeper

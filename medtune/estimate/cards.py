@@ -1,0 +1,80 @@
+"""Graphics cards, what they rent for, and whether a run fits on them."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from medtune.errors import UserError
+
+PRICES = Path(__file__).parents[2] / "docs/prices.csv"
+# Of a card's memory, what "fits" leaves free.
+FREE = 0.1
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card by its makers' figures.
+
+    gb: of its name; gib: what torch sees of it.
+    tflops: 10^12 operations a second of matrix products in bfloat16 (float16 where it has none), without sparsity, with
+        sums in float32.
+    gb_s: 10^9 bytes a second from its memory.
+    """
+
+    name: str
+    gb: int
+    gib: float
+    tflops: float
+    gb_s: float
+
+
+CARDS = (
+    Card("T4", 16, 14.6, 65, 320),
+    Card("RTX 4080", 16, 15.6, 97, 717),
+    Card("RTX 3090", 24, 23.6, 71, 936),
+    Card("RTX 4090", 24, 23.5, 165, 1008),
+    Card("RTX 5090", 32, 31.3, 209, 1792),
+    Card("A100 40GB", 40, 39.4, 312, 1555),
+    Card("L40S", 48, 44.4, 362, 864),
+    Card("A100 80GB", 80, 79.1, 312, 2039),
+    Card("H100 80GB", 80, 79.1, 989, 3350),
+    Card("H20", 96, 95.0, 148, 4000),
+    Card("RTX PRO 6000", 96, 94.9, 252, 1792),
+    Card("H200", 141, 139.8, 989, 4800),
+)
+
+
+def choose_cards(names: Sequence[str]) -> list[Card]:
+    """The cards of some names, all without. Raises UserError for a card that is not known."""
+    by_name = {_short(card.name): card for card in CARDS}
+    for name in names:
+        if _short(name) not in by_name:
+            raise UserError(f"--card {name.strip()}: not known; known are {', '.join(card.name for card in CARDS)}")
+    return [by_name[_short(name)] for name in names] or list(CARDS)
+
+
+def _short(name: str) -> str:
+    return "".join(name.lower().split())
+
+
+@dataclass(frozen=True)
+class Price:
+    """Of a card for an hour."""
+
+    per_hour: float
+    currency: str
+
+
+def read_prices(file: Path = PRICES) -> dict[str, Price]:
+    """By the name of the card. Raises UserError with file:line for a line that is none of a price."""
+    prices = {}
+    with file.open(encoding="utf-8", newline="") as lines:
+        for row in (reader := csv.DictReader(lines)):
+            where = f"{file.name}:{reader.line_num}"
+            try:
+                name, per_hour, currency = (row[key].strip() for key in ("card", "per_hour", "currency"))
+                prices[choose_cards([name])[0].name] = Price(float(per_hour), currency)
+            except (KeyError, AttributeError, ValueError) as error:
+                raise UserError(f"{where}: {error}; a line is card,per_hour,currency") from error
+    return prices

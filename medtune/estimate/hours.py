@@ -1,0 +1,182 @@
+"""How long a run takes on a card, from the operations of its steps, and what it leaves on the disk."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from medtune.estimate.cards import Card
+from medtune.estimate.memory import Memory
+from medtune.estimate.meter import Work
+from medtune.estimate.plan import RunPlan
+from medtune.estimate.rows import RunRows, padded_tokens
+from medtune.rl.run import count_updates
+
+# Shares of a card's own figures that training reaches: the best case and the worst.
+UTILISATION = (0.5, 0.25)
+BANDWIDTH = (0.7, 0.4)
+# Seconds that starting an operation takes, and of a run before its first step.
+LAUNCH = (6e-6, 14e-6)
+START = (60.0, 240.0)
+# Of --response_length, what the longest reply of a batch has.
+REPLIES = (0.5, 1.0)
+# Bytes a second that a disk writes.
+DISK = (1e9, 2e8)
+
+
+@dataclass
+class Hours:
+    """Seconds of each phase in the best case and in the worst; steps (or updates), and tokens trained on."""
+
+    phases: dict[str, tuple[float, float]]
+    n_steps: int
+    n_tokens: float
+
+    @property
+    def total(self) -> tuple[float, float]:
+        low, high = (sum(seconds[case] for seconds in self.phases.values()) / 3600 for case in (0, 1))
+        return low, high
+
+
+def estimate_hours(plan: RunPlan, memory: Memory, rows: RunRows, card: Card) -> Hours:
+    cases = [_Case(card, plan, case) for case in (0, 1)]
+    phases_of = _rl_phases if plan.is_rl else _trainer_phases
+    n_steps, n_tokens = count_steps_and_tokens(plan, rows)
+    best, worst = (phases_of(plan, memory, rows, case, n_steps) for case in cases)
+    phases = {name: (best[name], worst[name]) for name in best}
+    return Hours({"start": START} | phases, n_steps, n_tokens)
+
+
+@dataclass
+class _Case:
+    card: Card
+    plan: RunPlan
+    index: int
+
+    def seconds(self, work: Work, tokens: float = 1.0, pairs: float = 1.0, batches: float = 1.0) -> float:
+        """Of so many batches: products repeated `tokens` times, attention `pairs` times."""
+        operations = work.products * tokens + work.attention * pairs
+        rate = self.card.tflops * 1e12 * UTILISATION[self.index]
+        return max(operations / rate, work.n_operations * LAUNCH[self.index] * batches)
+
+    def reading(self, n_bytes: float) -> float:
+        return n_bytes / (self.card.gb_s * 1e9 * BANDWIDTH[self.index])
+
+
+def count_steps_and_tokens(plan: RunPlan, rows: RunRows) -> tuple[int, float]:
+    """Optimizer steps, or updates of PPO and GRPO, and the tokens of their rows without padding."""
+    args, n_rows = plan.training_args, len(rows.lengths)
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * plan.n_gpus
+    if plan.is_rl:
+        size = plan.own_args.num_generations if plan.stage == "grpo" else 1
+        n_steps = count_updates(n_rows * size, per_step, plan.own_args.total_episodes, args)
+        return n_steps, n_steps * per_step * (float(np.mean(rows.lengths)) + plan.own_args.response_length / 2)
+    steps_per_epoch = max(math.ceil(n_rows / per_step), 1)
+    n_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    return n_steps, n_steps * per_step * float(np.mean(rows.lengths))
+
+
+# ---------------------------------------------------------------- PT, SFT, RM, DPO
+
+
+def _trainer_phases(plan: RunPlan, memory: Memory, rows: RunRows, case: _Case, n_steps: int) -> dict[str, float]:
+    args = plan.training_args
+    work = _sum(memory, "forward pass", "backward pass")
+    n_batches = n_steps * args.gradient_accumulation_steps
+    share = _share_of_largest(plan, rows.longest, rows.lengths, args.per_device_train_batch_size)
+    tokens, pairs = (value * n_batches for value in share)
+    phases = {"training": case.seconds(work, tokens, pairs, n_batches)}
+    if rows.longest_eval:
+        n_batches = math.ceil(len(rows.eval_lengths) / args.per_device_eval_batch_size / plan.n_gpus)
+        share = _share_of_largest(plan, rows.longest_eval, rows.eval_lengths, args.per_device_eval_batch_size)
+        seconds = case.seconds(memory.works["evaluation"], *(value * n_batches for value in share), n_batches)
+        if plan.stage == "dpo":
+            seconds += _generation(memory, plan, case, "samples", 256)
+        phases["evaluation"] = seconds * _n_evaluations(plan, n_steps)
+    return phases
+
+
+def _share_of_largest(plan: RunPlan, longest: list[dict], lengths: np.ndarray, batch_size: int) -> tuple[float, float]:
+    """Of an average batch, the tokens and the squares of the rows' lengths, as shares of the largest batch's."""
+    largest = np.array([_length(row) for row in longest])
+    width = float(largest.max())
+    tokens, squares = width * len(largest), width**2 * len(largest)
+    grouped = plan.training_args.train_sampling_strategy == "group_by_length"
+    if plan.model_args.flash_attn or plan.training_args.padding_free == "True":
+        tokens, squares = float(largest.sum()), float((largest**2.0).sum())
+        of_all = float(lengths.sum()), float((lengths.astype(float) ** 2).sum())
+    else:
+        of_all = padded_tokens(lengths, batch_size, grouped)
+    n_batches = math.ceil(len(lengths) / batch_size)
+    return of_all[0] / n_batches / tokens, of_all[1] / n_batches / squares
+
+
+def _length(row: dict) -> int:
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    replies = [len(row[name]) for name in ("chosen_ids", "rejected_ids", "reply_ids", "mismatched_ids") if name in row]
+    return len(row["prompt_ids"]) + max(replies)
+
+
+def _n_evaluations(plan: RunPlan, n_steps: int) -> int:
+    args = plan.training_args
+    every = args.eval_steps or args.logging_steps
+    if 0 < every < 1:
+        every *= n_steps
+    return 1 + (int(n_steps / every) if str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "steps" else 0)
+
+
+# ---------------------------------------------------------------- PPO, GRPO
+
+
+def _rl_phases(plan: RunPlan, memory: Memory, rows: RunRows, case: _Case, n_updates: int) -> dict[str, float]:
+    args, own = plan.training_args, plan.own_args
+    n_episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    n_rollouts = math.ceil(n_episodes / own.rollout_batch_size)
+    # Tokens of an average text as a share of the longest one.
+    longest = max(len(row["prompt_ids"]) for row in rows.longest) + own.response_length
+    share = (float(np.mean(rows.lengths)) + REPLIES[case.index] * own.response_length) / longest
+    phases = {}
+    if not own.vllm_url:
+        n_tokens = math.ceil(REPLIES[case.index] * own.response_length)
+        phases["replies"] = n_updates * n_rollouts * _generation(memory, plan, case, "rollout", n_tokens)
+    scoring = case.seconds(memory.works["scoring"], share, share**2)
+    phases["scoring"] = n_updates * n_rollouts * scoring
+    passes = own.num_ppo_epochs if plan.stage == "ppo" else own.num_iterations
+    work = _sum(memory, *(name for name in memory.works if name.startswith("update")))
+    n_batches = passes * args.gradient_accumulation_steps
+    phases["update"] = n_updates * case.seconds(work, share * n_batches, share**2 * n_batches, n_batches)
+    if rows.longest_eval and "replies" in phases:
+        n_batches = math.ceil(len(rows.eval_lengths) / own.rollout_batch_size / plan.n_gpus)
+        one = phases["replies"] / (n_updates * n_rollouts) + scoring
+        phases["evaluation"] = n_batches * one * (1 + _n_evaluations(plan, n_updates))
+    return phases
+
+
+def _generation(memory: Memory, plan: RunPlan, case: _Case, name: str, n_tokens: int) -> float:
+    """Seconds of a batch of replies: each token reads all weights once."""
+    token = memory.works[f"{name}: last token"]
+    weights = memory.parts["base weights"] * plan.n_gpus if plan.zero_stage == 3 else memory.parts["base weights"]
+    a_token = max(case.seconds(token), case.reading(weights + memory.moments[f"{name}: last token"] / 2))
+    return case.seconds(memory.works[f"{name}: prompts"]) + n_tokens * a_token
+
+
+def _sum(memory: Memory, *names: str) -> Work:
+    works = [memory.works[name] for name in names]
+    return Work(*(sum(values) for values in zip(*(vars(work).values() for work in works), strict=True)))
+
+
+# ---------------------------------------------------------------- disk
+
+
+def estimate_disk(plan: RunPlan, memory: Memory, n_weights: int, n_steps: int) -> dict[str, float]:
+    """Bytes on the disk: the downloaded model, the checkpoints that are kept, and the merged model."""
+    args, of_16_bits = plan.training_args, 2.0 * n_weights
+    saved = memory.parts["adapters and heads"] if plan.lora_args.use_peft else memory.parts["base weights"]
+    optimizer = 12 * saved / 4 if plan.zero_stage else memory.parts["optimizer"]
+    every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * n_steps)
+    n_saves = 1 if str(getattr(args.save_strategy, "value", args.save_strategy)) == "no" else math.ceil(n_steps / every)
+    n_kept = max(min(n_saves, args.save_total_limit + 1) if args.save_total_limit else n_saves, 1)
+    checkpoints = f"checkpoint-best and {n_kept} checkpoint{'s' * (n_kept > 1)}"
+    disk = {"model from the hub": of_16_bits, checkpoints: saved + n_kept * (saved + optimizer)}
+    return disk | ({"merged model": of_16_bits} if plan.lora_args.use_peft else {})

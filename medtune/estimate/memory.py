@@ -1,0 +1,143 @@
+"""The memory of a stage's run on one GPU, moment by moment, from its own steps on weights without memory."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import PretrainedConfig
+
+from medtune.estimate.meter import CUDA_BLOCK, Meter, Work
+from medtune.estimate.plan import RunPlan
+from medtune.estimate.role_moments import run_roles
+from medtune.estimate.rows import RunRows
+from medtune.estimate.shapes import pattern_length
+from medtune.estimate.trainer_moments import run_trainer
+
+GIB = 2**30
+# What no tensor shows. On a GPU: the context and the libraries' workspaces, and what the allocator holds in pieces that
+# fit nothing, as a share of what is allocated. Not measured here: `docs/results.md` says how they were chosen.
+CUDA_CONTEXT, CUDA_FRAGMENTS = 0.7 * GIB, 0.05
+# On a CPU: libraries that load with the first step, and the buffers of operations; tests/compare_memory.py sets it.
+CPU_CONTEXT = 55 * 2**20
+# Of DeepSpeed's buffers without a size in its file, in elements (DeepSpeed 0.19).
+ZERO_BUCKET = 500_000_000
+# Layers of the models that are run; more where their kinds repeat after more layers.
+DEPTHS = (2, 4)
+
+
+@dataclass
+class Memory:
+    """Bytes on a GPU, or of a process on a CPU.
+
+    parts: what stays, by part; moments: what each moment needs beside it at its peak.
+    works: of each moment.
+    fixed, fragments: bytes, and a share of what is allocated.
+    """
+
+    parts: dict[str, float]
+    moments: dict[str, float]
+    works: dict[str, Work] = field(default_factory=dict)
+    fixed: float = 0.0
+    fragments: float = 0.0
+
+    @property
+    def decides(self) -> str:
+        """The moment with the highest peak."""
+        return max(self.moments, key=self.moments.get)
+
+    @property
+    def allocated(self) -> float:
+        return sum(self.parts.values()) + max(self.moments.values())
+
+    @property
+    def total(self) -> float:
+        return self.allocated * (1 + self.fragments) + self.fixed
+
+
+def measure_memory(
+    plan: RunPlan, config: PretrainedConfig, rows: RunRows, reward_config: PretrainedConfig | None = None
+) -> Memory:
+    """Run the stage's moments at two depths, and go along the line through them to the model's own.
+
+    reward_config: of a reward model on a base of its own.
+    """
+    period = pattern_length(config)
+    least, more = (period * math.ceil(depth / period) for depth in (DEPTHS[0], DEPTHS[1] - DEPTHS[0]))
+    depths = (least, least + more)
+    if depths[-1] >= config.num_hidden_layers:
+        depths = (config.num_hidden_layers,)
+    measured = [_measure_at(depth, plan, config, rows, reward_config) for depth in depths]
+    first, last = measured[0], measured[-1]
+    step = (config.num_hidden_layers - depths[0]) / max(depths[-1] - depths[0], 1)
+
+    def at_depth(value: float, other: float) -> float:
+        return value + (other - value) * step
+
+    parts = {name: at_depth(size, last.parts[name]) for name, size in first.parts.items()}
+    moments = {name: at_depth(size, last.moments[name]) for name, size in first.moments.items()}
+    works = {
+        name: Work(
+            *(at_depth(*pair) for pair in zip(vars(work).values(), vars(last.works[name]).values(), strict=True))
+        )
+        for name, work in first.works.items()
+    }
+    memory = Memory(parts, moments, works)
+    if plan.on_cpu:
+        memory.fixed = CPU_CONTEXT
+    else:
+        memory.fixed, memory.fragments = CUDA_CONTEXT, CUDA_FRAGMENTS
+        share(memory, plan)
+    return memory
+
+
+def _measure_at(
+    n_layers: int, plan: RunPlan, config: PretrainedConfig, rows: RunRows, reward_config: PretrainedConfig | None
+) -> Memory:
+    meter = Meter(1 if plan.on_cpu else CUDA_BLOCK)
+    if plan.is_rl:
+        parts = run_roles(plan, config, reward_config, rows, n_layers, meter)
+    else:
+        parts = run_trainer(plan, config, rows, n_layers, meter)
+    stays = sum(parts.values())
+    moments = {name: moment.peak - stays for name, moment in meter.moments.items()}
+    return Memory(parts, moments, {name: moment.work for name, moment in meter.moments.items()})
+
+
+# ---------------------------------------------------------------- several GPUs
+
+
+def share(memory: Memory, plan: RunPlan) -> None:
+    """Add what several processes need, and divide what DeepSpeed shares among them."""
+    n, stage, parts = plan.n_gpus, plan.zero_stage, memory.parts
+    gradients = _gradient_bytes(memory, plan)
+    if not stage:
+        if n > 1 and not plan.is_rl:
+            parts["DDP's buckets"] = gradients
+        return
+    # A copy of the trained weights in float32 and Adam's two moments of it; the weights themselves in bfloat16.
+    n_trained = gradients / 4 if plan.lora_args.use_peft else gradients / 2
+    offload = plan.zero.get("offload_optimizer", {}).get("device") == "cpu"
+    parts["optimizer"] = 0.0 if offload else 12 * n_trained / n
+    bucket = plan.zero.get("reduce_bucket_size", ZERO_BUCKET)
+    if bucket == "auto":
+        bucket = 0
+    if stage == 2:
+        n_buckets = 2 if plan.zero.get("overlap_comm") else 1
+        parts["ZeRO's buckets"] = 2 * n_buckets * bucket
+    if stage == 3:
+        offloads_weights = plan.zero.get("offload_param", {}).get("device") == "cpu"
+        weights = parts["base weights"]
+        parts["base weights"] = 0.0 if offloads_weights else weights / n
+        parts["gathered layers"] = min(weights, 2 * 1e9)  # stage3_max_live_parameters, in bfloat16
+    if stage >= 2:
+        freed = gradients * (1 - 1 / n)
+        memory.moments = {
+            name: max(size - freed, 0.0) if "backward" in name or "step" in name else size
+            for name, size in memory.moments.items()
+        }
+
+
+def _gradient_bytes(memory: Memory, plan: RunPlan) -> float:
+    """Of all trained weights."""
+    if "optimizer step" in memory.moments:
+        return memory.moments["optimizer step"]
+    return memory.parts["optimizer"] / 2

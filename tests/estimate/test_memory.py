@@ -1,0 +1,171 @@
+"""The memory of the stages: bytes that are known, and what each flag does to them."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+from stage_runs import RL_STAGES, STAGES, stage_flags, words, write_lines
+from transformers import Qwen2Config
+
+from medtune.estimate.memory import GIB, Memory, measure_memory
+from medtune.estimate.plan import read_plan
+from medtune.estimate.remedies import remedies
+from medtune.estimate.rows import find_rows, padded_tokens
+from medtune.estimate.shapes import count_weights, model_config
+
+SCRIPTS = STAGES | RL_STAGES
+SLOW = ("pt", "rm", "ppo", "grpo")
+
+
+def shape(n_layers: int) -> Qwen2Config:
+    """Of a base that needs no file, seen as on a GPU with bfloat16."""
+    return Qwen2Config(
+        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=n_layers, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, dtype="bfloat16",
+    )  # fmt: skip
+
+
+SHAPE = shape(5)
+# Of what is smaller than a block.
+BLOCKS = 32 * 1024
+
+
+@pytest.fixture(autouse=True)
+def _on_a_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+
+def memory_of(stage: str, n_gpus: int = 1, config: Qwen2Config = SHAPE, **flags) -> Memory:
+    """Of rows of 100 tokens each."""
+    is_rl = stage in RL_STAGES
+    values = {"sft_model_path" if is_rl else "model_name_or_path": "base", "do_train": True, "output_dir": "out"}
+    values |= {"max_train_samples": 100, "gradient_checkpointing": False, "torch_dtype": "bfloat16"}
+    values |= {"per_device_train_batch_size": 2, "target_modules": "all"}
+    if stage == "sft":
+        values |= {"model_max_length": 100}
+    elif stage == "pt":
+        values |= {"block_size": 100}
+    elif is_rl:
+        values |= {"max_source_length": 60, "response_length": 40, "rollout_batch_size": 4, "num_train_epochs": 1}
+        values |= {"rewards": "length:1"}
+    else:
+        values |= {"max_source_length": 60, "max_target_length": 40}
+    if stage == "grpo":
+        values |= {"num_generations": 2}
+    plan = read_plan(importlib.import_module(SCRIPTS[stage]), words(values | flags), n_gpus, "base")
+    return measure_memory(plan, config, find_rows(plan, 100))
+
+
+@pytest.fixture(scope="module")
+def sft() -> Memory:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        return memory_of("sft")
+
+
+def test_weights_adapters_and_optimizer_have_their_bytes(sft):
+    assert sft.parts["base weights"] == pytest.approx(2 * count_weights(SHAPE), abs=BLOCKS)
+    # q, k, v, o, gate, up, down: rank x (inputs + outputs)
+    matrices = [(256, 256), (256, 128), (256, 128), (256, 256), (256, 512), (256, 512), (512, 256)]
+    n_trained = 5 * sum(16 * (inputs + outputs) for inputs, outputs in matrices)
+    assert sft.parts["adapters and heads"] == 4 * n_trained
+    assert sft.parts["optimizer"] == 8 * n_trained
+    assert sft.moments["optimizer step"] == pytest.approx(4 * n_trained, abs=BLOCKS)  # the gradients
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_the_line_through_two_depths_meets_the_whole_model(stage, monkeypatch):
+    flags = {"do_eval": True} if stage not in RL_STAGES else {}
+    by_line = memory_of(stage, **flags)
+    monkeypatch.setattr("medtune.estimate.memory.DEPTHS", (5, 5))
+    whole = memory_of(stage, **flags)
+    assert by_line.parts == pytest.approx(whole.parts, abs=BLOCKS)
+    assert by_line.moments == pytest.approx(whole.moments, rel=0.01, abs=BLOCKS)
+    assert by_line.works["evaluation" if flags else "scoring"].products == pytest.approx(
+        whole.works["evaluation" if flags else "scoring"].products
+    )
+
+
+def test_checkpointing_and_fewer_bits_take_less(sft):
+    checkpointed = memory_of("sft", gradient_checkpointing=True)
+    assert checkpointed.moments["backward pass"] < 0.6 * sft.moments["backward pass"]
+    assert checkpointed.parts == sft.parts
+    in_linear = 2 * (count_weights(SHAPE) - 1024 * 256)
+    four, eight = memory_of("sft", load_in_4bit=True), memory_of("sft", load_in_8bit=True)
+    embedding = sft.parts["base weights"] - in_linear
+    assert four.parts["base weights"] - embedding == pytest.approx(in_linear / 4, rel=0.05)
+    assert eight.parts["base weights"] - embedding == pytest.approx(in_linear / 2, rel=0.05)
+
+
+def test_rows_and_ranks_count(sft):
+    assert memory_of("sft", per_device_train_batch_size=4).moments["forward pass"] == pytest.approx(
+        2 * sft.moments["forward pass"], rel=0.1
+    )
+    assert memory_of("sft", lora_rank=32).parts["adapters and heads"] == 2 * sft.parts["adapters and heads"]
+
+
+def test_all_weights_have_gradients_and_moments(sft):
+    full = memory_of("sft", use_peft=False)
+    assert full.parts["adapters and heads"] == 0
+    assert full.parts["optimizer"] == pytest.approx(2 * 2 * count_weights(SHAPE), rel=0.01)
+    assert full.moments["optimizer step"] == pytest.approx(2 * count_weights(SHAPE), abs=2 * BLOCKS)
+
+
+def test_dpo_holds_two_models_where_all_weights_are_trained():
+    assert "second model" not in memory_of("dpo").parts
+    full = memory_of("dpo", use_peft=False, max_steps=10)
+    assert full.parts["second model"] == pytest.approx(full.parts["base weights"], rel=0.01)
+
+
+def test_ppo_has_three_adapters_on_one_base_and_grpo_one():
+    ppo, grpo, with_kl = memory_of("ppo"), memory_of("grpo"), memory_of("grpo", beta=0.1)
+    assert ppo.parts["base weights"] == grpo.parts["base weights"]
+    one = grpo.parts["adapters and heads"]
+    assert with_kl.parts["adapters and heads"] == 2 * one
+    assert ppo.parts["adapters and heads"] == pytest.approx(3 * one, abs=BLOCKS)  # and the value head
+    assert {"rollout: prompts", "rollout: last token", "scoring"} <= ppo.moments.keys()
+
+
+def test_several_gpus_hold_buckets_and_zero_shares():
+    one, two = memory_of("sft"), memory_of("sft", n_gpus=2)
+    gradients = one.parts["adapters and heads"]
+    assert two.parts == one.parts | {"DDP's buckets": pytest.approx(gradients, abs=BLOCKS)}
+    three = memory_of("sft", n_gpus=4, deepspeed=Path(__file__).parents[2] / "ds_configs/zero3.json")
+    assert three.parts["base weights"] == one.parts["base weights"] / 4
+    assert three.parts["optimizer"] == pytest.approx(12 * gradients / 4 / 4, abs=BLOCKS)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_real_data_gives_the_longest_rows(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    records = [{"question": "头疼怎么办？", "answer": "请就诊。" * n} for n in range(1, 9)]
+    data = write_lines(tmp_path / "data/records.jsonl", records).parent
+    flags = stage_flags("sft", tiny_model_dir, tmp_path, train_file_dir=data)
+    plan = read_plan(importlib.import_module("supervised_finetuning"), flags, 1, "")
+    rows = find_rows(plan, None)
+    assert len(rows.lengths) == 8
+    assert [len(row["input_ids"]) for row in rows.longest] == sorted(rows.lengths.tolist())[-2:][::-1]
+    memory = measure_memory(plan, model_config(plan.base_model, "")[0], rows)
+    assert 0 < memory.total < 2 * GIB
+
+
+def test_padding_counts():
+    assert padded_tokens([3, 3, 5, 5], 2, grouped=True) == (16, 2 * 9 + 2 * 25)
+    assert padded_tokens([7, 7, 7], 2) == (4 * 7, 4 * 49)
+
+
+# ---------------------------------------------------------------- remedies
+
+
+def test_the_mildest_remedy_comes_first():
+    flags = {"model_name_or_path": "base", "do_train": True, "output_dir": "out", "model_max_length": 2048}
+    flags |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "gradient_checkpointing": False}
+    plan = read_plan(importlib.import_module("supervised_finetuning"), words(flags), 1, "")
+    lists = remedies(plan, 1800)
+    halved = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "16"]
+    single = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "32"]
+    assert lists[:3] == [halved, single, [*single, "--gradient_checkpointing", "True"]]
+    assert "--load_in_4bit" in lists[3]
+    assert lists[4][-2:] == ["--model_max_length", "900"]

@@ -1,0 +1,122 @@
+"""The estimate as a command: with launchers, in JSON, and its mistakes in one line each."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import estimate_run
+import pytest
+from stage_runs import write_lines
+
+from medtune.errors import UserError
+from medtune.estimate.cards import CARDS, read_prices
+
+ROOT = Path(__file__).resolve().parents[2]
+SFT = "supervised_finetuning.py --do_train --output_dir out --per_device_train_batch_size 2"
+
+
+@pytest.fixture
+def estimate(capsys, monkeypatch, in_tmp_path):
+    """Runs the command and returns what it printed."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+    def run(command: str) -> str:
+        estimate_run.main(command.split())
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_table_of_cards(estimate, tiny_model_dir):
+    text = estimate(f"--assume_tokens 64 {SFT} --model_name_or_path {tiny_model_dir} --max_train_samples 640")
+    assert "supervised_finetuning.py" in text
+    assert "computed, not measured" in text
+    for card in CARDS:
+        assert card.name in text
+    assert "does not fit" not in text
+
+
+def test_json_has_hours_and_money(estimate, tiny_model_dir):
+    command = f"{SFT} --model_name_or_path {tiny_model_dir} --max_train_samples 640 --model_max_length 64"
+    one, two = (
+        json.loads(estimate(f"--json --price 10 --gpus {n} --card RTX4090,H200 --assume_tokens 64 {command}"))
+        for n in (1, 2)
+    )
+    assert [card["card"] for card in one["cards"]] == ["RTX 4090", "H200"]
+    assert (one["steps"], two["steps"]) == (3 * 320, 3 * 160)  # of 2 rows, and of 4
+    assert one["tokens"] == 3 * 640 * 64
+    card = one["cards"][0]
+    assert card["cost"] == pytest.approx([10 * hours for hours in card["hours"]])
+    assert 0 < card["hours"][0] < card["hours"][1]
+    assert (
+        one["gib"]
+        > one["allocated_gib"]
+        == pytest.approx(sum(one["parts_gib"].values()) + one["moments_gib"][one["decides"]], abs=0.01)
+    )
+
+
+@pytest.mark.slow
+def test_a_small_card_gets_the_mildest_change(estimate):
+    command = "--do_train --output_dir out --model_name_or_path Qwen/Qwen2.5-7B --max_train_samples 1000"
+    flags = "--per_device_train_batch_size 4 --gradient_checkpointing True --torch_dtype bfloat16"
+    command = f"--json --card RTX4080,RTX4090,H200 --assume_tokens 500 supervised_finetuning.py {command} {flags}"
+    small, middle, large = json.loads(estimate(command))["cards"]
+    assert large["flags"] == []
+    assert middle["flags"][:2] == ["--per_device_train_batch_size", "1"] or middle["flags"][:2] == [
+        "--per_device_train_batch_size", "2",
+    ]  # fmt: skip
+    assert "--load_in_4bit" in small["flags"]
+    assert small["gib"] < 0.9 * 15.6 < middle["gib"] < 0.9 * 23.5 < large["gib"]
+
+
+def test_an_adapter_that_is_to_come_is_assumed(estimate):
+    command = "dpo_training.py --do_train --output_dir out --model_name_or_path outputs-sft/checkpoint-best"
+    text = estimate(f"--base_model Qwen/Qwen2.5-0.5B --card H200 --assume_tokens 300 {command} --max_steps 10")
+    assert "outputs-sft/checkpoint-best is not there yet: an adapter of these flags on Qwen/Qwen2.5-0.5B" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", "no command to estimate"),
+        (f"--card RTX9999 {SFT}", "--card RTX9999: not known; known are T4"),
+        ("train.py --do_train", r"train.py: not a stage; there are pretraining.py"),
+        ("run_nothing.sh", "run_nothing.sh: no such file"),
+        (f"--price -1 {SFT}", "--price -1.0: give more than 0"),
+        (f"--assume_tokens 0 {SFT}", "--assume_tokens 0: give more than 0"),
+        (f"--assume_tokens 9 {SFT} --model_name_or_path Qwen/Qwen2.5-3B", "how many rows are there"),
+        (f"{SFT} --model_name_or_path nobody/Closed-3B", r"nobody/Closed-3B: .*built-in shapes are"),
+        (f"{SFT} --model_name_or_path Qwen/Qwen2.5-3B --train_file_dir data", r"Qwen2.5-3B: .*or give --assume_tokens"),
+        (f"{SFT} --model_name_or_path x --lerning_rate 1", "--lerning_rate is not a flag of this stage; did you mean"),
+        (f"{SFT} --model_name_or_path x --deepspeed none.json", "--deepspeed none.json: no such file"),
+    ],
+)
+def test_a_mistake_is_one_line(estimate, command, message):
+    with pytest.raises(UserError, match=message) as mistake:
+        estimate(command)
+    assert "\n" not in str(mistake.value)
+
+
+def test_bad_data_is_named_by_file_and_line(estimate, tiny_model_dir, tmp_path):
+    data = write_lines(tmp_path / "data/records.jsonl", [{"question": "a", "answer": "b"}, {"question": "a"}])
+    with pytest.raises(UserError, match=r"records\.jsonl:2"):
+        estimate(f"{SFT} --model_name_or_path {tiny_model_dir} --train_file_dir {data.parent}")
+
+
+def test_a_price_is_one_of_a_known_card(tmp_path):
+    assert {"RTX 4090", "A100 40GB", "A100 80GB"} <= read_prices().keys()
+    file = tmp_path / "prices.csv"
+    file.write_text("card,per_hour,currency\nRTX 4090,5,CNY\nA100 40GB,cheap,CNY\n")
+    with pytest.raises(UserError, match=r"prices\.csv:3: could not convert"):
+        read_prices(file)
+
+
+def test_a_launcher_is_estimated_with_its_own_flags(tiny_model_dir):
+    environment = os.environ | {"ESTIMATE": "1", "MODEL": str(tiny_model_dir), "PYTHON": sys.executable}
+    environment |= {"CUDA_VISIBLE_DEVICES": "0,1"}
+    words = ["bash", "run_sft.sh", "--model_max_length", "1024", "--max_train_samples", "40"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "batch 2 x 16 accumulated x 2 GPUs" in done.stdout
