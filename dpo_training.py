@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return {}
 
     # ------------------------------------------------------------ model
-    model = load_for_training(path, **vars(lora_args), **model_args.loading_options)
+    model = load_for_training(path, checkpoint=checkpoint, **vars(lora_args), **model_args.loading_options)
     check_vocabulary(tokenizer, model)
     warn_of_dead_tokens(model, tokenizer, *turn_token_ids(tokenizer, chat_template))
     reference = name_reference(path, lora_args.use_peft, training_args)
@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     facts |= describe_loss(training_args, lora_args) | {"template": lineage.asked_by} | data.facts
     log_facts(trainer, facts)
     log_first(tokenizer, data.train[0])
-    keeper = train(trainer, lineage, checkpoint, run_args)
+    keeper = train(trainer, lineage, checkpoint, run_args, model_args.hub_options)
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)

@@ -384,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     sampling = replace(sampling, servers=servers)
     roles, facts = load_roles(
         sft, rm, vars(lora_args), accelerator.device, with_reference=grpo_args.beta > 0, with_value=False,
-        **model_args.loading_options,
+        checkpoint=checkpoint, **model_args.loading_options,
     )  # fmt: skip
     check_vocabulary(tokenizer, roles.model)
     with accelerator.autocast():

@@ -3,7 +3,8 @@
 Input: the base model and the adapter's folder. An adapter trained on a 4-bit or 8-bit base merges into the unquantized
 one: merged into the quantized base, most of what it learned is rounded away.
 Output: `--output_dir`, which loads like a downloaded model: safetensors in shards, the adapter's tokenizer and chat
-template, generation settings that stop at the template's end tokens, lineage.json.
+template, generation settings that stop at the template's end tokens, lineage.json. What else the base's checkpoint
+holds, such as a vision tower, is copied as it is.
 
 The check: the model is written beside --output_dir, loaded again, and compared with the adapter on its base on 32 fixed
 medical prompts, both in the type that is written. At 99 % of all positions the merged model must prefer the same next
@@ -28,7 +29,6 @@ import torch
 from loguru import logger
 from peft import PeftModel
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
     PretrainedConfig,
@@ -43,7 +43,9 @@ from medtune.models.families import check_same_family
 from medtune.models.lineage import Lineage, is_adapter, read_adapter_config, read_lineage
 from medtune.models.loading import load_base_model, weights_fingerprint
 from medtune.models.model_folder import describe_folder
+from medtune.models.text_part import language_model_class, loaded_config
 from medtune.models.vocabulary import check_vocabulary
+from medtune.models.whole_checkpoint import add_other_parts, summarize_parts
 from medtune.output_files import new_folder, refuse_unwritable
 from medtune.reading.tokenization import encode_prompt, stop_token_ids
 from medtune.training.log import start_log
@@ -113,7 +115,7 @@ def check_room(output_dir: Path, n_bytes: int) -> None:
 def weight_bytes(config: PretrainedConfig, model_class: type, merge_args: MergeArguments) -> int:
     """Size of the merged weights, from the configuration alone."""
     with torch.device("meta"):
-        model = model_class.from_config(config, trust_remote_code=merge_args.trust_remote_code)
+        model = model_class.from_config(loaded_config(config), trust_remote_code=merge_args.trust_remote_code)
     return sum(parameter.numel() for parameter in model.parameters()) * getattr(torch, merge_args.torch_dtype).itemsize
 
 
@@ -281,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     load_options = hub_options | {
         "torch_dtype": merge_args.torch_dtype,
         "allow_pickle_weights": merge_args.allow_pickle_weights,
-        "model_class": AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM,
+        "model_class": AutoModelForSequenceClassification if is_reward_model else language_model_class(folder.config),
     }
     load_options |= {"num_labels": 1} if is_reward_model else {}
     if hasattr(folder.config, "quantization_config"):
@@ -328,6 +330,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if is_reward_model:  # a score is read in front of the padding
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         write_model(model, tokenizer, lineage, written)
+        if not is_reward_model and (others := add_other_parts(written, model, base_model, **hub_options)):
+            logger.info(f"unchanged from {base_model}: {summarize_parts(others)}")
         del model
         gc.collect()
         merged = load_base_model(str(written), flag="--output_dir", **load_options).to(device)

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from itertools import groupby
 from typing import Any, Literal
 
 import medtune.libraries  # noqa: F401 - first: it imports the libraries in half of their time
@@ -29,12 +30,13 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from loguru import logger
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from medtune.arguments import StageArgumentParser
 from medtune.errors import Unusable, UserError, run_script
+from medtune.models.adapter_effect import LEAST_CHANGE, describe_effect
 from medtune.models.chat_models import (
     LOOPBACK,
     NOTICE,
@@ -51,8 +53,10 @@ from medtune.reading.conversations import turns_to_answer
 from medtune.reading.thinking import THOUGHT_FORMS
 from medtune.reading.thoughts import ReplySplitter, split_reply
 from medtune.reading.tokenization import encode_prompt, refuse_control_tokens
+from medtune.reading.tool_calls import CallReader
 from medtune.reading.values import is_parts, text_of
 from medtune.training.log import start_log
+from template import ToolCall
 
 # Tokens of a reply whose request names no limit.
 DEFAULT_MAX_TOKENS = 1024
@@ -125,7 +129,6 @@ NEUTRAL: dict[str, tuple] = {
     "spaces_between_special_tokens": (True,),
     "stop_token_ids": ([],),
     "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "top_logprobs": (0,),
     "typical_p": (1,),
     "use_beam_search": (False,),
@@ -139,20 +142,21 @@ THOUGHT_FIELDS = ("reasoning_content", "reasoning")
 
 
 class Turn(BaseModel, extra="allow"):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Any = None
 
     @model_validator(mode="after")
     def _only_text(self):
         for name, value in (self.model_extra or {}).items():
             # Null, `false` and an empty list of tool calls say nothing; no template of training writes names.
-            if not value or name in ("name", "id"):
+            if not value or name in ("name", "id", "tool_call_id"):
                 continue
-            if name not in THOUGHT_FIELDS:
+            if name not in (*THOUGHT_FIELDS, "tool_calls"):
                 raise ValueError(f"{name}: {_quote(value)} is not supported; a turn here has a role and a text")
             if self.role != "assistant":
-                raise ValueError(f"{name}: {_quote(value)} is not supported; only turns of the assistant have thoughts")
-            if not isinstance(value, str):
+                what = "call tools" if name == "tool_calls" else "have thoughts"
+                raise ValueError(f"{name}: {_quote(value)} is not supported; only turns of the assistant {what}")
+            if name in THOUGHT_FIELDS and not isinstance(value, str):
                 raise ValueError(f"{name}: {_quote(value)} is not supported; a thought is a string")
         return self
 
@@ -164,7 +168,7 @@ class Turn(BaseModel, extra="allow"):
         Raises Unusable for two thoughts that differ.
         """
         content, where = self.content, f"turn {number} ({self.role})"
-        fields = {name: (self.model_extra or {}).get(name) or "" for name in THOUGHT_FIELDS}
+        fields = {name: self.extra(name) or "" for name in THOUGHT_FIELDS}
         thoughts = {value.strip(): name for name, value in fields.items() if value.strip()}
         if thoughts and is_parts(content):
             content = text_of(content, where)
@@ -175,7 +179,13 @@ class Turn(BaseModel, extra="allow"):
                 names = " and in ".join(thoughts.values())
                 raise Unusable("two thoughts", f"{where} has different thoughts in {names}; send one of them")
             content = content if inside else THOUGHT_FORMS["think_tags"].format(*thoughts, content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        calls = self.extra("tool_calls")
+        return message | {"tool_calls": calls} if calls else message
+
+    def extra(self, name: str) -> Any:
+        """A field that not every turn has."""
+        return (self.model_extra or {}).get(name)
 
 
 class ChatRequest(BaseModel, extra="forbid"):
@@ -191,6 +201,8 @@ class ChatRequest(BaseModel, extra="forbid"):
     stream: bool | None = None
     stream_options: dict | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    tools: list[dict] | None = None
+    tool_choice: str | None = None
     # vLLM's names for what OpenAI's interface lacks.
     top_k: int | None = Field(None, ge=-1)
     repetition_penalty: float | None = Field(None, ge=LEAST_PENALTY)
@@ -203,16 +215,29 @@ class ChatRequest(BaseModel, extra="forbid"):
             return body
         read, faults = {}, []
         for name, value in body.items():
-            if name in cls.model_fields:
+            if name in cls.model_fields and name not in NEUTRAL:
                 read[name] = value
             elif name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
                 choices = " or ".join(map(_quote, NEUTRAL[name]))
                 faults.append(f"{name}: {_quote(value)} is not supported; leave it out or give {choices}")
+            elif name in cls.model_fields:
+                read[name] = value
             elif name not in NEUTRAL and name not in UNREAD and value is not None:
                 faults.append(f"{name}: {_quote(value)} is not supported; leave it out")
         if faults:
             raise ValueError("; ".join(faults))
         return read
+
+    @field_validator("tools")
+    @classmethod
+    def _only_functions(cls, tools):
+        for tool in tools or ():
+            function = tool.get("function")
+            if not (isinstance(function, dict) and isinstance(function.get("name"), str)):
+                raise ValueError(
+                    f'{_quote(tool)} is not supported; a tool is {{"type": "function", "function": {{...}}}}'
+                )
+        return tools
 
     def decoding(self, room: int) -> Decoding:
         """Greedy unless a temperature asks for more."""
@@ -227,6 +252,9 @@ class ChatRequest(BaseModel, extra="forbid"):
             stop=[self.stop] if isinstance(self.stop, str) else self.stop,
         )
 
+    def offered_tools(self) -> list[dict] | None:
+        return None if self.tool_choice == "none" else self.tools or None
+
     def seed_of_draws(self) -> int | None:
         """None for no seed, which is -1 in vLLM's interface."""
         return None if self.seed == -1 else self.seed
@@ -237,12 +265,36 @@ def _quote(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
+def results_in_order(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns with the results of tools in the order of their calls, in which templates without ids have them.
+
+    Raises Unusable for the result of no call of the turn before.
+    """
+    ordered: list[Turn] = []
+    ids: list[str | None] = []
+    for is_result, group in groupby(turns, key=lambda turn: turn.role == "tool"):
+        group = list(group)
+        if is_result and ids:
+            for turn in group:
+                if (given := turn.extra("tool_call_id")) not in ids:
+                    raise Unusable("no such call", f"a turn of a tool has tool_call_id {given}; the calls have {ids}")
+            group.sort(key=lambda turn: ids.index(turn.extra("tool_call_id")))
+        ids = [call["id"] for call in group[-1].extra("tool_calls") or () if isinstance(call, dict) and "id" in call]
+        ordered += group
+    return ordered
+
+
 def encode_request(chat_model: ChatModel, request: ChatRequest) -> tuple[list[int], Decoding]:
     """The prompt's ids and the decoding; raises HTTPException 400 for a request that cannot be answered."""
+    chat_template, tools = chat_model.chat_template, request.offered_tools()
+    if tools and chat_model.call_form is None:
+        why = "writes no calls of tools, or none that are read here; leave it out"
+        raise HTTPException(HTTPStatus.BAD_REQUEST, f"tools: the chat template of {chat_template.name} {why}")
     try:
-        messages = turns_to_answer([turn.as_message(number) for number, turn in enumerate(request.messages, 1)])
-        refuse_control_tokens(chat_model.chat_template, messages, None)
-        prompt = encode_prompt(chat_model.tokenizer, chat_model.chat_template, messages)
+        turns = results_in_order(request.messages)
+        messages = turns_to_answer([turn.as_message(number) for number, turn in enumerate(turns, 1)])
+        refuse_control_tokens(chat_template, messages, tools)
+        prompt = encode_prompt(chat_model.tokenizer, chat_template, messages, tools)
         decoding = request.decoding(chat_model.context - len(prompt))
     except Unusable as unusable:
         raise HTTPException(HTTPStatus.BAD_REQUEST, unusable.detail) from None
@@ -314,13 +366,16 @@ def build_app(chat_model: ChatModel, name: str, api_key: str | None, allowed_ori
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if request.stream:
             with_usage = bool((request.stream_options or {}).get("include_usage"))
-            events = _events(chat_model, pieces, head, len(prompt), with_usage)
+            events = _events(chat_model, request, pieces, head, len(prompt), with_usage)
             return StreamingResponse(events, media_type="text/event-stream")
         async for piece in pieces:
             if isinstance(piece, Reply):
                 thought, answer, _ = split_reply(piece.text, chat_model.chat_template.opens_thought)
-                message = {"role": "assistant", "content": answer} | _thought_field(thought)
-                choice = {"index": 0, "message": message, "finish_reason": _finish_reason(piece)}
+                reader = _call_reader(chat_model, request)
+                words = reader.add(answer)
+                rest, calls = reader.end()
+                message = {"role": "assistant", "content": words + rest} | _thought_field(thought) | _calls_field(calls)
+                choice = {"index": 0, "message": message, "finish_reason": _finish_reason(piece, calls)}
                 usage = _usage(chat_model, len(prompt), piece)
                 return head | {"object": "chat.completion", "choices": [choice], "usage": usage}
             if await http_request.is_disconnected():
@@ -346,8 +401,26 @@ def _describe_fault(fault: dict) -> str:
     return f"{where}{_quote(fault['input'])} is not supported; {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
-def _finish_reason(reply: Reply) -> str:
+def _finish_reason(reply: Reply, calls: list[ToolCall]) -> str:
+    if calls:
+        return "tool_calls"
     return "stop" if reply.ended else "length"
+
+
+def _call_reader(chat_model: ChatModel, request: ChatRequest) -> CallReader:
+    tools = request.offered_tools()
+    return CallReader(chat_model.call_form if tools else None, tools)
+
+
+def _calls_field(calls: list[ToolCall]) -> dict:
+    """OpenAI's field for calls, in messages and in the deltas of a stream."""
+    entries = []
+    for index, call in enumerate(calls):
+        function = {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+        entries.append(
+            {"index": index, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+        )
+    return {"tool_calls": entries} if entries else {}
 
 
 def _thought_field(thought: str) -> dict:
@@ -369,31 +442,43 @@ def _usage(chat_model: ChatModel, n_prompt: int, reply: Reply) -> dict:
 
 
 async def _events(
-    chat_model: ChatModel, pieces: AsyncIterator[str | Reply], head: dict, n_prompt: int, with_usage: bool
+    chat_model: ChatModel,
+    request: ChatRequest,
+    pieces: AsyncIterator[str | Reply],
+    head: dict,
+    n_prompt: int,
+    with_usage: bool,
 ) -> AsyncIterator[str]:
     """Server-sent events in OpenAI's form; an error after the first event is sent as an event too."""
     splitter = ReplySplitter(chat_model.chat_template.opens_thought)
+    reader = _call_reader(chat_model, request)
 
     def event(delta: dict, finish_reason: str | None = None, **more) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
         chunk = head | {"object": "chat.completion.chunk", "choices": [choice]} | more
         return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
-    def text_events(thought: str, answer: str) -> list[str]:
-        deltas = (_thought_field(thought), {"content": answer} if answer else {})
+    def text_events(thought: str, words: str) -> list[str]:
+        deltas = (_thought_field(thought), {"content": words} if words else {})
         return [event(delta) for delta in deltas if delta]
 
     try:
         yield event({"role": "assistant", "content": ""})
         async for piece in pieces:
             if isinstance(piece, Reply):
-                for text_event in text_events(*splitter.end()):
+                thought, answer = splitter.end()
+                words = reader.add(answer)
+                rest, calls = reader.end()
+                for text_event in text_events(thought, words + rest):
                     yield text_event
-                yield event({}, _finish_reason(piece))
+                if calls:
+                    yield event(_calls_field(calls))
+                yield event({}, _finish_reason(piece, calls))
                 if with_usage:
                     yield event({}, choices=[], usage=_usage(chat_model, n_prompt, piece))
             else:
-                for text_event in text_events(*splitter.add(piece)):
+                thought, answer = splitter.add(piece)
+                for text_event in text_events(thought, reader.add(answer)):
                     yield text_event
     except (RuntimeError, ValueError) as error:
         logger.error(f"a stream broke off: {error}")
@@ -426,6 +511,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             logger.info(f"--max_model_len {server_args.max_model_len}: the model has {chat_model.context}")
         chat_model.context = min(chat_model.context, server_args.max_model_len)
     load_weights([chat_model], model_args)
+    if chat_model.lora_model:
+        change = chat_model.change_by_adapter()
+        logger.log("INFO" if change >= LEAST_CHANGE else "WARNING", describe_effect(chat_model.lora_model, change))
 
     # ------------------------------------------------------------ serve
     app = build_app(chat_model, name, server_args.api_key, server_args.allowed_origins or ())

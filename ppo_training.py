@@ -372,7 +372,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ model
     servers = connect_servers(ppo_args, sft, vars(lora_args), sampling.stop_ids, training_args, **hub_options)
     sampling = replace(sampling, servers=servers)
-    roles, facts = load_roles(sft, rm, vars(lora_args), accelerator.device, **model_args.loading_options)
+    roles, facts = load_roles(
+        sft, rm, vars(lora_args), accelerator.device, checkpoint=checkpoint, **model_args.loading_options
+    )
     check_vocabulary(tokenizer, roles.model)
     with accelerator.autocast():
         first_prompts = data.train[:CHECKED_PROMPTS]["prompt_ids"]

@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return {}
 
     # ------------------------------------------------------------ model
-    model = load_for_training(path, **vars(lora_args), **model_args.loading_options)
+    model = load_for_training(path, checkpoint=checkpoint, **vars(lora_args), **model_args.loading_options)
     check_vocabulary(tokenizer, model)
 
     # ------------------------------------------------------------ train
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         facts["a document sees"] = "the ones before it in its block"
     log_facts(trainer, facts)
     logger.info(f"the first block begins, learned tokens between « and »:\n{example}")
-    keeper = train(trainer, lineage, checkpoint, run_args)
+    keeper = train(trainer, lineage, checkpoint, run_args, model_args.hub_options)
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)

@@ -132,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         path,
         **vars(lora_args),
         task_type=TaskType.SEQ_CLS,
+        checkpoint=checkpoint,
         pad_token_id=tokenizer.pad_token_id,
         **model_args.loading_options,
     )
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     chosen, rejected = (mark_learned(tokenizer, ids, [IGNORED_LABEL] * (len(ids) - 1) + ids[-1:]) for ids in texts)
     logger.info(f"the first example, scored at the tokens in « »:\n{chosen}\nagainst\n{rejected}")
     # checkpoint-best is the lowest loss: among a hundred held-out pairs many checkpoints have the same accuracy.
-    keeper = train(trainer, lineage, checkpoint, run_args)
+    keeper = train(trainer, lineage, checkpoint, run_args, model_args.hub_options)
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)

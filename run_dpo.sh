@@ -8,6 +8,7 @@
 #
 # A variable of the edit block set in the environment wins over it, a flag after the script's name wins over both:
 #   MODEL=Qwen/Qwen2.5-3B-Instruct bash run_dpo.sh --beta 0.2
+# Another model and its TEMPLATE are those of SFT: docs/models.md.
 # The same command after an interruption goes on from the newest checkpoint. Several machines: docs/reliability.md.
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -9,6 +9,7 @@
 #
 # A variable of the edit block set in the environment wins over it, a flag after the script's name wins over both:
 #   EPISODES=2000 bash run_ppo.sh --kl_coef 0.1
+# Another model and its TEMPLATE are those of SFT: docs/models.md.
 # The same command after an interruption goes on from the newest checkpoint. Several machines: docs/reliability.md.
 set -euo pipefail
 cd "$(dirname "$0")"

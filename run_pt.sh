@@ -8,6 +8,7 @@
 #
 # A variable of the edit block set in the environment wins over it, a flag after the script's name wins over both:
 #   MODEL=Qwen/Qwen2.5-7B bash run_pt.sh --learning_rate 1e-4
+#   MODEL=Qwen/Qwen3-4B-Base bash run_pt.sh     # other models: docs/models.md
 # The same command after an interruption goes on from the newest checkpoint. Several machines: docs/reliability.md.
 set -euo pipefail
 cd "$(dirname "$0")"

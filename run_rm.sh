@@ -8,6 +8,7 @@
 #
 # A variable of the edit block set in the environment wins over it, a flag after the script's name wins over both:
 #   MODEL=Qwen/Qwen2.5-3B-Instruct bash run_rm.sh --learning_rate 1e-5
+# Another model is that of SFT, whose template it keeps: docs/models.md.
 # The same command after an interruption goes on from the newest checkpoint. Several machines: docs/reliability.md.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -22,10 +23,12 @@ BATCH=${BATCH:-2}
 ACCUMULATION=${ACCUMULATION:-8}
 MAX_PROMPT=${MAX_PROMPT:-1024}             # tokens
 MAX_REPLY=${MAX_REPLY:-512}
+RATE=${RATE:-2e-5}                         # learning rate; "lora" is 1e-4, what is usual for adapters
 DEEPSPEED=${DEEPSPEED:-}                    # ds_configs/zero2.json shards the optimizer over the GPUs
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0} # one process for each that is there; "" is the CPU
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 
+[ "$RATE" != lora ] || RATE=1e-4
 args=(
     --model_name_or_path "$MODEL"
     --train_file_dir "$TRAIN_DATA"
@@ -40,7 +43,7 @@ args=(
     --per_device_eval_batch_size "$BATCH"
     --gradient_accumulation_steps "$ACCUMULATION"
     --num_train_epochs 2
-    --learning_rate 2e-5
+    --learning_rate "$RATE"
     --warmup_ratio 0.05
     --weight_decay 0.001
     --use_peft True

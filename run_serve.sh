@@ -46,6 +46,7 @@ fi
 
 gpus=$("$VLLM_PYTHON" -m medtune.devices "$@") # it ends here, with a line, where torch cannot use the GPUs
 if [[ $gpus =~ ^[1-9] ]] && "$VLLM_PYTHON" -c 'import vllm' 2> /dev/null; then
+    [ -z "$API_KEY" ] || export VLLM_API_KEY=$API_KEY
     args=(
         --model "$MODEL"
         --host "$HOST"
@@ -61,10 +62,11 @@ if [[ $gpus =~ ^[1-9] ]] && "$VLLM_PYTHON" -c 'import vllm' 2> /dev/null; then
         args+=(--enable-lora --max-lora-rank "$max_rank" --lora-modules "$NAME=$LORA")
         # The adapter's tokenizer has the template and the end token of its training.
         [ ! -f "$LORA/tokenizer_config.json" ] || args+=(--tokenizer "$LORA")
+        # Once the server answers, a line says what the adapter changes.
+        ("$VLLM_PYTHON" -m medtune.models.adapter_effect "http://127.0.0.1:$PORT" "$NAME" $$ &)
     else
         args+=(--served-model-name "$NAME")
     fi
-    [ -z "$API_KEY" ] || export VLLM_API_KEY=$API_KEY
     server=("$VLLM_PYTHON" -m vllm.entrypoints.openai.api_server)
 else
     args=(

@@ -8,6 +8,7 @@
 #
 # A variable of the edit block set in the environment wins over it, a flag after the script's name wins over both:
 #   MODEL=outputs-pt-qwen2.5-3b/checkpoint-best bash run_sft.sh --learning_rate 1e-5
+#   MODEL=Qwen/Qwen3-4B-Instruct-2507 TEMPLATE= bash run_sft.sh     # other models: docs/models.md
 # The same command after an interruption goes on from the newest checkpoint. Several machines: docs/reliability.md.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -21,11 +22,13 @@ OUTPUT=${OUTPUT:-outputs-sft-qwen2.5-3b}
 # Keep BATCH x ACCUMULATION x number of GPUs constant: 2 x 16 x 2 = 64 dialogues a step.
 BATCH=${BATCH:-2}
 ACCUMULATION=${ACCUMULATION:-16}
+RATE=${RATE:-2e-5}                         # learning rate; "lora" is 2e-4, what is usual for adapters
 MAX_LENGTH=${MAX_LENGTH:-2048}
 DEEPSPEED=${DEEPSPEED:-}                    # ds_configs/zero2.json shards the optimizer over the GPUs
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1} # one process for each that is there; "" is the CPU
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 
+[ "$RATE" != lora ] || RATE=2e-4
 args=(
     --model_name_or_path "$MODEL"
     --train_file_dir "$TRAIN_DATA"
@@ -39,7 +42,7 @@ args=(
     --per_device_eval_batch_size "$BATCH"
     --gradient_accumulation_steps "$ACCUMULATION"
     --num_train_epochs 3
-    --learning_rate 2e-5
+    --learning_rate "$RATE"
     --warmup_ratio 0.05
     --weight_decay 0.05
     --use_peft True

@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return {}
 
     # ------------------------------------------------------------ model
-    model = load_for_training(path, **vars(lora_args), **model_args.loading_options)
+    model = load_for_training(path, checkpoint=checkpoint, **vars(lora_args), **model_args.loading_options)
     check_vocabulary(tokenizer, model)
     warn_of_dead_tokens(model, tokenizer, *turn_token_ids(tokenizer, chat_template))
 
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     facts |= {"template": lineage.asked_by} | data.facts
     log_facts(trainer, facts)
     logger.info(f"the first example, learned tokens between « and »:\n{example}")
-    keeper = train(trainer, lineage, checkpoint, run_args)
+    keeper = train(trainer, lineage, checkpoint, run_args, model_args.hub_options)
 
     # ------------------------------------------------------------ save and evaluate
     best = Path(training_args.output_dir, BEST)

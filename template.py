@@ -11,11 +11,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple, TypedDict
 
+import jinja2
+
 from medtune.errors import UserError
-from medtune.reading.thinking import EMPTY_THOUGHT, Thinking, reads_thought_apart, switch_thinking
+from medtune.reading.thinking import EMPTY_THOUGHT, THOUGHT_KEYS, Thinking, reads_thought_apart, switch_thinking
 from medtune.reading.thoughts import opens_thought, split_reply
 
 # ---------------------------------------------------------------- formats of plain turns
@@ -97,120 +100,70 @@ def _chatml(name: str, start: str = "") -> str:
 
 # ---------------------------------------------------------------- formats with tools and reasoning
 
-# Sets ns.last_user, after which a reasoning block is kept.
-_FIND_LAST_USER = """\
+_PIECES = {
+    # Sets ns.last_user, after which a thought is kept.
+    "find_last_user": """\
 {%- set ns = namespace(last_user=-1) %}
 {%- for message in messages %}
   {%- if message.role == "user" %}{%- set ns.last_user = loop.index0 %}{%- endif %}
-{%- endfor %}"""
-
-# Takes `<think>...</think>` off `text`; `thought` is empty in a reply that a later user turn follows.
-_SPLIT_THOUGHT = r"""
-    {%- set thought = message.reasoning_content if message.reasoning_content is string else "" %}
-    {%- if message.reasoning_content is not string and "</think>" in text %}
+{%- endfor %}""",
+    # Sets `thought`, "" in a reply that a later user turn follows, and takes `<think>...</think>` off `text`.
+    "split_thought": r"""
+    {%- set thought = message.reasoning_content if message.reasoning_content is string else message.thinking %}
+    {%- if thought is not string and "</think>" in text %}
       {%- set thought = text.split("</think>")[0].split("<think>")[-1] %}
       {%- set text = text.split("</think>")[-1].lstrip("\n") %}
     {%- endif %}
-    {%- set thought = thought.strip("\n") if loop.index0 > ns.last_user else "" %}"""
-
+    {%- set thought = thought.strip("\n") if thought is string and loop.index0 > ns.last_user else "" %}""",
+    "json_calls": r"""
+    {%- for call in message.tool_calls or [] %}
+      {%- set call = call.function or call %}
+      {{- "\n" if text or not loop.first else "" }}
+      {{- '<tool_call>\n{"name": "' ~ call.name ~ '", "arguments": ' ~ (call.arguments | tojson) }}
+      {{- "}\n</tool_call>" }}
+    {%- endfor %}""",
+    # How a template of a model that thinks is told to ask for a reply without a thought.
+    "asks_for_none": "(enable_thinking is defined and not enable_thinking)",
+}
 _QWEN3_THOUGHT = (
-    _SPLIT_THOUGHT
+    _PIECES["split_thought"]
     + r"""
     {%- if loop.index0 > ns.last_user and (loop.last or thought) %}
       {{- "<think>\n" ~ thought ~ "\n</think>\n\n" }}
       {%- set text = text.lstrip("\n") %}
     {%- endif %}"""
 )
-
-_QWEN = Template(
-    _FIND_LAST_USER
-    + r"""
-{%- set system = messages[0].content if messages[0].role == "system" else $default_system %}
-{%- if tools %}
-  {{- "<|im_start|>system\n" ~ (system ~ "\n\n" if system is not none else "") }}
-  {{- "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n" }}
-  {{- "You are provided with function signatures within <tools></tools> XML tags:\n<tools>" }}
-  {%- for tool in tools %}{{- "\n" ~ (tool | tojson) }}{%- endfor %}
-  {{- "\n</tools>\n\nFor each function call, return a json object with function name and arguments within " }}
-  {{- "<tool_call></tool_call> XML tags:\n<tool_call>\n" }}
-  {{- '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n' }}
-{%- elif system is not none %}
-  {{- "<|im_start|>system\n" ~ system ~ "<|im_end|>\n" }}
-{%- endif %}
-{%- for message in messages %}
-  {%- set text = message.content or "" %}
-  {%- if message.role == "assistant" %}
-    {{- "<|im_start|>assistant\n" }}
-    $thought
-    {{- text }}
-    {%- for call in message.tool_calls or [] %}
-      {%- set call = call.function or call %}
-      {{- "\n" if text or not loop.first else "" }}
-      {{- '<tool_call>\n{"name": "' ~ call.name ~ '", "arguments": ' ~ (call.arguments | tojson) }}
-      {{- "}\n</tool_call>" }}
-    {%- endfor %}
-    {{- "<|im_end|>\n" }}
-  {%- elif message.role == "tool" %}
-    {{- "<|im_start|>user" if loop.first or loop.previtem.role != "tool" else "" }}
-    {{- "\n<tool_response>\n" ~ text ~ "\n</tool_response>" }}
-    {{- "<|im_end|>\n" if loop.last or loop.nextitem.role != "tool" else "" }}
-  {%- elif not (loop.first and message.role == "system") %}
-    {{- "<|im_start|>" ~ message.role ~ "\n" ~ text ~ "<|im_end|>\n" }}
-  {%- endif %}
-{%- endfor %}
-{{- "<|im_start|>assistant\n" if add_generation_prompt else "" }}$ask"""
+_QWEN3_ASK = r"""
+{%- if add_generation_prompt and enable_thinking is defined and not enable_thinking %}
+  {{- "<think>\n\n</think>\n\n" }}
+{%- endif %}"""
+_LFM2_5_THOUGHT = (
+    _PIECES["split_thought"]
+    + """
+    {{- "<think>" ~ thought ~ "</think>" if thought else "" }}"""
 )
 
-# How a template of a model that thinks is told to ask for a reply without a thought.
-_ASKS_FOR_NONE = "enable_thinking is defined and not enable_thinking"
-_QWEN3_ASK = rf"""
-{{%- if add_generation_prompt and {_ASKS_FOR_NONE} %}}{{{{- "<think>\n\n</think>\n\n" }}}}{{%- endif %}}"""
 
-_GLM4_MOE = (
-    _FIND_LAST_USER
-    + f"""
-{{%- set no_thought = {_ASKS_FOR_NONE} %}}"""
-    + r"""
-{{- "[gMASK]<sop>" }}
-{%- if tools %}
-  {{- "<|system|>\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n" }}
-  {{- "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n" }}
-  {%- for tool in tools %}{{- (tool | tojson) ~ "\n" }}{%- endfor %}
-  {{- "</tools>\n\nFor each function call, output the function name and arguments within the following " }}
-  {{- "XML format:\n<tool_call>{function-name}\n" }}
-  {{- "<arg_key>{arg-key-1}</arg_key>\n<arg_value>{arg-value-1}</arg_value>\n" }}
-  {{- "<arg_key>{arg-key-2}</arg_key>\n<arg_value>{arg-value-2}</arg_value>\n...\n</tool_call>" }}
-{%- endif %}
-{%- for message in messages %}
-  {%- set text = message.content or "" %}
-  {%- if message.role == "assistant" %}"""
-    + _SPLIT_THOUGHT
-    + r"""
-    {{- "<|assistant|>\n<think>" ~ (thought | trim) ~ "</think>" }}
-    {{- "\n" ~ (text | trim) if text | trim else "" }}
-    {%- for call in message.tool_calls or [] %}
-      {%- set call = call.function or call %}
-      {{- "\n<tool_call>" ~ call.name ~ "\n" }}
-      {%- for key, value in call.arguments.items() %}
-        {{- "<arg_key>" ~ key ~ "</arg_key>\n<arg_value>" }}
-        {{- (value if value is string else value | tojson) ~ "</arg_value>\n" }}
-      {%- endfor %}
-      {{- "</tool_call>" }}
-    {%- endfor %}
-  {%- elif message.role == "tool" %}
-    {{- "<|observation|>" if loop.first or loop.previtem.role != "tool" else "" }}
-    {{- "\n<tool_response>\n" ~ text ~ "\n</tool_response>" }}
-  {%- else %}
-    {{- "<|" ~ message.role ~ "|>\n" ~ text }}
-    {{- "/nothink" if message.role == "user" and no_thought and not text.endswith("/nothink") else "" }}
-  {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- "<|assistant|>" ~ ("\n<think></think>" if no_thought else "") }}{%- endif %}"""
-)
+def _of_file(name: str, **fields: str) -> str:
+    """The template in templates/, its $names filled with the pieces above and `fields`."""
+    file = Path(__file__).parent / "templates" / f"{name}.jinja"
+    return Template(file.read_text(encoding="utf-8")).substitute(_PIECES, **fields)
 
 
 def _qwen(*, default_system: str = "none", thought: str = "", ask: str = "") -> str:
-    return _QWEN.substitute(default_system=default_system, thought=thought, ask=ask)
+    return _of_file("qwen", default_system=default_system, thought=thought, ask=ask)
+
+
+def _gemma(name: str) -> str:
+    return _turns(
+        name,
+        start="{bos}",
+        system_in_user="{system}\n\n{text}",
+        user="<start_of_turn>user\n{text}<end_of_turn>\n",
+        header="<start_of_turn>model\n",
+        reply="{text}<end_of_turn>\n",
+        trim=True,
+    )
 
 
 # ---------------------------------------------------------------- the named templates
@@ -219,6 +172,9 @@ TEMPLATES: dict[str, str] = {
     "qwen": _qwen(default_system=_jinja("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")),
     "qwen3": _qwen(thought=_QWEN3_THOUGHT, ask=_QWEN3_ASK),
     "qwen3_nothink": switch_thinking(_qwen(thought=_QWEN3_THOUGHT, ask=_QWEN3_ASK), on=False),
+    "qwen3_instruct_2507": _qwen(),
+    "qwen3_5": _of_file("qwen3_5"),
+    "qwen3_5_nothink": switch_thinking(_of_file("qwen3_5"), on=False),
     "chatml": _chatml("chatml"),
     "yi": _chatml("yi"),
     "internlm2": _chatml("internlm2", start="{bos}"),
@@ -230,35 +186,12 @@ TEMPLATES: dict[str, str] = {
         reply=" {text} {eos}",
         trim=True,
     ),
-    "llama3": _turns(
-        "llama3",
-        start="{bos}",
-        system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
-        user="<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>",
-        header="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        reply="{text}<|eot_id|>",
-        trim=True,
-    ),
-    # Mistral's own v0.3 template moves the system text on to the last user turn, which changes the prompts of
-    # the earlier replies. Here it stays in the first.
-    "mistral": _turns(
-        "mistral",
-        start="{bos}",
-        system_in_user="{system}\n\n{text}",
-        user="[INST] {text}[/INST]",
-        header="",
-        reply=" {text}{eos}",
-        trim=True,
-    ),
-    "gemma": _turns(
-        "gemma",
-        start="{bos}",
-        system_in_user="{system}\n\n{text}",
-        user="<start_of_turn>user\n{text}<end_of_turn>\n",
-        header="<start_of_turn>model\n",
-        reply="{text}<end_of_turn>\n",
-        trim=True,
-    ),
+    "llama3": _of_file("llama3"),
+    "mistral": _of_file("mistral"),
+    "ministral3": _of_file("ministral3"),
+    "gemma": _gemma("gemma"),
+    "gemma3": _gemma("gemma3"),
+    "gemma4": _of_file("gemma4"),
     "phi": _turns(
         "phi",
         system="<|system|>\n{system}<|end|>\n",
@@ -283,7 +216,13 @@ TEMPLATES: dict[str, str] = {
         header="<|assistant|>",
         reply="\n{text}",
     ),
-    "glm4_moe": _GLM4_MOE,
+    "glm4_moe": _of_file("glm4_moe"),
+    "gptoss": _of_file("gptoss"),
+    "granite": _of_file("granite"),
+    "lfm2": _of_file("lfm2", is_newer="false", thought=""),
+    "lfm2_5": _of_file("lfm2", is_newer="true", thought=_LFM2_5_THOUGHT),
+    "minicpm": _of_file("minicpm"),
+    "smollm3": _of_file("smollm3"),
     # Baichuan2's own history has no end token in it, yet generation stops at eos alone: every reply gets one.
     "baichuan2": _turns(
         "baichuan2",
@@ -365,6 +304,12 @@ class Message(TypedDict, total=False):
     role: str
     content: str
     tool_calls: list[ToolCall]
+    weight: int  # 0 for a reply that is not learned
+
+
+def unlearned(messages: Sequence[Message]) -> list[Message]:
+    """The messages, with replies that are there to be read."""
+    return [message | {"weight": 0} if message["role"] == "assistant" else message for message in messages]
 
 
 class Segment(NamedTuple):
@@ -382,6 +327,16 @@ _PROBE: list[Message] = [
     {"role": "user", "content": "probe question 2"},
     {"role": "assistant", "content": "probe answer 2"},
 ]
+_PROBE_THOUGHTS: list[Message] = [
+    turn | {"content": f"<think>\nprobe thought\n</think>\n\n{turn['content']}"}
+    if turn["role"] == "assistant"
+    else turn
+    for turn in _PROBE
+]
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": "probe", "description": "probe tool", "parameters": {"type": "object", "properties": {}}},
+}
 _PROBE_CALL: list[Message] = [
     {"role": "user", "content": "probe question"},
     {"role": "assistant", "content": "", "tool_calls": [{"name": "probe", "arguments": {}}]},
@@ -411,24 +366,79 @@ class ChatTemplate:
         """The text that a reply to the last message continues."""
         return self.render(self._with_chosen_thoughts(messages), tools, True)
 
-    def segments(self, messages: list[Message], tools: list[dict] | None = None) -> list[Segment]:
+    def segments(
+        self, messages: list[Message], tools: list[dict] | None = None, only_learned: bool = False
+    ) -> list[Segment]:
         """The rendered conversation in segments; every reply runs from the end of its prompt through its end token.
 
         An eos token is added where the template writes no end token after the last reply.
+
+        only_learned: a reply of weight 0 is no segment of its own, and need not be written as it was asked for.
         """
         messages = self._with_chosen_thoughts(messages)
         text = self.render(messages, tools, False)
         if messages[-1]["role"] == "assistant" and not self._ends[1]:
             text += self.eos_token
-        replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        replies = [
+            index
+            for index, message in enumerate(messages)
+            if message["role"] == "assistant" and not (only_learned and message.get("weight") == 0)
+        ]
         starts = [self._reply_start(text, messages, tools, index) for index in replies]
 
         segments, done = [], 0
-        for index, start, limit in zip(replies, starts, [*starts[1:], len(text)], strict=True):
+        for index, start, limit in zip(replies, starts, [*starts, len(text)][1:], strict=True):
             end = self._reply_end(text, messages, index, start, limit)
             segments += [Segment(text[done:start], False), Segment(text[start:end], True)]
             done = end
         return [*segments, Segment(text[done:], False)] if done < len(text) else segments
+
+    def examples(self, messages: list[Message]) -> list[list[Message]]:
+        """The dialogue, or one for each of its questions, in which the replies to earlier ones are not learned.
+
+        The latter where one text would teach an earlier reply behind another prompt than inference gives, or with
+        another end; and where earlier replies lose thoughts that are to be learned. Where this is so of a call that its
+        result and the answer follow, one for each reply.
+        """
+        followers = [*(message["role"] for message in messages[1:]), "user"]
+        replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        answers = [index for index in replies if followers[index] == "user"]
+        if len(answers) < len(replies) and self._rewrites_calls:
+            ends = replies
+        elif len(answers) > 1 and (self._rewrites_replies or self._loses_thoughts(messages[: answers[-2] + 1])):
+            ends = answers
+        else:
+            return [messages]
+        examples, done = [], 0
+        for end in (index + 1 for index in ends):
+            if any(messages[index].get("weight") != 0 for index in replies if done <= index < end):
+                examples.append(unlearned(messages[:done]) + messages[done:end])
+            done = end
+        return examples
+
+    @cached_property
+    def _rewrites_replies(self) -> bool:
+        """Whether a reply is written otherwise once another follows: behind another prompt, or with another end."""
+        return self._dropped > 0 or self._ends[0] not in self.stop_tokens
+
+    @cached_property
+    def _rewrites_calls(self) -> bool:
+        """Whether a call is written behind another prompt once its result and an answer follow."""
+        if self.call_text is None:
+            return False
+        answered = [*_PROBE_CALL, {"role": "assistant", "content": "probe answer"}]
+        asked = self.render(_PROBE_CALL[:1], [_PROBE_TOOL], True)
+        return not self.render(answered, [_PROBE_TOOL], False).startswith(asked)
+
+    def _loses_thoughts(self, earlier: list[Message]) -> bool:
+        has_thoughts = any(turn["role"] == "assistant" and split_reply(turn["content"]).thought for turn in earlier)
+        return self.thinking == "keep" and has_thoughts and not self._keeps_thoughts
+
+    @cached_property
+    def _keeps_thoughts(self) -> bool:
+        """Whether it writes the thoughts of replies that others follow."""
+        text = self.render(self._with_chosen_thoughts(_PROBE_THOUGHTS), None, False)
+        return text.count("probe thought") == 2
 
     def control_token_in(self, text: str) -> str | None:
         """The first control token that a message's text holds."""
@@ -439,10 +449,12 @@ class ChatTemplate:
         """The text with a seam behind the first character of each control token."""
         return self._control_pattern.sub(lambda token: token[0][0] + seam + token[0][1:], text)
 
-    @property
+    @cached_property
     def stop_tokens(self) -> tuple[str, ...]:
-        """The tokens that may end a reply."""
-        return tuple(dict.fromkeys(token for token in [*self._ends, self.eos_token] if token))
+        """The tokens that may end a reply, the usual one first."""
+        middle_end, last_end = self._ends
+        ends = [last_end] if self._ends_thoughts(middle_end) else [middle_end, last_end]
+        return tuple(dict.fromkeys(token for token in [*ends, self.eos_token, self._call_end] if token))
 
     @cached_property
     def opens_thought(self) -> bool:
@@ -456,10 +468,11 @@ class ChatTemplate:
     @cached_property
     def writes_empty_thoughts(self) -> bool:
         """Whether it writes an empty thought before a reply that has none."""
-        return bool(EMPTY_THOUGHT.search(self.render(_PROBE, None, False)))
+        behind_question = self.render(_PROBE, None, False).partition("probe question 1")[2]
+        return bool(EMPTY_THOUGHT.search(behind_question))
 
     def _with_chosen_thoughts(self, messages: list[Message]) -> list[Message]:
-        if self.learns_thoughts and not (self.thinking and self._reads_thought_apart):
+        if self.learns_thoughts and not self._reads_thought_apart:
             return messages
         return [
             self._with_chosen_thought(message) if message["role"] == "assistant" else message for message in messages
@@ -468,7 +481,11 @@ class ChatTemplate:
     def _with_chosen_thought(self, message: Message) -> Message:
         parts = split_reply(message["content"])
         if self.learns_thoughts:
-            return message | {"content": parts.answer, "reasoning_content": parts.thought}
+            return (
+                message
+                | {"content": parts.answer}
+                | dict.fromkeys(THOUGHT_KEYS if parts.thought else (), parts.thought)
+            )
         # A thought alone stays, since a turn needs words.
         return message | {"content": parts.answer} if parts.answer or message.get("tool_calls") else message
 
@@ -491,16 +508,16 @@ class ChatTemplate:
         return start
 
     def _reply_end(self, text: str, messages: list[Message], index: int, start: int, limit: int) -> int:
-        message = messages[index]
+        message, is_last = messages[index], index + 1 == len(messages)
+        middle_end, last_end = self._ends
         # The end token is looked for behind the reply's own words, which may speak of it.
-        words = "" if message.get("tool_calls") else message["content"].strip()
+        words = "" if message.get("tool_calls") else split_reply(message["content"]).answer
         at = text.find(words, start, limit)
         start = at + len(words) if at >= 0 else start
-        middle_end, last_end = self._ends
-        if index + 1 == len(messages):
-            end_token = last_end or self.eos_token
+        if message.get("tool_calls") and not (is_last and last_end is None):
+            end_token = self._call_end
         else:
-            end_token = self._call_end if messages[index + 1]["role"] == "tool" else middle_end
+            end_token = (last_end or self.eos_token) if is_last else middle_end
         at = text.find(end_token, start, limit)
         if at < 0:
             raise UserError(f"chat template of {self.name}: no {end_token} ends message {index + 1}; {_PASS_NAME}")
@@ -531,13 +548,36 @@ class ChatTemplate:
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
     @cached_property
+    def call_text(self) -> str | None:
+        """How it writes a call of a tool, with what follows in its turn; None where it has no place for tools."""
+        called, _ = self._call_and_result
+        text = (called or "").rpartition(_PROBE_CALL[0]["content"])[2]
+        return text if _PROBE_TOOL["function"]["name"] in text else None
+
+    @cached_property
+    def _call_and_result(self) -> tuple[str | None, str | None]:
+        """A dialogue that ends with a call, and with its result; None for what it refuses."""
+        try:
+            called, answered = (self.render(_PROBE_CALL[:turns], [_PROBE_TOOL], False) for turns in (2, 3))
+        except (UserError, jinja2.TemplateError):
+            return None, None
+        return called, answered
+
+    @cached_property
     def _call_end(self) -> str:
-        """The token after a tool call that a tool turn follows."""
+        """The token after a call of a tool; the one after other replies where it has no place for calls."""
         middle_end, last_end = self._ends
-        if last_end:
+        called, answered = self._call_and_result
+        if called is None:
             return middle_end
-        called, answered = (self.render(_PROBE_CALL[:turns], None, False) for turns in (2, 3))
-        return self._leading_token(answered.removeprefix(called)) or middle_end
+        if last_end is None:
+            return self._leading_token(answered.removeprefix(called)) or middle_end
+        return next((token for token in self._tokens if called.rstrip().endswith(token)), middle_end)
+
+    def _ends_thoughts(self, end_token: str) -> bool:
+        """Whether the token after a reply ends a thought too, as gpt-oss's does, so that no reply is over at it."""
+        text = self.render(self._with_chosen_thoughts(_PROBE_THOUGHTS[:2]), None, False)
+        return end_token in text.partition("probe thought")[2].partition("probe answer 1")[0]
 
     @cached_property
     def _dropped(self) -> int:
@@ -547,8 +587,11 @@ class ChatTemplate:
 
     def _leading_token(self, text: str) -> str | None:
         """The special token that `text` starts with, white space aside."""
-        # Gemma's added tokens hold runs of newlines, which end nothing.
-        tokens = {token for token in [*self.special_tokens, self.eos_token] if token.strip()}
-        longest_first = sorted(tokens, key=len, reverse=True)
-        match = re.match(rf"\s*({'|'.join(map(re.escape, longest_first))})", text)
+        match = re.match(rf"\s*({'|'.join(map(re.escape, self._tokens))})", text)
         return match and match[1]
+
+    @cached_property
+    def _tokens(self) -> list[str]:
+        """The longest first; without the runs of newlines among Gemma's, which end nothing."""
+        tokens = {token for token in [*self.special_tokens, self.eos_token] if token.strip()}
+        return sorted(tokens, key=len, reverse=True)

@@ -68,7 +68,7 @@ class ModelArguments(LoadingOptions):
         metadata={"help": "auto splits the model over the GPUs of one process; under torchrun each process has one."},
     )
     flash_attn: bool = field(
-        default=False, metadata={"help": "FlashAttention 2 if it is installed, otherwise PyTorch's SDPA."}
+        default=False, metadata={"help": "FlashAttention 2 if installed and possible, otherwise SDPA or eager."}
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that the model's repository ships."}
@@ -91,8 +91,8 @@ class LoraArguments:
     target_modules: str | None = field(
         default=None,
         metadata={
-            "help": "Modules that get an adapter: all (every linear layer but the head; the log names those left out) "
-            "or names with commas."
+            "help": "Modules that get an adapter: all (the language model's linear layers and experts, no head and no "
+            "routers; the log names those left out) or names with commas."
         },
     )
     lora_rank: int | None = field(default=None, metadata={"help": "Rank; 16 for a new adapter."})

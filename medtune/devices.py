@@ -5,17 +5,18 @@ chosen.
 """
 
 import argparse
+import math
 import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from medtune.errors import UserError, run_script
+from medtune.nvidia_smi import ask_nvidia_smi, driver_versions, gpu_names, list_gpus, version_numbers
+from medtune.torch_builds import choose_build, dotted, has_kernels
 
-SECONDS_TO_ANSWER = 30  # of nvidia-smi, which first has to wake the GPUs
 WITHOUT = "--use_cpu True goes on without"
 
 
@@ -33,9 +34,10 @@ def cpu_reason(use_cpu: bool) -> str:
 
     if torch.cuda.is_available():
         _refuse_processes_without_gpu(torch.cuda.device_count())
+        _refuse_missing_kernels()
         return ""
-    listing = "" if are_hidden() else _nvidia_smi("-L")
-    if _names(listing):
+    listing = "" if are_hidden() else ask_nvidia_smi("-L")
+    if gpu_names(listing):
         raise UserError(_unusable(listing))
     if not listing:
         return "no CUDA device"
@@ -71,7 +73,7 @@ def add_use_cpu(parser: argparse._ActionsContainer, *other_names: str) -> None:
 
 def visible_gpus() -> list[str]:
     """Those that are both there and in CUDA_VISIBLE_DEVICES, as it calls them."""
-    n_gpus = len(_names(_nvidia_smi("-L")))
+    n_gpus = len(gpu_names(ask_nvidia_smi("-L")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [str(index) for index in range(n_gpus)] if visible is None else visible.split(",")[:n_gpus]
 
@@ -80,45 +82,53 @@ def count_gpus() -> int:
     return len(visible_gpus())
 
 
-def _nvidia_smi(*words: str) -> str:
-    """What it answers, "" where it is not installed."""
-    try:
-        answer = subprocess.run(
-            ["nvidia-smi", *words], capture_output=True, text=True, timeout=SECONDS_TO_ANSWER, check=False
-        )
-    except OSError:
-        return ""
-    except subprocess.TimeoutExpired:
-        return f"no answer within {SECONDS_TO_ANSWER} s"
-    return (answer.stdout + answer.stderr).strip() or f"exit code {answer.returncode}"
-
-
-def _names(listing: str) -> list[str]:
-    return re.findall(r"^GPU \d+: *(.*?) *(?:\(UUID.*)?$", listing, re.MULTILINE)
-
-
 def _unusable(listing: str) -> str:
     """One line: the GPUs, torch's build, why torch cannot use them, and what to do."""
     import torch
 
-    names, table = Counter(_names(listing)), _nvidia_smi()
-    version = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
-    driver = re.match(r"(\d+\.[\d.]+)\s", f"{version}\n") or re.search(r"Driver Version: *([\d.]+)", table)
-    cuda = re.search(r"CUDA(?: UMD)? Version: *([\d.]+)", table)
+    names, (driver, cuda) = Counter(gpu_names(listing)), driver_versions()
     gpus = ", ".join(f"{count} x {name}" for name, count in names.items())
-    gpus += f"; driver {driver[1] if driver else 'unknown'}" + (f", which has CUDA {cuda[1]}" if cuda else "")
+    gpus += f"; driver {driver or 'unknown'}" + (f", which has CUDA {cuda}" if cuda else "")
     build = f"built with CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
     if torch.version.cuda is None:
-        todo = (
-            f"install a build with a CUDA that the driver has, such as 13.0: {sys.executable} -m pip install "
-            f"torch=={torch.__version__.partition('+')[0]}+cu130 --index-url https://download.pytorch.org/whl/cu130"
-        )
+        todo = _install_right_build(driver)
     elif int(first) >= names.total() if first.isdecimal() else first not in listing:
         todo = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}: {first} is none of them; they count from 0"
     else:
-        todo = f"{_torch_refusal()}; update the driver, or install torch built with a CUDA that the driver has"
+        todo = f"{_torch_refusal()}; {_install_right_build(driver)}"
     return f"nvidia-smi lists GPUs ({gpus}), torch {torch.__version__} ({build}) can use none: {todo}; {WITHOUT}"
+
+
+def _install_right_build(driver: str) -> str:
+    """The command that installs the build of torch for this driver and these GPUs, or why there is none."""
+    import torch
+
+    if not driver:
+        return "install a build with a CUDA that the driver has (bash setup.sh --gpu)"
+    try:
+        build = choose_build(driver, list_gpus())
+    except UserError as error:
+        return str(error)
+    if build.cuda == torch.version.cuda:
+        return "this is the right build for the driver: restart the machine, or look for the GPUs' own faults (dmesg)"
+    return f"install the build with CUDA {build.cuda}: {sys.executable} -m pip install {' '.join(build.words())}"
+
+
+def _refuse_missing_kernels() -> None:
+    """Raises UserError where torch sees a GPU that it was not compiled for: its first operation there would fail."""
+    import torch
+
+    arches = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))
+    kernels = [(int(major), int(minor)) for kind, major, minor in arches if kind == "sm"]
+    # PTX, which the driver compiles for any newer GPU.
+    oldest = min(((int(major), int(minor)) for kind, major, minor in arches if kind == "compute"), default=(math.inf,))
+    for index in range(torch.cuda.device_count() if arches else 0):
+        capability = torch.cuda.get_device_capability(index)
+        if not has_kernels(kernels, capability) and capability < oldest:
+            name = f"GPU {index}, {torch.cuda.get_device_name(index)} (compute capability {dotted(capability)})"
+            todo = _install_right_build(driver_versions()[0])
+            raise UserError(f"torch {torch.__version__} has no kernels for {name}: {todo}; {WITHOUT}")
 
 
 def _torch_refusal() -> str:
@@ -141,6 +151,22 @@ def _refuse_processes_without_gpu(n_gpus: int) -> None:
             f"{n_processes} processes on this machine and {n_gpus} GPU(s) that torch can use{where}: each needs one; "
             f"give torchrun --nproc_per_node {n_gpus}, or the launcher N_PROCESSES={n_gpus}"
         )
+
+
+# ---------------------------------------------------------------- GPUs that do not reach each other
+
+# RTX 4090 and its like hang when they reach for each other by PCIe with a driver older than this, and accelerate 1.15
+# refuses them without these variables, with which they go by way of the machine's memory.
+PEERLESS, PEERLESS_BEFORE = "RTX 40", "550.40.07"
+WITHOUT_PEERS = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+
+
+def are_peerless() -> bool:
+    """Whether several GPUs need `WITHOUT_PEERS`."""
+    names = gpu_names(ask_nvidia_smi("-L"))
+    if len(names) < 2 or not any(PEERLESS in name for name in names):
+        return False
+    return version_numbers(driver_versions()[0]) < version_numbers(PEERLESS_BEFORE)
 
 
 # ---------------------------------------------------------------- for launchers

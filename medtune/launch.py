@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from medtune.devices import are_hidden, count_gpus, cpu_reason, read_flags
+from medtune.devices import WITHOUT_PEERS, are_hidden, are_peerless, count_gpus, cpu_reason, read_flags
 from medtune.errors import UserError, run_script
 
 SECONDS_TO_SAVE = 600
@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     cpu_reason(on_cpu)  # once, before as many processes meet it
     if n_processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with four lines of warning
+        if not on_cpu and are_peerless():
+            os.environ.update(WITHOUT_PEERS | os.environ)
     torchrun([*rendezvous(os.environ), "--nproc_per_node", str(n_processes), *script_and_flags])
 
 

@@ -8,6 +8,10 @@ training record.
 
     python scripts/build_sample_data.py            # write the files
     python scripts/build_sample_data.py --check    # say whether they are what would be written
+
+What the embedded base model reads is too much to keep in the repository:
+
+    python scripts/build_sample_data.py --corpus cache/base-corpus/documents.jsonl
 """
 
 import argparse
@@ -19,7 +23,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from medtune.errors import UserError, run_script
-from medtune.output_files import refuse_unwritable
+from medtune.output_files import new_text_file, refuse_unwritable
+from medtune.sample_data.corpus import CorpusCounts, draw_corpus, read_held_out, shelves_of
 from medtune.sample_data.evaluation import (
     TrainingText,
     build_complaints,
@@ -40,6 +45,7 @@ N_SITUATION_PAIRS = 600  # more, only about emergencies and requests to refuse
 N_SAMPLE_PAIRS = 500  # of dpo_zh_500.jsonl
 N_EVAL_PAIRS = 300
 N_EVAL_QUESTIONS = 500
+N_CORPUS_DOCUMENTS = 120_000
 
 
 def build(knowledge: Knowledge) -> dict[str, str]:
@@ -92,14 +98,29 @@ def build(knowledge: Knowledge) -> dict[str, str]:
     return files
 
 
+def write_corpus(path: Path, knowledge: Knowledge, data_dir: Path) -> None:
+    """Write the documents for the embedded base model, and say how near they come to what is held out."""
+    shelves, held_out = shelves_of(knowledge, data_dir / "knowledge"), read_held_out(knowledge, data_dir / "eval")
+    counts = CorpusCounts()
+    with new_text_file(path, "--corpus", overwrite=True) as file:
+        for document in draw_corpus(shelves, held_out, counts, N_CORPUS_DOCUMENTS):
+            file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+    print(f"{path}: {counts}")
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Write the files, or compare them with what would be written."""
+    """Write the files or the corpus, or compare the files with what would be written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="holds knowledge/; the files go beside it")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a file differs")
+    parser.add_argument("--corpus", type=Path, help="write only the embedded base model's text, to this .jsonl file")
     args = parser.parse_args(argv)
 
-    files = build(read_knowledge(args.data_dir / "knowledge"))
+    knowledge = read_knowledge(args.data_dir / "knowledge")
+    if args.corpus:
+        write_corpus(args.corpus, knowledge, args.data_dir)
+        return
+    files = build(knowledge)
     if args.check:
         stale = [name for name, text in files.items() if not holds(args.data_dir / name, text)]
         if stale:

@@ -4,6 +4,8 @@ The tokenizer is a byte-level BPE in Qwen's form, trained on the texts under `--
 two million parameters. The folder loads like a downloaded model: `--model_name_or_path models/tiny-qwen2`.
 
     python scripts/build_tiny_model.py
+
+`--shape base` is what scripts/train_base_model.sh pretrains: about seven million parameters.
 """
 
 import argparse
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
 # In the order of their ids, which follow the learned vocabulary as in Qwen2.5.
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 4096
+# Of each shape: what its configuration has instead of `build_model`'s, and the most bytes of a token. Text that repeats
+# its phrases would make whole phrases tokens, so that no other wording begins as they do: four Chinese characters.
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"vocab_size": VOCAB_SIZE},
+    "base": {"vocab_size": 8192, "max_token_length": 12, "intermediate_size": 768, "num_hidden_layers": 6},
+}
 CONTEXT_LENGTH = 2048
 # Not the rejected replies: sentences that return in many of them would take the place of medical words.
 TRAINING_PARTS = ("pretrain", "finetune")
@@ -78,8 +86,14 @@ def texts_in(value: Any) -> Iterator[str]:
 # ---------------------------------------------------------------- tokenizer and model
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> "Qwen2Tokenizer":
-    """A Qwen2 tokenizer with at most `vocab_size` entries (fewer where the texts have no more to merge)."""
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = VOCAB_SIZE, max_token_length: int | None = None
+) -> "Qwen2Tokenizer":
+    """A Qwen2 tokenizer with at most `vocab_size` entries (fewer where the texts have no more to merge).
+
+    Args:
+        max_token_length: bytes of the longest token; None for no limit.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
@@ -95,6 +109,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> "Qwen
         min_frequency=2,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
+        max_token_length=max_token_length,
     )
     # The words that templates put around every turn are single tokens, as in Qwen's vocabulary.
     backend.train_from_iterator([*texts, *["system\nuser\nassistant\n"] * len(texts)], trainer)
@@ -152,7 +167,12 @@ def build_model(tokenizer: "Qwen2Tokenizer", **overrides: Any) -> "Qwen2ForCausa
 
 
 def write_tiny_model(
-    output_dir: str | Path, texts: list[str], seed: int = 42, vocab_size: int = VOCAB_SIZE, **overrides: Any
+    output_dir: str | Path,
+    texts: list[str],
+    seed: int = 42,
+    vocab_size: int = VOCAB_SIZE,
+    max_token_length: int | None = None,
+    **overrides: Any,
 ) -> bool:
     """Write tokenizer and model into a folder; False if it already has the same ones.
 
@@ -160,7 +180,7 @@ def write_tiny_model(
     """
     output_dir = Path(output_dir)
     record_file = output_dir / RECORD_FILE
-    settings = {"seed": seed, "vocab_size": vocab_size, **overrides}
+    settings = {"seed": seed, "vocab_size": vocab_size, "max_token_length": max_token_length, **overrides}
     record = {"settings": settings, "fingerprint": fingerprint(settings, texts)}
     record_text = json.dumps(record, indent=2) + "\n"
     if record_file.is_file():
@@ -175,7 +195,7 @@ def write_tiny_model(
     # Empty until everything is written: a run that was stopped is done again.
     output_dir.mkdir(parents=True, exist_ok=True)
     record_file.write_text("{}\n", encoding="utf-8")
-    tokenizer = train_tokenizer(texts, vocab_size)
+    tokenizer = train_tokenizer(texts, vocab_size, max_token_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(tokenizer, **overrides)
@@ -199,12 +219,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("models/tiny-qwen2"), help="the new folder")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="its texts train the tokenizer")
-    parser.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, help="tokenizer entries, at most")
+    parser.add_argument("--shape", choices=SHAPES, default="tiny", help="layers, widths and vocabulary")
+    parser.add_argument("--vocab_size", type=int, help="tokenizer entries, at most; by default those of the shape")
     parser.add_argument("--seed", type=int, default=42, help="of the random weights")
     args = parser.parse_args(argv)
 
     texts = read_texts(args.data_dir)
-    if write_tiny_model(args.output_dir, texts, seed=args.seed, vocab_size=args.vocab_size):
+    shape = SHAPES[args.shape] | ({"vocab_size": args.vocab_size} if args.vocab_size is not None else {})
+    if write_tiny_model(args.output_dir, texts, seed=args.seed, **shape):
         print(f"{args.output_dir}: wrote a tiny Qwen2 and its tokenizer, trained on {len(texts):,} texts")
     else:
         print(f"{args.output_dir}: already made with these settings and data, nothing to do")

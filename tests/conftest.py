@@ -12,9 +12,12 @@ import pytest
 # Before transformers and torch read them; child processes inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU also where there are GPUs, whether torch can use them or not
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed prints a warning when it finds no GPU by itself
+# The CPU also where there are GPUs, whether torch can use them or not; run_tests.sh --gpu lists them in GPU_TESTS, and
+# the tests of tests/gpu have the first of them.
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("GPU_TESTS", "").partition(",")[0]
+if not os.environ["CUDA_VISIBLE_DEVICES"]:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed prints a warning when it finds no GPU by itself
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
@@ -28,6 +31,19 @@ TEXTS = [
 ]
 TINY_SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 TINY_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests in tests/gpu are marked gpu, and left out where torch has no GPU."""
+    without = pytest.mark.skip(reason="torch has no GPU here: bash run_tests.sh --gpu on a machine that has one")
+    of_gpu = [item for item in items if item.path.parent.name == "gpu"]
+    if of_gpu:
+        import torch
+
+        for item in of_gpu:
+            item.add_marker("gpu")
+            if not torch.cuda.is_available():
+                item.add_marker(without)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_nvidia_smi import Card, write_nvidia_smi
 
 from medtune import devices
 from medtune.devices import cpu_reason
 from medtune.errors import UserError
+from medtune.nvidia_smi import version_numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS_TWO = "echo 'GPU 0: Fake (UUID: GPU-1a)'\necho 'GPU 1: Fake (UUID: GPU-2b)'"
@@ -64,7 +66,7 @@ def machine(monkeypatch, tmp_path):
     ],
 )
 def test_on_the_cpu_by_choice_or_because_there_is_no_gpu(machine, monkeypatch, nvidia_smi, visible, use_cpu, reason):
-    monkeypatch.setattr(devices, "SECONDS_TO_ANSWER", 1)
+    monkeypatch.setattr("medtune.nvidia_smi.SECONDS_TO_ANSWER", 1)
     machine(nvidia_smi, visible)
     assert cpu_reason(use_cpu) == reason
 
@@ -78,20 +80,23 @@ def test_a_build_without_cuda(machine, nvidia_smi, found, visible):
     machine(nvidia_smi, visible)
     with pytest.raises(UserError) as refusal:
         cpu_reason(False)
-    torch_found = f"torch {torch.__version__} (built without CUDA) can use none: install a build with a CUDA"
+    torch_found = f"torch {torch.__version__} (built without CUDA) can use none: install "
     assert str(refusal.value).startswith(f"nvidia-smi lists GPUs ({found}), {torch_found}")
     assert str(refusal.value).endswith("; --use_cpu True goes on without")
     assert "\n" not in str(refusal.value)
 
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver."
+INSTALL = (
+    f"install the build with CUDA {{}}: {sys.executable} -m pip install torch=={torch.__version__.partition('+')[0]}"
+)
 
 
 @pytest.mark.parametrize(
     ("visible", "why"),
     [
-        (None, "The NVIDIA driver on your system is too old (found version 12020); update the driver, or install"),
-        ("1", "The NVIDIA driver on your system is too old (found version 12020); update the driver, or install"),
+        (None, f"The NVIDIA driver on your system is too old (found version 12020); {INSTALL.format('12.6')}+cu126 "),
+        ("1", f"The NVIDIA driver on your system is too old (found version 12020); {INSTALL.format('12.6')}+cu126 "),
         ("GPU-2b", "The NVIDIA driver on your system is too old"),
         ("7", "CUDA_VISIBLE_DEVICES=7: 7 is none of them"),
         ("2,0", "CUDA_VISIBLE_DEVICES=2,0: 2 is none of them"),
@@ -108,6 +113,58 @@ def test_a_build_with_cuda(machine, monkeypatch, visible, why):
     with pytest.raises(UserError) as refusal:
         cpu_reason(False)
     assert f"(built with CUDA 13.0) can use none: {why}" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("driver", "card", "built", "todo"),
+    [
+        ("550.54.14", "RTX 4090", None, f"{INSTALL.format('12.6')}+cu126 --extra-index-url "),
+        ("580.65.06", "RTX 4090", None, f"{INSTALL.format('13.0')}+cu130 --extra-index-url "),
+        ("570.86.10", "RTX 5090", "13.0", f"{INSTALL.format('12.9')}+cu129 --extra-index-url "),
+        ("470.256.02", "T4", "13.0", "no build of torch runs on 1 x NVIDIA T4 with driver 470.256.02: CUDA 13.0 needs"),
+        ("550.54.14", "A100", "12.6", "this is the right build for the driver: restart the machine"),
+    ],
+)
+def test_the_build_for_this_driver_is_named(machine, monkeypatch, tmp_path, driver, card, built, todo):
+    machine("")
+    write_nvidia_smi(tmp_path, driver, [Card.of(card)])
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    with pytest.raises(UserError) as refusal:
+        cpu_reason(False)
+    message = str(refusal.value)
+    assert f"nvidia-smi lists GPUs (1 x NVIDIA {card}; driver {driver}, which has CUDA 12.2)" in message
+    assert todo in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("driver", "card", "arches", "todo"),
+    [
+        ("580.65.06", "V100", "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120", f"{INSTALL.format('12.6')}+cu126 "),
+        ("570.86.10", "RTX 5090", "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90", f"{INSTALL.format('12.9')}+cu129 "),
+        ("580.65.06", "RTX 4090", "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120", None),
+        ("550.54.14", "H100", "sm_80 sm_90a", None),
+        ("580.65.06", "B200", "sm_80 compute_90", None),
+        ("580.65.06", "V100", "", None),  # a build that does not say
+    ],
+)
+def test_a_build_without_kernels_for_a_gpu(machine, monkeypatch, tmp_path, driver, card, arches, todo):
+    machine("")
+    card = Card.of(card)
+    write_nvidia_smi(tmp_path, driver, [card])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: arches.split())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: version_numbers(card.compute_cap))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: card.name)
+    if todo is None:
+        assert cpu_reason(False) == ""
+    else:
+        kernels = f"has no kernels for GPU 0, {card.name} \\(compute capability {card.compute_cap}\\): "
+        with pytest.raises(UserError, match=kernels) as refusal:
+            cpu_reason(False)
+        assert todo in str(refusal.value)
 
 
 def test_a_driver_that_does_not_answer_while_its_gpu_is_there(machine, monkeypatch):

@@ -36,6 +36,7 @@ ROOMS = {
         {"torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "safetensors", "loguru", "matplotlib"},
     ),
     "medtune.measuring": ({"medtune.reading"}, {"numpy", "rouge_score", "sacrebleu"}),
+    "medtune.machine": (set(), {"torch", "bitsandbytes"}),
     "medtune.sample_data": (set(), set()),
 }
 STAGES = {"pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training", "grpo_training"}

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_nvidia_smi import Card, write_nvidia_smi
 
 from medtune import launch
 from medtune.errors import UserError
@@ -178,6 +179,33 @@ def test_flags_that_decide_on_processes(started, flags, processes):
 )
 def test_variables_that_decide_on_processes(started, variables, processes):
     assert started(0, CUDA_VISIBLE_DEVICES="0,1", **variables) == processes
+
+
+@pytest.mark.parametrize(
+    ("driver", "cards", "given", "setting"),
+    [
+        ("535.54.03", ["RTX 4090", "RTX 4090"], None, "1"),
+        ("535.54.03", ["RTX 4090", "RTX 4090"], "0", "0"),
+        ("550.54.14", ["RTX 4090", "RTX 4090"], None, None),
+        ("535.54.03", ["A100", "A100"], None, None),
+    ],
+)
+def test_gpus_that_hang_when_they_reach_for_each_other_do_not(
+    started, monkeypatch, tmp_path, driver, cards, given, setting
+):
+    def start(words):
+        settings.update(os.environ)
+
+    settings: dict[str, str] = {}
+    monkeypatch.setattr(launch, "torchrun", start)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    write_nvidia_smi(tmp_path, driver, [Card.of(card) for card in cards])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if given:
+        monkeypatch.setenv("NCCL_P2P_DISABLE", given)
+    launch.main(["stage.py"])
+    assert settings.get("NCCL_P2P_DISABLE") == setting
 
 
 def test_a_number_of_processes_that_is_none(started):

@@ -12,8 +12,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from random_adapters import random_adapter, save_adapter
+from safetensors.torch import load_file, save_file
+from tiny_families import save_mistral3, save_multimodal_model, save_multimodal_model_of_text_class
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
@@ -139,6 +143,40 @@ def test_what_is_merged_already_is_left_and_what_was_merged_otherwise_is_refused
     with pytest.raises(UserError, match="it holds something already"):
         main(words)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()} == before
+
+
+@pytest.mark.parametrize("save", [save_multimodal_model_of_text_class, save_multimodal_model, save_mistral3])
+def test_a_multimodal_model_is_complete_again(tiny_model_dir, tmp_path, save, capsys):
+    """Vision tower, layers for multi-token prediction and configuration are the base's; the rest is the adapter's."""
+    base = save(tmp_path / "base", tiny_model_dir)
+    tensors = load_file(base / "model.safetensors") | {"mtp.layers.0.fc.weight": torch.randn(4, 4)}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "preprocessor_config.json").write_text('{"image_processor_type": "Test"}', encoding="utf-8")
+    torch.manual_seed(0)
+    model = load_for_training(str(base), use_peft=True)
+    for name, weights in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weights, std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    shutil.copy(base / "tokenizer.json", tmp_path / "adapter")
+    main(flags(base, tmp_path / "adapter", tmp_path / "merged", *FLOAT32))
+
+    merged = {
+        name: tensor for file in (tmp_path / "merged").glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
+    assert merged.keys() == tensors.keys()
+    others = {name for name in tensors if any(part in name for part in ("vision", "visual", "projector", "mtp"))}
+    assert {name for name in tensors if torch.equal(merged[name], tensors[name])} >= others
+    changed = {name for name in tensors if not torch.equal(merged[name], tensors[name])}
+    assert changed >= {name for name in tensors if name.endswith(("q_proj.weight", "down_proj.weight"))} - others
+    assert f"unchanged from {base}: mtp (1)" in capsys.readouterr().err
+    config, of_base = (AutoConfig.from_pretrained(folder) for folder in (tmp_path / "merged", base))
+    assert (type(config), config.architectures) == (type(of_base), of_base.architectures)
+    assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        assert torch.allclose(whole(ids).logits, model.eval()(ids).logits, atol=1e-4, rtol=0)
 
 
 def test_weights_are_written_in_shards(tiny_model_dir, adapter, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """READMEs and pages of docs: commands are tried as far as they go without training, facts compared with the code."""
 
-import json
 import re
 import shlex
 import subprocess
@@ -8,8 +7,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from stage_runs import ADAPTER_FILES, RESULTS, STATE_FILES
 from test_launchers import GUIDE, edit_block, known_flags, launch, pairs, parser_of
+from test_template import COMPARED, TOOLS_TOO
 
 from medtune.arguments import (
     DataArguments,
@@ -18,13 +17,9 @@ from medtune.arguments import (
     RunArguments,
     StageArgumentParser,
 )
-from medtune.errors import UserError
 from medtune.models.adapters import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK
 from medtune.old_flags import FIXED_FLAGS, RENAMED
-from medtune.reading.finding import RECORD_ENDINGS
-from medtune.reading.readers import load_dialogues, load_records, read_questions
 from medtune.rl.arguments import GRPOArguments, GRPORewardArguments, PPOArguments, RewardArguments, RolloutArguments
-from medtune.training.checkpoints import MANIFEST
 from medtune.training.preference_arguments import PairArguments
 from pretraining import PTArguments
 from supervised_finetuning import SFTArguments
@@ -42,7 +37,10 @@ GUIDES, FLAGS, DATA, OUTPUTS, TROUBLE = (
 )
 ALL_PAGES = [
     *BILINGUAL,
-    *(f"docs/{name}.md" for name in ("evaluation", "grpo", "ppo", "reliability", "results", "serving", "vllm")),
+    *(
+        f"docs/{name}.md"
+        for name in ("evaluation", "grpo", "models", "ppo", "reliability", "results", "serving", "vllm")
+    ),
 ]
 LAUNCHED = {
     "pretraining.py": "run_pt.sh",
@@ -66,7 +64,7 @@ OWN = {
 FOREIGN = {"mkdir", "tail", "tensorboard", "source", "export", "curl", "hf"}
 # Not flags of a script: of torchrun, of the launchers' set-up, and the first words of `hf`'s.
 OTHER_FLAGS = {"--nproc_per_node", "--gpu", "--active", "--dev", "--all", "--logdir", "--port", "--bind_all", "--help"}
-OTHER_FLAGS |= {"--repo", "--local"}
+OTHER_FLAGS |= {"--repo", "--local", "--train"}
 
 
 @cache
@@ -162,7 +160,7 @@ def test_command(name, words, tmp_path):
     elif started == "run_tests.sh":
         assert not flags or flags[-2] == "-k"
         check_tests(flags[:-2], flags[-1] if flags else "")
-    elif started == "run_demo.sh":
+    elif started in ("run_demo.sh", "check_machine.sh"):
         assert not flags
     elif started == "run_all.sh":
         assert all(f"{variable}=${{{variable}:-" in text_of(started) for variable in variables)
@@ -300,53 +298,14 @@ def test_templates(name):
     assert re.findall(r"`(\w+)`", line) == list(TEMPLATES)
 
 
-@pytest.mark.parametrize("name", DATA)
-def test_forms_of_data_are_read(name, write_jsonl):
-    rows = re.findall(r"^\| [^|]+ \| `(\{.*?\})`", text_of(name), re.MULTILINE)
-    examples = [json.loads(row) for row in rows]
-    assert len(examples) == 8
-    dialogues, report = load_dialogues([write_jsonl("train.jsonl", examples[:4])])
-    assert report.summary() == "kept 4 of 4"
-    assert [len(dialogue.messages) for dialogue in dialogues] == [2] * 4
-    medmcqa = examples[7] | {"cop": 0}
-    exams, _ = load_records(read_questions, [write_jsonl("exam.jsonl", [*examples[4:], medmcqa])])
-    assert [exam.exam.answer for exam in exams] == ["B", "B", "B", "B", "A"]
-    assert all(f"`{ending}`" in text_of(name) for ending in RECORD_ENDINGS)
-
-
-def test_message_about_bad_data_is_the_real_one(write_jsonl, monkeypatch, tmp_path):
-    (shown,) = blocks("docs/data.md", "text")
-    records = [
-        {"question": "头疼怎么办？", "answer": "休息。"},
-        {"conversations": [{"from": "human", "value": "胃疼怎么办？"}]},
-        {"question": "发烧怎么办？", "anwser": "多喝水。"},
-    ]
-    path = write_jsonl("bad/train.jsonl", records)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as refused:
-        load_dialogues([path])
-    assert shown == f"error: {refused.value}\n"
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_files_of_a_run_are_those_that_the_stage_test_expects(name):
-    line = next(
-        line for line in text_of(name).splitlines() if "`adapter_config.json`" in line and "`optimizer.pt`" in line
-    )
-    best, _, numbered = line.replace("*", "").partition("`checkpoint-N/`")
-    assert set(re.findall(r"`(\w+\.\w+)`", best)) == ADAPTER_FILES
-    assert set(re.findall(r"`(\w+\.\w+)`", numbered)) == STATE_FILES | {MANIFEST}
-    first_cells = " ".join(re.findall(r"^\|([^|]+)\|", text_of(name), re.MULTILINE))
-    listed = {entry.strip("/") for entry in re.findall(r"`([^`]+)`", first_cells)}
-    assert {"checkpoint-N", "checkpoint-best", "runs"} | RESULTS <= listed
-
-
-@pytest.mark.parametrize("name", TROUBLE)
-def test_versions_are_the_pinned_ones(name):
-    pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)", text_of("requirements.txt"), re.MULTILINE))
-    named = dict(re.findall(r"\b([a-z]+) (\d+\.\d+\.\d+)", text_of(name)))
-    assert named.keys() >= {"torch", "transformers", "trl", "peft"}
-    assert named == {package: pinned[package] for package in named}
+def test_table_of_templates():
+    named = []
+    for row in table(section("docs/models.md", "Templates"), "`--template_name`")[2:]:
+        names, copies = (set(re.findall(r"`(\w+)`", cell)) for cell in row[:2])
+        assert copies == {trl_name for name, trl_name, *_ in COMPARED if name in names}
+        assert (row[2] == "-") == (not names & TOOLS_TOO)
+        named += names
+    assert sorted(named) == sorted(TEMPLATES)
 
 
 # ---------------------------------------------------------------- the text

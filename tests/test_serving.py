@@ -11,12 +11,15 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -29,6 +32,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 import openai_server
 from medtune.errors import UserError
+from medtune.models import adapter_effect
 from medtune.models.chat_models import ChatModelArguments, describe_model, load_weights
 from medtune.models.generation import Decoding, Reply, generate_replies
 from medtune.models.lineage import Lineage
@@ -250,8 +254,8 @@ def test_what_cannot_be_answered_is_refused_in_openais_form(client, adapter):
     for wrong in ({"temperature": -1}, {"max_tokens": 0}, {"n": 2}, {"frequency_penalty": 1}, {"top_p": 0}):
         with pytest.raises(BadRequestError, match=next(iter(wrong))):
             ask(client, adapter, "头痛", **wrong)
-    with pytest.raises(BadRequestError, match=r"tools: \[.* is not supported; leave it out or give \[\]"):
-        ask(client, adapter, "头痛", tools=[{"type": "function", "function": {"name": "f"}}])
+    with pytest.raises(BadRequestError, match=r"tools: \{.* is not supported; a tool is \{\"type\": "):
+        ask(client, adapter, "头痛", tools=[{"type": "function"}])
     with pytest.raises(APIStatusError, match="end with the user's question"):
         client.chat.completions.create(model=str(adapter), messages=[{"role": "assistant", "content": "好"}])
 
@@ -407,6 +411,150 @@ def test_a_thought_that_a_client_sends_back_stands_where_training_has_it_once(in
     assert (said["usage"], said["choices"]) == (expected["usage"], expected["choices"])
 
 
+# ---------------------------------------------------------------- tools
+
+TOOL = {"type": "function", "function": {"name": "beds", "parameters": {"type": "object", "properties": {}}}}
+CALL = '<tool_call>\n{"name": "beds", "arguments": {"ward": "儿科"}}\n</tool_call>'
+
+
+@pytest.fixture
+def calling_client(chat_model, monkeypatch):
+    """A client of the server whose model always writes some words and a call, in pieces of three characters."""
+
+    async def pieces(self, prompt, decoding, seed, is_streamed):
+        reply = f"我查一下。\n{CALL}"
+        for start in range(0, len(reply) * is_streamed, 3):
+            yield reply[start : start + 3]
+        yield Reply(reply, True, 20)
+
+    monkeypatch.setattr(openai_server.Replier, "pieces", pieces)
+    return TestClient(build_app(chat_model, "m", None))
+
+
+def check_call(calls: list[dict]) -> None:
+    (call,) = calls
+    assert call["function"] == {"name": "beds", "arguments": '{"ward": "儿科"}'}
+    assert (call["type"], call["index"], call["id"][:5]) == ("function", 0, "call_")
+
+
+def test_a_call_is_a_field_of_its_own(calling_client):
+    body = {"messages": [USER], "max_tokens": 4, "tools": [TOOL]}
+    (choice,) = calling_client.post("/v1/chat/completions", json=body).json()["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] == "我查一下。"
+    check_call(choice["message"]["tool_calls"])
+
+
+@pytest.mark.parametrize("more", [{}, {"tools": [TOOL], "tool_choice": "none"}])
+def test_a_call_that_nobody_asked_for_is_text(calling_client, more):
+    (choice,) = calling_client.post("/v1/chat/completions", json={"messages": [USER], "max_tokens": 4} | more).json()[
+        "choices"
+    ]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (f"我查一下。\n{CALL}", "stop")
+
+
+def test_a_stream_has_its_calls_in_one_delta_at_its_end(calling_client):
+    body = {"messages": [USER], "max_tokens": 4, "tools": [TOOL], "stream": True}
+    lines = calling_client.post("/v1/chat/completions", json=body).text.split("\n\n")
+    choices = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines[:-2]]
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == "我查一下。"
+    assert [choice["finish_reason"] for choice in choices][-2:] == [None, "tool_calls"]
+    check_call(choices[-2]["delta"]["tool_calls"])
+
+
+def test_the_prompt_with_tools_and_results_is_that_of_training(chat_model):
+    """Results come in the order of their calls, whatever order the client sends them in."""
+    calls = [{"id": name, "type": "function", "function": {"name": name, "arguments": '{"n": 1}'}} for name in "ab"]
+    results = [{"role": "tool", "tool_call_id": name, "content": f"结果 {name}"} for name in "ba"]
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": calls}, *results]
+    prompt, _ = encode_request(chat_model, ChatRequest(messages=turns, max_tokens=4, tools=[TOOL]))
+    own = [{"name": name, "arguments": {"n": 1}} for name in "ab"]
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": own}]
+    messages += [{"role": "tool", "content": f"结果 {name}"} for name in "ab"]
+    assert prompt == encode_prompt(chat_model.tokenizer, chat_model.chat_template, messages, [TOOL])
+
+
+def test_a_template_without_tools_refuses_them(tiny_model_dir):
+    chat_model = describe_model(ChatModelArguments(str(tiny_model_dir), template_name="vicuna"))
+    client = TestClient(build_app(chat_model, "m", None))
+    answer = client.post("/v1/chat/completions", json={"messages": [USER], "tools": [TOOL]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == (
+        "tools: the chat template of vicuna writes no calls of tools, or none that are read here; leave it out"
+    )
+
+
+# ---------------------------------------------------------------- what the adapter changes
+
+
+def test_an_adapter_that_changes_nothing_is_named(tiny_model_dir, adapter, chat_model, tmp_path, monkeypatch, capfd):
+    assert chat_model.change_by_adapter() > 1
+    untrained = tmp_path / "untrained"
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir), LoraConfig(target_modules="all-linear")
+    )
+    model.save_pretrained(untrained)
+    monkeypatch.setattr(openai_server.uvicorn, "run", lambda app, **options: None)
+    monkeypatch.setattr(openai_server, "check_address", lambda host, port: None)
+    for folder in (adapter, untrained):
+        openai_server.main(["--base_model", str(tiny_model_dir), "--lora_model", str(folder)])
+    log = capfd.readouterr().err
+    assert re.search(
+        rf"adapter {adapter}: the log-probs of a first token differ from the base model's by up to \d", log
+    )
+    assert f"adapter {untrained} changes nothing: the log-probs of a first token are the base model's" in log
+
+
+class StandInServer(BaseHTTPRequestHandler):
+    """vLLM's answers about an adapter `policy` on `base`."""
+
+    logps: ClassVar[dict[str, float]] = {"policy": -0.5, "base": -2.0}
+    asked: ClassVar[list[dict]] = []
+
+    def do_GET(self):
+        self.answer({"data": [{"id": "base", "parent": None}, {"id": "policy", "parent": "base"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body | {"key": self.headers["Authorization"]})
+        entries = [{"token": "你", "logprob": self.logps[body["model"]]}, {"token": body["model"], "logprob": -3.0}]
+        self.answer({"choices": [{"logprobs": {"content": [{"top_logprobs": entries}]}}]})
+
+    def answer(self, body: dict) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+def test_vllm_is_asked_what_the_adapter_changes(monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    with ThreadingHTTPServer(("127.0.0.1", 0), StandInServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        adapter_effect.main(url, "policy", str(os.getpid()))
+        monkeypatch.setitem(StandInServer.logps, "base", -0.5)
+        adapter_effect.main(url, "policy", str(os.getpid()))
+        adapter_effect.main(url, "another", str(os.getpid()))
+        server.shutdown()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "adapter policy: the log-probs of a first token differ from the base model's by up to 1.5"
+    assert lines[1].startswith("adapter policy changes nothing: ")
+    assert lines[2].startswith(f"what adapter another changes is not known: {url} did not tell")
+    assert {request["key"] for request in StandInServer.asked} == {f"Bearer {KEY}"}
+    assert all(request["max_tokens"] == 1 and request["top_logprobs"] for request in StandInServer.asked)
+
+
+def test_nothing_is_asked_of_a_server_whose_process_has_ended(monkeypatch, capsys):
+    monkeypatch.setattr(adapter_effect, "SECONDS_BETWEEN_TRIES", 0)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    adapter_effect.main("http://127.0.0.1:1", "policy", str(ended.pid))
+    assert capsys.readouterr().err == ""
+
+
 def test_a_developer_is_the_system(in_process):
     said = [
         in_process({"messages": [{"role": role, "content": "回答简短。"}, USER]})[1] for role in ("developer", "system")
@@ -426,6 +574,7 @@ def test_the_seed_minus_one_is_none_and_any_other_repeats(in_process):
 
 
 TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "好。"}
 
 
 @pytest.mark.parametrize(
@@ -448,7 +597,12 @@ TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments
         ({"temperature": 3}, "temperature: 3 is not supported; input should be less than or equal to 2"),
         ({"seed": "x"}, 'seed: "x" is not supported; input should be a valid integer'),
         ({"messages": [{"role": "function", "name": "f", "content": "1"}]}, 'role: "function" is not supported; '),
-        ({"messages": [USER, ASSISTANT | {"tool_calls": [TOOL_CALL]}, USER]}, "messages.1: tool_calls: [{"),
+        ({"messages": [USER | {"tool_calls": [TOOL_CALL]}]}, "messages.0: tool_calls: [{"),
+        (
+            {"messages": [USER, ASSISTANT | {"tool_calls": [TOOL_CALL]}, RESULT | {"tool_call_id": "2"}]},
+            "a turn of a tool has tool_call_id 2; the calls have ['1']",
+        ),
+        ({"messages": [USER, ASSISTANT | {"tool_calls": [TOOL_CALL]}, USER]}, "turn 3 (user) comes after: tool call; "),
         (
             {"messages": [USER, ASSISTANT | {"reasoning_content": 5}, USER]},
             "messages.1: reasoning_content: 5 is not supported; a thought is a string",
@@ -622,12 +776,15 @@ def write_program(file: Path, text: str) -> None:
 # In a stand-in for vLLM's Python: how many GPUs its torch has.
 TELLS_GPUS = '[ "$2" != medtune.devices ] || { echo "${GPUS-1}" && exit "${REFUSAL-0}"; }'
 
+# And with what it is to ask the server about the adapter.
+ASKS_LATER = '[ "$2" != medtune.models.adapter_effect ] || { echo "$@" >> "${0%/*}/asks"; exit; }'
+
 
 @pytest.fixture
 def launched(tmp_path, adapter):
     """A function that runs the launcher with a GPU and vLLM that only seem to be there, and returns vLLM's words."""
     says_its_words = '[ "$1" = -c ] || printf "%s\\n" "$VLLM_API_KEY" "$@"'
-    write_program(tmp_path / "vllm-python", f"{TELLS_GPUS}\n{says_its_words}")
+    write_program(tmp_path / "vllm-python", f"{TELLS_GPUS}\n{ASKS_LATER}\n{says_its_words}")
     write_program(tmp_path / "python", says_its_words)
 
     def run(*flags: str, **variables: str) -> list[str]:
@@ -689,13 +846,16 @@ def test_a_broken_adapter_configuration_is_refused_in_one_line(launched, tmp_pat
 
 
 @pytest.mark.parametrize("as_model", [True, False])
-def test_an_adapter_on_a_gpu(launched, tiny_model_dir, adapter, as_model):
+def test_an_adapter_on_a_gpu(launched, tiny_model_dir, adapter, tmp_path, as_model):
     variables = {"MODEL": str(adapter)} if as_model else {"MODEL": str(tiny_model_dir), "LORA": str(adapter)}
     _, *words = launched(**variables)
     assert words[words.index("--model") + 1] == str(tiny_model_dir)
     assert words[words.index("--host") + 1] == "127.0.0.1"
     lora = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{adapter}={adapter}"]
     assert words[-7:] == [*lora, "--tokenizer", str(adapter)]
+    asks = (tmp_path / "asks").read_text().split()
+    assert asks[:-1] == ["-m", "medtune.models.adapter_effect", "http://127.0.0.1:8000", str(adapter)]
+    assert asks[-1].isdecimal()
 
 
 # ---------------------------------------------------------------- vLLM itself

@@ -2,9 +2,11 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from fake_nvidia_smi import Card, write_nvidia_smi
 
 ROOT = Path(__file__).resolve().parents[1]
 PIP = "-m pip install --no-input"
@@ -14,7 +16,12 @@ echo "$*" >> "$LOG"
 case "$*" in
     "-m venv --clear .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
     "-m pip install"*--requirement*) exit "${PIP_STATUS:-0}" ;;
+    # As pip: what is installed is another build of the same version, and stays.
+    "-m pip install"*torch==*) [ -s "$LOG.cuda" ] || echo "${PIP_FINDS:-13.0}" > "$LOG.cuda" ;;
+    "-m pip uninstall"*) rm "$LOG.cuda" ;;
+    "-c import torch"*) cat "$LOG.cuda" ;;
     "-c "*) exit "${OLD_PYTHON:-0}" ;;
+    "-m medtune.torch_builds"*) exec "$REAL_PYTHON" "$@" ;;
     --version) echo "Python 3.9.1" ;;
 esac
 """
@@ -26,6 +33,7 @@ class Project:
     def __init__(self, folder: Path):
         self.folder = folder
         shutil.copy(ROOT / "setup.sh", folder)
+        shutil.copytree(ROOT / "medtune", folder / "medtune", ignore=lambda *_: ["__pycache__"])
         self.write("requirements.txt", "# pinned\ntorch==1.0\ntransformers==2.0\n")
         self.write("requirements/dev.txt", "-r ../requirements.txt\npytest==3.0\n")
         self.write("requirements/gpu.txt", "deepspeed==4.0\n")
@@ -41,7 +49,8 @@ class Project:
 
     def setup(self, *flags: str, **variables: str) -> subprocess.CompletedProcess:
         log = self.write("log", "")
-        environment = {"PATH": "/usr/bin:/bin", "LOG": str(log), "PYTHON": str(self.python)} | variables
+        environment = {"PATH": f"{self.folder}/bin:/usr/bin:/bin", "LOG": str(log), "PYTHON": str(self.python)}
+        environment |= {"REAL_PYTHON": sys.executable} | variables
         command = ["bash", str(self.folder / "setup.sh"), *flags]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -74,6 +83,71 @@ def test_installs_only_the_file_that_is_missing(project):
     assert project.installs() == ["torch==1.0", "--requirement=requirements/gpu.txt"]
     project.setup("--dev", "--gpu")
     assert project.installs() == []
+
+
+# ---------------------------------------------------------------- the build of torch for a driver and its GPUs
+
+INDEX = "--extra-index-url https://download.pytorch.org/whl"
+
+
+@pytest.mark.parametrize(
+    ("driver", "cards", "build", "torch"),
+    [
+        ("535.54.03", ["A100"], "12.6", f"torch==1.0+cu126 {INDEX}/cu126"),
+        ("570.124.06", ["RTX 5090"], "12.9", f"torch==1.0+cu129 {INDEX}/cu129"),
+        ("580.65.06", ["RTX 5090"], "13.0", "torch==1.0"),
+        ("580.65.06", ["V100", "A100"], "12.6", f"torch==1.0+cu126 {INDEX}/cu126"),
+    ],
+)
+def test_gpu_installs_the_build_that_the_driver_runs(project, driver, cards, build, torch):
+    write_nvidia_smi(project.folder / "bin", driver, [Card.of(card) for card in cards])
+    first = project.setup("--gpu", PIP_FINDS=build)
+    assert first.returncode == 0, first.stderr
+    assert project.installs() == [torch, "--requirement=requirements.txt --requirement=requirements/gpu.txt"]
+    said = f"setup: driver {driver}, {', '.join(f'1 x NVIDIA {card}' for card in cards)}: torch built with CUDA {build}"
+    assert first.stdout.splitlines()[0] == said
+    again = project.setup("--gpu")
+    assert project.installs() == []
+    assert again.stdout.splitlines() == [
+        said,
+        "setup: .venv already has requirements.txt requirements/gpu.txt: nothing to do",
+    ]
+
+
+def test_gpu_replaces_another_build(project):
+    project.setup("--gpu", PIP_FINDS="None")  # on a machine without GPU
+    write_nvidia_smi(project.folder / "bin", "580.65.06", [Card.of("A100")])
+    assert project.setup("--gpu").returncode == 0
+    lines = (project.folder / "log").read_text().splitlines()
+    assert [line for line in lines if line.startswith("-m pip ")][1:] == [
+        "-m pip uninstall --yes torch",
+        f"{PIP} torch==1.0",
+    ]
+    project.setup("--dev")
+    project.setup("--gpu", "--dev")
+    assert project.installs() == []
+
+
+def test_gpu_refuses_a_driver_that_runs_no_build_and_pip_s_choice_of_another(project):
+    write_nvidia_smi(project.folder / "bin", "470.256.02", [Card.of("V100")])
+    refused = project.setup("--gpu")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: no build of torch runs on 1 x NVIDIA V100 with driver 470.256.02: ")
+    assert refused.stderr.count("\n") == 1
+    assert project.installs() == []
+    write_nvidia_smi(project.folder / "bin", "550.54.14", [Card.of("V100")])
+    refused = project.setup("--gpu", PIP_FINDS="13.0")
+    assert refused.returncode == 2
+    assert "error: pip installed torch for CUDA 13.0, not 12.6: PIP_EXTRA_INDEX_URL" in refused.stderr
+    assert not project.stamp.exists()
+
+
+def test_gpu_without_a_gpu_takes_torch_as_pip_finds_it(project):
+    assert project.setup("--gpu").stdout.startswith("setup: nvidia-smi lists no GPU here: torch as pip finds it\n")
+    assert project.installs()[0] == "torch==1.0"
+
+
+# ---------------------------------------------------------------- what changes, fails, or is missing
 
 
 def test_changed_requirements_are_installed_again_and_so_are_the_old_ones(project):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from guide import GUIDE_SFT
+from safetensors.torch import load_file
 from stage_runs import ADAPTER_FILES, RESULTS, STATE_FILES, logged, names, run_process, stage_flags, weights_of
-from tiny_families import save_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, masking_utils
+from tiny_families import save_multimodal_model, save_multimodal_model_of_text_class, save_tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, masking_utils
 
 import supervised_finetuning
 from medtune.errors import UserError
@@ -202,6 +204,36 @@ def test_dialogues_of_a_row_that_see_each_other_stop_the_run(flags, tmp_path, ti
         supervised_finetuning.main(flags(model_name_or_path=model, **{flag: True}))
     supervised_finetuning.main(flags(model_name_or_path=model, max_steps=1, do_eval=None, **{flag: False}))
     assert "sees itself alone" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("save", [save_multimodal_model, save_multimodal_model_of_text_class, "qwen3_moe"])
+def test_all_weights_of_a_model_that_is_saved_under_other_names(flags, tmp_path, tiny_model_dir, save):
+    """A wrapper's parts, or experts one by one: such a run resumes, and its checkpoint-best is as complete as its base.
+
+    Trainer would find none of the names, and go on from the base.
+    """
+    if isinstance(save, str):
+        base = save_tiny_model(save, tmp_path / "base", tiny_model_dir)
+    else:
+        base = save(tmp_path / "base", tiny_model_dir)
+    options = {"model_name_or_path": base, "use_peft": False, "do_eval": None, "learning_rate": 1e-2, "max_steps": 2}
+    supervised_finetuning.main(flags(**options, save_steps=1))
+    best = tmp_path / "out/checkpoint-best"
+    shutil.copytree(tmp_path / "out/checkpoint-1", tmp_path / "again/checkpoint-1")
+    supervised_finetuning.main(flags(**options, resume_from_checkpoint=True, output_dir=tmp_path / "again"))
+    whole, resumed, before = (all_weights(folder) for folder in (best, tmp_path / "again/checkpoint-best", base))
+    assert whole.keys() == resumed.keys() == before.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    unchanged = {name for name in whole if torch.equal(whole[name], before[name])}
+    beside = {name for name in whole if any(part in name for part in ("vision", "visual", "projector"))}
+    assert beside <= unchanged
+    assert not {name for name in unchanged - beside if name.endswith("_proj.weight")}
+    assert type(AutoConfig.from_pretrained(best)) is type(AutoConfig.from_pretrained(base))
+    supervised_finetuning.main(flags(**options | {"model_name_or_path": best}, output_dir=tmp_path / "next"))
+
+
+def all_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"packing": True}], ids=str)

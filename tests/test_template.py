@@ -1,6 +1,7 @@
 """Prompt templates: rendered text against TRL's templates, learned text and ids exactly, every error."""
 
 import random
+from datetime import datetime
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -54,8 +55,16 @@ CHATML_PIECES = [
     "A2<|im_end|>",
     "\n",
 ]
+EMPTY = "<think>\n\n</think>\n\n"
 GLM = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|endoftext|>"]
 LLAMA = ["<s>", "</s>"]
+MISTRAL = ["<s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]"]
+MISTRAL += ["[/AVAILABLE_TOOLS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[ARGS]", "[THINK]", "[/THINK]", "</s>"]
+LFM = ["<|startoftext|>", "<|im_start|>", "<|tool_list_start|>", "<|tool_list_end|>", "<|tool_call_start|>"]
+LFM += ["<|tool_call_end|>", "<|tool_response_start|>", "<|tool_response_end|>", "<|im_end|>"]
+GEMMA4 = ["<bos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>", "<|tool>", "<tool|>", "<|tool_call>"]
+GEMMA4 += ["<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>', "<eos>"]
+HARMONY = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|constrain|>", "<|return|>"]
 EXPECTED = {
     "qwen": (CHATML, CHATML_PIECES),
     "chatml": (CHATML, CHATML_PIECES),
@@ -66,6 +75,12 @@ EXPECTED = {
         CHATML,
         [*CHATML_PIECES[:2], CHATML_PIECES[2] + "<think>\n\n</think>\n\n", *CHATML_PIECES[3:]],
     ),
+    "qwen3_instruct_2507": (CHATML, CHATML_PIECES),
+    "qwen3_5": (
+        CHATML,
+        [*CHATML_PIECES[:2], CHATML_PIECES[2] + "<think>\n", "\n</think>\n\nA2<|im_end|>", "\n"],
+    ),
+    "qwen3_5_nothink": (CHATML, [*CHATML_PIECES[:2], CHATML_PIECES[2] + EMPTY, *CHATML_PIECES[3:]]),
     "llama2": (
         LLAMA,
         ["<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ1 [/INST]", " A1 </s>", "<s>[INST] Q2 [/INST]", " A2 </s>"],
@@ -81,9 +96,10 @@ EXPECTED = {
             "A2<|eot_id|>",
         ],
     ),
-    "mistral": (
-        ["<s>", "[INST]", "[/INST]", "</s>"],
-        ["<s>[INST] S\n\nQ1[/INST]", " A1</s>", "[INST] Q2[/INST]", " A2</s>"],
+    "mistral": (MISTRAL, ["<s>[INST] S\n\nQ1[/INST]", " A1</s>", "[INST] Q2[/INST]", " A2</s>"]),
+    "ministral3": (
+        MISTRAL,
+        ["<s>[SYSTEM_PROMPT]S[/SYSTEM_PROMPT][INST]Q1[/INST]", "A1</s>", "[INST]Q2[/INST]", "A2</s>"],
     ),
     "gemma": (
         ["<bos>", "<start_of_turn>", "<end_of_turn>", "\n\n", "<eos>"],
@@ -92,6 +108,16 @@ EXPECTED = {
             "A1<end_of_turn>",
             "\n<start_of_turn>user\nQ2<end_of_turn>\n<start_of_turn>model\n",
             "A2<end_of_turn>",
+            "\n",
+        ],
+    ),
+    "gemma4": (
+        GEMMA4,
+        [
+            "<bos><|turn>system\nS<turn|>\n<|turn>user\nQ1<turn|>\n<|turn>model\n",
+            "A1<turn|>",
+            "\n<|turn>user\nQ2<turn|>\n<|turn>model\n",
+            "A2<turn|>",
             "\n",
         ],
     ),
@@ -133,6 +159,41 @@ EXPECTED = {
             "\n<think></think>\nA2<|endoftext|>",
         ],
     ),
+    "gptoss": (
+        HARMONY,
+        [
+            "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: "
+            f"2024-06\nCurrent date: {datetime.now():%Y-%m-%d}\n\nReasoning: medium\n\n# Valid channels: analysis, "
+            "commentary, final. Channel must be included for every message.<|end|><|start|>developer<|message|># "
+            "Instructions\n\nS\n\n<|end|><|start|>user<|message|>Q1<|end|><|start|>assistant",
+            "<|channel|>final<|message|>A1<|end|>",
+            "<|start|>user<|message|>Q2<|end|><|start|>assistant",
+            "<|channel|>final<|message|>A2<|return|>",
+        ],
+    ),
+    "granite": (
+        ["<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"],
+        [
+            "<|start_of_role|>system<|end_of_role|>S<|end_of_text|>\n<|start_of_role|>user<|end_of_role|>Q1"
+            "<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>",
+            "A1<|end_of_text|>",
+            "\n<|start_of_role|>user<|end_of_role|>Q2<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>",
+            "A2<|end_of_text|>",
+            "\n",
+        ],
+    ),
+    "lfm2": (LFM, ["<|startoftext|>" + CHATML_PIECES[0], *CHATML_PIECES[1:]]),
+    "lfm2_5": (LFM, ["<|startoftext|>" + CHATML_PIECES[0], *CHATML_PIECES[1:]]),
+    "minicpm": (["<s>", *CHATML], ["<s>" + CHATML_PIECES[0], *CHATML_PIECES[1:]]),
+    "smollm3": (
+        CHATML,
+        [
+            "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: "
+            f"{datetime.now():%d %B %Y}\nReasoning Mode: /think\n\n## Custom Instructions\n\nS\n\n"
+            "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n",
+            *CHATML_PIECES[1:],
+        ],
+    ),
     "baichuan2": (
         ["<s>", "<reserved_106>", "<reserved_107>", "</s>"],
         ["S<reserved_106>Q1<reserved_107>", "A1</s>", "<reserved_106>Q2<reserved_107>", "A2</s>"],
@@ -160,9 +221,16 @@ EXPECTED = {
     ),
     "plain": (LLAMA, ["<s>S\nQ1\n", "A1</s>", "\nQ2\n", "A2</s>", "\n"]),
 }
+EXPECTED["gemma3"] = EXPECTED["gemma"]
 # The Llama families write headers as plain words, so they need a vocabulary without the others' tokens.
 WORDY = {name for name, (tokens, _) in EXPECTED.items() if tokens is LLAMA}
-NO_TOOLS = set(TEMPLATES) - {"qwen", "qwen3", "qwen3_nothink", "glm4_moe"}
+TOOLS_TOO = {"qwen", "qwen3", "qwen3_nothink", "qwen3_instruct_2507", "qwen3_5", "qwen3_5_nothink", "glm4_moe"}
+TOOLS_TOO |= {"llama3", "mistral", "ministral3", "gemma4", "gptoss", "granite", "lfm2", "lfm2_5", "minicpm"}
+NO_TOOLS = set(TEMPLATES) - TOOLS_TOO
+# Qwen3.5's prompts ask for a thought.
+PLAIN = [name for name in TEMPLATES if name != "qwen3_5"]
+# A prompt of theirs ends in a thought that earlier replies do not have.
+REWRITING = {"qwen3_nothink", "qwen3_5", "qwen3_5_nothink"}
 
 
 @pytest.fixture(scope="module")
@@ -215,40 +283,95 @@ THINKING = [
     Q2,
     {"role": "assistant", "content": "<think>\nlater\n</think>\n\nA2"},
 ]
+
+
+def as_sent(messages: list[dict]) -> list[dict]:
+    """In OpenAI's form, in which a call lies under "function"."""
+    return [
+        message | {"tool_calls": [{"type": "function", "function": call} for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def thinking_apart(key: str) -> list[dict]:
+    return [Q1, A1 | {key: "earlier"}, Q2, A2 | {key: "later"}]
+
+
+ONE_CALL = [{"role": "assistant", "content": "", "tool_calls": CALLS[:1]}, {"role": "tool", "content": "R1"}]
+ONE_BY_ONE = [SYSTEM, Q1, *ONE_CALL, A1, Q2, *ONE_CALL, A2]
 PLAIN_CASES = [([Q1], None), ([Q1, A1], None), ([Q1, A1, Q2, A2], None)]
 SYSTEM_CASES = [([SYSTEM, *messages], tools) for messages, tools in PLAIN_CASES]
-TOOL_CASES = [(messages, TOOLS) for messages in ([Q1], [SYSTEM, Q1], TOOL_TURNS[:4], TOOL_TURNS)]
-ALL_CASES = [*PLAIN_CASES, *SYSTEM_CASES, *TOOL_CASES, (TOOL_TURNS, None)]
-THINKING_CASES = [(THINKING, None), (THINKING[:2], None)]
+CALL_CASES = [(messages, TOOLS) for messages in ([Q1], [SYSTEM, Q1], ONE_BY_ONE[:3], ONE_BY_ONE[:4], ONE_BY_ONE)]
+TOOL_CASES = [(messages, TOOLS) for messages in (TOOL_TURNS[:4], TOOL_TURNS)]
+ALL_CASES = [*PLAIN_CASES, *SYSTEM_CASES, *CALL_CASES, *TOOL_CASES, (TOOL_TURNS, None)]
+THINKING_CASES = [(THINKING, None), (THINKING[:2], None), (thinking_apart("reasoning_content"), None)]
+# Gemma 4's own puts words beside a call behind the result, where no reply could have them.
+WORDLESS_CASES = [*PLAIN_CASES, *SYSTEM_CASES, *CALL_CASES, (TOOL_TURNS[:5], TOOLS)]
+HARMONY_THOUGHTS = [(thinking_apart("thinking"), None), ([Q1, ONE_CALL[0] | {"thinking": "T"}, ONE_CALL[1]], TOOLS)]
+HARMONY_THOUGHTS += [([*messages, A1, Q2], tools) for messages, tools in HARMONY_THOUGHTS[1:]]
 
 
-@pytest.mark.parametrize(
-    ("name", "trl_name", "flags", "cases"),
-    [
-        ("qwen", "qwen2_5", {}, ALL_CASES),
-        ("qwen3", "qwen3", {"enable_thinking": True}, ALL_CASES + THINKING_CASES),
-        ("qwen3_nothink", "qwen3", {"enable_thinking": False}, ALL_CASES + THINKING_CASES),
-        ("llama3", "llama3", {}, PLAIN_CASES + SYSTEM_CASES),
-        ("gemma", "gemma", {}, PLAIN_CASES),
-        ("gemma", "gemma3", {}, PLAIN_CASES + SYSTEM_CASES),
-        ("phi", "phi3", {}, PLAIN_CASES + SYSTEM_CASES),
-        ("deepseek", "deepseekv3", {}, PLAIN_CASES + SYSTEM_CASES),
-        ("glm4_moe", "glm4moe", {}, ALL_CASES + THINKING_CASES),
-    ],
-)
+# The template, TRL's copy of the model's own, flags of the latter, and dialogues with tools.
+COMPARED = [
+    ("qwen", "qwen2_5", {}, ALL_CASES),
+    ("qwen3", "qwen3", {"enable_thinking": True}, ALL_CASES + THINKING_CASES),
+    ("qwen3_nothink", "qwen3", {"enable_thinking": False}, ALL_CASES + THINKING_CASES),
+    ("qwen3_instruct_2507", "qwen3_instruct_2507", {}, ALL_CASES),
+    ("qwen3_5", "qwen3_5_think", {}, ALL_CASES + THINKING_CASES),
+    ("qwen3_5_nothink", "qwen3_5_nothink", {}, ALL_CASES + THINKING_CASES),
+    ("qwen3_5", "qwen3_6", {}, ALL_CASES + THINKING_CASES),
+    ("llama3", "llama3", {}, PLAIN_CASES + SYSTEM_CASES),
+    ("llama3", "llama3_1", {}, CALL_CASES),
+    ("gemma", "gemma", {}, PLAIN_CASES),
+    ("gemma", "gemma3", {}, PLAIN_CASES + SYSTEM_CASES),
+    ("gemma3", "gemma3", {}, PLAIN_CASES + SYSTEM_CASES),
+    ("gemma4", "gemma4_v5", {}, [*WORDLESS_CASES, THINKING_CASES[2]]),
+    ("phi", "phi3", {}, PLAIN_CASES + SYSTEM_CASES),
+    ("deepseek", "deepseekv3", {}, PLAIN_CASES + SYSTEM_CASES),
+    ("glm4_moe", "glm4moe", {}, ALL_CASES + THINKING_CASES),
+    ("gptoss", "gptoss", {}, PLAIN_CASES + SYSTEM_CASES + CALL_CASES + HARMONY_THOUGHTS),
+    ("lfm2", "lfm2_v2", {}, ALL_CASES),
+    ("lfm2_5", "lfm2_2_5_v2", {}, [*ALL_CASES, THINKING_CASES[2]]),
+]
+
+
+@pytest.mark.parametrize(("name", "trl_name", "flags", "cases"), COMPARED)
 def test_text_and_ids_are_those_of_trl(name, trl_name, flags, cases, tokenizers):
     tokenizer, tokens = tokenizer_for(name, tokenizers), EXPECTED[name][0]
     ours = renderer(tokenizer, named_template(name), tokens)
     theirs = renderer(tokenizer, (TRL_TEMPLATES / f"{trl_name}.jinja").read_text(), tokens, **flags)
     for messages, tools in cases:
         for ask in (False, True):
-            expected = theirs(messages, tools, ask)
+            expected = theirs(as_sent(messages), tools, ask)
             if trl_name == "deepseekv3":
                 # On purpose: TRL's opens a reasoning block that the replies it renders do not have.
                 expected = expected.removesuffix("<think>\n")
             text = ours(messages, tools, ask)
             assert text == expected
             assert encode(tokenizer, text) == encode(tokenizer, expected)
+
+
+SCHEMAS = {
+    "drug": {"type": "string", "description": "药名"},
+    "form": {"type": "string", "enum": ["tablet", "syrup"]},
+    "times": {"type": "array", "items": {"type": "string"}, "description": "when"},
+    "age": {"type": "integer", "nullable": True},
+    "patient": {"type": "object", "properties": {"weight": {"type": "number"}}, "required": ["weight"]},
+}
+
+
+@pytest.mark.parametrize(("name", "trl_name"), [("gemma4", "gemma4_v5"), ("gptoss", "gptoss")])
+def test_declarations_of_tools_are_those_of_trl(name, trl_name, tokenizers):
+    tokenizer, tokens = tokenizer_for(name, tokenizers), EXPECTED[name][0]
+    parameters = {"type": "object", "properties": SCHEMAS, "required": ["drug"]}
+    tools = [TOOLS[0], {"type": "function", "function": {"name": "n", "description": "d", "parameters": parameters}}]
+    texts = [
+        renderer(tokenizer, jinja, tokens)([Q1], tools, True)
+        for jinja in (named_template(name), (TRL_TEMPLATES / f"{trl_name}.jinja").read_text())
+    ]
+    assert texts[0] == texts[1]
 
 
 # ---------------------------------------------------------------- what is learned
@@ -270,11 +393,10 @@ def test_generation_continues_the_training_text(name, tokenizers):
     template = chat_template(name, tokenizers)
     text = "".join(segment.text for segment in template.segments(CONVERSATION))
     assert text.startswith(template.prompt(CONVERSATION[:4]))
-    # Qwen3 asks without a thought by an empty block, which it writes in no earlier turn.
-    assert text.startswith(template.prompt(CONVERSATION[:2])) == (name != "qwen3_nothink")
+    assert text.startswith(template.prompt(CONVERSATION[:2])) == (name not in REWRITING)
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_training_ids_are_inference_ids_then_the_reply(name, tokenizers):
     template, tokenizer = chat_template(name, tokenizers), tokenizer_for(name, tokenizers)
     messages = [
@@ -337,17 +459,25 @@ def test_tool_calls_are_learned_and_tool_results_are_not(name, calls, tokenizers
     assert "".join(segment.text for segment in segments).startswith(template.prompt(TOOL_TURNS[:4], TOOLS))
 
 
-def test_openai_tool_calls_render_as_ours(tokenizers):
+@pytest.mark.parametrize("name", sorted(TOOLS_TOO))
+def test_openai_tool_calls_render_as_ours(name, tokenizers):
     """A server hands the template `{"function": {...}}` and content None."""
-    as_sent = [
-        {**message, "content": message["content"] or None, "tool_calls": [{"function": c} for c in calls]}
-        if (calls := message.get("tool_calls"))
-        else message
-        for message in TOOL_TURNS
+    sent = [turn | {"content": None} if turn.get("tool_calls") else turn for turn in as_sent(ONE_BY_ONE)]
+    render = chat_template(name, tokenizers).render
+    assert render(sent, TOOLS, False) == render(ONE_BY_ONE, TOOLS, False)
+
+
+def test_a_token_that_ends_a_thought_too_ends_no_reply(tokenizers):
+    """gpt-oss's <|end|> stands behind its analysis, and behind the replies that others follow."""
+    template = chat_template("gptoss", tokenizers)
+    assert template.stop_tokens == ("<|return|>", "<|call|>")
+    learned = learned_texts(template.segments([Q1, THINKING[3]]))
+    analysis = "<|channel|>analysis<|message|>later<|end|><|start|>assistant"
+    assert learned == [f"{analysis}<|channel|>final<|message|>A2<|return|>"]
+    # One text would teach the first reply to end so; it is the last of a dialogue of its own.
+    assert [learned_texts(template.segments(messages))[-1] for messages in template.examples(CONVERSATION)] == [
+        f"<|channel|>final<|message|>{answer}<|return|>" for answer in ("A1", "A2")
     ]
-    for name in ("qwen", "qwen3", "qwen3_nothink", "glm4_moe"):
-        render = chat_template(name, tokenizers).render
-        assert render(as_sent, TOOLS, False) == render(TOOL_TURNS, TOOLS, False)
 
 
 def test_qwen3_learns_the_last_thought_only(tokenizers):
@@ -365,6 +495,7 @@ def test_an_earlier_reply_keeps_a_first_character_that_starts_the_empty_thought_
     ("trl_name", "tokens", "ends"),
     [
         ("qwen3_instruct_2507", CHATML, ("<|im_end|>", "<|im_end|>")),
+        ("gptoss", HARMONY, ("<|end|>", "<|return|>")),
         ("llama3_2", EXPECTED["llama3"][0], ("<|eot_id|>", "<|eot_id|>")),
         ("gemma3", EXPECTED["gemma"][0], ("<end_of_turn>", "<end_of_turn>")),
         ("phi3_5", EXPECTED["phi"][0], ("<|end|>", "<|end|>")),
@@ -374,7 +505,8 @@ def test_an_earlier_reply_keeps_a_first_character_that_starts_the_empty_thought_
 def test_the_tokenizers_own_templates_work_as_well(trl_name, tokens, ends, tokenizers):
     render = renderer(tokenizers[0], (TRL_TEMPLATES / f"{trl_name}.jinja").read_text(), tokens)
     template = ChatTemplate(trl_name, render, tokens, tokens[-1])
-    assert learned_texts(template.segments(CONVERSATION)) == [f"A1{ends[0]}", f"A2{ends[1]}"]
+    channel = "<|channel|>final<|message|>" if trl_name == "gptoss" else ""
+    assert learned_texts(template.segments(CONVERSATION)) == [f"{channel}A1{ends[0]}", f"{channel}A2{ends[1]}"]
 
 
 @pytest.mark.parametrize(
@@ -386,6 +518,9 @@ def test_the_tokenizers_own_templates_work_as_well(trl_name, tokens, ends, token
         ("gemma", EXPECTED["gemma"][0], ("<end_of_turn>", "<eos>")),
         ("glm4", GLM, ("<|user|>", "<|endoftext|>")),
         ("vicuna", LLAMA, ("</s>",)),
+        ("glm4_moe", GLM, ("<|user|>", "<|endoftext|>", "<|observation|>")),
+        ("gemma4", GEMMA4, ("<turn|>", "<eos>", "<|tool_response>")),
+        ("llama3", EXPECTED["llama3"][0], ("<|eot_id|>",)),
     ],
 )
 def test_stop_tokens(name, tokens, stop_tokens, tokenizers):
@@ -476,8 +611,9 @@ def test_an_unknown_name_lists_the_known_ones():
         named_template("Qwen2")
     assert str(error.value) == (
         "--template_name Qwen2: no such template; did you mean qwen? known are alpaca, baichuan2, chatml, "
-        "deepseek, gemma, glm4, glm4_moe, internlm2, llama2, llama3, mistral, phi, plain, qwen, qwen3, "
-        "qwen3_nothink, vicuna, yi, zephyr"
+        "deepseek, gemma, gemma3, gemma4, glm4, glm4_moe, gptoss, granite, internlm2, lfm2, lfm2_5, llama2, llama3, "
+        "minicpm, ministral3, mistral, phi, plain, qwen, qwen3, qwen3_5, qwen3_5_nothink, qwen3_instruct_2507, "
+        "qwen3_nothink, smollm3, vicuna, yi, zephyr"
     )
     with pytest.raises(UserError, match="no such template; known are alpaca"):
         named_template("#")

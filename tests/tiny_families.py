@@ -9,6 +9,10 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
 )
@@ -34,6 +38,7 @@ LINEAR_ATTENTION = {
 }
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
 GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 # What each model type needs besides SHAPE.
 FAMILIES = {
     "qwen3": HEADS,
@@ -44,7 +49,9 @@ FAMILIES = {
     "qwen3_next": HEADS | EXPERTS | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 32},
     "qwen3_5_text": HEADS | LINEAR_ATTENTION,
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
-    "lfm2_moe": EXPERTS
+    # Weights large enough that a leak is more than rounding.
+    "lfm2_moe": {"initializer_range": 0.1}
+    | EXPERTS
     | {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_dense_layers": 1, "conv_L_cache": 3},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
     "granitemoehybrid": MAMBA
@@ -55,6 +62,28 @@ FAMILIES = {
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "afmoe": HEADS | EXPERTS,
     "gpt_oss": HEADS | EXPERTS | {"num_local_experts": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "qwen2": {},
+    "llama": {},
+    "phi3": {},
+    "granite": {"logits_scaling": 4.0},
+    "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
+    "glm4": HEADS,
+    "internlm3": HEADS,
+    "ministral3": HEADS,
+    "gemma2": HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 16},
+    "cohere2": HEADS | SLIDING | {"logit_scale": 0.25},
+    "olmo3": SLIDING,
+    "minicpm3": LATENT | {"num_key_value_heads": 4},
+    "deepseek_v3": LATENT
+    | GROUPS
+    | {"num_key_value_heads": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1},
+    "gemma4_text": HEADS
+    | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+    | {"global_head_dim": 32, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 640},
+    "qwen3_5_moe_text": HEADS | EXPERTS | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 32},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mamba", "moe"], "head_dim": 16, "mamba_num_heads": 8}
+    | {"mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32},
 }
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -79,11 +108,46 @@ def save_multimodal_model_of_text_class(folder: Path, tokenizer_from: Path) -> P
     return _save(model, folder, tokenizer_from)
 
 
-def tiny_model(model_type: str, attention: str = "sdpa", **changes) -> torch.nn.Module:
+def save_mistral3(folder: Path, tokenizer_from: Path) -> Path:
+    """Ministral 3 with its vision tower, which AutoModelForCausalLM does not know."""
+    torch.manual_seed(0)
+    text, vision = SHAPE | HEADS | {"model_type": "ministral3"}, VISION | {"image_size": 32, "patch_size": 8}
+    vision |= {"model_type": "pixtral", "head_dim": 16}
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=639, spatial_merge_size=2)
+    return _save(Mistral3ForConditionalGeneration(config), folder, tokenizer_from)
+
+
+def save_gemma4(folder: Path, tokenizer_from: Path) -> Path:
+    """Gemma 4 with its vision tower."""
+    torch.manual_seed(0)
+    tokens = {f"{kind}_token_id": 639 - index for index, kind in enumerate(("image", "video", "audio"))}
+    vision = VISION | {"num_key_value_heads": 2, "head_dim": 16, "patch_size": 8, "position_embedding_size": 64}
+    text = SHAPE | FAMILIES["gemma4_text"]
+    config = Gemma4Config(text_config=text, vision_config=vision, audio_config=None, **tokens)
+    return _save(Gemma4ForConditionalGeneration(config), folder, tokenizer_from)
+
+
+def tiny_model(model_type: str, attention: str | None = None, **changes) -> torch.nn.Module:
     """An untrained model as its class draws it."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](**SHAPE | FAMILIES[model_type] | changes)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+
+# Checkpoints as they are shipped, with a vision tower.
+AS_SHIPPED = {
+    "gemma3": save_multimodal_model,
+    "gemma4": save_gemma4,
+    "qwen3_5": save_multimodal_model_of_text_class,
+    "mistral3": save_mistral3,
+}
+
+
+def save_family(name: str, folder: Path, tokenizer_from: Path) -> Path:
+    """A model type, or a checkpoint as shipped."""
+    if name in AS_SHIPPED:
+        return AS_SHIPPED[name](folder, tokenizer_from)
+    return save_tiny_model(name, folder, tokenizer_from)
 
 
 def save_tiny_model(model_type: str, folder: Path, tokenizer_from: Path, **changes) -> Path:

@@ -3,7 +3,7 @@
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,17 +11,27 @@ import torch
 from loguru import logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from medtune.errors import UserError
 from medtune.models.families import check_same_family
-from medtune.models.lineage import is_adapter, read_adapter_config
+from medtune.models.lineage import base_of, is_adapter, read_adapter_config
 from medtune.models.loading import load_base_model, load_config
-from medtune.models.lora_layers import HEADS, bare_layers, beside_language_model, linear_matrices, linear_module_names
+from medtune.models.lora_layers import (
+    HEADS,
+    all_linear_layers,
+    beside_language_model,
+    linear_module_names,
+    linear_weights,
+    lora_layers,
+    parts_beside_language_model,
+)
 from medtune.models.model_files import ADAPTER_WEIGHTS
 from medtune.models.score_heads import is_head, load_scoring_base
+from medtune.models.text_part import language_model_class, loaded_config
 from medtune.models.vocabulary import has_tied_head
 
 DEFAULT_LORA_RANK = 16
@@ -50,6 +60,7 @@ def load_for_training(
     use_rslora: bool = False,
     modules_to_save: str | None = None,
     task_type: TaskType = TaskType.CAUSAL_LM,
+    checkpoint: str | None = None,
     **base_options,
 ) -> PreTrainedModel | PeftModel:
     """The model to train: a base with a new adapter, a base with its adapter continued, or all weights.
@@ -58,18 +69,23 @@ def load_for_training(
     With SEQ_CLS it is a reward model, and `pad_token_id` is needed. A language model or its adapter is then the
     start: its LoRA matrices go over as they are, and a score head of zeros is trained and saved with them.
 
+    Args:
+        checkpoint: of the run that is resumed, whose adapter keeps its modules, whatever "all" means by now.
+
     Raises:
         UserError: the adapter at `path` has another shape than the flags ask for, or is asked to be trained as a
             full model. What an earlier stage learned is never dropped.
     """
     load_base = load_scoring_base if task_type is TaskType.SEQ_CLS else load_base_model
-    if is_adapter(path):
-        config = read_adapter_config(path)
+    base_path, recorded = base_of(path), path if is_adapter(path) else checkpoint
+    config, has_other_head = None, False
+    if recorded and is_adapter(recorded):
+        config = read_adapter_config(recorded)
         has_other_head = task_type is TaskType.SEQ_CLS and config.task_type != TaskType.SEQ_CLS
         if task_type is TaskType.SEQ_CLS:
             config = without_head(config)
         _check_continuable(
-            path,
+            recorded,
             config,
             use_peft,
             task_type,
@@ -78,55 +94,64 @@ def load_for_training(
                 "--lora_alpha": (lora_alpha, config.lora_alpha),
                 "--target_modules": (
                     None if target_modules in ALL_LINEAR else _split_names(target_modules),
-                    _last_names(config.target_modules),
+                    _target_names(config),
                 ),
                 "--use_dora": (use_dora or None, config.use_dora),
                 "--use_rslora": (use_rslora or None, config.use_rslora),
-                "--modules_to_save": (_split_names(modules_to_save), _last_names(set(config.modules_to_save or []))),
+                "--modules_to_save": (_split_names(modules_to_save), _last_names(config.modules_to_save or [])),
             },
         )
-        base = load_base(config.base_model_name_or_path, **base_options)
-        _log_left_out_parts(base, config.base_model_name_or_path, **base_options)
-        config.task_type = task_type.value if has_other_head else config.task_type
-        config.lora_dropout = lora_dropout
-        config.inference_mode = False
-        with _explain_peft_faults(base, path, target_modules, config):
-            model = put_adapter_on(
-                base, path, "--model_name_or_path", has_other_head=has_other_head, config=config, is_trainable=True
-            )
-            bare = bare_layers(model) if target_modules in ALL_LINEAR else set()
-        if bare:
-            raise UserError(
-                f"--target_modules {target_modules}: the adapter in {path} leaves out {', '.join(sorted(bare))}, and "
-                f"training continues it; {_LEAVE_OR_MERGE}"
-            )
-        return model
-
     quantized = base_options.get("load_in_4bit") or base_options.get("load_in_8bit")
     if quantized and not use_peft:
         raise UserError("--use_peft False with a quantized base: its weights cannot be trained; use --use_peft True")
-    base = load_base(path, **base_options)
-    _log_left_out_parts(base, path, **base_options)
+    base = load_base(base_path, **base_options)
+    _log_other_parts(base, base_path, **base_options)
     if not use_peft:
-        if base.dtype != torch.float32:
-            logger.warning(
-                f"all weights are trained in {str(base.dtype).removeprefix('torch.')}, which rounds small updates "
-                "away; --torch_dtype float32 keeps them and takes twice the memory for weights, gradients and optimizer"
+        return _with_trained_language_model(base)
+    linear = all_linear_layers(base).modules
+    with _explain_peft_faults(base, path, target_modules):
+        if config is None:
+            config = _new_lora_config(
+                base,
+                task_type=task_type,
+                target_modules=target_modules,
+                lora_rank=lora_rank,
+                lora_alpha=lora_alpha,
+                lora_dropout=lora_dropout,
+                use_dora=use_dora,
+                use_rslora=use_rslora,
+                modules_to_save=modules_to_save,
             )
-        return base
-    config = _new_lora_config(
-        base,
-        task_type=task_type,
-        target_modules=target_modules,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        use_dora=use_dora,
-        use_rslora=use_rslora,
-        modules_to_save=modules_to_save,
-    )
-    with _explain_peft_faults(base, path, target_modules, config):
-        return get_peft_model(base, config)
+        else:
+            config.task_type = task_type.value if has_other_head else config.task_type
+            config.lora_dropout = _possible_dropout(config, lora_dropout)
+            config.inference_mode = False
+        if not is_adapter(path):
+            return get_peft_model(base, config)
+        model = put_adapter_on(
+            base, path, "--model_name_or_path", has_other_head=has_other_head, config=config, is_trainable=True
+        )
+    # Those that any adapter on all has had; which experts it has is its own affair.
+    bare = set(linear) - lora_layers(model).keys() if target_modules in ALL_LINEAR else set()
+    if bare:
+        raise UserError(
+            f"--target_modules {target_modules}: the adapter in {path} leaves out {', '.join(sorted(bare))}, and "
+            f"training continues it; {_LEAVE_OR_MERGE}"
+        )
+    return model
+
+
+def _with_trained_language_model(base: PreTrainedModel) -> PreTrainedModel:
+    """The base for training all weights but those of parts beside its language model, which text does not pass."""
+    if beside := beside_language_model(base):
+        for name, weights in base.named_parameters():
+            weights.requires_grad_(not re.match(beside, name))
+    if base.dtype != torch.float32:
+        logger.warning(
+            f"all weights are trained in {str(base.dtype).removeprefix('torch.')}, which rounds small updates "
+            "away; --torch_dtype float32 keeps them and takes twice the memory for weights, gradients and optimizer"
+        )
+    return base
 
 
 def _new_lora_config(
@@ -143,12 +168,17 @@ def _new_lora_config(
 ) -> LoraConfig:
     """The configuration of a new adapter on this base, from the flags."""
     trained_whole = _split_names(modules_to_save)
-    return LoraConfig(
+    if target_modules in (None, *ALL_LINEAR):
+        modules, parameters = all_linear_layers(base)
+    else:
+        modules = _split_names(target_modules)
+        parameters = linear_weights(base, modules)
+    config = LoraConfig(
         task_type=task_type,
         r=lora_rank or DEFAULT_LORA_RANK,
         lora_alpha=lora_alpha or DEFAULT_LORA_ALPHA,
-        lora_dropout=lora_dropout,
-        target_modules=_module_names(target_modules),
+        target_modules=modules,
+        target_parameters=parameters or None,
         exclude_modules=beside_language_model(base) if target_modules in (None, *ALL_LINEAR) else None,
         modules_to_save=trained_whole,
         # Otherwise PEFT 0.21 trains a copy of the embeddings, and the head that shared them stays as it was.
@@ -156,6 +186,19 @@ def _new_lora_config(
         use_dora=use_dora,
         use_rslora=use_rslora,
     )
+    convert_peft_config_for_transformers(config, base, None)  # experts by the names of older versions
+    config.lora_dropout = _possible_dropout(config, lora_dropout)
+    return config
+
+
+def _possible_dropout(config: LoraConfig, lora_dropout: float) -> float:
+    """The dropout, or 0 where the adapter is on weights and not on layers: PEFT 0.21 adds its matrices to them."""
+    if config.target_parameters and lora_dropout:
+        logger.info(
+            f"--lora_dropout {lora_dropout:g}: 0 is used, since an adapter on experts' weights can have no dropout"
+        )
+        return 0.0
+    return lora_dropout
 
 
 def save_zero_adapter(folder: Path, path: str, lora: dict, **hub_options) -> None:
@@ -165,11 +208,12 @@ def save_zero_adapter(folder: Path, path: str, lora: dict, **hub_options) -> Non
     """
     settings = {name: value for name, value in lora.items() if name != "use_peft"}
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            load_config(path, **hub_options), trust_remote_code=hub_options.get("trust_remote_code", False)
+        shipped = load_config(path, **hub_options)
+        base = language_model_class(shipped).from_config(
+            loaded_config(shipped), trust_remote_code=hub_options.get("trust_remote_code", False)
         )
-        config = _new_lora_config(base, **settings)
-        with _explain_peft_faults(base, path, settings["target_modules"], config):
+        with _explain_peft_faults(base, path, settings["target_modules"]):
+            config = _new_lora_config(base, **settings)
             model = get_peft_model(base, config)
     shapes = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
     config.base_model_name_or_path = path
@@ -179,9 +223,7 @@ def save_zero_adapter(folder: Path, path: str, lora: dict, **hub_options) -> Non
 
 
 @contextmanager
-def _explain_peft_faults(
-    base: PreTrainedModel, path: str, target_modules: str | None, config: LoraConfig
-) -> Iterator[None]:
+def _explain_peft_faults(base: PreTrainedModel, path: str, target_modules: str | None) -> Iterator[None]:
     """Turn what PEFT 0.21 refuses in an adapter on this base into one line that says what to do."""
     flag, linear = f"--target_modules {target_modules or 'all'}", linear_module_names(base)
     try:
@@ -192,9 +234,9 @@ def _explain_peft_faults(
         if "not found in the base model" in str(error):
             reason = f"{flag}: no such module in {path}; it has {', '.join(sorted(linear))}, or say all"
         elif "ParamWrapper does not work with" in str(error):
-            setting = f"--lora_dropout {config.lora_dropout:g}" if config.lora_dropout else "--use_dora True"
-            instead = "--lora_dropout 0" if config.lora_dropout else "--use_dora False"
-            reason = f"{setting}: an adapter on the experts of {path} cannot have that; give {instead}"
+            reason = f"--use_dora True: an adapter on the experts of {path} cannot have that; give --use_dora False"
+        elif fused := re.search(r"target\(s\) (.+) without also targeting (.+) because", str(error)):
+            reason = f"{flag}: in {path} {fused[1]} and {fused[2]} are one layer; name both, or neither"
         elif refused := re.search(r"Module '(\w+)' is incompatible with Mamba", str(error)):
             possible = ",".join(sorted(linear - {refused[1]}))
             reason = f"{flag}: no adapter can be on {refused[1]} of {path}; give --target_modules {possible}"
@@ -203,20 +245,17 @@ def _explain_peft_faults(
         raise UserError(reason) from error
 
 
-def _log_left_out_parts(
+def _log_other_parts(
     base: PreTrainedModel, path: str, *, cache_dir: str | None = None, trust_remote_code: bool = False, **_
 ) -> None:
-    """Log the parts of a multimodal model that are not loaded, and that a mixture of experts has no router loss."""
+    """Log the parts of a multimodal model that are never trained."""
     config = load_config(path, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    if isinstance(base.config, type(config.get_text_config())) and not isinstance(base.config, type(config)):
+    if loaded_config(config) is not config:
         parts = [name.removesuffix("_config") for name in config.sub_configs if getattr(config, name) is not None]
         others = ", ".join(name for name in parts if name != "text")
-        logger.info(f"{path}: its language model alone is loaded, trained and saved; left out: {others}")
-    text_config = base.config.get_text_config()
-    if hasattr(text_config, "output_router_logits"):
-        text_config.output_router_logits = False  # of which a trainer would make that loss
-    if any("experts" in module.split(".") for module, _, _ in linear_matrices(base)):
-        logger.info(f"{path}: a mixture of experts; no stage adds its routers' load-balancing loss")
+        logger.info(f"{path}: its language model alone is loaded and trained; {others} comes back in a merged model")
+    elif parts := parts_beside_language_model(base):
+        logger.info(f"{path}: its language model is trained; {', '.join(parts)} stay as they are")
 
 
 def _check_continuable(
@@ -259,15 +298,18 @@ def _split_names(names: str | None) -> list[str] | None:
     return [name.strip() for name in names.split(",") if name.strip()] if names else None
 
 
-def _last_names(target_modules: set[str] | str) -> set[str] | str:
-    """The last parts of module names, which PEFT may store in full for "all-linear"; a pattern stays."""
-    if isinstance(target_modules, str):
-        return target_modules
-    return {name.rpartition(".")[2] for name in target_modules}
+def _last_names(names: Iterable[str]) -> set[str]:
+    """The last parts of module names, which PEFT may store in full for "all-linear"."""
+    return {name.rpartition(".")[2] for name in names}
 
 
-def _module_names(target_modules: str | None) -> str | list[str]:
-    return "all-linear" if target_modules in (None, *ALL_LINEAR) else _split_names(target_modules)
+def _target_names(config: LoraConfig) -> set[str] | str:
+    """What --target_modules says for an adapter's layers, those among them whose weights it is on; a pattern stays."""
+    if isinstance(config.target_modules, str):
+        return config.target_modules
+    weights = _last_names(name.removesuffix(".weight") for name in config.target_parameters or ())
+    fused = {"gate_proj", "up_proj"} if "gate_up_proj" in weights else set()
+    return _last_names(config.target_modules) | weights - {"gate_up_proj"} | fused
 
 
 def put_adapter_on(
@@ -297,14 +339,31 @@ def put_adapter_on(
                 model = base
             else:
                 model = PeftModel.from_pretrained(base, path, adapter_name, **options)
-        with safe_open(Path(path, ADAPTER_WEIGHTS), framework="pt") as file:
-            in_file = set(file.keys())
     except (RuntimeError, ValueError) as error:
         if "size mismatch" not in str(error) and "not found in the base model" not in str(error):
             raise
         raise UserError(
             f"{flag} {path}: the adapter does not fit {base.name_or_path}: other layers or sizes"
         ) from error
+    weights = check_adapter_tensors(model, path, flag, adapter_name, has_other_head)
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(
+            f"{flag} {path}: {len(broken)} tensors hold nan or inf, such as {broken[0]}; take an earlier one"
+        )
+    return model
+
+
+def check_adapter_tensors(
+    model: PeftModel, path: str, flag: str, adapter_name: str = "default", has_other_head: bool = False
+) -> dict[str, torch.Tensor]:
+    """The adapter's weights in the model; raises UserError unless the adapter in `path` has tensors of the same names.
+
+    Args:
+        has_other_head: of the model than of the adapter; heads are not compared.
+    """
+    with safe_open(Path(path, ADAPTER_WEIGHTS), framework="pt") as file:
+        in_file = set(file.keys())
     weights = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     of_base = model.state_dict().keys() - weights.keys()  # an embedding that PEFT saved with the adapter
     odd = sorted(weights.keys() ^ (in_file - of_base))
@@ -312,15 +371,11 @@ def put_adapter_on(
         odd = [name for name in odd if not is_head(name)]
     if odd:
         raise UserError(
-            f"{flag} {path}: {len(odd)} tensors are in {ADAPTER_WEIGHTS} and not in {base.name_or_path} with this "
-            f"adapter, or the other way round, such as {odd[0]}; take another checkpoint, or the base it was trained on"
+            f"{flag} {path}: {len(odd)} tensors are in {ADAPTER_WEIGHTS} and not in "
+            f"{model.get_base_model().name_or_path} with this adapter, or the other way round, such as {odd[0]}; take "
+            "another checkpoint, or the base it was trained on"
         )
-    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise UserError(
-            f"{flag} {path}: {len(broken)} tensors hold nan or inf, such as {broken[0]}; take an earlier one"
-        )
-    return model
+    return weights
 
 
 def _matrices_on(base: PreTrainedModel, path: str, config: LoraConfig) -> PeftModel:

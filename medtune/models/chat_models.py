@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -15,13 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medtune.arguments import LoadingOptions
 from medtune.errors import UserError
+from medtune.models.adapter_effect import QUESTION
 from medtune.models.adapters import load_with_adapters
 from medtune.models.lineage import base_of, check_model_path, is_adapter
 from medtune.models.loading import dtype_for_use, load_base_model, place_for_use
 from medtune.models.model_folder import ModelFolder, choose_template, describe_folder, refuse_reward_model
 from medtune.models.reward_models import load_reward_model, reward_ids
 from medtune.models.vocabulary import check_vocabulary
-from medtune.reading.tokenization import load_chat_template, stop_token_ids
+from medtune.reading.tokenization import encode_prompt, load_chat_template, stop_token_ids
+from medtune.reading.tool_calls import CallForm, call_form
 from template import ChatTemplate, Message
 
 # In lists of models, the name of the base model without an adapter.
@@ -51,7 +54,7 @@ class ChatModelArguments(LoadingOptions):
     device_map: str | None = field(default=None, metadata={"help": "auto splits the model over several GPUs."})
     use_cpu: bool = field(default=False, metadata={"help": "The CPU, though there are GPUs."})
     flash_attn: bool = field(
-        default=False, metadata={"help": "FlashAttention 2 if it is installed, otherwise PyTorch's SDPA."}
+        default=False, metadata={"help": "FlashAttention 2 if installed and possible, otherwise SDPA or eager."}
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloaded models."})
     trust_remote_code: bool = field(
@@ -118,6 +121,22 @@ class ChatModel:
         bare = isinstance(self.model, PeftModel) and self.adapter_name is None
         with self.model.disable_adapter() if bare else nullcontext():
             yield self.model
+
+    @cached_property
+    def call_form(self) -> CallForm | None:
+        """In which form it writes calls of tools, if any."""
+        return call_form(self.chat_template)
+
+    @torch.no_grad()
+    def change_by_adapter(self) -> float:
+        """The largest difference that the adapter makes to a log-prob of the first token of a reply."""
+        prompt = encode_prompt(self.tokenizer, self.chat_template, [QUESTION])
+        with self.in_use() as model:
+            ids = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)
+            with_adapter = model(input_ids=ids).logits[0, -1].float().log_softmax(dim=-1)
+            with model.disable_adapter():
+                without = model(input_ids=ids).logits[0, -1].float().log_softmax(dim=-1)
+        return (with_adapter - without).abs().max().item()
 
 
 def describe_model(model_args: ChatModelArguments, flag: str = "--base_model") -> ChatModel:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medtune.models.decoding import Decoding
 from medtune.models.running_batch import Row, complete_rows
+from medtune.reading.reply_text import ReplyDecoder
 from medtune.reading.thoughts import before_part_of
 
 
@@ -109,7 +110,7 @@ class ReplyRow(Row):
     ):
         """on_text: gets new text; what ends in U+FFFD or in a part of a stop text waits for the next tokens."""
         super().__init__(prompt, frozenset(stop_ids), decoding, seed)
-        self.tokenizer = tokenizer
+        self.decode = ReplyDecoder(tokenizer)
         self.on_text = on_text
         self.n_handed_on = 0
 
@@ -127,8 +128,7 @@ class ReplyRow(Row):
         return bool(self.decoding.stop) and any(word in self._text() for word in self.decoding.stop)
 
     def _text(self) -> str:
-        ids = self.ids[:-1] if self.ended else self.ids
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.decode(self.ids[:-1] if self.ended else self.ids)
 
     def _hand_on(self, text: str) -> None:
         text = _before_stop(text, self.decoding.stop)

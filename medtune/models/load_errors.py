@@ -83,7 +83,7 @@ def without_load_report() -> Iterator[None]:
         logger_of_loading.removeFilter(is_other)
 
 
-def check_loaded(model: PreTrainedModel, report: dict, where: str) -> None:
+def check_loaded(model: PreTrainedModel, report: dict, where: str, has_wrapper: bool) -> None:
     """Raise UserError where the weights lack tensors of the model, which would be random.
 
     A classifier's head may be new, and heads of the other kind are left out.
@@ -91,6 +91,7 @@ def check_loaded(model: PreTrainedModel, report: dict, where: str) -> None:
     Args:
         report: `missing_keys` and `unexpected_keys` of transformers' loading info.
         where: the flag and its value.
+        has_wrapper: the model is the language model alone of a multimodal checkpoint.
     """
     missing = sorted(report["missing_keys"])
     if type(model).__name__ not in (model.config.architectures or []):
@@ -101,7 +102,14 @@ def check_loaded(model: PreTrainedModel, report: dict, where: str) -> None:
             f"{where}: {len(missing)} tensors that config.json asks for are not in its weights and would be random, "
             f"such as {missing[0]}{others}; copy or download both again"
         )
-    unused = sorted(name for name in report["unexpected_keys"] if name.split(".")[0] not in ("lm_head", "score"))
+    # Other parts of a wrapper whose language model alone is loaded: `load_for_training` says that they are left out.
+    own_parts = {f"{model.base_model_prefix}.{name}" for name, _ in model.base_model.named_children()}
+    unused = sorted(
+        name
+        for name in report["unexpected_keys"]
+        if name.split(".")[0] not in ("lm_head", "score")
+        and not (has_wrapper and ".".join(name.split(".")[:2]) not in own_parts)
+    )
     if unused:
         logger.warning(
             f"{where}: {len(unused)} tensors of its weights have no place in the model of config.json and are left "
@@ -160,8 +168,6 @@ def _reason(error: BaseException) -> str | None:
         return "config.json and the weights are of two models: their sizes differ; copy or download both again"
     if caused_by(ImportError) and "pip install" in text:  # of a model that another tool quantized
         return text
-    if "does not support an attention implementation" in text:
-        return "a kind of model without PyTorch's SDPA attention in these versions of the libraries, which is used here"
     if caused_by(StrictDataclassError):
         return f"config.json: {text}; copy or download it again"
     if caused_by(SafetensorError):

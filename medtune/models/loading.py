@@ -2,15 +2,16 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
 from loguru import logger
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -29,6 +30,7 @@ from medtune.models.load_errors import (
     without_load_report,
 )
 from medtune.models.model_files import ADAPTER_WEIGHTS, WEIGHTS_INDEX, check_model_files, indexed_files
+from medtune.models.text_part import language_model_class, loaded_config, text_config
 
 
 def load_tokenizer(
@@ -80,16 +82,10 @@ def weights_fingerprint(
             return hashlib.file_digest(weights, "sha256").hexdigest()
     if hasattr(load_config(path, flag=flag, cache_dir=cache_dir, **hub_options), "quantization_config"):
         return ""
-    # Offline, a file that the hub does not have is a connection error.
-    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    find = partial(cached_file, path, cache_dir=cache_dir, **lenient)
-    names = {"model.safetensors"}
-    if index := find(WEIGHTS_INDEX):
-        names = indexed_files(Path(index))
+    if not (files := weight_files(path, cache_dir=cache_dir)):
+        return ""
     first_values = {}
-    for name in names:
-        if not (file := find(name)):
-            return ""
+    for file in files:
         with explain_load_errors(path, flag), safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - it is no mapping
                 first_values[key] = tensors.get_slice(key)[:1].flatten()[:64].to(torch.bfloat16)
@@ -97,6 +93,23 @@ def weights_fingerprint(
     for key in sorted(first_values.keys() - {"lm_head.weight"}):  # which a copy may hold although it is tied
         whole.update(key.encode() + first_values[key].view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
+
+
+def base_file(path: str, name: str, *, cache_dir: str | None = None, **_) -> Path | None:
+    """A file of a model's folder or repository, None where it has none of that name."""
+    # Offline, a file that the hub does not have is a connection error.
+    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    file = cached_file(path, name, cache_dir=cache_dir, **lenient)
+    return Path(file) if file else None
+
+
+def weight_files(path: str, **hub_options) -> list[Path]:
+    """The safetensors files of a model (not an adapter); none of a model with pickle weights, or not complete."""
+    names = {"model.safetensors"}
+    if index := base_file(path, WEIGHTS_INDEX, **hub_options):
+        names = indexed_files(index)
+    files = [base_file(path, name, **hub_options) for name in sorted(names)]
+    return files if all(files) else []
 
 
 def quantization_config(
@@ -113,10 +126,13 @@ def quantization_config(
     return BitsAndBytesConfig(load_in_8bit=True) if load_in_8bit else None
 
 
-def attention_implementation(flash_attn: bool) -> str:
-    """FlashAttention if requested and possible (3 on Hopper, if installed), otherwise SDPA with a line in the log."""
+def attention_implementation(flash_attn: bool) -> str | None:
+    """FlashAttention if requested and possible (3 on Hopper, if installed); None for the model's own choice.
+
+    That is PyTorch's SDPA, or eager attention in models that cannot have it, such as gpt-oss.
+    """
     if not flash_attn:
-        return "sdpa"
+        return None
     if not torch.cuda.is_available():
         lacking = "FlashAttention needs a CUDA device"
     elif torch.cuda.get_device_capability() < (8, 0):
@@ -127,8 +143,8 @@ def attention_implementation(flash_attn: bool) -> str:
         lacking = "the package flash-attn is not installed (requirements/gpu.txt says how)"
     else:
         return "flash_attention_2"
-    logger.info(f"--flash_attn: {lacking}; PyTorch's SDPA attention is used")
-    return "sdpa"
+    logger.info(f"--flash_attn: {lacking}; it goes without")
+    return None
 
 
 def placement(device_map: str | None, quantized: bool) -> dict | str | None:
@@ -160,7 +176,7 @@ def load_base_model(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle_weights: bool = False,
-    model_class: type = AutoModelForCausalLM,
+    model_class: type | None = None,
     **config_overrides,
 ) -> PreTrainedModel:
     """Load a base model (not an adapter), quantized if asked for.
@@ -168,32 +184,69 @@ def load_base_model(
     Args:
         torch_dtype: "auto" for the checkpoint's own, or a name such as "bfloat16".
         model_class: the auto class, for a head other than the language model's.
-        config_overrides: passed to the configuration, such as num_labels=1.
+        config_overrides: set in the configuration, such as num_labels=1.
     """
     quantized = load_in_4bit or load_in_8bit
     if quantized and not torch.cuda.is_available():
         _keep_bitsandbytes_weights_plain()
     dtype = "auto" if torch_dtype == "auto" else getattr(torch, torch_dtype)
     compute_dtype = torch.bfloat16 if dtype == "auto" else dtype
-    # Only where it is asked for: None would hide how the weights in the folder are quantized.
-    if quantized:
-        config_overrides["quantization_config"] = quantization_config(load_in_4bit, load_in_8bit, compute_dtype)
     if Path(path).is_dir():
         check_model_files(path, flag, with_weights=True, allow_pickle_weights=allow_pickle_weights)
+    hub_options = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    shipped = load_config(path, flag=flag, **hub_options)
+    config = loaded_config(shipped)
+    for name, value in config_overrides.items():
+        setattr(config, name, value)
+    # Only where it is asked for: None would hide how the weights in the folder are quantized.
+    bits = {"quantization_config": quantization_config(load_in_4bit, load_in_8bit, compute_dtype)} if quantized else {}
+    load = partial(
+        (model_class or language_model_class(shipped)).from_pretrained,
+        path,
+        config=config,
+        dtype=dtype,
+        device_map=placement(device_map, quantized),
+        use_safetensors=None if allow_pickle_weights else True,
+        output_loading_info=True,
+        **bits,
+        **hub_options,
+    )
     with explain_load_errors(path, flag), without_load_report():
-        model, report = model_class.from_pretrained(
-            path,
-            dtype=dtype,
-            device_map=placement(device_map, quantized),
-            attn_implementation=attention_implementation(flash_attn),
-            cache_dir=cache_dir,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=None if allow_pickle_weights else True,
-            output_loading_info=True,
-            **config_overrides,
-        )
-    check_loaded(model, report, f"{flag} {path}")
+        model, report = _load_with_attention(load, attention_implementation(flash_attn), path)
+    check_loaded(model, report, f"{flag} {path}", has_wrapper=config is not shipped)
     return model
+
+
+def _load_with_attention(load: Callable, attention: str | None, path: str) -> tuple[PreTrainedModel, dict]:
+    """What `load` gives with this attention or, where the model refuses FlashAttention, with its own choice."""
+    try:
+        model, report = load(attn_implementation=attention)
+    except (ValueError, ImportError) as error:  # before any weight is loaded
+        if attention is None:
+            raise
+        logger.info(f"--flash_attn: {path} cannot have it ({str(error).partition('. ')[0]}); it goes without")
+        model, report = load(attn_implementation=None)
+    if text_config(model.config)._attn_implementation == "eager":
+        logger.info(
+            f"{path}: {type(model).__name__} has no SDPA in transformers {transformers.__version__}; eager attention "
+            "is used, whose memory grows with the square of the length"
+        )
+    return model, report
+
+
+def load_saved_weights(model: PreTrainedModel, folder: str) -> bool:
+    """Load what `save_pretrained` wrote if it names the tensors otherwise than the model does, as it does for fused
+    experts and for parts of a wrapper. False, and nothing is loaded, where the names are the same.
+    """
+    names = set()
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            names |= set(tensors.keys())
+    if names <= model.state_dict().keys():
+        return False
+    saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+    return True
 
 
 def dtype_for_use(torch_dtype: str, use_cpu: bool = False) -> str:

@@ -104,11 +104,14 @@ class SparseHead:
 
     Args:
         one_pass: all positions in the pass itself, for weights that cannot be used outside of it (ZeRO-3).
+        with_router_loss: in training, keep the load-balancing loss of each pass in `router_loss`.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, one_pass: bool = False):
+    def __init__(self, model: PreTrainedModel | PeftModel, one_pass: bool = False, with_router_loss: bool = False):
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
         self.one_pass = one_pass
+        self.with_router_loss = with_router_loss
+        self.router_loss: torch.Tensor | None = None  # [] of the last pass
         self.places: tuple[torch.Tensor, torch.Tensor] | None = None  # rows and columns of the scored positions
         self.states: torch.Tensor | None = None  # [batch, length, hidden], of the backbone
         self.scored: torch.Tensor | None = None  # [positions, hidden] of these
@@ -161,11 +164,13 @@ class SparseHead:
             layout: in which the rows pass through the model.
         """
         self.places = places(mask, batch, layout)
+        options = {"output_router_logits": True} if self.with_router_loss and model.training else {}
         try:
-            logits = model(**forward_inputs(batch, layout), use_cache=False).logits
+            outputs = model(**forward_inputs(batch, layout), use_cache=False, **options)
         finally:
             states = self.scored
             self.places = self.states = self.scored = None
+        logits, self.router_loss = outputs.logits, outputs.aux_loss if options else None
         if states is None:
             return in_chunks(lambda logits: logits, logits, ids.to(logits.device), compute).to(mask.device)
         head = partial(own_logits, self.model, self.output_class)

@@ -1,30 +1,95 @@
 """On which layers of a model LoRA is, or could be."""
 
-import copy
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from medtune.models.text_part import text_backbone
 
 # The last layer under the names that models give it; a reward model's is always called score here.
 HEADS = ("lm_head", "embed_out", "score", "classifier")
+# Whose weights Mamba's kernels take past the layer.
+MAMBA_OUTPUT = "out_proj"
 
 
-def bare_layers(model: PeftModel) -> set[str]:
-    """The layers without an adapter that an adapter on all linear layers would cover."""
-    base = model.get_base_model()
-    if not linear_module_names(base) - lora_layers(model).keys():
-        return set()
-    config = LoraConfig(target_modules="all-linear", exclude_modules=beside_language_model(base))
-    with torch.device("meta"):
-        skeleton = get_peft_model(type(base)(copy.deepcopy(base.config)), config)
-    return lora_layers(skeleton).keys() - lora_layers(model).keys() - set(HEADS)
+class LoraTargets(NamedTuple):
+    """What an adapter on all linear layers is on, in PEFT's terms."""
+
+    modules: list[str]  # last names of linear layers
+    parameters: list[str]  # ends of the paths of other weights
+
+
+def all_linear_layers(base: PreTrainedModel) -> LoraTargets:
+    """The language model's linear layers and its experts: not the head, nor routers, nor parts beside it.
+
+    Experts are fused into 3D parameters. Layers that PEFT 0.21 takes for experts by their names, and would leave out,
+    are adapted by their weights too.
+    """
+    beside, chosen_by = beside_language_model(base), routers(base)
+    linear: dict[str, list[str]] = {}
+    parameters = []
+    for path, tensor, _ in linear_matrices(base):
+        module, weights = base.get_submodule(path), base.get_parameter(f"{path}.{tensor}")
+        if (beside and re.match(beside, path)) or is_within(path, chosen_by):
+            continue
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            linear.setdefault(path.rpartition(".")[2], []).append(path)
+        elif weights.is_floating_point() and len(getattr(weights, "ds_shape", weights.shape)) == 3:
+            parameters.append(f"{path}.{tensor}")
+    modules = linear.keys() - {MAMBA_OUTPUT} if _is_mamba(base) else set(linear)
+    swallowed = modules - _kept_by_peft(base, modules)
+    paths = [path for name in swallowed for path in linear[name]]
+    parameters += [f"{path}.weight" for path in paths if base.get_parameter(f"{path}.weight").is_floating_point()]
+    # Without the number of the layer, where no other part can have the same name.
+    ends = parameters if beside else [re.sub(r"^.*\.\d+\.", "", path) for path in parameters]
+    return LoraTargets(sorted(modules - swallowed), sorted(set(ends)))
+
+
+def linear_weights(base: PreTrainedModel, names: Collection[str]) -> list[str]:
+    """Of layers with these last names those weights that PEFT 0.21 would leave out, as for `all_linear_layers`."""
+    layers = all_linear_layers(base)
+    return [path for path in layers.parameters if path.endswith(tuple(f".{name}.weight" for name in names))]
+
+
+def _kept_by_peft(base: PreTrainedModel, names: Collection[str]) -> set[str]:
+    config = LoraConfig(target_modules=list(names))
+    convert_peft_config_for_transformers(config, base, None)
+    return set(config.target_modules)
+
+
+def _is_mamba(base: PreTrainedModel) -> bool:
+    """Whether PEFT 0.21 refuses adapters on MAMBA_OUTPUT in this model."""
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), base, MAMBA_OUTPUT)
+    except ValueError:
+        return True
+    return False
+
+
+def routers(model: torch.nn.Module) -> list[str]:
+    """The paths of the modules that choose the experts of a token."""
+    paths = []
+    for path, module in model.named_modules():
+        children = {name for name, _ in module.named_children()}
+        names = children & ({"router", "gate"} if "experts" in children else {"router"})
+        paths += [f"{path}.{name}" for name in names]
+    return paths
+
+
+def is_within(path: str, modules: Collection[str]) -> bool:
+    """Whether a path is one of these modules, or in it."""
+    return any(path == module or path.startswith(f"{module}.") for module in modules)
 
 
 def lora_layers(model: torch.nn.Module) -> Counter[str]:
@@ -80,8 +145,15 @@ def _bare_matrices(model: PeftModel) -> tuple[Counter[str], float]:
         if not is_adapted:
             part = beside and re.match(beside, path)
             names = [name for name in path.split(".") if not name.isdigit()] + [tensor] * (tensor != "weight")
-            kinds[part[1] if part else ".".join(names[-2:])] += 1
+            kinds[part[1].rpartition(".")[2] if part else ".".join(names[-2:])] += 1
     return kinds, sizes[False] / max(sum(sizes.values()), 1)
+
+
+def parts_beside_language_model(base: PreTrainedModel) -> list[str]:
+    """The paths of a multimodal model's other parts, such as `model.vision_tower`; none of a language model."""
+    decoder = next((path for path, module in base.named_modules() if module is text_backbone(base)), "")
+    parent, _, name = decoder.rpartition(".")
+    return [f"{parent}.{part}" for part, _ in base.get_submodule(parent).named_children() if parent and part != name]
 
 
 def beside_language_model(base: PreTrainedModel) -> str | None:
@@ -89,10 +161,8 @@ def beside_language_model(base: PreTrainedModel) -> str | None:
 
     None if the model has no other parts.
     """
-    decoder = next((path for path, module in base.named_modules() if module is base.get_decoder()), "")
-    parent, _, name = decoder.rpartition(".")
-    parts = [part for part, _ in base.get_submodule(parent).named_children() if parent and part != name]
-    return rf"{re.escape(parent)}\.({'|'.join(map(re.escape, parts))})(?:\..*)?" if parts else None
+    parts = parts_beside_language_model(base)
+    return rf"({'|'.join(map(re.escape, parts))})(?:\..*)?" if parts else None
 
 
 def linear_module_names(model: PreTrainedModel) -> set[str]:

@@ -23,7 +23,7 @@ from medtune.models.lineage import (
 )
 from medtune.models.loading import load_config, load_tokenizer, weights_fingerprint
 from medtune.models.score_heads import is_reward_model
-from medtune.reading.thinking import NOTHINK, Thinking
+from medtune.reading.thinking import NOTHINK, Thinking, has_switch
 from medtune.reading.tokenization import load_chat_template
 from template import ChatTemplate, named_template
 
@@ -127,7 +127,7 @@ def _thinking_for(template_name: str | None, lineage: Lineage | None) -> Thinkin
     thinking = _thinking_of(lineage)
     if template_name is None:
         return thinking
-    has_no_place = thinking == "empty" and "enable_thinking" not in named_template(template_name)
+    has_no_place = thinking == "empty" and not has_switch(named_template(template_name))
     return None if has_no_place or template_name.endswith(NOTHINK) else thinking
 
 

@@ -171,11 +171,11 @@ def to_feedback(record: object, source: str, reading: Reading | None = None) -> 
 
 
 def turns_to_answer(messages: Sequence[dict]) -> list[dict]:
-    """The messages of a conversation that ends with a question, as training reads them.
+    """The messages of a conversation that ends with a question or a tool's result, as training reads them.
 
     Raises Unusable for content that is no text and for an order of turns that training never shows.
     """
-    if messages and messages[-1]["role"] != "user":
+    if messages and messages[-1]["role"] not in ("user", "tool"):
         where = f"turn {len(messages)} ({messages[-1]['role']})"
         raise Unusable("no question", f"{where} is the last; end with the user's question")
     return to_prompt({"messages": list(messages)}, "", Reading(null_words=False)).messages

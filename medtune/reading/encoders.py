@@ -133,6 +133,11 @@ class DialogueEncoder(TemplateEncoder):
     truncation: Truncation = "drop"
     train_on_inputs: bool = False
 
+    def examples(self, record: Dialogue) -> list[Dialogue]:
+        if self.train_on_inputs:  # which learns all that is written, as it is
+            return [record]
+        return [replace(record, messages=messages) for messages in self.chat_template.examples(record.messages)]
+
     def row(self, record: Dialogue) -> dict:
         ids, labels = encode_dialogue(self.tokenizer, self.chat_template, record.messages, record.tools, **self.limits)
         n_left_out = n_thoughts_left_out(self.chat_template, record.messages, record.tools)
@@ -140,6 +145,11 @@ class DialogueEncoder(TemplateEncoder):
 
     def finish(self, rows: Dataset, report: Report) -> Dataset:
         self.note_left_out(rows, report)
+        if n_further := len(rows) - len(set(rows["source"])):
+            report.notes.append(
+                f"dialogues of several questions as one example for each, {n_further} more than dialogues: the "
+                "template writes earlier replies otherwise than it asks for them, so each is learned as the last"
+            )
         return rows.remove_columns("n_thoughts_left_out")
 
     def describe(self, rows: Dataset) -> str:

@@ -24,12 +24,21 @@ CHOICES = "--thinking keep (thoughts are learned), drop (they are left out) or e
 # Templates with this ending ask with an empty thought.
 NOTHINK = "_nothink"
 
-EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
+# The variables by which templates are told to think or not, and how a template is known to read each: Qwen3's, which
+# most others have too, and DeepSeek-V3.1's.
+_SWITCHES = {
+    "enable_thinking": re.compile(r"\benable_thinking\b"),
+    "thinking": re.compile(r"(?<![.\w])thinking is (?:not )?defined"),
+}
+# DeepSeek-V3.1's has no opening mark.
+EMPTY_THOUGHT = re.compile(r"(?:<think>\s*)?</think>\s*")
+# Where templates read a thought that stands apart from the text: most of them, and gpt-oss's.
+THOUGHT_KEYS = ("reasoning_content", "thinking")
 _QUESTION = {"role": "user", "content": "probe question"}
 _THOUGHT, _ANSWER = "probe thought", "probe answer"
 _OTHERWISE = "choose otherwise, or pass another --template_name"
 # What this module writes before and around a template.
-_SWITCH = re.compile(r"\A\{%- set enable_thinking = (?:true|false) %\}")
+_SWITCH = re.compile(rf"\A(?:\{{%- set (?:{'|'.join(_SWITCHES)}) = (?:true|false) %\}})+")
 _REPLACING = re.compile(r"\A\{%- set rendered %\}(.*)\{% endset %\}\{\{- rendered\.replace\(.*\) \}\}\Z", re.DOTALL)
 
 # (messages, tools, whether to ask for a reply, jinja) -> text
@@ -48,11 +57,15 @@ def thinking_of_name(template_name: str | None, thinking: Thinking | None) -> Th
     )
 
 
+def has_switch(jinja: str) -> bool:
+    """Whether a template can be told to think or not."""
+    return any(pattern.search(jinja) for pattern in _SWITCHES.values())
+
+
 def switch_thinking(jinja: str, on: bool) -> str:
-    """The template with the variable `enable_thinking` fixed, whatever a server passes; itself if it reads none."""
-    if "enable_thinking" not in jinja:
-        return jinja
-    return f"{{%- set enable_thinking = {'true' if on else 'false'} %}}{jinja}"
+    """The template with the variables that switch thinking fixed, whatever a server passes; itself if it reads none."""
+    names = [name for name, pattern in _SWITCHES.items() if pattern.search(jinja)]
+    return "".join(f"{{%- set {name} = {'true' if on else 'false'} %}}" for name in names) + jinja
 
 
 def template_for(thinking: Thinking, jinja: str, render: Render, name: str) -> str:
@@ -66,19 +79,22 @@ def template_for(thinking: Thinking, jinja: str, render: Render, name: str) -> s
         if not any(_THOUGHT in render([_QUESTION, reply], None, False, chosen) for reply in _replies_with_thought()):
             raise UserError(f"--thinking keep: the chat template of {name} writes no thoughts; {_OTHERWISE}")
         return chosen
-    # GLM marks every question where its switch is off, so it is off only where it must be.
-    for on in (True, False) if thinking == "drop" else (False,):
-        chosen = switch_thinking(jinja, on)
-        if not opens_thought(render([_QUESTION], None, True, chosen)):
+    on, off = switch_thinking(jinja, on=True), switch_thinking(jinja, on=False)
+    # What it does by itself comes first: GLM marks every question where its switch is off, Gemma 4 where it is on.
+    by_itself = _asked(render, jinja)
+    default = next((choice for choice in (on, off) if _asked(render, choice) == by_itself), jinja)
+    for chosen in (default, on, off) if thinking == "drop" else (off,):
+        if not opens_thought(_asked(render, chosen)):
             break
     else:
         raise UserError(
             f"--thinking {thinking}: the chat template of {name} begins every reply with a thought; {_OTHERWISE}"
         )
     text = render([_QUESTION, {"role": "assistant", "content": _ANSWER}], None, False, chosen)
-    empty = EMPTY_THOUGHT.search(text)
+    header = text.rpartition(_QUESTION["content"])[2].partition(_ANSWER)[0]
+    empty = EMPTY_THOUGHT.search(header)
     if thinking == "drop":
-        return _without_empty_thoughts(chosen, text, empty) if empty else chosen
+        return _without_empty_thoughts(chosen, header[: empty.end()], empty[0]) if empty else chosen
     if not empty:
         raise UserError(
             f"--thinking empty: the chat template of {name} has no place for thoughts, so none for an empty one; "
@@ -87,14 +103,18 @@ def template_for(thinking: Thinking, jinja: str, render: Render, name: str) -> s
     return chosen
 
 
+def _asked(render: Render, jinja: str) -> str:
+    return render([_QUESTION], None, True, jinja)
+
+
 def reads_thought_apart(render: Callable[[list[dict]], str]) -> bool:
-    """Whether a template takes thoughts as `reasoning_content` only, and those in the text for words."""
+    """Whether a template takes thoughts in keys of their own only, and those in the text for words."""
     apart, inside = (render([_QUESTION, reply]) for reply in _replies_with_thought())
     return _THOUGHT in apart and apart != inside
 
 
 def _replies_with_thought() -> list[dict]:
-    apart = {"role": "assistant", "content": _ANSWER, "reasoning_content": _THOUGHT}
+    apart = {"role": "assistant", "content": _ANSWER} | dict.fromkeys(THOUGHT_KEYS, _THOUGHT)
     return [apart, {"role": "assistant", "content": THOUGHT_FORMS["think_tags"].format(_THOUGHT, _ANSWER)}]
 
 
@@ -104,10 +124,12 @@ def _as_it_came(jinja: str) -> str:
     return _SWITCH.sub("", replacing[1] if replacing else jinja)
 
 
-def _without_empty_thoughts(jinja: str, text: str, empty: re.Match) -> str:
-    """The template that writes none; a text may still hold one in other places than where a reply begins."""
-    before = text[text.rindex(_QUESTION["content"], 0, empty.start()) + len(_QUESTION["content"]) : empty.start()]
-    old, new = (json.dumps(words, ensure_ascii=False) for words in (before + empty[0], before))
+def _without_empty_thoughts(jinja: str, header: str, empty: str) -> str:
+    """The template that writes none; a text may still hold one in other places than where a reply begins.
+
+    header: what stands between a question and its answer, to the end of the empty thought.
+    """
+    old, new = (json.dumps(words, ensure_ascii=False) for words in (header, header.removesuffix(empty)))
     # jinja takes a last line break off a template.
     written = jinja.removesuffix("\n")
     return f"{{%- set rendered %}}{written}{{% endset %}}{{{{- rendered.replace({old}, {new}) }}}}"

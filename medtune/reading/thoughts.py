@@ -11,7 +11,8 @@ _MARK = re.compile(
 )
 _MARKS = ("<think>", "<thinking>", "</think>", "</thinking>", "## Thinking", "## Final Response")
 OPENING = "<think>\n"
-_OPEN_PROMPT = re.compile(r"<think(ing)?>\s*$")
+# As Qwen3.5's, Gemma 4's after a tool's result, and Magistral's.
+_OPEN_PROMPT = re.compile(r"(<think(ing)?>|<\|channel>thought|\[THINK\])\s*$")
 
 
 class ReplyParts(NamedTuple):

@@ -19,7 +19,7 @@ import template
 from medtune.errors import Unusable, UserError
 from medtune.reading.thinking import Thinking, template_for, thinking_of_name
 from medtune.reading.thoughts import opens_thought, split_reply
-from template import ChatTemplate, Message
+from template import ChatTemplate, Message, unlearned
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
@@ -192,11 +192,16 @@ def encode_dialogue(
 
 
 def n_thoughts_left_out(chat_template: ChatTemplate, messages: list[Message], tools: list[dict] | None) -> int:
-    """How many replies begin with a thought of which nothing is learned."""
-    thoughts = [split_reply(message["content"]).thought for message in messages if message["role"] == "assistant"]
+    """How many of the learned replies begin with a thought of which nothing is learned."""
+    thoughts = [
+        split_reply(message["content"]).thought
+        for message in messages
+        if message["role"] == "assistant" and message.get("weight") != 0
+    ]
     if not any(thoughts):
         return 0
-    replies = [segment.text for segment in chat_template.segments(messages, tools) if segment.learned]
+    segments = chat_template.segments(messages, tools, only_learned=True)
+    replies = [segment.text for segment in segments if segment.learned]
     return sum(
         any(part not in reply for part in thought.split("\n\n"))
         for thought, reply in zip(thoughts, replies, strict=True)
@@ -261,7 +266,7 @@ def _ids_and_labels(
     tools: list[dict] | None,
     train_on_inputs: bool,
 ) -> tuple[list[int], list[int]]:
-    segments = chat_template.segments(_with_seams(chat_template, messages), tools)
+    segments = chat_template.segments(_with_seams(chat_template, messages), tools, only_learned=not train_on_inputs)
     are_learned = [message.get("weight") != 0 for message in messages if message["role"] == "assistant"]
     text = "".join(segment.text for segment in segments)
     ids, offsets = _ids_and_offsets(tokenizer, text)
@@ -269,7 +274,7 @@ def _ids_and_labels(
         labels = list(ids)
     else:
         labels = [IGNORED_LABEL] * len(ids)
-        replies = iter(are_learned)
+        replies = iter(are_learned if train_on_inputs else [True] * sum(are_learned))
         # The first token that starts at or behind a character; the tokens of one emoji all start at it.
         token, end = 0, 0
         for segment in segments:
@@ -376,7 +381,11 @@ def encode_exchange(
     if not ended:
         return _encode_cut_exchange(tokenizer, chat_template, messages, reply, tools)
     ids, labels = _ids_and_labels(
-        tokenizer, chat_template, [*messages, {"role": "assistant", "content": reply}], tools, train_on_inputs=False
+        tokenizer,
+        chat_template,
+        [*unlearned(messages), {"role": "assistant", "content": reply}],
+        tools,
+        train_on_inputs=False,
     )
     end = max(index for index, label in enumerate(labels) if label != IGNORED_LABEL) + 1
     start = end
@@ -398,12 +407,15 @@ def _encode_cut_exchange(
         # A template takes an open thought for words, and puts an empty one before it; so it is closed, and cut again.
         reply += "\n</think>\n\n"
     prompt_ids, _ = encode_exchange(tokenizer, chat_template, messages, reply, tools)
-    messages_with_seams = _with_seams(chat_template, [*messages, {"role": "assistant", "content": reply}])
-    segments = chat_template.segments(messages_with_seams, tools)
+    messages_with_seams = _with_seams(chat_template, [*unlearned(messages), {"role": "assistant", "content": reply}])
+    segments = chat_template.segments(messages_with_seams, tools, only_learned=True)
     last = max(index for index, segment in enumerate(segments) if segment.learned)
     text = segments[last].text
     end_token = next(token for token in chat_template.stop_tokens if text.endswith(token))
-    thought, closing, _ = text.rpartition("</think>")
-    text = thought.rstrip() if is_open and closing else text.removesuffix(end_token)
+    # Whatever the template closes a thought with stands behind its last words.
+    words = split_reply(reply).thought.rpartition("\n")[2] if is_open else ""
+    before, closing, _ = text.rpartition(words or "</think>")
+    cut = before + words if words else before.rstrip()
+    text = cut if is_open and closing else text.removesuffix(end_token)
     ids, _ = _ids_and_offsets(tokenizer, "".join(segment.text for segment in segments[:last]) + text)
     return prompt_ids, ids[len(prompt_ids) :]

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
 from medtune.errors import Unusable, UserError
 from medtune.models.model_folder import choose_template, describe_folder
 from medtune.models.reward_models import reward_ids
+from medtune.reading.reply_text import ReplyDecoder
 from medtune.reading.thoughts import split_reply, with_opening
 from medtune.reading.tokenization import stop_token_ids
 from template import ChatTemplate
@@ -33,11 +35,14 @@ class RewardTexts:
         """What the reward model reads for a prompt and the reply that the policy wrote to it."""
         ended = bool(reply_ids) and reply_ids[-1] in self.stop_ids
         words = reply_ids[:-1] if ended else reply_ids
-        text = self.tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        text = with_opening(text, self.chat_template.opens_thought)
+        text = with_opening(self._decode(words), self.chat_template.opens_thought)
         if self.reward_tokenizer is None and (self.reads_thoughts or not self._has_thought(row, text)):
             return row["prompt_ids"] + words + self.stop_ids[:1] * ended
         return self.of_text(row, text.strip(), ended)
+
+    @cached_property
+    def _decode(self) -> ReplyDecoder:
+        return ReplyDecoder(self.tokenizer)
 
     def _has_thought(self, row: dict, reply: str) -> bool:
         """Whether the reply, or one before it in the prompt, has a thought."""

@@ -29,6 +29,7 @@ from medtune.errors import UserError
 from medtune.measuring.text_metrics import rouge
 from medtune.models.loading import weights_fingerprint
 from medtune.reading.finding import sha256_of
+from medtune.reading.reply_text import ReplyDecoder
 from medtune.reading.thoughts import ReplyParts, opens_thought, split_reply
 from medtune.rl.arguments import LARGEST_REWARD, RewardArguments
 
@@ -79,10 +80,10 @@ def scored_replies(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], reply_ids: Sequence[list[int]], ended: Sequence[bool]
 ) -> list[ScoredReply]:
     """The replies to rows of `PromptEncoder`, decoded."""
+    decode = ReplyDecoder(tokenizer)
     replies = []
     for row, ids, has_end in zip(rows, reply_ids, ended, strict=True):
-        words = ids[:-1] if has_end else ids
-        text = tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = decode(ids[:-1] if has_end else ids)
         messages, _ = json.loads(row["messages"])
         opened = opens_thought(tokenizer.decode(row["prompt_ids"][-_N_LAST_TOKENS:]))
         replies.append(ScoredReply(text, len(ids), bool(has_end), messages, json.loads(row["record"]), opened))

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from medtune.errors import UserError
 from medtune.models.lineage import Lineage
+from medtune.reading.reply_text import ReplyDecoder
 from medtune.rl.arguments import EPISODES_AN_UPDATE
 from medtune.rl.learner import Learner, load_optimizers, save_optimizers
 from medtune.rl.log import ShownFigures, log_evaluation, log_update
@@ -349,7 +350,7 @@ class Run:
             return
         for row, ids in list(zip(rows, replies, strict=False))[:SHOWN_REPLIES]:
             question = json.loads(row["messages"])[0][-1]["content"]
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            text = ReplyDecoder(self.tokenizer)(ids)
             logger.info(f"question: {' '.join(question.split())[:120]}\nreply: {text}")
 
     def evaluation_is_due(self) -> bool:

@@ -99,7 +99,7 @@ class CausalLMTrainer(StageTrainer):
         statistics = partial(loss_statistics, bytes_per_token=bytes_per_token)
         super().__init__(model=model, compute_metrics=statistics, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the learned tokens of a step
-        self.head = SparseHead(self.model, one_pass=self.splits_weights)
+        self.head = SparseHead(self.model, self.splits_weights, self.router_loss_weight > 0)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor | None:
         return Trainer._get_num_items_in_batch(self, batch_samples, device)  # tokens, not rows
@@ -124,8 +124,8 @@ class CausalLMTrainer(StageTrainer):
             raise UserError(f"step {self.state.global_step + 1}: no token to learn in {', '.join(inputs['sources'])}")
         self.note_figures(inputs["attention_mask"].sum(), token_accuracy=hits)
         if num_items_in_batch is None or self.args.average_tokens_across_devices:
-            return self.mean_over_step(losses, num_items_in_batch)
-        return losses.sum() / num_items_in_batch  # which then counts this process alone
+            return self.with_router_loss(self.mean_over_step(losses, num_items_in_batch))
+        return self.with_router_loss(losses.sum() / num_items_in_batch)  # which then counts this process alone
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """[batch, 3] sums of loss, hits and learned tokens, an example a row, instead of logits."""

@@ -1,14 +1,19 @@
-"""Checkpoints on the way and `checkpoint-best`, with lineage and manifest."""
+"""Checkpoints on the way and `checkpoint-best`, with lineage and manifest.
+
+Of all weights, `checkpoint-best` is as complete as the base, with a vision tower for example; the others resume.
+"""
 
 import math
 from pathlib import Path
 
 import torch
 from loguru import logger
+from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from medtune.models.lineage import Lineage
+from medtune.models.whole_checkpoint import add_other_parts
 from medtune.training.checkpoints import (
     BEST,
     UNFINISHED,
@@ -31,10 +36,12 @@ class CheckpointKeeper(TrainerCallback, ExportableState):
     Every checkpoint records the lineage, the run's settings and the best evaluation so far.
     """
 
-    def __init__(self, trainer: Trainer, lineage: Lineage, stop: "StopSignals"):
+    def __init__(self, trainer: Trainer, lineage: Lineage, stop: "StopSignals", hub_options: dict | None = None):
+        """hub_options: with which the base was loaded, for what else its checkpoint holds."""
         self.trainer = trainer
         self.lineage = lineage
         self.stop = stop
+        self.hub_options = hub_options or {}
         self.best_loss: float | None = None
         self.best_step: int | None = None
         # The folder that Trainer, which writes file by file into the final place, is given as that of the run.
@@ -96,5 +103,8 @@ class CheckpointKeeper(TrainerCallback, ExportableState):
             partial = best.parent / UNFINISHED / BEST
             self.lineage.save(partial)
             (partial / "training_args.bin").unlink(missing_ok=True)
+            model = self.trainer.model
+            if not isinstance(model, PeftModel) and model.can_generate():
+                add_other_parts(partial, model, self.lineage.base_model, **self.hub_options)
             put_in_place(best)
         wait_for_all()

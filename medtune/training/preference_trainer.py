@@ -148,7 +148,7 @@ class PreferenceTrainer(StageTrainer):
         # The reference passes through the same model: with dropout it would differ from the policy by chance.
         switch_off_dropout(model)
         super().__init__(model=model, args=args, compute_metrics=self._statistics, **kwargs)
-        self.head = SparseHead(self.model, one_pass=self.splits_weights)
+        self.head = SparseHead(self.model, self.splits_weights, self.router_loss_weight > 0)
         self.reference = Reference(reference, self.model, self.head, self.accelerator, ref_model)
         self.start_is_checked = not args.has_reference
         self.sample = sample
@@ -276,7 +276,7 @@ class PreferenceTrainer(StageTrainer):
         self.start_is_checked = True
         losses, figures = self.losses_and_figures(model, inputs, ref_logps)
         self.note_figures(inputs["attention_mask"].sum(), **figures)
-        return self.mean_over_step(losses, num_items_in_batch)
+        return self.with_router_loss(self.mean_over_step(losses, num_items_in_batch))
 
     @torch.no_grad()
     def _check_start(self, model: torch.nn.Module, batch: dict, ref_logps: torch.Tensor) -> None:

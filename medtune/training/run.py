@@ -112,12 +112,14 @@ def train(
     lineage: Lineage,
     checkpoint: str | None,
     run_args: RunArguments,
+    hub_options: dict,
 ) -> CheckpointKeeper | None:
     """Train with this package's callbacks and write `train_results.json`; None without --do_train.
 
     Args:
         lineage: recorded in every checkpoint.
         checkpoint: what `start_run` returned.
+        hub_options: with which the base was loaded.
 
     Exits with 128 + signal number if a signal stopped the run, after its checkpoint is saved. Raises UserError if
         memory or disk is full, or too many steps are bad.
@@ -138,7 +140,7 @@ def train(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(QuietProgressBar)
     stop = StopSignals(trainer)
-    keeper = CheckpointKeeper(trainer, lineage, stop)
+    keeper = CheckpointKeeper(trainer, lineage, stop, hub_options)
     movement_check = AdapterMovementCheck()
     bad_steps = BadSteps(trainer, run_args.max_bad_steps, movement_check)
     for callback in (ProgressLines(), movement_check, bad_steps, keeper, stop):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
+from loguru import logger
 from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
@@ -16,7 +17,11 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import is_liger_kernel_available
 
 from medtune.errors import UserError
+from medtune.models.adapters import check_adapter_tensors
+from medtune.models.loading import load_saved_weights
+from medtune.models.router_loss import describe_router_loss, router_loss_weight
 from medtune.models.text_attention import Layout
+from medtune.models.text_part import text_config
 from medtune.training.compilation import compile_layers
 from medtune.training.layout import TextsOfRow, choose_layout
 
@@ -124,9 +129,8 @@ class StageTrainer(Trainer):
         texts_of_row: TextsOfRow | None = None,
         **kwargs,
     ):
-        text_config = model.config.get_text_config()
-        if hasattr(text_config, "output_router_logits"):
-            text_config.output_router_logits = False  # a model would add its routers' loss to ours
+        if hasattr(text_config(model.config), "output_router_logits"):
+            text_config(model.config).output_router_logits = False  # the head asks for it where it is added
         if args.gradient_checkpointing and isinstance(model, PeftModel):
             if _zero_stage(args) == 3:
                 # The other kind fails with PEFT under ZeRO-3: https://github.com/huggingface/trl/issues/2514.
@@ -145,6 +149,9 @@ class StageTrainer(Trainer):
                 f"--nproc_per_node {args.n_gpu}, or give --device_map auto or CUDA_VISIBLE_DEVICES=0"
             )
         self.texts_of_row = texts_of_row
+        self.router_loss_weight = router_loss_weight(self.model)
+        if line := describe_router_loss(self.model):
+            logger.info(line)
         self._window: dict[str, list[torch.Tensor]] = {}
         self._window_start = time.monotonic()
 
@@ -171,6 +178,27 @@ class StageTrainer(Trainer):
             self.args.padding_free = str(self.layout is not Layout.PADDED)
             self.layout_is_chosen = True
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Trainer's, which goes on silently where tensors have other names than the model's (transformers 5.24)."""
+        if isinstance(self.model, PeftModel):
+            check_adapter_tensors(self.model, resume_from_checkpoint, "--resume_from_checkpoint")
+        elif load_saved_weights(self.model, resume_from_checkpoint):
+            return
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's; raises UserError where the checkpoint's optimizer is of other weights than are trained."""
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint}: its optimizer is of other weights than this version trains "
+                "(of a multimodal model the language model alone); train it again (--resume_from_checkpoint False "
+                "--overwrite_output_dir True keeps it beside)"
+            ) from error
+
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         grouped = self.args.train_sampling_strategy == "group_by_length"
@@ -187,6 +215,15 @@ class StageTrainer(Trainer):
             return losses.mean()
         # DDP averages gradients over processes, n_items counts those of all.
         return losses.sum() / n_items * self.accelerator.num_processes
+
+    def with_router_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """A micro-batch's part of a step's loss, and of the mean of its routers' load-balancing losses if it is added.
+
+        The trainer's `head` has that of the last pass.
+        """
+        if self.head.router_loss is None:
+            return loss
+        return loss + self.router_loss_weight * self.head.router_loss / self.current_gradient_accumulation_steps
 
     def note_figures(self, n_tokens: torch.Tensor | int, **figures: torch.Tensor) -> None:
         """Keep [N] figures of items for their mean in the next log line; nan for an item without one."""

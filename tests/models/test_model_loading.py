@@ -3,7 +3,6 @@
 import http.server
 import json
 import os
-import re
 import shutil
 import sys
 import threading
@@ -15,14 +14,19 @@ import huggingface_hub.constants as hub
 import pytest
 import torch
 from loguru import logger
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_families import save_multimodal_model, save_multimodal_model_of_text_class, save_tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from tiny_families import save_mistral3, save_multimodal_model, save_multimodal_model_of_text_class, save_tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from medtune.errors import UserError
 from medtune.models import adapters, load_errors, loading, lora_layers, score_heads
-from medtune.models.adapters import load_for_training, load_with_adapter
+from medtune.models.adapters import check_adapter_tensors, load_for_training, load_with_adapter
 from medtune.models.families import check_same_family
 from medtune.models.lineage import Lineage, base_of, check_model_path, is_adapter, read_adapter_config, read_lineage
 from medtune.models.loading import (
@@ -527,11 +531,11 @@ def test_quantization_config():
 @pytest.mark.parametrize(
     ("flash_attn", "cuda", "capability", "installed", "expected", "line"),
     [
-        (False, True, (8, 0), True, "sdpa", ""),
+        (False, True, (8, 0), True, None, ""),
         (True, True, (8, 0), True, "flash_attention_2", ""),
-        (True, True, (8, 0), False, "sdpa", "--flash_attn: the package flash-attn is not installed"),
-        (True, True, (7, 0), True, "sdpa", "--flash_attn: FlashAttention 2 needs an Ampere GPU or newer"),
-        (True, False, None, True, "sdpa", "--flash_attn: FlashAttention needs a CUDA device"),
+        (True, True, (8, 0), False, None, "--flash_attn: the package flash-attn is not installed"),
+        (True, True, (7, 0), True, None, "--flash_attn: FlashAttention 2 needs an Ampere GPU or newer"),
+        (True, False, None, True, None, "--flash_attn: FlashAttention needs a CUDA device"),
     ],
 )
 def test_attention_of_a_gpu(monkeypatch, log, flash_attn, cuda, capability, installed, expected, line):
@@ -666,37 +670,61 @@ def test_describe_trainable_counts_quantized_weights_whole(base):
 
 # ---------------------------------------------------------------- what an adapter on all leaves out
 
-ROUTER_LOSS = "a mixture of experts; no stage adds its routers' load-balancing loss"
+ATTENTION = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 4)
+MLP = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 4)
 COVERED = {
-    "qwen3": {"q_proj": 4, "k_proj": 4, "v_proj": 4, "o_proj": 4, "gate_proj": 4, "up_proj": 4, "down_proj": 4},
-    "qwen3_moe": dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 4)
-    | {"gate": 4, "experts.gate_up_proj": 4, "experts.down_proj": 4},
-    "glm4_moe": dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 4)
-    | {"gate": 3, "experts.gate_up_proj": 3, "experts.down_proj": 3},
+    "qwen3": ATTENTION | MLP,
+    "qwen3_moe": ATTENTION | {"experts.gate_up_proj": 4, "experts.down_proj": 4},
+    # Of the first layer, which has no experts, and of the shared experts.
+    "glm4_moe": ATTENTION | MLP | {"experts.gate_up_proj": 3, "experts.down_proj": 3},
+    "lfm2_moe": {"in_proj": 3, "out_proj": 4, "q_proj": 1, "k_proj": 1, "v_proj": 1, "w1": 1, "w2": 1, "w3": 1}
+    | {"experts.gate_up_proj": 3, "experts.down_proj": 3},
+    "gpt_oss": ATTENTION | {"experts.gate_up_proj": 4, "experts.down_proj": 4},
+    "falcon_h1": ATTENTION | MLP | {"in_proj": 4},
 }
 LEFT_OUT = {
     "qwen3": "",
-    "qwen3_moe": "",
-    "glm4_moe": "1 mlp.gate_proj, 1 mlp.up_proj, 1 mlp.down_proj, 3 shared_experts.gate_proj, "
-    "3 shared_experts.up_proj, 3 shared_experts.down_proj",
-    "lfm2_moe": "3 experts.gate_up_proj, 3 experts.down_proj, 3 feed_forward.gate",
+    "qwen3_moe": "4 mlp.gate",
+    "glm4_moe": "3 mlp.gate",
+    "lfm2_moe": "3 feed_forward.gate",
+    "gpt_oss": "4 mlp.router",
+    "falcon_h1": "4 mamba.out_proj",
 }
 
 
-@pytest.mark.parametrize("model_type", LEFT_OUT)
-def test_what_all_leaves_out_is_said_and_continued(base, tmp_path, model_type, log):
+@pytest.mark.parametrize("model_type", COVERED)
+def test_all_is_every_linear_layer_and_the_experts_but_no_router(base, tmp_path, model_type, log):
     folder = str(save_tiny_model(model_type, tmp_path / model_type, Path(base)))
-    model = load_for_training(folder, use_peft=True, target_modules="all", lora_dropout=0)
-    if COVERED.get(model_type):
-        assert lora_modules(model) == COVERED[model_type]
+    model = load_for_training(folder, use_peft=True, target_modules="all")
+    assert lora_modules(model) == COVERED[model_type]
     line, left_out = describe_trainable(model), LEFT_OUT[model_type]
     assert line.endswith(f"% of the matrices' weights: {left_out}") if left_out else "no adapter" not in line
-    has_experts = "moe" in model_type
-    assert [line for line in log if "experts" in line] == [f"{folder}: {ROUTER_LOSS}"] * has_experts
-    # A later stage asks for all again, and the adapter has all that it can have.
+    no_dropout = "--lora_dropout 0.05: 0 is used, since an adapter on experts' weights can have no dropout"
+    has_experts = "experts.down_proj" in COVERED[model_type]
+    assert [line for line in log if "dropout" in line] == [no_dropout] * has_experts
+    # Plain PEFT loads it, and a later stage, which asks for all again, continues it.
     model.save_pretrained(tmp_path / "adapter")
-    again = load_for_training(str(tmp_path / "adapter"), use_peft=True, target_modules="all", lora_dropout=0)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    assert lora_modules(plain) == lora_modules(model)
+    again = load_for_training(str(tmp_path / "adapter"), use_peft=True, target_modules="all")
     assert lora_modules(again) == lora_modules(model)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "glm4_moe"])
+def test_an_adapter_on_all_of_an_older_version_is_continued_and_resumed_as_it_is(base, tmp_path, model_type):
+    """PEFT's all-linear, which `all` was: routers, and neither shared experts nor layers without experts."""
+    folder = str(save_tiny_model(model_type, tmp_path / model_type, Path(base)))
+    config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+    older = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    older.save_pretrained(tmp_path / "adapter")
+    assert "gate" in lora_modules(older)
+    continued = load_for_training(str(tmp_path / "adapter"), use_peft=True, target_modules="all")
+    resumed = load_for_training(folder, use_peft=True, target_modules="all", checkpoint=str(tmp_path / "adapter"))
+    assert lora_modules(continued) == lora_modules(resumed) == lora_modules(older)
+    check_adapter_tensors(resumed, str(tmp_path / "adapter"), "--resume_from_checkpoint")
+    new = load_for_training(folder, use_peft=True, target_modules="all")
+    line = refused(check_adapter_tensors, new, str(tmp_path / "adapter"), "--resume_from_checkpoint")
+    assert "tensors are in adapter_model.safetensors and not in" in line
 
 
 def test_the_share_without_an_adapter(base):
@@ -712,60 +740,68 @@ def test_an_adapter_that_leaves_out_what_all_covers_is_refused_still(base, tmp_p
     model = load_for_training(folder, use_peft=True, target_modules="q_proj,v_proj", lora_dropout=0)
     model.save_pretrained(tmp_path / "adapter")
     line = refused(load_for_training, str(tmp_path / "adapter"), use_peft=True, target_modules="all", lora_dropout=0)
-    assert "leaves out experts.down_proj, experts.gate_up_proj, gate, k_proj, o_proj, and training continues" in line
+    assert "leaves out k_proj, o_proj, and training continues" in line
 
 
-def test_all_leaves_out_the_vision_tower(base, tmp_path):
-    """Which text gives no gradient."""
-    folder = str(save_multimodal_model(tmp_path / "gemma3", Path(base)))
+MULTIMODAL = {
+    "gemma3": (save_multimodal_model, "its language model is trained; model.vision_tower, model.multi_modal_projector "
+    "stay as they are"),
+    "qwen3_5": (save_multimodal_model_of_text_class, "its language model alone is loaded and trained; vision comes "
+    "back in a merged model"),
+    "mistral3": (save_mistral3, "its language model is trained; model.vision_tower, model.multi_modal_projector stay "
+    "as they are"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_of_a_multimodal_model_the_language_model_is_trained(base, tmp_path, name, log):
+    """By an adapter that fits the class which others load, or whole; text gives the vision tower no gradient."""
+    save, line = MULTIMODAL[name]
+    folder = str(save(tmp_path / name, Path(base)))
     model = load_for_training(folder, use_peft=True)
-    assert lora_modules(model) == dict.fromkeys(ALL_LINEAR, 4)
-    assert describe_trainable(model).endswith(": 16 vision_tower, 1 multi_modal_projector")
+    assert log == [f"{folder}: {line}"]
+    assert not any("vision" in path or "visual" in path for path, _ in lora_layers._adapted_tensors(model))
+    ids = torch.arange(40).reshape(2, 20)
+    assert model(ids).logits.shape == (2, 20, 640)
     model.save_pretrained(tmp_path / "adapter")
+    auto = AutoModelForImageTextToText if name == "mistral3" else AutoModelForCausalLM
+    plain = PeftModel.from_pretrained(auto.from_pretrained(folder), tmp_path / "adapter")
+    assert lora_modules(plain) == lora_modules(model)
     again = load_for_training(str(tmp_path / "adapter"), use_peft=True, target_modules="all")
     assert lora_modules(again) == lora_modules(model)
+    whole = load_for_training(folder, use_peft=False)
+    whole(ids, labels=ids).loss.backward()
+    weights = dict(whole.named_parameters())
+    assert (
+        {path for path, each in weights.items() if each.grad is not None}
+        == {path for path, each in weights.items() if each.requires_grad}
+        == {path for path in weights if "vision" not in path and "projector" not in path}
+    )
 
 
-def test_a_multimodal_model_that_is_loaded_as_its_language_model(base, tmp_path, log):
-    folder = str(save_multimodal_model_of_text_class(tmp_path / "qwen3_5", Path(base)))
-    model = load_for_training(folder, use_peft=True)
-    assert "no adapter" not in describe_trainable(model)
-    assert log == [f"{folder}: its language model alone is loaded, trained and saved; left out: vision"]
+def test_what_an_adapter_on_a_family_cannot_have(base, tmp_path):
+    experts = str(save_tiny_model("qwen3_moe", tmp_path / "experts", Path(base)))
+    line = refused(load_for_training, experts, use_peft=True, use_dora=True)
+    assert line == f"--use_dora True: an adapter on the experts of {experts} cannot have that; give --use_dora False"
+    line = refused(load_for_training, experts, use_peft=True, target_modules="q_proj,gate_proj")
+    layers = f"in {experts} gate_proj and up_proj are one layer; name both, or neither"
+    assert line == f"--target_modules q_proj,gate_proj: {layers}"
+    mamba = str(save_tiny_model("falcon_h1", tmp_path / "mamba", Path(base)))
+    assert refused(load_for_training, mamba, use_peft=True, target_modules="q_proj,out_proj") == (
+        f"--target_modules q_proj,out_proj: no adapter can be on out_proj of {mamba}; give --target_modules "
+        "down_proj,gate_proj,in_proj,k_proj,o_proj,q_proj,up_proj,v_proj"
+    )
 
 
-@pytest.mark.parametrize(
-    ("model_type", "options", "line"),
-    [
-        (
-            "qwen3_moe",
-            {},
-            "--lora_dropout 0.05: an adapter on the experts of {} cannot have that; give --lora_dropout 0",
-        ),
-        (
-            "qwen3_moe",
-            {"use_dora": True, "lora_dropout": 0},
-            "--use_dora True: an adapter on the experts of {} cannot have that; give --use_dora False",
-        ),
-        (
-            "falcon_h1",
-            {},
-            "--target_modules all: no adapter can be on out_proj of {}; give --target_modules "
-            "down_proj,gate_proj,in_proj,k_proj,o_proj,q_proj,up_proj,v_proj",
-        ),
-    ],
-)
-def test_what_an_adapter_on_a_family_cannot_have(base, tmp_path, model_type, options, line):
-    folder = str(save_tiny_model(model_type, tmp_path / model_type, Path(base)))
-    assert refused(load_for_training, folder, use_peft=True, **options) == line.format(folder)
-    if names := re.search("give --target_modules (.*)", line):
-        load_for_training(folder, use_peft=True, target_modules=names[1])
-
-
-def test_a_continued_adapter_on_experts_has_no_dropout_either(base, tmp_path):
-    folder = str(save_tiny_model("qwen3_moe", tmp_path / "base", Path(base)))
-    load_for_training(folder, use_peft=True, lora_dropout=0).save_pretrained(tmp_path / "adapter")
-    line = refused(load_for_training, str(tmp_path / "adapter"), use_peft=True)
-    assert line.endswith("cannot have that; give --lora_dropout 0")
+def test_named_layers_are_all_that_have_the_name(base, tmp_path):
+    """PEFT would leave out those of the first layer and of the shared experts; a router is trained if it is named."""
+    folder = str(save_tiny_model("glm4_moe", tmp_path / "base", Path(base)))
+    names = "q_proj,gate,gate_proj,up_proj,down_proj"
+    model = load_for_training(folder, use_peft=True, target_modules=names)
+    experts = {"experts.gate_up_proj": 3, "experts.down_proj": 3}
+    assert lora_modules(model) == {"q_proj": 4, "gate": 3} | MLP | experts
+    model.save_pretrained(tmp_path / "adapter")
+    load_for_training(str(tmp_path / "adapter"), use_peft=True, target_modules=names)
 
 
 # ---------------------------------------------------------------- quantized bases on the CPU
@@ -798,8 +834,8 @@ def test_bitsandbytes_is_left_alone_on_a_gpu(monkeypatch, base):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(loading, "_keep_bitsandbytes_weights_plain", lambda: pytest.fail("patched"))
     monkeypatch.setattr(loading, "placement", lambda *args: None)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: (kwargs, None))
-    monkeypatch.setattr(loading, "check_loaded", lambda *args: None)
+    monkeypatch.setattr(loading, "_load_with_attention", lambda load, *args: (load.keywords, None))
+    monkeypatch.setattr(loading, "check_loaded", lambda *args, **kwargs: None)
     kwargs = load_base_model(base, load_in_4bit=True)
     assert kwargs["quantization_config"].load_in_4bit
     assert kwargs["quantization_config"].bnb_4bit_compute_dtype == torch.bfloat16
@@ -1040,9 +1076,20 @@ def test_what_cannot_be_a_reward_model(base, copied, tmp_path):
     assert line.endswith("a kind of model that these versions of the libraries give no such head")
 
 
-def test_a_model_that_the_attention_used_here_does_not_fit_is_refused(base, tmp_path):
-    folder = save_tiny_model("gpt_oss", tmp_path, Path(base), attention="eager")
-    assert "a kind of model without PyTorch's SDPA attention" in refused(load_base_model, str(folder))
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_attention_is_what_the_model_can_have(base, tmp_path, flash_attn, monkeypatch, log):
+    """Asked for FlashAttention, as where its package is there: Gemma 3's wrapper cannot have it, nor gpt-oss SDPA."""
+    if flash_attn:
+        monkeypatch.setattr(loading, "attention_implementation", lambda flash_attn: "flash_attention_2")
+    gpt_oss = str(save_tiny_model("gpt_oss", tmp_path / "gpt_oss", Path(base)))
+    gemma = str(save_multimodal_model(tmp_path / "gemma3", Path(base)))
+    assert load_base_model(gpt_oss, flash_attn=flash_attn).config._attn_implementation == "eager"
+    assert load_base_model(gemma, flash_attn=flash_attn).config._attn_implementation == "sdpa"
+    eager = "eager attention is used, whose memory grows with the square of the length"
+    assert [line.endswith(eager) for line in log if "GptOssForCausalLM has no SDPA" in line] == [True]
+    refused_flash = [line for line in log if line.startswith("--flash_attn:")]
+    assert len(refused_flash) == 2 * flash_attn
+    assert all(line.endswith("; it goes without") for line in refused_flash)
 
 
 # ---------------------------------------------------------------- base and adapter together

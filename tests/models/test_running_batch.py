@@ -13,7 +13,6 @@ from medtune.models.running_batch import Row, RunningBatch, complete_rows
 
 LENGTHS = (3, 17, 5, 9, 12, 30)
 NEVER = frozenset([10**6])
-WITHOUT_SDPA = {"mamba2", "gpt_oss"}
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +43,7 @@ def run_with_joins(batch: RunningBatch, rows: list[Row]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_generate(family):
     """Of every kind of cache; half of the rows end early, so that columns and rows leave it."""
-    attention = "eager" if family in WITHOUT_SDPA else "sdpa"
-    model = tiny_model(family, attention, initializer_range=0.15).eval()  # drawn smaller, it repeats one token
+    model = tiny_model(family, initializer_range=0.15).eval()  # drawn smaller, it repeats one token
     prompts, expected = make_prompts(600), []
     for prompt in prompts:
         config = GenerationConfig(max_new_tokens=12, eos_token_id=[639], pad_token_id=0)
@@ -86,8 +84,7 @@ def group_rows(prompts: list[list[int]], size: int, n_tokens: int = 6) -> list[R
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replies_to_one_prompt_are_those_of_each_alone_and_compute_it_once(family):
     """Of every kind of cache: of full, sliding and linear attention, and mixtures of them."""
-    attention = "eager" if family in WITHOUT_SDPA else "sdpa"
-    model = tiny_model(family, attention, initializer_range=0.15).eval()
+    model = tiny_model(family, initializer_range=0.15).eval()
     prompts = make_prompts(600)[:3]
     alone, together = group_rows(prompts, 4), group_rows(prompts, 4)
     complete_rows(model, alone, batch_size=1)

@@ -6,6 +6,7 @@ import pytest
 from qwen_vocab import real_qwen_tokenizer
 from reading_cases import assistant, fault_of, gpt, human, reason, tool, user
 from test_template import EXPECTED, LLAMA, TRL_TEMPLATES, WORDY
+from test_template import PLAIN as PLAIN_NAMES
 
 from medtune.arguments import DataArguments
 from medtune.errors import Unusable, UserError
@@ -14,7 +15,9 @@ from medtune.reading.encoders import DialogueEncoder, FeedbackEncoder, PairEncod
 from medtune.reading.keys import Reading
 from medtune.reading.readers import read_dialogues, read_pairs, read_prompts
 from medtune.reading.records import Dialogue, Feedback, Pair
+from medtune.reading.reply_text import ReplyDecoder
 from medtune.reading.stage_data import encode_records, prepare_data
+from medtune.reading.thoughts import split_reply
 from medtune.reading.tokenization import (
     IGNORED_LABEL,
     encode_dialogue,
@@ -22,7 +25,7 @@ from medtune.reading.tokenization import (
     encode_replies,
     load_chat_template,
 )
-from template import TEMPLATES, named_template
+from template import named_template
 
 NO_LIMIT = 100_000
 QUESTIONS, ANSWERS = ["咳嗽两周怎么办？", "有痰，不发热。"], ["有痰吗？", "可先观察。"]
@@ -42,6 +45,10 @@ APART = [turn | ({"reasoning_content": THOUGHTS[n // 2]} if n % 2 else {}) for n
 HEADED = dialogue([f"## Thinking\n\n{t}\n\n## Final Response\n\n{a}" for t, a in zip(THOUGHTS, ANSWERS, strict=True)])
 
 
+# Which named template has the tokens of a model's own.
+OWN_TOKENS = {"gptoss": "gptoss", "gemma4_v5": "gemma4", "lfm2_2_5_v2": "lfm2_5"}
+
+
 @pytest.fixture(scope="module")
 def tokenizers():
     """The Qwen vocabulary with the tokens of all families, and with Llama's alone."""
@@ -55,7 +62,8 @@ def load(tokenizers):
 
     def load(name: str, thinking: str | None):
         tokenizer, is_own = tokenizers[name in WORDY], name.startswith("own/")
-        tokens = EXPECTED["qwen3" if is_own else name][0]
+        own_tokens = EXPECTED[OWN_TOKENS.get(name.removeprefix("own/"), "qwen3")][0]
+        tokens = own_tokens if is_own else EXPECTED[name][0]
         tokenizer.bos_token, tokenizer.eos_token = tokens[0], tokens[-1]
         if is_own:
             tokenizer.chat_template = (TRL_TEMPLATES / f"{name.removeprefix('own/')}.jinja").read_text(encoding="utf-8")
@@ -84,6 +92,11 @@ BARE = [f"{answer}{END}" for answer in ANSWERS]
 WHOLE = [f"<think>\n{thought}\n</think>\n\n{answer}{END}" for thought, answer in zip(THOUGHTS, ANSWERS, strict=True)]
 OPENED = [reply.removeprefix("<think>\n") for reply in WHOLE]
 GLM = [f"\n{ANSWERS[0]}<|user|>", f"\n{ANSWERS[1]}<|endoftext|>"]
+GEMMA4 = [f"{ANSWERS[0]}<turn|>", f"<|channel>thought\n{THOUGHTS[1]}\n<channel|>{ANSWERS[1]}<turn|>"]
+MODEL_TURN = "<turn|>\n<|turn>model\n"
+FINALS = [f"<|channel|>final<|message|>{a}{end}" for a, end in zip(ANSWERS, ("<|end|>", "<|return|>"), strict=True)]
+HARMONY = [FINALS[0], f"<|channel|>analysis<|message|>{THOUGHTS[1]}<|end|><|start|>assistant{FINALS[1]}"]
+HARMONY_END = "<|end|><|start|>assistant"
 CASES = [
     # Qwen3 leaves the thoughts of earlier replies out.
     ("qwen3", "keep", [BARE[0], WHOLE[1]], HEADER),
@@ -114,6 +127,22 @@ CASES = [
     ("chatml", "drop", BARE, HEADER),
     ("own/qwen2_5", "keep", WHOLE, HEADER),
     ("own/qwen2_5", "drop", BARE, HEADER),
+    ("qwen3_5", "keep", [BARE[0], OPENED[1]], HEADER + "<think>\n"),
+    ("qwen3_5", "drop", BARE, HEADER),
+    ("qwen3_5", "empty", BARE, HEADER + EMPTY),
+    ("qwen3_5_nothink", None, BARE, HEADER + EMPTY),
+    ("minicpm", "keep", [BARE[0], OPENED[1]], HEADER + "<think>\n"),
+    ("minicpm", "drop", BARE, HEADER),
+    ("minicpm", "empty", BARE, HEADER + EMPTY),
+    ("smollm3", "keep", WHOLE, HEADER),
+    ("smollm3", "empty", BARE, f"{HEADER}{EMPTY[:-1]}"),
+    # Thoughts in channels; without the flag too, since in the text they would be words.
+    *((name, thinking, GEMMA4, MODEL_TURN) for name in ("gemma4", "own/gemma4_v5") for thinking in ("keep", None)),
+    *((name, "drop", [f"{answer}<turn|>" for answer in ANSWERS], MODEL_TURN) for name in ("gemma4", "own/gemma4_v5")),
+    *((name, thinking, HARMONY, HARMONY_END) for name in ("gptoss", "own/gptoss") for thinking in ("keep", None)),
+    *((name, "drop", FINALS, HARMONY_END) for name in ("gptoss", "own/gptoss")),
+    ("lfm2_5", "keep", [BARE[0], f"<think>{THOUGHTS[1]}</think>{BARE[1]}"], HEADER),
+    ("own/lfm2_2_5_v2", "keep", [BARE[0], f"<think>{THOUGHTS[1]}</think>{BARE[1]}"], HEADER),
 ]
 
 
@@ -134,6 +163,91 @@ def test_what_is_learned_and_how_prompts_end(load, name, thinking, replies, prom
     assert by_server == chat_template.prompt(PLAIN[:3])
 
 
+# DeepSeek-V3.1's switch, and its mark of no thought: without an opening one, in all turns.
+V3_1 = r"""
+{%- set thinking = thinking if thinking is defined else false %}
+{%- for message in messages %}
+  {%- set mark = "</think>" if message.role == "assistant" else "" %}
+  {{- "<|im_start|>" ~ message.role ~ "\n" ~ mark ~ message.content.split("</think>")[-1] ~ "<|im_end|>\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|im_start|>assistant\n" ~ ("<think>" if thinking else "</think>") }}{%- endif %}"""
+
+
+def test_deepseek_v3_1s_own_switch(load):
+    tokenizer, _ = load("chatml", None)
+    tokenizer.chat_template = V3_1
+    assert learned(tokenizer, load_chat_template(tokenizer, None, "empty"), THINKING) == (BARE, HEADER + "</think>")
+    assert tokenizer.chat_template == "{%- set thinking = false %}" + V3_1
+    with pytest.raises(UserError, match="writes no thoughts"):
+        load_chat_template(tokenizer, None, "keep")
+
+
+EVERY_WAY = [
+    *((name, None) for name in PLAIN_NAMES),
+    *(
+        (name, thinking)
+        for name in ("qwen3", "qwen3_5", "glm4_moe", "minicpm")
+        for thinking in ("keep", "drop", "empty")
+    ),
+    *((name, thinking) for name in ("gptoss", "gemma4", "lfm2_5", "smollm3") for thinking in ("keep", "drop")),
+    *((f"own/{name}", thinking) for name in ("qwen3", "qwen3_6", "qwen3_8") for thinking in ("keep", "drop", "empty")),
+    *((f"own/{name}", "keep") for name in OWN_TOKENS),
+    *((f"own/{name}", thinking) for name in ("qwen3_5_think", "nemotron_3_nano") for thinking in ("keep", "empty")),
+]
+
+
+@pytest.mark.parametrize(("name", "thinking"), EVERY_WAY)
+def test_every_reply_is_learned_behind_the_prompt_that_inference_gives(load, name, thinking):
+    """Also where the template rewrites earlier replies; with `keep` each is learned with its thought."""
+    tokenizer, chat_template = load(name, thinking)
+    messages = THINKING if thinking else PLAIN
+    rows, _ = encode_records([Dialogue(messages, None, "d:1")], DialogueEncoder(tokenizer, chat_template, NO_LIMIT))
+    prompts, replies = [], []
+    for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
+        for place, label in enumerate(labels):
+            if label != IGNORED_LABEL and labels[place - 1] == IGNORED_LABEL:
+                length = [*labels[place:], IGNORED_LABEL].index(IGNORED_LABEL)
+                prompts.append(ids[:place])
+                replies.append(ids[place : place + length])
+    assert prompts == [encode_prompt(tokenizer, chat_template, messages[:turn]) for turn in (1, 3)]
+    stops = tokenizer.convert_tokens_to_ids(list(chat_template.stop_tokens))
+    decode = ReplyDecoder(tokenizer)
+    for ids, thought, answer in zip(replies, THOUGHTS, ANSWERS, strict=True):
+        assert ids[-1] in stops
+        parts = split_reply(decode(ids[:-1]), chat_template.opens_thought)
+        assert parts == (thought if thinking == "keep" else "", answer, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "weights"),
+    [
+        # Qwen3's empty thought stands before a call only while no result follows, Qwen3.5's until the next question.
+        ("qwen3_nothink", [4, 6, 8], [[0, 1], [0, 0, 1], [0, 0, 0, 1]]),
+        ("qwen3_5_nothink", [6, 8], [[0, 1, 1], [0, 0, 0, 1]]),
+        ("chatml", [8], [[0, 1, 1, 1]]),
+    ],
+)
+def test_examples_of_a_dialogue_with_a_call_and_a_reply_that_is_not_learned(load, name, lengths, weights):
+    _, chat_template = load(name, None)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "dose", "arguments": {}}]}
+    turns = [user("一"), assistant("1") | {"weight": 0}, user("二"), call, tool("结果"), assistant("2")]
+    turns += [user("三"), assistant("3")]
+    examples = chat_template.examples(turns)
+    assert [len(messages) for messages in examples] == lengths
+    assert weights == [[turn.get("weight", 1) for turn in each if turn["role"] == "assistant"] for each in examples]
+    assert chat_template.examples(turns[:2]) == [turns[:2]]
+
+
+def test_several_examples_of_a_dialogue_are_noted(load):
+    dialogues = [Dialogue(PLAIN, None, f"d:{line}") for line in (1, 2)]
+    rows, report = encode_records(dialogues, DialogueEncoder(*load("qwen3_5_nothink", None), NO_LIMIT))
+    assert rows["source"] == ["d:1", "d:1", "d:2", "d:2"]
+    assert report.notes == [
+        "dialogues of several questions as one example for each, 2 more than dialogues: the template writes earlier "
+        "replies otherwise than it asks for them, so each is learned as the last"
+    ]
+
+
 @pytest.mark.parametrize("name", ["qwen3", "own/qwen3", "own/qwen3_6", "glm4_moe"])
 def test_a_choice_is_changed_by_another(load, name):
     tokenizer, _ = load(name, None)
@@ -145,11 +259,13 @@ def test_a_choice_is_changed_by_another(load, name):
         assert load_chat_template(tokenizer, None, thinking).prompt(PLAIN[:3]) == written[thinking]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", PLAIN_NAMES)
 def test_data_without_thoughts_gives_the_ids_that_it_gave_without_the_flag(load, name):
     """Which other tests compare with the table in test_template.py."""
     ids_and_labels = encode_dialogue(*load(name, None), PLAIN, max_length=NO_LIMIT)
-    changing = {"qwen3_nothink": ["keep", "drop"], "qwen3": ["drop", "empty"], "glm4_moe": ["drop", "empty"]}
+    changing = {"qwen3": ["drop", "empty"], "glm4_moe": ["drop", "empty"], "minicpm": ["keep", "empty"]}
+    changing |= {"gemma4": ["keep", "empty"]}
+    changing |= {nothink: ["keep", "drop"] for nothink in ("qwen3_nothink", "qwen3_5_nothink")}
     for thinking in {"keep", "drop", "empty"} - {*changing.get(name, ["empty"])}:
         assert encode_dialogue(*load(name, thinking), PLAIN, max_length=NO_LIMIT) == ids_and_labels
 
@@ -346,7 +462,7 @@ def test_without_the_flag_keys_stop_the_run_with_their_number_and_the_choices(lo
 @pytest.mark.parametrize(
     ("thinking", "note"),
     [
-        ("keep", "thoughts of earlier replies, left out by the template while the replies are learned: 1"),
+        (None, "thoughts of earlier replies, left out by the template while the replies are learned: 1"),
         ("drop", "thoughts of replies that are learned without them (--thinking drop): 2"),
         ("empty", "thoughts of replies that are learned without them (--thinking empty): 2"),
     ],
@@ -354,7 +470,8 @@ def test_without_the_flag_keys_stop_the_run_with_their_number_and_the_choices(lo
 def test_thoughts_that_are_not_learned_are_counted(load, thinking, note):
     dialogues = [Dialogue(messages, None, f"d:{line}") for line, messages in enumerate((PLAIN, THINKING), 1)]
     _, report = encode_records(dialogues, DialogueEncoder(*load("qwen3", thinking), NO_LIMIT))
-    assert report.notes == [f"{note}, the first in d:2"]
+    assert report.notes[0] == f"{note}, the first in d:2"
+    assert len(report.notes) == (2 if thinking == "empty" else 1)
 
 
 def test_thoughts_of_pairs_and_labelled_replies(load):

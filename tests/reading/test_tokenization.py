@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from qwen_vocab import real_qwen_tokenizer
 from reading_cases import assistant, system, tool, user
-from test_template import EXPECTED, LLAMA, TOOL_TURNS, TOOLS, TRL_TEMPLATES, WORDY
+from test_template import EXPECTED, LLAMA, PLAIN, REWRITING, TOOL_TURNS, TOOLS, TRL_TEMPLATES, WORDY
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -116,7 +116,7 @@ def random_conversation(seed: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["named", "own"])
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", PLAIN)
 def test_learned_are_the_replies_with_their_end_tokens_behind_the_ids_that_ask_for_them(family, name, own):
     """Qwen3 without thoughts writes its empty thought last only."""
     tokenizer, chat_template = family(name, own)
@@ -127,7 +127,7 @@ def test_learned_are_the_replies_with_their_end_tokens_behind_the_ids_that_ask_f
         starts = [position for position, border in enumerate(borders, 1) if all(border)]
         asked = [messages[:index] for index, message in enumerate(messages) if message["role"] == "assistant"]
         pairs = list(zip(starts, asked, strict=True))
-        for start, prompt in pairs[-1:] if name == "qwen3_nothink" else pairs:
+        for start, prompt in pairs[-1:] if name in REWRITING else pairs:
             assert ids[:start] == encode_prompt(tokenizer, chat_template, prompt), prompt
 
 
@@ -642,20 +642,22 @@ def test_prompt_and_reply_of_a_pair_are_what_sft_learns(qwen):
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["named", "own"])
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_cut_reply_is_read_as_training_reads_one(family, name, own):
     tokenizer, chat_template = family(name, own)
     question, reply = [user("发烧怎么办？")], "多喝水，休息。"
     prompt, (chosen, _), _ = encode_replies(tokenizer, chat_template, question, [reply, "别管。"], **WHOLE_PAIR)
     assert encode_exchange(tokenizer, chat_template, question, reply) == (prompt, chosen)
     assert encode_exchange(tokenizer, chat_template, question, reply, ended=False) == (prompt, chosen[:-1])
-    if name == "qwen3_nothink":  # it refuses replies with a thought, and takes one that was cut for words
+    if name in REWRITING:  # it refuses replies with a thought, and takes one that was cut for words
         _, ids = encode_exchange(tokenizer, chat_template, question, "<think>\n先看", ended=False)
         assert tokenizer.decode(ids) == "<think>\n先看"
         return
     thought = "<think>\n先看时间\n</think>\n\n多喝水。"
     prompt, (chosen,), _ = encode_replies(tokenizer, chat_template, question, [thought], **WHOLE_PAIR)
-    for cut, last in (("<think>\n先看", "先看"), ("<think>", "<think>")):
+    cuts = [("<think>\n先看", "先看"), ("<think>", "<think>")]
+    # Of an empty thought these write nothing.
+    for cut, last in cuts[:1] if name in ("gemma4", "gptoss", "lfm2_5", "minicpm") else cuts:
         n_read = next(n for n in range(len(chosen)) if tokenizer.decode(chosen[:n]).endswith(last))
         assert encode_exchange(tokenizer, chat_template, question, cut, ended=False) == (prompt, chosen[:n_read])
 

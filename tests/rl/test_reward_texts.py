@@ -51,7 +51,7 @@ def test_the_reward_model_reads_what_it_was_trained_on(tiny_model_dir, name, own
     reward_texts = other_family(tiny_model_dir, name, own)
 
     def trained(reply: str, messages: list[dict] = QUESTION) -> list[int]:
-        limits = {"max_prompt_length": 999, "max_reply_length": 999}
+        limits = {"max_prompt_length": 9999, "max_reply_length": 999}
         prompt_ids, (chosen_ids, _), _ = encode_replies(
             reward_texts.reward_tokenizer, reward_texts.reward_template, messages, [reply, "别管。"], **limits
         )
@@ -81,7 +81,7 @@ def test_the_reward_model_reads_what_it_was_trained_on(tiny_model_dir, name, own
     earlier = [*QUESTION, {"role": "assistant", "content": thought}, {"role": "user", "content": "39"}]
     plain = [message | {"content": message["content"].replace(thought, reply)} for message in earlier]
     assert read_of(reward_texts, generated(thought) + end, earlier) == trained(reply, plain)
-    if name == "qwen3_nothink":
+    if name.endswith("_nothink"):
         return
     reward_texts = replace(reward_texts, reads_thoughts=True)
     assert read_of(reward_texts, generated(thought) + end, QUESTION) == trained(thought), "trained with thoughts"

@@ -48,6 +48,22 @@ def test_default_size_is_a_few_million_parameters(tiny_tokenizer):
     assert 1.5e6 < model.num_parameters() < 3e6
 
 
+def test_the_shape_of_the_base_model_is_small_enough_to_ship(tiny_tokenizer):
+    shape = {name: value for name, value in build_tiny_model.SHAPES["base"].items() if name != "max_token_length"}
+    model = build_tiny_model.build_model(tiny_tokenizer, **shape)
+    assert 4e6 < model.num_parameters() < 7.5e6
+    assert model.config.hidden_size // model.config.num_attention_heads == 64
+
+
+def test_no_token_has_more_bytes_than_asked():
+    texts = ["感冒后咳嗽越来越突出，咳久了胸腹肌肉酸。"] * 20
+    free, limited = (train_tokenizer(texts, 600, limit) for limit in (None, 12))
+    longest = [
+        max(map(len, tokenizer.convert_ids_to_tokens(range(len(tokenizer) - 3)))) for tokenizer in (free, limited)
+    ]
+    assert longest[0] > 12 == longest[1]
+
+
 def test_what_a_block_adds_begins_as_small_as_the_embeddings(tiny_tokenizer):
     model = build_tiny_model.build_model(tiny_tokenizer)
     input_ids = tiny_tokenizer(SAMPLES[0], return_tensors="pt").input_ids

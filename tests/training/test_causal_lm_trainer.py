@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, EvalPrediction, TrainerState, mas
 
 from medtune.errors import UserError
 from medtune.models import logps
+from medtune.models.router_loss import describe_router_loss
 from medtune.training.causal_lm_trainer import (
     CausalLMConfig,
     CausalLMTrainer,
@@ -384,17 +385,73 @@ def test_rounding_of_other_tokens_is_no_leak():
 # ---------------------------------------------------------------- experts
 
 
-def test_the_router_loss_is_off_and_the_saved_model_keeps_its_weight(tiny_tokenizer, tmp_path):
-    model = tiny_model("qwen3_moe", output_router_logits=True)
-    returned = []
-    model.register_forward_hook(lambda module, args, outputs: returned.append(outputs.aux_loss))
-    make_trainer(model, tiny_tokenizer, tmp_path, make_rows(4)).train()
-    assert returned
-    assert not any(aux_loss is not None for aux_loss in returned)
-    assert model.config.router_aux_loss_coef == 0.001
+@pytest.mark.parametrize(("batch_size", "accumulation", "checkpointing"), [(4, 1, False), (2, 2, False), (4, 1, True)])
+def test_the_load_of_trained_routers_is_balanced(tiny_tokenizer, tmp_path, batch_size, accumulation, checkpointing):
+    """The loss and its gradients are the model's own with its coefficient, however a step is cut."""
+    row = make_rows(1)[0]
+    own = tiny_model("qwen3_moe", router_aux_loss_coef=0.5)
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+    outputs = own(ids, labels=labels, output_router_logits=True)
+    outputs.loss.backward()
+    assert outputs.aux_loss > 1  # which is 1 times the experts of a token where they have the same load
+    model = tiny_model("qwen3_moe", router_aux_loss_coef=0.5)
+    options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation} | ONE_STEP
+    rows = Dataset.from_list([row] * 4)
+    trainer = make_trainer(model, tiny_tokenizer, tmp_path, rows, gradient_checkpointing=checkpointing, **options)
+    loss, gradients = trained_loss_and_gradients(trainer)
+    assert loss == pytest.approx(outputs.loss.item(), abs=1e-4)
+    for name, weights in own.named_parameters():
+        assert torch.allclose(gradients[name], weights.grad, atol=1e-5), name
+    assert trainer.evaluate()["eval_loss"] < loss  # which is the cross entropy alone
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_adapter_balances_the_routers_that_it_is_on(tiny_tokenizer, tmp_path, named):
+    model = tiny_model("qwen3_moe", router_aux_loss_coef=0.5)
+    config = LoraConfig(target_modules=["q_proj", "gate"] if named else ["q_proj"])
+    trainer = make_trainer(get_peft_model(model, config), tiny_tokenizer, tmp_path, make_rows(4))
+    assert trainer.router_loss_weight == (0.5 if named else 0)
+    loss = trained_loss_and_gradients(trainer)[0]
+    expected = trainer.evaluate()["eval_loss"]
+    assert loss > expected + 0.5 if named else loss == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "line"),
+    [
+        ("qwen3_moe", "a mixture of experts whose routers are trained, with 0.001 times their load-balancing loss"),
+        (
+            "glm4_moe",
+            "a mixture of experts; its routers' load-balancing loss is not added: Glm4MoeForCausalLM computes none",
+        ),
+        ("granitemoehybrid", ""),
+        ("qwen3", ""),
+    ],
+)
+def test_what_is_said_of_the_routers_loss(model_type, line):
+    model = tiny_model(model_type)
+    assert describe_router_loss(model) == line
+    if line:
+        for weights in model.parameters():
+            weights.requires_grad_(False)
+        assert describe_router_loss(model).endswith("is not added: they are not trained")
 
 
 def test_a_hybrid_without_experts_trains(tiny_tokenizer, tmp_path):
     """Its class has a router loss, and nothing to compute it from."""
     trainer = make_trainer(tiny_model("granitemoehybrid"), tiny_tokenizer, tmp_path, make_rows(4))
     assert trainer.train().training_loss > 0
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def test_an_optimizer_of_other_weights_is_refused(tiny_model_dir, tiny_tokenizer, tmp_path):
+    """As of a run that trained a vision tower too."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    make_trainer(model, tiny_tokenizer, tmp_path, make_rows(4), **options).train()
+    model.model.norm.requires_grad_(False)
+    trainer = make_trainer(model, tiny_tokenizer, tmp_path, make_rows(4), **options)
+    with pytest.raises(UserError, match=r"checkpoint-1: its optimizer is of other weights than this version trains"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

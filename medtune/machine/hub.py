@@ -1,0 +1,81 @@
+"""Whether models can be downloaded, from the hub or from HF_ENDPOINT, whether HF_TOKEN is valid and the clock right."""
+
+import email.utils
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+
+from medtune.machine.findings import FINE, NOTE, WRONG, Finding
+
+HUB = "https://huggingface.co"
+SOME_FILE = "Qwen/Qwen2.5-3B-Instruct/resolve/main/config.json"
+SECONDS_TO_ANSWER_HUB = 5
+LARGEST_SKEW = 60  # seconds
+
+
+def check_hub() -> Iterator[Finding]:
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        yield Finding(FINE, "hub", "HF_HUB_OFFLINE is set: models come from folders and from the cache")
+        return
+    if not endpoint.startswith(("http://", "https://")):
+        yield Finding(WRONG, "hub", f"HF_ENDPOINT={endpoint}: an address starts with https://")
+        return
+    name, start = urllib.parse.urlsplit(endpoint).hostname, time.perf_counter()
+    code, date, fault = _ask(f"{endpoint}/{SOME_FILE}")
+    if code == 200:
+        yield Finding(FINE, "hub", f"{name} answers in {time.perf_counter() - start:.1f} s")
+    elif code:
+        todo = "HF_ENDPOINT is to be the hub or a mirror of it"
+        yield Finding(WRONG, "hub", f"{name} answers {code} for a file that the hub has: {todo}")
+    else:
+        todo = "export HF_ENDPOINT=ADDRESS_OF_A_MIRROR, or give a model folder as MODEL"
+        yield Finding(WRONG, "hub", f"{name} cannot be reached ({fault}): {todo}")
+    yield _check_token(endpoint)
+    yield _check_clock(date)
+
+
+def _check_token(endpoint: str) -> Finding:
+    subject, token = "HF_TOKEN", os.environ.get("HF_TOKEN", "")
+    if not token:
+        return Finding(FINE, subject, "not set; gated models (Llama, Gemma) need it, Qwen does not")
+    if not token.isascii() or not token.isprintable() or " " in token:
+        return Finding(
+            WRONG, subject, "holds a blank, a line end or another character that no token has: copy it again"
+        )
+    code, _, fault = _ask(f"{endpoint}/api/whoami-v2", token)
+    if code == 200:
+        return Finding(FINE, subject, "valid")
+    if code in (401, 403):
+        return Finding(WRONG, subject, f"refused ({code}): make another at {HUB}/settings/tokens, or unset it")
+    return Finding(NOTE, subject, f"not checked ({f'the answer is {code}' if code else fault})")
+
+
+def _ask(url: str, token: str = "") -> tuple[int, str, str]:
+    """The status code and the Date header of the answer, or 0 and why there is none."""
+    request = urllib.request.Request(url, headers={"User-Agent": "check_machine"})
+    if token:
+        # Unredirected: another host that the answer names does not get it.
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=SECONDS_TO_ANSWER_HUB) as answer:
+            return answer.status, answer.headers.get("Date", ""), ""
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers.get("Date", ""), ""
+    except OSError as error:
+        return 0, "", " ".join(str(getattr(error, "reason", error)).split())
+
+
+def _check_clock(date: str) -> Finding:
+    """Against the Date header of a server."""
+    now = time.strftime("%F %T %Z")
+    if not date:
+        return Finding(NOTE, "clock", f"{now}, not compared since no server answered; a wrong one fails certificates")
+    ahead = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
+    if abs(ahead) <= LARGEST_SKEW:
+        return Finding(FINE, "clock", now)
+    skew = f"{abs(ahead):.0f} s {'ahead' if ahead > 0 else 'behind'}"
+    return Finding(WRONG, "clock", f"{now}, {skew}: certificates fail; timedatectl set-ntp true, or tell the host")
