@@ -23,7 +23,8 @@ SFT_DATA=${SFT_DATA:-./data/finetune}
 PAIR_DATA=${PAIR_DATA:-./data/reward}
 PPO_DATA=${PPO_DATA:-$SFT_DATA}             # the prompts of PPO
 GRPO_DATA=${GRPO_DATA:-./data/exam}         # exam questions
-TEST_FILES=${TEST_FILES:-data/eval/questions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl}
+safety="data/eval/safety.jsonl data/eval/emergency_twins.jsonl data/eval/unsafe_requests.jsonl"
+TEST_FILES=${TEST_FILES:-data/eval/questions.jsonl data/eval/exam.jsonl $safety}
 EVAL_FLAGS=${EVAL_FLAGS:---num_samples 200 --max_new_tokens 256}
 ESTIMATE=${ESTIMATE:-}                      # 1: print what each training stage will take, and train nothing
 

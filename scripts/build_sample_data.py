@@ -2,8 +2,9 @@
 
 `data/knowledge/` holds what people wrote: conditions and medicines, ways to ask and to answer, situations in which
 to refuse or to send the person to hospital, and hand-written dialogues. From it come the files of `data/pretrain`,
-`finetune`, `reward`, `ppo`, `exam` and `eval`. Ways to ask and conditions that the evaluation holds out never enter
-the training files, and no evaluation item shares most of its text with one training record.
+`finetune`, `reward`, `ppo`, `exam`, `eval` and `development`, which chooses settings. Ways to ask and conditions that
+the evaluation holds out never enter the training files, and no evaluation item shares most of its text with one
+training record.
 
     python scripts/build_sample_data.py            # write the files
     python scripts/build_sample_data.py --check    # say whether they are what would be written
@@ -27,8 +28,10 @@ from medtune.sample_data.corpus import CorpusCounts, draw_corpus, read_held_out,
 from medtune.sample_data.evaluation import (
     TrainingText,
     build_complaints,
+    build_emergency_twins,
     build_questions,
     build_safety,
+    build_unsafe_requests,
     spoken_text,
 )
 from medtune.sample_data.exam import build_exam, build_learned_exam
@@ -81,6 +84,10 @@ def build(knowledge: Knowledge) -> dict[str, str]:
         "eval/unseen_conditions.jsonl": build_questions(knowledge, unseen_entries, learned.is_new),
         "eval/complaints.jsonl": build_complaints(knowledge, seen_entries, learned.is_new),
         "eval/safety.jsonl": build_safety(knowledge, learned.is_new),
+        "eval/emergency_twins.jsonl": build_emergency_twins(knowledge, "held_out"),
+        "eval/unsafe_requests.jsonl": build_unsafe_requests(knowledge, "held_out"),
+        "development/emergency_twins.jsonl": build_emergency_twins(knowledge, "development"),
+        "development/unsafe_requests.jsonl": build_unsafe_requests(knowledge, "development"),
         "eval/preference_pairs.jsonl": eval_pairs,
         "exam/train.jsonl": build_learned_exam(knowledge, unseen, exam),
         "eval/exam.jsonl": exam,

@@ -3,7 +3,8 @@
 Input: files of `--test_file`, each of one form, which decides what is measured:
   dialogues   {"conversations": [...]}: the model answers the last question and the reply is compared with the
               reference; `names` lists what a right answer may call its subject
-  safety      dialogues with "category": emergency, refusal or about: rates of safe replies besides
+  safety      dialogues with "category": emergency, twin (an emergency's words and none), refusal or about: rates of
+              safe replies besides
   exam        {"question", "option": {"A": ...}, "answer": "A"}: by the likelihood of the letters, and by what it writes
               when asked for a letter alone and when asked to think first
 Output: `--output_dir` with predictions.jsonl (a line for each record and model) and metrics.json (figures with 95 %
@@ -13,7 +14,8 @@ the figures again from a predictions.jsonl, without a model.
 
     python scripts/evaluate_model.py --base_model MODEL --lora_model ADAPTER --test_file data/eval/questions.jsonl
     python scripts/evaluate_model.py --base_model MODEL --compare base SFT_ADAPTER DPO_ADAPTER --reward_model RM \\
-        --test_file data/eval/questions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl
+        --test_file data/eval/questions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl \\
+        data/eval/emergency_twins.jsonl data/eval/unsafe_requests.jsonl
 """
 
 import json

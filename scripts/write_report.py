@@ -71,6 +71,7 @@ DRAWN = {
     "named": "right name in the reply",
     "exam_accuracy": "exam: right letters",
     "sends_to_hospital": "emergencies sent to hospital",
+    "over_triage": "harmless twins sent to emergency care",
     "refuses_or_warns": "unsafe requests refused",
     "reward": "mean reward",
 }

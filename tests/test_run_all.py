@@ -378,7 +378,7 @@ def test_killed_and_started_again_it_ends_with_the_same_evaluation_and_does_noth
     for name in ("predictions.jsonl", "metrics.json"):
         found, expected = ((folder / "outputs-eval-tiny" / name).read_text("utf-8") for folder in (killed, whole))
         assert found == expected
-    assert len(json.loads(expected)["metrics"]) == 3  # the files of TEST_FILES
+    assert len(json.loads(expected)["metrics"]) == 5  # the files of TEST_FILES
     assert last.count("holds a finished run") == 5
     assert "outputs-ppo-tiny-merged holds this model already" in last
     assert "outputs-eval-tiny: measured already" in last

@@ -12,8 +12,8 @@ from medtune.reading.exams import has_options, to_exam, with_answer_letters
 from medtune.reading.files import read_raw
 from medtune.reading.finding import find_files, sha256_of
 
-SAFETY = ("emergency", "refusal", "about")
-COPIED_KEYS = ("id", "aspect", "category", "names", "exam_subject")
+SAFETY = ("emergency", "twin", "refusal", "about")
+COPIED_KEYS = ("id", "pair", "aspect", "category", "names", "exam_subject")
 
 
 def read_tests(paths: Sequence[str], num_samples: int | None, seed: int) -> tuple[list[dict], dict[str, dict]]:

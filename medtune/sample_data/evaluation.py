@@ -88,3 +88,25 @@ def build_safety(knowledge: Knowledge, is_new: Callable[[str], bool]) -> list[di
         for number, question in enumerate(item["questions"]["held_out"], start=1)
         if is_new(question)
     ]
+
+
+def build_emergency_twins(knowledge: Knowledge, part: str) -> list[dict]:
+    """Emergencies, each with its twin: much the same words, and no emergency. `part`: "held_out" or "development"."""
+    items = []
+    for situation in (situation for situation in knowledge.emergency_twins if situation["part"] == part):
+        for number, pair in enumerate(situation["pairs"], start=1):
+            key = f"{situation['language']}:{situation['id']}:{number}"
+            for category, reply in (("emergency", situation["reply"]), ("twin", pair["twin_reply"])):
+                about = {"id": f"{key}:{category}", "pair": key, "category": category}
+                items.append(about | dialogue(pair[category], reply))
+    return items
+
+
+def build_unsafe_requests(knowledge: Knowledge, part: str) -> list[dict]:
+    """Further requests to refuse. `part`: "held_out" or "development"."""
+    return [
+        {"id": f"{kind['language']}:{kind['id']}:{number}", "category": "refusal"} | dialogue(request, kind["reply"])
+        for kind in knowledge.unsafe_requests
+        if kind["part"] == part
+        for number, request in enumerate(kind["requests"], start=1)
+    ]

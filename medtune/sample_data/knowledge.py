@@ -77,6 +77,8 @@ class Knowledge:
     safety: list[dict]
     bad_replies: dict
     dialogues: list[dict]
+    emergency_twins: list[dict]
+    unsafe_requests: list[dict]
 
     def questions(self, entry: Entry, aspect: str, part: str) -> list[str]:
         """Ways to ask about an aspect, "train" or "held_out", with the name left open as {n}."""
@@ -134,6 +136,8 @@ def read_knowledge(folder: Path) -> Knowledge:
         safety=read_lines(folder / "safety.jsonl"),
         bad_replies=json.loads((folder / "bad_replies.json").read_text(encoding="utf-8")),
         dialogues=read_lines(folder / "dialogues.jsonl"),
+        emergency_twins=read_lines(folder / "emergency_twins.jsonl"),
+        unsafe_requests=read_lines(folder / "unsafe_requests.jsonl"),
     )
 
 

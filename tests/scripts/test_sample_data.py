@@ -6,8 +6,9 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import build_sample_data
@@ -21,7 +22,6 @@ from medtune.sample_data.exam import LETTERS
 from medtune.sample_data.knowledge import (
     CONDITION_ASPECTS,
     MEDICINE_ASPECTS,
-    Knowledge,
     choose_unseen,
     read_knowledge,
 )
@@ -31,6 +31,9 @@ from medtune.sample_data.pairs import PROMPTS
 DATA = Path(__file__).resolve().parents[2] / "data"
 KNOWLEDGE = DATA / "knowledge"
 ENTRY_FILES = ("conditions.jsonl", "more_conditions.jsonl")
+SAFETY = ("emergency_twins", "unsafe_requests")
+EVAL_DIALOGUES = [f"eval/{name}.jsonl" for name in ("questions", "unseen_conditions", "complaints", "safety", *SAFETY)]
+DEVELOPMENT = [f"development/{name}.jsonl" for name in SAFETY]
 DOSE = re.compile(r"\d+ ?(毫克|微克|mg|μg|单位|片|粒|milligrams?|tablets?)")
 EMERGENCY = re.compile("120|急诊|立即去医院|马上就医|ambulance|emergency|hospital at once", re.IGNORECASE)
 
@@ -168,7 +171,7 @@ def test_committed_files_are_what_the_script_writes_in_any_process():
         cwd=DATA.parent, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONHASHSEED": "7"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "all 13 files" in result.stdout
+    assert "all 17 files" in result.stdout
 
 
 def test_check_names_the_file_that_differs(tmp_path, monkeypatch):
@@ -192,8 +195,8 @@ def test_stages_read_all_of_it_without_a_complaint():
     assert len(prompts) == report.read >= 500
     documents, report = load_documents([DATA / "pretrain/medical_corpus.txt"])
     assert len(documents) == report.read >= 3 * len(knowledge().entries)
-    for name in ("questions", "unseen_conditions", "complaints", "safety"):
-        load_dialogues([DATA / f"eval/{name}.jsonl"])
+    for name in (*EVAL_DIALOGUES, *DEVELOPMENT):
+        load_dialogues([DATA / name])
     load_records(read_pairs, [DATA / "eval/preference_pairs.jsonl"])
 
 
@@ -398,13 +401,47 @@ def test_overlap_is_the_share_of_one_record():
 def test_no_evaluation_question_stands_in_the_training_files():
     asked = {first_question(d) for d in [*training_dialogues(), *read("ppo/prompts.jsonl")]}
     asked |= {pair["question"] for pair in training_pairs()}
-    for name in ("questions", "unseen_conditions", "complaints", "safety"):
-        for record in read(f"eval/{name}.jsonl"):
+    for name in (*EVAL_DIALOGUES, *DEVELOPMENT):
+        for record in read(name):
             question = first_question(record)
             assert question not in asked
             assert learned().overlap(question) < NEAR_COPY, question
     known = first_question(training_dialogues()[5])
     assert learned().overlap(known) == 1.0
+
+
+def test_every_emergency_has_a_twin_that_shares_words_with_it():
+    for folder, n_pairs in (("eval", 100), ("development", 40)):
+        pairs: dict[str, dict[str, dict]] = {}
+        for record in read(f"{folder}/emergency_twins.jsonl"):
+            assert record["id"] == f"{record['pair']}:{record['category']}"
+            pairs.setdefault(record["pair"], {})[record["category"]] = record
+        assert len(pairs) == n_pairs
+        for name, pair in pairs.items():
+            assert pair.keys() == {"emergency", "twin"}, name
+            assert words_of(first_question(pair["emergency"])) & words_of(first_question(pair["twin"])), name
+            assert not any(DOSE.search(record["conversations"][-1]["value"]) for record in pair.values()), name
+    assert len(read("eval/unsafe_requests.jsonl")) == 60
+    assert len(read("development/unsafe_requests.jsonl")) == 20
+
+
+def words_of(text: str) -> set[str]:
+    """The words of an English text, the pairs of neighbouring characters of a Chinese one."""
+    if text.isascii():
+        return set(re.findall(r"[a-z']+", text.lower()))
+    return {pair for pair in map("".join, pairwise(text)) if pair.isalnum()}
+
+
+def test_development_items_are_about_other_situations_than_held_out_ones_and_in_other_words():
+    held_out = TrainingText(first_question(record) for name in EVAL_DIALOGUES for record in read(name))
+    for name in DEVELOPMENT:
+        for record in read(name):
+            assert held_out.overlap(first_question(record)) < 0.2, record["id"]
+    for name in SAFETY:
+        situations = {"held_out": set(), "development": set()}
+        for situation in read(f"knowledge/{name}.jsonl"):
+            situations[situation["part"]].add(situation["id"])
+        assert not situations["held_out"] & situations["development"]
 
 
 def test_no_evaluation_pair_and_no_exam_item_stands_in_the_training_files():
@@ -461,7 +498,7 @@ def test_exam_has_one_right_letter_and_options_of_one_kind(name, n_items):
 
 def test_new_entries_leave_other_dialogues_as_they_are():
     whole = knowledge()
-    fewer = Knowledge(whole.entries[:-1], whole.phrasings, whole.safety, whole.bad_replies, whole.dialogues)
+    fewer = replace(whole, entries=whole.entries[:-1])
     before, after = ({json.dumps(d) for d in build_dialogues(k, set())} for k in (fewer, whole))
     assert before <= after
 
@@ -469,7 +506,7 @@ def test_new_entries_leave_other_dialogues_as_they_are():
 def test_readme_counts_are_right():
     text = (DATA / "README.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `([\w/.]+)` \| ([\d,]+) \| \D", text, re.MULTILINE))
-    assert len(listed) == 17
+    assert len(listed) == 23
     for name, count in listed.items():
         assert (DATA / name).read_text(encoding="utf-8").count("\n") == int(count.replace(",", "")), name
     stated = re.findall(
