@@ -17,7 +17,7 @@ class Card:
     """A card by its makers' figures.
 
     gb: of its name; gib: what torch sees of it.
-    tflops: 10^12 operations a second of matrix products in bfloat16 (float16 where it has none), without sparsity, with
+    tflops: 10^12 operations a second of matrix products in bfloat16, without sparsity, with
         sums in float32.
     gb_s: 10^9 bytes a second from its memory.
     """
@@ -30,7 +30,6 @@ class Card:
 
 
 CARDS = (
-    Card("T4", 16, 14.6, 65, 320),
     Card("RTX 4080", 16, 15.6, 97, 717),
     Card("RTX 3090", 24, 23.6, 71, 936),
     Card("RTX 4090", 24, 23.5, 165, 1008),

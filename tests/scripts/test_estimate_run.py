@@ -81,7 +81,7 @@ def test_an_adapter_that_is_to_come_is_assumed(estimate):
     ("command", "message"),
     [
         ("", "no command to estimate"),
-        (f"--card RTX9999 {SFT}", "--card RTX9999: not known; known are T4"),
+        (f"--card RTX9999 {SFT}", "--card RTX9999: not known; known are RTX 4080"),
         ("train.py --do_train", r"train.py: not a stage; there are pretraining.py"),
         ("run_nothing.sh", "run_nothing.sh: no such file"),
         (f"--price -1 {SFT}", "--price -1.0: give more than 0"),
