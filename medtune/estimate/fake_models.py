@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from medtune.estimate.shapes import shallow
-from medtune.models.score_heads import ScoreHead
+from medtune.models.score_heads import ScoreHead, register_scoring_class
 
 FLASH = "flash_for_the_estimate"
 # Weights that share a scale in 4-bit NF4, and scales that share one of their own (QLoRA, Dettmers et al. 2023).
@@ -128,6 +128,7 @@ def fake_base(
     auto_class = AutoModelForCausalLM
     if scores:
         auto_class, config.num_labels = AutoModelForSequenceClassification, 1
+        register_scoring_class(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         base = auto_class.from_config(config, dtype=dtype, attn_implementation="sdpa")
         if bits < 16:
