@@ -1,6 +1,6 @@
 """Every family through every stage: all is done, or refused in one line that names a way on; never a traceback.
 
-A family that is refused where it was not, or done where it was refused, fails here: REFUSED is what docs say.
+A family that is refused where it was not, or done where it was refused, fails here: `refusals` is what docs say.
 """
 
 import re
@@ -29,6 +29,7 @@ MIX_TEXTS = {
 }
 MASKS_GO_BY_NO_POSITIONS = {"gpt_oss"}
 NO_SCORE_HEAD = {"mamba2"}
+REFUSED_AS = {"packing": "`--packing True`", "pt": "pretraining", "rm": "reward model, PPO", "ppo, grpo": "PPO, GRPO"}
 
 
 def refusals(family: str) -> dict[str, str]:
@@ -42,8 +43,6 @@ def refusals(family: str) -> dict[str, str]:
         lines["rm"] = "a kind of model that these versions of the libraries give no such head"
     if family == "opt":  # whose head goes by a decoder inside of its backbone
         lines["ppo"] = lines["grpo"] = "and would be trained on wrong probabilities; take another model"
-    if family == "jamba":  # whose kernels take dt_proj's weights past the layer
-        lines["pt"] = lines["sft"] = "Without --gradient_checkpointing, or with other --target_modules, they may"
     return lines
 
 
@@ -96,6 +95,25 @@ def through_all_stages(model: Path, folder: Path) -> dict[str, str]:
     assert len(replies[0]) == 2
     assert replies[0] == replies[1]
     return results
+
+
+def family_table() -> str:
+    """What the test below holds each family to, for docs/models.md: those with the same refusals in one row."""
+    names = {family: f"`{family}`" for family in FAMILIES} | {name: f"`{name}` as shipped" for name in AS_SHIPPED}
+    rows: dict[tuple, list[str]] = {}
+    for family, name in names.items():
+        lines = refusals(family)
+        refused = tuple((", ".join(key for key in lines if lines[key] == line), line) for line in lines.values())
+        rows.setdefault(tuple(dict.fromkeys(refused)), []).append(name)
+    table = "| `model_type` of config.json | refused | the line ends in |\n|---|---|---|\n"
+    for refused, families in sorted(rows.items(), key=lambda row: len(row[0])):
+        stages = "; ".join(REFUSED_AS.get(stages, stages) for stages, _ in refused) or "nothing"
+        table += f"| {', '.join(families)} | {stages} | {'; '.join(line for _, line in refused)} |\n"
+    return table
+
+
+def test_docs_have_the_table():
+    assert family_table() in Path(__file__).parents[1].joinpath("docs/models.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

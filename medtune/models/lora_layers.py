@@ -19,8 +19,8 @@ from medtune.models.text_part import text_backbone
 
 # The last layer under the names that models give it; a reward model's is always called score here.
 HEADS = ("lm_head", "embed_out", "score", "classifier")
-# Whose weights Mamba's kernels take past the layer.
-MAMBA_OUTPUT = "out_proj"
+# Whose weights Mamba takes past the layer, so that an adapter there does nothing; PEFT refuses one on the first.
+MAMBA_OUTPUT, MAMBA_TIME_STEP = "out_proj", "dt_proj"
 
 
 class LoraTargets(NamedTuple):
@@ -47,7 +47,7 @@ def all_linear_layers(base: PreTrainedModel) -> LoraTargets:
             linear.setdefault(path.rpartition(".")[2], []).append(path)
         elif weights.is_floating_point() and len(getattr(weights, "ds_shape", weights.shape)) == 3:
             parameters.append(f"{path}.{tensor}")
-    modules = linear.keys() - {MAMBA_OUTPUT} if _is_mamba(base) else set(linear)
+    modules = linear.keys() - {MAMBA_TIME_STEP} - ({MAMBA_OUTPUT} if _is_mamba(base) else set())
     swallowed = modules - _kept_by_peft(base, modules)
     paths = [path for name in swallowed for path in linear[name]]
     parameters += [f"{path}.weight" for path in paths if base.get_parameter(f"{path}.weight").is_floating_point()]
