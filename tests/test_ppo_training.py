@@ -742,8 +742,8 @@ def test_docs_name_places_that_exist():
     files = [
         ROOT / "ppo_training.py",
         ROOT / "medtune/models/logps.py",
+        ROOT / "medtune/models/running_batch.py",
         *ROOT.glob("medtune/rl/*.py"),
-        ROOT / "medtune/models/logps.py",
     ]
     code = "".join(path.read_text(encoding="utf-8") for path in files)
     assert len(places) > 15

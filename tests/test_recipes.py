@@ -37,7 +37,7 @@ def block(page: str, language: str) -> str:
 def project(tmp_path_factory) -> Path:
     """A copy of what the commands use."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("medtune", "scripts", "data"):
+    for name in ("medtune", "scripts", "data", "templates"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "hub", "try-*"))
     for path in [*ROOT.glob("*.py"), *ROOT.glob("run_*.sh"), ROOT / "requirements.txt"]:
         shutil.copy(path, folder)

@@ -341,6 +341,7 @@ def test_killed_and_started_again_it_ends_with_the_same_evaluation_and_does_noth
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         shutil.copytree(ROOT / "scripts", folder / "scripts")
+        shutil.copytree(ROOT / "templates", folder / "templates")
         for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "requirements.txt"]:
             shutil.copy(path, folder)
         shutil.copytree(ROOT / "data/eval", folder / "data/eval")
