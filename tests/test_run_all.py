@@ -340,8 +340,8 @@ def results(folder: Path) -> dict[Path, bytes]:
 def test_killed_and_started_again_it_ends_with_the_same_evaluation_and_does_nothing_twice(tmp_path, tiny_model_dir):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
-        shutil.copytree(ROOT / "scripts", folder / "scripts")
-        shutil.copytree(ROOT / "templates", folder / "templates")
+        for name in ("medtune", "scripts", "templates"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "requirements.txt"]:
             shutil.copy(path, folder)
         shutil.copytree(ROOT / "data/eval", folder / "data/eval")
