@@ -237,6 +237,9 @@ class ChatRequest(BaseModel, extra="forbid"):
                 raise ValueError(
                     f'{_quote(tool)} is not supported; a tool is {{"type": "function", "function": {{...}}}}'
                 )
+            schema = function.get("parameters") or {}
+            if not (isinstance(schema, dict) and isinstance(schema.get("properties") or {}, dict)):
+                raise ValueError(f"{_quote(tool)}: parameters are a JSON schema, with properties as an object")
         return tools
 
     def decoding(self, room: int) -> Decoding:
@@ -279,7 +282,10 @@ def results_in_order(turns: Sequence[Turn]) -> list[Turn]:
                 if (given := turn.extra("tool_call_id")) not in ids:
                     raise Unusable("no such call", f"a turn of a tool has tool_call_id {given}; the calls have {ids}")
             group.sort(key=lambda turn: ids.index(turn.extra("tool_call_id")))
-        ids = [call["id"] for call in group[-1].extra("tool_calls") or () if isinstance(call, dict) and "id" in call]
+        calls = group[-1].extra("tool_calls") or []
+        if not isinstance(calls, list):
+            raise Unusable("no list of calls", f"tool_calls {calls!r}: give a list")
+        ids = [call["id"] for call in calls if isinstance(call, dict) and "id" in call]
         ordered += group
     return ordered
 
@@ -402,9 +408,9 @@ def _describe_fault(fault: dict) -> str:
 
 
 def _finish_reason(reply: Reply, calls: list[ToolCall]) -> str:
-    if calls:
-        return "tool_calls"
-    return "stop" if reply.ended else "length"
+    if not reply.ended:
+        return "length"
+    return "tool_calls" if calls else "stop"
 
 
 def _call_reader(chat_model: ChatModel, request: ChatRequest) -> CallReader:

@@ -19,8 +19,8 @@ for argument in "$@"; do
     esac
 done
 
-if [ "$gpu" = 1 ] && ! command -v nvidia-smi > /dev/null; then
-    echo "error: --gpu: there is no nvidia-smi, so no GPU; leave the flag out" >&2
+if [ "$gpu" = 1 ] && ! listed=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>&1); then
+    echo "error: --gpu: nvidia-smi lists no GPU (${listed//$'\n'/ }); bash check_machine.sh says more" >&2
     exit 2
 fi
 
@@ -31,7 +31,7 @@ bash setup.sh "${setup_flags[@]}"
 export PATH TOKENIZERS_PARALLELISM=false
 
 if [ "$gpu" = 1 ]; then
-    GPU_TESTS=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd ,)}
+    GPU_TESTS=${CUDA_VISIBLE_DEVICES-$(paste -sd , <<< "$listed")}
     export GPU_TESTS
     code=0
     { # One test after the other, since they share the GPUs; what is wrong with the machine stands in the report too.

@@ -13,6 +13,7 @@ computed, and "fits" leaves a tenth of its memory free. docs/results.md compares
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -48,8 +49,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def through_launcher(launcher: str, flags: Sequence[str], own_words: Sequence[str]) -> None:
     """Let a launcher add its flags: it starts this script again, behind its own words."""
-    if not Path(launcher).is_file():
+    path = Path(launcher)
+    if not path.is_file():
         raise UserError(f"{launcher}: no such file; give a launcher such as run_sft.sh, or a stage's script")
+    if path.name != "run_all.sh" and "medtune.launch" not in path.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{launcher}: starts no training stage; give run_sft.sh, run_all.sh or the like")
     environment = os.environ | {"ESTIMATE": json.dumps(own_words), "PYTHON": sys.executable}
     code = subprocess.run(["bash", launcher, *flags], env=environment, check=False).returncode
     if code:
@@ -95,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     args = make_parser().parse_args(words)
     for name in ("gpus", "assume_tokens", "price"):
-        if (value := getattr(args, name)) is not None and value <= 0:
-            raise UserError(f"--{name} {value}: give more than 0")
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} {value}: give a number above 0")
     if not args.command:
         raise UserError("no command to estimate: give a launcher and its flags, such as run_sft.sh")
     script, *flags = args.command

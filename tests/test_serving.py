@@ -602,6 +602,11 @@ RESULT = {"role": "tool", "tool_call_id": "1", "content": "好。"}
             {"messages": [USER, ASSISTANT | {"tool_calls": [TOOL_CALL]}, RESULT | {"tool_call_id": "2"}]},
             "a turn of a tool has tool_call_id 2; the calls have ['1']",
         ),
+        ({"messages": [USER, ASSISTANT | {"tool_calls": 5}, RESULT]}, "tool_calls 5: give a list"),
+        (
+            {"messages": [USER], "tools": [{"type": "function", "function": {"name": "f", "parameters": ["x"]}}]},
+            "parameters are a JSON schema, with properties as an object",
+        ),
         ({"messages": [USER, ASSISTANT | {"tool_calls": [TOOL_CALL]}, USER]}, "turn 3 (user) comes after: tool call; "),
         (
             {"messages": [USER, ASSISTANT | {"reasoning_content": 5}, USER]},

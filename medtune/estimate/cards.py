@@ -1,6 +1,7 @@
 """Graphics cards, what they rent for, and whether a run fits on them."""
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,13 +68,22 @@ class Price:
 
 def read_prices(file: Path = PRICES) -> dict[str, Price]:
     """By the name of the card. Raises UserError with file:line for a line that is none of a price."""
-    prices = {}
-    with file.open(encoding="utf-8", newline="") as lines:
-        for row in (reader := csv.DictReader(lines)):
-            where = f"{file.name}:{reader.line_num}"
-            try:
-                name, per_hour, currency = (row[key].strip() for key in ("card", "per_hour", "currency"))
-                prices[choose_cards([name])[0].name] = Price(float(per_hour), currency)
-            except (KeyError, AttributeError, ValueError) as error:
-                raise UserError(f"{where}: {error}; a line is card,per_hour,currency") from error
+    prices, columns = {}, ("card", "per_hour", "currency")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: {error}; it is to be a file in UTF-8 of lines {','.join(columns)}") from error
+    for row in (reader := csv.DictReader(lines)):
+        where = f"{file.name}:{reader.line_num}"
+        if not set(columns) <= set(row) or None in [row[key] for key in columns]:
+            raise UserError(f"{where}: a line is {','.join(columns)}, and so is the first one")
+        try:
+            card, price = choose_cards([row["card"].strip()])[0], float(row["per_hour"])
+        except UserError as error:
+            raise UserError(f"{where}: {str(error).removeprefix('--card ')}") from error
+        except ValueError:
+            price = math.nan
+        if not 0 < price < math.inf:
+            raise UserError(f"{where}: per_hour {row['per_hour']!r} is no price; give a number above 0")
+        prices[card.name] = Price(price, row["currency"].strip())
     return prices

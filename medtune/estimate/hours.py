@@ -172,8 +172,13 @@ def _sum(memory: Memory, *names: str) -> Work:
 def estimate_disk(plan: RunPlan, memory: Memory, n_weights: int, n_steps: int) -> dict[str, float]:
     """Bytes on the disk: the downloaded model, the checkpoints that are kept, and the merged model."""
     args, of_16_bits = plan.training_args, 2.0 * n_weights
-    saved = memory.parts["adapters and heads"] if plan.lora_args.use_peft else memory.parts["base weights"]
-    optimizer = 12 * saved / 4 if plan.zero_stage else memory.parts["optimizer"]
+    if plan.lora_args.use_peft:
+        saved = memory.parts["adapters and heads"]
+        n_trained = saved / 4
+    else:  # DeepSpeed leaves a share of them to each GPU, and all of them to the disk
+        saved = n_weights * (4.0 if plan.model_args.torch_dtype == "float32" else 2.0)
+        n_trained = n_weights
+    optimizer = 12 * n_trained if plan.zero_stage else memory.parts["optimizer"]
     every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * n_steps)
     n_saves = 1 if str(getattr(args.save_strategy, "value", args.save_strategy)) == "no" else math.ceil(n_steps / every)
     n_kept = max(min(n_saves, args.save_total_limit + 1) if args.save_total_limit else n_saves, 1)

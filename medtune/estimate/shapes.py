@@ -1,6 +1,7 @@
 """The configuration of a model before it is downloaded: from its folder, the hub, or a table of known shapes."""
 
 import copy
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -53,11 +54,13 @@ _ENDINGS = ("-instruct", "-it", "-pt", "-base", "-2507")
 def model_config(path: str, flag: str, **hub_options) -> tuple[PretrainedConfig, str]:
     """The configuration of a model (not an adapter), and where it comes from.
 
-    Raises UserError where neither folder, hub nor table has it.
+    The table stands in for the hub, never for a folder. Raises UserError where neither has it.
     """
     try:
         config, source = load_config(path, flag=flag, **hub_options), "its config.json"
     except UserError as error:
+        if Path(path).is_dir() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise
         if (values := SHAPES.get(_table_name(path))) is None:
             known = ", ".join(SHAPES)
             raise UserError(f"{error}; without it the built-in shapes are {known}") from error
@@ -81,8 +84,10 @@ def shallow(config: PretrainedConfig, n_layers: int) -> PretrainedConfig:
     """The configuration with so many layers."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = n_layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:n_layers]
+    kinds = config.attribute_map.get("layer_types", "layer_types")
+    is_derived = isinstance(getattr(type(config), kinds, None), property)  # from the number of layers
+    if not is_derived and getattr(config, kinds, None):
+        setattr(config, kinds, getattr(config, kinds)[:n_layers])
     return config
 
 

@@ -1,10 +1,11 @@
 """Whether models can be downloaded, from the hub or from HF_ENDPOINT, whether HF_TOKEN is valid and the clock right."""
 
 import email.utils
+import http.client
 import os
+import re
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 
@@ -17,14 +18,15 @@ LARGEST_SKEW = 60  # seconds
 
 
 def check_hub() -> Iterator[Finding]:
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB
+    endpoint = os.environ.get("HF_ENDPOINT", "") or HUB
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         yield Finding(FINE, "hub", "HF_HUB_OFFLINE is set: models come from folders and from the cache")
         return
-    if not endpoint.startswith(("http://", "https://")):
-        yield Finding(WRONG, "hub", f"HF_ENDPOINT={endpoint}: an address starts with https://")
+    if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./-]*)?", endpoint, re.ASCII):
+        yield Finding(WRONG, "hub", f"HF_ENDPOINT={endpoint!r}: an address is https://HOST, without blanks")
         return
-    name, start = urllib.parse.urlsplit(endpoint).hostname, time.perf_counter()
+    endpoint = endpoint.rstrip("/")
+    name, start = endpoint.partition("://")[2], time.perf_counter()
     code, date, fault = _ask(f"{endpoint}/{SOME_FILE}")
     if code == 200:
         yield Finding(FINE, "hub", f"{name} answers in {time.perf_counter() - start:.1f} s")
@@ -65,7 +67,7 @@ def _ask(url: str, token: str = "") -> tuple[int, str, str]:
             return answer.status, answer.headers.get("Date", ""), ""
     except urllib.error.HTTPError as error:
         return error.code, error.headers.get("Date", ""), ""
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # no address, or no HTTP
         return 0, "", " ".join(str(getattr(error, "reason", error)).split())
 
 
@@ -74,7 +76,9 @@ def _check_clock(date: str) -> Finding:
     now = time.strftime("%F %T %Z")
     if not date:
         return Finding(NOTE, "clock", f"{now}, not compared since no server answered; a wrong one fails certificates")
-    ahead = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
+    if (parts := email.utils.parsedate_tz(date)) is None:
+        return Finding(NOTE, "clock", f"{now}, not compared since the answer has no date")
+    ahead = time.time() - email.utils.mktime_tz(parts)
     if abs(ahead) <= LARGEST_SKEW:
         return Finding(FINE, "clock", now)
     skew = f"{abs(ahead):.0f} s {'ahead' if ahead > 0 else 'behind'}"

@@ -13,6 +13,8 @@ from medtune.machine.between_gpus import run_limited
 from medtune.machine.findings import FINE, WRONG, Finding
 
 SECONDS_OF_A_STAGE = 600
+# What the launchers read and the short runs are not to take from outside.
+FROM_OUTSIDE = ("ESTIMATE", "DEEPSPEED", "NNODES", "N_PROCESSES", "TRAIN_DATA", "EVAL_DATA", "VLLM_GPUS")
 BATCH, ACCUMULATION, N_STEPS = 2, 2, 3
 FLAGS = "--logging_steps 1 --eval_strategy no --report_to none --resume_from_checkpoint False"
 FLAGS += " --preprocessing_num_workers 1"
@@ -38,6 +40,7 @@ def _commands(folder: Path) -> dict[str, tuple[list[str], Mapping[str, str]]]:
     """By what is printed: the command, and its variables."""
     gpus = visible_gpus()
     shared = {
+        **dict.fromkeys(FROM_OUTSIDE, ""),
         "PYTHON": sys.executable,
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": os.environ.get(

@@ -27,9 +27,11 @@ def _read_tagged(text: str, schemas: Schemas) -> list[ToolCall]:
             name = body.removeprefix("<function=").partition(">")[0]
             found = re.findall(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", body, re.DOTALL)
             calls.append(_call_of_texts(name, found, schemas))
-        else:
+        elif name := re.match(r"([\w.-]+)\s*(?:<arg_key>|$)", body):
             found = re.findall(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", body, re.DOTALL)
-            calls.append(_call_of_texts(re.split(r"\s|<arg_key>", body, maxsplit=1)[0], found, schemas))
+            calls.append(_call_of_texts(name[1], found, schemas))
+        else:
+            raise ValueError("neither JSON nor XML, nor a name with keys and values")
     return calls
 
 
@@ -46,9 +48,11 @@ def _read_mistral(text: str, schemas: Schemas) -> list[ToolCall]:
 
 
 def _read_python(text: str, schemas: Schemas) -> list[ToolCall]:
-    """LFM2's list of calls in Python, with JSON's words for true, false and null too."""
-    body = re.search(r"<\|tool_call_start\|>(.*?)<\|tool_call_end\|>", text, re.DOTALL)[1]
-    calls = _JsonWords().visit(ast.parse(body.strip(), mode="eval")).body.elts
+    """LFM2's lists of calls in Python, with JSON's words for true, false and null too."""
+    bodies = re.findall(r"<\|tool_call_start\|>(.*?)<\|tool_call_end\|>", text, re.DOTALL)
+    calls = [call for body in bodies for call in _JsonWords().visit(ast.parse(body.strip(), mode="eval")).body.elts]
+    if any(call.args or None in [keyword.arg for keyword in call.keywords] for call in calls):
+        raise ValueError("arguments without a name")
     return [
         {
             "name": ast.unparse(call.func),
@@ -105,13 +109,20 @@ def _call_of_json(call: object) -> ToolCall:
 
 def _call_of_texts(name: str, found: Sequence[tuple[str, str]], schemas: Schemas) -> ToolCall:
     """A call whose arguments are texts; the tool's schema says which of them are no strings."""
-    types = {key: schema.get("type") for key, schema in schemas.get(name, {}).items()}
-    return {"name": name, "arguments": {key: _typed(text, types.get(key)) for key, text in found}}
+    types = {key: _types(schema) for key, schema in schemas.get(name, {}).items()}
+    return {"name": name, "arguments": {key: _typed(text, types.get(key, set())) for key, text in found}}
 
 
-def _typed(text: str, kind: str | None) -> object:
-    if kind == "string":
-        return text
+def _types(schema: dict) -> set[str]:
+    """The types that a schema allows: one, a list, or one of several schemas."""
+    types = schema.get("type", [])
+    others = (_types(other) for key in ("anyOf", "oneOf") for other in schema.get(key, ()))
+    return {types} if isinstance(types, str) else set(types).union(*others)
+
+
+def _typed(text: str, types: set[str]) -> object:
+    if "string" in types:
+        return None if "null" in types and text in ("null", "None") else text
     try:
         return json.loads(text)
     except ValueError:
@@ -124,19 +135,21 @@ def _typed(text: str, kind: str | None) -> object:
 
 @dataclass(frozen=True)
 class CallForm:
-    """openings: with which of these texts a call begins; is_whole: the call is the whole reply."""
+    """openings: with which of these texts a call begins; block: a regular expression of a call where words can follow
+    it; is_whole: the call is the whole reply."""
 
     openings: Sequence[str]
     read: Callable[[str, Schemas], list[ToolCall]]
+    block: str = ".*"
     is_whole: bool = False
 
 
 _FORMS = (
-    CallForm(("<tool_call>",), _read_tagged),
+    CallForm(("<tool_call>",), _read_tagged, r"<tool_call>.*?</tool_call>"),
     CallForm(("[TOOL_CALLS]",), _read_mistral),
-    CallForm(("<|tool_call_start|>",), _read_python),
-    CallForm(("<|tool_call>",), _read_gemma),
-    CallForm(("<function name=",), _read_minicpm),
+    CallForm(("<|tool_call_start|>",), _read_python, r"<\|tool_call_start\|>.*?<\|tool_call_end\|>"),
+    CallForm(("<|tool_call>",), _read_gemma, r"<\|tool_call>call:.*?<tool_call\|>"),
+    CallForm(("<function name=",), _read_minicpm, r"<function name=.*?</function>"),
     CallForm(
         ("<|start|>assistant to=functions.", "<|channel|>commentary to=functions.", "to=functions."), _read_harmony
     ),
@@ -169,13 +182,21 @@ class CallReader:
         return self._news(self._words(self.text, is_whole=False))
 
     def end(self) -> tuple[str, list[ToolCall]]:
-        """The words that waited and the calls, once the answer is whole; no calls where they cannot be read."""
+        """The words that waited or follow the calls, and the calls, once the answer is whole.
+
+        What cannot be read stays words, and so does a call of a tool that was not offered.
+        """
         words = self._words(self.text, is_whole=True)
+        rest = self.text[len(words) :]
         try:
-            calls = self.form.read(self.text[len(words) :], self.schemas) if len(words) < len(self.text) else []
-        except (ValueError, SyntaxError, AttributeError, TypeError):
+            calls = self.form.read(rest, self.schemas) if rest else []
+            json.dumps(calls, allow_nan=False)
+        except (ValueError, SyntaxError, AttributeError, TypeError, RecursionError):
             calls = []
-        return self._news(words if calls else self.text), calls
+        if not calls or {call["name"] for call in calls} - self.schemas.keys():
+            return self._news(self.text), []
+        after = re.sub(self.form.block, "", rest, flags=re.DOTALL).strip()
+        return self._news("\n".join(filter(None, (words, after)))), calls
 
     def _words(self, text: str, is_whole: bool) -> str:
         """What comes before the first call."""

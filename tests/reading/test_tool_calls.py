@@ -100,6 +100,21 @@ def test_several_calls_in_a_reply(name, tokenizers):
     assert read(call_form(template), reply.removesuffix(end)) == ("", CALLS)
 
 
+@pytest.mark.parametrize("name", ["qwen", "lfm2", "gemma4", "minicpm", "qwen3_5_nothink"])
+def test_words_behind_a_call_are_kept(name, tokenizers):
+    """Those of a call that was cut off too."""
+    form = call_form(chat_template(name, tokenizers))
+    call = WRITTEN[name].removesuffix("<|im_end|>").removesuffix("<|tool_response>")
+    for after in ("胸痛请立即拨打120。", call[: len(call) // 2]):
+        for size in (1, 1000):
+            assert read(form, f"先查。{call}{after}", size) == (f"先查。\n{after}", CALLS[:1])
+
+
+def test_calls_of_tools_that_were_not_offered_stay_words(tokenizers):
+    other = TAGGED.replace('"dose"', '"rm_rf"')
+    assert read(call_form(chat_template("qwen", tokenizers)), other) == (other, [])
+
+
 def test_templates_without_tools_have_no_form(tokenizers):
     for name in ("gemma3", "smollm3", "vicuna"):
         assert call_form(chat_template(name, tokenizers)) is None
@@ -138,6 +153,13 @@ def test_arguments_keep_their_types(name, tokenizers):
         ("llama3", '{"name": "dose"'),
         ("llama3", '{"age": 30}'),
         ("gptoss", "to=functions.dose<|message|>{"),
+        ("qwen", "<tool_call>\nI do not know\n</tool_call>"),
+        ("qwen", "<tool_call></tool_call>"),
+        ("qwen", '<tool_call>{"name": "dose", "arguments": {"age": NaN}}</tool_call>'),
+        ("qwen", '<tool_call>{"name": "dose", "arguments": {"a": ' + "[" * 5000 + "</tool_call>"),
+        ("llama3", '{"name": "阿司匹林", "dose": 3}'),
+        ("lfm2", "<|tool_call_start|>[dose('布洛芬', age=30)]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[dose(drug={'a', 'b'})]<|tool_call_end|>"),
     ],
 )
 def test_what_cannot_be_read_stays_words(name, answer, tokenizers):
