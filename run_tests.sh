@@ -19,6 +19,10 @@ for argument in "$@"; do
     esac
 done
 
+if [ "$gpu" = 1 ] && ! command -v nvidia-smi > /dev/null; then
+    echo "error: --gpu: there is no nvidia-smi, so no GPU; leave the flag out" >&2
+    exit 2
+fi
 if [ "$gpu" = 1 ] && ! listed=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>&1); then
     echo "error: --gpu: nvidia-smi lists no GPU (${listed//$'\n'/ }); bash check_machine.sh says more" >&2
     exit 2

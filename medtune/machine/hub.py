@@ -22,11 +22,11 @@ def check_hub() -> Iterator[Finding]:
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         yield Finding(FINE, "hub", "HF_HUB_OFFLINE is set: models come from folders and from the cache")
         return
-    if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./-]*)?", endpoint, re.ASCII):
+    if not (address := re.fullmatch(r"https?://([\w.-]+|\[[\w:]+\])(:\d+)?(/[\w./-]*)?", endpoint, re.ASCII)):
         yield Finding(WRONG, "hub", f"HF_ENDPOINT={endpoint!r}: an address is https://HOST, without blanks")
         return
     endpoint = endpoint.rstrip("/")
-    name, start = endpoint.partition("://")[2], time.perf_counter()
+    name, start = address[1], time.perf_counter()
     code, date, fault = _ask(f"{endpoint}/{SOME_FILE}")
     if code == 200:
         yield Finding(FINE, "hub", f"{name} answers in {time.perf_counter() - start:.1f} s")

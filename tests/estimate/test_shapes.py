@@ -1,10 +1,11 @@
 """The built-in shapes have the published numbers of weights."""
 
 import pytest
-from transformers import Qwen2Config
+from tiny_families import FAMILIES, SHAPE
+from transformers import CONFIG_MAPPING, Qwen2Config
 
 from medtune.errors import UserError
-from medtune.estimate.shapes import count_weights, model_config, pattern_length
+from medtune.estimate.shapes import count_weights, model_config, pattern_length, shallow
 
 PUBLISHED = {
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
@@ -40,6 +41,24 @@ def test_a_folder_is_read_and_an_unknown_name_is_refused(tiny_model_dir):
         UserError, match=r"--model_name_or_path nobody/Unknown-9B: .*built-in shapes are qwen2\.5-0\.5b"
     ):
         model_config("nobody/Unknown-9B", "--model_name_or_path")
+
+
+def test_a_folder_is_never_taken_from_the_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "qwen2.5-3b"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_ty')
+    for path in (str(folder), "qwen2.5-3b", "models/none/qwen2.5-3b", "./qwen2.5-3b-it"):
+        with pytest.raises(UserError) as mistake:
+            model_config(path, "--model_name_or_path")
+        assert "built-in shapes" not in str(mistake.value)
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "jamba", "mamba2", "lfm2", "nemotron_h"])
+def test_fewer_layers_of_families_whose_kinds_of_layers_are_derived(family):
+    config = CONFIG_MAPPING[family](**SHAPE | FAMILIES[family])
+    assert shallow(config, 2).num_hidden_layers == 2
+    assert len(shallow(config, 2).layer_types) == 2
 
 
 def test_the_kinds_of_layers_repeat():

@@ -341,6 +341,12 @@ def test_tests_for_gpus_want_one(tmp_path):
     refused = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "error: --gpu: there is no nvidia-smi, so no GPU; leave the flag out\n"
+    broken = tmp_path / "nvidia-smi"
+    broken.write_text("#!/bin/bash\necho no driver\nexit 9\n")
+    broken.chmod(0o755)
+    refused = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "error: --gpu: nvidia-smi lists no GPU (no driver); bash check_machine.sh says more\n"
 
 
 def test_short_runs_have_flags_that_the_stages_take(machine, monkeypatch, tmp_path):
@@ -350,6 +356,7 @@ def test_short_runs_have_flags_that_the_stages_take(machine, monkeypatch, tmp_pa
     assert [name.partition(",")[0] for name in commands] == ["tiny model", "sft", "dpo", "rm", "ppo"]
     for (_, launcher, *flags), variables in list(commands.values())[1:]:
         assert (variables["CUDA_VISIBLE_DEVICES"], variables["EPISODES"]) == ("0,1", "24")
+        assert variables["ESTIMATE"] == variables["DEEPSPEED"] == ""  # whatever stands in the environment
         own = {name: value for name, value in variables.items() if name != "PYTHON"}
         call = launch(launcher, tmp_path, *flags, **own)
         parse(call.script, call.flags)

@@ -130,8 +130,16 @@ def test_a_server_that_does_not_answer_in_time(server, monkeypatch):
 
 
 def test_offline_and_addresses_that_are_none(server, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "hf-mirror.com")
-    assert found() == {"hub": Finding(WRONG, "hub", "HF_ENDPOINT=hf-mirror.com: an address starts with https://")}
+    for address in (
+        "hf-mirror.com",
+        "https://hf-mirror.com ",
+        "https://hf-mirror.com\n",
+        "http://镜像.com",
+        "http://[bad",
+    ):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        text = f"HF_ENDPOINT={address!r}: an address is https://HOST, without blanks"
+        assert found() == {"hub": Finding(WRONG, "hub", text)}
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert found()["hub"].grade == FINE
     assert server.tokens == {}

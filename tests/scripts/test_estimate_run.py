@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from stage_runs import write_lines
 
 from medtune.errors import UserError
-from medtune.estimate.cards import CARDS, read_prices
+from medtune.estimate.cards import CARDS, Price, read_prices
 
 ROOT = Path(__file__).resolve().parents[2]
 SFT = "supervised_finetuning.py --do_train --output_dir out --per_device_train_batch_size 2"
@@ -84,8 +85,11 @@ def test_an_adapter_that_is_to_come_is_assumed(estimate):
         (f"--card RTX9999 {SFT}", "--card RTX9999: not known; known are RTX 4080"),
         ("train.py --do_train", r"train.py: not a stage; there are pretraining.py"),
         ("run_nothing.sh", "run_nothing.sh: no such file"),
-        (f"--price -1 {SFT}", "--price -1.0: give more than 0"),
-        (f"--assume_tokens 0 {SFT}", "--assume_tokens 0: give more than 0"),
+        (f"{ROOT}/run_demo.sh", "run_demo.sh: starts no training stage"),
+        (f"{ROOT}/setup.sh", "setup.sh: starts no training stage"),
+        (f"--price nan {SFT}", "--price nan: give a number above 0"),
+        (f"--price -1 {SFT}", "--price -1.0: give a number above 0"),
+        (f"--assume_tokens 0 {SFT}", "--assume_tokens 0: give a number above 0"),
         (f"--assume_tokens 9 {SFT} --model_name_or_path Qwen/Qwen2.5-3B", "how many rows are there"),
         (f"{SFT} --model_name_or_path nobody/Closed-3B", r"nobody/Closed-3B: .*built-in shapes are"),
         (f"{SFT} --model_name_or_path Qwen/Qwen2.5-3B --train_file_dir data", r"Qwen2.5-3B: .*or give --assume_tokens"),
@@ -108,9 +112,23 @@ def test_bad_data_is_named_by_file_and_line(estimate, tiny_model_dir, tmp_path):
 def test_a_price_is_one_of_a_known_card(tmp_path):
     assert {"RTX 4090", "A100 40GB", "A100 80GB"} <= read_prices().keys()
     file = tmp_path / "prices.csv"
-    file.write_text("card,per_hour,currency\nRTX 4090,5,CNY\nA100 40GB,cheap,CNY\n")
-    with pytest.raises(UserError, match=r"prices\.csv:3: could not convert"):
+    file.write_text("card,per_hour,currency\nRTX 4090,5,CNY\n", encoding="utf-8-sig")
+    assert read_prices(file) == {"RTX 4090": Price(5.0, "CNY")}
+    for line, fault in {
+        "A100 40GB,cheap,CNY": "prices.csv:3: per_hour 'cheap' is no price",
+        "A100 40GB,-5,CNY": "prices.csv:3: per_hour '-5' is no price",
+        "A100 40GB,nan,CNY": "prices.csv:3: per_hour 'nan' is no price",
+        "RTX 4090D,4,CNY": "prices.csv:3: RTX 4090D: not known",
+        "# mine": "prices.csv:3: a line is card,per_hour,currency",
+    }.items():
+        file.write_text(f"card,per_hour,currency\nRTX 4090,5,CNY\n{line}\n")
+        with pytest.raises(UserError, match=f"^{re.escape(fault)}"):
+            read_prices(file)
+    file.write_bytes("card,per_hour,currency\nRTX 4090,5,人民币\n".encode("gbk"))
+    with pytest.raises(UserError, match="is to be a file in UTF-8"):
         read_prices(file)
+    with pytest.raises(UserError, match="No such file"):
+        read_prices(tmp_path / "none.csv")
 
 
 def test_a_launcher_is_estimated_with_its_own_flags(tiny_model_dir):
