@@ -28,6 +28,11 @@ export N_PROCESSES=${N_PROCESSES:-2} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HU
 # glibc returns large tensors to the system after each use, and getting them back takes time.
 export MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=1073741824
 
+fail() { echo "error: $*" >&2; exit 2; }
+[ "$STEPS" -ge 400 ] || fail "STEPS=$STEPS: 200 steps are warm-up and a fifth is decay; give 400 or more"
+[ "$SITTING" = 1 ] || [ -f "$PUBLISHED/config.json" ] ||
+    fail "SITTING=$SITTING goes on from $PUBLISHED, and no model is there: begin with SITTING=1"
+
 "$PYTHON" scripts/build_sample_data.py --corpus "$CORPUS/pretrain/documents.jsonl"
 model=$PUBLISHED
 if [ "$SITTING" = 1 ]; then

@@ -127,6 +127,12 @@ def test_the_first_sitting_begins_with_random_weights_and_a_later_one_with_the_p
         assert not {f"--{flag}" for flag in flags} - known_flags(script), script
     of = dict(calls)
     assert of["pretraining.py"]["model_name_or_path"] == of["scripts/build_tiny_model.py"]["output_dir"]
+    for variables in ({"SITTING": "2"}, {"STEPS": "399"}):  # nothing is published; no room for warm-up and decay
+        with pytest.raises(subprocess.CalledProcessError, match="exit status 2"):
+            sit(tmp_path, **variables)
+        assert not (tmp_path / "calls.jsonl").exists()
+    (tmp_path / "base_model").mkdir()
+    (tmp_path / "base_model/config.json").write_text("{}")
     later = sit(tmp_path, SITTING="2", N_PROCESSES="1")
     assert [script for script, _ in later] == [script for script, _ in calls if "tiny" not in script]
     first, second = of["pretraining.py"], dict(later)["pretraining.py"]
