@@ -77,7 +77,7 @@ def to_test(record: object, source: str) -> dict | None:
 
 
 def _graded_by_rubrics(record: dict, source: str) -> dict | None:
-    """A question that rubrics alone grade, in HealthBench's form: `prompt` and `rubrics`; None where a reply follows."""
+    """A question that rubrics alone grade, in HealthBench's form; None where a reply follows, which is a reference."""
     to_criteria(record["rubrics"])
     dialogue = to_prompt(record, source)
     is_answered = dialogue.messages[-1]["role"] != "user"
