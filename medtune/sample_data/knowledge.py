@@ -79,6 +79,7 @@ class Knowledge:
     dialogues: list[dict]
     emergency_twins: list[dict]
     unsafe_requests: list[dict]
+    everyday_questions: list[dict]
 
     def questions(self, entry: Entry, aspect: str, part: str) -> list[str]:
         """Ways to ask about an aspect, "train" or "held_out", with the name left open as {n}."""
@@ -138,6 +139,7 @@ def read_knowledge(folder: Path) -> Knowledge:
         dialogues=read_lines(folder / "dialogues.jsonl"),
         emergency_twins=read_lines(folder / "emergency_twins.jsonl"),
         unsafe_requests=read_lines(folder / "unsafe_requests.jsonl"),
+        everyday_questions=read_lines(folder / "everyday_questions.jsonl"),
     )
 
 
