@@ -54,11 +54,12 @@ class ModelArguments(LoadingOptions):
     torch_dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
         default="auto", metadata={"help": "Type of the base model's weights; auto takes the checkpoint's."}
     )
-    cpu_bf16: Literal["auto", "True", "False"] = field(
+    cpu_bf16: Literal["auto", "True", "False", "autocast"] = field(
         default="auto",
         metadata={
             "help": "On a CPU, the frozen base of an adapter in bfloat16: auto where that is faster here; without it, "
-            "and for full weights, a CPU trains in float32."
+            "and for full weights, a CPU trains in float32. autocast keeps weights in float32 and multiplies in "
+            "bfloat16, for full weights too."
         },
     )
     load_in_8bit: bool = field(default=False, metadata={"help": "Base weights in 8 bit (bitsandbytes)."})
@@ -377,18 +378,26 @@ class StageArgumentParser(HfArgumentParser):
             return
         # Without use_cpu, two torchrun processes on such a machine are two trainings in one folder, each alone.
         values["use_cpu"] = True
-        replaced = [f"--{name}" for name in ("bf16", "fp16") if values.get(name)]
+        in_autocast = values.get("cpu_bf16") == "autocast"
+        replaced = [
+            f"--{name}" for name in ("bf16", "fp16") if values.get(name) and not (in_autocast and name == "bf16")
+        ]
         if values.get("torch_dtype") in ("bfloat16", "float16"):
             replaced.append(f"--torch_dtype {values['torch_dtype']}")
         if values.get("device_map"):
             replaced.append(f"--device_map {values['device_map']}")
         if os.environ.get("CUDA_VISIBLE_DEVICES"):
             replaced.append(f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}")
-        values.update(bf16=False, fp16=False, tf32=None)
+        if in_autocast and "bf16" not in values:
+            raise UserError("--cpu_bf16 autocast: not in this stage; leave it out")
+        if in_autocast and "bf16" in given and not values["bf16"]:
+            raise UserError("--cpu_bf16 autocast: not with --bf16 False; leave one of them out")
+        values.update(bf16=in_autocast, fp16=False, tf32=None)
         if "torch_dtype" in values:
             values.update(torch_dtype="float32", device_map=None)
         instead = f" instead of {', '.join(replaced)}" if replaced else ""
-        self.notes.append(f"{reason}: float32 on the CPU{instead}")
+        precision = "float32 weights, products in bfloat16" if in_autocast else "float32"
+        self.notes.append(f"{reason}: {precision} on the CPU{instead}")
 
 
 def _one_bool(flag: str, values: list[str], choices: str = "True or False") -> bool:
