@@ -336,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         check_model_path(rm, "--reward_model_path", model_args.allow_pickle_weights)
     check_combination(lora_args, grpo_args, training_args)
     per_update = count_episodes(training_args)
-    check_groups(grpo_args, training_args, per_update)
+    check_groups(grpo_args, training_args, training_args.world_size)
     rewards = load_rewards(reward_args, grpo_args.response_length)
 
     # ------------------------------------------------------------ run

@@ -122,7 +122,11 @@ def test_the_long_way(project):
 
 
 def test_an_estimate_asks_the_training_stages_alone(project):
-    finished, calls = run(project, ALIGN="ppo", ESTIMATE="1")
+    finished, calls = run(project, "--max_steps", "5", ALIGN="ppo", ESTIMATE="1")
+    assert finished.returncode == 0, finished.stderr
+    assert calls == ["scripts/estimate_run.py run_all.sh --max_steps 5"]
+    # Which starts it again for the commands.
+    finished, calls = run(project, ALIGN="ppo", ESTIMATE="1", ESTIMATE_COMMANDS="commands")
     assert finished.returncode == 0, finished.stderr
     assert scripts(calls) == ["supervised_finetuning.py", "reward_modeling.py", "ppo_training.py"]
     assert "all done" not in finished.stdout
