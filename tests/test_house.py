@@ -43,7 +43,7 @@ ROOMS = {
         {"medtune.reading", "medtune.models", "medtune.training", "medtune.rl"},
         {"torch", "transformers", "peft", "datasets", "numpy"},
     ),
-    "medtune.measuring": ({"medtune.reading"}, {"numpy", "rouge_score", "sacrebleu"}),
+    "medtune.measuring": ({"medtune.reading"}, {"numpy", "openai", "rouge_score", "sacrebleu"}),
     "medtune.machine": (set(), {"torch", "bitsandbytes"}),
     "medtune.sample_data": (set(), set()),
 }
