@@ -78,7 +78,7 @@ class ModelArguments(LoadingOptions):
         default=False, metadata={"help": "Also load .bin weights, which can run code when they are opened."}
     )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for downloaded models and for tokenized data."}
+        default=None, metadata={"help": "Folder for downloaded models, for data sets of the hub and tokenized data."}
     )
 
     def __post_init__(self):
@@ -122,6 +122,13 @@ class LoraArguments:
 @dataclass
 class DataArguments:
     train_file_dir: str | None = field(default=None, metadata={"help": "File or folder (nested) of training records."})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Data set of the hub instead, NAME[:config[:split]]; its validation split evaluates, where it has "
+            "one. Of this flag and --train_file_dir the later one counts."
+        },
+    )
     validation_file_dir: str | None = field(
         default=None,
         metadata={"help": "The same for evaluation; the training folder again: a seeded part is held out of it."},
@@ -244,7 +251,21 @@ class StageArgumentParser(HfArgumentParser):
                 (given[-1][1] if given else loose).append(word)
         if {"--warmup_ratio", "--warmup_steps"} <= {flag for flag, _ in given}:
             raise UserError("--warmup_ratio and --warmup_steps say the same thing twice: give one of them")
+        given = self._without_overruled_data(given)
         return [*loose, *(word for flag, values in given for word in self._translate_flag(flag, values))]
+
+    def _without_overruled_data(self, given: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+        """Leave out files before --dataset_name, or that before files, so that flags win over those of a launcher."""
+        data = [(flag, values) for flag, values in given if flag in ("--train_file_dir", "--dataset_name")]
+        if len({flag for flag, _ in data}) < 2:
+            return given
+        last, _ = data[-1]
+        overruled = [flag_and_values for flag_and_values in data if flag_and_values[0] != last]
+        # The training folder again, of which a part would be held out.
+        overruled += [("--validation_file_dir", values) for flag, values in overruled if flag == "--train_file_dir"]
+        overruled = [flag_and_values for flag_and_values in given if flag_and_values in overruled]
+        self.notes += [f"{flag} {' '.join(values)}: {last} comes later and counts" for flag, values in overruled]
+        return [flag_and_values for flag_and_values in given if flag_and_values not in overruled]
 
     def _translate_flag(self, flag: str, values: list[str]) -> list[str]:
         if flag in FIXED_FLAGS:

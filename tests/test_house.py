@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Of each room: the rooms it may import besides itself and medtune/'s own files, and the packages.
 ROOMS = {
-    "medtune": (set(), {"torch", "transformers"}),
+    "medtune": (set(), {"torch", "transformers", "huggingface_hub", "loguru"}),
     "medtune.reading": (
         {"template"},
         {"datasets", "datasketch", "filelock", "jinja2", "loguru", "numpy", "orjson", "pyarrow", "transformers"},
