@@ -41,6 +41,7 @@ from transformers import set_seed
 
 from medtune.arguments import StageArgumentParser
 from medtune.errors import Unusable, UserError, run_script
+from medtune.measuring.evaluations import read_predictions
 from medtune.measuring.figures import metrics_of, score
 from medtune.measuring.judge_client import Judge, JudgeArguments
 from medtune.measuring.judged_rows import JudgedBy, asked_messages, judge_rows, plan_judging
@@ -60,7 +61,6 @@ from medtune.models.logps import log_probs
 from medtune.output_files import new_folder
 from medtune.reading.eval_items import read_tests
 from medtune.reading.finding import find_records
-from medtune.reading.magic_bytes import misnamed, read_start
 from medtune.reading.near_duplicates import Known
 from medtune.reading.readers import read_dialogues, read_pairs
 from medtune.reading.thoughts import OPENING, split_reply, with_opening
@@ -370,33 +370,6 @@ def overlap(tests: Sequence[dict], data: Mapping[str, bool], cache_dir: str | No
 
 
 # ---------------------------------------------------------------- main
-
-
-def read_predictions(path: Path) -> list[dict]:
-    """The rows of an earlier predictions.jsonl; raises UserError if it is not one, or incomplete."""
-    if not path.is_file():
-        raise UserError(f"--predictions {path}: no such file")
-    if fault := misnamed(read_start(path, str(path))):
-        raise UserError(f"--predictions {path}: {fault}")
-    rows, questions_by_model = [], {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-            row["scores"] = score(row)
-            questions_by_model.setdefault(row["model"], []).append((row["file"], row["messages"]))
-            rows.append({"model": row.pop("model"), "file": row.pop("file")} | row)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise UserError(f"{path}:{number}: no record of predictions.jsonl") from None
-    if not rows:
-        raise UserError(f"--predictions {path}: it is empty")
-    first = next(iter(questions_by_model))
-    for model, questions in questions_by_model.items():
-        # Compared pair by pair.
-        if questions != questions_by_model[first]:
-            raise UserError(f"--predictions {path}: the records of {model} are not those of {first}, in their order")
-    return rows
 
 
 def weights_of(models: Sequence[ChatModel], model_args: EvaluatedModelArguments) -> dict[str, str]:
