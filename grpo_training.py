@@ -81,7 +81,7 @@ from medtune.rl.vllm_servers import connect_servers
 from medtune.training.checkpoints import BEST, PADDING_FREE
 from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
-from medtune.training.precision import CPU_BF16, base_dtype, describe_precision
+from medtune.training.precision import CPU_BF16, base_dtype, cpu_bf16_of, describe_precision
 from medtune.training.processes import largest_of_processes
 from medtune.training.run import inference_command, start_run
 from medtune.training.template_choice import choose_thinking
@@ -346,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         check_model_path(rm, "--reward_model_path", model_args.allow_pickle_weights)
     check_combination(lora_args, grpo_args, training_args)
     per_update = count_episodes(training_args)
-    check_groups(grpo_args, training_args, per_update)
+    check_groups(grpo_args, training_args, training_args.world_size)
     rewards = load_rewards(reward_args, grpo_args.response_length)
 
     # ------------------------------------------------------------ run
@@ -384,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     own = reward_settings(reward_args, **hub_options) | {f"--{name}": getattr(grpo_args, name) for name in kept}
     layout = grpo_args.padding_free
     settings = fixed_settings("grpo", model_args, training_args, layout, per_update, n_prompts, own)
-    begins = {CPU_BF16: training_args.use_cpu and model_args.torch_dtype == "bfloat16"}
+    begins = {CPU_BF16: cpu_bf16_of(training_args, model_args.torch_dtype == "bfloat16")}
     state = resumed_state(checkpoint, settings) if checkpoint else State(settings | begins)
     if checkpoint and is_done(state, lineage, checkpoint, n_updates):
         return {}

@@ -24,7 +24,8 @@ the figures again from a predictions.jsonl, without a model.
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -41,6 +42,7 @@ from transformers import set_seed
 
 from medtune.arguments import StageArgumentParser
 from medtune.errors import Unusable, UserError, run_script
+from medtune.measuring.evaluations import read_predictions
 from medtune.measuring.figures import metrics_of, score
 from medtune.measuring.judge_client import Judge, JudgeArguments
 from medtune.measuring.judged_rows import JudgedBy, asked_messages, judge_rows, plan_judging
@@ -59,8 +61,7 @@ from medtune.models.loading import weights_fingerprint
 from medtune.models.logps import log_probs
 from medtune.output_files import new_folder
 from medtune.reading.eval_items import read_tests
-from medtune.reading.finding import find_files
-from medtune.reading.magic_bytes import misnamed, read_start
+from medtune.reading.finding import find_records
 from medtune.reading.near_duplicates import Known
 from medtune.reading.readers import read_dialogues, read_pairs
 from medtune.reading.thoughts import OPENING, split_reply, with_opening
@@ -319,8 +320,8 @@ def add_judgements(judge: Judge, rows: Sequence[dict], kinds: Sequence[JudgedBy]
 # ---------------------------------------------------------------- training data
 
 
-def training_data(models: Sequence[ChatModel]) -> list[str]:
-    """The training data that the models' lineage records, those of earlier stages too."""
+def training_data(models: Sequence[ChatModel]) -> dict[str, bool]:
+    """The training data that the models' lineage records, those of earlier stages too; True for a data set's name."""
     data_paths = {}
     folders = [chat_model.lora_model or chat_model.base_model for chat_model in models]
     seen = set()
@@ -330,18 +331,23 @@ def training_data(models: Sequence[ChatModel]) -> list[str]:
         seen.add(folder)
         if lineage is not None:
             if lineage.stage != "pt":  # it learns texts, not questions
-                data_paths[lineage.data] = None
+                data_paths[lineage.data] = "--dataset_name" in lineage.flags
             folders += [parent for parent in (lineage.parent, lineage.base_model) if parent]
-    return list(data_paths)
+    return data_paths
 
 
-def overlap(tests: Sequence[dict], data: Sequence[str]) -> dict:
-    """How many test questions are, exactly or nearly, in the training data; missing folders are named."""
-    there = [path for path in data if Path(path).exists()]
+def overlap(tests: Sequence[dict], data: Mapping[str, bool], cache_dir: str | None) -> dict:
+    """How many test questions are, exactly or nearly, in the training data; what is missing is named.
+
+    data: of each name or path, whether it is a data set of the hub.
+    """
+    there = {}
+    for path, is_data_set in data.items():
+        with suppress(UserError):
+            there[path], _ = find_records(path, path if is_data_set else None, "training data", cache_dir=cache_dir)
     facts = {"training data": list(data), "not found": [path for path in data if path not in there]}
     questions = []
-    for path in there:
-        files, _ = find_files(path, "training data")
+    for files in there.values():
         for read_records in (read_dialogues, read_pairs):
             for record in read_records(files):
                 for message in getattr(record, "messages", ()):
@@ -366,33 +372,6 @@ def overlap(tests: Sequence[dict], data: Sequence[str]) -> dict:
 
 
 # ---------------------------------------------------------------- main
-
-
-def read_predictions(path: Path) -> list[dict]:
-    """The rows of an earlier predictions.jsonl; raises UserError if it is not one, or incomplete."""
-    if not path.is_file():
-        raise UserError(f"--predictions {path}: no such file")
-    if fault := misnamed(read_start(path, str(path))):
-        raise UserError(f"--predictions {path}: {fault}")
-    rows, questions_by_model = [], {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-            row["scores"] = score(row)
-            questions_by_model.setdefault(row["model"], []).append((row["file"], row["messages"]))
-            rows.append({"model": row.pop("model"), "file": row.pop("file")} | row)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise UserError(f"{path}:{number}: no record of predictions.jsonl") from None
-    if not rows:
-        raise UserError(f"--predictions {path}: it is empty")
-    first = next(iter(questions_by_model))
-    for model, questions in questions_by_model.items():
-        # Compared pair by pair.
-        if questions != questions_by_model[first]:
-            raise UserError(f"--predictions {path}: the records of {model} are not those of {first}, in their order")
-    return rows
 
 
 def weights_of(models: Sequence[ChatModel], model_args: EvaluatedModelArguments) -> dict[str, str]:
@@ -474,7 +453,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows = read_predictions(Path(eval_args.predictions))
         else:
             rows, report["models"] = ask_models(models, tests, model_args, eval_args, decoding)
-            report["overlap"] = overlap(tests, training_data(models))
+            report["overlap"] = overlap(tests, training_data(models), model_args.cache_dir)
         if judge is not None:
             report["unjudged"] = add_judgements(judge, rows, eval_args.judge)
         report["metrics"] = metrics_of(rows)

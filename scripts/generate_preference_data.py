@@ -43,9 +43,10 @@ from medtune.measuring.rubrics import quality_rubric, rubric_score
 from medtune.output_files import new_text_file, refuse_same
 from medtune.reading.criteria import Criterion, to_criteria
 from medtune.reading.exams import Exam, ExamFormat
-from medtune.reading.finding import find_files
+from medtune.reading.finding import RecordFile, find_records
 from medtune.reading.foreign_forms import add_ignore_keys
 from medtune.reading.guide_form import guide_line
+from medtune.reading.hub_data import add_records_flags, named_records
 from medtune.reading.keys import Reading
 from medtune.reading.readers import read_dialogues, read_questions
 from medtune.reading.records import BadRecord, Dialogue, Pair, Prompt, Question, Report, T
@@ -64,7 +65,7 @@ Asked = Pair | Prompt
 
 
 def draw_prompts(
-    files: Sequence[Path],
+    files: Sequence[RecordFile],
     num_samples: int,
     seed: int,
     reading: Reading | None = None,
@@ -408,7 +409,7 @@ def judge_args(args: argparse.Namespace) -> JudgeArguments:
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, draw the prompts, make pairs or dialogues, say what they are like."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sft_data", required=True, help="dialogues: a file, or a folder and all below it")
+    add_records_flags(parser, "--sft_data", "dialogues: a file, or a folder and all below it")
     parser.add_argument("--output_file", required=True, type=Path, help="the new .jsonl file, or .jsonl.gz")
     parser.add_argument("--format", choices=("pairs", "sft"), default="pairs", help="sft: the best replies of --model")
     parser.add_argument("--num_samples", type=int, default=5000, help="pairs or dialogues, drawn from all dialogues")
@@ -438,15 +439,16 @@ def main(argv: list[str] | None = None) -> None:
         args.use_cpu = True
         print(f"{reason}: float32 on the CPU")
 
-    files, unread = find_files(args.sft_data, "--sft_data")
+    files, unread = find_records(args.sft_data, args.dataset_name, "--sft_data", cache_dir=args.cache_dir)
     refuse_same(files, args.output_file, "--output_file")
     reading = Reading(args.ignore_keys)
     form = args.exam_format if args.format == "sft" else None
     prompts, report = draw_prompts(files, args.num_samples, args.seed, reading, form)
     if not prompts:
-        raise UserError("\n".join([f"--sft_data {args.sft_data}: no usable dialogue in it", *dropped_lines(report)]))
+        named = named_records("--sft_data", args.sft_data, args.dataset_name)
+        raise UserError("\n".join([f"{named}: no usable dialogue in it", *dropped_lines(report)]))
     for line in [
-        f"{args.sft_data}: {report.summary()}",
+        f"{args.sft_data or args.dataset_name}: {report.summary()}",
         *dropped_lines(report),
         *reading.lines(),
         *unread_lines(unread),

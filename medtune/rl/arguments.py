@@ -388,12 +388,10 @@ def check_mini_batches(ppo_args: PPOArguments, training_args: TrainingArguments)
         )
 
 
-def check_groups(grpo_args: GRPOArguments, training_args: TrainingArguments, per_update: int) -> None:
-    """Refuse groups that an update, or for --redraw_groups the processes, cannot have whole.
-
-    per_update: episodes, in all processes.
-    """
-    size, n_processes = grpo_args.num_generations, training_args.world_size
+def check_groups(grpo_args: GRPOArguments, training_args: TrainingArguments, n_processes: int) -> None:
+    """Refuse groups that an update, or for --redraw_groups the processes, cannot have whole."""
+    size = grpo_args.num_generations
+    per_update = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * n_processes
     if per_update % size:
         made_of = f"{training_args.per_device_train_batch_size} a device x {training_args.gradient_accumulation_steps}"
         raise UserError(
