@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from judge_server import read_blocks, running_judge, send
+from judge_server import completion, read_blocks, running_judge, send
 
 from medtune.errors import Unusable, UserError
 from medtune.measuring import judge_client, judge_prompts
