@@ -1,6 +1,7 @@
 """The PPO stage: what an update does, what a run leaves, resume, several processes, alarms, errors."""
 
 import json
+import math
 import os
 import re
 import shutil
