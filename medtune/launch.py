@@ -23,7 +23,7 @@ from medtune.errors import UserError, run_script
 SECONDS_TO_SAVE = 600
 ESTIMATE_RUN = str(Path(__file__).resolve().parents[1] / "scripts/estimate_run.py")
 # The stages that VLLM_GPUS is for; in run_all.sh it stands before others too.
-WITH_ROLLOUTS = {"ppo_training.py", "grpo_training.py"}
+WITH_ROLLOUTS = {"ppo_training.py", "grpo_training.py", "distillation_training.py"}
 
 
 def is_one_of_several_nodes(environment: Mapping[str, str]) -> bool:

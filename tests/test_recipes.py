@@ -20,7 +20,7 @@ from medtune.models.lineage import read_lineage
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs/recipes"
-RECIPES = ["med_rlvr", "thoughts", "grpo_after_sft"]
+RECIPES = ["med_rlvr", "thoughts", "grpo_after_sft", "distillation"]
 
 
 def block(page: str, language: str) -> str:
@@ -45,7 +45,7 @@ def project(tmp_path_factory) -> Path:
 
 
 def run_tried(project: Path, recipe: str) -> list[dict]:
-    """Run a recipe's last section; the figures of the exam for each model."""
+    """Run a recipe's last section; the figures of the evaluation for each model."""
     tried = block(recipe, "bash try")
     kept = {name: value for name, value in os.environ.items() if name != "PYTHON"}
     finished = subprocess.run(
@@ -61,7 +61,8 @@ def run_tried(project: Path, recipe: str) -> list[dict]:
         assert read_lineage(project / output / "checkpoint-best") is not None, output
     (folder,) = re.findall(r"--output_dir (outputs-\S+)", tried)
     metrics = json.loads((project / folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
-    return list(metrics["data/eval/exam.jsonl"]["models"].values())
+    (of_file,) = metrics.values()
+    return list(of_file["models"].values())
 
 
 @pytest.mark.slow
@@ -87,6 +88,15 @@ def test_tried_thoughts(project):
     assert read_lineage(project / "outputs-try-thoughts/checkpoint-best").thinking == "keep"
     assert figures["thought_tokens"]["value"] > 5, "it thinks, unasked"
     assert figures["unclosed_thoughts"]["value"] < 0.5
+
+
+@pytest.mark.slow
+def test_tried_distillation(project):
+    before, after = run_tried(project, "distillation")
+    assert after["rouge_l"]["value"] > before["rouge_l"]["value"]
+    kl = [entry["eval_teacher_kl"] for entry in history(project / "outputs-try-distill") if "eval_teacher_kl" in entry]
+    assert kl[-1] < kl[0]
+    assert read_lineage(project / "outputs-try-distill/checkpoint-best").base_model == "models/tiny-qwen2"
 
 
 # ---------------------------------------------------------------- memory and time
