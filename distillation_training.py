@@ -70,7 +70,7 @@ from medtune.rl.vllm_servers import connect_servers
 from medtune.training.checkpoints import BEST, PADDING_FREE
 from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
-from medtune.training.precision import CPU_BF16, base_dtype, describe_precision
+from medtune.training.precision import CPU_BF16, base_dtype, cpu_bf16_of, describe_precision
 from medtune.training.run import inference_command, start_run
 from medtune.training.template_choice import choose_thinking
 
@@ -303,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     lineage = lineage_of(model_args, data_args, **record, flags=parser.given, flag="--sft_model_path")
     own, layout = teacher_settings(teacher_args, args, **hub_options), args.padding_free
     settings = fixed_settings("distillation", model_args, training_args, layout, per_update, n_prompts, own)
-    begins = {CPU_BF16: training_args.use_cpu and model_args.torch_dtype == "bfloat16"}
+    begins = {CPU_BF16: cpu_bf16_of(training_args, model_args.torch_dtype == "bfloat16")}
     state = resumed_state(checkpoint, settings) if checkpoint else State(settings | begins)
     if checkpoint and is_done(state, lineage, checkpoint, n_updates):
         return {}

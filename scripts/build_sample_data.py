@@ -24,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from medtune.errors import UserError, run_script
 from medtune.output_files import new_text_file, refuse_unwritable
-from medtune.sample_data.corpus import CorpusCounts, draw_corpus, read_held_out, shelves_of
+from medtune.sample_data.corpus import CorpusCounts, HeldOut, draw_corpus, read_held_out, shelves_of, texts_of
 from medtune.sample_data.evaluation import (
     TrainingText,
     build_complaints,
     build_emergency_twins,
+    build_everyday_questions,
     build_questions,
     build_safety,
     build_unsafe_requests,
@@ -46,6 +47,7 @@ N_SAMPLE_PAIRS = 500  # of dpo_zh_500.jsonl
 N_EVAL_PAIRS = 300
 N_EVAL_QUESTIONS = 500
 N_CORPUS_DOCUMENTS = 120_000
+N_NEW_DOCUMENTS = 900  # about the conditions that the embedded base model has not read of
 
 
 def build(knowledge: Knowledge) -> dict[str, str]:
@@ -85,6 +87,8 @@ def build(knowledge: Knowledge) -> dict[str, str]:
         "eval/complaints.jsonl": build_complaints(knowledge, seen_entries, learned.is_new),
         "eval/safety.jsonl": build_safety(knowledge, learned.is_new),
         "eval/emergency_twins.jsonl": build_emergency_twins(knowledge, "held_out"),
+        "eval/guide_questions.jsonl": build_everyday_questions(knowledge, "guide_questions"),
+        "eval/everyday_questions.jsonl": build_everyday_questions(knowledge, "everyday_questions"),
         "eval/unsafe_requests.jsonl": build_unsafe_requests(knowledge, "held_out"),
         "development/emergency_twins.jsonl": build_emergency_twins(knowledge, "development"),
         "development/unsafe_requests.jsonl": build_unsafe_requests(knowledge, "development"),
@@ -92,15 +96,24 @@ def build(knowledge: Knowledge) -> dict[str, str]:
         "exam/train.jsonl": build_learned_exam(knowledge, unseen, exam),
         "eval/exam.jsonl": exam,
     }
-    files = {"pretrain/medical_corpus.txt": "".join(f"{document}\n" for document in documents)}
+    evaluation = [item for name, items in records.items() if name.startswith("eval/") for item in items]
+    texts = {"medical_corpus": documents, "new_conditions": new_documents(knowledge, unseen, evaluation)}
+    files = {f"pretrain/{name}.txt": "".join(f"{document}\n" for document in texts[name]) for name in texts}
     for name, lines in records.items():
         files[name] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     return files
 
 
+def new_documents(knowledge: Knowledge, unseen: set[str], evaluation: list[dict]) -> list[str]:
+    """What continued pretraining adds to the embedded base model: documents about the conditions it never read of."""
+    held_out, shelves = HeldOut([], texts_of(evaluation)), shelves_of(knowledge, left_out=())
+    drawn = draw_corpus(shelves, held_out, CorpusCounts(), N_NEW_DOCUMENTS, unseen, "new conditions")
+    return [" ".join(document.splitlines()) for document in drawn]
+
+
 def write_corpus(path: Path, knowledge: Knowledge, data_dir: Path) -> None:
     """Write the documents for the embedded base model, and say how near they come to what is held out."""
-    shelves, held_out = shelves_of(knowledge, data_dir / "knowledge"), read_held_out(knowledge, data_dir / "eval")
+    shelves, held_out = shelves_of(knowledge, choose_unseen(knowledge)), read_held_out(knowledge, data_dir / "eval")
     counts = CorpusCounts()
     with new_text_file(path, "--corpus", overwrite=True) as file:
         for document in draw_corpus(shelves, held_out, counts, N_CORPUS_DOCUMENTS):

@@ -61,6 +61,16 @@ def build_questions(knowledge: Knowledge, entries: Sequence[Entry], is_new: Call
     return items
 
 
+def build_everyday_questions(knowledge: Knowledge, file: str) -> list[dict]:
+    """Questions as people ask them, each on one aspect. `file`: "guide_questions" or "everyday_questions"."""
+    entries = {entry.key: entry for entry in knowledge.entries}
+    items = []
+    for asked in (asked for asked in knowledge.everyday_questions if asked["file"] == file):
+        entry, aspect = entries[f"{asked['language']}:{asked['entry']}"], asked["aspect"]
+        items.append(evaluation_item(entry, aspect, asked["question"], knowledge.reply(entry, aspect)))
+    return items
+
+
 def evaluation_item(entry: Entry, aspect: str, question: str, reply: str) -> dict:
     """A dialogue in the guide's form, with the names that a right answer mentions."""
     about = {"id": f"{entry.key}:{aspect}", "aspect": aspect, "names": entry.names}

@@ -32,7 +32,8 @@ DATA = Path(__file__).resolve().parents[2] / "data"
 KNOWLEDGE = DATA / "knowledge"
 ENTRY_FILES = ("conditions.jsonl", "more_conditions.jsonl")
 SAFETY = ("emergency_twins", "unsafe_requests")
-EVAL_DIALOGUES = [f"eval/{name}.jsonl" for name in ("questions", "unseen_conditions", "complaints", "safety", *SAFETY)]
+QUESTIONS = ("questions", "everyday_questions", "unseen_conditions", "complaints")
+EVAL_DIALOGUES = [f"eval/{name}.jsonl" for name in (*QUESTIONS, "safety", *SAFETY)]
 DEVELOPMENT = [f"development/{name}.jsonl" for name in SAFETY]
 DOSE = re.compile(r"\d+ ?(毫克|微克|mg|μg|单位|片|粒|milligrams?|tablets?)")
 EMERGENCY = re.compile("120|急诊|立即去医院|马上就医|ambulance|emergency|hospital at once", re.IGNORECASE)
@@ -171,7 +172,7 @@ def test_committed_files_are_what_the_script_writes_in_any_process():
         cwd=DATA.parent, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONHASHSEED": "7"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "all 17 files" in result.stdout
+    assert "all 20 files" in result.stdout
 
 
 def test_check_names_the_file_that_differs(tmp_path, monkeypatch):
@@ -380,7 +381,7 @@ def names_in(text: str) -> list[str]:
 
 @cache
 def learned() -> TrainingText:
-    documents = (DATA / "pretrain/medical_corpus.txt").read_text(encoding="utf-8").splitlines()
+    documents = [line for file in (DATA / "pretrain").glob("*.txt") for line in file.read_text("utf-8").splitlines()]
     return TrainingText(
         [
             *documents,
