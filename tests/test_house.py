@@ -41,7 +41,7 @@ ROOMS = {
     ),
     "medtune.measuring": ({"medtune.reading"}, {"numpy", "rouge_score", "sacrebleu"}),
     "medtune.machine": (set(), {"torch", "bitsandbytes"}),
-    "medtune.sample_data": (set(), set()),
+    "medtune.sample_data": ({"medtune.reading"}, set()),
 }
 STAGES = {"pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training", "grpo_training"}
 TOOLS = {"merge_peft_adapter", "inference", "openai_server", "web_demo"}
