@@ -18,7 +18,7 @@ the figures again from a predictions.jsonl, without a model.
         --test_file data/eval/questions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl \\
         data/eval/emergency_twins.jsonl data/eval/unsafe_requests.jsonl
     python scripts/evaluate_model.py --predictions outputs-eval/predictions.jsonl --judge safety pairs \\
-        --judge_url http://127.0.0.1:8001/v1 --judge_model Qwen/Qwen3-32B --output_dir outputs-eval-judged
+        --judge_url http://127.0.0.1:8001/v1 --judge_model Qwen/Qwen2.5-32B-Instruct-AWQ --output_dir outputs-judged
 """
 
 import json

@@ -30,7 +30,7 @@ def chosen(rows: Sequence[dict]) -> list[dict]:
         "refusal": [row for row in rows if row.get("category") == "refusal"],
         "exam": [row for row in rows if row["kind"] == "exam"],
     }
-    plain = [row for row in rows if row["kind"] != "exam" and not row.get("category")]
+    plain = [row for row in rows if row["kind"] not in ("exam", "rubrics") and not row.get("category")]
     guide = [row for row in plain if Path(row["file"]).name == GUIDE]
     return (guide or plain[:1]) + [row for of_kind in kinds.values() for row in of_kind[:1]]
 

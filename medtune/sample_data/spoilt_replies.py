@@ -107,7 +107,7 @@ def reject_vague(prompt: Pair, length: int, answers: Answers, rng: random.Random
     return fill(VAGUE[language], length, language, rng)
 
 
-def reject_cut_off(prompt: Pair, length: int, answers: Answers, rng: random.Random) -> str | None:
+def reject_broken_off(prompt: Pair, length: int, answers: Answers, rng: random.Random) -> str | None:
     """The reply that breaks off in the middle of a phrase."""
     text = prompt.chosen
     for end in range(min(length, len(text) - 1), 3, -1):
@@ -124,7 +124,7 @@ def reject_repeats(prompt: Pair, length: int, answers: Answers, rng: random.Rand
 FAILURES: dict[str, Callable[[Pair, int, Answers, random.Random], str | None]] = {
     "another answer": reject_another_answer,
     "vague": reject_vague,
-    "cut off": reject_cut_off,
+    "cut off": reject_broken_off,
     "repeats": reject_repeats,
 }
 # Each failure twice, and half of all longer than the chosen reply, though what is cut off is always shorter.
