@@ -20,7 +20,7 @@ from medtune.models.lineage import read_lineage
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs/recipes"
-RECIPES = ["med_rlvr", "thoughts", "grpo_after_sft", "judge_grpo", "best_of_n"]
+RECIPES = ["med_rlvr", "thoughts", "grpo_after_sft", "judge_grpo", "best_of_n", "distillation"]
 
 
 def block(page: str, language: str) -> str:
@@ -106,6 +106,15 @@ def test_tried_best_of_n(project):
     dialogues = [json.loads(line) for line in (project / "data/try-best/train.jsonl").read_text().splitlines()]
     assert 10 < len(dialogues) < 128, "questions of which no reply was right are left out"
     assert all(re.search(r"<answer>[A-E]</answer>$", turns["conversations"][-1]["value"]) for turns in dialogues)
+
+
+@pytest.mark.slow
+def test_tried_distillation(project):
+    before, after = run_tried(project, "distillation", "data/eval/questions.jsonl")
+    assert after["rouge_l"]["value"] > before["rouge_l"]["value"]
+    kl = [entry["eval_teacher_kl"] for entry in history(project / "outputs-try-distill") if "eval_teacher_kl" in entry]
+    assert kl[-1] < kl[0]
+    assert read_lineage(project / "outputs-try-distill/checkpoint-best").base_model == "models/tiny-qwen2"
 
 
 # ---------------------------------------------------------------- memory and time
