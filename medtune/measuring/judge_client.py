@@ -27,7 +27,7 @@ from medtune.output_files import refuse_unwritable
 
 KEY = "JUDGE_API_KEY"
 # Requests at a time; of each so many tries, and the seconds that an answer and the pause before a try may take.
-AT_A_TIME = 8
+AT_A_TIME = 32
 TRIES = 5
 SECONDS_FOR_A_JUDGEMENT = 180
 LONGEST_PAUSE = 60
@@ -52,7 +52,7 @@ class JudgeArguments:
         metadata={"help": "Tokens, read and written, that a run may take; needed for a judge on another machine."},
     )
     judge_requests_per_minute: int | None = field(
-        default=None, metadata={"help": "At most so many; without it as fast as 8 at a time are answered."}
+        default=None, metadata={"help": "At most so many; without it as fast as 32 at a time are answered."}
     )
     judge_cache: str = field(
         default="outputs-judge-cache",
