@@ -24,7 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from medtune.errors import UserError, run_script
 from medtune.output_files import new_text_file, refuse_unwritable
-from medtune.sample_data.corpus import GUIDE_QUESTIONS, CorpusCounts, HeldOut, draw_corpus, read_held_out, shelves_of
+from medtune.sample_data.corpus import (
+    GUIDE_QUESTIONS,
+    CorpusCounts,
+    HeldOut,
+    draw_corpus,
+    read_held_out,
+    shelves_of,
+    texts_of,
+)
 from medtune.sample_data.evaluation import (
     NEAR_COPY,
     TrainingText,
@@ -58,6 +66,7 @@ N_SAMPLE_PAIRS = 500  # of dpo_zh_500.jsonl
 N_EVAL_PAIRS = 300
 N_EVAL_QUESTIONS = 500
 N_CORPUS_DOCUMENTS = 120_000
+N_NEW_DOCUMENTS = 900  # about the conditions that the embedded base model has not read of
 
 
 def build(knowledge: Knowledge) -> dict[str, str]:
@@ -75,7 +84,7 @@ def build(knowledge: Knowledge) -> dict[str, str]:
     evaluation = build_evaluation(knowledge, unseen, training, [*pairs, *situation_pairs])
 
     # The evaluation is chosen; what follows leaves it as it is, and nothing near to it is learned.
-    held_out = held_out_texts(knowledge, unseen, evaluation)
+    held_out = held_out_questions(evaluation)
 
     def to_learn(records: list[dict]) -> list[dict]:
         far = [record for record in records if not asks_nearly(record, GUIDE_QUESTIONS)]
@@ -102,7 +111,9 @@ def build(knowledge: Knowledge) -> dict[str, str]:
         "ppo/prompts.jsonl": prompts,
         "exam/train.jsonl": build_learned_exam(knowledge, unseen, exam),
     }
-    files = {"pretrain/medical_corpus.txt": "".join(f"{document}\n" for document in documents)}
+    eval_items = [item for name, items in evaluation.items() if name.startswith("eval/") for item in items]
+    texts = {"medical_corpus": documents, "new_conditions": new_documents(knowledge, unseen, eval_items)}
+    files = {f"pretrain/{name}.txt": "".join(f"{document}\n" for document in texts[name]) for name in texts}
     for name, lines in records.items():
         files[name] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     return files
@@ -140,20 +151,25 @@ def build_evaluation(
     }
 
 
-def held_out_texts(knowledge: Knowledge, unseen: set[str], evaluation: dict[str, list[dict]]) -> HeldOut:
-    """The questions of the evaluation, its pairs and exam items as a whole, and the names of the unseen conditions."""
+def held_out_questions(evaluation: dict[str, list[dict]]) -> HeldOut:
+    """The questions of the evaluation, and its pairs and exam items as a whole: other answers are what is taught."""
     texts = []
     for record in (record for records in evaluation.values() for record in records):
-        if "conversations" in record:
-            texts.append(first_question(record))
-        else:
-            texts += [record["question"], spoken_text(record | {"history": []})]
-    return HeldOut([name for e in knowledge.entries if e.fields["id"] in unseen for name in e.names], texts)
+        question, whole = texts_of([record])
+        texts += [question] if "conversations" in record else [question, whole]
+    return HeldOut([], texts)
+
+
+def new_documents(knowledge: Knowledge, unseen: set[str], evaluation: list[dict]) -> list[str]:
+    """What continued pretraining adds to the embedded base model: documents about the conditions it never read of."""
+    held_out, shelves = HeldOut([], texts_of(evaluation)), shelves_of(knowledge, left_out=())
+    drawn = draw_corpus(shelves, held_out, CorpusCounts(), N_NEW_DOCUMENTS, unseen, "new conditions")
+    return [" ".join(document.splitlines()) for document in drawn]
 
 
 def write_corpus(path: Path, knowledge: Knowledge, data_dir: Path) -> None:
     """Write the documents for the embedded base model, and say how near they come to what is held out."""
-    shelves, held_out = shelves_of(knowledge, data_dir / "knowledge"), read_held_out(knowledge, data_dir / "eval")
+    shelves, held_out = shelves_of(knowledge, choose_unseen(knowledge)), read_held_out(knowledge, data_dir / "eval")
     counts = CorpusCounts()
     with new_text_file(path, "--corpus", overwrite=True) as file:
         for document in draw_corpus(shelves, held_out, counts, N_CORPUS_DOCUMENTS):

@@ -34,9 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from medtune.devices import add_use_cpu, cpu_reason
 from medtune.errors import Unusable, UserError, run_script
 from medtune.output_files import new_text_file, refuse_same
-from medtune.reading.finding import find_files
+from medtune.reading.finding import RecordFile, find_records
 from medtune.reading.foreign_forms import add_ignore_keys
 from medtune.reading.guide_form import guide_line
+from medtune.reading.hub_data import add_records_flags, named_records
 from medtune.reading.keys import Reading
 from medtune.reading.readers import read_dialogues
 from medtune.reading.records import BadRecord, Dialogue, Pair, Report
@@ -53,7 +54,7 @@ ENDINGS = (".jsonl", ".jsonl.gz")
 
 
 def draw_prompts(
-    files: Sequence[Path], num_samples: int, seed: int, reading: Reading | None = None
+    files: Sequence[RecordFile], num_samples: int, seed: int, reading: Reading | None = None
 ) -> tuple[list[Pair], Report]:
     """Sample `num_samples` dialogues uniformly, in their order, as pairs without a rejected reply yet.
 
@@ -398,7 +399,7 @@ def check_flags(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, draw the prompts, make the pairs, say what they are like."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sft_data", required=True, help="dialogues: a file, or a folder and all below it")
+    add_records_flags(parser, "--sft_data", "dialogues: a file, or a folder and all below it")
     parser.add_argument("--output_file", required=True, type=Path, help="the new .jsonl file, or .jsonl.gz")
     parser.add_argument("--num_samples", type=int, default=5000, help="pairs, drawn from all dialogues")
     parser.add_argument("--seed", type=int, default=42, help="of all that is drawn")
@@ -424,14 +425,15 @@ def main(argv: list[str] | None = None) -> None:
         args.use_cpu = True
         print(f"{reason}: float32 on the CPU")
 
-    files, unread = find_files(args.sft_data, "--sft_data")
+    files, unread = find_records(args.sft_data, args.dataset_name, "--sft_data", cache_dir=args.cache_dir)
     refuse_same(files, args.output_file, "--output_file")
     reading = Reading(args.ignore_keys)
     prompts, report = draw_prompts(files, args.num_samples, args.seed, reading)
     if not prompts:
-        raise UserError("\n".join([f"--sft_data {args.sft_data}: no usable dialogue in it", *dropped_lines(report)]))
+        named = named_records("--sft_data", args.sft_data, args.dataset_name)
+        raise UserError("\n".join([f"{named}: no usable dialogue in it", *dropped_lines(report)]))
     for line in [
-        f"{args.sft_data}: {report.summary()}",
+        f"{args.sft_data or args.dataset_name}: {report.summary()}",
         *dropped_lines(report),
         *reading.lines(),
         *unread_lines(unread),

@@ -41,7 +41,7 @@ HOW_IT_RUNS = (
     *("--preprocessing", "--dataloader", "--ddp", "--deepspeed", "--use_cpu", "--device_map", "--cache_dir"),
     *("--per_device", "--auto_find", "--gradient_accumulation", "--gradient_checkpointing", "--rollout_batch"),
     *("--vllm_url", "--flash_attn", "--padding_free", "--torch_compile", "--eval", "--train_file_dir"),
-    *("--model_name_or_path", "--sft_model_path", "--reward_model_path"),
+    *("--dataset_name", "--model_name_or_path", "--sft_model_path", "--reward_model_path"),
 )
 
 

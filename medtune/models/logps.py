@@ -30,6 +30,13 @@ def log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return -F.cross_entropy(logits.float(), ids, reduction="none")[None]
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """How far apart in the mean log-probs, in nats, or scores may be that the same operations give in parts of other
+    sizes: a few numbers of this type round to a neighbour.
+    """
+    return max(1e-4, 2 * torch.finfo(dtype).eps)
+
+
 class _WithGradient(torch.autograd.Function):
     """Figures of positions with the gradient of each by its state, computed together, so that no logits have to be kept
     or computed again: a position's figure depends on its own state alone, and a frozen head needs no gradient.

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from medtune.arguments import LoraArguments, ModelArguments, RunArguments
 from medtune.errors import UserError
+from medtune.measuring.judge_client import JudgeArguments
 from medtune.reading.exams import ExamFormat
 from medtune.training.checkpoints import PADDING_FREE
 from medtune.training.template_choice import TemplateArguments
@@ -39,7 +40,7 @@ class RLRunArguments(RunArguments):
 
 
 @dataclass
-class RewardArguments:
+class RewardArguments(JudgeArguments):
     """What replies are scored by, in PPO and GRPO: a group of flags of its own for the parser, from which
     `medtune.rl.rewards.load_rewards` makes the rewards. A stage with another default has a subclass."""
 
@@ -47,7 +48,7 @@ class RewardArguments:
         default_factory=lambda: ["reward_model"],
         metadata={
             "help": "What replies are scored by, with weights: exam:1 format:0.2. There are exam, format, length, "
-            "reference, reward_model, and the functions of --reward_file. The score is the weighted sum."
+            "reference, judge, reward_model, and the functions of --reward_file. The score is the weighted sum."
         },
     )
     reward_model_path: str | None = field(
@@ -72,6 +73,7 @@ class RewardArguments:
             raise UserError(f"--rewards {' '.join(self.rewards)}: one of them is named twice")
         if not any(weights.values()):
             raise UserError(f"--rewards {' '.join(self.rewards)}: give one of them a weight other than 0")
+        self.check_judge("--rewards judge" if "judge" in weights else None)
         if "reward_model" in weights and not self.reward_model_path:
             raise UserError(
                 "--reward_model_path is missing: name a folder of reward_modeling.py, or score by other --rewards, "
@@ -386,12 +388,10 @@ def check_mini_batches(ppo_args: PPOArguments, training_args: TrainingArguments)
         )
 
 
-def check_groups(grpo_args: GRPOArguments, training_args: TrainingArguments, per_update: int) -> None:
-    """Refuse groups that an update, or for --redraw_groups the processes, cannot have whole.
-
-    per_update: episodes, in all processes.
-    """
-    size, n_processes = grpo_args.num_generations, training_args.world_size
+def check_groups(grpo_args: GRPOArguments, training_args: TrainingArguments, n_processes: int) -> None:
+    """Refuse groups that an update, or for --redraw_groups the processes, cannot have whole."""
+    size = grpo_args.num_generations
+    per_update = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * n_processes
     if per_update % size:
         made_of = f"{training_args.per_device_train_batch_size} a device x {training_args.gradient_accumulation_steps}"
         raise UserError(

@@ -71,6 +71,10 @@ class EpisodeMeasures(ReplyMeasures):
         kl = sum_of_tokens(rollout, rollout.policy_logps - rollout.ref_logps)
         return super().columns(rollout) | {"scores": rollout.scores, "rewards": rollout.rewards, "kl": kl}
 
+    def judged(self) -> Self:
+        """Without the replies that the judge could not judge."""
+        return type(self)(**{name: values[~self.scores.isnan()] for name, values in vars(self).items()})
+
 
 @dataclass(kw_only=True)
 class GroupMeasures(ReplyMeasures):

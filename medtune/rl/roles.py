@@ -22,19 +22,18 @@ from medtune.errors import UserError
 from medtune.models.adapters import add_adapter, load_for_training
 from medtune.models.dropout import switch_off_dropout
 from medtune.models.lineage import base_of, is_adapter
-from medtune.models.logps import own_logits
+from medtune.models.logps import own_logits, rounding
 from medtune.models.lora_layers import describe_trainable
 from medtune.models.reward_models import add_reward_adapter, load_reward_model
 from medtune.models.running_batch import Row, complete_rows
 from medtune.models.score_heads import ScoreHead
 from medtune.models.text_attention import (
-    Layout,
     attend_by_text,
     border_fault,
     forward_inputs,
     gains_from_joining,
+    joined_layout,
     places,
-    shares_prefixes,
 )
 from medtune.models.text_part import text_config
 from medtune.rl.ppo_math import position_ids, token_logps
@@ -145,18 +144,17 @@ class Roles:
         mask = torch.ones_like(ids, dtype=torch.bool)
         logits = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
         own_logps = (logits.float() / temperature).log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
-        # The same operations in chunks of other sizes: a few logits round to a neighbour.
-        rounding = max(1e-4, 2 * torch.finfo(logits.dtype).eps)
+        explained = rounding(logits.dtype)
 
         def difference() -> float:
             logps, *_ = self.logps("policy", ids, mask, mask[:, 1:], temperature)
             return (logps - own_logps).abs().mean().item()
 
         base = self.model.get_base_model()
-        if (apart := difference()) > rounding:
+        if (apart := difference()) > explained:
             raise UserError(
                 f"{where}: this stage's log-probs differ from those of the model's own forward pass by {apart:.2g} "
-                f"nats a token, where rounding explains {rounding:.2g}: {type(base).__name__} makes its logits in a "
+                f"nats a token, where rounding explains {explained:.2g}: {type(base).__name__} makes its logits in a "
                 "way that it does not follow, and would be trained on wrong probabilities; take another model"
             )
         if padding_free == "False" or (padding_free == "auto" and not gains_from_joining(base, ids.device)):
@@ -165,7 +163,7 @@ class Roles:
         attend_by_text(base)
         try:
             apart = difference()
-            fault = "" if apart <= rounding else f"log-probs move by {apart:.2g} nats a token"
+            fault = "" if apart <= explained else f"log-probs move by {apart:.2g} nats a token"
         except ValueError as error:
             fault = border_fault(error)
         if not fault:
@@ -214,8 +212,8 @@ class Roles:
         if not self.padding_free:
             # Detail: positions from the mask, whatever the padding.
             return backbone(**batch, position_ids=position_ids(attention_mask), use_cache=False)
-        # The replies of a group share their prompt, which then passes once.
-        layout = Layout.SHARED_PREFIXES if shares_prefixes(self.model.get_base_model()) else Layout.JOINED
+        # The replies of a group share their prompt, which passes once where it can.
+        layout = joined_layout(self.model.get_base_model())
         outputs = backbone(**forward_inputs(batch, layout), use_cache=False)
         is_token, joined = attention_mask.bool(), outputs.last_hidden_state
         states = joined.new_zeros(*ids.shape, joined.shape[-1])

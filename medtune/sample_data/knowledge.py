@@ -81,6 +81,8 @@ class Knowledge:
     emergency_twins: list[dict]
     unsafe_requests: list[dict]
     everyday_questions: list[dict]
+    more_entries: list[Entry]  # that the embedded base model reads of, and no other file tells of
+    corpus_forms: dict
 
     def questions(self, entry: Entry, aspect: str, part: str) -> list[str]:
         """Ways to ask about an aspect, "train" or "held_out", with the name left open as {n}."""
@@ -142,6 +144,8 @@ def read_knowledge(folder: Path) -> Knowledge:
         emergency_twins=read_lines(folder / "emergency_twins.jsonl"),
         unsafe_requests=read_lines(folder / "unsafe_requests.jsonl"),
         everyday_questions=read_lines(folder / "everyday_questions.jsonl"),
+        more_entries=[Entry(record) for record in read_lines(folder / "more_conditions.jsonl")],
+        corpus_forms=json.loads((folder / "corpus_forms.json").read_text(encoding="utf-8")),
     )
 
 
