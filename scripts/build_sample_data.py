@@ -111,8 +111,7 @@ def build(knowledge: Knowledge) -> dict[str, str]:
         "ppo/prompts.jsonl": prompts,
         "exam/train.jsonl": build_learned_exam(knowledge, unseen, exam),
     }
-    eval_items = [item for name, items in evaluation.items() if name.startswith("eval/") for item in items]
-    texts = {"medical_corpus": documents, "new_conditions": new_documents(knowledge, unseen, eval_items)}
+    texts = {"medical_corpus": documents, "new_conditions": new_documents(knowledge, unseen, evaluation)}
     files = {f"pretrain/{name}.txt": "".join(f"{document}\n" for document in texts[name]) for name in texts}
     for name, lines in records.items():
         files[name] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -160,9 +159,10 @@ def held_out_questions(evaluation: dict[str, list[dict]]) -> HeldOut:
     return HeldOut([], texts)
 
 
-def new_documents(knowledge: Knowledge, unseen: set[str], evaluation: list[dict]) -> list[str]:
+def new_documents(knowledge: Knowledge, unseen: set[str], evaluation: dict[str, list[dict]]) -> list[str]:
     """What continued pretraining adds to the embedded base model: documents about the conditions it never read of."""
-    held_out, shelves = HeldOut([], texts_of(evaluation)), shelves_of(knowledge, left_out=())
+    items = [item for name, of_file in evaluation.items() if name.startswith("eval/") for item in of_file]
+    held_out, shelves = HeldOut([], texts_of(items)), shelves_of(knowledge, left_out=())
     drawn = draw_corpus(shelves, held_out, CorpusCounts(), N_NEW_DOCUMENTS, unseen, "new conditions")
     return [" ".join(document.splitlines()) for document in drawn]
 
