@@ -24,7 +24,7 @@ from medtune.errors import UserError, run_script
 SECONDS_TO_SAVE = 600
 ESTIMATE_RUN = str(Path(__file__).resolve().parents[1] / "scripts/estimate_run.py")
 # The stages that VLLM_GPUS is for; in run_all.sh it stands before others too.
-WITH_ROLLOUTS = {"ppo_training.py", "grpo_training.py"}
+WITH_ROLLOUTS = {"ppo_training.py", "grpo_training.py", "distillation_training.py"}
 # What decides, beside the flags, where a run is and on how many GPUs; and the base of adapters that are to come.
 RUN_VARIABLES = ("CUDA_VISIBLE_DEVICES", "N_PROCESSES", "NNODES", "VLLM_GPUS", "VLLM_MEMORY", "ESTIMATE_BASE")
 

@@ -28,6 +28,7 @@ from medtune.reading.thoughts import split_reply
 from medtune.reading.tokenization import (
     Truncation,
     encode_dialogue,
+    encode_exchange,
     encode_prompt,
     encode_replies,
     load_chat_template,
@@ -376,6 +377,22 @@ class PromptEncoder(TemplateEncoder):
 
     def describe(self, rows: Dataset) -> str:
         return f"the longest prompt {max(rows['length'])}"
+
+
+@dataclass
+class AnsweredPromptEncoder(PromptEncoder):
+    """Prompts whose rows also have `reply_ids`: the dialogue's own answer with its end token, as SFT learns it."""
+
+    kind = "prompts and replies"
+    features = Features(PromptEncoder.features | {"reply_ids": _IDS})
+
+    def row(self, record: Prompt) -> dict:
+        if not record.reply:
+            raise Unusable("no reply", "a dialogue that ends with the user's turn has no reply to learn from")
+        row = super().row(record)
+        messages, tools = json.loads(row["messages"])
+        _, reply_ids = encode_exchange(self.tokenizer, self.chat_template, messages, record.reply, tools)
+        return row | {"reply_ids": reply_ids}
 
 
 @dataclass

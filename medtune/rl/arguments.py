@@ -1,4 +1,7 @@
-"""The flags of PPO and GRPO: the models, the algorithms, and the flags of transformers that their loops honour."""
+"""The flags of PPO and GRPO: the models, the algorithms, and the flags of transformers that their loops honour.
+
+Distillation has the same ones, and its own (medtune/rl/distillation_arguments.py).
+"""
 
 import json
 import math
@@ -160,10 +163,7 @@ class RolloutArguments(TemplateArguments):
             raise UserError(f"--vllm_is_cap {self.vllm_is_cap:g}: --vllm_url is missing, whose tokens it weights")
         if self.vllm_is_cap is None:
             self.vllm_is_cap = 2.0
-        if self.vllm_url and not self.server_urls:
-            raise UserError(f"--vllm_url {self.vllm_url}: {_GIVE_URL}")
-        for url in self.server_urls:
-            _check_server_url(url)
+        check_server_urls("--vllm_url", self.vllm_url)
         if self.max_source_length < 8:
             raise UserError(f"--max_source_length {self.max_source_length}: no prompt fits; give a number of tokens")
         if self.total_episodes is not None and self.total_episodes < 1:
@@ -172,7 +172,7 @@ class RolloutArguments(TemplateArguments):
     @property
     def server_urls(self) -> list[str]:
         """The addresses of `--vllm_url`."""
-        return [url.strip() for url in (self.vllm_url or "").split(",") if url.strip()]
+        return split_urls(self.vllm_url)
 
     def refuse_zero(self, *names: str) -> None:
         """Raise UserError for a flag whose value is not above 0."""
@@ -190,9 +190,19 @@ class RolloutArguments(TemplateArguments):
 _GIVE_URL = "no address of a server; give http://127.0.0.1:8001, several with commas"
 
 
-def _check_server_url(url: str) -> None:
-    """Raise UserError unless it is `http://host:port`."""
-    where = f"--vllm_url {url}"
+def split_urls(urls: str | None) -> list[str]:
+    return [url.strip() for url in (urls or "").split(",") if url.strip()]
+
+
+def check_server_urls(flag: str, urls: str | None) -> None:
+    """Raise UserError unless all are `http://host:port`."""
+    if urls and not split_urls(urls):
+        raise UserError(f"{flag} {urls}: {_GIVE_URL}")
+    for url in split_urls(urls):
+        _check_server_url(f"{flag} {url}", url)
+
+
+def _check_server_url(where: str, url: str) -> None:
     try:
         parts = urlsplit(url)
         has_host = parts.hostname is not None and parts.port != 0

@@ -279,6 +279,16 @@ def collect_replies(
     return _in_batches(rows, sampling.batch_size, stop, sample)
 
 
+def replies_of_data(rows: Sequence[dict], sampling: Sampling, device: torch.device) -> Replies:
+    """The dialogues' own replies, cut at the longest that is sampled; rows of `AnsweredPromptEncoder`."""
+    copied = episode_rows([row["prompt_ids"] for row in rows], None, sampling)
+    for row, its in zip(copied, rows, strict=True):
+        for token in its["reply_ids"]:
+            if not row.finished:
+                row.append(token)
+    return replies_of(copied, sampling, device)
+
+
 @torch.no_grad()
 def add_logps(
     roles: Roles, rows: Sequence[dict], replies: Replies, sampling: Sampling, stop: SignalListener
