@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -80,6 +81,8 @@ def load_splits(dataset_name: str, cache_dir: str | None) -> tuple[HubSplit, Hub
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise UserError(f"{FLAG} {dataset_name}: neither a folder here nor the name of a data set, OWNER/NAME")
         datasets.config.HF_HUB_OFFLINE = go_offline_without_hub()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     with _explain_errors(dataset_name, name):
         folder = str(Path(cache_dir, "datasets")) if cache_dir else None
         builder = datasets.load_dataset_builder(name, config or None, cache_dir=folder)
