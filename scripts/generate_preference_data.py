@@ -390,7 +390,7 @@ def add_judge_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `JudgeArguments`, which this script has without the libraries' parser."""
     group = parser.add_argument_group("a judge in place of a reward model")
     group.add_argument("--judge", action="store_true", help="the model of --judge_url scores the replies by a rubric")
-    kinds = {bool: truth, int | None: int}
+    kinds = {bool: truth, int: int, int | None: int}  # transformers' parser leaves int alone of the last
     for spec in fields(JudgeArguments):
         options = {"type": kinds.get(spec.type, str), "default": spec.default, "help": spec.metadata["help"]}
         group.add_argument(f"--{spec.name}", **options)

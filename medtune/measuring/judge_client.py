@@ -256,7 +256,9 @@ class Judge:
             is_passing = error.status_code in (408, 409, 429) or error.status_code >= 500
             wanted = error.response.headers.get("retry-after", "")
             pause = min(float(wanted), LONGEST_PAUSE) if re.fullmatch(r"\d{1,6}(\.\d+)?", wanted) else 0.0
-            return None, f"it answers {error.status_code}: {one_line(error.message)}", pause if is_passing else None
+            hint = "; most addresses end in /v1" if error.status_code == 404 else ""
+            reason = f"it answers {error.status_code}: {one_line(error.message)}{hint}"
+            return None, reason, pause if is_passing else None
         except APIResponseValidationError as error:
             return None, f"an answer that is not of OpenAI's form ({one_line(str(error))})", None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
