@@ -145,8 +145,8 @@ class Rewards:
         ]
         if self.judge is not None:
             self.judge.rehearse([reply for reply in replies if reply.answer])
-        rules = replace(self, names=tuple(name for name in self.names if name != JUDGE))
-        rules(replies, torch.zeros(len(replies)) if self.has_model else None)
+        if rules := tuple(name for name in self.names if name != JUDGE):
+            replace(self, names=rules)(replies, torch.zeros(len(replies)) if self.has_model else None)
 
     @property
     def judge(self) -> JudgeReward | None:

@@ -32,7 +32,7 @@ def server(monkeypatch):
 @pytest.fixture
 def rewards(server, tmp_path):
     flags = {"judge_url": server.url, "judge_model": "m", "judge_cache": str(tmp_path / "cache")}
-    return load_rewards(RewardArguments(rewards=["judge", "length:0"], **flags), response_length=40)
+    return load_rewards(RewardArguments(rewards=["judge"], **flags), response_length=40)
 
 
 def reply_of(text: str, **record) -> ScoredReply:
