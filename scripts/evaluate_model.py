@@ -18,7 +18,7 @@ the figures again from a predictions.jsonl, without a model.
         --test_file data/eval/questions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl \\
         data/eval/emergency_twins.jsonl data/eval/unsafe_requests.jsonl
     python scripts/evaluate_model.py --predictions outputs-eval/predictions.jsonl --judge safety pairs \\
-        --judge_url http://127.0.0.1:8001/v1 --judge_model Qwen/Qwen3-32B --output_dir outputs-eval-judged
+        --judge_url http://127.0.0.1:8001/v1 --judge_model Qwen/Qwen2.5-32B-Instruct-AWQ --output_dir outputs-judged
 """
 
 import json
@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -96,11 +97,11 @@ class EvaluationArguments:
     predictions: str | None = field(
         default=None, metadata={"help": "An earlier predictions.jsonl, instead of a model and test files."}
     )
-    judge: list[JudgedBy] | None = field(
+    judge: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What the model of --judge_url grades: replies by the records' rubrics, replies to safety items, "
-            "pairs of replies of several models."
+            "help": "What the model of --judge_url grades: replies by the records' `rubrics`, replies to `safety` "
+            "items, `pairs` of replies of several models."
         },
     )
     num_samples: int | None = field(default=None, metadata={"help": "At most so many records a file, by the seed."})
@@ -116,6 +117,8 @@ class EvaluationArguments:
     def __post_init__(self):
         if self.num_samples is not None and self.num_samples < 1:
             raise UserError(f"--num_samples {self.num_samples}: give at least 1")
+        if unknown := set(self.judge or ()) - {*get_args(JudgedBy)}:
+            raise UserError(f"--judge {min(unknown)}: there are {', '.join(get_args(JudgedBy))}")
         if self.batch_size < 1:
             raise UserError(f"--batch_size {self.batch_size}: give a number of prompts of at least 1")
 
@@ -304,8 +307,7 @@ def progress(what: str, n_total: int) -> Callable[[int], None]:
 
 def add_judgements(judge: Judge, rows: Sequence[dict], kinds: Sequence[JudgedBy]) -> list[str]:
     """Put what the judge says into the rows, and into their scores; the reasons why some have no judgement."""
-    plan = plan_judging(rows, kinds)
-    if not plan:
+    if not (plan := plan_judging(rows, kinds)):
         raise UserError(f"--judge {' '.join(kinds)}: none of the records has anything of that to judge")
     logger.info(f"judge: {judge.describe_cost([question for judging in plan for question in judging.questions])}")
     reasons = judge_rows(plan, judge)

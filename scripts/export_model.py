@@ -37,7 +37,7 @@ from medtune.export.llama_cpp import (
     find_converter,
     find_quantizer,
     quantize,
-    replies_by_llama_cpp,
+    scores_by_llama_cpp,
 )
 from medtune.export.ollama import modelfile
 from medtune.models.lineage import is_adapter
@@ -122,7 +122,7 @@ def export_gguf(
 ) -> tuple[float, float]:
     """Write a GGUF file, by llama.cpp's converter or the one here, and then by the quantizer if it is given.
 
-    Returns the perplexity before and after: of llama.cpp's own replies where its converter wrote the file.
+    Returns the perplexity before and after: by llama.cpp itself, of the beginnings, where its converter wrote the file.
     """
     model, tokenizer = load_to_compare(source), source.tokenizer
     # Weights of 16 bits go through the quantizer.
@@ -136,8 +136,8 @@ def export_gguf(
     if quantizer:
         quantize(quantizer, whole, file, gguf_type)
     if converter:
-        replies, after = replies_by_llama_cpp(file, tokenizer, chat_template, rows)
-        return perplexity(model, replies), after
+        scored, after = scores_by_llama_cpp(file, tokenizer, chat_template, rows)
+        return perplexity(model, scored), after
     in_file = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     check_same_tokens(tokenizer, lambda text: in_file.encode(text, add_special_tokens=False), rows)
     return before, perplexity(place_for_use(load_gguf(file)), rows)
@@ -202,9 +202,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         else:
             before, after = export_quantized(source, chat_template, rows, folder, kind)
         change = after / before - 1
-        whose = "llama.cpp's replies to" if converter else "replies of"
+        what = "beginnings of replies" if converter else "replies"
         logger.info(
-            f"perplexity of {len(rows)} {whose} {export_args.eval_file}: {before:.4f} before, {after:.4f} after "
+            f"perplexity of {len(rows)} {what} of {export_args.eval_file}: {before:.4f} before, {after:.4f} after "
             f"({change:+.2%})"
         )
         if not abs(change) <= LARGEST_CHANGE[kind]:  # nan is no number that passes

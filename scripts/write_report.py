@@ -215,7 +215,7 @@ def answers_section(models: Sequence[str], predictions: Sequence[dict]) -> Secti
     section = Section("Answers side by side")
     by_question: dict[tuple[str, str], dict[str, dict]] = {}
     for row in predictions:
-        if row["kind"] != "exam":
+        if row["kind"] not in ("exam", "rubrics"):
             messages_json = json.dumps(row["messages"], ensure_ascii=False)
             by_question.setdefault((row["file"], messages_json), {})[row["model"]] = row
     for file in dict.fromkeys(file for file, _ in by_question):

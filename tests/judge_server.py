@@ -67,8 +67,8 @@ def send(handler: BaseHTTPRequestHandler, status: int, body: object, **headers: 
     handler.wfile.write(data)
 
 
-def completion(text: str, usage: dict | None) -> dict:
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+def completion(text: str, usage: dict | None, reason: str = "stop") -> dict:
+    choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
     return {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}
 
 

@@ -45,7 +45,7 @@ ROOMS = {
     ),
     "medtune.measuring": ({"medtune.reading"}, {"numpy", "openai", "rouge_score", "sacrebleu"}),
     "medtune.machine": (set(), {"torch", "bitsandbytes"}),
-    "medtune.sample_data": (set(), set()),
+    "medtune.sample_data": ({"medtune.reading"}, set()),
 }
 STAGES = {"pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training", "grpo_training"}
 STAGES |= {"distillation_training"}

@@ -17,6 +17,7 @@ from medtune.arguments import (
     RunArguments,
     StageArgumentParser,
 )
+from medtune.measuring.judge_client import JudgeArguments
 from medtune.models.adapters import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK
 from medtune.old_flags import FIXED_FLAGS, RENAMED
 from medtune.rl.arguments import GRPOArguments, GRPORewardArguments, PPOArguments, RewardArguments, RolloutArguments
@@ -30,7 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "README_ZH.md"]
 # Pages in both languages: what a README promises is found in it or in one of these.
 PAGES = [f"docs/{name}" for name in ("guide", "data", "flags", "outputs", "trouble")]
-PAGES += [f"docs/recipes/{name}" for name in ("README", "med_rlvr", "thoughts", "grpo_after_sft", "distillation")]
+PAGES += [f"docs/recipes/{name}" for name in ("README", "med_rlvr", "thoughts", "grpo_after_sft")]
+PAGES += [f"docs/recipes/{name}" for name in ("judge_grpo", "best_of_n", "distillation")]
 BOTH = [("README.md", "README_ZH.md"), *((f"{page}.md", f"{page}_ZH.md") for page in PAGES)]
 BILINGUAL = [name for names in BOTH for name in names]
 GUIDES, FLAGS, DATA, OUTPUTS, TROUBLE = (
@@ -61,7 +63,7 @@ OWN = {
     "supervised_finetuning.py": [SFTArguments],
     "reward_modeling.py": [PairArguments],
     "dpo_training.py": [PairArguments],
-    "ppo_training.py": [RewardArguments, RolloutArguments, PPOArguments],
+    "ppo_training.py": [JudgeArguments, RewardArguments, RolloutArguments, PPOArguments],
     "grpo_training.py": [GRPORewardArguments, GRPOArguments],
     "distillation_training.py": [TeacherArguments, DistillationArguments],
 }

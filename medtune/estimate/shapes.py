@@ -137,7 +137,10 @@ def find_shape(path: str, flag: str, cache_dir: str | None = None, trust_remote_
 def shape_of(config: PretrainedConfig, source: str = "", n_others: int = 0) -> Shape:
     """The shape of a language model by its configuration."""
     skeleton = _skeleton(config)
-    return Shape(config, source, _count(skeleton) + n_others, n_others, *_pattern(_kinds_of_layers(skeleton, config)))
+    n_first, period = _pattern(_kinds_of_layers(skeleton, config))
+    # Layers that reuse caches are the last ones at any depth, and the caches must be there.
+    n_first = max(n_first, _count_sharing(config))
+    return Shape(config, source, _count(skeleton) + n_others, n_others, n_first, period)
 
 
 def _skeleton(config: PretrainedConfig) -> nn.Module:
@@ -166,11 +169,16 @@ def _kinds_of_layers(skeleton: nn.Module, config: PretrainedConfig) -> list[tupl
         each for each in skeleton.get_decoder().children() if isinstance(each, nn.ModuleList) and len(each) == n
     )
     names = getattr(config, "layer_types", None) or [""] * n
-    n_own = n - (getattr(config, "num_kv_shared_layers", 0) or 0)
+    n_own = n - _count_sharing(config)
     return [
         (names[index], index >= n_own, *((name, weights.shape) for name, weights in layer.named_parameters()))
         for index, layer in enumerate(layers)
     ]
+
+
+def _count_sharing(config: PretrainedConfig) -> int:
+    """Layers that reuse another one's keys and values."""
+    return getattr(config, "num_kv_shared_layers", 0) or 0
 
 
 def _pattern(kinds: list[tuple]) -> tuple[int, int]:

@@ -28,7 +28,7 @@ CONVERTER = "convert_hf_to_gguf.py"
 QUANTIZER = "llama-quantize"
 # What the converter writes by itself; other types are made of the file by the quantizer.
 CONVERTER_TYPES = {"f32", "f16", "bf16", "q8_0"}
-# Of each reply, the tokens that llama.cpp is asked for.
+# Of each reply, the tokens that llama.cpp is asked about, one at a time.
 REPLY_TOKENS = 24
 
 # ---------------------------------------------------------------- converter and quantizer
@@ -125,48 +125,38 @@ def loaded_in_llama_cpp(file: Path, context: int) -> Iterator[Ask]:
     yield ask
 
 
-def replies_by_llama_cpp(
+def scores_by_llama_cpp(
     file: Path, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate, rows: Sequence[EncodedReply]
 ) -> tuple[list[EncodedReply], float]:
-    """The beginnings of llama.cpp's greedy replies to the first question of each row, and their perplexity by it.
-
-    llama.cpp gives log-probs of tokens that it writes alone, so its own replies are what a model is compared on.
+    """The perplexity by llama.cpp of the beginnings of the replies, and the rows with labels for these alone.
 
     Raises:
         UserError: it reads a text as other tokens.
     """
-    prompts = [ids[: next(n for n, label in enumerate(labels) if label != IGNORED_LABEL)] for ids, labels in rows]
-    replies, logps = [], []
-    with loaded_in_llama_cpp(file, max(len(ids) for ids, _ in rows) + REPLY_TOKENS) as ask:
+    scored, logps = [], []
+    with loaded_in_llama_cpp(file, max(len(ids) for ids, _ in rows) + 1) as ask:
         whole = {"add_special": False, "parse_special": True}
         check_same_tokens(tokenizer, lambda text: ask("/tokenize", {"content": text} | whole)["tokens"], rows)
         _compare_prompts(ask, tokenizer, chat_template)
-        greedy = {"n_predict": REPLY_TOKENS, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
-        for prompt_ids in prompts:
-            reply = ask("/completion", {"prompt": prompt_ids, "n_probs": 1, "return_tokens": True} | greedy)
-            labels = [IGNORED_LABEL] * len(reply["tokens"])
-            for place, token in _places(reply["tokens"], reply["completion_probabilities"]):
-                labels[place] = token["id"]
-                logps.append(token["logprob"])
-            replies.append((prompt_ids + reply["tokens"], [IGNORED_LABEL] * len(prompt_ids) + labels))
-    return replies, torch.tensor(logps, dtype=torch.float64).mean().neg().exp().item()
+        for ids, labels in rows:
+            of_row = [IGNORED_LABEL] * len(ids)
+            for place in [place for place, label in enumerate(labels) if label != IGNORED_LABEL][:REPLY_TOKENS]:
+                if (logp := _logp(ask, ids[:place], ids[place])) is not None:
+                    of_row[place] = ids[place]
+                    logps.append(logp)
+            scored.append((ids, of_row))
+    return scored, torch.tensor(logps, dtype=torch.float64).mean().neg().exp().item()
 
 
-def _places(reply_ids: list[int], tokens: list[dict]) -> Iterator[tuple[int, dict]]:
-    """Where tokens stand in a reply, as far as it is certain: those that leave a character unfinished are not told."""
-    ids = [token["id"] for token in tokens]
-    firsts = _first_places(reply_ids, ids)
-    lasts = [len(reply_ids) - 1 - place for place in reversed(_first_places(reply_ids[::-1], ids[::-1]))]
-    for first, last, token in zip(firsts, lasts, tokens, strict=True):
-        if first == last:
-            yield first, token
+def _logp(ask: Ask, prompt_ids: list[int], token_id: int) -> float | None:
+    """The log-prob of a token, or None: the server tells none of a token that leaves a character unfinished.
 
-
-def _first_places(reply_ids: list[int], ids: list[int]) -> list[int]:
-    places = [-1]
-    for token_id in ids:
-        places.append(reply_ids.index(token_id, places[-1] + 1))
-    return places[1:]
+    It tells those of tokens that it writes, before the bias that makes it write this one.
+    """
+    options = {"n_predict": 1, "n_probs": 1, "temperature": 0, "logit_bias": [[token_id, 1e6]], "cache_prompt": True}
+    told = ask("/completion", {"prompt": prompt_ids} | options).get("completion_probabilities", [])
+    assert all(token["id"] == token_id for token in told), told
+    return told[0]["logprob"] if told else None
 
 
 def _compare_prompts(ask: Ask, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> None:

@@ -6,6 +6,7 @@ An answer is kept on the disk under the request it answers, so that what was jud
 import hashlib
 import ipaddress
 import json
+import math
 import os
 import re
 import threading
@@ -68,7 +69,10 @@ class JudgeArguments:
                 if value := getattr(self, name):
                     raise UserError(f"--{name} {value}: nothing is judged; say what a judge is for, or leave it out")
             return
-        for name, example in (("judge_url", "http://127.0.0.1:8001/v1"), ("judge_model", "Qwen/Qwen3-32B")):
+        for name, example in (
+            ("judge_url", "http://127.0.0.1:8001/v1"),
+            ("judge_model", "Qwen/Qwen2.5-32B-Instruct-AWQ"),
+        ):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing, which {what_for} needs; for example {example}")
         for name in ("judge_max_tokens", "judge_requests_per_minute"):
@@ -149,7 +153,7 @@ class Judge:
         if not re.fullmatch(r"[!-~]*", key):
             raise UserError(f"{KEY}: it holds a blank or a character that no key has; export the key alone")
         refuse_unwritable(self.cache, "--judge_cache")
-        self.budget = args.judge_max_tokens and args.judge_max_tokens // n_processes
+        self.budget = math.inf if args.judge_max_tokens is None else args.judge_max_tokens // n_processes
         self.pause = 60 * n_processes / args.judge_requests_per_minute if args.judge_requests_per_minute else 0.0
         self.client = OpenAI(
             base_url=self.url,
@@ -239,6 +243,8 @@ class Judge:
             )
             n_read, n_written = _tokens_of(completion, request.most_tokens)
             text = completion.choices[0].message.content or ""
+            if completion.choices[0].finish_reason == "length":
+                raise ValueError(f"cut at {MAX_ANSWER_TOKENS} tokens")
             answer = request.question.read(read_answer(text))
         except APITimeoutError:  # which may have been worked on, and paid
             return None, f"no answer within {SECONDS_FOR_A_JUDGEMENT} seconds", 0
@@ -250,16 +256,15 @@ class Judge:
             is_passing = error.status_code in (408, 409, 429) or error.status_code >= 500
             wanted = error.response.headers.get("retry-after", "")
             pause = min(float(wanted), LONGEST_PAUSE) if re.fullmatch(r"\d{1,6}(\.\d+)?", wanted) else 0.0
-            return None, f"it answers {error.status_code}: {one_line(error.message)}", pause if is_passing else None
+            hint = "; most addresses end in /v1" if error.status_code == 404 else ""
+            reason = f"it answers {error.status_code}: {one_line(error.message)}{hint}"
+            return None, reason, pause if is_passing else None
         except APIResponseValidationError as error:
             return None, f"an answer that is not of OpenAI's form ({one_line(str(error))})", None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             # At temperature 0 it would say the same again.
-            return (
-                None,
-                f"an answer without the JSON that was asked for: {one_line(text)!r} ({one_line(str(error))})",
-                None,
-            )
+            said = f"{one_line(text)!r} ({one_line(str(error))})"
+            return None, f"an answer without the JSON that was asked for: {said}", None
         finally:
             self._settle(request.most_tokens, n_read, n_written)
         self._keep(request.key, text)
@@ -281,7 +286,7 @@ class Judge:
     def _take_turn(self, most_tokens: int) -> bool:
         """Wait until a request may be sent, its tokens set aside; False if none may be any more."""
         with self._condition:
-            while not self.stopped and self.budget and self._spent + self._reserved + most_tokens > self.budget:
+            while not self.stopped and self._spent + self._reserved + most_tokens > self.budget:
                 if not self._reserved:
                     self._stop(
                         f"the budget of --judge_max_tokens is used up ({self._spent:,} tokens, and the next request "

@@ -59,8 +59,8 @@ def to_test(record: object, source: str) -> dict | None:
     exam = to_exam(record)
     if exam is None and has_options(record):
         raise Unusable("broken exam question", "it has options, and no 'question' in words")
-    if exam is None and "rubrics" in extras:
-        return extras | _with_rubrics(record, source)
+    if exam is None and "rubrics" in extras and (asked := _graded_by_rubrics(record, source)):
+        return extras | asked
     if exam is None:
         dialogue = to_dialogue(record, source)
         kind = "safety" if extras.get("category") in SAFETY else "dialogue"
@@ -76,10 +76,9 @@ def to_test(record: object, source: str) -> dict | None:
     return extras | asked | tagged | {"options": exam.options, "answer": exam.answer}
 
 
-def _with_rubrics(record: dict, source: str) -> dict:
-    """A question that a judge grades by the record's rubrics, in HealthBench's form: `prompt` and `rubrics`."""
+def _graded_by_rubrics(record: dict, source: str) -> dict | None:
+    """A question that rubrics alone grade, in HealthBench's form; None where a reply follows, which is a reference."""
     to_criteria(record["rubrics"])
     dialogue = to_prompt(record, source)
-    if dialogue.messages[-1]["role"] != "user":
-        raise Unusable("ends with a reply", "a record with 'rubrics' ends with the question that is to be answered")
-    return {"kind": "rubrics", "messages": dialogue.messages, "tools": dialogue.tools}
+    is_answered = dialogue.messages[-1]["role"] != "user"
+    return None if is_answered else {"kind": "rubrics", "messages": dialogue.messages, "tools": dialogue.tools}

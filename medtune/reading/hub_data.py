@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from medtune.offline import go_offline_without_hub
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FLAG = "--dataset_name"
+DATASET_FLAG = "--dataset_name"
 # What `datasets` calls them, whatever the files of the set are called.
 TRAIN, VALIDATION = "train", "validation"
 # Rows decoded at a time.
@@ -73,25 +74,30 @@ def load_splits(dataset_name: str, cache_dir: str | None) -> tuple[HubSplit, Hub
         UserError: the hub has no such data set, configuration or split, or cannot be reached; or the data set cannot be
             prepared.
     """
-    name, config, split = parse_name(dataset_name)
     import datasets  # seconds that only who has such data should wait
 
+    name, config, split = parse_name(dataset_name)
     if not name or not Path(name).is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise UserError(f"{FLAG} {dataset_name}: neither a folder here nor the name of a data set, OWNER/NAME")
+            raise UserError(
+                f"{DATASET_FLAG} {dataset_name}: neither a folder here nor the name of a data set, OWNER/NAME"
+            )
         datasets.config.HF_HUB_OFFLINE = go_offline_without_hub()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     with _explain_errors(dataset_name, name):
         folder = str(Path(cache_dir, "datasets")) if cache_dir else None
         builder = datasets.load_dataset_builder(name, config or None, cache_dir=folder)
         builder.download_and_prepare()
     splits = tuple(builder.info.splits)
-    if (base := re.split(r"[\[+]", split)[0]) not in splits:
+    named = {part.partition("[")[0] for part in split.split("+")}
+    if lacking := named.difference(splits):
         ways = " or ".join(f"{name}:{config}:{other}" for other in splits)
-        raise UserError(f"{FLAG} {dataset_name}: it has no split {base!r}; give {ways}")
-    asked = [split] + [VALIDATION] * (VALIDATION in splits and VALIDATION not in split)
+        raise UserError(f"{DATASET_FLAG} {dataset_name}: it has no split {min(lacking)!r}; give {ways}")
+    asked = [split, VALIDATION] if VALIDATION in set(splits) - named else [split]
     with _explain_errors(dataset_name, name):
         rows = [builder.as_dataset(split=split) for split in asked]
-    others = tuple(other for other in splits if not any(other in split for split in asked))
+    others = tuple(other for other in splits if other not in named.union(asked))
     shown = f"{name}:{config}" if config else name
     parts = [HubSplit(f"{shown}:{split}", part, others) for split, part in zip(asked, rows, strict=True)]
     return parts[0], parts[1] if len(parts) > 1 else None
@@ -101,12 +107,14 @@ def add_records_flags(parser: argparse.ArgumentParser, flag: str, what: str) -> 
     """A tool's flag for its files, and --dataset_name in its place."""
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument(flag, help=what)
-    group.add_argument(FLAG, metavar="NAME[:config[:split]]", help="a data set of the hub; its split train, by default")
+    group.add_argument(
+        DATASET_FLAG, metavar="NAME[:config[:split]]", help="a data set of the hub; its split train, by default"
+    )
 
 
 def named_records(flag: str, path: str | None, dataset_name: str | None) -> str:
     """Which of the two flags was given, and its value."""
-    return f"{flag} {path}" if dataset_name is None else f"{FLAG} {dataset_name}"
+    return f"{flag} {path}" if dataset_name is None else f"{DATASET_FLAG} {dataset_name}"
 
 
 def parse_name(dataset_name: str) -> tuple[str, str, str]:
@@ -124,7 +132,7 @@ def _explain_errors(dataset_name: str, name: str) -> Iterator[None]:
     try:
         yield
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{FLAG} {dataset_name}: {_reason(error, name, config.HF_ENDPOINT)}") from error
+        raise UserError(f"{DATASET_FLAG} {dataset_name}: {_reason(error, name, config.HF_ENDPOINT)}") from error
 
 
 def _reason(error: BaseException, name: str, endpoint: str) -> str:
@@ -136,7 +144,7 @@ def _reason(error: BaseException, name: str, endpoint: str) -> str:
     if listed := re.search(r"available[\w ]*: (\[.*?\])", text, re.IGNORECASE):
         configs = re.findall(r"'([^']*)'", listed[1])
         ways = " or ".join(f"{name}:{config}" for config in configs)
-        return f"its configurations are others; give {ways}, and a split behind a second colon"
+        return f"name one of its configurations: {ways}; a split stands behind a second colon"
     if any(isinstance(cause, ConnectionError) for cause in causes):
         return (
             f"no folder of that name here, and {endpoint} cannot be reached: check the network, set HF_ENDPOINT to a "
@@ -146,6 +154,8 @@ def _reason(error: BaseException, name: str, endpoint: str) -> str:
         return f"a gated data set: accept its terms on {endpoint} and set HF_TOKEN to a token of your account"
     if "doesn't exist on the Hub" in text:
         return f"no public data set on {endpoint}: check the name; a private one needs HF_TOKEN"
+    if "401" in text:
+        return f"{endpoint} does not accept the token in HF_TOKEN: make a new one, or unset it for a public data set"
     if "scripts are no longer supported" in text:
         return f"a script of its own makes its rows, which is not run; {BY_FILES}"
     if type(error).__name__ in ("DataFilesNotFoundError", "EmptyDatasetError"):

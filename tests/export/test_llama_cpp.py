@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from medtune.errors import UserError
 from medtune.export import llama_cpp
 from medtune.export.gguf_file import write_gguf
-from medtune.export.llama_cpp import _places, convert, find_converter, find_quantizer
+from medtune.export.llama_cpp import convert, find_converter, find_quantizer
 from medtune.models.loading import load_tokenizer
 
 
@@ -84,21 +84,6 @@ def test_a_refusal_of_the_converter_is_one_line(tmp_path):
 
 
 # ---------------------------------------------------------------- the whole way
-
-
-@pytest.mark.parametrize(
-    ("reply_ids", "told", "places"),
-    [
-        ([5, 6, 7], [5, 6, 7], [0, 1, 2]),
-        ([5, 8, 9, 7], [5, 9, 7], [0, 2, 3]),  # 8 begins a character
-        ([5, 8, 8, 7], [5, 8, 7], [0, 3]),  # one of the two
-        ([5, 5, 5], [5, 5, 5], [0, 1, 2]),
-        ([5, 8], [5], [0]),
-    ],
-)
-def test_log_probs_go_to_tokens_whose_place_is_certain(reply_ids, told, places):
-    tokens = [{"id": token_id} for token_id in told]
-    assert [place for place, _ in _places(reply_ids, tokens)] == places
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from judge_server import read_blocks, running_judge, send
+from judge_server import completion, read_blocks, running_judge, send
 
 from medtune.errors import Unusable, UserError
 from medtune.measuring import judge_client, judge_prompts
@@ -171,6 +171,7 @@ def test_a_fault_that_passes_is_tried_again(server, judge_of):
             "400: .*filtered out",
             1,
         ),
+        (lambda n, handler: send(handler, 200, completion('{"met": [tr', None, "length")) or True, "cut at 2048 t", 1),
         (lambda n, handler: send(handler, 401, {"error": {"message": "no such key"}}) or True, "401: .*no such key", 1),
         (lambda n, handler: send(handler, 500, {"error": {"message": "broken"}}) or True, "it answers 500: ", 5),
         (lambda n, handler: send(handler, 302, "", Location="http://192.0.2.1/v1") or True, "it answers 302: ", 1),

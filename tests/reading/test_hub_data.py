@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import check_data
 import convert_data_format
@@ -98,10 +99,11 @@ def test_a_configuration_is_named(in_tmp_path):
 @pytest.mark.parametrize(
     ("dataset_name", "message"),
     [
-        ("set:zh", "its configurations are others; give set:default, and a split behind a second colon"),
+        ("set:zh", "name one of its configurations: set:default; a split stands behind a second colon"),
         ("set::dev", "it has no split 'dev'; give set::train or set::validation or set::test"),
-        ("configs", "its configurations are others; give configs:zh or configs:en, and a split behind a second colon"),
-        ("configs:fr", "its configurations are others; give configs:zh or configs:en, and a split"),
+        ("configs", "name one of its configurations: configs:zh or configs:en; a split stands behind"),
+        ("configs:fr", "name one of its configurations: configs:zh or configs:en; a split stands"),
+        ("set::train+val", "it has no split 'val'; give set::train or set::validation or set::test"),
         ("set::train[x", "cannot be prepared (ValueError: Unrecognized instruction format: train[x); download its"),
         ("json", "neither a folder here nor the name of a data set, OWNER/NAME"),
         ("no/such/folder", "neither a folder here nor the name of a data set, OWNER/NAME"),
@@ -176,6 +178,22 @@ def test_each_form_is_read_as_from_files(in_tmp_path, form, ending):
         assert (question.messages, question.tools, question.exam) == (same.messages, same.tools, same.exam)
 
 
+def test_keys_that_some_rows_have_are_absent_in_the_others(in_tmp_path):
+    """A table gives every object the keys of all, null where a row has none."""
+    by_name = {"type": "object", "properties": {"name": {"type": "string"}}}
+    other_tool = {"type": "function", "function": {"name": "look_up", "parameters": by_name}}
+    for rows in (
+        [FORMS["tools"], FORMS["tools"] | {"tools": [other_tool]}],
+        [FORMS["cmb"], FORMS["cmb"] | {"option": {"A": "a", "B": "b", "C": "c"}}],
+        [FORMS["messages"], FORMS["weight"], FORMS["history"]],
+    ):
+        path = write_lines(Path("set/train.jsonl"), rows)
+        plain, of_split = (list(read_questions([file])) for file in (path, load_splits("set", "cache")[0]))
+        assert len(of_split) == len(rows)
+        for question, same in zip(of_split, plain, strict=True):
+            assert (question.messages, question.tools) == (same.messages, same.tools)
+
+
 def test_a_mixed_column_keeps_its_values(in_tmp_path):
     """Which `datasets` holds as JSON."""
     mixed = [{"question": "q1", "answer": "a", "extra": 1}, {"question": "q2", "answer": "b", "extra": {"x": ["y"]}}]
@@ -217,6 +235,31 @@ def test_the_key_of_the_cache_is_of_content_and_split(data_set):
     assert keys[0] == keys[3]
     write_lines(Path("set/train.jsonl"), records(24, start=1))
     assert len({*keys, key("set")}) == 4
+
+
+def test_a_data_set_is_streamed(in_tmp_path, tiny_tokenizer):
+    import pretraining
+    from medtune.reading.encoders import DocumentEncoder
+
+    write_lines(Path("set/train.jsonl"), [{"text": f"{number} 感冒了多喝水。"} for number in range(20)])
+    training_args = SimpleNamespace(max_steps=1, do_eval=False, seed=42, accelerator_config=SimpleNamespace())
+    data_args = DataArguments(dataset_name="set")
+    data = pretraining.stream_data(DocumentEncoder(tiny_tokenizer, 16, False), data_args, training_args, "cache")
+    assert data.facts == {"train split": "set:train, streamed"}
+    assert all(source.startswith("set:train:row ") for source in next(iter(data.train))["source"])
+    training_args.do_eval = True
+    with pytest.raises(UserError, match=r"^--streaming True: no part of the training files is held out"):
+        pretraining.stream_data(DocumentEncoder(tiny_tokenizer, 16, False), data_args, training_args, "cache")
+
+
+def test_training_questions_of_an_evaluation(data_set):
+    from evaluate_model import overlap
+
+    asked = [*(record["question"] for record in records(2)), "别的问题，谁也没有问过？"]
+    tests = [{"messages": [{"role": "user", "content": question}]} for question in asked]
+    found = overlap(tests, {"set": True, "owner/gone": True, "gone": False}, "cache")
+    assert (found["not found"], found["test questions"]) == (["owner/gone", "gone"], 3)
+    assert found["in training, the same"] == 2
 
 
 # ---------------------------------------------------------------- flags: the later one counts

@@ -141,6 +141,7 @@ def test_all_stages_are_one_document_with_their_total(tiny_model_dir):
     environment = os.environ | {
         "MODEL": str(tiny_model_dir),
         "ALIGN": "dpo",
+        "CUDA_VISIBLE_DEVICES": "0",
         "DO_PT": "0",
         "SFT_FLAGS": "--max_steps 7",
     }
