@@ -85,13 +85,10 @@ def choose_device(teacher_args: TeacherArguments, student_device: torch.device) 
 def teacher_settings(teacher_args: TeacherArguments, args: DistillationArguments, **hub_options) -> dict[str, object]:
     """What a resumed run must keep of the teacher and of how the student learns from it."""
     path = teacher_args.teacher_model_path
-    return {
-        TEACHER: path,
-        "weights of the teacher": weights_fingerprint(path, flag=TEACHER, **hub_options)[:12],
-        "--teacher_bits": teacher_args.teacher_bits,
-        "--beta": args.beta,
-        "--on_policy_share": args.on_policy_share,
-    }
+    settings: dict[str, object] = {TEACHER: path, "--teacher_bits": teacher_args.teacher_bits}
+    if not teacher_args.teacher_url:  # whose weights are not needed here
+        settings["weights of the teacher"] = weights_fingerprint(path, flag=TEACHER, **hub_options)[:12]
+    return settings | {"--beta": args.beta, "--on_policy_share": args.on_policy_share}
 
 
 # ---------------------------------------------------------------- loaded here
@@ -230,8 +227,6 @@ def load_teacher(
     model = load_base_model(folder.base_model, flag=TEACHER, **options)
     if folder.lora_model:
         model = put_adapter_on(model, folder.lora_model, TEACHER)
-    if bits == 16:
-        model.to(device)
     check_vocabulary(tokenizer, model)
     dtype = f"{bits} bit" if bits != 16 else str(model.dtype).removeprefix("torch.")
     return LocalTeacher(model.eval().requires_grad_(False), sampling, f"{path}, {dtype}, on {device}")
