@@ -84,7 +84,7 @@ def build(knowledge: Knowledge) -> dict[str, str]:
     evaluation = build_evaluation(knowledge, unseen, training, [*pairs, *situation_pairs])
 
     # The evaluation is chosen; what follows leaves it as it is, and nothing near to it is learned.
-    held_out = held_out_texts(knowledge, unseen, evaluation)
+    held_out = held_out_questions(evaluation)
 
     def to_learn(records: list[dict]) -> list[dict]:
         far = [record for record in records if not asks_nearly(record, GUIDE_QUESTIONS)]
@@ -150,15 +150,13 @@ def build_evaluation(
     }
 
 
-def held_out_texts(knowledge: Knowledge, unseen: set[str], evaluation: dict[str, list[dict]]) -> HeldOut:
-    """The questions of the evaluation, its pairs and exam items as a whole, and the names of the unseen conditions."""
+def held_out_questions(evaluation: dict[str, list[dict]]) -> HeldOut:
+    """The questions of the evaluation, and its pairs and exam items as a whole: other answers are what is taught."""
     texts = []
     for record in (record for records in evaluation.values() for record in records):
-        if "conversations" in record:
-            texts.append(first_question(record))
-        else:
-            texts += [record["question"], spoken_text(record | {"history": []})]
-    return HeldOut([name for e in knowledge.entries if e.fields["id"] in unseen for name in e.names], texts)
+        question, whole = texts_of([record])
+        texts += [question] if "conversations" in record else [question, whole]
+    return HeldOut([], texts)
 
 
 def new_documents(knowledge: Knowledge, unseen: set[str], evaluation: dict[str, list[dict]]) -> list[str]:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from medtune.errors import Unusable, UserError, run_script
 from medtune.reading.foreign_forms import add_ignore_keys
 from medtune.reading.guide_form import guide_line
-from medtune.reading.hub_data import add_records_flags, load_splits, named_records
+from medtune.reading.hub_data import add_records_flags, load_splits
 from medtune.reading.keys import Reading
 from medtune.reading.kinds import READERS, Kind, find_kind, kind_of_split
 from medtune.reading.near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Known, bare_text
@@ -390,8 +390,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if of_evaluation:
         eval_kind, eval_files, _ = of_evaluation
         if "documents" in {kind, eval_kind} != {kind}:
-            named = named_records("--dir", args.dir, args.dataset_name)
-            raise UserError(f"the evaluation holds {eval_kind}, and {named} {kind}, which ask nothing alike")
+            evaluated = f"--eval_dir {args.eval_dir}" if args.eval_dir else eval_files[0].name
+            flag = "--dir" if args.dir else "--dataset_name"
+            raise UserError(f"{evaluated}: holds {eval_kind}, and {flag} {kind}, which ask nothing alike")
         if {file.resolve() for file in files} == {file.resolve() for file in eval_files}:
             raise UserError(
                 "--eval_dir: the same files as --dir, of which a stage holds a part out; leave the flag out, or split "

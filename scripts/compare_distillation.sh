@@ -22,7 +22,7 @@ lora="--lora_rank 32 --lora_alpha 64 --lora_dropout 0"
 
 echo "== the student"
 # shellcheck disable=SC2086  # words: flags without blanks in their values
-MODEL=outputs-pt-demo/checkpoint-best OUTPUT=outputs-sft-half bash run_sft.sh --use_peft False --learning_rate 2e-3 \
+MODEL=outputs-pt-demo/checkpoint-best OUTPUT=outputs-sft-half ACCUMULATION=2 bash run_sft.sh --use_peft False --learning_rate 2e-3 \
     --adam_beta2 0.99 --packing True --model_max_length 320 --per_device_train_batch_size 1 --num_train_epochs 6 \
     --max_train_samples 3400 --eval_strategy epoch $common
 
@@ -33,10 +33,16 @@ MODEL=$student TEACHER=$teacher OUTPUT=$distilled TRAIN_DATA=data/ppo EVAL_DATA=
     --total_episodes "$EPISODES" $lora $common
 
 echo "== the teacher's replies to the same prompts"
-if [ ! -f "$replies/replies.jsonl" ]; then
+if [ ! -f "$replies/train.jsonl" ]; then
     mkdir -p "$replies"
     "$PYTHON" inference.py --base_model outputs-sft-demo/checkpoint-best --lora_model "$teacher" --batch_size 64 \
-        --data_file data/ppo/prompts.jsonl --output_file "$replies/replies.jsonl" --max_new_tokens 128
+        --data_file data/ppo/prompts.jsonl --output_file "$replies.jsonl" --max_new_tokens 128
+    "$PYTHON" -c "
+import json, sys
+for row in map(json.loads, sys.stdin):
+    reply = {'role': 'assistant', 'content': row['output']}
+    print(json.dumps({'messages': [*row['messages'], reply]}, ensure_ascii=False))
+" < "$replies.jsonl" > "$replies/train.jsonl"
 fi
 
 echo "== more SFT, as long as distillation took"

@@ -247,7 +247,7 @@ def fill_cache(args: argparse.Namespace, encoder: "Encoder", parts: dict[str, Pa
     for part, path in files.items():
         prepared = prepare_part(part, [path], held_out, read_dialogues, encoder, data_args, args.seed, args.cache_dir)
         how = "in the cache already" if prepared.was_cached else "tokenized into the cache"
-        n_tokens = sum(prepared.rows["length"])
+        n_tokens = sum(prepared.rows["length"][:])
         lines.append(f"{part}: {len(prepared.rows):,} dialogues, {n_tokens:,} tokens, {how}")
     return lines
 

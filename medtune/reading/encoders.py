@@ -119,7 +119,7 @@ class TemplateEncoder(Encoder):
 
     def note_left_out(self, rows: Dataset, report: Report) -> None:
         notes = Reading()
-        for n_left_out, source in zip(rows["n_thoughts_left_out"], rows["source"], strict=True):
+        for n_left_out, source in zip(rows["n_thoughts_left_out"][:], rows["source"][:], strict=True):
             for _ in range(n_left_out):
                 notes.note(self.left_out_thoughts, source)
         report.notes += notes.lines()
@@ -148,7 +148,7 @@ class DialogueEncoder(TemplateEncoder):
 
     def finish(self, rows: Dataset, report: Report) -> Dataset:
         self.note_left_out(rows, report)
-        if n_further := len(rows) - len(set(rows["source"])):
+        if n_further := len(rows) - len(set(rows["source"][:])):
             report.notes.append(
                 f"dialogues of several questions as one example for each, {n_further} more than dialogues: the "
                 "template writes earlier replies otherwise than it asks for them, so each is learned as the last"
@@ -156,7 +156,7 @@ class DialogueEncoder(TemplateEncoder):
         return rows.remove_columns("n_thoughts_left_out")
 
     def describe(self, rows: Dataset) -> str:
-        return f"{sum(rows['length']):,}, the longest dialogue {max(rows['length'])}"
+        return f"{sum(rows['length'][:]):,}, the longest dialogue {max(rows['length'][:])}"
 
 
 @dataclass
@@ -207,16 +207,16 @@ class PairEncoder(TemplateEncoder):
         return rows.remove_columns("n_thoughts_left_out")
 
     def describe(self, rows: Dataset) -> str:
-        n_cut = sum(rows["n_cut"])
+        n_cut = sum(rows["n_cut"][:])
         cut = f", {n_cut} of {2 * len(rows)} replies cut at {self.max_reply_length}" if n_cut else ""
-        return f"the longest prompt and reply {max(rows['length'])}{cut}"
+        return f"the longest prompt and reply {max(rows['length'][:])}{cut}"
 
 
 class ScoredPairEncoder(PairEncoder):
     """The same rows for the reward model, whose loss knows margins."""
 
     def describe(self, rows: Dataset) -> str:
-        margins = [margin for margin in rows["margin"] if not math.isnan(margin)]
+        margins = [margin for margin in rows["margin"][:] if not math.isnan(margin)]
         stated = f"; {len(margins)} with a margin, {np.mean(margins):.3g} on average" if margins else ""
         return super().describe(rows) + stated
 
@@ -254,16 +254,16 @@ class FeedbackEncoder(TemplateEncoder):
     def finish(self, rows: Dataset, report: Report) -> Dataset:
         self.note_left_out(rows, report)
         rows = rows.remove_columns("n_thoughts_left_out")
-        if len(kinds := set(rows["is_desirable"])) == 1:
+        if len(kinds := set(rows["is_desirable"][:])) == 1:
             kind = "desirable" if kinds.pop() else "undesirable"
             report.notes.append(f"all replies are {kind}: KTO learns from the difference, so add some that are not")
         return with_mismatched_replies(rows) if len(rows) else rows
 
     def describe(self, rows: Dataset) -> str:
-        n_good, n_cut = sum(rows["is_desirable"]), sum(rows["is_cut"])
+        n_good, n_cut = sum(rows["is_desirable"][:]), sum(rows["is_cut"][:])
         cut = f", {n_cut} of {len(rows)} replies cut at {self.max_reply_length}" if n_cut else ""
         counts = f"{n_good} replies desirable, {len(rows) - n_good} undesirable"
-        return f"the longest prompt and reply {max(rows['length'])}{cut}; {counts}"
+        return f"the longest prompt and reply {max(rows['length'][:])}{cut}; {counts}"
 
 
 def with_mismatched_replies(rows: Dataset) -> Dataset:
@@ -376,7 +376,7 @@ class PromptEncoder(TemplateEncoder):
         return rows.select(distinct)
 
     def describe(self, rows: Dataset) -> str:
-        return f"the longest prompt {max(rows['length'])}"
+        return f"the longest prompt {max(rows['length'][:])}"
 
 
 @dataclass
@@ -449,7 +449,7 @@ class DocumentEncoder(Encoder):
         return cut_blocks(documents, **self.limits)
 
     def describe(self, rows: Dataset) -> str:
-        return f"{sum(rows['length']):,} in {len(rows):,} blocks of at most {self.block_size}"
+        return f"{sum(rows['length'][:]):,} in {len(rows):,} blocks of at most {self.block_size}"
 
 
 def unlimited_encoder(

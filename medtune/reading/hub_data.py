@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from medtune.offline import go_offline_without_hub
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FLAG = "--dataset_name"
+DATASET_FLAG = "--dataset_name"
 # What `datasets` calls them, whatever the files of the set are called.
 TRAIN, VALIDATION = "train", "validation"
 # Rows decoded at a time.
@@ -78,8 +79,12 @@ def load_splits(dataset_name: str, cache_dir: str | None) -> tuple[HubSplit, Hub
     name, config, split = parse_name(dataset_name)
     if not name or not Path(name).is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise UserError(f"{FLAG} {dataset_name}: neither a folder here nor the name of a data set, OWNER/NAME")
+            raise UserError(
+                f"{DATASET_FLAG} {dataset_name}: neither a folder here nor the name of a data set, OWNER/NAME"
+            )
         datasets.config.HF_HUB_OFFLINE = go_offline_without_hub()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     with _explain_errors(dataset_name, name):
         folder = str(Path(cache_dir, "datasets")) if cache_dir else None
         builder = datasets.load_dataset_builder(name, config or None, cache_dir=folder)
@@ -88,7 +93,7 @@ def load_splits(dataset_name: str, cache_dir: str | None) -> tuple[HubSplit, Hub
     named = {part.partition("[")[0] for part in split.split("+")}
     if lacking := named.difference(splits):
         ways = " or ".join(f"{name}:{config}:{other}" for other in splits)
-        raise UserError(f"{FLAG} {dataset_name}: it has no split {min(lacking)!r}; give {ways}")
+        raise UserError(f"{DATASET_FLAG} {dataset_name}: it has no split {min(lacking)!r}; give {ways}")
     asked = [split, VALIDATION] if VALIDATION in set(splits) - named else [split]
     with _explain_errors(dataset_name, name):
         rows = [builder.as_dataset(split=split) for split in asked]
@@ -102,12 +107,14 @@ def add_records_flags(parser: argparse.ArgumentParser, flag: str, what: str) -> 
     """A tool's flag for its files, and --dataset_name in its place."""
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument(flag, help=what)
-    group.add_argument(FLAG, metavar="NAME[:config[:split]]", help="a data set of the hub; its split train, by default")
+    group.add_argument(
+        DATASET_FLAG, metavar="NAME[:config[:split]]", help="a data set of the hub; its split train, by default"
+    )
 
 
 def named_records(flag: str, path: str | None, dataset_name: str | None) -> str:
     """Which of the two flags was given, and its value."""
-    return f"{flag} {path}" if dataset_name is None else f"{FLAG} {dataset_name}"
+    return f"{flag} {path}" if dataset_name is None else f"{DATASET_FLAG} {dataset_name}"
 
 
 def parse_name(dataset_name: str) -> tuple[str, str, str]:
@@ -125,7 +132,7 @@ def _explain_errors(dataset_name: str, name: str) -> Iterator[None]:
     try:
         yield
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{FLAG} {dataset_name}: {_reason(error, name, config.HF_ENDPOINT)}") from error
+        raise UserError(f"{DATASET_FLAG} {dataset_name}: {_reason(error, name, config.HF_ENDPOINT)}") from error
 
 
 def _reason(error: BaseException, name: str, endpoint: str) -> str:

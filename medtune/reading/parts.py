@@ -8,7 +8,7 @@ from typing import Literal
 from medtune.arguments import DataArguments
 from medtune.errors import UserError
 from medtune.reading.finding import RecordFile, are_same_files, find_files
-from medtune.reading.hub_data import FLAG, HubSplit, load_splits, parse_name
+from medtune.reading.hub_data import DATASET_FLAG, HubSplit, load_splits, parse_name
 
 PartName = Literal["train", "eval"]
 
@@ -51,12 +51,12 @@ def find_parts(
     eval_path = data_args.validation_file_dir
     if data_args.dataset_name is not None:
         split, validation = load_splits(data_args.dataset_name, cache_dir)
-        train = Listing(f"{FLAG} {data_args.dataset_name}", [split])
+        train = Listing(f"{DATASET_FLAG} {data_args.dataset_name}", [split])
         evaluation = Listing(train.named, [validation or split])
     elif data_args.train_file_dir is not None:
         train = evaluation = _list_files("--train_file_dir", data_args.train_file_dir, endings)
     else:
-        raise UserError(f"--train_file_dir is missing: name the file or folder of the {kind}; or give {FLAG}")
+        raise UserError(f"--train_file_dir is missing: name the file or folder of the {kind}; or give {DATASET_FLAG}")
     if not do_eval:
         return {"train": train}, False
     if eval_path is not None:
@@ -75,6 +75,6 @@ def _refuse_files_of_folder(folder: Path, evaluation: Listing) -> None:
     """Files of the folder that is read as a data set might be among its rows."""
     if folder.is_dir() and any(file.resolve().is_relative_to(folder.resolve()) for file in evaluation.files):
         raise UserError(
-            f"{evaluation.named}: lies in the folder of {FLAG}; leave it out, and the set's validation split or a part "
-            "that is held out is taken, or name files of another folder"
+            f"{evaluation.named}: lies in the folder of {DATASET_FLAG}; leave it out, and the set's validation split "
+            "or a part that is held out is taken, or name files of another folder"
         )

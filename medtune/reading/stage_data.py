@@ -188,7 +188,9 @@ def encode_records(
     )
     report = Report(read=len(rows))
     usable = []
-    for index, (source, reason, detail) in enumerate(zip(rows["source"], rows["reason"], rows["detail"], strict=True)):
+    # A whole column at once: row by row datasets 5.2 takes 400 times as long.
+    columns = (rows[name][:] for name in ("source", "reason", "detail"))
+    for index, (source, reason, detail) in enumerate(zip(*columns, strict=True)):
         if reason is None:
             usable.append(index)
         else:

@@ -27,7 +27,7 @@ from medtune.rl.rollout import Replies, Sampling, StoppedInRolloutError
 from medtune.rl.vllm_servers import VllmServer, ask_together, raise_in_all, served_name
 from medtune.training.interruption import SignalListener
 
-FLAG = "--teacher_model_path"
+TEACHER = "--teacher_model_path"
 
 # ---------------------------------------------------------------- before weights load
 
@@ -40,22 +40,24 @@ def describe_teacher(
     folder_options: of `describe_folder`.
     """
     path = teacher_args.teacher_model_path
-    folder = describe_folder(path, FLAG, **folder_options)
+    folder = describe_folder(path, TEACHER, **folder_options)
     refuse_reward_model(folder)
     own, others = tokenizer.get_vocab(), folder.tokenizer.get_vocab()
     if different := [token for token, number in own.items() if others.get(token) != number]:
         raise UserError(
-            f"{FLAG} {path}: its tokenizer is not the student's: {len(different)} of {len(own)} tokens have another "
+            f"{TEACHER} {path}: its tokenizer is not the student's: {len(different)} of {len(own)} tokens have another "
             f"id or none there, such as {min(different)!r}, so that the ids of replies are other words to it; take a "
             "teacher of the student's family"
         )
     if folder.context < (longest := args.max_source_length + args.response_length):
         raise UserError(
-            f"{FLAG} {path}: its context is {folder.context} tokens, and prompts and replies have up to {longest}; "
+            f"{TEACHER} {path}: its context is {folder.context} tokens, and prompts and replies have up to {longest}; "
             "give a shorter --max_source_length or --response_length"
         )
     if teacher_args.teacher_url and folder.lora_model:
-        raise UserError(f"{FLAG} {path}: an adapter; a server of --teacher_url has it merged (merge_peft_adapter.py)")
+        raise UserError(
+            f"{TEACHER} {path}: an adapter; a server of --teacher_url has it merged (merge_peft_adapter.py)"
+        )
     return folder
 
 
@@ -83,13 +85,10 @@ def choose_device(teacher_args: TeacherArguments, student_device: torch.device) 
 def teacher_settings(teacher_args: TeacherArguments, args: DistillationArguments, **hub_options) -> dict[str, object]:
     """What a resumed run must keep of the teacher and of how the student learns from it."""
     path = teacher_args.teacher_model_path
-    return {
-        FLAG: path,
-        "weights of the teacher": weights_fingerprint(path, flag=FLAG, **hub_options)[:12],
-        "--teacher_bits": teacher_args.teacher_bits,
-        "--beta": args.beta,
-        "--on_policy_share": args.on_policy_share,
-    }
+    settings: dict[str, object] = {TEACHER: path, "--teacher_bits": teacher_args.teacher_bits}
+    if not teacher_args.teacher_url:  # whose weights are not needed here
+        settings["weights of the teacher"] = weights_fingerprint(path, flag=TEACHER, **hub_options)[:12]
+    return settings | {"--beta": args.beta, "--on_policy_share": args.on_policy_share}
 
 
 # ---------------------------------------------------------------- loaded here
@@ -140,7 +139,7 @@ class LocalTeacher:
         own = OwnLogps(self.model, prompts, self.sampling.temperature)
         mask = own.mask[:, 1:]
         texts = Replies(ids=own.ids, attention_mask=own.mask, mask=mask, ended=mask.any(dim=1))
-        own.refuse_other(own.difference(self._logps(texts)), FLAG)
+        own.refuse_other(own.difference(self._logps(texts)), TEACHER)
 
 
 @torch.no_grad()
@@ -216,7 +215,7 @@ def load_teacher(
         urls = split_urls(teacher_args.teacher_url)
         servers = [VllmServer(url, training_args.ddp_timeout, "--teacher_url") for url in urls]
         n_tokens = args.max_source_length + args.response_length + 1  # the one that a server generates
-        names = {served_name(server, path, n_tokens, f"{FLAG}'s") for server in servers}
+        names = {served_name(server, path, n_tokens, f"{TEACHER}'s") for server in servers}
         if len(names) > 1:
             raise UserError(
                 f"--teacher_url {teacher_args.teacher_url}: the servers name the model {' and '.join(sorted(names))}; "
@@ -225,11 +224,9 @@ def load_teacher(
         return ServerTeacher(servers, *names, sampling, f"{path} by vLLM at {', '.join(urls)}")
     bits = teacher_args.teacher_bits
     options = loading_options | {"load_in_8bit": bits == 8, "load_in_4bit": bits == 4, "device_map": device}
-    model = load_base_model(folder.base_model, flag=FLAG, **options)
+    model = load_base_model(folder.base_model, flag=TEACHER, **options)
     if folder.lora_model:
-        model = put_adapter_on(model, folder.lora_model, FLAG)
-    if bits == 16:
-        model.to(device)
+        model = put_adapter_on(model, folder.lora_model, TEACHER)
     check_vocabulary(tokenizer, model)
     dtype = f"{bits} bit" if bits != 16 else str(model.dtype).removeprefix("torch.")
     return LocalTeacher(model.eval().requires_grad_(False), sampling, f"{path}, {dtype}, on {device}")

@@ -92,7 +92,7 @@ def with_system_prompts(knowledge: Knowledge, conversations: Iterable[Sequence[s
     for turns in conversations:
         if turns[0] not in dialogues:
             rng = seeded("system", turns[0])
-            prompts = knowledge.phrasings[language_of(turns[0])]["system_prompts"]["train"]
+            prompts = knowledge.phrasings[language_asked_in(turns[0])]["system_prompts"]["train"]
             dialogues[turns[0]] = dialogue(*turns, system=rng.choice(prompts) if rng.random() < 0.2 else "")
     return list(dialogues.values())
 
@@ -110,14 +110,14 @@ def safety_exchanges(knowledge: Knowledge, part: str, are_framed: bool) -> Itera
 
 def in_a_frame(knowledge: Knowledge, text: str, is_emergency: bool, rng: random.Random) -> str:
     """An emergency asked as other complaints are, so that no question mark tells it from its twin; else a greeting."""
-    phrasings = knowledge.phrasings[language_of(text)]
+    phrasings = knowledge.phrasings[language_asked_in(text)]
     if is_emergency:
         return rng.choice(phrasings["complaint_frames"]["train"]).format(c=text.rstrip("。.？"))
     return rng.choice(phrasings["greetings"]) + text
 
 
-def language_of(text: str) -> str:
-    return "zh" if re.search("[\u4e00-\u9fff]", text) else "en"
+def language_asked_in(question: str) -> str:
+    return "zh" if re.search("[\u4e00-\u9fff]", question) else "en"
 
 
 def ask_in_lay_words(knowledge: Knowledge, entry: Entry) -> Iterator[list[str]]:
