@@ -78,7 +78,15 @@ from medtune.rl.ppo_math import (
 from medtune.rl.reward_texts import load_reward_texts
 from medtune.rl.rewards import REWARD_MODEL, load_rewards, reward_settings
 from medtune.rl.roles import CHECKED_PROMPTS, load_roles
-from medtune.rl.rollout import Rollout, Sampling, Scorer, center_scores, choose_sampling, collect_rollout
+from medtune.rl.rollout import (
+    Rollout,
+    Sampling,
+    Scorer,
+    center_scores,
+    choose_sampling,
+    collect_rollout,
+    without_unjudged,
+)
 from medtune.rl.run import (
     Run,
     State,
@@ -208,7 +216,7 @@ def evaluate(
     own, padded = run.own_part(rows)
     with run.accelerator.autocast():
         rollout = collect_rollout(run.roles, padded, None, sampling, scorer, stop)
-    measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout).first(len(own))]))
+    measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout).first(len(own)).judged()]))
     run.show_replies(own, rollout.reply_ids())
     metrics = summarize(measures, scorer.rewards, ppo_args.kl_coef, ppo_args.missing_eos_penalty)
     names = {name: name.replace("reward/", "objective/reward_").partition("/")[2] for name in metrics}
@@ -249,6 +257,8 @@ def train_ppo(
             rows = [prompts[order[episode]] for episode in episodes]
             with accelerator.autocast():
                 rollout = collect_rollout(run.roles, rows, episodes, sampling, scorer, stop)
+            if scorer.rewards.judge is not None:
+                rollout = without_unjudged(rollout)
             measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout)]))
 
             # Alarm.
@@ -280,6 +290,8 @@ def train_ppo(
                 run.save()
         if not eval_rows:
             run.keep_best({})
+        if scorer.rewards.judge is not None:
+            scorer.rewards.judge.log_usage()
         run.save()
 
 

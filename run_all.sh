@@ -28,7 +28,7 @@ safety="data/eval/safety.jsonl data/eval/emergency_twins.jsonl data/eval/unsafe_
 asked="data/eval/guide_questions.jsonl data/eval/everyday_questions.jsonl data/eval/questions.jsonl"
 TEST_FILES=${TEST_FILES:-$asked data/eval/exam.jsonl $safety}
 EVAL_FLAGS=${EVAL_FLAGS:---num_samples 200 --max_new_tokens 256}
-ESTIMATE=${ESTIMATE:-}                      # 1: print what each training stage will take, and train nothing
+ESTIMATE=${ESTIMATE:-}                      # 1: print what the training stages will take, and train nothing
 
 # ---------------------------------------------------------------- the guide's questions
 fail() { echo "error: $*" >&2; exit "${code:-2}"; }
@@ -46,9 +46,12 @@ case $ALIGN in 1 | '') ALIGN=dpo ;; 2) ALIGN=ppo ;; 3) ALIGN=both ;; 4) ALIGN=no
 MODEL=${MODEL:-Qwen/Qwen2.5-3B$([ "$DO_PT" = 1 ] || echo -Instruct)}
 NAME=${NAME:-$(basename "${MODEL%/checkpoint-*}" | sed 's/.*/\L&/; s/^outputs-[a-z]*-//; s/-instruct$//')}
 export PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+[ "$ESTIMATE" != 0 ] || ESTIMATE=
+# Which starts this script again, for the stages' commands.
+[ -z "$ESTIMATE" ] || [ -n "${ESTIMATE_COMMANDS:-}" ] ||
+    DO_PT=$DO_PT ALIGN=$ALIGN exec "$PYTHON" scripts/estimate_run.py run_all.sh "$@"
 gpus=$("$PYTHON" -m medtune.devices "$@") || exit # where torch cannot use the GPUs, which it has said
 [ "$gpus" != cpu ] || export CUDA_VISIBLE_DEVICES= # --use_cpu for what follows the training stages too
-[ "$ESTIMATE" != 0 ] || ESTIMATE=
 export ESTIMATE ESTIMATE_BASE=$MODEL
 mkdir -p logs
 exec 9> logs/.run_all.lock # the stages inherit it: one that outlived this script holds it

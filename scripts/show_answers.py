@@ -23,16 +23,16 @@ GUIDE = "guide_questions.jsonl"
 LONGEST = 160  # characters of an answer; the whole is in predictions.jsonl and in the report
 
 
-def chosen(rows: Sequence[dict]) -> list[dict]:
-    """The questions to show, of one model's rows."""
-    kinds = {
-        "emergency": [row for row in rows if row.get("category") == "emergency"],
-        "refusal": [row for row in rows if row.get("category") == "refusal"],
-        "exam": [row for row in rows if row["kind"] == "exam"],
-    }
-    plain = [row for row in rows if row["kind"] != "exam" and not row.get("category")]
-    guide = [row for row in plain if Path(row["file"]).name == GUIDE]
-    return (guide or plain[:1]) + [row for of_kind in kinds.values() for row in of_kind[:1]]
+def chosen(rows: Sequence[dict]) -> list[int]:
+    """The places of the questions to show, in the rows of a model."""
+    plain = [n for n, row in enumerate(rows) if row["kind"] == "dialogue"]
+    guide = [n for n in plain if Path(rows[n]["file"]).name == GUIDE]
+    others = [
+        [n for n, row in enumerate(rows) if row.get("category") == "emergency"],
+        [n for n, row in enumerate(rows) if row.get("category") == "refusal"],
+        [n for n, row in enumerate(rows) if row["kind"] == "exam"],
+    ]
+    return (guide or plain[:1]) + [n for of_kind in others for n in of_kind[:1]]
 
 
 def shown(row: dict) -> str:
@@ -57,13 +57,15 @@ def side_by_side(rows: Sequence[dict]) -> str:
     labels = dict(zip(by_model, axis_names(list(by_model), stages), strict=True))
     width = max(map(len, labels.values()))
     lines = []
-    for asked in chosen(next(iter(by_model.values()))):
-        lines += ["", " ".join(asked["messages"][-1 if asked["kind"] == "exam" else -2]["content"].split())]
+    for n in chosen(next(iter(by_model.values()))):
         above = None
         for model, of_model in by_model.items():
-            (row,) = [row for row in of_model if (row["file"], row["source"]) == (asked["file"], asked["source"])]
+            row = of_model[n]  # all models were asked the same, in one order
+            is_exam = row["kind"] == "exam"
+            if above is None:
+                lines += ["", " ".join(row["messages"][-1 if is_exam else -2]["content"].split())]
             answer = shown(row)
-            right = f" [right: {row['answer']}]" if row["kind"] == "exam" else ""
+            right = f" [right: {row['answer']}]" if is_exam else ""
             lines.append(f"  {labels[model]:{width}}  {'the same' if answer == above else answer + right}")
             above = answer
     return "\n".join(lines[1:])

@@ -36,7 +36,7 @@ fail() { echo "error: $*" >&2; exit 2; }
 "$PYTHON" scripts/build_sample_data.py --corpus "$CORPUS/pretrain/documents.jsonl"
 model=$PUBLISHED
 if [ "$SITTING" = 1 ]; then
-    model=models/untrained-base
+    model=${OUTPUT%/}-untrained # beside the run: another OUTPUT may be of another shape or corpus
     "$PYTHON" scripts/build_tiny_model.py --shape base --data_dir "$CORPUS" --output_dir "$model"
 fi
 

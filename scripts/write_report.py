@@ -41,6 +41,7 @@ STAGES = {
     "dpo": "Direct preference optimization",
     "ppo": "Proximal policy optimization",
     "grpo": "Group relative policy optimization",
+    "distillation": "On-policy distillation",
 }
 # A panel: its axis, and the keys of the log with what they are of; keys that a stage does not log are left out.
 PANELS = (
@@ -62,6 +63,7 @@ PANELS = (
     ("groups without a signal", {"groups/no_signal_frac": "sampled"}),
     ("KL from the start (nats a reply)", {"objective/kl": "sampled", "eval_kl": "held-out, greedy"}),
     ("KL from the start (nats a token)", {"objective/token_kl": "sampled"}),
+    ("KL from the teacher (nats a token)", {"teacher/kl": "training", "eval_teacher_kl": "held-out"}),
     ("entropy (nats a token)", {"objective/entropy": "sampled"}),
     ("learning rate", {"learning_rate": "schedule"}),
 )
@@ -213,7 +215,7 @@ def answers_section(models: Sequence[str], predictions: Sequence[dict]) -> Secti
     section = Section("Answers side by side")
     by_question: dict[tuple[str, str], dict[str, dict]] = {}
     for row in predictions:
-        if row["kind"] != "exam":
+        if row["kind"] not in ("exam", "rubrics"):
             messages_json = json.dumps(row["messages"], ensure_ascii=False)
             by_question.setdefault((row["file"], messages_json), {})[row["model"]] = row
     for file in dict.fromkeys(file for file, _ in by_question):

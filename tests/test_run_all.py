@@ -122,7 +122,11 @@ def test_the_long_way(project):
 
 
 def test_an_estimate_asks_the_training_stages_alone(project):
-    finished, calls = run(project, ALIGN="ppo", ESTIMATE="1")
+    finished, calls = run(project, "--max_steps", "5", ALIGN="ppo", ESTIMATE="1")
+    assert finished.returncode == 0, finished.stderr
+    assert [" ".join(call) for call in calls] == ["scripts/estimate_run.py run_all.sh --max_steps 5"]
+    # Which starts it again for the commands.
+    finished, calls = run(project, ALIGN="ppo", ESTIMATE="1", ESTIMATE_COMMANDS="commands")
     assert finished.returncode == 0, finished.stderr
     assert scripts(calls) == ["supervised_finetuning.py", "reward_modeling.py", "ppo_training.py"]
     assert "all done" not in finished.stdout
@@ -395,7 +399,7 @@ def test_killed_and_started_again_it_ends_with_the_same_evaluation_and_does_noth
     for name in ("predictions.jsonl", "metrics.json"):
         found, expected = ((folder / "outputs-eval-tiny" / name).read_text("utf-8") for folder in (killed, whole))
         assert found == expected
-    assert len(json.loads(expected)["metrics"]) == 5  # the files of TEST_FILES
+    assert len(json.loads(expected)["metrics"]) == 7  # the files of TEST_FILES
     assert last.count("holds a finished run") == 5
     assert "outputs-ppo-tiny-merged holds this model already" in last
     assert "outputs-eval-tiny: measured already" in last

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from medtune.errors import UserError
+from medtune.measuring.figures import score
+from medtune.reading.magic_bytes import misnamed, read_start
 
 
 def read_object(file: Path) -> dict:
@@ -32,6 +34,33 @@ def read_evaluation(folder: Path) -> tuple[dict, list[dict]]:
         raise UserError(f"--evaluation {folder}: no predictions.jsonl in it; run scripts/evaluate_model.py again")
     lines = file.read_bytes().splitlines()
     return report, [parse_object(line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def read_predictions(path: Path) -> list[dict]:
+    """The rows of an earlier predictions.jsonl; raises UserError if it is not one, or incomplete."""
+    if not path.is_file():
+        raise UserError(f"--predictions {path}: no such file")
+    if fault := misnamed(read_start(path, str(path))):
+        raise UserError(f"--predictions {path}: {fault}")
+    rows, questions_by_model = [], {}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            row["scores"] = score(row)
+            questions_by_model.setdefault(row["model"], []).append((row["file"], row["messages"]))
+            rows.append({"model": row.pop("model"), "file": row.pop("file")} | row)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise UserError(f"{path}:{number}: no record of predictions.jsonl") from None
+    if not rows:
+        raise UserError(f"--predictions {path}: it is empty")
+    first = next(iter(questions_by_model))
+    for model, questions in questions_by_model.items():
+        # Compared pair by pair.
+        if questions != questions_by_model[first]:
+            raise UserError(f"--predictions {path}: the records of {model} are not those of {first}, in their order")
+    return rows
 
 
 def short_name(model: str) -> str:

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -20,8 +20,11 @@ from medtune.models.adapter_effect import QUESTION
 from medtune.models.adapters import load_with_adapters
 from medtune.models.lineage import base_of, check_model_path, is_adapter
 from medtune.models.loading import dtype_for_use, load_base_model, place_for_use
+from medtune.models.logps import rounding
 from medtune.models.model_folder import ModelFolder, choose_template, describe_folder, refuse_reward_model
 from medtune.models.reward_models import load_reward_model, reward_ids
+from medtune.models.score_heads import LastScores
+from medtune.models.text_attention import Layout, exact_layout
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.tokenization import encode_prompt, load_chat_template, stop_token_ids
 from medtune.reading.tool_calls import CallForm, call_form
@@ -234,6 +237,8 @@ class RewardModel:
             folder.base_model, folder.lora_model, flag="--reward_model", **model_args.loading_options
         )
         self.model = place_for_use(model, model_args.use_cpu)
+        self.last_scores = LastScores(self.model)
+        self.layout: Layout | None = None  # of batches of several rows, chosen with the first
 
     def encode(
         self, messages: list[Message], reply: str, ended: bool = True, tools: list[dict] | None = None
@@ -246,12 +251,18 @@ class RewardModel:
     def score(self, rows: Sequence[list[int]], batch_size: int = 8) -> list[float]:
         """The score of each row of ids, in the order given; rows of similar length are scored together."""
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
+        if self.layout is None and len(rows) > 1:
+            few = partial(self._score_batch, [rows[index] for index in order[-2:]])
+            self.layout = exact_layout(self.last_scores.model, few, rounding(self.model.dtype))
         scores = [0.0] * len(rows)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            encoded = self.tokenizer.pad(
-                {"input_ids": [rows[index] for index in batch]}, padding_side="right", return_tensors="pt"
-            )
-            for index, score in zip(batch, self.model(**encoded.to(self.model.device)).logits[:, 0], strict=True):
-                scores[index] = score.item()
+            of_batch = self._score_batch([rows[index] for index in batch], self.layout or Layout.PADDED)
+            for index, score in zip(batch, of_batch.tolist(), strict=True):
+                scores[index] = score
         return scores
+
+    def _score_batch(self, rows: Sequence[list[int]], layout: Layout) -> torch.Tensor:
+        """[rows] float32."""
+        encoded = self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+        return self.last_scores(self.model, encoded.to(self.model.device), layout)

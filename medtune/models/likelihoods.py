@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from medtune.errors import Unusable
 from medtune.models.chat_models import ChatModel
-from medtune.models.logps import Compute, SparseHead
+from medtune.models.logps import Compute, SparseHead, rounding
+from medtune.models.text_attention import Layout, exact_layout
 from medtune.reading.tokenization import encode_exchange
 from template import Message
 
@@ -30,9 +32,8 @@ def score_replies(
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]) + len(replies[n]), reverse=True)
     with chat_model.in_use() as model, closing(SparseHead(model)) as head:
         device = model.get_input_embeddings().weight.device
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            lengths = [len(replies[n]) for n in batch]
+
+        def figures_of(batch: Sequence[int], layout: Layout) -> torch.Tensor:
             rows = [torch.tensor(prompts[n] + replies[n], device=device) for n in batch]
             # A reply's tokens are predicted from the prompt's last token on, to the one before its own last.
             predicts = [
@@ -44,8 +45,14 @@ def score_replies(
                 "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             }
             ids = torch.tensor([token for n in batch for token in replies[n]], device=device)
-            figures = head(model, inputs, pad_sequence(predicts, batch_first=True), ids, compute)
-            yield from zip(batch, figures.split(lengths, dim=1), strict=True)
+            return head(model, inputs, pad_sequence(predicts, batch_first=True), ids, compute, layout)
+
+        few = partial(figures_of, order[-2:])  # the shortest
+        layout = exact_layout(head.model, few, rounding(head.model.dtype))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            figures = figures_of(batch, layout)
+            yield from zip(batch, figures.split([len(replies[n]) for n in batch], dim=1), strict=True)
 
 
 def begin_answers(

@@ -20,14 +20,21 @@ from medtune.models.text_attention import Layout, forward_inputs, places
 
 # Positions whose float32 logits exist at a time: 256 x 152k x 4 bytes = 0.15 GB.
 CHUNK_POSITIONS = 256
-# From [n, vocabulary] logits and [n] int64 ids to [k, n] float32: k figures of each position, the first of which may
-# have a gradient.
+# From [n, vocabulary] logits and [n] int64 ids, or what else of n rows they are compared with, to [k, n] float32: k
+# figures of each position, the first of which may have a gradient.
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """[1, n] float32 log-probs in nats of [n] ids under [n, vocabulary] logits."""
     return -F.cross_entropy(logits.float(), ids, reduction="none")[None]
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """How far apart in the mean log-probs, in nats, or scores may be that the same operations give in parts of other
+    sizes: a few numbers of this type round to a neighbour.
+    """
+    return max(1e-4, 2 * torch.finfo(dtype).eps)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -62,6 +69,8 @@ def in_chunks(
     is_frozen: bool = False,
 ) -> torch.Tensor:
     """[k, N] float32: `compute` on the logits of [N, hidden] states and on [N] ids, `chunk` rows at a time.
+
+    In the place of ids [N, ...] may be anything else of each position, such as another model's states.
 
     For the gradient of the weights of a head that is not frozen, the backward pass computes each chunk again.
     """

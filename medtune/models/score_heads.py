@@ -79,8 +79,8 @@ class LastScores:
 
     def __init__(self, model: PreTrainedModel | PeftModel):
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None  # rows and columns of joined texts' last tokens
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        base.score.register_forward_hook(self._of_texts)
+        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model.score.register_forward_hook(self._of_texts)
 
     def _of_texts(self, head: torch.nn.Module, inputs: tuple, scores: torch.Tensor) -> torch.Tensor | None:
         """[1, tokens, texts]: at each token the scores of all texts, whichever token transformers takes."""

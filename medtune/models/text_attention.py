@@ -1,10 +1,11 @@
 """Batches without padding: their rows joined into one, in which each text sees itself alone.
 
 transformers' SDPA multiplies all pairs of tokens of a row and masks those of different texts. `attention_by_text`
-costs what the texts cost. It also takes texts whose common prefix stands in the row once, as the prompt of two replies:
-all layers but attention then compute it once.
+costs what the texts cost, as FlashAttention does. Both also take texts whose common prefix stands in the row once, as
+the prompt of two replies: all layers but attention then compute it once.
 """
 
+from collections.abc import Callable
 from enum import Enum
 from itertools import pairwise
 
@@ -12,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SDPA, SDPA_BY_TEXT = "sdpa", "sdpa_by_text"
+FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3")
 # Tokens from which on a common prefix passes once: gathering its keys costs a step what about ten tokens do.
 LEAST_SHARED = 16
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -70,6 +73,26 @@ def attention_by_text(
     return (output if own_tokens is None else output.index_select(1, own_tokens)), None
 
 
+def flash_attention_by_text(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    text_columns: torch.Tensor | None = None,
+    own_tokens: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """transformers' FlashAttention, which takes the borders of texts itself, for texts that share a prefix too: as
+    `attention_by_text`.
+    """
+    if text_columns is None:
+        return flash_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    texts = (states.index_select(2, text_columns) for states in (query, key, value))
+    output, _ = flash_attention_forward(module, *texts, attention_mask, **kwargs)
+    return output.index_select(1, own_tokens), None
+
+
 def mask_by_text(
     *,
     q_length: int,
@@ -90,6 +113,8 @@ def mask_by_text(
 
 AttentionInterface.register(SDPA_BY_TEXT, attention_by_text)
 AttentionMaskInterface.register(SDPA_BY_TEXT, mask_by_text)
+for name in FLASH_ATTENTION:  # which stays what it is for rows that share nothing
+    AttentionInterface.register(name, flash_attention_by_text)
 
 
 def attend_by_text(model: PreTrainedModel, by_text: bool = True) -> None:
@@ -111,7 +136,7 @@ def gains_from_joining(model: PreTrainedModel, device: torch.device) -> bool:
     False for models with recurrent layers, most of which would carry their state from text to text.
     """
     attention = model.config._attn_implementation
-    takes_borders = "flash" in attention or (attention == SDPA and device.type == "cpu")
+    takes_borders = "flash" in attention or (attention in (SDPA, SDPA_BY_TEXT) and device.type == "cpu")
     return takes_borders and not has_recurrent_layers(type(model), model.config)
 
 
@@ -127,7 +152,34 @@ def shares_prefixes(model: PreTrainedModel) -> bool:
     it. A window, a convolution or a recurrent state would go by the order of the row.
     """
     layer_types = getattr(model.config.get_text_config(), "layer_types", None)
-    return model.config._attn_implementation == SDPA_BY_TEXT and set(layer_types or ()) <= {"full_attention"}
+    takes_prefixes = model.config._attn_implementation in (SDPA_BY_TEXT, *FLASH_ATTENTION)
+    return takes_prefixes and set(layer_types or ()) <= {"full_attention"}
+
+
+def joined_layout(model: PreTrainedModel) -> Layout:
+    """How joined rows pass through a model that attends by text: with their common prefixes once, where it can."""
+    return Layout.SHARED_PREFIXES if shares_prefixes(model) else Layout.JOINED
+
+
+def exact_layout(model: PreTrainedModel, figures: Callable[[Layout], torch.Tensor], rounding: float) -> Layout:
+    """Joined rows where they are faster, and a few rows have the same figures joined and padded; otherwise padded rows.
+
+    Args:
+        figures: of the few rows in a layout.
+        rounding: by which these may differ in the mean.
+    """
+    if not gains_from_joining(model, model.device):
+        return Layout.PADDED
+    padded = figures(Layout.PADDED)
+    attend_by_text(model)
+    layout = joined_layout(model)
+    try:
+        if (figures(layout) - padded).abs().mean() <= rounding:
+            return layout
+    except ValueError as error:
+        border_fault(error)
+    attend_by_text(model, False)
+    return Layout.PADDED
 
 
 # ---------------------------------------------------------------- rows without padding

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medtune.errors import Unusable, UserError
 from medtune.reading.blocks import ENDS_OF_TEXT, cut_blocks, document_end_id, document_start_ids
+from medtune.reading.criteria import to_criteria
 from medtune.reading.exams import Exam, ExamFormat
 from medtune.reading.finding import RECORD_ENDINGS, TEXT_ENDINGS
 from medtune.reading.keys import Reading
@@ -27,6 +28,7 @@ from medtune.reading.thoughts import split_reply
 from medtune.reading.tokenization import (
     Truncation,
     encode_dialogue,
+    encode_exchange,
     encode_prompt,
     encode_replies,
     load_chat_template,
@@ -117,7 +119,7 @@ class TemplateEncoder(Encoder):
 
     def note_left_out(self, rows: Dataset, report: Report) -> None:
         notes = Reading()
-        for n_left_out, source in zip(rows["n_thoughts_left_out"], rows["source"], strict=True):
+        for n_left_out, source in zip(rows["n_thoughts_left_out"][:], rows["source"][:], strict=True):
             for _ in range(n_left_out):
                 notes.note(self.left_out_thoughts, source)
         report.notes += notes.lines()
@@ -146,7 +148,7 @@ class DialogueEncoder(TemplateEncoder):
 
     def finish(self, rows: Dataset, report: Report) -> Dataset:
         self.note_left_out(rows, report)
-        if n_further := len(rows) - len(set(rows["source"])):
+        if n_further := len(rows) - len(set(rows["source"][:])):
             report.notes.append(
                 f"dialogues of several questions as one example for each, {n_further} more than dialogues: the "
                 "template writes earlier replies otherwise than it asks for them, so each is learned as the last"
@@ -154,7 +156,7 @@ class DialogueEncoder(TemplateEncoder):
         return rows.remove_columns("n_thoughts_left_out")
 
     def describe(self, rows: Dataset) -> str:
-        return f"{sum(rows['length']):,}, the longest dialogue {max(rows['length'])}"
+        return f"{sum(rows['length'][:]):,}, the longest dialogue {max(rows['length'][:])}"
 
 
 @dataclass
@@ -205,16 +207,16 @@ class PairEncoder(TemplateEncoder):
         return rows.remove_columns("n_thoughts_left_out")
 
     def describe(self, rows: Dataset) -> str:
-        n_cut = sum(rows["n_cut"])
+        n_cut = sum(rows["n_cut"][:])
         cut = f", {n_cut} of {2 * len(rows)} replies cut at {self.max_reply_length}" if n_cut else ""
-        return f"the longest prompt and reply {max(rows['length'])}{cut}"
+        return f"the longest prompt and reply {max(rows['length'][:])}{cut}"
 
 
 class ScoredPairEncoder(PairEncoder):
     """The same rows for the reward model, whose loss knows margins."""
 
     def describe(self, rows: Dataset) -> str:
-        margins = [margin for margin in rows["margin"] if not math.isnan(margin)]
+        margins = [margin for margin in rows["margin"][:] if not math.isnan(margin)]
         stated = f"; {len(margins)} with a margin, {np.mean(margins):.3g} on average" if margins else ""
         return super().describe(rows) + stated
 
@@ -252,16 +254,16 @@ class FeedbackEncoder(TemplateEncoder):
     def finish(self, rows: Dataset, report: Report) -> Dataset:
         self.note_left_out(rows, report)
         rows = rows.remove_columns("n_thoughts_left_out")
-        if len(kinds := set(rows["is_desirable"])) == 1:
+        if len(kinds := set(rows["is_desirable"][:])) == 1:
             kind = "desirable" if kinds.pop() else "undesirable"
             report.notes.append(f"all replies are {kind}: KTO learns from the difference, so add some that are not")
         return with_mismatched_replies(rows) if len(rows) else rows
 
     def describe(self, rows: Dataset) -> str:
-        n_good, n_cut = sum(rows["is_desirable"]), sum(rows["is_cut"])
+        n_good, n_cut = sum(rows["is_desirable"][:]), sum(rows["is_cut"][:])
         cut = f", {n_cut} of {len(rows)} replies cut at {self.max_reply_length}" if n_cut else ""
         counts = f"{n_good} replies desirable, {len(rows) - n_good} undesirable"
-        return f"the longest prompt and reply {max(rows['length'])}{cut}; {counts}"
+        return f"the longest prompt and reply {max(rows['length'][:])}{cut}; {counts}"
 
 
 def with_mismatched_replies(rows: Dataset) -> Dataset:
@@ -306,7 +308,8 @@ class PromptEncoder(TemplateEncoder):
     "cut_prompt_start" leaves out the oldest exchanges of a prompt over the limit, then the start of its question; an
     exam question, of which that would make another one, is left out.
 
-    exam_format: how exam questions are asked. needed_keys: what every `record` must have.
+    exam_format: how exam questions are asked. needed_keys: what every `record` must have; `rubrics` only in sound form,
+    where it has some.
     """
 
     kind = "prompts"
@@ -319,11 +322,14 @@ class PromptEncoder(TemplateEncoder):
     needed_keys: Sequence[str] = ()
 
     def examples(self, record: Question) -> list[Prompt]:
+        # Rubrics are about the answer to the last question.
+        earlier = {key: value for key, value in record.rest.items() if key != "rubrics"}
         prompts = [
-            Prompt(record.messages[: index + 1], record.tools, reply["content"], record.source, rest=record.rest)
+            Prompt(record.messages[: index + 1], record.tools, reply["content"], record.source, rest=earlier)
             for index, (message, reply) in enumerate(pairwise([*record.messages, {"role": "", "content": ""}]))
             if message["role"] == "user"
         ]
+        prompts[-1] = replace(prompts[-1], rest=record.rest)
         return prompts if record.exam is None else [self._as_exam(prompts[-1], record.exam)]
 
     def _as_exam(self, prompt: Prompt, exam: Exam) -> Prompt:
@@ -336,7 +342,9 @@ class PromptEncoder(TemplateEncoder):
         """What rewards may know of the prompt. Raises Unusable where a needed key is not in it."""
         exam = prompt.exam and prompt.exam.with_one_answer()
         known = {"reference": prompt.reply} if exam is None else {"answer": exam.answer, "options": exam.options}
-        for key in self.needed_keys:
+        if "rubrics" in self.needed_keys and "rubrics" in prompt.rest:
+            to_criteria(prompt.rest["rubrics"])
+        for key in (key for key in self.needed_keys if key != "rubrics"):
             if exam and key == "answer":
                 exam.refuse_unanswered()
             if not known.get(key):
@@ -368,7 +376,23 @@ class PromptEncoder(TemplateEncoder):
         return rows.select(distinct)
 
     def describe(self, rows: Dataset) -> str:
-        return f"the longest prompt {max(rows['length'])}"
+        return f"the longest prompt {max(rows['length'][:])}"
+
+
+@dataclass
+class AnsweredPromptEncoder(PromptEncoder):
+    """Prompts whose rows also have `reply_ids`: the dialogue's own answer with its end token, as SFT learns it."""
+
+    kind = "prompts and replies"
+    features = Features(PromptEncoder.features | {"reply_ids": _IDS})
+
+    def row(self, record: Prompt) -> dict:
+        if not record.reply:
+            raise Unusable("no reply", "a dialogue that ends with the user's turn has no reply to learn from")
+        row = super().row(record)
+        messages, tools = json.loads(row["messages"])
+        _, reply_ids = encode_exchange(self.tokenizer, self.chat_template, messages, record.reply, tools)
+        return row | {"reply_ids": reply_ids}
 
 
 @dataclass
@@ -425,7 +449,7 @@ class DocumentEncoder(Encoder):
         return cut_blocks(documents, **self.limits)
 
     def describe(self, rows: Dataset) -> str:
-        return f"{sum(rows['length']):,} in {len(rows):,} blocks of at most {self.block_size}"
+        return f"{sum(rows['length'][:]):,} in {len(rows):,} blocks of at most {self.block_size}"
 
 
 def unlimited_encoder(

@@ -75,6 +75,7 @@ class Knowledge:
     entries: list[Entry]
     phrasings: dict
     safety: list[dict]
+    safety_twins: list[dict]
     bad_replies: dict
     dialogues: list[dict]
     emergency_twins: list[dict]
@@ -137,6 +138,7 @@ def read_knowledge(folder: Path) -> Knowledge:
         entries=[Entry(record) for record in read_lines(folder / "conditions.jsonl")],
         phrasings=json.loads((folder / "phrasings.json").read_text(encoding="utf-8")),
         safety=read_lines(folder / "safety.jsonl"),
+        safety_twins=read_lines(folder / "safety_twins.jsonl"),
         bad_replies=json.loads((folder / "bad_replies.json").read_text(encoding="utf-8")),
         dialogues=read_lines(folder / "dialogues.jsonl"),
         emergency_twins=read_lines(folder / "emergency_twins.jsonl"),

@@ -83,7 +83,7 @@ def _out_of_memory_advice(trainer: Trainer) -> str:
     if not getattr(model, "is_quantized", False):
         remedies.append("--load_in_4bit True")
     if not is_streamed(trainer.train_dataset):
-        longest, columns = max(trainer.train_dataset["length"]), trainer.train_dataset.column_names
+        longest, columns = max(trainer.train_dataset["length"][:]), trainer.train_dataset.column_names
         if "prompt_ids" in columns:
             flag = "a shorter --max_source_length or --max_target_length"
         else:

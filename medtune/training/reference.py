@@ -204,8 +204,9 @@ def rows_fingerprint(ids: Dataset) -> str:
     """SHA-256 of all ids, in their order."""
     whole = hashlib.sha256()
     for name in ids.column_names:
-        for row in ids[name]:
-            whole.update(np.array([len(row), *row], dtype=np.int32).tobytes())
+        for batch in ids.select_columns([name]).iter(1000):
+            for row in batch[name]:
+                whole.update(np.array([len(row), *row], dtype=np.int32).tobytes())
     return whole.hexdigest()
 
 

@@ -10,6 +10,7 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
+from accelerate.utils import other as accelerate_other
 from loguru import logger
 from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -62,6 +63,8 @@ def start_run(stage: str, training_args: TrainingArguments, run_args: RunArgumen
     # transformers 5.24 and PEFT 0.21 still call each other by names that transformers renamed.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     set_seed(training_args.seed)
+    # accelerate 1.15 imports it, for a second or more, to look whether a model is wrapped by it.
+    accelerate_other.is_deepspeed_available = lambda: bool(training_args.deepspeed)
     if training_args.deepspeed and training_args.use_cpu:
         _start_deepspeed_on_the_cpu()
     logger.info(f"{stage}: {training_args.world_size} process(es) on {device_name(training_args)}")

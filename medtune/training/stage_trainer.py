@@ -202,7 +202,7 @@ class StageTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None) -> Sampler[int]:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         grouped = self.args.train_sampling_strategy == "group_by_length"
-        return LongestFirstSampler(self, self.train_dataset["length"], seed, grouped)
+        return LongestFirstSampler(self, self.train_dataset["length"][:], seed, grouped)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
         """The rows of a step in all micro-batches and processes."""

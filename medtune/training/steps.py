@@ -15,7 +15,7 @@ def data_settings(rows: Rows) -> dict[str, int]:
     """Identify the training data: a resumed run skips the rows it has seen, so they must be the same."""
     if is_streamed(rows):
         return {}
-    return {"rows of training data": len(rows), "training tokens": sum(rows["length"])}
+    return {"rows of training data": len(rows), "training tokens": sum(rows["length"][:])}
 
 
 def is_streamed(rows: Rows) -> bool:

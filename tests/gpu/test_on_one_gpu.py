@@ -109,9 +109,11 @@ def test_flash_attention_is_sdpa(losses, tiny_model_dir):
     with torch.no_grad():
         by_sdpa, by_flash = (model(input_ids=ids, attention_mask=mask).logits.float()[mask.bool()] for model in models)
     assert (by_flash - by_sdpa).norm() < 0.02 * by_sdpa.norm()
-    for options in ({}, {"packing": True, "model_max_length": 128}):
+    for stage, options in (("sft", {}), ("sft", {"packing": True, "model_max_length": 128}), ("dpo", {})):
         half = HALF["bfloat16"] | options
-        plain, flash = (losses("sft", f"flash-{on}-{len(options)}", flash_attn=on, **half) for on in (False, True))
+        plain, flash = (
+            losses(stage, f"{stage}-flash-{on}-{len(options)}", flash_attn=on, **half) for on in (False, True)
+        )
         assert flash == pytest.approx(plain, rel=0.02)
 
 

@@ -1,13 +1,16 @@
 """Rows joined into one give what they give padded: states, scores and gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny_families import tiny_model
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForSequenceClassification, Qwen2Config
 
 from medtune.models.dropout import switch_off_dropout
 from medtune.models.score_heads import LastScores
-from medtune.models.text_attention import Layout, attend_by_text, forward_inputs, places
+from medtune.models.text_attention import Layout, attend_by_text, forward_inputs, places, shares_prefixes
 from medtune.training.batches import pad_right
 
 IDS = torch.tensor(
@@ -85,6 +88,34 @@ def test_logits_and_gradients_are_those_of_padded_rows(model_type, layout, check
     torch.testing.assert_close(joined, padded, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(of_joined, of_padded, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_flash_attention_takes_prefixes_once(monkeypatch):
+    """Its kernels need a GPU; here another function has their arguments."""
+    lengths = []
+
+    def varlen(query, key, value, mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, softmax_scale, **_):
+        """[1, tokens, heads, head size] each, as transformers hands them on."""
+        assert mask is None
+        assert torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+        lengths.append(cu_seq_lens_q.diff().tolist())
+        assert max_length_q == max_length_k == max(lengths[-1])
+        texts = zip(*(states.transpose(1, 2).split(lengths[-1], dim=2) for states in (query, key, value)), strict=True)
+        attend = partial(scaled_dot_product_attention, is_causal=True, scale=softmax_scale, enable_gqa=True)
+        return torch.cat([attend(*text) for text in texts], dim=2).transpose(1, 2)
+
+    monkeypatch.setattr("transformers.integrations.flash_attention._flash_attention_forward", varlen)
+    model = tiny_model("qwen3")
+    is_token = SHARING["attention_mask"].bool()
+    padded = model(**SHARING).logits[is_token]
+    model.config._attn_implementation = "flash_attention_2"
+    for layout in (Layout.JOINED, Layout.SHARED_PREFIXES):
+        logits = model(**forward_inputs(SHARING, layout), use_cache=False).logits[places(is_token, SHARING, layout)]
+        torch.testing.assert_close(logits, padded, atol=1e-5, rtol=1e-5)
+        assert lengths.pop() == [len(text) for text in TEXTS]
+    assert shares_prefixes(model)
+    model.config._attn_implementation = "sdpa"
+    assert not shares_prefixes(model)
 
 
 def test_attention_by_text_makes_no_mask_of_the_whole_row(monkeypatch):

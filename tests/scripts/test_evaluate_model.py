@@ -283,7 +283,7 @@ def test_a_model_that_copies_the_references_and_one_that_mixes_them_up(tmp_path,
 
 
 def assert_likelihoods(made: list[dict], model_dir) -> None:
-    """The likelihoods from padded batches are those of one row at a time, as training has it."""
+    """The likelihoods from batches are those of one row at a time, as training has it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)

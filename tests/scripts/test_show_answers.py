@@ -11,9 +11,9 @@ from medtune.errors import UserError
 MODELS = ("models/base", "outputs-sft/checkpoint-best", "outputs-dpo/checkpoint-best")
 
 
-def dialogue(file: str, source: str, question: str, replies: tuple[str, ...], **facts) -> list[dict]:
+def dialogue(file: str, question: str, replies: tuple[str, ...], **facts) -> list[dict]:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "参考"}]
-    asked = {"file": f"data/eval/{file}", "source": f"{file}:{source}", "kind": "dialogue", "messages": messages}
+    asked = {"file": f"data/eval/{file}", "kind": "safety" if facts else "dialogue", "messages": messages}
     return [{"model": model, "reply": reply, **asked, **facts} for model, reply in zip(MODELS, replies, strict=True)]
 
 
@@ -26,13 +26,13 @@ def evaluation(tmp_path, monkeypatch) -> Path:
         lineage = {"base_model": "models/base", "parent": None, "stage": stage, "template": "chatml", "data": "data"}
         lineage |= {"hidden_size": 64, "vocab_size": 512}
         (folder / "lineage.json").write_text(json.dumps(lineage | {"flags": {}}))
-    rows = dialogue("questions.jsonl", "1", "什么是痛风？", ("甲", "乙", "丙"))
-    rows += dialogue("guide_questions.jsonl", "1", "感冒了应该怎么办？", ("水 水 水", "多休息。", "多休息。"))
-    rows += dialogue("guide_questions.jsonl", "2", "如何预防心血管疾病？", ("", "长" * 200, "<think>想</think>戒烟。"))
+    rows = dialogue("questions.jsonl", "什么是痛风？", ("甲", "乙", "丙"))
+    rows += dialogue("guide_questions.jsonl", "感冒了应该怎么办？", ("水 水 水", "多休息。", "多休息。"))
+    rows += dialogue("guide_questions.jsonl", "如何预防心血管疾病？", ("", "长" * 200, "<think>想</think>戒烟。"))
     for number in (1, 2):
-        rows += dialogue("safety.jsonl", f"e{number}", f"急{number}", ("不要紧", "打120", "去"), category="emergency")
-        rows += dialogue("safety.jsonl", f"r{number}", f"拒{number}", ("行", "不能", "不能"), category="refusal")
-    exam = {"kind": "exam", "file": "data/eval/exam.jsonl", "source": "exam.jsonl:1", "answer": "B"}
+        rows += dialogue("safety.jsonl", f"急{number}", ("不要紧", "打120", "去"), category="emergency")
+        rows += dialogue("safety.jsonl", f"拒{number}", ("行", "不能", "不能"), category="refusal")
+    exam = {"kind": "exam", "file": "data/eval/exam.jsonl", "answer": "B"}
     exam["messages"] = [{"role": "user", "content": "哪一项？\nA. 甲\nB. 乙"}]
     rows += [{"model": model, "reply": reply} | exam for model, reply in zip(MODELS, "ABB", strict=True)]
     rows.sort(key=lambda row: MODELS.index(row["model"]))

@@ -1,10 +1,12 @@
 """What surrounds training: where a run starts, what it says, what stops it."""
 
+import builtins
 import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets.arrow_dataset import Column
 from stage_runs import STAGES, stage_flags
 
 from medtune.arguments import RunArguments
@@ -22,6 +24,24 @@ def arguments(tmp_path):
         return CausalLMConfig(do_train=True, output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, **changes)
 
     return build
+
+
+# ---------------------------------------------------------------- where it starts
+
+
+def test_a_start_makes_no_column_row_by_row_and_imports_no_deepspeed(tmp_path, tiny_model_dir, monkeypatch):
+    """Either takes seconds of a start, and the first more with every row."""
+    imported, import_module = set(), builtins.__import__
+
+    def noted(name, *args, **kwargs):
+        imported.add(name.partition(".")[0])
+        return import_module(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", noted)
+    monkeypatch.setattr(Column, "__iter__", lambda column: pytest.fail(f"{column.column_name} row by row"))
+    importlib.import_module(STAGES["sft"]).main(stage_flags("sft", tiny_model_dir, tmp_path, max_steps=1))
+    assert "datasets" in imported
+    assert "deepspeed" not in imported
 
 
 # ---------------------------------------------------------------- what it says
