@@ -28,6 +28,7 @@ https://arxiv.org/abs/2507.18071). medtune/rl/grpo_math.py holds them, docs/grpo
 Launcher: run_grpo.sh.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -66,7 +67,7 @@ from medtune.rl.arguments import (
     fixed_settings,
 )
 from medtune.rl.exam_scores import chosen_by_exam, exam_scores, mean_scores
-from medtune.rl.grpo_math import LOSS_TYPES, Whole, group_advantages, has_signal, surrogate_losses
+from medtune.rl.grpo_math import LOSS_TYPES, Whole, fill_missing, group_advantages, has_signal, surrogate_losses
 from medtune.rl.log import grpo_figures
 from medtune.rl.measures import GroupMeasures, TokenMeans, summarize_groups
 from medtune.rl.off_policy import check_sampler, sampler_weights
@@ -80,7 +81,7 @@ from medtune.rl.vllm_servers import connect_servers
 from medtune.training.checkpoints import BEST, PADDING_FREE
 from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
-from medtune.training.precision import CPU_BF16, base_dtype, describe_precision
+from medtune.training.precision import CPU_BF16, base_dtype, cpu_bf16_of, describe_precision
 from medtune.training.processes import largest_of_processes
 from medtune.training.run import inference_command, start_run
 from medtune.training.template_choice import choose_thinking
@@ -133,15 +134,21 @@ def collect_groups(
             parts.append(add_logps(roles, rows, replies, sampling, stop))
         measured.append(GroupMeasures.interleave(gather_object([GroupMeasures.of(parts[-1], rewards)])))
         drawn += missing
-        missing -= int(has_signal(scorer.rewards.total(measured[-1].rewards), size).sum()) // size
+        filled = fill_missing(measured[-1].rewards, size)
+        missing -= int(has_signal(scorer.rewards.total(filled), size).sum()) // size
         if missing == 0:
             break
     run.state.groups_drawn = drawn
     replies, measures = PolicyReplies.join(parts), GroupMeasures.join(measured)
+    # What the judge could not judge has no reward: it is no reply to learn from, and moves no other's advantage.
+    is_judged = ~measures.rewards.isnan().any(dim=1)
+    measures.rewards = fill_missing(measures.rewards, size)
     totals = scorer.rewards.total(measures.rewards)
-    learns = has_signal(totals, size)
+    learns = has_signal(totals, size) & is_judged
     advantages = group_advantages(totals, size, scale=grpo_args.scale_rewards == "group").float()
     metrics = summarize_groups(measures, totals, learns, scorer.rewards.names, roles.has_reference)
+    if scorer.rewards.judge is not None:
+        metrics["reply/unjudged_frac"] = 1 - is_judged.double().mean().item()
     own, device = slice(accelerator.process_index, None, accelerator.num_processes), replies.ids.device
     return Groups(replies, advantages[own].to(device), learns[own].to(device), measures, metrics)
 
@@ -234,7 +241,8 @@ def evaluate(
         measured = {"reward": scorer.rewards.total(torch.tensor([of_reply])).item()}
         measured |= {f"reward_{name}": value for name, value in zip(scorer.rewards.names, of_reply, strict=True)}
         measured |= {"mean_len": float(reply.n_tokens), "eos_frac": float(reply.ended)}
-        figures.append(measured | exam_scores(reply, exam_format))
+        judged = {name: value for name, value in measured.items() if not math.isnan(value)}
+        figures.append(judged | exam_scores(reply, exam_format))
     return {f"eval_{name}": mean for name, mean in mean_scores(gather_object(figures), exam_format).items()}
 
 
@@ -290,6 +298,8 @@ def train_grpo(
                 run.save()
         if not eval_rows:
             run.keep_best({})
+        if scorer.rewards.judge is not None:
+            scorer.rewards.judge.log_usage()
         run.save()
 
 
@@ -336,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         check_model_path(rm, "--reward_model_path", model_args.allow_pickle_weights)
     check_combination(lora_args, grpo_args, training_args)
     per_update = count_episodes(training_args)
-    check_groups(grpo_args, training_args, per_update)
+    check_groups(grpo_args, training_args, training_args.world_size)
     rewards = load_rewards(reward_args, grpo_args.response_length)
 
     # ------------------------------------------------------------ run
@@ -374,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     own = reward_settings(reward_args, **hub_options) | {f"--{name}": getattr(grpo_args, name) for name in kept}
     layout = grpo_args.padding_free
     settings = fixed_settings("grpo", model_args, training_args, layout, per_update, n_prompts, own)
-    begins = {CPU_BF16: training_args.use_cpu and model_args.torch_dtype == "bfloat16"}
+    begins = {CPU_BF16: cpu_bf16_of(training_args, model_args.torch_dtype == "bfloat16")}
     state = resumed_state(checkpoint, settings) if checkpoint else State(settings | begins)
     if checkpoint and is_done(state, lineage, checkpoint, n_updates):
         return {}

@@ -271,21 +271,25 @@ def _quote(value: object) -> str:
 def results_in_order(turns: Sequence[Turn]) -> list[Turn]:
     """The turns with the results of tools in the order of their calls, in which templates without ids have them.
 
-    Raises Unusable for the result of no call of the turn before.
+    Raises Unusable for the result of no call of the turn before, and for a call with none or several.
     """
     ordered: list[Turn] = []
-    ids: list[str | None] = []
+    calls: list = []
     for is_result, group in groupby(turns, key=lambda turn: turn.role == "tool"):
         group = list(group)
+        ids = [call["id"] for call in calls if isinstance(call, dict) and "id" in call]
+        given = [turn.extra("tool_call_id") for turn in group]
         if is_result and ids:
-            for turn in group:
-                if (given := turn.extra("tool_call_id")) not in ids:
-                    raise Unusable("no such call", f"a turn of a tool has tool_call_id {given}; the calls have {ids}")
+            if others := [name for name in given if name not in ids]:
+                raise Unusable("no such call", f"a turn of a tool has tool_call_id {others[0]}; the calls have {ids}")
             group.sort(key=lambda turn: ids.index(turn.extra("tool_call_id")))
+        if is_result and calls and (len(group) != len(calls) or any(given.count(name) != 1 for name in ids)):
+            of_ids = f" with tool_call_id {given}; the calls have {ids}" if ids else ""
+            what = f"{len(calls)} tool_calls are followed by {len(group)} turns of tools{of_ids}"
+            raise Unusable("not one result a call", f"{what}; send one result for each call")
         calls = group[-1].extra("tool_calls") or []
         if not isinstance(calls, list):
             raise Unusable("no list of calls", f"tool_calls {calls!r}: give a list")
-        ids = [call["id"] for call in calls if isinstance(call, dict) and "id" in call]
         ordered += group
     return ordered
 

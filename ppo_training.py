@@ -78,7 +78,15 @@ from medtune.rl.ppo_math import (
 from medtune.rl.reward_texts import load_reward_texts
 from medtune.rl.rewards import REWARD_MODEL, load_rewards, reward_settings
 from medtune.rl.roles import CHECKED_PROMPTS, load_roles
-from medtune.rl.rollout import Rollout, Sampling, Scorer, center_scores, choose_sampling, collect_rollout
+from medtune.rl.rollout import (
+    Rollout,
+    Sampling,
+    Scorer,
+    center_scores,
+    choose_sampling,
+    collect_rollout,
+    without_unjudged,
+)
 from medtune.rl.run import (
     Run,
     State,
@@ -92,7 +100,7 @@ from medtune.rl.vllm_servers import connect_servers
 from medtune.training.checkpoints import BEST, PADDING_FREE
 from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
-from medtune.training.precision import CPU_BF16, base_dtype, describe_precision
+from medtune.training.precision import CPU_BF16, base_dtype, cpu_bf16_of, describe_precision
 from medtune.training.run import inference_command, start_run
 from medtune.training.template_choice import choose_thinking
 
@@ -208,7 +216,7 @@ def evaluate(
     own, padded = run.own_part(rows)
     with run.accelerator.autocast():
         rollout = collect_rollout(run.roles, padded, None, sampling, scorer, stop)
-    measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout).first(len(own))]))
+    measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout).first(len(own)).judged()]))
     run.show_replies(own, rollout.reply_ids())
     metrics = summarize(measures, scorer.rewards, ppo_args.kl_coef, ppo_args.missing_eos_penalty)
     names = {name: name.replace("reward/", "objective/reward_").partition("/")[2] for name in metrics}
@@ -249,6 +257,8 @@ def train_ppo(
             rows = [prompts[order[episode]] for episode in episodes]
             with accelerator.autocast():
                 rollout = collect_rollout(run.roles, rows, episodes, sampling, scorer, stop)
+            if scorer.rewards.judge is not None:
+                rollout = without_unjudged(rollout)
             measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout)]))
 
             # Alarm.
@@ -280,6 +290,8 @@ def train_ppo(
                 run.save()
         if not eval_rows:
             run.keep_best({})
+        if scorer.rewards.judge is not None:
+            scorer.rewards.judge.log_usage()
         run.save()
 
 
@@ -364,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     own = reward_settings(reward_args, **hub_options) | {"--kl_coef": ppo_args.kl_coef}
     layout = ppo_args.padding_free
     settings = fixed_settings("ppo", model_args, training_args, layout, per_update, n_prompts, own)
-    begins = {CPU_BF16: training_args.use_cpu and model_args.torch_dtype == "bfloat16"}
+    begins = {CPU_BF16: cpu_bf16_of(training_args, model_args.torch_dtype == "bfloat16")}
     state = resumed_state(checkpoint, settings) if checkpoint else State(settings | begins, kl_coef=ppo_args.kl_coef)
     if checkpoint and is_done(state, lineage, checkpoint, n_updates):
         return {}

@@ -38,7 +38,8 @@ from medtune.models.recurrence import why_texts_mix
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.blocks import learned_bytes_per_token
 from medtune.reading.encoders import DocumentEncoder
-from medtune.reading.finding import TEXT_ENDINGS, are_same_files, find_files
+from medtune.reading.finding import RecordFile
+from medtune.reading.parts import find_parts
 from medtune.reading.readers import read_documents
 from medtune.reading.records import BadRecord
 from medtune.reading.stage_data import Data, prepare_data
@@ -92,27 +93,22 @@ def stream_data(
         raise UserError(
             "--streaming True: --max_train_samples draws from all records, which are not read; leave it out"
         )
-    path, eval_path = data_args.train_file_dir or "", data_args.validation_file_dir
-    files, unread = find_files(path, "--train_file_dir", TEXT_ENDINGS)
-    if training_args.do_eval and (
-        eval_path is None
-        or are_same_files(files, find_files(eval_path, "--validation_file_dir", TEXT_ENDINGS)[0], eval_path)
-    ):
+    listings, held_out = find_parts(data_args, training_args.do_eval, encoder.kind, encoder.endings, cache_dir)
+    if held_out:
         raise UserError(
             "--streaming True: no part of the training files is held out; give --validation_file_dir others"
         )
-    blocks = partial(stream_blocks, files, encoder, data_args.on_bad_data)
+    blocks = partial(stream_blocks, listings["train"].files, encoder, data_args.on_bad_data)
     dataset = IterableDataset.from_generator(blocks, features=encoder.block_features)
     dataset = dataset.shuffle(seed=training_args.seed, buffer_size=STREAM_SHUFFLE).repeat(None)
     # Each process reads all and takes its part: rows with names in them cannot be sent from one to the others.
     training_args.accelerator_config.dispatch_batches = False
-    not_read = f", {len(unread)} with other endings not read" if unread else ""
-    facts = {"train files": f"{len(files)} in {path}{not_read}, streamed"}
+    facts = {name: f"{value}, streamed" for name, value in listings["train"].describe("train").items()}
     evaluation = prepare_data(read_documents, encoder, data_args, training_args, cache_dir, parts=("eval",))
     return Data(dataset, evaluation.eval, facts | evaluation.facts)
 
 
-def stream_blocks(files: Sequence[Path], encoder: DocumentEncoder, on_bad_data: str) -> Iterator[dict]:
+def stream_blocks(files: Sequence[RecordFile], encoder: DocumentEncoder, on_bad_data: str) -> Iterator[dict]:
     """The blocks of the whole text, batch by batch; the tokens left over begin the next batch.
 
     Raises UserError at the first bad record under "error"; the others are named in the log and left out.

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything in one go: PT if wanted, SFT, then DPO, RM and PPO, or GRPO, merging, evaluation and a report.
+# Everything in one go: PT if wanted, SFT, then DPO, RM and PPO, or GRPO, merging, evaluation, a report, and some answers
+# before training and after each stage.
 #
 # Needs: what the stages need, see run_pt.sh to run_grpo.sh. No GPU: a small model on the CPU.
 #
@@ -17,36 +18,40 @@ cd "$(dirname "$0")"
 
 # ---------------------------------------------------------------- edit block
 DO_PT=${DO_PT:-}                           # 1: continued pretraining first
-ALIGN=${ALIGN:-}                           # dpo, ppo (RM and PPO), both, grpo, or none
+ALIGN=${ALIGN:-}                           # dpo, ppo (RM and PPO), both, grpo, all, or none
 PT_DATA=${PT_DATA:-./data/pretrain}
 SFT_DATA=${SFT_DATA:-./data/finetune}
 PAIR_DATA=${PAIR_DATA:-./data/reward}
 PPO_DATA=${PPO_DATA:-$SFT_DATA}             # the prompts of PPO
 GRPO_DATA=${GRPO_DATA:-./data/exam}         # exam questions
 safety="data/eval/safety.jsonl data/eval/emergency_twins.jsonl data/eval/unsafe_requests.jsonl"
-TEST_FILES=${TEST_FILES:-data/eval/questions.jsonl data/eval/exam.jsonl $safety}
+asked="data/eval/guide_questions.jsonl data/eval/everyday_questions.jsonl data/eval/questions.jsonl"
+TEST_FILES=${TEST_FILES:-$asked data/eval/exam.jsonl $safety}
 EVAL_FLAGS=${EVAL_FLAGS:---num_samples 200 --max_new_tokens 256}
-ESTIMATE=${ESTIMATE:-}                      # 1: print what each training stage will take, and train nothing
+ESTIMATE=${ESTIMATE:-}                      # 1: print what the training stages will take, and train nothing
 
 # ---------------------------------------------------------------- the guide's questions
 fail() { echo "error: $*" >&2; exit "${code:-2}"; }
 if [ -t 0 ]; then
     [ -n "$DO_PT" ] || read -r -p "先做增量预训练吗？ Continued pretraining first? [y/N] " DO_PT
-    [ -n "$ALIGN" ] || read -r -p "偏好对齐 Alignment: 1) DPO  2) RM + PPO  3) both  4) none  5) GRPO [1] " ALIGN
+    [ -n "$ALIGN" ] || read -r -p "偏好对齐 Alignment: 1) DPO  2) RM + PPO  3) both  4) none  5) GRPO  6) all [1] " ALIGN
 fi
 case ${DO_PT,,} in 1 | y | yes) DO_PT=1 ;; 0 | n | no | '') DO_PT=0 ;; *) fail "DO_PT=$DO_PT: give 0 or 1" ;; esac
-case $ALIGN in 1 | '') ALIGN=dpo ;; 2) ALIGN=ppo ;; 3) ALIGN=both ;; 4) ALIGN=none ;; 5) ALIGN=grpo ;; esac
-[[ $ALIGN =~ ^(dpo|ppo|both|grpo|none)$ ]] || fail "ALIGN=$ALIGN: give dpo, ppo, both, grpo or none"
-[ "$ALIGN" != grpo ] || [ -e "$GRPO_DATA" ] || fail "GRPO_DATA=$GRPO_DATA: no such folder; name one of exam questions"
+case $ALIGN in 1 | '') ALIGN=dpo ;; 2) ALIGN=ppo ;; 3) ALIGN=both ;; 4) ALIGN=none ;; 5) ALIGN=grpo ;; 6) ALIGN=all ;; esac
+[[ $ALIGN =~ ^(dpo|ppo|both|grpo|all|none)$ ]] || fail "ALIGN=$ALIGN: give dpo, ppo, both, grpo, all or none"
+[[ ! $ALIGN =~ ^(grpo|all)$ ]] || [ -e "$GRPO_DATA" ] || fail "GRPO_DATA=$GRPO_DATA: no such folder; name one of exam questions"
 [ -z "${TRAIN_DATA:-}${EVAL_DATA:-}" ] || fail "TRAIN_DATA and EVAL_DATA are of one stage: set PT_DATA, SFT_DATA," \
     "PAIR_DATA, PPO_DATA or GRPO_DATA, and for held-out records flags such as SFT_FLAGS='--validation_file_dir FOLDER'"
 # Pretraining starts from the model that was not yet taught to chat, as in the guide.
 MODEL=${MODEL:-Qwen/Qwen2.5-3B$([ "$DO_PT" = 1 ] || echo -Instruct)}
 NAME=${NAME:-$(basename "${MODEL%/checkpoint-*}" | sed 's/.*/\L&/; s/^outputs-[a-z]*-//; s/-instruct$//')}
 export PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+[ "$ESTIMATE" != 0 ] || ESTIMATE=
+# Which starts this script again, for the stages' commands.
+[ -z "$ESTIMATE" ] || [ -n "${ESTIMATE_COMMANDS:-}" ] ||
+    DO_PT=$DO_PT ALIGN=$ALIGN exec "$PYTHON" scripts/estimate_run.py run_all.sh "$@"
 gpus=$("$PYTHON" -m medtune.devices "$@") || exit # where torch cannot use the GPUs, which it has said
 [ "$gpus" != cpu ] || export CUDA_VISIBLE_DEVICES= # --use_cpu for what follows the training stages too
-[ "$ESTIMATE" != 0 ] || ESTIMATE=
 export ESTIMATE ESTIMATE_BASE=$MODEL
 mkdir -p logs
 exec 9> logs/.run_all.lock # the stages inherit it: one that outlived this script holds it
@@ -81,17 +86,17 @@ runs=() best=$MODEL REWARD_MODEL=
 [ "$DO_PT" = 0 ] || train pt "$PT_DATA" "$MODEL" "$@"
 train sft "$SFT_DATA" "$best" "$@"
 sft=$best compared=("$MODEL" "$best")
-if [[ $ALIGN = dpo || $ALIGN = both ]]; then
+if [[ $ALIGN =~ ^(dpo|both|all)$ ]]; then
     train dpo "$PAIR_DATA" "$sft" "$@"
     compared+=("$best")
 fi
-if [[ $ALIGN = ppo || $ALIGN = both ]]; then
+if [[ $ALIGN =~ ^(ppo|both|all)$ ]]; then
     train rm "$PAIR_DATA" "$sft" "$@"
     export REWARD_MODEL=$best
     train ppo "$PPO_DATA" "$sft" "$@"
     compared+=("$best")
 fi
-if [ "$ALIGN" = grpo ]; then
+if [[ $ALIGN =~ ^(grpo|all)$ ]]; then
     train grpo "$GRPO_DATA" "$sft" "$@"
     compared+=("$best")
 fi
@@ -107,6 +112,7 @@ stage evaluation "$PYTHON" scripts/evaluate_model.py --base_model "$best" --comp
     --output_dir "outputs-eval-$NAME" --reuse --overwrite
 stage report "$PYTHON" scripts/write_report.py --runs "${runs[@]}" --evaluation "outputs-eval-$NAME" \
     --output_dir "outputs-report-$NAME" --overwrite
+stage answers "$PYTHON" scripts/show_answers.py "outputs-eval-$NAME"
 echo "$(date '+%F %T') all done. The report: outputs-report-$NAME/report.html and report.md"
 echo "next: $(basename "$PYTHON") inference.py --base_model $merged --interactive"
 exit; }

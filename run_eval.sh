@@ -39,7 +39,7 @@ if ! "$PYTHON" -c "import lm_eval" 2> /dev/null; then
     exit 2
 fi
 for task in ${TASKS//,/ }; do
-    mapfile -t files < <(grep -ohE 'data/benchmarks/[a-z_/]+\.(jsonl|csv|parquet)' "eval_tasks/$task.yaml" 2> /dev/null)
+    mapfile -t files < <(grep -ohE 'data/benchmarks/[a-z0-9_/]+\.(jsonl|csv|parquet)' "eval_tasks/$task.yaml" 2> /dev/null)
     for file in "${files[@]}"; do
         [ -f "$file" ] || {
             echo "error: TASKS=$TASKS: there is no $file; eval_tasks/$task.yaml says what to put there" >&2

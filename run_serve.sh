@@ -62,8 +62,8 @@ if [[ $gpus =~ ^[1-9] ]] && "$VLLM_PYTHON" -c 'import vllm' 2> /dev/null; then
         args+=(--enable-lora --max-lora-rank "$max_rank" --lora-modules "$NAME=$LORA")
         # The adapter's tokenizer has the template and the end token of its training.
         [ ! -f "$LORA/tokenizer_config.json" ] || args+=(--tokenizer "$LORA")
-        # Once the server answers, a line says what the adapter changes.
-        ("$VLLM_PYTHON" -m medtune.models.adapter_effect "http://127.0.0.1:$PORT" "$NAME" $$ &)
+        # Once the server answers, a line says what the adapter changes; flags win over HOST and PORT there too.
+        ("$VLLM_PYTHON" -m medtune.models.adapter_effect "$NAME" $$ --host "$HOST" --port "$PORT" "$@" &)
     else
         args+=(--served-model-name "$NAME")
     fi

@@ -24,6 +24,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 
 from medtune.devices import cpu_reason
 from medtune.errors import UserError
+from medtune.flag_words import check_json, check_separators, check_share, flag_or_path, one_bool, values_by_flag
 from medtune.old_flags import ALWAYS_SO, FIXED_FLAGS, REMOVED, RENAMED
 from medtune.output_files import refuse_unwritable
 
@@ -58,11 +59,12 @@ class ModelArguments(LoadingOptions):
     torch_dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
         default="auto", metadata={"help": "Type of the base model's weights; auto takes the checkpoint's."}
     )
-    cpu_bf16: Literal["auto", "True", "False"] = field(
+    cpu_bf16: Literal["auto", "True", "False", "autocast"] = field(
         default="auto",
         metadata={
             "help": "On a CPU, the frozen base of an adapter in bfloat16: auto where that is faster here; without it, "
-            "and for full weights, a CPU trains in float32."
+            "and for full weights, a CPU trains in float32. autocast keeps weights in float32 and multiplies in "
+            "bfloat16, for full weights too."
         },
     )
     load_in_8bit: bool = field(default=False, metadata={"help": "Base weights in 8 bit (bitsandbytes)."})
@@ -81,7 +83,7 @@ class ModelArguments(LoadingOptions):
         default=False, metadata={"help": "Also load .bin weights, which can run code when they are opened."}
     )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for downloaded models and for tokenized data."}
+        default=None, metadata={"help": "Folder for downloaded models, for data sets of the hub and tokenized data."}
     )
 
 
@@ -121,6 +123,13 @@ class LoraArguments:
 @dataclass
 class DataArguments:
     train_file_dir: str | None = field(default=None, metadata={"help": "File or folder (nested) of training records."})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Data set of the hub instead, NAME[:config[:split]]; its validation split evaluates, where it has "
+            "one. Of this flag and --train_file_dir the later one counts."
+        },
+    )
     validation_file_dir: str | None = field(
         default=None,
         metadata={"help": "The same for evaluation; the training folder again: a seeded part is held out of it."},
@@ -171,7 +180,6 @@ class RunArguments:
 # Flags whose values no record keeps.
 SECRETS = {"--hub_token"}
 # Of these lists names are joined by commas; of all others words by blanks.
-WITH_COMMAS = ("--target_modules", "--modules_to_save", "--ignore_keys")
 # Of a flag that is suggested for an unknown one: --packing is no --ddp_backend, whose likeness is 0.64.
 LEAST_LIKENESS = 0.7
 # Smaller values train nothing, or fail far from here.
@@ -213,7 +221,7 @@ class StageArgumentParser(HfArgumentParser):
         if unknown:
             raise UserError(self._unknown_flag_message(unknown))
         values = vars(namespace)
-        by_flag = _values_by_flag(argv)
+        by_flag = values_by_flag(argv)
         self.given = {flag: value for flag, value in by_flag.items() if flag not in SECRETS}
         given = {flag.removeprefix("--") for flag in by_flag}
         self._settle_training_arguments(values, given)
@@ -243,12 +251,26 @@ class StageArgumentParser(HfArgumentParser):
                 (given[-1][1] if given else loose).append(word)
         if {"--warmup_ratio", "--warmup_steps"} <= {flag for flag, _ in given}:
             raise UserError("--warmup_ratio and --warmup_steps say the same thing twice: give one of them")
+        given = self._without_overruled_data(given)
         return [*loose, *(word for flag, values in given for word in self._translate_flag(flag, values))]
+
+    def _without_overruled_data(self, given: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+        """Leave out files before --dataset_name, or that before files, so that flags win over those of a launcher."""
+        data = [(flag, values) for flag, values in given if flag in ("--train_file_dir", "--dataset_name")]
+        if len({flag for flag, _ in data}) < 2:
+            return given
+        last, _ = data[-1]
+        overruled = [flag_and_values for flag_and_values in data if flag_and_values[0] != last]
+        # The training folder again, of which a part would be held out.
+        overruled += [("--validation_file_dir", values) for flag, values in overruled if flag == "--train_file_dir"]
+        overruled = [flag_and_values for flag_and_values in given if flag_and_values in overruled]
+        self.notes += [f"{flag} {' '.join(values)}: {last} comes later and counts" for flag, values in overruled]
+        return [flag_and_values for flag_and_values in given if flag_and_values not in overruled]
 
     def _translate_flag(self, flag: str, values: list[str]) -> list[str]:
         if flag in FIXED_FLAGS:
             meant, reason = FIXED_FLAGS[flag]
-            requested = _one_bool(flag, values)
+            requested = one_bool(flag, values)
             if requested is not meant:
                 raise UserError(f"{flag} {requested} cannot be honoured: {reason}; leave the flag out")
             self.notes.append(f"{flag} {requested}: {reason}")
@@ -256,15 +278,16 @@ class StageArgumentParser(HfArgumentParser):
         if flag in self._option_string_actions:
             action = self._option_string_actions[flag]
             if action.type is string_to_bool and len(values) < 2:
-                values = [str(_one_bool(flag, values))]
-            elif set(action.choices or ()) == {"auto", "True", "False"} and values != ["auto"]:
-                values = [str(_one_bool(flag, values, "auto, True or False"))]
+                values = [str(one_bool(flag, values))]
+            elif {"True", "False"} < (words := set(action.choices or ())) and words.isdisjoint(values):
+                *first, last = action.choices
+                values = [str(one_bool(flag, values, f"{', '.join(first)} or {last}"))]
             if flag == "--optim" and values == ["adamw_hf"]:
                 self.notes.append("--optim adamw_hf is gone: adamw_torch, the same algorithm, is used")
                 values = ["adamw_torch"]
             for value in values:
-                _check_json(flag, value)
-            _check_separators(flag, values, takes_several=action.nargs == "+")
+                check_json(flag, value)
+            check_separators(flag, values, takes_several=action.nargs == "+")
             # In one word, so that argparse does not take a value such as -1e-3 for a flag.
             return [f"{flag}={values[0]}"] if len(values) == 1 else [flag, *values]
         if [ALWAYS_SO.get(flag)] == values:
@@ -272,11 +295,11 @@ class StageArgumentParser(HfArgumentParser):
             return []
         if flag in RENAMED:
             if flag == "--warmup_ratio":
-                _check_share(flag, values)
+                check_share(flag, values)
             self.notes.append(f"{flag} is now {RENAMED[flag]} {' '.join(values)}".rstrip())
             return self._translate_flag(RENAMED[flag], values)
         if flag == "--group_by_length":
-            grouped = _one_bool(flag, values)
+            grouped = one_bool(flag, values)
             strategy = "group_by_length" if grouped else "random"
             self.notes.append(f"--group_by_length {grouped} is now --train_sampling_strategy {strategy}")
             return ["--train_sampling_strategy", strategy]
@@ -317,13 +340,13 @@ class StageArgumentParser(HfArgumentParser):
             if folder := values.get(name) or default:
                 refuse_unwritable(Path(folder), f"--{name}")
         if values["resume_from_checkpoint"] is not None:
-            values["resume_from_checkpoint"] = _flag_or_path(values["resume_from_checkpoint"])
+            values["resume_from_checkpoint"] = flag_or_path(values["resume_from_checkpoint"])
         if "eval_strategy" not in given and values["do_eval"] and values["eval_steps"] is not None:
             values["eval_strategy"] = "steps"
             self.notes.append("--eval_steps without --eval_strategy: --eval_strategy steps is used")
         if values["disable_tqdm"] is None:
             values["disable_tqdm"] = not sys.stderr.isatty()
-        if "torch_compile" not in given and _one_bool("TORCH_COMPILE", [os.environ.get("TORCH_COMPILE") or "0"]):
+        if "torch_compile" not in given and one_bool("TORCH_COMPILE", [os.environ.get("TORCH_COMPILE") or "0"]):
             is_flag = "torch_compile" in values
             values["torch_compile"] = True
             does = "--torch_compile True" if is_flag else "this stage does not compile"
@@ -377,69 +400,24 @@ class StageArgumentParser(HfArgumentParser):
             return
         # Without use_cpu, two torchrun processes on such a machine are two trainings in one folder, each alone.
         values["use_cpu"] = True
-        replaced = [f"--{name}" for name in ("bf16", "fp16") if values.get(name)]
+        in_autocast = values.get("cpu_bf16") == "autocast"
+        replaced = [
+            f"--{name}" for name in ("bf16", "fp16") if values.get(name) and not (in_autocast and name == "bf16")
+        ]
         if values.get("torch_dtype") in ("bfloat16", "float16"):
             replaced.append(f"--torch_dtype {values['torch_dtype']}")
         if values.get("device_map"):
             replaced.append(f"--device_map {values['device_map']}")
         if os.environ.get("CUDA_VISIBLE_DEVICES"):
             replaced.append(f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}")
-        values.update(bf16=False, fp16=False, tf32=None)
+        if in_autocast and "bf16" in given and not values["bf16"]:
+            raise UserError("--cpu_bf16 autocast: not with --bf16 False; leave one of them out")
+        values.update(bf16=in_autocast, fp16=False, tf32=None)
         if "torch_dtype" in values:
             values.update(torch_dtype="float32", device_map=None)
         instead = f" instead of {', '.join(replaced)}" if replaced else ""
-        self.notes.append(f"{reason}: float32 on the CPU{instead}")
-
-
-def _one_bool(flag: str, values: list[str], choices: str = "True or False") -> bool:
-    """The value of a boolean flag; a flag without a value is True."""
-    try:
-        (text,) = values or ["True"]
-        return string_to_bool(text)
-    except (ValueError, argparse.ArgumentTypeError):
-        raise UserError(f"{flag} {' '.join(values)}: give {choices}") from None
-
-
-def _check_json(flag: str, value: str) -> None:
-    """Settings in JSON are parsed deep in transformers, which does not say which flag was wrong."""
-    if value.startswith("{"):
-        try:
-            json.loads(value)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{flag} {value}: not JSON ({error}); quote the keys and write true or false") from None
-
-
-def _check_separators(flag: str, values: list[str], takes_several: bool) -> None:
-    """Refuse a list whose words are joined by the other of comma and blank. A word may be a path with a comma."""
-    if flag in WITH_COMMAS and len(values) > 1:
-        joined = ",".join(value.strip(",") for value in values)
-        raise UserError(f"{flag} {' '.join(values)}: the names are joined by commas: {flag} {joined}")
-    joined = [value for value in values if "," in value and value[0] not in "[{" and not Path(value).exists()]
-    if takes_several and joined and flag != "--report_to":  # which takes both
-        apart = " ".join(values).replace(",", " ").split()
-        raise UserError(f"{flag} {' '.join(values)}: several are given with blanks: {flag} {' '.join(apart)}")
-
-
-def _values_by_flag(argv: Sequence[str]) -> dict[str, str]:
-    """The values of each flag, joined by spaces; of a repeated flag the last ones, as in argparse."""
-    values: dict[str, str] = {}
-    flag = ""
-    for word in argv:
-        if word.startswith("--"):
-            flag, _, values[flag] = word.partition("=")
-        elif flag:
-            values[flag] = f"{values[flag]} {word}".strip()
-    return values
-
-
-def _check_share(flag: str, values: list[str]) -> None:
-    """From 1 on, transformers would take a share of the steps for their number."""
-    try:
-        (share,) = map(float, values)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < 1:
-        raise UserError(f"{flag} {' '.join(values)}: give a share of the steps from 0 to below 1")
+        precision = "float32 weights, products in bfloat16" if in_autocast else "float32"
+        self.notes.append(f"{reason}: {precision} on the CPU{instead}")
 
 
 def _check_deepspeed(config_file: str) -> None:
@@ -467,13 +445,3 @@ def _zero_stage(config_file: str) -> int:
                 "--lr_scheduler_type) without a word; take it out"
             )
     return stage
-
-
-def _flag_or_path(text: str) -> str | bool | None:
-    """`--resume_from_checkpoint` takes True, False or a path, and reaches us as text."""
-    lowered = text.strip().lower()
-    if lowered in ("true", "1", "yes"):
-        return True
-    if lowered in ("false", "0", "no", "none", ""):
-        return None
-    return text

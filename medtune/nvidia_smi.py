@@ -5,6 +5,7 @@ import subprocess
 from dataclasses import dataclass
 
 SECONDS_TO_ANSWER = 30  # of nvidia-smi, which first has to wake the GPUs
+NO_ANSWER = f"no answer within {SECONDS_TO_ANSWER} s"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ def ask_nvidia_smi(*words: str) -> str:
     except OSError:
         return ""
     except subprocess.TimeoutExpired:
-        return f"no answer within {SECONDS_TO_ANSWER} s"
+        return NO_ANSWER
     return (answer.stdout + answer.stderr).strip() or f"exit code {answer.returncode}"
 
 

@@ -114,9 +114,12 @@ def existing_part(folder: Path) -> Path:
 
 
 def refuse_same(input_files: Iterable[Path], output: Path, flag: str) -> None:
-    """Raise UserError, naming `flag`, if the output is one of the inputs or a folder that holds one."""
+    """Raise UserError, naming `flag`, if the output is one of the inputs or a folder that holds one.
+
+    What is no path, as a split of a data set, is no file that could be overwritten.
+    """
     place = output.resolve()
-    for file in input_files:
+    for file in (file for file in input_files if isinstance(file, Path)):
         source = file.resolve()
         if source == place or (place.is_file() and place.samefile(source)):
             raise UserError(f"{flag} {output}: is among the files to read; write to another place")

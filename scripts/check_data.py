@@ -1,6 +1,7 @@
 """Report every fault of training data before a GPU is rented for it.
 
     python scripts/check_data.py --dir data/finetune
+    python scripts/check_data.py --dataset_name OWNER/NAME:config
     python scripts/check_data.py --dir data/finetune_processed/train --eval_dir data/finetune_processed/validation \\
         --model_name_or_path Qwen/Qwen2.5-3B-Instruct --template_name qwen --model_max_length 2048
 
@@ -30,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from medtune.errors import Unusable, UserError, run_script
 from medtune.reading.foreign_forms import add_ignore_keys
 from medtune.reading.guide_form import guide_line
+from medtune.reading.hub_data import add_records_flags, load_splits
 from medtune.reading.keys import Reading
-from medtune.reading.kinds import READERS, Kind, find_kind
+from medtune.reading.kinds import READERS, Kind, find_kind, kind_of_split
 from medtune.reading.near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Known, bare_text
 from medtune.reading.records import LEFT_OUT, BadRecord, Dialogue, Document, Feedback, Pair, Report
 from medtune.reading.sources import Sources
@@ -352,7 +354,7 @@ def advice(result: Survey) -> list[str]:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--dir", required=True, help="a file, or a folder and all below it, as a stage would get it")
+    add_records_flags(parser, "--dir", "a file, or a folder and all below it, as a stage would get it")
     add("--eval_dir", help="the evaluation's records: are their questions trained on?")
     add_ignore_keys(parser)
     add_token_flags(parser)
@@ -361,18 +363,36 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def find_parts(args: argparse.Namespace) -> tuple[tuple, tuple | None]:
+    """Kind, files and unread files of the records; and of the evaluation's, where there are any.
+
+    As in a stage, a data set is evaluated on its own split for it, unless files are named.
+    """
+    keys, validation = args.ignore_keys, None
+    if args.dataset_name is None:
+        train = find_kind(args.dir, "--dir", keys)
+    else:
+        split, validation = load_splits(args.dataset_name, args.cache_dir)
+        train = kind_of_split(split, keys)
+    if args.eval_dir:
+        return train, find_kind(args.eval_dir, "--eval_dir", keys)
+    return train, kind_of_split(validation, keys) if validation else None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the faults, the survey and the verdict; raises SystemExit(1) if a stage cannot train on the data."""
     args = parse_args(argv)
-    kind, files, unread = find_kind(args.dir, "--dir", args.ignore_keys)
+    (kind, files, unread), of_evaluation = find_parts(args)
     notes = settle_token_flags(args, kind)
     reading = Reading(args.ignore_keys)
     measure = measure_by(args, kind, reading)
     evaluation = None
-    if args.eval_dir:
-        eval_kind, eval_files, _ = find_kind(args.eval_dir, "--eval_dir", args.ignore_keys)
+    if of_evaluation:
+        eval_kind, eval_files, _ = of_evaluation
         if "documents" in {kind, eval_kind} != {kind}:
-            raise UserError(f"--eval_dir {args.eval_dir}: holds {eval_kind}, and --dir {kind}, which ask nothing alike")
+            evaluated = f"--eval_dir {args.eval_dir}" if args.eval_dir else eval_files[0].name
+            flag = "--dir" if args.dir else "--dataset_name"
+            raise UserError(f"{evaluated}: holds {eval_kind}, and {flag} {kind}, which ask nothing alike")
         if {file.resolve() for file in files} == {file.resolve() for file in eval_files}:
             raise UserError(
                 "--eval_dir: the same files as --dir, of which a stage holds a part out; leave the flag out, or split "
@@ -382,7 +402,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluation.read(eval_kind, eval_files, Reading(args.ignore_keys), measure)
     result = survey(kind, files, reading, measure, limits_of(args), evaluation)
 
-    print(f"{args.dir}: {kind} in {len(files)} file{'s' if len(files) > 1 else ''}")
+    where = f" in {len(files)} file{'s' if len(files) > 1 else ''}" if args.dir else ""
+    print(f"{args.dir or files[0].name}: {kind}{where}")
     for name, value in describe(result, "tokens" if args.tokenizer else "characters", evaluation):
         print(f"  {name:<18}{value}")
     wrong = verdict(result, evaluation)

@@ -18,11 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from medtune.errors import UserError, run_script
 from medtune.machine.between_gpus import check_all_reduce
 from medtune.machine.computing import check_computing
-from medtune.machine.driver import check_gpus, check_torch
+from medtune.machine.driver import check_driver, check_gpus, check_torch
 from medtune.machine.findings import FINE, NOTE, WRONG, Finding
 from medtune.machine.hub import check_hub
 from medtune.machine.short_runs import check_training
 from medtune.machine.storage import check_memory, check_output_disk, check_shared_memory
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def usable_gpus() -> int:
@@ -35,9 +37,13 @@ def usable_gpus() -> int:
 
 
 def check(output_dir: Path, train: bool) -> Iterator[Finding]:
-    yield from check_torch()
-    yield from check_gpus()
-    n_gpus = usable_gpus()
+    hanging = check_driver()
+    if hanging:  # so would whatever asks for a GPU
+        yield hanging
+    else:
+        yield from check_torch()
+        yield from check_gpus()
+    n_gpus = 0 if hanging else usable_gpus()
     if n_gpus:
         yield from check_computing([f"cuda:{index}" for index in range(n_gpus)])
     if n_gpus > 1:
@@ -47,14 +53,14 @@ def check(output_dir: Path, train: bool) -> Iterator[Finding]:
     yield from check_shared_memory(n_gpus)
     yield from check_memory(n_gpus)
     yield from check_hub()
-    if train:
+    if train and not hanging:
         yield from check_training(output_dir)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print a line for each finding; exit with 1 where something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=Path(), help="the folder where the runs will write")
+    parser.add_argument("--output_dir", type=Path, default=ROOT, help="the folder where the runs will write")
     parser.add_argument("--train", action="store_true", help="also three steps of SFT, DPO, RM and PPO on every GPU")
     args = parser.parse_args(argv)
     if not args.output_dir.is_dir():

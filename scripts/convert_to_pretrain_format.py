@@ -26,9 +26,10 @@ from medtune.errors import Unusable, UserError, run_script
 from medtune.output_files import new_text_file, refuse_same
 from medtune.reading.conversations import lone_reply
 from medtune.reading.files import open_text
-from medtune.reading.finding import RECORD_ENDINGS, display_path, ending_of, find_files
+from medtune.reading.finding import RECORD_ENDINGS, RecordFile, display_path, ending_of, find_records, some_names
 from medtune.reading.foreign_forms import ForeignReader, add_reading_flags, reader_of
 from medtune.reading.html_text import without_html
+from medtune.reading.hub_data import add_records_flags
 from medtune.reading.keys import check_media, sort_keys
 from medtune.reading.records import BadRecord, Dialogue, Pair, Report
 from medtune.reading.values import holds_nothing, text_of
@@ -89,7 +90,7 @@ class DocumentReader:
         self.min_length = min_length
         self.keys_of_pairs: set[tuple[str, ...]] = set()
 
-    def read(self, files: Iterable[Path]) -> Iterator[str | BadRecord]:
+    def read(self, files: Iterable[RecordFile]) -> Iterator[str | BadRecord]:
         """One result a document, in order."""
         for path in files:
             pieces = self.dialogues.read_raw(path) if ending_of(path) in RECORD_ENDINGS else self.read_text_file(path)
@@ -205,14 +206,14 @@ def spoken_text(item: Dialogue | Pair) -> str:
 # ---------------------------------------------------------------- main
 
 
-def convert(reader: DocumentReader, files: list[Path], output: Path, overwrite: bool) -> Report:
+def convert(reader: DocumentReader, files: list[RecordFile], output: Path, overwrite: bool) -> Report:
     """Write every document; raises UserError if there is none."""
     report = Report()
     with new_text_file(output, "--output_file", overwrite) as file:
         for text in report.usable(tqdm(reader.read(files), unit=" documents", disable=None)):
             file.write(f"{text}\n")
         if not report.kept:
-            lines = [f"--input_file: no document in it ({report.read:,} read)", *dropped_lines(report)]
+            lines = [f"{some_names(files)}: no document in it ({report.read:,} read)", *dropped_lines(report)]
             if "unknown keys" in report.dropped:
                 lines.append("say which column is the text: --text_column NAME")
             raise UserError("\n".join(lines))
@@ -222,7 +223,7 @@ def convert(reader: DocumentReader, files: list[Path], output: Path, overwrite: 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, convert, say what was kept, dropped and found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--input_file", required=True, help="a file, or a folder and all below it")
+    add_records_flags(parser, "--input_file", "a file, or a folder and all below it")
     parser.add_argument("--output_file", required=True, type=Path, help="the new .txt file, or .txt.gz")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     parser.add_argument("--min_length", type=int, default=0, help="drop documents of fewer characters")
@@ -238,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output_file {args.output_file}: plain text is written; let it end in .txt or .txt.gz")
     dialogues = reader_of(args, "dialogues")
     pairs = ForeignReader("pairs", encoding=args.encoding, reading=dialogues.reading)
-    files, unread = find_files(args.input_file, "--input_file", ENDINGS)
+    files, unread = find_records(args.input_file, args.dataset_name, "--input_file", ENDINGS)
     refuse_same(files, args.output_file, "--output_file")
     reader = DocumentReader(dialogues, pairs, args.text_column, args.split, args.min_length)
     report = convert(reader, files, args.output_file, args.overwrite)

@@ -7,6 +7,7 @@ Input: files of `--test_file`, each of one form, which decides what is measured:
               safe replies besides
   exam        {"question", "option": {"A": ...}, "answer": "A"}: by the likelihood of the letters, and by what it writes
               when asked for a letter alone and when asked to think first
+  rubrics     {"prompt": [...], "rubrics": [{"criterion", "points"}]}, HealthBench's form: graded by --judge rubrics
 Output: `--output_dir` with predictions.jsonl (a line for each record and model) and metrics.json (figures with 95 %
 intervals, differences from the first model, prompts, decoding, overlap of test and training data).
 The prompts are those of training; thoughts are measured, and the answers behind them graded. `--predictions` computes
@@ -16,14 +17,18 @@ the figures again from a predictions.jsonl, without a model.
     python scripts/evaluate_model.py --base_model MODEL --compare base SFT_ADAPTER DPO_ADAPTER --reward_model RM \\
         --test_file data/eval/questions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl \\
         data/eval/emergency_twins.jsonl data/eval/unsafe_requests.jsonl
+    python scripts/evaluate_model.py --predictions outputs-eval/predictions.jsonl --judge safety pairs \\
+        --judge_url http://127.0.0.1:8001/v1 --judge_model Qwen/Qwen2.5-32B-Instruct-AWQ --output_dir outputs-judged
 """
 
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,7 +42,11 @@ from transformers import set_seed
 
 from medtune.arguments import StageArgumentParser
 from medtune.errors import Unusable, UserError, run_script
-from medtune.measuring.figures import FIGURES, metrics_of, score
+from medtune.measuring.evaluations import read_predictions
+from medtune.measuring.figures import metrics_of, score
+from medtune.measuring.judge_client import Judge, JudgeArguments
+from medtune.measuring.judged_rows import JudgedBy, asked_messages, judge_rows, plan_judging
+from medtune.measuring.tables import table_lines
 from medtune.models.chat_models import (
     ChatModel,
     ChatModelArguments,
@@ -52,8 +61,7 @@ from medtune.models.loading import weights_fingerprint
 from medtune.models.logps import log_probs
 from medtune.output_files import new_folder
 from medtune.reading.eval_items import read_tests
-from medtune.reading.finding import find_files
-from medtune.reading.magic_bytes import misnamed, read_start
+from medtune.reading.finding import find_records
 from medtune.reading.near_duplicates import Known
 from medtune.reading.readers import read_dialogues, read_pairs
 from medtune.reading.thoughts import OPENING, split_reply, with_opening
@@ -89,6 +97,13 @@ class EvaluationArguments:
     predictions: str | None = field(
         default=None, metadata={"help": "An earlier predictions.jsonl, instead of a model and test files."}
     )
+    judge: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What the model of --judge_url grades: replies by the records' `rubrics`, replies to `safety` "
+            "items, `pairs` of replies of several models."
+        },
+    )
     num_samples: int | None = field(default=None, metadata={"help": "At most so many records a file, by the seed."})
     output_dir: str = field(default="outputs-eval", metadata={"help": "New folder for the results."})
     overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier run left in --output_dir."})
@@ -102,12 +117,17 @@ class EvaluationArguments:
     def __post_init__(self):
         if self.num_samples is not None and self.num_samples < 1:
             raise UserError(f"--num_samples {self.num_samples}: give at least 1")
+        if unknown := set(self.judge or ()) - {*get_args(JudgedBy)}:
+            raise UserError(f"--judge {min(unknown)}: there are {', '.join(get_args(JudgedBy))}")
         if self.batch_size < 1:
             raise UserError(f"--batch_size {self.batch_size}: give a number of prompts of at least 1")
 
 
-def check_together(model_args: EvaluatedModelArguments, eval_args: EvaluationArguments) -> None:
-    """Refuse flags that contradict each other."""
+def check_together(model_args: EvaluatedModelArguments, eval_args: EvaluationArguments, judge_args: JudgeArguments):
+    """Raise UserError for flags that contradict each other."""
+    judge_args.check_judge(f"--judge {' '.join(eval_args.judge)}" if eval_args.judge else None)
+    if "pairs" in (eval_args.judge or ()) and not (eval_args.predictions or eval_args.compare):
+        raise UserError("--judge pairs: one model has no other to be compared with; name several after --compare")
     if bool(eval_args.predictions) == bool(model_args.base_model):
         raise UserError("--base_model and --predictions: give one of them")
     if model_args.base_model and not eval_args.test_file:
@@ -121,12 +141,19 @@ def check_together(model_args: EvaluatedModelArguments, eval_args: EvaluationArg
         raise UserError("--lora_model and --compare exclude each other: name the adapter after --compare")
 
 
+def refuse_unjudged(tests: Sequence[dict], kinds: Sequence[JudgedBy]) -> None:
+    """Refuse records with rubrics and no reference, of which a judge alone could say anything."""
+    for test in tests:
+        if test["kind"] == "rubrics" and "rubrics" not in kinds:
+            raise UserError(f"{test['source']}: a record with rubrics is measured by a judge alone: --judge rubrics")
+
+
 # ---------------------------------------------------------------- asking a model
 
 
 def questions_of(tests: Sequence[dict]) -> list[tuple[dict, list[Message]]]:
     """What is asked: each test's question, then the exams' in their second format."""
-    first = [(test, test["messages"] if test["kind"] == "exam" else test["messages"][:-1]) for test in tests]
+    first = [(test, asked_messages(test)) for test in tests]
     return first + [(test, [{"role": "user", "content": test["tagged_prompt"]}]) for test in exams_of(tests)]
 
 
@@ -226,7 +253,7 @@ def answer_all(
     for row, reply in zip(exams_of(rows), replies[len(rows) :], strict=True):
         row |= {f"tagged_{name}": value for name, value in describe_reply(chat_model, reply).items()}
     for is_exam, add in ((False, add_perplexity), (True, add_letters)):
-        part = [n for n, row in enumerate(rows) if (row["kind"] == "exam") is is_exam]
+        part = [n for n, row in enumerate(rows) if row["kind"] != "rubrics" and (row["kind"] == "exam") is is_exam]
         if part and not is_exam and chat_model.chat_template.opens_thought:
             logger.info(f"{chat_model.name}: its prompts open a thought, which no reference has: no perplexity")
         elif part:
@@ -246,7 +273,7 @@ def describe_reply(chat_model: ChatModel, reply: Reply) -> dict:
 
 def add_rewards(reward_model: RewardModel, rows: Sequence[dict], batch_size: int) -> None:
     """Put `reward` and `reference_reward` into the rows of dialogues."""
-    rows = [row for row in rows if row["kind"] != "exam"]
+    rows = [row for row in rows if row["kind"] not in ("exam", "rubrics")]
     replies, references = [], []
     for row in rows:
         prompt, reference = row["messages"][:-1], row["messages"][-1]["content"]
@@ -278,11 +305,23 @@ def progress(what: str, n_total: int) -> Callable[[int], None]:
     return show_progress
 
 
+def add_judgements(judge: Judge, rows: Sequence[dict], kinds: Sequence[JudgedBy]) -> list[str]:
+    """Put what the judge says into the rows, and into their scores; the reasons why some have no judgement."""
+    if not (plan := plan_judging(rows, kinds)):
+        raise UserError(f"--judge {' '.join(kinds)}: none of the records has anything of that to judge")
+    logger.info(f"judge: {judge.describe_cost([question for judging in plan for question in judging.questions])}")
+    reasons = judge_rows(plan, judge)
+    logger.info(f"judge: {judge.usage}")
+    for row in rows:
+        row["scores"] = score(row)
+    return reasons
+
+
 # ---------------------------------------------------------------- training data
 
 
-def training_data(models: Sequence[ChatModel]) -> list[str]:
-    """The training data that the models' lineage records, those of earlier stages too."""
+def training_data(models: Sequence[ChatModel]) -> dict[str, bool]:
+    """The training data that the models' lineage records, those of earlier stages too; True for a data set's name."""
     data_paths = {}
     folders = [chat_model.lora_model or chat_model.base_model for chat_model in models]
     seen = set()
@@ -292,18 +331,23 @@ def training_data(models: Sequence[ChatModel]) -> list[str]:
         seen.add(folder)
         if lineage is not None:
             if lineage.stage != "pt":  # it learns texts, not questions
-                data_paths[lineage.data] = None
+                data_paths[lineage.data] = "--dataset_name" in lineage.flags
             folders += [parent for parent in (lineage.parent, lineage.base_model) if parent]
-    return list(data_paths)
+    return data_paths
 
 
-def overlap(tests: Sequence[dict], data: Sequence[str]) -> dict:
-    """How many test questions are, exactly or nearly, in the training data; missing folders are named."""
-    there = [path for path in data if Path(path).exists()]
+def overlap(tests: Sequence[dict], data: Mapping[str, bool], cache_dir: str | None) -> dict:
+    """How many test questions are, exactly or nearly, in the training data; what is missing is named.
+
+    data: of each name or path, whether it is a data set of the hub.
+    """
+    there = {}
+    for path, is_data_set in data.items():
+        with suppress(UserError):
+            there[path], _ = find_records(path, path if is_data_set else None, "training data", cache_dir=cache_dir)
     facts = {"training data": list(data), "not found": [path for path in data if path not in there]}
     questions = []
-    for path in there:
-        files, _ = find_files(path, "training data")
+    for files in there.values():
         for read_records in (read_dialogues, read_pairs):
             for record in read_records(files):
                 for message in getattr(record, "messages", ()):
@@ -327,77 +371,7 @@ def overlap(tests: Sequence[dict], data: Sequence[str]) -> dict:
     }
 
 
-# ---------------------------------------------------------------- what is said of it
-
-
-def print_tables(metrics: dict) -> None:
-    """A table for each file: a line for each figure, a column for each model, and the verdicts against the first."""
-    for file, file_metrics in metrics.items():
-        names = list(file_metrics["models"])
-        print(f"\n{file} ({file_metrics['models'][names[0]]['n']} records)")
-        table = [[figure, *(format_cell(file_metrics, name, figure) for name in names)] for figure in FIGURES]
-        if len(names) > 1:
-            for number, name in enumerate(names, start=1):
-                print(f"  [{number}] {name}" + (", which the others are compared with" if number == 1 else ""))
-            table.insert(0, ["", *(f"[{number}]" for number in range(1, len(names) + 1))])
-        table = [row for row in table if any(row[1:])]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for row in table:
-            cells = (text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))
-            print("  ".join([row[0].ljust(widths[0]), *cells]))
-        for name, figures in file_metrics["against_first"].items():
-            if "win_rate" in figures:
-                rate, (low, high) = figures["win_rate"]["value"], figures["win_rate"]["interval"]
-                print(
-                    f"{name} has the higher reward in {rate:.1%} of the replies (95 % interval {low:.1%} to {high:.1%})"
-                )
-            for verdict in ("better", "worse", "same"):
-                figures_of_verdict = [
-                    f"{figure} (p {of['p']:.3f})" for figure, of in figures.items() if of.get("verdict") == verdict
-                ]
-                if figures_of_verdict:
-                    print(f"{name} against {names[0]}: {verdict}: {', '.join(figures_of_verdict)}")
-
-
-def format_cell(file_metrics: dict, model: str, figure: str) -> str:
-    summary = file_metrics["models"][model].get(figure)
-    if summary is None:
-        return ""
-    text = f"{summary['value']:.3f}"
-    if "interval" in summary:
-        text += " ({:.3f}-{:.3f})".format(*summary["interval"])
-    verdict = file_metrics["against_first"].get(model, {}).get(figure, {}).get("verdict")
-    return f"{text} {verdict}" if verdict else text
-
-
 # ---------------------------------------------------------------- main
-
-
-def read_predictions(path: Path) -> list[dict]:
-    """The rows of an earlier predictions.jsonl; raises UserError if it is not one, or incomplete."""
-    if not path.is_file():
-        raise UserError(f"--predictions {path}: no such file")
-    if fault := misnamed(read_start(path, str(path))):
-        raise UserError(f"--predictions {path}: {fault}")
-    rows, questions_by_model = [], {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-            row["scores"] = score(row)
-            questions_by_model.setdefault(row["model"], []).append((row["file"], row["messages"]))
-            rows.append({"model": row.pop("model"), "file": row.pop("file")} | row)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise UserError(f"{path}:{number}: no record of predictions.jsonl") from None
-    if not rows:
-        raise UserError(f"--predictions {path}: it is empty")
-    first = next(iter(questions_by_model))
-    for model, questions in questions_by_model.items():
-        # Compared pair by pair.
-        if questions != questions_by_model[first]:
-            raise UserError(f"--predictions {path}: the records of {model} are not those of {first}, in their order")
-    return rows
 
 
 def weights_of(models: Sequence[ChatModel], model_args: EvaluatedModelArguments) -> dict[str, str]:
@@ -408,9 +382,11 @@ def weights_of(models: Sequence[ChatModel], model_args: EvaluatedModelArguments)
 
 
 def measured_before(file: Path, report: dict) -> dict | None:
-    """The figures of an earlier metrics.json if all else in it is as in this report; otherwise None."""
+    """The figures of an earlier metrics.json if all else in it is as in this report, and complete; otherwise None."""
     earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    same = all(earlier.get(name) == value for name, value in json.loads(json.dumps(report)).items())
+    same = not earlier.get("unjudged") and all(
+        earlier.get(name) == value for name, value in json.loads(json.dumps(report)).items()
+    )
     return earlier["metrics"] if same else None
 
 
@@ -449,36 +425,43 @@ def ask_models(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Ask the models or read what they said, score it, write and print the figures."""
-    parser = StageArgumentParser([EvaluatedModelArguments, EvaluationArguments, Decoding])
+    parser = StageArgumentParser([EvaluatedModelArguments, EvaluationArguments, JudgeArguments, Decoding])
     parser.description = __doc__
-    model_args, eval_args, decoding = parser.parse(argv)
-    check_together(model_args, eval_args)
+    model_args, eval_args, judge_args, decoding = parser.parse(argv)
+    check_together(model_args, eval_args, judge_args)
     start_log()
     for note in parser.notes:
         logger.info(note)
 
-    report: dict = {"settings": {name: value for name, value in vars(eval_args).items() if value is not None}}
+    judge = Judge(judge_args) if eval_args.judge else None
+    given = vars(eval_args) | (vars(judge_args) if judge else {})
+    report: dict = {"settings": {name: value for name, value in given.items() if value is not None}}
     if not eval_args.predictions:
         tests, facts = read_tests(eval_args.test_file, eval_args.num_samples, eval_args.seed)
+        refuse_unjudged(tests, eval_args.judge or ())
         models = describe_models(eval_args.compare, "--compare", model_args)
         report["settings"] |= {name: value for name, value in vars(model_args).items() if value is not None}
         report |= {"test_files": facts, "decoding": asdict(decoding), "weights": weights_of(models, model_args)}
         if eval_args.reuse and (metrics := measured_before(Path(eval_args.output_dir, "metrics.json"), report)):
-            print_tables(metrics)
+            print("\n".join(table_lines(metrics)))
             print(f"{eval_args.output_dir}: measured already, with the same models, files and flags")
             return
+    if judge is not None:
+        judge.try_out()
     with new_folder(Path(eval_args.output_dir), "--output_dir", eval_args.overwrite) as folder:
         if eval_args.predictions:
             rows = read_predictions(Path(eval_args.predictions))
         else:
             rows, report["models"] = ask_models(models, tests, model_args, eval_args, decoding)
-            report["overlap"] = overlap(tests, training_data(models))
+            report["overlap"] = overlap(tests, training_data(models), model_args.cache_dir)
+        if judge is not None:
+            report["unjudged"] = add_judgements(judge, rows, eval_args.judge)
         report["metrics"] = metrics_of(rows)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
         (folder / "metrics.json").write_text(text, encoding="utf-8")
-    print_tables(report["metrics"])
+    print("\n".join(table_lines(report["metrics"])))
     if "test questions" in report.get("overlap", {}):
         shares = report["overlap"]
         print(
@@ -486,6 +469,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"data and {shares['nearly the same']} nearly"
         )
     print(f"{eval_args.output_dir}: metrics.json and predictions.jsonl")
+    if unjudged := report.get("unjudged"):
+        raise UserError(
+            f"{judge.where}: not all is judged, and what is incomplete above is not averaged: {unjudged[0]}; the rest "
+            f"is kept; --predictions {eval_args.output_dir}/predictions.jsonl and the same --judge ask for what is left"
+        )
 
 
 if __name__ == "__main__":

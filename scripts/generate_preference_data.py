@@ -1,29 +1,33 @@
-"""Make preference pairs of dialogues: the reply in the data is chosen, and a worse one rejected.
+"""Make preference pairs of dialogues, the reply in the data over a worse one; or dialogues with a model's best replies.
 
 Without a model, the rejected replies are bad in four ways, each as often: another question's answer, cut off, vague,
 repeating itself. Half of all are longer than the chosen one, so that length tells nothing. With `--model`, the
-model's own replies are rejected: of several to a prompt, the one that is the least like the reply in the data, or
-with `--reward_model` the best-scored of them is chosen over the worst. System prompts and earlier turns are kept; of
-a dialogue of several turns, the pair is about its longest reply. A pair differs in its answers: those are compared and
-spoilt, while a thought before them stays, and a model's thought is left out where the reply in the data has none.
+model's own replies are rejected: of several to a prompt, the one that is the least like the reply in the data, or with
+`--reward_model` or `--judge` the best-scored of them is chosen over the worst. System prompts and earlier turns are
+kept; of a dialogue of several turns, the pair is about its longest reply. A pair differs in its answers: those are
+compared and spoilt, while a thought before them stays, and a model's thought is left out where the reply in the data
+has none.
+`--format sft` writes dialogues, each with the best of the model's replies, thoughts included: by `--reward_model`,
+`--judge`, or for exam questions the first whose letter is right, which with the others the best must have too.
 
     python scripts/generate_preference_data.py --sft_data data/finetune/train.jsonl \\
         --output_file data/reward/preference_data.jsonl --num_samples 5000
     python scripts/generate_preference_data.py --sft_data data/finetune/train.jsonl \\
         --output_file data/reward/own_mistakes.jsonl --num_samples 2000 \\
         --model outputs-sft-qwen2.5-3b/checkpoint-best --reward_model outputs-rm-qwen2.5-3b/checkpoint-best
+    python scripts/generate_preference_data.py --format sft --sft_data data/exam/train.jsonl \\
+        --output_file data/best/train.jsonl --model outputs-sft-qwen2.5-3b/checkpoint-best --num_replies 8
 """
 
 import argparse
 import random
-import re
 import statistics
 import sys
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import fields, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -33,38 +37,55 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from medtune.devices import add_use_cpu, cpu_reason
 from medtune.errors import Unusable, UserError, run_script
+from medtune.measuring.judge_client import Judge, JudgeArguments, Unjudged
+from medtune.measuring.judge_prompts import JudgeQuestion, grading_question
+from medtune.measuring.rubrics import quality_rubric, rubric_score
 from medtune.output_files import new_text_file, refuse_same
-from medtune.reading.finding import find_files
+from medtune.reading.criteria import Criterion, to_criteria
+from medtune.reading.exams import Exam, ExamFormat
+from medtune.reading.finding import RecordFile, find_records
 from medtune.reading.foreign_forms import add_ignore_keys
 from medtune.reading.guide_form import guide_line
+from medtune.reading.hub_data import add_records_flags, named_records
 from medtune.reading.keys import Reading
-from medtune.reading.readers import read_dialogues
-from medtune.reading.records import BadRecord, Dialogue, Pair, Report
+from medtune.reading.readers import read_dialogues, read_questions
+from medtune.reading.records import BadRecord, Dialogue, Pair, Prompt, Question, Report, T
 from medtune.reading.thoughts import split_reply, with_opening
 from medtune.reading.words import dropped_lines, unread_lines
-from medtune.sample_data.pairs import fill, repeat_beginning
+from medtune.sample_data.spoilt_replies import likeness, split_thought, spoil_replies
 
 if TYPE_CHECKING:
     from medtune.models.generation import Reply
 
 ENDINGS = (".jsonl", ".jsonl.gz")
+# What a model replies to: a pair that lacks a reply, or a prompt.
+Asked = Pair | Prompt
 
 # ---------------------------------------------------------------- which replies
 
 
 def draw_prompts(
-    files: Sequence[Path], num_samples: int, seed: int, reading: Reading | None = None
-) -> tuple[list[Pair], Report]:
+    files: Sequence[RecordFile],
+    num_samples: int,
+    seed: int,
+    reading: Reading | None = None,
+    as_questions: ExamFormat | None = None,
+) -> tuple[list[Asked], Report]:
     """Sample `num_samples` dialogues uniformly, in their order, as pairs without a rejected reply yet.
 
     Only the sample is in memory (reservoir sampling, Vitter 1985).
+
+    as_questions: as prompts alone, exam questions in this form.
     """
     report, rng = Report(), random.Random(seed)
-    drawn: list[tuple[int, Pair]] = []
+    drawn: list[tuple[int, Asked]] = []
     n_usable = 0
-    for dialogue in report.usable(tqdm(read_dialogues(files, reading), unit=" records", disable=None)):
+    read, make = (
+        (read_questions, partial(question_of, form=as_questions)) if as_questions else (read_dialogues, prompt_of)
+    )
+    for dialogue in report.usable(tqdm(read(files, reading), unit=" records", disable=None)):
         try:
-            prompt = prompt_of(dialogue)
+            prompt = make(dialogue)
         except Unusable as error:
             report.drop(BadRecord(dialogue.source, error.reason, error.detail))
             continue
@@ -73,6 +94,21 @@ def draw_prompts(
         if place < num_samples:
             drawn[place : place + 1] = [(n_usable, prompt)]
     return [prompt for _, prompt in sorted(drawn, key=lambda numbered: numbered[0])], report
+
+
+def question_of(question: Question, form: ExamFormat) -> Prompt:
+    """The last question of a record that ends with one, otherwise that of the longest reply; raises Unusable."""
+    if "rubrics" in question.rest:
+        to_criteria(question.rest["rubrics"])
+    if question.exam is not None:
+        question.exam.refuse_unanswered()
+        exam = question.exam.with_one_answer()
+        messages = [*question.messages[:-1], {"role": "user", "content": exam.prompt(form)}]
+        return Prompt(messages, None, exam.reply(form), question.source, exam, question.rest)
+    if question.messages[-1]["role"] == "user" and not question.tools:
+        return Prompt(question.messages, None, "", question.source, rest=question.rest)
+    pair = prompt_of(question)
+    return Prompt(pair.messages, None, pair.chosen, pair.source, rest=question.rest)
 
 
 def prompt_of(dialogue: Dialogue) -> Pair:
@@ -88,167 +124,16 @@ def prompt_of(dialogue: Dialogue) -> Pair:
     return Pair(messages[:longest], messages[longest]["content"], "", None, dialogue.source)
 
 
-# ---------------------------------------------------------------- rejected replies without a model
+# ---------------------------------------------------------------- replies of a model
 
-VAGUE = {
-    "zh": """
-这个问题不太好回答，要看具体情况。
-一般来说问题不大，不用太担心。
-可以先观察一段时间再说。
-每个人的情况都不一样，没有统一的答案。
-平时多留意自己的身体就可以了。
-保持良好的生活习惯总是有好处的。
-如果觉得有必要，可以去看看。
-适当休息，放松心情。
-这种情况很常见，很多人都有过。
-有时候会好，有时候也不一定。
-饮食上注意一些，具体也说不好。
-可以试试一些常用的方法。
-建议您多了解一些这方面的知识。
-总之要综合考虑各方面的因素。
-原因可能有很多，不能一概而论。
-过几天看看有没有变化吧。
-不同的说法都有，仅供您参考。
-身体好了，自然就没事了。
-该怎么做，您自己决定就好。
-希望我的回答对您有帮助。
-遇到这种问题不要着急。
-多运动，少熬夜，差不多就行。
-""".strip().splitlines(),
-    "en": """
-It is hard to say without knowing more.
-This is usually nothing to worry about.
-Everybody is different.
-You could wait a while and see how it goes.
-There can be many reasons for this.
-A healthy way of life always helps.
-Some people find that it gets better, others do not.
-Just listen to your body.
-It depends on a number of things.
-You may want to look into it further at some point.
-Try to rest and not to think about it too much.
-There are different opinions on this question.
-In general, it is good to be careful.
-Do whatever feels right to you.
-Something simple may well be enough.
-It is a common question, and many people ask it.
-Time will tell.
-Eating well and sleeping enough is never wrong.
-You can always ask somebody about it.
-I hope that this helps.
-All in all, several points have to be considered.
-Whether that applies here is difficult to judge.
-""".strip().splitlines(),
-}
-
-
-def language_of(text: str) -> str:
-    return "zh" if len(re.findall("[\u4e00-\u9fff]", text)) > len(text) / 10 else "en"
-
-
-# By language: length, text and question of the replies of all prompts, the shortest first.
-Answers = dict[str, list[tuple[int, str, str]]]
-
-
-def split_thought(reply: str) -> tuple[str, str]:
-    """What stands before the answer, and the answer; a reply without a thought is all answer."""
-    thought, answer, is_closed = split_reply(reply)
-    start = reply.rindex(answer) if thought or not is_closed else 0
-    return reply[:start], reply[start:]
-
-
-def group_answers(prompts: Iterable[Pair]) -> Answers:
-    answers: Answers = {"zh": [], "en": []}
-    for prompt in prompts:
-        _, answer = split_thought(prompt.chosen)
-        answers[language_of(answer)].append((len(answer), answer, prompt.messages[-1]["content"]))
-    return {language: sorted(entries) for language, entries in answers.items()}
-
-
-def reject_another_answer(prompt: Pair, length: int, answers: Answers, rng: random.Random) -> str | None:
-    """A sound answer of about that length to another question, which says something else."""
-    entries = answers[language_of(prompt.chosen)]
-    middle = bisect_left(entries, (length,))
-    around = entries[max(0, middle - 20) : middle + 20]
-    least = (0.8, None)
-    for _, answer, question in rng.sample(around, len(around)):
-        if question != prompt.messages[-1]["content"]:
-            least = min(least, (likeness(answer, prompt.chosen), answer), key=lambda candidate: candidate[0])
-            if least[0] < 0.5:
-                break
-    return least[1]
-
-
-def reject_vague(prompt: Pair, length: int, answers: Answers, rng: random.Random) -> str | None:
-    """Sentences that are true of everything."""
-    language = language_of(prompt.chosen)
-    return fill(VAGUE[language], length, language, rng)
-
-
-def reject_cut_off(prompt: Pair, length: int, answers: Answers, rng: random.Random) -> str | None:
-    """The reply that breaks off in the middle of a phrase."""
-    text = prompt.chosen
-    for end in range(min(length, len(text) - 1), 3, -1):
-        if text[end - 1].isalnum() and text[end].isalnum():
-            return text[:end]
-    return None
-
-
-def reject_repeats(prompt: Pair, length: int, answers: Answers, rng: random.Random) -> str | None:
-    """The beginning of the reply over and over."""
-    return repeat_beginning(prompt.chosen, length)
-
-
-FAILURES: dict[str, Callable[[Pair, int, Answers, random.Random], str | None]] = {
-    "another answer": reject_another_answer,
-    "vague": reject_vague,
-    "cut off": reject_cut_off,
-    "repeats": reject_repeats,
-}
-# Each failure twice, and half of all longer than the chosen reply, though what is cut off is always shorter.
-PLAN = [
-    *(("another answer", True), ("another answer", False), ("vague", True), ("vague", False)),
-    *(("cut off", False), ("cut off", False), ("repeats", True), ("repeats", True)),
-]
-
-
-def build_pairs(prompts: Sequence[Pair], seed: int) -> Iterator[tuple[Pair, str] | BadRecord]:
-    """Each prompt with a rejected reply, and the failure it has."""
-    rng = random.Random(seed)
-    answers = group_answers(prompts)
-    n_made: Counter[str] = Counter()
-    plan: list[tuple[str, bool]] = []
-    for original in prompts:
-        lead, answer = split_thought(original.chosen)
-        prompt = replace(original, chosen=answer)
-        plan = plan or rng.sample(PLAN, len(PLAN))
-        planned, is_longer = plan.pop()
-        length = round(len(prompt.chosen) * (rng.uniform(1.08, 1.6) if is_longer else rng.uniform(0.6, 0.92)))
-        # Where the planned failure is impossible, as to cut one word off, the rarest that is possible.
-        for failure in [planned, *sorted(FAILURES.keys() - {planned}, key=lambda name: (n_made[name], name))]:
-            rejected = FAILURES[failure](prompt, length, answers, rng)
-            if rejected and rejected != prompt.chosen:
-                n_made[failure] += 1
-                yield replace(original, rejected=lead + rejected), failure
-                break
-        else:
-            yield BadRecord(prompt.source, "nothing to reject", f"no failure can be made of {prompt.chosen!r:.40}")
-
-
-def likeness(text: str, other: str) -> float:
-    """The share of pairs of neighbouring characters that two texts have in common, 0 to 1."""
-    first, second = (Counter(pairwise(words)) for words in (text, other))
-    total = first.total() + second.total()
-    return 2 * (first & second).total() / total if total else 0.0
-
-
-# ---------------------------------------------------------------- rejected replies of a model
+# What the replies to a prompt score, or why they have no scores.
+Scores = dict["Reply", float] | Unusable
 
 
 class Sampler:
-    """A model that answers prompts several times, and an optional reward model that scores the answers."""
+    """A model that answers prompts several times, and what scores its answers: a reward model, a judge, or nothing."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, judge: Judge | None):
         from medtune.models.chat_models import ChatModelArguments, RewardModel, describe_model, load_weights
         from medtune.models.generation import Decoding
 
@@ -266,40 +151,64 @@ class Sampler:
             temperature=args.temperature,
             top_p=args.top_p if args.temperature else 1.0,
         )
-        self.num_replies, self.batch_size = args.num_replies, args.batch_size
+        self.num_replies, self.batch_size, self.judge = args.num_replies, args.batch_size, judge
         self.chat_model = describe_model(model_args, "--model")
         self.reward_model = RewardModel(args.reward_model, model_args) if args.reward_model else None
         load_weights([self.chat_model], model_args)
 
     def pairs(self, prompts: Sequence[Pair]) -> Iterator[tuple[Pair, str] | BadRecord]:
         """Each prompt with the model's reply that is to be rejected."""
-        from medtune.models.generation import generate_replies
+        is_scored = self.reward_model is not None or self.judge is not None
+        choose = best_over_worst if is_scored else lambda prompt, replies, _: least_like(prompt, replies)
+        return ((made, "the model's") if isinstance(made, Pair) else made for made in self.choose(prompts, choose))
 
-        chat_model = self.chat_model
+    def dialogues(self, prompts: Sequence[Prompt]) -> Iterator[Dialogue | BadRecord]:
+        """Each prompt with the best of the model's replies."""
+        return self.choose(prompts, best_of)
+
+    def choose(self, prompts: Sequence[Asked], of_replies: Callable[..., T]) -> Iterator[T | BadRecord]:
+        """What a function makes of each prompt, the model's replies to it and their scores."""
         # Some batches at a time: sorted by length, and no more replies are held.
         step = max(1, 16 * self.batch_size // self.num_replies)
         for start in range(0, len(prompts), step):
-            asked: list[tuple[Pair, list[int]]] = []
+            if self.judge is not None and self.judge.stopped:
+                yield from (BadRecord(prompt.source, "not judged", self.judge.stopped) for prompt in prompts[start:])
+                return
+            asked: list[tuple[Asked, list[int]]] = []
             for prompt in prompts[start : start + step]:
                 try:
                     asked.append((prompt, self.encode(prompt)))
                 except Unusable as error:
                     yield BadRecord(prompt.source, error.reason, error.detail)
-            rows = [ids for _, ids in asked for _ in range(self.num_replies)]
-            with chat_model.in_use() as model:
-                replies = generate_replies(
-                    model, chat_model.tokenizer, rows, chat_model.stop_ids, self.decoding, batch_size=self.batch_size
-                )
-            opened = chat_model.chat_template.opens_thought
-            replies = [replace(reply, text=with_opening(reply.text, opened)) for reply in replies]
-            for number, (prompt, _) in enumerate(asked):
-                own = replies[number * self.num_replies : (number + 1) * self.num_replies]
+            groups = self.reply([prompt for prompt, _ in asked], [ids for _, ids in asked])
+            for (prompt, replies), scores in zip(groups, self.score(groups), strict=True):
                 try:
-                    yield (self.best_over_worst if self.reward_model else least_like)(prompt, own), "the model's"
+                    if isinstance(scores, Unusable):
+                        raise scores
+                    yield of_replies(prompt, replies, scores)
                 except Unusable as error:
                     yield BadRecord(prompt.source, error.reason, error.detail)
 
-    def encode(self, prompt: Pair) -> list[int]:
+    def reply(self, prompts: Sequence[Asked], prompt_ids: Sequence[list[int]]) -> list[tuple[Asked, list["Reply"]]]:
+        """Each prompt with the replies that can be chosen: those with an answer, each once."""
+        from medtune.models.generation import generate_replies
+
+        chat_model = self.chat_model
+        rows = [ids for ids in prompt_ids for _ in range(self.num_replies)]
+        with chat_model.in_use() as model:
+            replies = generate_replies(
+                model, chat_model.tokenizer, rows, chat_model.stop_ids, self.decoding, batch_size=self.batch_size
+            )
+        opened = chat_model.chat_template.opens_thought
+        replies = [replace(reply, text=with_opening(reply.text, opened)) for reply in replies]
+        groups = []
+        for number, prompt in enumerate(prompts):
+            own = replies[number * self.num_replies : (number + 1) * self.num_replies]
+            distinct = {(reply.text, reply.ended): reply for reply in own if split_reply(reply.text).answer}
+            groups.append((prompt, [*distinct.values()]))
+        return groups
+
+    def encode(self, prompt: Asked) -> list[int]:
         from medtune.reading.tokenization import encode_prompt, refuse_control_tokens
 
         chat_model = self.chat_model
@@ -313,23 +222,21 @@ class Sampler:
             )
         return ids
 
-    def best_over_worst(self, prompt: Pair, replies: Sequence["Reply"]) -> Pair:
-        """The best-scored over the worst-scored reply, with the difference of their scores as margin."""
-        answered = [reply for reply in replies if split_reply(reply.text).answer]
-        distinct = list({(reply.text, reply.ended): reply for reply in answered}.values())
-        rows = [self.encode_judged(prompt, reply) for reply in distinct]
-        scores = dict(zip(distinct, self.reward_model.score(rows, self.batch_size), strict=True))
-        whole = [reply for reply in distinct if reply.ended]  # a reply that was cut is no model to follow
-        if not whole:
-            raise Unusable("no whole reply", "every reply was cut; raise --max_new_tokens")
-        best = max(whole, key=scores.get)
-        worst = min((reply for reply in distinct if reply.text != best.text), key=scores.get, default=best)
-        if scores[best] <= scores[worst]:
-            raise Unusable("nothing to reject", "the replies are the same or score the same")
-        margin = round(scores[best] - scores[worst], 4)
-        return replace(prompt, chosen=best.text, rejected=worst.text, margin=margin)
+    # ------------------------------------------------------------ scores
 
-    def encode_judged(self, prompt: Pair, reply: "Reply") -> list[int]:
+    def score(self, groups: Sequence[tuple[Asked, list["Reply"]]]) -> list[Scores]:
+        if self.judge is not None:
+            return self.judge_all(groups)
+        return [self.score_by_model(*group) if self.reward_model is not None else {} for group in groups]
+
+    def score_by_model(self, prompt: Asked, replies: Sequence["Reply"]) -> Scores:
+        try:
+            rows = [self.encode_judged(prompt, reply) for reply in replies]
+        except Unusable as error:
+            return error
+        return dict(zip(replies, self.reward_model.score(rows, self.batch_size), strict=True))
+
+    def encode_judged(self, prompt: Asked, reply: "Reply") -> list[int]:
         """The ids for the reward model; raises Unusable for control tokens, or more ids than its context."""
         from medtune.reading.tokenization import refuse_control_tokens
 
@@ -342,16 +249,83 @@ class Sampler:
             )
         return ids
 
+    def judge_all(self, groups: Sequence[tuple[Asked, list["Reply"]]]) -> list[Scores]:
+        """By the record's rubrics, or ours of quality; all groups are judged together."""
+        rubrics = [rubric_of(prompt) for prompt, _ in groups]
+        questions = [
+            judging_question(prompt, reply, rubric)
+            for (prompt, replies), rubric in zip(groups, rubrics, strict=True)
+            for reply in replies
+        ]
+        answers = iter(self.judge.ask(questions))
+        scores: list[Scores] = []
+        for (_, replies), rubric in zip(groups, rubrics, strict=True):
+            own = list(islice(answers, len(replies)))
+            unjudged = next((answer for answer in own if isinstance(answer, Unjudged)), None)
+            by_reply = {} if unjudged else {r: rubric_score(rubric, met) for r, met in zip(replies, own, strict=True)}
+            scores.append(Unusable("not judged", unjudged.reason) if unjudged else by_reply)
+        return scores
+
+
+def rubric_of(prompt: Asked) -> list[Criterion]:
+    rubrics = prompt.rest.get("rubrics") if isinstance(prompt, Prompt) else None
+    return to_criteria(rubrics) if rubrics else quality_rubric(prompt.messages)
+
+
+def judging_question(prompt: Asked, reply: "Reply", rubric: Sequence[Criterion]) -> JudgeQuestion:
+    own = prompt.reply if isinstance(prompt, Prompt) else prompt.chosen
+    criteria = [criterion.text for criterion in rubric]
+    return grading_question(prompt.messages, split_reply(reply.text).answer, criteria, split_reply(own).answer)
+
+
+def whole_replies(replies: Sequence["Reply"]) -> list["Reply"]:
+    """Those that have ended, as one that was cut is no model to follow; raises Unusable without one."""
+    whole = [reply for reply in replies if reply.ended]
+    if not whole:
+        raise Unusable("no whole reply", "every reply was cut; raise --max_new_tokens")
+    return whole
+
+
+def best_over_worst(prompt: Pair, replies: Sequence["Reply"], scores: dict["Reply", float]) -> Pair:
+    """The best-scored over the worst-scored reply, with the difference of their scores as margin."""
+    best = max(whole_replies(replies), key=scores.get)
+    worst = min((reply for reply in replies if reply.text != best.text), key=scores.get, default=best)
+    if scores[best] <= scores[worst]:
+        raise Unusable("nothing to reject", "the replies are the same or score the same")
+    margin = round(scores[best] - scores[worst], 4)
+    return replace(prompt, chosen=best.text, rejected=worst.text, margin=margin)
+
 
 def least_like(prompt: Pair, replies: Sequence["Reply"]) -> Pair:
     """The reply in the data over the one whose answer differs most from its answer, the longest of several such."""
     lead, chosen = split_thought(prompt.chosen)
     texts = {split_reply(reply.text).answer: reply.text for reply in replies}
-    answers = [answer for answer in texts if answer and answer != chosen]
+    answers = [answer for answer in texts if answer != chosen]
     if not answers:
         raise Unusable("nothing to reject", "the model's answers are empty or the one in the data")
     answer = min(answers, key=lambda text: (likeness(text, chosen), -len(text)))
     return replace(prompt, rejected=texts[answer] if lead else answer)
+
+
+def best_of(prompt: Prompt, replies: Sequence["Reply"], scores: dict["Reply", float]) -> Dialogue:
+    """The prompt with the best-scored reply; of an exam question's only those with the right letter can be it."""
+    candidates = whole_replies(replies)
+    if prompt.exam is not None:
+        candidates = [reply for reply in candidates if has_right_letter(prompt.exam, reply)]
+        if not candidates:
+            raise Unusable("no right letter", "in the strict form that --rewards exam reads")
+    elif not scores:
+        raise Unusable("nothing to choose by", "it is no exam question; --reward_model or --judge scores its replies")
+    best = max(candidates, key=scores.get) if scores else candidates[0]
+    return Dialogue([*prompt.messages, {"role": "assistant", "content": best.text}], None, prompt.source)
+
+
+def has_right_letter(exam: Exam, reply: "Reply") -> bool:
+    from medtune.rl.rewards import exam_reward
+    from medtune.rl.scored_replies import ScoredReply
+
+    record = {"answer": exam.answer, "options": exam.options}
+    return exam_reward(ScoredReply(reply.text, reply.n_tokens, reply.ended, [], record)) == 1
 
 
 # ---------------------------------------------------------------- main
@@ -380,6 +354,18 @@ def write_pairs(pairs: Iterable[tuple[Pair, str] | BadRecord], n_prompts: int, f
     ]
 
 
+def write_dialogues(dialogues: Iterable[Dialogue | BadRecord], n_prompts: int, file: TextIO) -> list[str]:
+    """Write the dialogues and return summary lines; raises UserError if there are none."""
+    report, lengths = Report(), []
+    for dialogue in report.usable(tqdm(dialogues, total=n_prompts, unit=" dialogues", disable=None)):
+        file.write(guide_line(dialogue))
+        lengths.append(len(dialogue.messages[-1]["content"]))
+    if not report.kept:
+        raise UserError("\n".join(["no reply could be chosen:", *dropped_lines(report)]))
+    lines = [f"{report.kept:,} dialogues of {report.read:,} prompts, each with the best of the model's replies"]
+    return [*lines, *dropped_lines(report), f"characters of a reply, median: {statistics.median(lengths):g}"]
+
+
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse in one line what cannot be meant."""
     if not args.output_file.name.lower().endswith(ENDINGS):
@@ -387,20 +373,46 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("num_samples", "num_replies", "batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: give a number of at least 1")
-    if args.reward_model and not args.model:
-        raise UserError("--reward_model judges the replies of a model: name that with --model")
-    if args.reward_model and args.num_replies < 2:
-        raise UserError("--num_replies 1: a reward model needs several to choose from")
+    choosers = {"--reward_model": args.reward_model, "--judge": args.judge, "--format sft": args.format == "sft"}
+    for flag in (flag for flag, is_given in choosers.items() if is_given):
+        if not args.model:
+            raise UserError(f"{flag} chooses among the replies of a model: name that with --model")
+        if args.num_replies < 2:
+            raise UserError(f"--num_replies 1: {flag} needs several to choose from")
+    if args.reward_model and args.judge:
+        raise UserError("--reward_model and --judge both score the replies: give one of them")
+    judge_args(args).check_judge("--judge" if args.judge else None)
     if args.num_replies > 1 and args.temperature == 0:
         raise UserError(f"--temperature 0: all {args.num_replies} replies would be the same; give more than 0")
 
 
+def add_judge_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `JudgeArguments`, which this script has without the libraries' parser."""
+    group = parser.add_argument_group("a judge in place of a reward model")
+    group.add_argument("--judge", action="store_true", help="the model of --judge_url scores the replies by a rubric")
+    kinds = {bool: truth, int: int, int | None: int}  # transformers' parser leaves int alone of the last
+    for spec in fields(JudgeArguments):
+        options = {"type": kinds.get(spec.type, str), "default": spec.default, "help": spec.metadata["help"]}
+        group.add_argument(f"--{spec.name}", **options)
+
+
+def truth(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise ValueError
+    return word.lower() == "true"
+
+
+def judge_args(args: argparse.Namespace) -> JudgeArguments:
+    return JudgeArguments(**{spec.name: getattr(args, spec.name) for spec in fields(JudgeArguments)})
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Parse the flags, draw the prompts, make the pairs, say what they are like."""
+    """Parse the flags, draw the prompts, make pairs or dialogues, say what they are like."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sft_data", required=True, help="dialogues: a file, or a folder and all below it")
+    add_records_flags(parser, "--sft_data", "dialogues: a file, or a folder and all below it")
     parser.add_argument("--output_file", required=True, type=Path, help="the new .jsonl file, or .jsonl.gz")
-    parser.add_argument("--num_samples", type=int, default=5000, help="pairs, drawn from all dialogues")
+    parser.add_argument("--format", choices=("pairs", "sft"), default="pairs", help="sft: the best replies of --model")
+    parser.add_argument("--num_samples", type=int, default=5000, help="pairs or dialogues, drawn from all dialogues")
     parser.add_argument("--seed", type=int, default=42, help="of all that is drawn")
     add_ignore_keys(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
@@ -417,21 +429,26 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--load_in_4bit", action="store_true", help="base weights in 4-bit NF4 (bitsandbytes)")
     group.add_argument("--load_in_8bit", action="store_true", help="base weights in 8 bit (bitsandbytes)")
     group.add_argument("--cache_dir", help="folder for downloaded models")
+    exam_help = "sft: exam questions ask for thinking and then <answer>X</answer> (tagged), or for the letter"
+    group.add_argument("--exam_format", choices=("tagged", "letter"), default="tagged", help=exam_help)
     add_use_cpu(group)
+    add_judge_flags(parser)
     args = parser.parse_args(argv)
     check_flags(args)
     if args.model and (reason := cpu_reason(args.use_cpu)):
         args.use_cpu = True
         print(f"{reason}: float32 on the CPU")
 
-    files, unread = find_files(args.sft_data, "--sft_data")
+    files, unread = find_records(args.sft_data, args.dataset_name, "--sft_data", cache_dir=args.cache_dir)
     refuse_same(files, args.output_file, "--output_file")
     reading = Reading(args.ignore_keys)
-    prompts, report = draw_prompts(files, args.num_samples, args.seed, reading)
+    form = args.exam_format if args.format == "sft" else None
+    prompts, report = draw_prompts(files, args.num_samples, args.seed, reading, form)
     if not prompts:
-        raise UserError("\n".join([f"--sft_data {args.sft_data}: no usable dialogue in it", *dropped_lines(report)]))
+        named = named_records("--sft_data", args.sft_data, args.dataset_name)
+        raise UserError("\n".join([f"{named}: no usable dialogue in it", *dropped_lines(report)]))
     for line in [
-        f"{args.sft_data}: {report.summary()}",
+        f"{args.sft_data or args.dataset_name}: {report.summary()}",
         *dropped_lines(report),
         *reading.lines(),
         *unread_lines(unread),
@@ -440,16 +457,26 @@ def main(argv: list[str] | None = None) -> None:
     if len(prompts) < args.num_samples:
         print(f"--num_samples {args.num_samples:,}: there are only {len(prompts):,} to draw from")
 
+    judge = Judge(judge_args(args)) if args.judge else None
+    if judge is not None:
+        judge.try_out()
     with new_text_file(args.output_file, "--output_file", args.overwrite) as file:
         if args.model:
             from transformers import set_seed
 
             set_seed(args.seed)
-            pairs = Sampler(args).pairs(prompts)
+            sampler = Sampler(args, judge)
+            if args.format == "sft":
+                lines = write_dialogues(sampler.dialogues(prompts), len(prompts), file)
+            else:
+                lines = write_pairs(sampler.pairs(prompts), len(prompts), file)
         else:
-            pairs = build_pairs(prompts, args.seed)
-        lines = write_pairs(pairs, len(prompts), file)
+            lines = write_pairs(spoil_replies(prompts, args.seed), len(prompts), file)
     print("\n".join([f"{args.output_file}: {lines[0]}", *lines[1:]]))
+    if judge is not None:
+        print(f"judge: {judge.usage}")
+        if judge.stopped:
+            raise UserError(f"{judge.where}: {args.output_file} is incomplete: {judge.stopped}")
 
 
 if __name__ == "__main__":

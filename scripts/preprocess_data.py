@@ -41,8 +41,9 @@ from medtune.output_files import new_folder, new_text_file, refuse_same
 from medtune.reading.cleaning import Cleaner, Record
 from medtune.reading.foreign_forms import add_ignore_keys
 from medtune.reading.guide_form import guide_line
+from medtune.reading.hub_data import add_records_flags, load_splits, named_records, parse_name
 from medtune.reading.keys import Reading
-from medtune.reading.kinds import READERS, Kind, find_kind, is_plain_text
+from medtune.reading.kinds import READERS, Kind, find_kind, is_plain_text, kind_of_split
 from medtune.reading.near_duplicates import QUESTION_SHINGLE, TEXT_SHINGLE, Distinct, Groups, bare_text
 from medtune.reading.records import BadRecord, Document, Feedback, Pair, Report
 from medtune.reading.sources import Sources
@@ -282,7 +283,7 @@ def next_command(args: argparse.Namespace, kind: Kind, parts: dict[str, Path]) -
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--input_dir", required=True, help="a file, or a folder and all below it, of one kind of records")
+    add_records_flags(parser, "--input_dir", "a file, or a folder and all below it, of one kind of records")
     add("--output_dir", required=True, type=Path, help="the new folder; the report is written beside it")
     add_ignore_keys(parser)
     add("--overwrite", action="store_true", help="replace what this tool wrote there before")
@@ -352,14 +353,19 @@ def progress(items: Iterable, what: str) -> Iterable:
 def check_places(args: argparse.Namespace, files: Sequence[Path]) -> None:
     """Refuse an output inside the input or above it, since the next run would read this one's output."""
     refuse_same(files, args.output_dir, "--output_dir")
-    if Path(args.input_dir).resolve() in args.output_dir.resolve().parents:
-        raise UserError(f"--output_dir {args.output_dir}: lies in --input_dir {args.input_dir}; write beside it")
+    folder = args.input_dir or parse_name(args.dataset_name)[0]
+    if Path(folder).resolve() in args.output_dir.resolve().parents:
+        raise UserError(f"--output_dir {args.output_dir}: lies in {named(args)}; write beside it")
+
+
+def named(args: argparse.Namespace) -> str:
+    return named_records("--input_dir", args.input_dir, args.dataset_name)
 
 
 def nothing_kept(args: argparse.Namespace, report: Report) -> str:
     if not report.read:
-        return f"--input_dir {args.input_dir}: there are no records in it"
-    lines = [f"--input_dir {args.input_dir}: {report.summary()}", *dropped_lines(report)]
+        return f"{named(args)}: there are no records in it"
+    lines = [f"{named(args)}: {report.summary()}", *dropped_lines(report)]
     if "unknown keys" in report.dropped:
         lines.append("scripts/convert_data_format.py reads other forms and columns")
     return "\n".join(lines)
@@ -368,7 +374,11 @@ def nothing_kept(args: argparse.Namespace, report: Report) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, clean, deduplicate, split, write, fill the cache, and print a summary."""
     args = parse_args(argv)
-    kind, files, unread = find_kind(args.input_dir, "--input_dir", args.ignore_keys)
+    if args.dataset_name is None:
+        kind, files, unread = find_kind(args.input_dir, "--input_dir", args.ignore_keys)
+    else:
+        split, _ = load_splits(args.dataset_name, args.cache_dir)
+        kind, files, unread = kind_of_split(split, args.ignore_keys)
     notes = settle_token_flags(args, kind)
     reading = Reading(args.ignore_keys)
     check_places(args, files)

@@ -31,7 +31,7 @@ LARGEST_WEIGHTS = 16_000_000  # bytes
 PROMPTS = ("急性支气管炎的常见表现有", "高血压患者日常要注意", "痛风和", "The usual symptoms of asthma are")
 SHOWN_FLAGS = (
     *("--learning_rate", "--lr_scheduler_type", "--lr_scheduler_kwargs", "--warmup_steps", "--weight_decay"),
-    *("--adam_beta2", "--block_size", "--seed", "--data_seed"),
+    *("--adam_beta2", "--block_size", "--seed", "--data_seed", "--cpu_bf16"),
 )
 
 CARD = """---

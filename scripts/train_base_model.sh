@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 # ---------------------------------------------------------------- edit block
 SITTING=${SITTING:-1}
 STEPS=${STEPS:-4500} # of 16 blocks of 512 tokens
-BF16=${BF16:-True}   # faster where the processor has the instructions, slower elsewhere
+CPU_BF16=${CPU_BF16:-autocast} # faster where the processor has the instructions, slower elsewhere; False: float32
 DECAY_STEPS=$((STEPS / 5)) # the last ones, in which the learning rate falls to zero
 OUTPUT=${OUTPUT:-outputs-base-$SITTING}
 PUBLISHED=${PUBLISHED:-base_model}
@@ -36,7 +36,7 @@ fail() { echo "error: $*" >&2; exit 2; }
 "$PYTHON" scripts/build_sample_data.py --corpus "$CORPUS/pretrain/documents.jsonl"
 model=$PUBLISHED
 if [ "$SITTING" = 1 ]; then
-    model=models/untrained-base
+    model=${OUTPUT%/}-untrained # beside the run: another OUTPUT may be of another shape or corpus
     "$PYTHON" scripts/build_tiny_model.py --shape base --data_dir "$CORPUS" --output_dir "$model"
 fi
 
@@ -62,7 +62,7 @@ args=(
     --seed 42 # holds out the same documents in every sitting
     --data_seed "$SITTING"
     --gradient_checkpointing False
-    --bf16 "$BF16"
+    --cpu_bf16 "$CPU_BF16"
     --logging_steps 20
     --eval_strategy steps
     --eval_steps 400

@@ -12,7 +12,6 @@ a repository) and charts/ with its pictures.
 import argparse
 import io
 import json
-import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import matplotlib
 
 from medtune.errors import UserError, run_script
+from medtune.measuring.evaluations import axis_names, read_evaluation, read_object, short_name
 from medtune.measuring.pages import Chart, Section, Table, to_html, to_markdown
 from medtune.output_files import new_folder
 from medtune.reading.thoughts import split_reply
@@ -41,6 +41,7 @@ STAGES = {
     "dpo": "Direct preference optimization",
     "ppo": "Proximal policy optimization",
     "grpo": "Group relative policy optimization",
+    "distillation": "On-policy distillation",
 }
 # A panel: its axis, and the keys of the log with what they are of; keys that a stage does not log are left out.
 PANELS = (
@@ -62,6 +63,7 @@ PANELS = (
     ("groups without a signal", {"groups/no_signal_frac": "sampled"}),
     ("KL from the start (nats a reply)", {"objective/kl": "sampled", "eval_kl": "held-out, greedy"}),
     ("KL from the start (nats a token)", {"objective/token_kl": "sampled"}),
+    ("KL from the teacher (nats a token)", {"teacher/kl": "training", "eval_teacher_kl": "held-out"}),
     ("entropy (nats a token)", {"objective/entropy": "sampled"}),
     ("learning rate", {"learning_rate": "schedule"}),
 )
@@ -105,41 +107,15 @@ class Run:
         return {**keeper, **(self.state.get("settings") or {})}
 
 
-def read_json(file: Path) -> dict:
-    """The object in a JSON file, {} if there is no file; raises UserError if it is broken."""
-    return parse_object(file.read_bytes(), str(file)) if file.is_file() else {}
-
-
-def parse_object(text: bytes, source: str) -> dict:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{source}: not JSON ({error}); restore it, or run again what wrote it") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{source}: no JSON object; restore it, or run again what wrote it")
-    return value
-
-
 def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"--runs {folder}: no such folder")
-    lineage = read_json(folder / "checkpoint-best/lineage.json")
+    lineage = read_object(folder / "checkpoint-best/lineage.json")
     if not lineage:
         raise UserError(f"--runs {folder}: no checkpoint-best/lineage.json in it, so no stage has ended there")
-    state = read_json(folder / "trainer_state.json")
-    results = [read_json(folder / f"{part}_results.json") for part in ("train", "eval")]
+    state = read_object(folder / "trainer_state.json")
+    results = [read_object(folder / f"{part}_results.json") for part in ("train", "eval")]
     return Run(folder, lineage, state, *results)
-
-
-def read_evaluation(folder: Path) -> tuple[dict, list[dict]]:
-    report = read_json(folder / "metrics.json")
-    if "metrics" not in report:
-        raise UserError(f"--evaluation {folder}: no metrics.json of scripts/evaluate_model.py in it")
-    file = folder / "predictions.jsonl"
-    if not file.is_file():
-        raise UserError(f"--evaluation {folder}: no predictions.jsonl in it; run scripts/evaluate_model.py again")
-    lines = file.read_bytes().splitlines()
-    return report, [parse_object(line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
 
 
 # ---------------------------------------------------------------- sections
@@ -205,7 +181,7 @@ def run_section(run: Run) -> Section:
 def evaluation_sections(report: dict, predictions: Sequence[dict], runs: Sequence[Run]) -> list[Section]:
     models = list(dict.fromkeys(row["model"] for row in predictions))
     panels = evaluation_panels(report["metrics"], models)
-    names = axis_names(models, runs)
+    names = axis_names(models, {run.folder.resolve(): run.stage.upper() for run in runs})
     section = Section("Evaluation")
     section.blocks.append(
         "Intervals are 95 %. Better, same and worse are against the first model, by paired bootstrap on the same "
@@ -239,7 +215,7 @@ def answers_section(models: Sequence[str], predictions: Sequence[dict]) -> Secti
     section = Section("Answers side by side")
     by_question: dict[tuple[str, str], dict[str, dict]] = {}
     for row in predictions:
-        if row["kind"] != "exam":
+        if row["kind"] not in ("exam", "rubrics"):
             messages_json = json.dumps(row["messages"], ensure_ascii=False)
             by_question.setdefault((row["file"], messages_json), {})[row["model"]] = row
     for file in dict.fromkeys(file for file, _ in by_question):
@@ -257,11 +233,6 @@ def answers_section(models: Sequence[str], predictions: Sequence[dict]) -> Secti
                     answers.append([short_name(model) + reward + thinks, answer + cut])
             section.blocks.append(Table([Path(file).name, ""], answers))
     return section
-
-
-def short_name(model: str) -> str:
-    """A model's name without /checkpoint-best."""
-    return re.sub(r"/checkpoint-best/?$", "", model)
 
 
 def figure_cell(file_metrics: dict, model: str, name: str) -> str:
@@ -333,14 +304,6 @@ def evaluation_panels(metrics: dict, models: Sequence[str]) -> list[Panel]:
                 verdicts = [of_file["against_first"][model][name]["verdict"] for model in models[1:]]
                 panels.append(Panel(f"{title}\n{Path(file).name}", figures, verdicts))
     return panels
-
-
-def axis_names(models: Sequence[str], runs: Sequence[Run]) -> list[str]:
-    """The stage of each model whose run is reported (SFT), of any other the last part of its path."""
-    stages = {run.folder.resolve(): run.stage.upper() for run in runs}
-    names = [stages.get(Path(short_name(model)).resolve()) or Path(short_name(model)).name for model in models]
-    # Two models of one name: in full.
-    return [short_name(model) if names.count(name) > 1 else name for model, name in zip(models, names, strict=True)]
 
 
 def against_first(panels: Sequence[Panel], names: Sequence[str]) -> str:

@@ -210,10 +210,10 @@ def estimate(stage: str, argv: list[str]) -> dict:
     from medtune.estimate.memory import measure_memory
     from medtune.estimate.plan import read_plan
     from medtune.estimate.rows import find_rows
-    from medtune.estimate.shapes import model_config
+    from medtune.estimate.shapes import find_shape
 
     plan = read_plan(importlib.import_module(SCRIPTS[stage]), argv, 1, "")
-    memory = measure_memory(plan, model_config(plan.base_model, "")[0], find_rows(plan, None))
+    memory = measure_memory(plan, find_shape(plan.base_model, ""), find_rows(plan, None))
     stays = sum(memory.parts.values())
     return {"stays": stays, "moment": max(memory.moments.values()), "decides": memory.decides}
 

@@ -116,6 +116,9 @@ class FakeVllm:
         if "allowed_token_ids" in body:
             logp = -3.0 if "raw_logprobs" in self.faults else 0.0
             return 200, {"choices": [{"token_ids": body["allowed_token_ids"], "logprobs": {"token_logprobs": [logp]}}]}
+        if "prompt_logprobs" in body:
+            self.requests.append(body)
+            return (0, {}) if "dies" in self.faults else (200, {"choices": [{"prompt_logprobs": self.read(body)}]})
         if body["model"] not in self.adapters:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
         self.requests.append(body)
@@ -126,6 +129,16 @@ class FakeVllm:
         ids, logps = self.generate(body)
         choice = {"prompt_token_ids": body["prompt"], "token_ids": ids, "finish_reason": "stop"}
         return 200, {"choices": [choice | {"logprobs": {"token_logprobs": logps}}]}
+
+    @torch.no_grad()
+    def read(self, body: dict) -> list[dict | None]:
+        """Of each prompt token after the first its own log-prob, as `prompt_logprobs` 0 asks for."""
+        assert body["model"] == str(self.base)
+        assert body["prompt_logprobs"] == 0
+        ids = torch.tensor(body["prompt"])
+        distributions = self.model(input_ids=ids[None]).logits[0, :-1].log_softmax(dim=-1)
+        logps = distributions.gather(1, ids[1:, None]).squeeze(1).tolist()
+        return [None, *({str(int(i)): {"logprob": logp, "rank": 1}} for i, logp in zip(ids[1:], logps, strict=True))]
 
     @torch.no_grad()
     def generate(self, body: dict) -> tuple[list[int], list[float]]:

@@ -20,7 +20,7 @@ from medtune.errors import run_script
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"]
 STAGES = {"pt": "pretraining", "sft": "supervised_finetuning", "rm": "reward_modeling", "dpo": "dpo_training"}
-RL_STAGES = {"ppo": "ppo_training", "grpo": "grpo_training"}
+RL_STAGES = {"ppo": "ppo_training", "grpo": "grpo_training", "distillation": "distillation_training"}
 ADAPTER_FILES = {
     *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "lineage.json"),
     *("tokenizer.json", "tokenizer_config.json"),
@@ -122,7 +122,7 @@ def logged(output_dir: Path, name: str = "loss") -> dict[int, float]:
 
 
 def history(output_dir: Path) -> list[dict]:
-    """The entries of the log of PPO or GRPO."""
+    """The entries of the log of PPO, GRPO or distillation."""
     return json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
 
 

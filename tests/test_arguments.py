@@ -484,6 +484,17 @@ def test_flags_are_kept_as_they_were_written():
     }
 
 
+def test_autocast_on_the_cpu_is_asked_for_by_flag():
+    values, notes = parse("--cpu_bf16 autocast --bf16 --torch_dtype bfloat16")
+    assert (values["bf16"], values["torch_dtype"]) == (True, "float32")
+    assert notes == [
+        "no CUDA device: float32 weights, products in bfloat16 on the CPU instead of --torch_dtype bfloat16"
+    ]
+    assert refused("--cpu_bf16 autocast --bf16 False") == (
+        "--cpu_bf16 autocast: not with --bf16 False; leave one of them out"
+    )
+
+
 def test_notes_belong_to_one_parser():
     assert StageArgumentParser(SFT).notes is not StageArgumentParser(SFT).notes
 

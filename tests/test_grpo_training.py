@@ -1,6 +1,7 @@
 """The GRPO stage: what an update does, what a run leaves, resume, several processes, alarms, errors."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import stage_runs
 import torch
+from judge_server import running_judge, send
 from stage_runs import (
     ADAPTER_FILES,
     PARTS,
@@ -28,6 +30,7 @@ from transformers import TrainingArguments
 
 import grpo_training
 from medtune.errors import UserError
+from medtune.measuring import judge_client
 from medtune.measuring.intervals import wilson_interval
 from medtune.models.adapters import load_with_adapter
 from medtune.models.lineage import read_lineage
@@ -215,6 +218,24 @@ def test_replies_to_one_prompt_stay_together_where_rows_are_joined(tmp_path):
     learns = torch.tensor([True, True, True, True, True])
     for by_prompt, rows in ((False, [[2, 3, 1], [4, 0]]), (True, [[0, 2, 4], [1, 3]])):
         assert [part.tolist() for part, _ in grpo_training.split_evenly(replies, learns, args, by_prompt)] == rows
+
+
+def test_a_judges_reward_and_replies_that_it_could_not_judge(flags, tmp_path, monkeypatch):
+    """A judge that likes odd lengths, and gives no answer for replies of some: they are left out, not scored 0."""
+    monkeypatch.setattr(judge_client, "LONGEST_PAUSE", 0)
+    with running_judge() as judge:
+        judge.verdict = lambda reply, criterion: len(reply) % 2 == 1
+        judge.fault = lambda number, handler: number % 5 == 3 and (send(handler, 400, {}) or True)
+        served = {"judge_url": judge.url, "judge_model": "m", "judge_cache": tmp_path / "judged"}
+        grpo_training.main(flags(rewards="judge", reward_file=None, **served))
+        judge.fault = lambda number, handler: send(handler, 500, {}) or True
+        more = flags(rewards="judge", reward_file=None, max_steps=4, resume_from_checkpoint=True, **served)
+        with pytest.raises(UserError, match=r"8 questions in a row .*; saved in .*checkpoint-2, and the same command"):
+            grpo_training.main(more)
+    unjudged = updates(tmp_path / "out", "reply/unjudged_frac")
+    assert 0 < max(unjudged) < 0.5
+    assert all(math.isfinite(value) for entry in history(tmp_path / "out") for value in entry.values())
+    assert min(updates(tmp_path / "out", "reward/judge_std")) > 0
 
 
 # ---------------------------------------------------------------- several processes, resume

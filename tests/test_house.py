@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Of each room: the rooms it may import besides itself and medtune/'s own files, and the packages.
 ROOMS = {
-    "medtune": (set(), {"torch", "transformers"}),
+    "medtune": (set(), {"torch", "transformers", "huggingface_hub", "loguru"}),
     "medtune.reading": (
         {"template"},
         {"datasets", "datasketch", "filelock", "jinja2", "loguru", "numpy", "orjson", "pyarrow", "transformers"},
@@ -23,6 +23,10 @@ ROOMS = {
     "medtune.models": (
         {"template", "medtune.reading"},
         {"torch", "transformers", "peft", "bitsandbytes", "deepspeed", "safetensors", "huggingface_hub", "loguru"},
+    ),
+    "medtune.export": (
+        {"template", "medtune.reading", "medtune.models"},
+        {"torch", "transformers", "gguf", "xllamacpp", "safetensors", "loguru"},
     ),
     "medtune.training": (
         {"medtune.reading", "medtune.models"},
@@ -39,14 +43,15 @@ ROOMS = {
         {"medtune.reading", "medtune.models", "medtune.training", "medtune.rl"},
         {"torch", "transformers", "peft", "datasets", "numpy"},
     ),
-    "medtune.measuring": ({"medtune.reading"}, {"numpy", "rouge_score", "sacrebleu"}),
+    "medtune.measuring": ({"medtune.reading"}, {"numpy", "openai", "rouge_score", "sacrebleu"}),
     "medtune.machine": (set(), {"torch", "bitsandbytes"}),
-    "medtune.sample_data": (set(), set()),
+    "medtune.sample_data": ({"medtune.reading"}, set()),
 }
 STAGES = {"pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training", "grpo_training"}
+STAGES |= {"distillation_training"}
 TOOLS = {"merge_peft_adapter", "inference", "openai_server", "web_demo"}
 FORBIDDEN_NAMES = {"utils", "helpers", "tmp", "evaluate", "common", "misc"}
-LAUNCHERS = ["run_pt.sh", "run_sft.sh", "run_rm.sh", "run_dpo.sh", "run_ppo.sh", "run_grpo.sh"]
+LAUNCHERS = ["run_pt.sh", "run_sft.sh", "run_rm.sh", "run_dpo.sh", "run_ppo.sh", "run_grpo.sh", "run_distill.sh"]
 
 # Names that two rooms have, and files that are still too long.
 DEFINED_TWICE = {"RENAMED", "IGNORED_LABEL"}
@@ -178,7 +183,9 @@ def test_root_names_shadow_no_package():
 
 def test_every_imported_package_is_pinned():
     """A package that only another one brings in could change its version without notice."""
-    files = [ROOT / f"{name}.txt" for name in ("requirements", "requirements/web", "requirements/gpu")]
+    files = [
+        ROOT / f"{name}.txt" for name in ("requirements", *(f"requirements/{name}" for name in ("web", "gpu", "gguf")))
+    ]
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     pinned = {re.split(r"==", line)[0].lower().replace("-", "_") for line in lines if "==" in line}
     imported = {name.lower() for path in CODE for name in packages(path)}

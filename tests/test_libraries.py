@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["pretraining", "supervised_finetuning", "reward_modeling", "dpo_training", "ppo_training", "grpo_training"]
-SCRIPTS += ["inference", "merge_peft_adapter", "openai_server"]
+SCRIPTS += ["distillation_training", "inference", "merge_peft_adapter", "openai_server"]
 
 # Each takes from a tenth of a second to seconds, and no script needs it to know its flags.
 UNUSED = ["scipy.optimize", "torch._inductor.compile_fx", "torch._functorch.aot_autograd", "trl", "deepspeed"]

@@ -1,6 +1,7 @@
 """The PPO stage: what an update does, what a run leaves, resume, several processes, alarms, errors."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import torch
 from build_tiny_model import write_tiny_model
 from conftest import TEXTS, TINY_HEADS, TINY_SHAPE
 from guide import GUIDE_PPO
+from judge_server import running_judge, send
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from stage_runs import (
@@ -455,6 +457,20 @@ def test_exam_accuracy_chooses_the_best_checkpoint(exam_flags, tmp_path, monkeyp
 def test_a_run_without_any_right_answer_is_stopped(exam_flags):
     with pytest.raises(UserError, match=r"^update 5: all replies of the first 5 updates have the same score, 0: "):
         ppo_training.main(exam_flags(rewards=["exam"], max_steps=6))
+
+
+@pytest.mark.slow
+def test_a_judges_reward_in_place_of_a_reward_models(flags, tmp_path):
+    """Replies that it could not judge are replaced by others, and left out of what the evaluation averages."""
+    with running_judge() as judge:
+        judge.verdict = lambda reply, criterion: len(reply) % 2 == 1
+        judge.fault = lambda number, handler: number % 5 == 3 and (send(handler, 400, {}) or True)
+        served = {"judge_url": judge.url, "judge_model": "m", "judge_cache": tmp_path / "judged"}
+        data = {"do_eval": True, "max_eval_samples": 8, "validation_file_dir": write_dialogues(tmp_path)}
+        ppo_training.main(flags(reward_model_path=None, rewards="judge", **served, **data))
+    entries = history(tmp_path / "out")
+    assert all(math.isfinite(value) for entry in entries for value in entry.values())
+    assert len([entry for entry in entries if "eval_reward_judge" in entry or "eval_score" in entry]) == 2
 
 
 def test_a_reward_model_among_other_rewards(flags, tmp_path, kept_roles):

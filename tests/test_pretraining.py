@@ -295,7 +295,7 @@ def test_a_run_leaves_a_model_and_says_bits_per_byte(flags, tmp_path, data_dir, 
     load_with_adapter(str(tiny_model_dir), str(out / "checkpoint-best"))
     log = re.sub(" +", " ", capfd.readouterr().err)
     assert "train documents kept 36 of 36" in log
-    assert "eval documents kept 4 of 4, held out of the training files by the seed" in log
+    assert "eval documents kept 4 of 4, held out of the training data by the seed" in log
     assert "a document sees itself alone" in log
     assert "bits_per_byte" in log
     assert "supervised_finetuning.py --model_name_or_path" in log.splitlines()[-1]

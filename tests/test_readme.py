@@ -17,9 +17,11 @@ from medtune.arguments import (
     RunArguments,
     StageArgumentParser,
 )
+from medtune.measuring.judge_client import JudgeArguments
 from medtune.models.adapters import DEFAULT_LORA_ALPHA, DEFAULT_LORA_RANK
 from medtune.old_flags import FIXED_FLAGS, RENAMED
 from medtune.rl.arguments import GRPOArguments, GRPORewardArguments, PPOArguments, RewardArguments, RolloutArguments
+from medtune.rl.distillation_arguments import DistillationArguments, TeacherArguments
 from medtune.training.preference_arguments import PairArguments
 from pretraining import PTArguments
 from supervised_finetuning import SFTArguments
@@ -30,6 +32,7 @@ READMES = ["README.md", "README_ZH.md"]
 # Pages in both languages: what a README promises is found in it or in one of these.
 PAGES = [f"docs/{name}" for name in ("guide", "data", "flags", "outputs", "trouble")]
 PAGES += [f"docs/recipes/{name}" for name in ("README", "med_rlvr", "thoughts", "grpo_after_sft")]
+PAGES += [f"docs/recipes/{name}" for name in ("judge_grpo", "best_of_n", "distillation")]
 BOTH = [("README.md", "README_ZH.md"), *((f"{page}.md", f"{page}_ZH.md") for page in PAGES)]
 BILINGUAL = [name for names in BOTH for name in names]
 GUIDES, FLAGS, DATA, OUTPUTS, TROUBLE = (
@@ -39,7 +42,10 @@ ALL_PAGES = [
     *BILINGUAL,
     *(
         f"docs/{name}.md"
-        for name in ("estimate", "evaluation", "grpo", "models", "ppo", "reliability", "results", "serving", "vllm")
+        for name in (
+            *("distillation", "estimate", "evaluation", "grpo", "models", "ppo", "reliability", "results", "serving"),
+            "vllm",
+        )
     ),
 ]
 LAUNCHED = {
@@ -49,6 +55,7 @@ LAUNCHED = {
     "dpo_training.py": "run_dpo.sh",
     "ppo_training.py": "run_ppo.sh",
     "grpo_training.py": "run_grpo.sh",
+    "distillation_training.py": "run_distill.sh",
 }
 SHARED = [ModelArguments, DataArguments, LoraArguments, RunArguments]
 OWN = {
@@ -56,8 +63,9 @@ OWN = {
     "supervised_finetuning.py": [SFTArguments],
     "reward_modeling.py": [PairArguments],
     "dpo_training.py": [PairArguments],
-    "ppo_training.py": [RewardArguments, RolloutArguments, PPOArguments],
+    "ppo_training.py": [JudgeArguments, RewardArguments, RolloutArguments, PPOArguments],
     "grpo_training.py": [GRPORewardArguments, GRPOArguments],
+    "distillation_training.py": [TeacherArguments, DistillationArguments],
 }
 
 # Commands that are not ours, with the words that may follow.
@@ -267,7 +275,7 @@ def test_flags_of_a_stage(name, script):
 @pytest.mark.parametrize("name", FLAGS)
 def test_flags_that_the_launchers_set(name, tmp_path):
     rows = table(text_of(name).splitlines(), "`--train_file_dir` | `./data/pretrain`")
-    paths = {"model_name_or_path", "sft_model_path", "reward_model_path", "output_dir"}
+    paths = {"model_name_or_path", "sft_model_path", "reward_model_path", "teacher_model_path", "output_dir"}
     for number, launcher in enumerate(LAUNCHED.values(), start=1):
         launched = dict(pairs(launch(launcher, tmp_path).flags))
         listed = {row[0].strip("`-"): row[number].strip("`") for row in rows if row[number] != "-"}

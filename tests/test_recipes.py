@@ -20,7 +20,7 @@ from medtune.models.lineage import read_lineage
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs/recipes"
-RECIPES = ["med_rlvr", "thoughts", "grpo_after_sft"]
+RECIPES = ["med_rlvr", "thoughts", "grpo_after_sft", "judge_grpo", "best_of_n", "distillation"]
 
 
 def block(page: str, language: str) -> str:
@@ -44,8 +44,8 @@ def project(tmp_path_factory) -> Path:
     return folder
 
 
-def run_tried(project: Path, recipe: str) -> list[dict]:
-    """Run a recipe's last section; the figures of the exam for each model."""
+def run_tried(project: Path, recipe: str, test_file: str = "data/eval/exam.jsonl") -> list[dict]:
+    """Run a recipe's last section; the figures of a test file for each model."""
     tried = block(recipe, "bash try")
     kept = {name: value for name, value in os.environ.items() if name != "PYTHON"}
     finished = subprocess.run(
@@ -61,7 +61,7 @@ def run_tried(project: Path, recipe: str) -> list[dict]:
         assert read_lineage(project / output / "checkpoint-best") is not None, output
     (folder,) = re.findall(r"--output_dir (outputs-\S+)", tried)
     metrics = json.loads((project / folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
-    return list(metrics["data/eval/exam.jsonl"]["models"].values())
+    return list(metrics[test_file]["models"].values())
 
 
 @pytest.mark.slow
@@ -87,6 +87,34 @@ def test_tried_thoughts(project):
     assert read_lineage(project / "outputs-try-thoughts/checkpoint-best").thinking == "keep"
     assert figures["thought_tokens"]["value"] > 5, "it thinks, unasked"
     assert figures["unclosed_thoughts"]["value"] < 0.5
+
+
+@pytest.mark.slow
+def test_tried_judge(project):
+    before, after = run_tried(project, "judge_grpo", "data/eval/safety.jsonl")
+    assert after.keys() == before.keys() >= {"judge_safety", "judge_agrees"}
+    updates = [entry for entry in history(project / "outputs-try-judge") if "policy/loss" in entry]
+    assert len(updates) == 4
+    assert all(entry["reply/unjudged_frac"] == 0 and entry["reward/judge_std"] > 0 for entry in updates)
+
+
+@pytest.mark.slow
+def test_tried_best_of_n(project):
+    before, after = run_tried(project, "best_of_n")
+    assert before["exam_unparsed_tagged"]["value"] < 0.2
+    assert after["exam_unparsed_tagged"]["value"] < 0.2
+    dialogues = [json.loads(line) for line in (project / "data/try-best/train.jsonl").read_text().splitlines()]
+    assert 10 < len(dialogues) < 128, "questions of which no reply was right are left out"
+    assert all(re.search(r"<answer>[A-E]</answer>$", turns["conversations"][-1]["value"]) for turns in dialogues)
+
+
+@pytest.mark.slow
+def test_tried_distillation(project):
+    before, after = run_tried(project, "distillation", "data/eval/questions.jsonl")
+    assert after["rouge_l"]["value"] > before["rouge_l"]["value"]
+    kl = [entry["eval_teacher_kl"] for entry in history(project / "outputs-try-distill") if "eval_teacher_kl" in entry]
+    assert kl[-1] < kl[0]
+    assert read_lineage(project / "outputs-try-distill/checkpoint-best").base_model == "models/tiny-qwen2"
 
 
 # ---------------------------------------------------------------- memory and time

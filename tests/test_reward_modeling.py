@@ -322,7 +322,7 @@ def test_a_run_leaves_exactly_these_files(flags, tmp_path, data_dir, tiny_model_
     }
     log = re.sub(" +", " ", capfd.readouterr().err)
     assert "train pairs kept 36 of 36" in log
-    assert "eval pairs kept 4 of 4, held out of the training files by the seed" in log
+    assert "eval pairs kept 4 of 4, held out of the training data by the seed" in log
     assert re.search(r"请就诊，注意休息。[^«]*«<\|im_end\|>»\nagainst\n不用管它[^«]*«<\|im_end\|>»", log)
     assert "step 4/4 evaluation: loss" in log
     assert "held-out pairs are ordered right" in log

@@ -38,10 +38,11 @@ if [ "$script" = "${SLEEP_AT:-}" ]; then
     for _ in $(seq 600); do [ -e go ] || sleep 0.1; done
 fi
 [ "$script" != "${FAIL_AT:-}" ] || { echo "error: broken data at train.jsonl:3" >&2 && exit 3; }
+[ -n "$output" ] || exit 0
 mkdir -p "$output/checkpoint-best"
 [ -n "${FULL:-}" ] || touch "$output/checkpoint-best/adapter_config.json"
 """
-LAST = ["merge_peft_adapter.py", "scripts/evaluate_model.py", "scripts/write_report.py"]
+LAST = ["merge_peft_adapter.py", *(f"scripts/{name}.py" for name in ("evaluate_model", "write_report", "show_answers"))]
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_the_short_way(project):
     finished, calls = run(project)
     assert finished.returncode == 0, finished.stderr
     assert scripts(calls) == ["supervised_finetuning.py", "dpo_training.py", *LAST]
-    sft, dpo, merge, evaluation, report = map(" ".join, calls)
+    sft, dpo, merge, evaluation, report, answers = map(" ".join, calls)
     assert "--model_name_or_path org/Tiny-Instruct --train_file_dir ./data/finetune" in sft
     assert "--model_name_or_path outputs-sft-tiny/checkpoint-best --train_file_dir ./data/reward" in dpo
     assert merge.endswith("--lora_model outputs-dpo-tiny/checkpoint-best --output_dir outputs-dpo-tiny-merged")
@@ -97,6 +98,7 @@ def test_the_short_way(project):
     compared = f"--base_model {best} --compare org/Tiny-Instruct outputs-sft-tiny/checkpoint-best {best} --test_file"
     assert compared in evaluation
     assert "--runs outputs-sft-tiny outputs-dpo-tiny --evaluation outputs-eval-tiny" in report
+    assert answers == "scripts/show_answers.py outputs-eval-tiny"
     assert "next: python inference.py --base_model outputs-dpo-tiny-merged --interactive" in finished.stdout
     # What a stage says stands in its own log and here.
     assert "sft: started; tail -f logs/sft.log\nthe log of supervised_finetuning.py\n" in finished.stdout
@@ -108,7 +110,7 @@ def test_the_long_way(project):
     assert finished.returncode == 0, finished.stderr
     stages = ["pretraining.py", "supervised_finetuning.py", "dpo_training.py", "reward_modeling.py", "ppo_training.py"]
     assert scripts(calls) == [*stages, *LAST]
-    pt, sft, dpo, rm, ppo, merge, evaluation, _ = calls
+    pt, sft, dpo, rm, ppo, merge, evaluation, *_ = calls
     assert flag(pt, "--model_name_or_path") == "org/Tiny-Instruct"
     assert flag(sft, "--model_name_or_path") == "outputs-pt-tiny/checkpoint-best"
     assert flag(sft, "--max_steps") == "5"
@@ -120,7 +122,11 @@ def test_the_long_way(project):
 
 
 def test_an_estimate_asks_the_training_stages_alone(project):
-    finished, calls = run(project, ALIGN="ppo", ESTIMATE="1")
+    finished, calls = run(project, "--max_steps", "5", ALIGN="ppo", ESTIMATE="1")
+    assert finished.returncode == 0, finished.stderr
+    assert [" ".join(call) for call in calls] == ["scripts/estimate_run.py run_all.sh --max_steps 5"]
+    # Which starts it again for the commands.
+    finished, calls = run(project, ALIGN="ppo", ESTIMATE="1", ESTIMATE_COMMANDS="commands")
     assert finished.returncode == 0, finished.stderr
     assert scripts(calls) == ["supervised_finetuning.py", "reward_modeling.py", "ppo_training.py"]
     assert "all done" not in finished.stdout
@@ -133,7 +139,7 @@ def test_rewards_that_can_be_checked_after_sft(project):
     finished, calls = run(project, ALIGN="grpo", GRPO_DATA="exams", GRPO_FLAGS="--rewards exam")
     assert finished.returncode == 0, finished.stderr
     assert scripts(calls) == ["supervised_finetuning.py", "grpo_training.py", *LAST]
-    _, grpo, merge, evaluation, report = calls
+    _, grpo, merge, evaluation, report, _ = calls
     assert (flag(grpo, "--sft_model_path"), flag(grpo, "--train_file_dir")) == (
         "outputs-sft-tiny/checkpoint-best",
         "exams",
@@ -141,6 +147,20 @@ def test_rewards_that_can_be_checked_after_sft(project):
     assert flag(grpo, "--rewards") == "exam"
     assert flag(merge, "--lora_model") == flag(evaluation, "--base_model") == "outputs-grpo-tiny/checkpoint-best"
     assert "--runs outputs-sft-tiny outputs-grpo-tiny" in " ".join(report)
+
+
+def test_every_stage_from_sft(project):
+    (project / "data/exam").mkdir(parents=True)
+    finished, calls = run(project, ALIGN="all")
+    assert finished.returncode == 0, finished.stderr
+    stages = ["dpo_training.py", "reward_modeling.py", "ppo_training.py", "grpo_training.py"]
+    assert scripts(calls) == ["supervised_finetuning.py", *stages, *LAST]
+    _, _, _, ppo, grpo, merge, evaluation, *_ = calls
+    sft = "outputs-sft-tiny/checkpoint-best"
+    assert (flag(ppo, "--sft_model_path"), flag(grpo, "--sft_model_path")) == (sft, sft)
+    best = [f"outputs-{stage}-tiny/checkpoint-best" for stage in ("dpo", "ppo", "grpo")]
+    assert f"--compare org/Tiny-Instruct {sft} {' '.join(best)} --reward_model" in " ".join(evaluation)
+    assert flag(merge, "--lora_model") == best[-1]
 
 
 def test_the_choice_of_the_cpu_holds_for_what_follows_training(project):
@@ -180,7 +200,7 @@ def test_the_adapter_of_an_earlier_stage_can_be_started_from(project):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"ALIGN": "kto"}, "error: ALIGN=kto: give dpo, ppo, both, grpo or none\n"),
+        ({"ALIGN": "kto"}, "error: ALIGN=kto: give dpo, ppo, both, grpo, all or none\n"),
         ({"DO_PT": "2"}, "error: DO_PT=2: give 0 or 1\n"),
         (
             {"ALIGN": "grpo"},
@@ -379,7 +399,7 @@ def test_killed_and_started_again_it_ends_with_the_same_evaluation_and_does_noth
     for name in ("predictions.jsonl", "metrics.json"):
         found, expected = ((folder / "outputs-eval-tiny" / name).read_text("utf-8") for folder in (killed, whole))
         assert found == expected
-    assert len(json.loads(expected)["metrics"]) == 5  # the files of TEST_FILES
+    assert len(json.loads(expected)["metrics"]) == 7  # the files of TEST_FILES
     assert last.count("holds a finished run") == 5
     assert "outputs-ppo-tiny-merged holds this model already" in last
     assert "outputs-eval-tiny: measured already" in last

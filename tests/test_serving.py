@@ -529,15 +529,20 @@ class StandInServer(BaseHTTPRequestHandler):
         pass
 
 
+def of_address(url: str) -> list[str]:
+    host, port = url.removeprefix("http://").split(":")
+    return ["--host", host, "--port", port]
+
+
 def test_vllm_is_asked_what_the_adapter_changes(monkeypatch, capsys):
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     with ThreadingHTTPServer(("127.0.0.1", 0), StandInServer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        adapter_effect.main(url, "policy", str(os.getpid()))
+        adapter_effect.main(["policy", str(os.getpid()), *of_address(url)])
         monkeypatch.setitem(StandInServer.logps, "base", -0.5)
-        adapter_effect.main(url, "policy", str(os.getpid()))
-        adapter_effect.main(url, "another", str(os.getpid()))
+        adapter_effect.main(["policy", str(os.getpid()), *of_address(url)])
+        adapter_effect.main(["another", str(os.getpid()), *of_address(url)])
         server.shutdown()
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "adapter policy: the log-probs of a first token differ from the base model's by up to 1.5"
@@ -551,7 +556,7 @@ def test_nothing_is_asked_of_a_server_whose_process_has_ended(monkeypatch, capsy
     monkeypatch.setattr(adapter_effect, "SECONDS_BETWEEN_TRIES", 0)
     ended = subprocess.Popen(["true"])
     ended.wait()
-    adapter_effect.main("http://127.0.0.1:1", "policy", str(ended.pid))
+    adapter_effect.main(["policy", str(ended.pid), *of_address("http://127.0.0.1:1")])
     assert capsys.readouterr().err == ""
 
 
@@ -575,6 +580,8 @@ def test_the_seed_minus_one_is_none_and_any_other_repeats(in_process):
 
 TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 RESULT = {"role": "tool", "tool_call_id": "1", "content": "好。"}
+TWO_CALLS = ASSISTANT | {"tool_calls": [TOOL_CALL, TOOL_CALL | {"id": "2"}]}
+WITHOUT_ID = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 @pytest.mark.parametrize(
@@ -603,6 +610,18 @@ RESULT = {"role": "tool", "tool_call_id": "1", "content": "好。"}
             "a turn of a tool has tool_call_id 2; the calls have ['1']",
         ),
         ({"messages": [USER, ASSISTANT | {"tool_calls": 5}, RESULT]}, "tool_calls 5: give a list"),
+        (
+            {"messages": [USER, TWO_CALLS, RESULT]},
+            "2 tool_calls are followed by 1 turns of tools with tool_call_id ['1']; the calls have ['1', '2']; send",
+        ),
+        (
+            {"messages": [USER, TWO_CALLS, RESULT, RESULT]},
+            "2 tool_calls are followed by 2 turns of tools with tool_call_id ['1', '1']; the calls have ['1', '2']; ",
+        ),
+        (
+            {"messages": [USER, ASSISTANT | {"tool_calls": [WITHOUT_ID]}, RESULT, RESULT]},
+            "1 tool_calls are followed by 2 turns of tools; send one result for each call",
+        ),
         (
             {"messages": [USER], "tools": [{"type": "function", "function": {"name": "f", "parameters": ["x"]}}]},
             "parameters are a JSON schema, with properties as an object",
@@ -859,8 +878,33 @@ def test_an_adapter_on_a_gpu(launched, tiny_model_dir, adapter, tmp_path, as_mod
     lora = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{adapter}={adapter}"]
     assert words[-7:] == [*lora, "--tokenizer", str(adapter)]
     asks = (tmp_path / "asks").read_text().split()
-    assert asks[:-1] == ["-m", "medtune.models.adapter_effect", "http://127.0.0.1:8000", str(adapter)]
-    assert asks[-1].isdecimal()
+    assert asks[:3] == ["-m", "medtune.models.adapter_effect", str(adapter)]
+    assert asks[3].isdecimal()
+    assert asks[4:] == ["--host", "127.0.0.1", "--port", "8000"]
+
+
+def test_the_adapter_is_asked_of_where_the_flags_say(monkeypatch):
+    asked = []
+    monkeypatch.setattr(adapter_effect, "_answers", lambda url, process: asked.append((url, process)))
+    of_variables = ["policy", "7", "--host", "0.0.0.0", "--port", "8000"]
+    for flags in (
+        [],
+        ["--enforce-eager", "--port", "8001"],
+        ["--port=8002", "--host=192.0.2.7", "--max-num-seqs", "4"],
+        ["--host", "::"],
+        ["--host", "fd00::7"],
+    ):
+        adapter_effect.main([*of_variables, *flags])
+    assert asked == [
+        (url, 7)
+        for url in (
+            "http://127.0.0.1:8000",
+            "http://127.0.0.1:8001",
+            "http://192.0.2.7:8002",
+            "http://[::1]:8000",
+            "http://[fd00::7]:8000",
+        )
+    ]
 
 
 # ---------------------------------------------------------------- vLLM itself

@@ -139,7 +139,7 @@ def test_log_says_what_happens(flags, capfd):
     log = capfd.readouterr().err
     assert "no CUDA device: float32 on the CPU" in log
     assert re.search(r"train records +kept 24 of 24", log)
-    assert re.search(r"eval dialogues +kept 2 of 2, held out of the training files by the seed", log)
+    assert re.search(r"eval dialogues +kept 2 of 2, held out of the training data by the seed", log)
     assert re.search(r"batch +2 a device x 2 accumulated x 1 process\(es\) = 4 rows a step", log)
     assert re.search(r"steps +13 ", log)
     assert re.search(r"«[^»]+就诊[^»]+<\|im_end\|>»", log)

@@ -32,7 +32,7 @@ from medtune.rl.ppo_math import truncated_ratios
 from medtune.rl.roles import Roles
 from medtune.rl.rollout import PolicyReplies, Sampling, add_logps, collect_replies, sample_replies
 from medtune.rl.vllm_launch import CPU_FLAGS, end_servers, read_server_flags, server_command, start_server, wait_for
-from medtune.rl.vllm_servers import VllmServer, connect_servers, refuse_other_base
+from medtune.rl.vllm_servers import VllmServer, connect_servers, served_name
 from medtune.training.interruption import SignalListener
 
 LORA = {
@@ -489,9 +489,9 @@ def test_vllm_refuses_what_it_cannot_have(vllm, connect, tiny_model_dir, tmp_pat
     with pytest.raises(UserError, match=r"LoRA rank 64 is greater than max_lora_rank 16.*must take this adapter"):
         connect(vllm[0], lora_rank=64)
     with pytest.raises(UserError, match=r"start it with the policy's base, Qwen/Another"):
-        refuse_other_base(VllmServer(vllm[0], 60), "Qwen/Another", 80)
+        served_name(VllmServer(vllm[0], 60), "Qwen/Another", 80)
     with pytest.raises(UserError, match=r"context is 256 tokens.*--max-model-len 257"):
-        refuse_other_base(VllmServer(vllm[0], 60), str(tiny_model_dir), 257)
+        served_name(VllmServer(vllm[0], 60), str(tiny_model_dir), 257)
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ def fake_base(
 
     Args:
         bits: 4 or 8 quantizes all linear layers but the head.
-        flash: FlashAttention, otherwise SDPA.
+        flash: FlashAttention, otherwise the model's own choice, which is SDPA where it can have it.
         scores: with a score head in the place of the language model's.
     """
     config = shallow(config, n_layers)
@@ -130,7 +130,7 @@ def fake_base(
         auto_class, config.num_labels = AutoModelForSequenceClassification, 1
         register_scoring_class(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        base = auto_class.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        base = auto_class.from_config(config, dtype=dtype, attn_implementation=None)
         if bits < 16:
             for name, layer in list(base.named_modules()):
                 if type(layer) is nn.Linear and name.rpartition(".")[2] not in ("lm_head", "score"):

@@ -10,6 +10,7 @@ from medtune.estimate.memory import Memory
 from medtune.estimate.meter import Work
 from medtune.estimate.plan import RunPlan
 from medtune.estimate.rows import RunRows, padded_tokens
+from medtune.estimate.shapes import Shape
 from medtune.rl.run import count_updates
 
 # Shares of a card's own figures that training reaches: the best case and the worst.
@@ -20,6 +21,8 @@ LAUNCH = (6e-6, 14e-6)
 START = (60.0, 240.0)
 # Of --response_length, what the longest reply of a batch has.
 REPLIES = (0.5, 1.0)
+# Replies that a server of vLLM 0.32 writes at a time.
+SERVED_AT_ONCE = 256
 # Bytes a second that a disk writes.
 DISK = (1e9, 2e8)
 
@@ -44,6 +47,8 @@ def estimate_hours(plan: RunPlan, memory: Memory, rows: RunRows, card: Card) -> 
     n_steps, n_tokens = count_steps_and_tokens(plan, rows)
     best, worst = (phases_of(plan, memory, rows, case, n_steps) for case in cases)
     phases = {name: (best[name], worst[name]) for name in best}
+    saving = count_saves(plan, rows, n_steps) * sum(checkpoint_bytes(plan, memory))
+    phases |= {"saving": (saving / DISK[0], saving / DISK[1])}
     return Hours({"start": START} | phases, n_steps, n_tokens)
 
 
@@ -59,21 +64,57 @@ class _Case:
         rate = self.card.tflops * 1e12 * UTILISATION[self.index]
         return max(operations / rate, work.n_operations * LAUNCH[self.index] * batches)
 
+    def served(self, work: Work, times: float) -> float:
+        """As `seconds`, with operations that are recorded and start at no cost, as vLLM's do."""
+        return self.seconds(work, times, times, 0.0)
+
     def reading(self, n_bytes: float) -> float:
         return n_bytes / (self.card.gb_s * 1e9 * BANDWIDTH[self.index])
 
 
 def count_steps_and_tokens(plan: RunPlan, rows: RunRows) -> tuple[int, float]:
     """Optimizer steps, or updates of PPO and GRPO, and the tokens of their rows without padding."""
-    args, n_rows = plan.training_args, len(rows.lengths)
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * plan.n_gpus
+    args, n_rows, per_step = plan.training_args, len(rows.lengths), _rows_per_step(plan)
     if plan.is_rl:
         size = plan.own_args.num_generations if plan.stage == "grpo" else 1
         n_steps = count_updates(n_rows * size, per_step, plan.own_args.total_episodes, args)
         return n_steps, n_steps * per_step * (float(np.mean(rows.lengths)) + plan.own_args.response_length / 2)
-    steps_per_epoch = max(math.ceil(n_rows / per_step), 1)
-    n_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    n_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * _steps_per_epoch(plan, rows))
     return n_steps, n_steps * per_step * float(np.mean(rows.lengths))
+
+
+def _rows_per_step(plan: RunPlan) -> int:
+    args = plan.training_args
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * plan.n_gpus
+
+
+def _steps_per_epoch(plan: RunPlan, rows: RunRows) -> int:
+    return max(math.ceil(len(rows.lengths) / _rows_per_step(plan)), 1)
+
+
+def _times(plan: RunPlan, rows: RunRows, strategy: object, every: float, n_steps: int) -> float:
+    """How often something comes in a run, every so many steps, or by epochs."""
+    name = str(getattr(strategy, "value", strategy))
+    if name == "best":  # as often as there is an evaluation, at most
+        return _times(plan, rows, plan.training_args.eval_strategy, _eval_steps(plan), n_steps)
+    if name == "epoch":
+        return n_steps / _steps_per_epoch(plan, rows)
+    return n_steps / (every if every >= 1 else every * n_steps) if name == "steps" else 0.0
+
+
+def _eval_steps(plan: RunPlan) -> float:
+    return plan.training_args.eval_steps or plan.training_args.logging_steps
+
+
+def count_evaluations(plan: RunPlan, rows: RunRows, n_steps: int) -> int:
+    """With the last one."""
+    return 1 + int(_times(plan, rows, plan.training_args.eval_strategy, _eval_steps(plan), n_steps))
+
+
+def count_saves(plan: RunPlan, rows: RunRows, n_steps: int) -> int:
+    """With the last one."""
+    args = plan.training_args
+    return max(math.ceil(_times(plan, rows, args.save_strategy, args.save_steps, n_steps)), 1)
 
 
 # ---------------------------------------------------------------- PT, SFT, RM, DPO
@@ -92,7 +133,7 @@ def _trainer_phases(plan: RunPlan, memory: Memory, rows: RunRows, case: _Case, n
         seconds = case.seconds(memory.works["evaluation"], *(value * n_batches for value in share), n_batches)
         if plan.stage == "dpo":
             seconds += _generation(memory, plan, case, "samples", 256)
-        phases["evaluation"] = seconds * _n_evaluations(plan, n_steps)
+        phases["evaluation"] = seconds * count_evaluations(plan, rows, n_steps)
     return phases
 
 
@@ -118,14 +159,6 @@ def _length(row: dict) -> int:
     return len(row["prompt_ids"]) + max(replies)
 
 
-def _n_evaluations(plan: RunPlan, n_steps: int) -> int:
-    args = plan.training_args
-    every = args.eval_steps or args.logging_steps
-    if 0 < every < 1:
-        every *= n_steps
-    return 1 + (int(n_steps / every) if str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "steps" else 0)
-
-
 # ---------------------------------------------------------------- PPO, GRPO
 
 
@@ -136,28 +169,39 @@ def _rl_phases(plan: RunPlan, memory: Memory, rows: RunRows, case: _Case, n_upda
     # Tokens of an average text as a share of the longest one.
     longest = max(len(row["prompt_ids"]) for row in rows.longest) + own.response_length
     share = (float(np.mean(rows.lengths)) + REPLIES[case.index] * own.response_length) / longest
-    phases = {}
-    if not own.vllm_url:
-        n_tokens = math.ceil(REPLIES[case.index] * own.response_length)
-        phases["replies"] = n_updates * n_rollouts * _generation(memory, plan, case, "rollout", n_tokens)
+    phases = {"replies": n_updates * _replies(memory, plan, case, n_episodes * plan.n_gpus)}
     scoring = case.seconds(memory.works["scoring"], share, share**2)
     phases["scoring"] = n_updates * n_rollouts * scoring
     passes = own.num_ppo_epochs if plan.stage == "ppo" else own.num_iterations
     work = _sum(memory, *(name for name in memory.works if name.startswith("update")))
     n_batches = passes * args.gradient_accumulation_steps
     phases["update"] = n_updates * case.seconds(work, share * n_batches, share**2 * n_batches, n_batches)
-    if rows.longest_eval and "replies" in phases:
-        n_batches = math.ceil(len(rows.eval_lengths) / own.rollout_batch_size / plan.n_gpus)
-        one = phases["replies"] / (n_updates * n_rollouts) + scoring
-        phases["evaluation"] = n_batches * one * (1 + _n_evaluations(plan, n_updates))
+    if rows.longest_eval:
+        n_replies = len(rows.eval_lengths)
+        n_batches = math.ceil(n_replies / own.rollout_batch_size / plan.n_gpus)
+        one = _replies(memory, plan, case, n_replies) + n_batches * scoring
+        phases["evaluation"] = one * (1 + count_evaluations(plan, rows, n_updates))
     return phases
+
+
+def _replies(memory: Memory, plan: RunPlan, case: _Case, n_replies: int) -> float:
+    """Seconds of so many replies, by all GPUs of training or by vLLM's servers."""
+    n_tokens, size = math.ceil(REPLIES[case.index] * plan.own_args.response_length), plan.own_args.rollout_batch_size
+    if not plan.servers.n:
+        return math.ceil(n_replies / size / plan.n_gpus) * _generation(memory, plan, case, "rollout", n_tokens)
+    n_each = math.ceil(n_replies / plan.servers.n)
+    times = min(n_each, SERVED_AT_ONCE) / size
+    cache = memory.served["rollout: last token"] / 2 * times
+    token = case.served(memory.works["rollout: last token"], times)
+    a_token = max(token, case.reading(memory.base * 16 / plan.bits + cache))
+    one = case.served(memory.works["rollout: prompts"], times) + n_tokens * a_token
+    return math.ceil(n_each / SERVED_AT_ONCE) * one
 
 
 def _generation(memory: Memory, plan: RunPlan, case: _Case, name: str, n_tokens: int) -> float:
     """Seconds of a batch of replies: each token reads all weights once."""
     token = memory.works[f"{name}: last token"]
-    weights = memory.parts["base weights"] * plan.n_gpus if plan.zero_stage == 3 else memory.parts["base weights"]
-    a_token = max(case.seconds(token), case.reading(weights + memory.moments[f"{name}: last token"] / 2))
+    a_token = max(case.seconds(token), case.reading(memory.base + memory.moments[f"{name}: last token"] / 2))
     return case.seconds(memory.works[f"{name}: prompts"]) + n_tokens * a_token
 
 
@@ -169,19 +213,24 @@ def _sum(memory: Memory, *names: str) -> Work:
 # ---------------------------------------------------------------- disk
 
 
-def estimate_disk(plan: RunPlan, memory: Memory, n_weights: int, n_steps: int) -> dict[str, float]:
+# Of run_all.sh, once for all stages.
+HUB, MERGED = "model from the hub", "merged model"
+
+
+def estimate_disk(plan: RunPlan, memory: Memory, rows: RunRows, shape: Shape, n_steps: int) -> dict[str, float]:
     """Bytes on the disk: the downloaded model, the checkpoints that are kept, and the merged model."""
-    args, of_16_bits = plan.training_args, 2.0 * n_weights
-    if plan.lora_args.use_peft:
-        saved = memory.parts["adapters and heads"]
-        n_trained = saved / 4
-    else:  # DeepSpeed leaves a share of them to each GPU, and all of them to the disk
-        saved = n_weights * (4.0 if plan.model_args.torch_dtype == "float32" else 2.0)
-        n_trained = n_weights
-    optimizer = 12 * n_trained if plan.zero_stage else memory.parts["optimizer"]
-    every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * n_steps)
-    n_saves = 1 if str(getattr(args.save_strategy, "value", args.save_strategy)) == "no" else math.ceil(n_steps / every)
-    n_kept = max(min(n_saves, args.save_total_limit + 1) if args.save_total_limit else n_saves, 1)
+    limit, n_saves = plan.training_args.save_total_limit, count_saves(plan, rows, n_steps)
+    n_kept = min(n_saves, limit + 1) if limit else n_saves
+    weights, states = checkpoint_bytes(plan, memory)
     checkpoints = f"checkpoint-best and {n_kept} checkpoint{'s' * (n_kept > 1)}"
-    disk = {"model from the hub": of_16_bits, checkpoints: saved + n_kept * (saved + optimizer)}
-    return disk | ({"merged model": of_16_bits} if plan.lora_args.use_peft else {})
+    disk = {HUB: shape.download, checkpoints: weights + n_kept * (weights + states)}
+    return disk | ({MERGED: 2.0 * shape.n_weights} if plan.lora_args.use_peft else {})
+
+
+def checkpoint_bytes(plan: RunPlan, memory: Memory) -> tuple[float, float]:
+    """Of a checkpoint's weights, and of its optimizer, which under DeepSpeed is whole on the disk alone."""
+    weights = memory.base
+    if plan.lora_args.use_peft:
+        weights = memory.parts["adapters and heads"] * plan.n_split
+    n_trained = weights / (4 if plan.lora_args.use_peft or plan.model_args.torch_dtype == "float32" else 2)
+    return weights, 12 * n_trained if plan.zero_stage else memory.parts["optimizer"] * plan.n_split

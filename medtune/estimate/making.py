@@ -11,7 +11,7 @@ from medtune.estimate.plan import RunPlan, read_plan
 from medtune.estimate.remedies import remedies
 from medtune.estimate.role_moments import has_own_base
 from medtune.estimate.rows import RunRows, find_rows
-from medtune.estimate.shapes import count_weights, model_config
+from medtune.estimate.shapes import Shape, find_shape
 
 WITHOUT_CHECKPOINTING = ["--gradient_checkpointing", "False"]
 
@@ -33,17 +33,19 @@ class Command:
 
 @dataclass
 class Measured:
-    """A command with some flags added, and its memory. source: of the model's shape; n_weights: of the base."""
+    """A command with some flags added, and its memory. shape: of the base."""
 
     flags: list[str]
     plan: RunPlan
     rows: RunRows
     memory: Memory
-    source: str
-    n_weights: int
+    shape: Shape
 
     def fits(self, gib: float) -> bool:
-        return self.memory.total <= (1 - FREE) * gib * GIB
+        servers, room = self.plan.servers, (1 - FREE) * gib * GIB
+        if 2 * self.shape.n_weights > servers.memory * room and servers.n:
+            return False  # vLLM's own weights
+        return self.memory.total <= room - (servers.memory * gib * GIB if servers.share_gpus else 0.0)
 
 
 @dataclass
@@ -60,8 +62,8 @@ class Verdict:
         """Of all its GPUs."""
         if self.price is None or self.hours is None:
             return None
-        n_gpus = self.measured.plan.n_gpus
-        low, high = (n_gpus * hours * self.price.per_hour for hours in self.hours.total)
+        n_cards = self.measured.plan.n_cards
+        low, high = (n_cards * hours * self.price.per_hour for hours in self.hours.total)
         return low, high
 
 
@@ -81,13 +83,15 @@ def measure_command(command: Command, flags: Sequence[str] = ()) -> Measured:
     """The memory of a command with flags added."""
     plan = read_plan(command.module, [*command.argv, *flags], command.n_gpus, command.base)
     flag, hub_options = "--sft_model_path" if plan.is_rl else "--model_name_or_path", plan.model_args.hub_options
-    config, source = model_config(plan.base_model, flag, **hub_options)
-    reward_config = None
+    shape = find_shape(plan.base_model, flag, **hub_options)
+    if shape.bits == 4 or (shape.bits == 8 and plan.bits == 16):
+        plan.model_args.load_in_4bit, plan.model_args.load_in_8bit = shape.bits == 4, shape.bits == 8
+    reward_shape = None
     if plan.is_rl and (base := has_own_base(plan)):
-        reward_config, _ = model_config(base, "--reward_model_path", **hub_options)
+        reward_shape = find_shape(base, "--reward_model_path", **hub_options)
     rows = find_rows(plan, command.tokens)
-    memory = measure_memory(plan, config, rows, reward_config)
-    return Measured(list(flags), plan, rows, memory, source, count_weights(config))
+    memory = measure_memory(plan, shape, rows, reward_shape)
+    return Measured(list(flags), plan, rows, memory, shape)
 
 
 def make_estimate(command: Command, cards: Sequence[Card], prices: dict[str, Price]) -> Estimate:
@@ -106,7 +110,7 @@ def make_estimate(command: Command, cards: Sequence[Card], prices: dict[str, Pri
             hours = estimate_hours(fitting.plan, fitting.memory, fitting.rows, card)
             verdicts.append(Verdict(card, fitting, hours, prices.get(card.name)))
     n_steps, n_tokens = count_steps_and_tokens(plan, own.rows)
-    disk = estimate_disk(plan, own.memory, own.n_weights, n_steps)
+    disk = estimate_disk(plan, own.memory, own.rows, own.shape, n_steps)
     return Estimate(command.module.__name__, own, n_steps, n_tokens, disk, verdicts)
 
 

@@ -3,14 +3,12 @@
 import math
 from dataclasses import dataclass, field
 
-from transformers import PretrainedConfig
-
 from medtune.estimate.meter import CUDA_BLOCK, Meter, Work
 from medtune.estimate.plan import RunPlan
 from medtune.estimate.role_moments import run_roles
 from medtune.estimate.rows import RunRows
-from medtune.estimate.shapes import pattern_length
-from medtune.estimate.trainer_moments import run_trainer
+from medtune.estimate.shapes import Shape
+from medtune.estimate.trainer_moments import dtype_of, run_trainer
 
 GIB = 2**30
 # What no tensor shows. On a GPU: the context and the libraries' workspaces, and what the allocator holds in pieces that
@@ -20,6 +18,8 @@ CUDA_CONTEXT, CUDA_FRAGMENTS = 0.7 * GIB, 0.05
 CPU_CONTEXT = 55 * 2**20
 # Of DeepSpeed's buffers without a size in its file, in elements (DeepSpeed 0.19).
 ZERO_BUCKET = 500_000_000
+# What its own estimates add for buffers to what it offloads.
+HOST_BUFFERS = 1.5
 # Layers of the models that are run; more where their kinds repeat after more layers.
 DEPTHS = (2, 4)
 
@@ -29,13 +29,18 @@ class Memory:
     """Bytes on a GPU, or of a process on a CPU.
 
     parts: what stays, by part; moments: what each moment needs beside it at its peak.
-    works: of each moment.
+    works: of each moment; served: the moments of vLLM's servers, of which the time counts alone.
+    base: of all weights of the base, whatever is shared or offloaded of them.
+    host: of the machine, for what DeepSpeed offloads of all GPUs.
     fixed, fragments: bytes, and a share of what is allocated.
     """
 
     parts: dict[str, float]
     moments: dict[str, float]
     works: dict[str, Work] = field(default_factory=dict)
+    served: dict[str, float] = field(default_factory=dict)
+    base: float = 0.0
+    host: float = 0.0
     fixed: float = 0.0
     fragments: float = 0.0
 
@@ -53,21 +58,19 @@ class Memory:
         return self.allocated * (1 + self.fragments) + self.fixed
 
 
-def measure_memory(
-    plan: RunPlan, config: PretrainedConfig, rows: RunRows, reward_config: PretrainedConfig | None = None
-) -> Memory:
+def measure_memory(plan: RunPlan, shape: Shape, rows: RunRows, reward_shape: Shape | None = None) -> Memory:
     """Run the stage's moments at two depths, and go along the line through them to the model's own.
 
-    reward_config: of a reward model on a base of its own.
+    reward_shape: of a reward model on a base of its own.
     """
-    period = pattern_length(config)
+    n_layers, period = shape.config.num_hidden_layers, shape.period
     least, more = (period * math.ceil(depth / period) for depth in (DEPTHS[0], DEPTHS[1] - DEPTHS[0]))
-    depths = (least, least + more)
-    if depths[-1] >= config.num_hidden_layers:
-        depths = (config.num_hidden_layers,)
-    measured = [_measure_at(depth, plan, config, rows, reward_config) for depth in depths]
+    depths = (shape.n_first + least, shape.n_first + least + more)
+    if depths[-1] >= n_layers:
+        depths = (n_layers,)
+    measured = [_measure_at(depth, plan, shape, rows, reward_shape) for depth in depths]
     first, last = measured[0], measured[-1]
-    step = (config.num_hidden_layers - depths[0]) / max(depths[-1] - depths[0], 1)
+    step = (n_layers - depths[0]) / max(depths[-1] - depths[0], 1)
 
     def at_depth(value: float, other: float) -> float:
         return value + (other - value) * step
@@ -80,7 +83,16 @@ def measure_memory(
         )
         for name, work in first.works.items()
     }
-    memory = Memory(parts, moments, works)
+    parts["base weights"] += shape.n_others * dtype_of(plan, shape.config).itemsize * plan.bits / 16
+    if plan.n_split > 1:
+        # Each GPU has its share of the layers; what no layer takes, such as the logits, stands on one of them.
+        per_layer = {
+            name: (last.moments[name] - size) / max(depths[-1] - depths[0], 1) for name, size in first.moments.items()
+        }
+        moments = {name: size - per_layer[name] * n_layers * (1 - 1 / plan.n_split) for name, size in moments.items()}
+        parts = {name: size / plan.n_split for name, size in parts.items()}
+    served = {name: moments.pop(name) for name in list(moments) if plan.servers.n and name.startswith("rollout")}
+    memory = Memory(parts, moments, works, served, base=parts["base weights"] * plan.n_split)
     if plan.on_cpu:
         memory.fixed = CPU_CONTEXT
     else:
@@ -89,14 +101,13 @@ def measure_memory(
     return memory
 
 
-def _measure_at(
-    n_layers: int, plan: RunPlan, config: PretrainedConfig, rows: RunRows, reward_config: PretrainedConfig | None
-) -> Memory:
+def _measure_at(n_layers: int, plan: RunPlan, shape: Shape, rows: RunRows, reward_shape: Shape | None) -> Memory:
     meter = Meter(1 if plan.on_cpu else CUDA_BLOCK)
     if plan.is_rl:
-        parts = run_roles(plan, config, reward_config, rows, n_layers, meter)
+        reward_config = reward_shape and reward_shape.config
+        parts = run_roles(plan, shape.config, reward_config, rows, n_layers, meter)
     else:
-        parts = run_trainer(plan, config, rows, n_layers, meter)
+        parts = run_trainer(plan, shape.config, rows, n_layers, meter)
     stays = sum(parts.values())
     moments = {name: moment.peak - stays for name, moment in meter.moments.items()}
     return Memory(parts, moments, {name: moment.work for name, moment in meter.moments.items()})
@@ -117,6 +128,8 @@ def share(memory: Memory, plan: RunPlan) -> None:
     n_trained = gradients / 4 if plan.lora_args.use_peft else gradients / 2
     offload = plan.zero.get("offload_optimizer", {}).get("device") == "cpu"
     parts["optimizer"] = 0.0 if offload else 12 * n_trained / n
+    if offload:  # and a copy of the gradients
+        memory.host += HOST_BUFFERS * 16 * n_trained
     bucket = plan.zero.get("reduce_bucket_size", ZERO_BUCKET)
     if bucket == "auto":
         bucket = 0
@@ -125,9 +138,10 @@ def share(memory: Memory, plan: RunPlan) -> None:
         parts["ZeRO's buckets"] = 2 * n_buckets * bucket
     if stage == 3:
         offloads_weights = plan.zero.get("offload_param", {}).get("device") == "cpu"
-        weights = parts["base weights"]
-        parts["base weights"] = 0.0 if offloads_weights else weights / n
-        parts["gathered layers"] = min(weights, 2 * 1e9)  # stage3_max_live_parameters, in bfloat16
+        parts["base weights"] = 0.0 if offloads_weights else memory.base / n
+        parts["gathered layers"] = min(memory.base, 2 * 1e9)  # stage3_max_live_parameters, in bfloat16
+        if offloads_weights:
+            memory.host += HOST_BUFFERS * memory.base
     if stage >= 2:
         freed = gradients * (1 - 1 / n)
         memory.moments = {

@@ -19,6 +19,8 @@ CUDA_BLOCK = 512
 # Of one attention product of [B, heads, queries, keys], in units of 2 x B x heads x queries x keys x head size: two
 # matrices in the forward pass, five in the backward pass, which computes the first one again.
 ATTENTION_PRODUCTS = {"forward": 2, "backward": 5}
+# The products of all experts at once, which torch 2.13's counter does not know.
+GROUPED = torch.ops.aten._grouped_mm.default
 
 
 @dataclass
@@ -84,7 +86,7 @@ class Meter(TorchDispatchMode):
         if func is torch.ops.aten.index.Tensor:
             # How many are True is known of a real mask, and not of what torch would make of it beside fake states.
             args = (args[0], _without_masks(args[1]))
-        result = func(*args, **kwargs)
+        result = _grouped_product(func, args, kwargs) if func is GROUPED else func(*args, **kwargs)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor)
@@ -118,8 +120,16 @@ class Meter(TorchDispatchMode):
             kind = "backward" if is_backward else "forward"
             pairs = torch.Size([*batch, n_queries, key.shape[-2], size]).numel()
             self._work.attention += 2 * ATTENTION_PRODUCTS[kind] * pairs
+        elif func is GROUPED:  # rows of experts [rows, inputs], or of their gradient [outputs, rows]
+            self._work.products += 2 * args[0].numel() * args[1].shape[-1]
         elif packet in flop_registry:
             self._work.products += flop_registry[packet](*args, **kwargs, out_val=result)
+
+
+def _grouped_product(func, args: tuple, kwargs: dict) -> torch.Tensor:
+    """torch 2.13 knows its shape in bfloat16 alone; CUDA has it in float32 too."""
+    left, right, *others = args
+    return func(left.bfloat16(), right.bfloat16(), *others, **kwargs).to(left.dtype)
 
 
 def _without_masks(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:

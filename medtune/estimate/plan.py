@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
 from medtune.devices import are_hidden, read_flags
 from medtune.errors import UserError
+from medtune.launch import count_nodes
+from medtune.models.adapters import refuse_quantized_training
 from medtune.models.lineage import base_of, is_adapter, read_adapter_config
 from medtune.rl.arguments import (
     GRPOArguments,
@@ -23,7 +25,11 @@ from medtune.rl.arguments import (
     RLModelArguments,
     RLRunArguments,
     RLTrainingArguments,
+    check_combination,
+    check_groups,
+    check_mini_batches,
 )
+from medtune.rl.vllm_launch import MEMORY_ALONE, count, read_server_flags, refuse_several_nodes, share_gpus
 from medtune.training.causal_lm_trainer import CausalLMConfig
 from medtune.training.precision import base_dtype
 from medtune.training.preference_arguments import PairArguments, PreferenceConfig
@@ -101,13 +107,24 @@ class EstimateParser(StageArgumentParser):
 # ---------------------------------------------------------------- the plan
 
 
+@dataclass(frozen=True)
+class Servers:
+    """vLLM's servers. memory: share of its GPU that each takes; share_gpus: whether training is on them too."""
+
+    n: int = 0
+    memory: float = 0.0
+    share_gpus: bool = False
+
+
 @dataclass
 class RunPlan:
     """A stage's command as its flags have it.
 
     module: of the stage's script.
+    n_gpus: processes of training, one a GPU, on all nodes; n_split: GPUs over which --device_map splits a process.
+    servers: of vLLM, which write the replies of PPO and GRPO.
     base_model: hub name or folder of the base of the model to start from.
-    adapter: the adapter that training continues, None for a new one.
+    continues_adapter: whether training continues one.
     notes: assumptions, one line each.
     """
 
@@ -124,6 +141,8 @@ class RunPlan:
     output_dir: str
     n_gpus: int
     on_cpu: bool
+    n_split: int = 1
+    servers: Servers = Servers()
     base_model: str = ""
     continues_adapter: bool = False
     notes: list[str] = field(default_factory=list)
@@ -131,6 +150,11 @@ class RunPlan:
     @property
     def is_rl(self) -> bool:
         return self.reward_args is not None
+
+    @property
+    def n_cards(self) -> int:
+        """GPUs that are paid for."""
+        return self.n_gpus * self.n_split + (0 if self.servers.share_gpus else self.servers.n)
 
     @property
     def zero_stage(self) -> int:
@@ -149,6 +173,10 @@ class RunPlan:
 def load_stage(script: str) -> ModuleType:
     """The module of a stage's script. Raises UserError for another one."""
     name = Path(script).stem
+    if name == "distillation_training":
+        raise UserError(
+            f"{script}: not estimated, the teacher is not counted yet; docs/recipes/distillation.md counts it"
+        )
     if name not in STAGES:
         raise UserError(f"{script}: not a stage; there are {', '.join(f'{stage}.py' for stage in STAGES)}")
     return importlib.import_module(name)
@@ -164,6 +192,7 @@ def read_plan(module: ModuleType, argv: Sequence[str], n_gpus: int, assumed_base
     stage = STAGES[module.__name__]
     own, training = _OWN_FLAGS[stage]
     own = getattr(module, own) if isinstance(own, str) else own
+    argv, n_gpus, servers = _start_servers(stage, argv, n_gpus)
     rewards = [_REWARD_FLAGS[stage]] if stage in _REWARD_FLAGS else []
     model_class, run_class = (RLModelArguments, RLRunArguments) if rewards else (ModelArguments, RunArguments)
     on_cpu = read_flags(argv).use_cpu or are_hidden()
@@ -175,6 +204,14 @@ def read_plan(module: ModuleType, argv: Sequence[str], n_gpus: int, assumed_base
         training_args = training_args.training_arguments()
         if parser.zero.get("stage") == 3:
             raise UserError("--deepspeed: PPO and GRPO take ZeRO-1 and 2; take ds_configs/zero2.json")
+        check_combination(lora_args, own_args, training_args)
+        if stage == "grpo":
+            check_groups(own_args, training_args, 1 if on_cpu else n_gpus)
+        else:
+            check_mini_batches(own_args, training_args)
+        if servers.n == 0 and (n_servers := len(own_args.server_urls)):
+            servers = Servers(n_servers, float(MEMORY_ALONE))
+    refuse_quantized_training(lora_args.use_peft, model_args.load_in_4bit or model_args.load_in_8bit)
     plan = RunPlan(
         *(stage, module, model_args, data_args, lora_args, own_args, next(iter(reward_args), None), training_args),
         given=parser.given,
@@ -182,6 +219,8 @@ def read_plan(module: ModuleType, argv: Sequence[str], n_gpus: int, assumed_base
         output_dir=parser.output_dir,
         n_gpus=1 if on_cpu else n_gpus,
         on_cpu=on_cpu,
+        n_split=_count_split(model_args, n_gpus) if not on_cpu else 1,
+        servers=servers,
     )
     _find_start(plan, assumed_base)
     if on_cpu:
@@ -197,7 +236,7 @@ def _find_start(plan: RunPlan, assumed_base: str) -> None:
         plan.base_model, plan.continues_adapter = base_of(path), True
         plan.lora_args.lora_rank, plan.lora_args.use_dora = config.r, config.use_dora
     elif _is_to_come(path):
-        plan.base_model, plan.continues_adapter = assumed_base, plan.lora_args.use_peft
+        plan.base_model, plan.continues_adapter = base_of(assumed_base), plan.lora_args.use_peft
         plan.notes.append(f"{path} is not there yet: an adapter of these flags on {assumed_base} is assumed")
     else:
         plan.base_model = path
@@ -208,9 +247,40 @@ def _is_to_come(path: str) -> bool:
     return not Path(path).exists() and "checkpoint-" in Path(path).name
 
 
+# ---------------------------------------------------------------- GPUs
+
+
 def count_gpus_of_command() -> int:
-    """The GPUs that CUDA_VISIBLE_DEVICES names, or N_PROCESSES; 1 without."""
-    named = os.environ.get("N_PROCESSES") or str(len(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")))
+    """On each node those that CUDA_VISIBLE_DEVICES names, or N_PROCESSES; 1 without."""
+    named = os.environ.get("N_PROCESSES") or str(_count_visible())
     if not named.isdecimal():
         raise UserError(f"N_PROCESSES={named}: give a number of processes, one a GPU")
-    return max(int(named), 1)
+    return max(int(named), 1) * count_nodes(os.environ)
+
+
+def _count_visible() -> int:
+    return len(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(","))
+
+
+def _count_split(model_args: ModelArguments, n_gpus: int) -> int:
+    """The GPUs over which one process splits its model: with N_PROCESSES=1 all that it sees."""
+    is_split = model_args.device_map and n_gpus == 1 and os.environ.get("N_PROCESSES") == "1"
+    return _count_visible() if is_split else 1
+
+
+def _start_servers(stage: str, argv: Sequence[str], n_gpus: int) -> tuple[Sequence[str], int, Servers]:
+    """The flags, GPUs of training and servers that VLLM_GPUS makes of a command, as `medtune.rl.vllm_launch` does."""
+    if os.environ.get("VLLM_GPUS", "") in ("", "0") or stage not in _REWARD_FLAGS:
+        return argv, n_gpus, Servers()
+    refuse_several_nodes(os.environ)
+    read_server_flags(argv)  # refuses --vllm_url beside it
+    n_servers, memory = count(os.environ, "VLLM_GPUS", "1"), os.environ.get("VLLM_MEMORY", "")
+    shares = share_gpus(n_servers, [str(index) for index in range(n_gpus)], memory)
+    try:
+        of_server = float(shares.memory)
+    except ValueError:
+        raise UserError(f"VLLM_MEMORY={memory}: give a share of a GPU, such as {MEMORY_ALONE}") from None
+    n_training = len(shares.of_training.split(","))
+    urls = ",".join(["http://127.0.0.1:8001"] * n_servers)
+    servers = Servers(n_servers, of_server, share_gpus=n_training + n_servers > n_gpus)
+    return [*argv, "--vllm_url", urls], n_training, servers

@@ -3,6 +3,7 @@
 from medtune.estimate.cards import FREE
 from medtune.estimate.making import Estimate, Verdict
 from medtune.estimate.memory import GIB
+from medtune.estimate.plan import RunPlan
 
 # ---------------------------------------------------------------- as text
 
@@ -12,17 +13,19 @@ def as_lines(estimate: Estimate) -> list[str]:
     where = "a process on the CPU" if plan.on_cpu else "one GPU"
     checkpointing = "on" if plan.checkpointing else "off"
     n_gpus = "" if plan.on_cpu else f" x {plan.n_gpus} GPU{'s' * (plan.n_gpus > 1)}"
+    if plan.n_split > 1:
+        n_gpus = f", split over {plan.n_split} GPUs"
     lora = f"LoRA of rank {plan.lora_args.lora_rank or 16}" if plan.lora_args.use_peft else "all weights trained"
     unit = "updates" if plan.is_rl else "steps"
     bits = "" if plan.bits == 16 else f"{plan.bits} bits, "
     lines = [
-        f"{estimate.script}.py: {plan.base_model}, {estimate.measured.n_weights / 1e9:.2f} billion weights "
-        f"({estimate.measured.source}), "
+        f"{estimate.script}.py: {plan.base_model}, {estimate.measured.shape.n_weights / 1e9:.2f} billion weights "
+        f"({estimate.measured.shape.source}), "
         f"{bits}{lora}",
         f"  batch {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated{n_gpus}, "
         f"gradient checkpointing {checkpointing}; {estimate.n_steps:,} {unit}, {estimate.n_tokens:,.0f} tokens",
         *(f"  {name}: {value}" for name, value in estimate.measured.rows.facts.items()),
-        *(f"  note: {note}" for note in plan.notes),
+        *(f"  note: {note}" for note in [*plan.notes, *_notes_of_servers(plan)]),
         "",
         f"memory of {where}, GiB (computed, not measured)",
     ]
@@ -33,19 +36,32 @@ def as_lines(estimate: Estimate) -> list[str]:
     if memory.fragments:
         table += [(f"fragments, {memory.fragments:.0%}", memory.allocated * memory.fragments / GIB)]
     table += [("in all", memory.total / GIB)]
+    if memory.host:
+        table += [("and of the machine's memory, for what is offloaded", memory.host / GIB)]
     width = max(len(name) for name, _ in table)
     lines += [f"  {name:<{width}}  {size:7.2f}" for name, size in table]
     others = {name: size / GIB for name, size in memory.moments.items() if name != memory.decides and size}
     lines.append("  the other moments: " + ", ".join(f"{name} {size:.2f}" for name, size in others.items()))
     if estimate.verdicts:
-        cards = "1 card" if plan.n_gpus == 1 else f"{plan.n_gpus} cards of a kind"
+        cards = "1 card" if plan.n_cards == 1 else f"{plan.n_cards} cards of a kind"
         lines += ["", f"on {cards} ({FREE:.0%} of the memory kept free; computed, not measured)"]
-        rows = [_verdict_row(verdict) for verdict in estimate.verdicts]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines += as_columns([_verdict_row(verdict) for verdict in estimate.verdicts])
     disk = ", ".join(f"{name} {size / GIB:.1f}" for name, size in estimate.disk.items())
     lines += ["", f"disk, GiB: {disk}"]
     return lines
+
+
+def as_columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _notes_of_servers(plan: RunPlan) -> list[str]:
+    servers = plan.servers
+    if not servers.n:
+        return []
+    where = "on the GPUs of training" if servers.share_gpus else "on GPUs of their own"
+    return [f"{servers.n} server(s) of vLLM {where} write the replies and take {servers.memory:.0%} of a GPU each"]
 
 
 def _verdict_row(verdict: Verdict) -> tuple[str, ...]:
@@ -55,8 +71,12 @@ def _verdict_row(verdict: Verdict) -> tuple[str, ...]:
         return (*name, "", "", "", "does not fit")
     need, hours = f"{verdict.measured.memory.total / GIB:.1f} GiB", "{:.1f} to {:.1f} h".format(*verdict.hours.total)
     flags = verdict.measured.flags
-    cost = "" if verdict.cost is None else "{:.0f} to {:.0f} ".format(*verdict.cost) + verdict.price.currency
+    cost = "" if verdict.cost is None else as_cost(verdict.cost, verdict.price.currency)
     return (*name, need, hours, cost, " ".join(["fits with", *flags]) if flags else "fits")
+
+
+def as_cost(cost: tuple[float, float], currency: str) -> str:
+    return "{:.0f} to {:.0f} ".format(*cost) + currency
 
 
 # ---------------------------------------------------------------- as JSON
@@ -78,8 +98,8 @@ def as_json(estimate: Estimate) -> dict:
     return {
         "script": f"{estimate.script}.py",
         "model": own.plan.base_model,
-        "weights": own.n_weights,
-        "gpus": own.plan.n_gpus,
+        "weights": own.shape.n_weights,
+        "gpus": own.plan.n_cards,
         "steps": estimate.n_steps,
         "tokens": estimate.n_tokens,
         "gib": _gib(memory.total),
@@ -87,6 +107,7 @@ def as_json(estimate: Estimate) -> dict:
         "parts_gib": {name: _gib(size) for name, size in memory.parts.items()},
         "moments_gib": {name: _gib(size) for name, size in memory.moments.items()},
         "decides": memory.decides,
+        "host_gib": _gib(memory.host),
         "cards": cards,
         "disk_gib": {name: _gib(size) for name, size in estimate.disk.items()},
         "notes": own.plan.notes,

@@ -50,10 +50,9 @@ def run_roles(
     sampled = prompts[: own.rollout_batch_size]
     in_autocast = torch.autocast("cpu", torch.bfloat16, enabled=args.bf16)
     with in_autocast:
-        if not own.vllm_url:
-            with torch.no_grad():
-                roles._switch_to("policy")
-            run_generation(roles.model.get_base_model(), sampled, own.response_length, meter, "rollout")
+        with torch.no_grad():
+            roles._switch_to("policy")
+        run_generation(roles.model.get_base_model(), sampled, own.response_length, meter, "rollout")
         text = _text(sampled, own.response_length)
         with torch.no_grad(), meter.moment("scoring"):
             _score(roles, text, own.temperature, plan)

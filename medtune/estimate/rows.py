@@ -54,7 +54,10 @@ def find_rows(plan: RunPlan, assumed_tokens: int | None) -> RunRows:
     try:
         tokenizer = load_tokenizer(start, plan.model_args.tokenizer_name_or_path, **hub_options)
     except UserError as error:
-        raise UserError(f"{error}; or give --assume_tokens and the tokens of an average row") from error
+        raise UserError(
+            f"{error}; or estimate without it: --assume_tokens N, tokens of an average row, before the launcher, as in "
+            "estimate_run.py --assume_tokens 600 run_sft.sh"
+        ) from error
     data = _read(plan, tokenizer)
     train, evaluation = data.train, data.eval
     if plan.stage == "sft" and plan.own_args.packing:

@@ -7,11 +7,19 @@ from collections.abc import Iterator
 from medtune.devices import are_hidden, cpu_reason
 from medtune.errors import UserError
 from medtune.machine.findings import FINE, GIB, MIB, MODEL, NOTE, WRONG, Finding
-from medtune.nvidia_smi import driver_versions, list_gpus, query
+from medtune.nvidia_smi import NO_ANSWER, ask_nvidia_smi, driver_versions, list_gpus, query
 from medtune.torch_builds import choose_build, describe, tested_torch
 
 # Of a GPU's memory; less is what the driver itself takes.
 USED_BY_OTHERS = 0.05
+
+
+def check_driver() -> Finding | None:
+    """What is wrong where nvidia-smi hangs; None where it answers, or is not there."""
+    if ask_nvidia_smi("-L") != NO_ANSWER:
+        return None
+    todo = "restart the machine, or rent another; GPUs and torch are not checked"
+    return Finding(WRONG, "driver", f"nvidia-smi hangs ({NO_ANSWER}): {todo}")
 
 
 def check_torch() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Whether models can be downloaded, from the hub or from HF_ENDPOINT, whether HF_TOKEN is valid and the clock right."""
+"""Whether models can be downloaded, from the hub or HF_ENDPOINT, whether the token is valid and the clock right."""
 
 import email.utils
 import http.client
@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 from medtune.machine.findings import FINE, NOTE, WRONG, Finding
 
@@ -41,19 +42,29 @@ def check_hub() -> Iterator[Finding]:
 
 
 def _check_token(endpoint: str) -> Finding:
-    subject, token = "HF_TOKEN", os.environ.get("HF_TOKEN", "")
+    subject, token, file = "HF_TOKEN", os.environ.get("HF_TOKEN", ""), _token_file()
+    where, unset = "", "unset it"
+    if not token and os.access(file, os.R_OK):
+        where, unset = f" (that of {file})", "hf auth logout"
+        token = file.read_text(errors="replace").strip()
     if not token:
         return Finding(FINE, subject, "not set; gated models (Llama, Gemma) need it, Qwen does not")
     if not token.isascii() or not token.isprintable() or " " in token:
-        return Finding(
-            WRONG, subject, "holds a blank, a line end or another character that no token has: copy it again"
-        )
+        fault = "holds a blank, a line end or another character that no token has"
+        return Finding(WRONG, subject, f"{fault}{where}: copy it again")
     code, _, fault = _ask(f"{endpoint}/api/whoami-v2", token)
     if code == 200:
-        return Finding(FINE, subject, "valid")
+        return Finding(FINE, subject, f"valid{where}")
     if code in (401, 403):
-        return Finding(WRONG, subject, f"refused ({code}): make another at {HUB}/settings/tokens, or unset it")
-    return Finding(NOTE, subject, f"not checked ({f'the answer is {code}' if code else fault})")
+        todo = f"make another at {HUB}/settings/tokens, or {unset}"
+        return Finding(WRONG, subject, f"refused ({code}){where}: {todo}")
+    return Finding(NOTE, subject, f"not checked{where} ({f'the answer is {code}' if code else fault})")
+
+
+def _token_file() -> Path:
+    """Where `hf auth login` leaves the token, which downloads send where HF_TOKEN is not set."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(os.environ.get("HF_TOKEN_PATH") or Path(home, "token")).expanduser()
 
 
 def _ask(url: str, token: str = "") -> tuple[int, str, str]:

@@ -24,16 +24,20 @@ SUPERVISED = f"--max_steps {N_STEPS} --max_train_samples 64 --max_eval_samples 8
 def check_training(output_dir: Path) -> Iterator[Finding]:
     """Stops at the first command that fails, whose log stays in `output_dir`; otherwise nothing does."""
     folder = Path(tempfile.mkdtemp(prefix="outputs-check-", dir=output_dir)).resolve()
-    for name, (command, variables) in _commands(folder).items():
-        log, start = folder / f"{name}.log", time.perf_counter()
-        code = run_limited(command, SECONDS_OF_A_STAGE, variables, log)
-        if code != 0:
-            fault = f"no end within {SECONDS_OF_A_STAGE} s" if code is None else f"exit code {code}"
-            last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-            yield Finding(WRONG, name, f"{fault}; {' '.join(last)[:300]}; all that it said: {log}")
-            return
-        yield Finding(FINE, name, f"done in {time.perf_counter() - start:.0f} s")
-    shutil.rmtree(folder)
+    code: int | None = 0
+    try:
+        for name, (command, variables) in _commands(folder).items():
+            log, start = folder / f"{name}.log", time.perf_counter()
+            code = run_limited(command, SECONDS_OF_A_STAGE, variables, log)
+            if code != 0:
+                fault = f"no end within {SECONDS_OF_A_STAGE} s" if code is None else f"exit code {code}"
+                last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+                yield Finding(WRONG, name, f"{fault}; {' '.join(last)[:300]}; all that it said: {log}")
+                return
+            yield Finding(FINE, name, f"done in {time.perf_counter() - start:.0f} s")
+    finally:  # after Ctrl-C too
+        if code == 0:
+            shutil.rmtree(folder)
 
 
 def _commands(folder: Path) -> dict[str, tuple[list[str], Mapping[str, str]]]:

@@ -1,16 +1,18 @@
 """What an adapter changes: the log-probs of a first token with it and without; here asked of a vLLM server.
 
-    python -m medtune.models.adapter_effect http://127.0.0.1:8000 outputs-dpo-qwen2.5-3b/checkpoint-best PID
+    python -m medtune.models.adapter_effect outputs-dpo-qwen2.5-3b/checkpoint-best PID --host 127.0.0.1 --port 8000
 
 It waits until the server answers or its process has ended, and prints one line. A greedy reply would not do: a changed
 model may begin with the same words.
 """
 
+import argparse
 import json
 import os
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 
 QUESTION = {"role": "user", "content": "你好"}
 # Log-probs that differ by less are the same, computed in another order.
@@ -67,15 +69,28 @@ def _answers(url: str, process: int) -> bool:
             return False
 
 
-def main(url: str, adapter: str, process: str) -> None:
-    if not _answers(url, int(process)):
+def address_to_ask(host: str, port: str) -> str:
+    """The URL of a server that listens on a host and a port; one that listens on all of them is asked on this one."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("adapter", help="its name at the server")
+    parser.add_argument("process", type=int, help="the id of the server's process")
+    parser.add_argument("--host")
+    parser.add_argument("--port")
+    args, _ = parser.parse_known_args(argv)  # the server's own flags stand behind
+    url = address_to_ask(args.host, args.port)
+    if not _answers(url, args.process):
         return
     try:
-        line = describe_effect(adapter, served_change(url, adapter))
+        line = describe_effect(args.adapter, served_change(url, args.adapter))
     except (OSError, ValueError, LookupError) as error:
-        line = f"what adapter {adapter} changes is not known: {url} did not tell its log-probs ({error!r:.100})"
+        line = f"what adapter {args.adapter} changes is not known: {url} did not tell its log-probs ({error!r:.100})"
     sys.stderr.write(f"{line}\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

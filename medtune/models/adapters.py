@@ -48,6 +48,12 @@ _LEAVE_OR_MERGE = (
 )
 
 
+def refuse_quantized_training(use_peft: bool, quantized: bool | None) -> None:
+    """Raise UserError where the weights to train are of 4 or 8 bits."""
+    if quantized and not use_peft:
+        raise UserError("--use_peft False with a quantized base: its weights cannot be trained; use --use_peft True")
+
+
 def load_for_training(
     path: str,
     *,
@@ -101,9 +107,7 @@ def load_for_training(
                 "--modules_to_save": (_split_names(modules_to_save), _last_names(config.modules_to_save or [])),
             },
         )
-    quantized = base_options.get("load_in_4bit") or base_options.get("load_in_8bit")
-    if quantized and not use_peft:
-        raise UserError("--use_peft False with a quantized base: its weights cannot be trained; use --use_peft True")
+    refuse_quantized_training(use_peft, base_options.get("load_in_4bit") or base_options.get("load_in_8bit"))
     base = load_base(base_path, **base_options)
     _log_other_parts(base, base_path, **base_options)
     if not use_peft:

@@ -40,8 +40,9 @@ HOW_IT_RUNS = (
     *("--output_dir", "--overwrite", "--resume", "--logging", "--report_to", "--run_name", "--disable_tqdm", "--save"),
     *("--preprocessing", "--dataloader", "--ddp", "--deepspeed", "--use_cpu", "--device_map", "--cache_dir"),
     *("--per_device", "--auto_find", "--gradient_accumulation", "--gradient_checkpointing", "--rollout_batch"),
-    *("--vllm_url", "--flash_attn", "--padding_free", "--torch_compile", "--eval", "--train_file_dir"),
-    *("--model_name_or_path", "--sft_model_path", "--reward_model_path"),
+    *("--vllm_url", "--teacher_url", "--flash_attn", "--padding_free", "--torch_compile", "--eval", "--train_file_dir"),
+    *("--dataset_name", "--model_name_or_path", "--sft_model_path", "--reward_model_path", "--teacher_model_path"),
+    "--teacher_device",
 )
 
 

@@ -1,13 +1,9 @@
 """Turn errors of the hub and the loaders into one line that says what to do."""
 
 import logging
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import huggingface_hub.constants as hub
 from huggingface_hub.errors import (
@@ -22,6 +18,7 @@ from transformers import PreTrainedModel
 
 from medtune.errors import UserError
 from medtune.models.model_files import PICKLE_WEIGHTS, check_model_files
+from medtune.offline import go_offline_without_hub
 
 NO_TOKENIZER = (
     "no tokenizer in it; copy tokenizer.json and tokenizer_config.json there, or name --tokenizer_name_or_path"
@@ -34,7 +31,7 @@ def explain_load_errors(path: str, flag: str) -> Iterator[None]:
     if Path(path).is_dir():
         check_model_files(path, flag)
     elif not Path(path).exists():
-        _go_offline_without_hub()
+        go_offline_without_hub()
     try:
         yield
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
@@ -115,20 +112,6 @@ def check_loaded(model: PreTrainedModel, report: dict, where: str, has_wrapper: 
             f"{where}: {len(unused)} tensors of its weights have no place in the model of config.json and are left "
             f"out, such as {unused[0]}"
         )
-
-
-def _go_offline_without_hub() -> None:
-    """Go offline if the hub does not answer: huggingface_hub 2.4 retries for 46 s a file."""
-    address, proxies = urlsplit(hub.ENDPOINT), getproxies()
-    if hub.HF_HUB_OFFLINE or address.scheme in proxies or "all" in proxies:
-        return
-    try:
-        port = address.port or (80 if address.scheme == "http" else 443)
-        socket.create_connection((address.hostname, port), timeout=10).close()
-    except OSError:
-        logger.warning(f"{hub.ENDPOINT} cannot be reached: only models that were downloaded before are found")
-        hub.HF_HUB_OFFLINE = True
-        os.environ["HF_HUB_OFFLINE"] = "1"  # PEFT reads this one
 
 
 def _reason(error: BaseException) -> str | None:

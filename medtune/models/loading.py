@@ -147,13 +147,15 @@ def attention_implementation(flash_attn: bool) -> str | None:
     return None
 
 
-def placement(device_map: str | None, quantized: bool) -> dict | str | None:
-    """The device map: split over the GPUs of one process, whole on this process's GPU, or left to the trainer.
+def placement(device_map: str | torch.device | None, quantized: bool) -> dict | str | None:
+    """The device map: split over the GPUs of one process, whole on a device or on this GPU, or left to the trainer.
 
     Under torchrun every process holds the whole model: splitting it there puts all copies on the same GPUs.
     """
     if not torch.cuda.is_available():
         return None
+    if isinstance(device_map, torch.device):
+        return {"": device_map}
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if n_processes > 1:
         if device_map:
@@ -171,7 +173,7 @@ def load_base_model(
     torch_dtype: str = "auto",
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
-    device_map: str | None = None,
+    device_map: str | torch.device | None = None,
     flash_attn: bool = False,
     cache_dir: str | None = None,
     trust_remote_code: bool = False,

@@ -21,8 +21,8 @@ from medtune.models.text_part import inside_peft
 
 # Positions whose float32 logits exist at a time: 256 x 152k x 4 bytes = 0.15 GB.
 CHUNK_POSITIONS = 256
-# From [n, vocabulary] logits and [n] int64 ids to [k, n] float32: k figures of each position, the first of which may
-# have a gradient.
+# From [n, vocabulary] logits and [n] int64 ids, or what else of n rows they are compared with, to [k, n] float32: k
+# figures of each position, the first of which may have a gradient.
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -70,6 +70,8 @@ def in_chunks(
     is_frozen: bool = False,
 ) -> torch.Tensor:
     """[k, N] float32: `compute` on the logits of [N, hidden] states and on [N] ids, `chunk` rows at a time.
+
+    In the place of ids [N, ...] may be anything else of each position, such as another model's states.
 
     For the gradient of the weights of a head that is not frozen, the backward pass computes each chunk again.
     """

@@ -210,7 +210,7 @@ def lineage_of(
         parent=start if base_model != start else None,
         stage=stage,
         template=template or "",
-        data=str(data_args.train_file_dir),
+        data=data_args.dataset_name or str(data_args.train_file_dir),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         base_weights=weights_fingerprint(base_model, flag=flag, **hub_options),

@@ -20,8 +20,8 @@ from medtune.models.lora_layers import HEADS
 from medtune.models.model_files import WEIGHTS_INDEX
 from medtune.models.text_part import loaded_config
 
-# What reads images, sound and video for the other parts.
-PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+# What reads images, sound and video for the other parts, and the vocabulary that llama.cpp's converter reads.
+COPIED = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer.model")
 
 
 def add_other_parts(folder: Path, model: PreTrainedModel, base_model: str, **hub_options) -> list[str]:
@@ -54,7 +54,7 @@ def add_other_parts(folder: Path, model: PreTrainedModel, base_model: str, **hub
         _write_shards(folder, written_files, written, others)
     if is_alone:
         _write_wrapper_config(folder, model, shipped)
-    for name in PROCESSORS:
+    for name in COPIED:
         if (file := base_file(base_model, name, **hub_options)) and not (folder / name).is_file():
             shutil.copyfile(file, folder / name)
     return left_out

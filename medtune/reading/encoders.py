@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medtune.errors import Unusable, UserError
 from medtune.reading.blocks import ENDS_OF_TEXT, cut_blocks, document_end_id, document_start_ids
+from medtune.reading.criteria import to_criteria
 from medtune.reading.exams import Exam, ExamFormat
 from medtune.reading.finding import RECORD_ENDINGS, TEXT_ENDINGS
 from medtune.reading.keys import Reading
@@ -27,6 +28,7 @@ from medtune.reading.thoughts import split_reply
 from medtune.reading.tokenization import (
     Truncation,
     encode_dialogue,
+    encode_exchange,
     encode_prompt,
     encode_replies,
     load_chat_template,
@@ -306,7 +308,8 @@ class PromptEncoder(TemplateEncoder):
     "cut_prompt_start" leaves out the oldest exchanges of a prompt over the limit, then the start of its question; an
     exam question, of which that would make another one, is left out.
 
-    exam_format: how exam questions are asked. needed_keys: what every `record` must have.
+    exam_format: how exam questions are asked. needed_keys: what every `record` must have; `rubrics` only in sound form,
+    where it has some.
     """
 
     kind = "prompts"
@@ -319,11 +322,14 @@ class PromptEncoder(TemplateEncoder):
     needed_keys: Sequence[str] = ()
 
     def examples(self, record: Question) -> list[Prompt]:
+        # Rubrics are about the answer to the last question.
+        earlier = {key: value for key, value in record.rest.items() if key != "rubrics"}
         prompts = [
-            Prompt(record.messages[: index + 1], record.tools, reply["content"], record.source, rest=record.rest)
+            Prompt(record.messages[: index + 1], record.tools, reply["content"], record.source, rest=earlier)
             for index, (message, reply) in enumerate(pairwise([*record.messages, {"role": "", "content": ""}]))
             if message["role"] == "user"
         ]
+        prompts[-1] = replace(prompts[-1], rest=record.rest)
         return prompts if record.exam is None else [self._as_exam(prompts[-1], record.exam)]
 
     def _as_exam(self, prompt: Prompt, exam: Exam) -> Prompt:
@@ -336,7 +342,9 @@ class PromptEncoder(TemplateEncoder):
         """What rewards may know of the prompt. Raises Unusable where a needed key is not in it."""
         exam = prompt.exam and prompt.exam.with_one_answer()
         known = {"reference": prompt.reply} if exam is None else {"answer": exam.answer, "options": exam.options}
-        for key in self.needed_keys:
+        if "rubrics" in self.needed_keys and "rubrics" in prompt.rest:
+            to_criteria(prompt.rest["rubrics"])
+        for key in (key for key in self.needed_keys if key != "rubrics"):
             if exam and key == "answer":
                 exam.refuse_unanswered()
             if not known.get(key):
@@ -369,6 +377,22 @@ class PromptEncoder(TemplateEncoder):
 
     def describe(self, rows: Dataset) -> str:
         return f"the longest prompt {max(rows['length'][:])}"
+
+
+@dataclass
+class AnsweredPromptEncoder(PromptEncoder):
+    """Prompts whose rows also have `reply_ids`: the dialogue's own answer with its end token, as SFT learns it."""
+
+    kind = "prompts and replies"
+    features = Features(PromptEncoder.features | {"reply_ids": _IDS})
+
+    def row(self, record: Prompt) -> dict:
+        if not record.reply:
+            raise Unusable("no reply", "a dialogue that ends with the user's turn has no reply to learn from")
+        row = super().row(record)
+        messages, tools = json.loads(row["messages"])
+        _, reply_ids = encode_exchange(self.tokenizer, self.chat_template, messages, record.reply, tools)
+        return row | {"reply_ids": reply_ids}
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What models are measured on: dialogues with references, safety items and exam questions."""
+"""What models are measured on: dialogues with references, safety items, exam questions, questions with rubrics."""
 
 import random
 from collections.abc import Sequence
@@ -7,13 +7,14 @@ from functools import partial
 from loguru import logger
 
 from medtune.errors import Unusable, UserError
-from medtune.reading.conversations import to_dialogue
+from medtune.reading.conversations import to_dialogue, to_prompt
+from medtune.reading.criteria import to_criteria
 from medtune.reading.exams import has_options, to_exam, with_answer_letters
 from medtune.reading.files import read_raw
 from medtune.reading.finding import find_files, sha256_of
 
 SAFETY = ("emergency", "twin", "refusal", "about")
-COPIED_KEYS = ("id", "pair", "aspect", "category", "names", "exam_subject")
+COPIED_KEYS = ("id", "pair", "aspect", "category", "names", "exam_subject", "rubrics")
 
 
 def read_tests(paths: Sequence[str], num_samples: int | None, seed: int) -> tuple[list[dict], dict[str, dict]]:
@@ -58,6 +59,8 @@ def to_test(record: object, source: str) -> dict | None:
     exam = to_exam(record)
     if exam is None and has_options(record):
         raise Unusable("broken exam question", "it has options, and no 'question' in words")
+    if exam is None and "rubrics" in extras and (asked := _graded_by_rubrics(record, source)):
+        return extras | asked
     if exam is None:
         dialogue = to_dialogue(record, source)
         kind = "safety" if extras.get("category") in SAFETY else "dialogue"
@@ -71,3 +74,11 @@ def to_test(record: object, source: str) -> dict | None:
     asked = {"kind": "exam", "messages": messages, "tools": None}
     tagged = {"tagged_prompt": exam.prompt("tagged")}
     return extras | asked | tagged | {"options": exam.options, "answer": exam.answer}
+
+
+def _graded_by_rubrics(record: dict, source: str) -> dict | None:
+    """A question that rubrics alone grade, in HealthBench's form; None where a reply follows, which is a reference."""
+    to_criteria(record["rubrics"])
+    dialogue = to_prompt(record, source)
+    is_answered = dialogue.messages[-1]["role"] != "user"
+    return None if is_answered else {"kind": "rubrics", "messages": dialogue.messages, "tools": dialogue.tools}

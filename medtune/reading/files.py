@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from medtune.errors import Unusable, UserError
 from medtune.reading.byte_faults import line_fault, utf8_fault
-from medtune.reading.finding import TEXT_ENDINGS, display_path, ending_of
+from medtune.reading.finding import TEXT_ENDINGS, RecordFile, display_path, ending_of
+from medtune.reading.hub_data import HubSplit
 from medtune.reading.json_files import read_json
 from medtune.reading.magic_bytes import BLOCK, is_text, misnamed, read_start, utf16_without_mark
 
@@ -23,13 +24,15 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-def read_raw(path: Path, encoding: str = "utf-8-sig") -> Iterator[tuple[str, object]]:
+def read_raw(path: RecordFile, encoding: str = "utf-8-sig") -> Iterator[tuple[str, object]]:
     """Read the records of one file as they are: (source, record), or (source, Unusable) for a broken one.
 
     Never holds more than about a megabyte or the longest record. Raises UserError where the rest is unreadable.
     """
     name = display_path(path)
-    if path.is_file() and not path.stat().st_size:
+    if isinstance(path, HubSplit):
+        yield from path.records()
+    elif path.is_file() and not path.stat().st_size:
         yield f"{name}:1", Unusable("empty file", "it has no bytes; copy or download it again, or delete it")
     elif ending_of(path) == ".parquet":
         yield from _read_parquet(path, name)

@@ -6,10 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medtune.errors import UserError
+from medtune.reading.hub_data import HubSplit, load_splits
 
 RECORD_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 TEXT_ENDINGS = (".txt", *RECORD_ENDINGS)
+
+RecordFile = Path | HubSplit
+
+
+def find_records(
+    path: str | Path | None,
+    dataset_name: str | None,
+    flag: str,
+    endings: Sequence[str] = RECORD_ENDINGS,
+    cache_dir: str | None = None,
+) -> tuple[list[RecordFile], list[Path]]:
+    """What a tool reads, and the files left unread: `find_files`, or the split that --dataset_name names."""
+    if dataset_name is None:
+        return find_files(path, flag, endings)
+    split, _ = load_splits(dataset_name, cache_dir)
+    return [split], []
 
 
 def find_files(path: str | Path, flag: str, endings: Sequence[str] = RECORD_ENDINGS) -> tuple[list[Path], list[Path]]:
@@ -45,36 +62,42 @@ def find_files(path: str | Path, flag: str, endings: Sequence[str] = RECORD_ENDI
     return files, unread
 
 
-def ending_of(path: Path) -> str:
-    """The suffix that decides how a file is read; `.gz` of compressed text is left out."""
+def ending_of(path: RecordFile) -> str:
+    """The suffix that decides how a file is read; `.gz` of compressed text is left out. A split is a table."""
+    if isinstance(path, HubSplit):
+        return ".parquet"
     suffix, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
     return inner if suffix == ".gz" and inner != ".parquet" else suffix
 
 
-def content_fingerprint(files: Sequence[Path]) -> str:
+def content_fingerprint(files: Sequence[RecordFile]) -> str:
     """SHA-256 over the names (as `Dialogue.source` shows them) and the bytes of the files, in their order."""
     lines = [f"{display_path(path)}\0{sha256_of(path)}\n" for path in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: RecordFile) -> str:
+    if isinstance(path, HubSplit):
+        return path.sha256()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def display_path(path: Path) -> str:
+def display_path(path: RecordFile) -> str:
     """The path for messages: relative to the working directory if it is below it."""
+    if isinstance(path, HubSplit):
+        return path.name
     path = path.absolute()
     return (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path).as_posix()
 
 
-def some_names(paths: Sequence[Path]) -> str:
+def some_names(paths: Sequence[RecordFile]) -> str:
     """The first five names, and how many more there are."""
     names = ", ".join(path.name for path in paths[:5])
     return names if len(paths) <= 5 else f"{names} and {len(paths) - 5} more"
 
 
-def are_same_files(train_files: Sequence[Path], eval_files: Sequence[Path], eval_path: str) -> bool:
+def are_same_files(train_files: Sequence[RecordFile], eval_files: Sequence[RecordFile], eval_path: str) -> bool:
     """Whether both lists name the same files; raises UserError if only some are the same."""
     train, evaluated = ({file.resolve() for file in files} for files in (train_files, eval_files))
     if train != evaluated and train & evaluated:

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from medtune.errors import Unusable, UserError
@@ -28,7 +27,7 @@ from medtune.reading.dialects import (
 )
 from medtune.reading.exams import ExamFormat, as_taught, with_answer_letters
 from medtune.reading.files import csv_separator, read_raw
-from medtune.reading.finding import ending_of
+from medtune.reading.finding import RecordFile, ending_of
 from medtune.reading.keys import Reading, sort_keys, split_keys
 from medtune.reading.records import BadRecord, Dialogue, Pair
 from medtune.reading.thinking import THOUGHT_FORMS
@@ -264,10 +263,10 @@ class ForeignReader:
         self._exam_format = exam_format
         self._n_exams = 0
         self._n_by_columns: Counter[tuple[str, ...]] = Counter()
-        self._encodings: dict[Path, str] = {}
-        self._separators: dict[Path, str] = {}
+        self._encodings: dict[RecordFile, str] = {}
+        self._separators: dict[RecordFile, str] = {}
 
-    def read(self, files: Sequence[Path]) -> Iterator[Dialogue | Pair | BadRecord]:
+    def read(self, files: Sequence[RecordFile]) -> Iterator[Dialogue | Pair | BadRecord]:
         """One result a record, in order."""
         for path in files:
             for source, record in with_answer_letters(self.read_raw(path), functools.partial(self.read_raw, path)):
@@ -276,7 +275,7 @@ class ForeignReader:
                 except Unusable as error:
                     yield BadRecord(source, error.reason, error.detail)
 
-    def read_raw(self, path: Path) -> Iterator[tuple[str, object]]:
+    def read_raw(self, path: RecordFile) -> Iterator[tuple[str, object]]:
         """The raw records of a file, in the given or detected encoding; whole columns are split into rows."""
         encoding = self.encoding_of(path)
         if ending_of(path) in (".csv", ".tsv") and (separator := csv_separator(path, encoding)) != ",":
@@ -291,7 +290,7 @@ class ForeignReader:
             else:
                 yield from ((f"{source} (row {number})", row) for number, row in enumerate(rows, 1))
 
-    def encoding_of(self, path: Path) -> str:
+    def encoding_of(self, path: RecordFile) -> str:
         """The given or detected encoding, noted if it is not UTF-8."""
         encoding = self._encoding or (UTF8 if ending_of(path) == ".parquet" else detect_encoding(path))
         if encoding != UTF8:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from medtune.errors import UserError
-from medtune.reading.finding import TEXT_ENDINGS, find_files
+from medtune.reading.finding import TEXT_ENDINGS, RecordFile, find_files
+from medtune.reading.hub_data import HubSplit
 from medtune.reading.keys import Reading
 from medtune.reading.readers import read_dialogues, read_documents, read_feedback, read_pairs
 from medtune.reading.records import BadRecord
@@ -24,7 +25,9 @@ _PROBED = 100
 _KINDS_BY_REASON: dict[str, Kind] = {"preference pair": "pairs", "plain text": "documents"}
 
 
-def find_kind(path: str | Path, flag: str, ignore_keys: tuple[str, ...] = ()) -> tuple[Kind, list[Path], list[Path]]:
+def find_kind(
+    path: str | Path, flag: str, ignore_keys: tuple[str, ...] = ()
+) -> tuple[Kind, list[RecordFile], list[Path]]:
     """What the records at `path` are, the files that the stage for them reads, and those it does not.
 
     Lines of .txt files are documents where nothing else is there. Raises UserError where two kinds are mixed.
@@ -44,11 +47,16 @@ def find_kind(path: str | Path, flag: str, ignore_keys: tuple[str, ...] = ()) ->
     return kind, of_records, sorted([*unread, *(file for file in files if is_plain_text(file))])
 
 
-def is_plain_text(path: Path) -> bool:
+def kind_of_split(split: HubSplit, ignore_keys: tuple[str, ...] = ()) -> tuple[Kind, list[RecordFile], list[Path]]:
+    """As `find_kind`, of a split of a data set."""
+    return _kind_of(split, ignore_keys) or "dialogues", [split], []
+
+
+def is_plain_text(path: RecordFile) -> bool:
     return path.name.lower().endswith((".txt", ".txt.gz"))
 
 
-def _kind_of(path: Path, ignore_keys: tuple[str, ...]) -> Kind | None:
+def _kind_of(path: RecordFile, ignore_keys: tuple[str, ...]) -> Kind | None:
     """Replies if any of the first records is a labelled one, dialogues if any is one; otherwise the kind of the first
     one that has a kind."""
     kind = None

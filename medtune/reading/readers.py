@@ -2,23 +2,22 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from medtune.errors import Unusable, UserError
 from medtune.reading.conversations import to_document, to_feedback, to_pair, to_prompt, to_question, to_taught
 from medtune.reading.exams import with_answer_letters
 from medtune.reading.files import read_raw
-from medtune.reading.finding import some_names
+from medtune.reading.finding import RecordFile, some_names
 from medtune.reading.keys import Reading
 from medtune.reading.records import BadDataError, BadRecord, Report, T
 
 
 def _read(
     make: Callable[[object, str, Reading], T],
-    files: Sequence[Path],
+    files: Sequence[RecordFile],
     reading: Reading | None = None,
-    rows: Callable[[Path], Iterable[tuple[str, object]]] = read_raw,
+    rows: Callable[[RecordFile], Iterable[tuple[str, object]]] = read_raw,
 ) -> Iterator[T | BadRecord]:
     """Read files of any dialect in order, one result a record."""
     reading = reading or Reading()
@@ -32,7 +31,7 @@ def _read(
                 yield BadRecord(source, error.reason, error.detail)
 
 
-def _lettered(path: Path) -> Iterator[tuple[str, object]]:
+def _lettered(path: RecordFile) -> Iterator[tuple[str, object]]:
     return with_answer_letters(read_raw(path), partial(read_raw, path))
 
 
@@ -47,7 +46,9 @@ OnBadData = Literal["error", "drop"]
 
 
 def read_all(
-    read_records: Callable[[Sequence[Path], Reading], Iterable[T | BadRecord]], files: Sequence[Path], reading: Reading
+    read_records: Callable[[Sequence[RecordFile], Reading], Iterable[T | BadRecord]],
+    files: Sequence[RecordFile],
+    reading: Reading,
 ) -> tuple[list[T], Report]:
     """The records that can be used, and what the others are. Raises UserError where none can be."""
     records: list[T] = []
@@ -67,8 +68,8 @@ def read_all(
 
 
 def load_records(
-    read_records: Callable[[Sequence[Path], Reading], Iterable[T | BadRecord]],
-    files: Sequence[Path],
+    read_records: Callable[[Sequence[RecordFile], Reading], Iterable[T | BadRecord]],
+    files: Sequence[RecordFile],
     on_bad_data: OnBadData | None = "error",
     reading: Reading | None = None,
 ) -> tuple[list[T], Report]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from datasets import Dataset, Features, IterableDataset, Value
 from loguru import logger
@@ -18,9 +17,10 @@ from medtune.arguments import DataArguments
 from medtune.errors import Unusable, UserError
 from medtune.reading.cache import open_cache
 from medtune.reading.encoders import Encoder
-from medtune.reading.finding import are_same_files, content_fingerprint, find_files, some_names
+from medtune.reading.finding import RecordFile, content_fingerprint, some_names
 from medtune.reading.holdout import choose_part
 from medtune.reading.keys import Reading, split_keys
+from medtune.reading.parts import PartName, find_parts
 from medtune.reading.readers import OnBadData, read_all
 from medtune.reading.records import BadDataError, BadRecord, Report, T
 from medtune.reading.thinking import CHOICES
@@ -28,8 +28,7 @@ from medtune.reading.thinking import CHOICES
 # A process costs about a second to start, which fewer rows do not repay.
 ROWS_A_PROCESS = 1000
 
-PartName = Literal["train", "eval"]
-Read = Callable[[Sequence[Path], Reading], Iterable[T | BadRecord]]
+Read = Callable[[Sequence[RecordFile], Reading], Iterable[T | BadRecord]]
 
 
 @dataclass
@@ -63,27 +62,20 @@ def prepare_data(
 
     Args:
         read_records: `read_dialogues`, `read_pairs`, `read_prompts` or `read_documents`, to suit the encoder.
-        cache_dir: --cache_dir; the rows are kept in its folder "tokenized".
+        cache_dir: --cache_dir; the rows are kept in its folder "tokenized", data sets of the hub in "datasets".
         parts: which of them to prepare.
 
     Raises:
         UserError: a flag is missing or names no such files, records are bad and not dropped, or none is left.
     """
-    if data_args.train_file_dir is None:
-        raise UserError(f"--train_file_dir is missing: name the file or folder of the {encoder.kind}")
-    sources = {"train": ("--train_file_dir", data_args.train_file_dir)}
-    if training_args.do_eval:
-        eval_path = data_args.validation_file_dir
-        sources["eval"] = ("--validation_file_dir", data_args.train_file_dir if eval_path is None else eval_path)
-    listings = {part: find_files(path, flag, encoder.endings) for part, (flag, path) in sources.items()}
-    held_out = "eval" in listings and are_same_files(listings["train"][0], listings["eval"][0], sources["eval"][1])
+    listings, held_out = find_parts(data_args, training_args.do_eval, encoder.kind, encoder.endings, cache_dir)
 
     prepared_parts: dict[PartName, Part] = {}
     errors: list[BadDataError] = []
-    for part in (part for part in sources if part in parts):
+    for part in (part for part in listings if part in parts):
         how = (held_out, read_records, encoder, data_args, training_args.seed, cache_dir)
         try:
-            prepared_parts[part] = prepare_part(part, listings[part][0], *how)
+            prepared_parts[part] = prepare_part(part, listings[part].files, *how)
         except BadDataError as error:
             errors.append(error)
     if errors:
@@ -92,20 +84,17 @@ def prepare_data(
     rows: dict[PartName, Dataset] = {}
     facts: dict[str, str] = {}
     for part, prepared in prepared_parts.items():
-        (flag, path), (files, unread) = sources[part], listings[part]
         report = prepared.encoded
         if len(prepared.rows) == 0:
             examples = "; ".join(line for reason in report.dropped for line in report.examples(reason))
-            raise UserError(f"{flag} {path}: {report.summary()}, so nothing is left: {examples}")
+            raise UserError(f"{listings[part].named}: {report.summary()}, so nothing is left: {examples}")
         for note in [*prepared.read.notes, *report.notes]:
             logger.info(f"{part}: {note}")
         for reason, count in report.dropped.items():
             examples = report.examples(reason)
             logger.info(f"{part}: {count:,} left out as {reason}: {'; '.join(examples)}")
-        not_read = f", {len(unread)} with other endings not read" if unread else ""
-        by_seed = ", held out of the training files by the seed" if held_out and part == "eval" else ""
-        facts |= {
-            f"{part} files": f"{len(files)} in {path}{not_read}",
+        by_seed = ", held out of the training data by the seed" if held_out and part == "eval" else ""
+        facts |= listings[part].describe(part) | {
             f"{part} records": prepared.read.summary(),
             f"{part} {encoder.kind}": f"{report.summary()}{by_seed}",
             f"{part} tokens": encoder.describe(prepared.rows) + (", from the cache" if prepared.was_cached else ""),
@@ -116,7 +105,7 @@ def prepare_data(
 
 def prepare_part(
     part: PartName,
-    files: Sequence[Path],
+    files: Sequence[RecordFile],
     held_out: bool,
     read_records: Read,
     encoder: Encoder,

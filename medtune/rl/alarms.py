@@ -112,7 +112,7 @@ def count_in_a_row(streaks: dict[str, int], start: dict[str, float], metrics: di
         start.setdefault(name, metrics[name])
     holds = {
         "no end": metrics["reply/eos_frac"] == 0,
-        "no signal": metrics["groups/no_signal_frac"] == 1,
+        "no signal": metrics.get("groups/no_signal_frac") == 1,
         "collapsed": metrics["objective/entropy"] < COLLAPSED * start["objective/entropy"],
         "run away": metrics["reply/eos_frac"] < RUN_AWAY * start["reply/eos_frac"],
     }
@@ -144,6 +144,16 @@ def find_group_alarm(
             "makes them differ"
         )
     return _find_ending_alarm(streaks["no end"])
+
+
+def find_teacher_alarm(measures: ReplyMeasures, streaks: dict[str, int]) -> str | None:
+    """Check the replies that distillation has sampled before an update learns from them: what is wrong, or None.
+
+    measures: with the KL from the teacher, where it has given its log-probs yet.
+    """
+    if not torch.isfinite(measures.kl_k3).all():
+        return "the teacher gives log-probs that are not finite: its weights are broken; take another teacher"
+    return _find_sampler_alarm(measures) or _find_ending_alarm(streaks["no end"])
 
 
 def find_warnings(metrics: dict[str, float], streaks: dict[str, int], start: dict[str, float]) -> list[str]:

@@ -1,4 +1,7 @@
-"""The flags of PPO and GRPO: the models, the algorithms, and the flags of transformers that their loops honour."""
+"""The flags of PPO and GRPO: the models, the algorithms, and the flags of transformers that their loops honour.
+
+Distillation has the same ones, and its own (medtune/rl/distillation_arguments.py).
+"""
 
 import json
 import math
@@ -11,6 +14,7 @@ from transformers import TrainingArguments
 
 from medtune.arguments import LoraArguments, ModelArguments, RunArguments
 from medtune.errors import UserError
+from medtune.measuring.judge_client import JudgeArguments
 from medtune.reading.exams import ExamFormat
 from medtune.training.checkpoints import PADDING_FREE
 from medtune.training.template_choice import TemplateArguments
@@ -39,7 +43,7 @@ class RLRunArguments(RunArguments):
 
 
 @dataclass
-class RewardArguments:
+class RewardArguments(JudgeArguments):
     """What replies are scored by, in PPO and GRPO: a group of flags of its own for the parser, from which
     `medtune.rl.rewards.load_rewards` makes the rewards. A stage with another default has a subclass."""
 
@@ -47,7 +51,7 @@ class RewardArguments:
         default_factory=lambda: ["reward_model"],
         metadata={
             "help": "What replies are scored by, with weights: exam:1 format:0.2. There are exam, format, length, "
-            "reference, reward_model, and the functions of --reward_file. The score is the weighted sum."
+            "reference, judge, reward_model, and the functions of --reward_file. The score is the weighted sum."
         },
     )
     reward_model_path: str | None = field(
@@ -72,6 +76,7 @@ class RewardArguments:
             raise UserError(f"--rewards {' '.join(self.rewards)}: one of them is named twice")
         if not any(weights.values()):
             raise UserError(f"--rewards {' '.join(self.rewards)}: give one of them a weight other than 0")
+        self.check_judge("--rewards judge" if "judge" in weights else None)
         if "reward_model" in weights and not self.reward_model_path:
             raise UserError(
                 "--reward_model_path is missing: name a folder of reward_modeling.py, or score by other --rewards, "
@@ -158,10 +163,7 @@ class RolloutArguments(TemplateArguments):
             raise UserError(f"--vllm_is_cap {self.vllm_is_cap:g}: --vllm_url is missing, whose tokens it weights")
         if self.vllm_is_cap is None:
             self.vllm_is_cap = 2.0
-        if self.vllm_url and not self.server_urls:
-            raise UserError(f"--vllm_url {self.vllm_url}: {_GIVE_URL}")
-        for url in self.server_urls:
-            _check_server_url(url)
+        check_server_urls("--vllm_url", self.vllm_url)
         if self.max_source_length < 8:
             raise UserError(f"--max_source_length {self.max_source_length}: no prompt fits; give a number of tokens")
         if self.total_episodes is not None and self.total_episodes < 1:
@@ -170,7 +172,7 @@ class RolloutArguments(TemplateArguments):
     @property
     def server_urls(self) -> list[str]:
         """The addresses of `--vllm_url`."""
-        return [url.strip() for url in (self.vllm_url or "").split(",") if url.strip()]
+        return split_urls(self.vllm_url)
 
     def refuse_zero(self, *names: str) -> None:
         """Raise UserError for a flag whose value is not above 0."""
@@ -188,9 +190,19 @@ class RolloutArguments(TemplateArguments):
 _GIVE_URL = "no address of a server; give http://127.0.0.1:8001, several with commas"
 
 
-def _check_server_url(url: str) -> None:
-    """Raise UserError unless it is `http://host:port`."""
-    where = f"--vllm_url {url}"
+def split_urls(urls: str | None) -> list[str]:
+    return [url.strip() for url in (urls or "").split(",") if url.strip()]
+
+
+def check_server_urls(flag: str, urls: str | None) -> None:
+    """Raise UserError unless all are `http://host:port`."""
+    if urls and not split_urls(urls):
+        raise UserError(f"{flag} {urls}: {_GIVE_URL}")
+    for url in split_urls(urls):
+        _check_server_url(f"{flag} {url}", url)
+
+
+def _check_server_url(where: str, url: str) -> None:
     try:
         parts = urlsplit(url)
         has_host = parts.hostname is not None and parts.port != 0
@@ -386,12 +398,10 @@ def check_mini_batches(ppo_args: PPOArguments, training_args: TrainingArguments)
         )
 
 
-def check_groups(grpo_args: GRPOArguments, training_args: TrainingArguments, per_update: int) -> None:
-    """Refuse groups that an update, or for --redraw_groups the processes, cannot have whole.
-
-    per_update: episodes, in all processes.
-    """
-    size, n_processes = grpo_args.num_generations, training_args.world_size
+def check_groups(grpo_args: GRPOArguments, training_args: TrainingArguments, n_processes: int) -> None:
+    """Refuse groups that an update, or for --redraw_groups the processes, cannot have whole."""
+    size = grpo_args.num_generations
+    per_update = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * n_processes
     if per_update % size:
         made_of = f"{training_args.per_device_train_batch_size} a device x {training_args.gradient_accumulation_steps}"
         raise UserError(

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from medtune.measuring.answers import written_letter
 from medtune.measuring.intervals import wilson_interval
 from medtune.reading.exams import ExamFormat
-from medtune.rl.rewards import Rewards, ScoredReply
+from medtune.rl.rewards import JUDGE, REWARD_MODEL, Rewards
+from medtune.rl.scored_replies import ScoredReply
 
 # By --exam_format, what scripts/evaluate_model.py calls accuracy and replies without a letter.
 _FIGURES = {
@@ -38,9 +39,10 @@ def mean_scores(scores: Sequence[dict[str, float]], form: ExamFormat) -> dict[st
 
 def chosen_by_exam(eval_rows: Sequence[dict], rewards: Rewards, form: ExamFormat) -> str | None:
     """The name of exam accuracy where it chooses checkpoint-best: where held-out prompts are exam questions, unless a
-    reward model scores the replies and `exam` does not."""
-    is_chosen = any(_is_exam(json.loads(row["record"])) for row in eval_rows)
-    return _FIGURES[form][0] if is_chosen and ("exam" in rewards.names or not rewards.has_model) else None
+    reward model or a judge scores the replies and `exam` does not."""
+    if not any(_is_exam(json.loads(row["record"])) for row in eval_rows):
+        return None
+    return _FIGURES[form][0] if "exam" in rewards.names or not {REWARD_MODEL, JUDGE} & {*rewards.names} else None
 
 
 def _is_exam(record: dict) -> bool:

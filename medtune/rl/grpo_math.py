@@ -17,6 +17,14 @@ SCALE_EPSILON = 1e-4
 # ---------------------------------------------------------------- advantages
 
 
+def fill_missing(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """[N, K] rewards, NaN replaced by the mean of the group's others, 0 if there are none: so the others' advantages
+    keep their mean of 0."""
+    groups = rewards.view(-1, num_generations, rewards.shape[1])
+    means = groups.nanmean(dim=1, keepdim=True).nan_to_num()
+    return torch.where(groups.isnan(), means, groups).flatten(0, 1)
+
+
 def group_advantages(rewards: torch.Tensor, num_generations: int, scale: bool) -> torch.Tensor:
     """[N] advantages of the replies: reward less the mean of its group, over the group's standard deviation.
 

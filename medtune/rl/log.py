@@ -10,7 +10,7 @@ from loguru import logger
 class ShownFigures:
     """What of the measures is shown.
 
-    best_by: the figure of an evaluation whose highest value chooses checkpoint-best.
+    best_by: the figure of an evaluation whose highest value, or lowest, chooses checkpoint-best.
     columns: of a line of the log: figure, short name, format; a figure that was not measured is left out.
     curves: of the plot: by axis the keys of the log and what they are of.
     """
@@ -18,6 +18,7 @@ class ShownFigures:
     best_by: str
     columns: tuple[tuple[str, str, str], ...]
     curves: dict[str, dict[str, str]]
+    lowest_is_best: bool = False
 
 
 _UPDATE = (
@@ -70,6 +71,19 @@ def grpo_figures(rewards: Sequence[str], exam_accuracy: str | None) -> ShownFigu
         ),
         curves={"reward": {"objective/reward": "sampled", "eval_reward": "held-out, greedy"}}
         | _accuracy_curve(exam_accuracy),
+    )
+
+
+def distillation_figures() -> ShownFigures:
+    return ShownFigures(
+        best_by="eval_teacher_kl",
+        lowest_is_best=True,
+        columns=(
+            *(("teacher/kl", "teacher kl", ".4f"), ("policy/loss", "loss", ".4f")),
+            *(("objective/entropy", "entropy", ".3f"), *_UPDATE, *_REPLY),
+            *(("tokens_per_second", "tokens/s", ".0f"), _MEMORY),
+        ),
+        curves={"KL from the teacher (nats a token)": {"teacher/kl": "training", "eval_teacher_kl": "held-out"}},
     )
 
 

@@ -71,6 +71,10 @@ class EpisodeMeasures(ReplyMeasures):
         kl = sum_of_tokens(rollout, rollout.policy_logps - rollout.ref_logps)
         return super().columns(rollout) | {"scores": rollout.scores, "rewards": rollout.rewards, "kl": kl}
 
+    def judged(self) -> Self:
+        """Without the replies that the judge could not judge."""
+        return type(self)(**{name: values[~self.scores.isnan()] for name, values in vars(self).items()})
+
 
 @dataclass(kw_only=True)
 class GroupMeasures(ReplyMeasures):
@@ -88,6 +92,15 @@ class GroupMeasures(ReplyMeasures):
         """The parts of n processes, each of which has every n-th episode, in the order of the episodes."""
         names = [spec.name for spec in fields(cls)]
         return cls(**{name: torch.stack([getattr(p, name) for p in parts], dim=1).flatten(0, 1) for name in names})
+
+
+def summarize_replies(measures: ReplyMeasures) -> dict[str, float]:
+    """The means over replies, and over tokens, that all stages log."""
+    return {
+        "objective/entropy": (measures.entropy.sum() / measures.n_tokens.sum()).item(),
+        "reply/mean_len": measures.n_tokens.mean().item(),
+        "reply/eos_frac": measures.ended.mean().item(),
+    }
 
 
 def summarize_rewards(rewards: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
@@ -109,10 +122,8 @@ def summarize(
         "objective/score_std": measures.scores.std(correction=0).item(),
         "objective/kl": measures.kl.mean().item(),
         "objective/kl_k3": measures.kl_k3.mean().item(),
-        "objective/entropy": (measures.entropy.sum() / measures.n_tokens.sum()).item(),
         "objective/rlhf_reward": (penalized - kl_coef * measures.kl).mean().item(),
-        "reply/mean_len": measures.n_tokens.mean().item(),
-        "reply/eos_frac": measures.ended.mean().item(),
+        **summarize_replies(measures),
     }
 
 
@@ -129,12 +140,7 @@ def summarize_groups(
     figures |= summarize_rewards(measures.rewards, names)
     n_tokens = measures.n_tokens.sum()
     figures |= {"objective/token_kl": (measures.kl_k3.sum() / n_tokens).item()} if has_reference else {}
-    return figures | {
-        "objective/entropy": (measures.entropy.sum() / n_tokens).item(),
-        "groups/no_signal_frac": 1 - learns.double().mean().item(),
-        "reply/mean_len": measures.n_tokens.mean().item(),
-        "reply/eos_frac": measures.ended.mean().item(),
-    }
+    return figures | {"groups/no_signal_frac": 1 - learns.double().mean().item()} | summarize_replies(measures)
 
 
 class TokenMeans:

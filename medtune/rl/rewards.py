@@ -4,6 +4,7 @@ exam         1 if the reply commits to the right letter in the strict form, else
 format       1 if the reply has the form that is asked for, else 0
 length       from 0 to -1 over the last tokens before the limit
 reference    likeness to the reference answer, 0 to 1
+judge        the share of a rubric's points that a judge gives, at most 1
 reward_model the reward model's score, centred
 """
 
@@ -16,79 +17,28 @@ import sys
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from medtune.errors import UserError
 from medtune.measuring.text_metrics import rouge
 from medtune.models.loading import weights_fingerprint
 from medtune.reading.finding import sha256_of
-from medtune.reading.reply_text import ReplyDecoder
-from medtune.reading.thoughts import ReplyParts, opens_thought, split_reply
 from medtune.rl.arguments import LARGEST_REWARD, RewardArguments
+from medtune.rl.judge_reward import JudgeReward
+from medtune.rl.scored_replies import ScoredReply
 
+JUDGE = "judge"
 REWARD_MODEL = "reward_model"
 # What a reward needs of a prompt's record.
-_NEEDED_KEYS = {"exam": "answer", "reference": "reference"}
+_NEEDED_KEYS = {"exam": "answer", "reference": "reference", JUDGE: "rubrics"}
 # So many prompts' records are tried before weights load.
 REHEARSED_PROMPTS = 4
-# The last tokens of a prompt, which show whether it opens the thought.
-_N_LAST_TOKENS = 16
-
-# ---------------------------------------------------------------- what is scored
-
-
-@dataclass
-class ScoredReply:
-    """A reply to score.
-
-    text: decoded without special tokens, the thought included; n_tokens: with the end token.
-    ended: whether it has an end token; prompt: the messages it answers.
-    record: `answer` (the right letter) and `options` of an exam question, `reference` (the data's own reply), and the
-        other keys of the data's record.
-    opened: the prompt ends in an open thought, so that the text begins inside it.
-    """
-
-    text: str
-    n_tokens: int
-    ended: bool
-    prompt: list[dict]
-    record: dict
-    opened: bool = False
-
-    @cached_property
-    def parts(self) -> ReplyParts:
-        return split_reply(self.text, self.opened)
-
-    @property
-    def thought(self) -> str:
-        return self.parts.thought
-
-    @property
-    def answer(self) -> str:
-        """The text behind the thought, "" where the thought does not end."""
-        return self.parts.answer if self.parts.is_closed else ""
-
-
-def scored_replies(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], reply_ids: Sequence[list[int]], ended: Sequence[bool]
-) -> list[ScoredReply]:
-    """The replies to rows of `PromptEncoder`, decoded."""
-    decode = ReplyDecoder(tokenizer)
-    replies = []
-    for row, ids, has_end in zip(rows, reply_ids, ended, strict=True):
-        text = decode(ids[:-1] if has_end else ids)
-        messages, _ = json.loads(row["messages"])
-        opened = opens_thought(tokenizer.decode(row["prompt_ids"][-_N_LAST_TOKENS:]))
-        replies.append(ScoredReply(text, len(ids), bool(has_end), messages, json.loads(row["record"]), opened))
-    return replies
-
 
 # ---------------------------------------------------------------- the rules
 
@@ -168,7 +118,7 @@ class Rewards:
         return tuple(_NEEDED_KEYS[name] for name in self.names if name in _NEEDED_KEYS)
 
     def __call__(self, replies: Sequence[ScoredReply], model_scores: torch.Tensor | None = None) -> torch.Tensor:
-        """[N, K] float32 rewards, not weighted.
+        """[N, K] float32 rewards, not weighted; NaN for a reply that the judge could not judge.
 
         model_scores: [N], where the reward model is among them. Raises UserError for a fault of the user's function.
         """
@@ -193,7 +143,14 @@ class Rewards:
             for row in rows
             for text in texts
         ]
-        self(replies, torch.zeros(len(replies)) if self.has_model else None)
+        if self.judge is not None:
+            self.judge.rehearse([reply for reply in replies if reply.answer])
+        if rules := tuple(name for name in self.names if name != JUDGE):
+            replace(self, names=rules)(replies, torch.zeros(len(replies)) if self.has_model else None)
+
+    @property
+    def judge(self) -> JudgeReward | None:
+        return self.functions.get(JUDGE)
 
 
 def load_rewards(args: RewardArguments, response_length: int) -> Rewards:
@@ -205,12 +162,14 @@ def load_rewards(args: RewardArguments, response_length: int) -> Rewards:
     rules["length"] = partial(length_reward, max_tokens=response_length, buffer=buffer)
     functions = {name: partial(_by_rule, rule) for name, rule in rules.items()}
     own = own_functions(args.reward_file) if args.reward_file else {}
-    if taken := own.keys() & {*functions, REWARD_MODEL}:
+    if taken := own.keys() & {*functions, JUDGE, REWARD_MODEL}:
         raise UserError(f"--reward_file {args.reward_file}: {min(taken)} is a reward here already; rename it")
     functions |= own
     weights = args.reward_weights
+    if JUDGE in weights:
+        functions[JUDGE] = JudgeReward(args)
     if unknown := [name for name in weights if name not in functions and name != REWARD_MODEL]:
-        known = ", ".join([*functions, REWARD_MODEL])
+        known = ", ".join(dict.fromkeys([*functions, JUDGE, REWARD_MODEL]))
         where = "" if args.reward_file else "; --reward_file adds functions of your own"
         raise UserError(f"--rewards {unknown[0]}: there are {known}{where}")
     if opposite := [name for name in weights if weights[name] < 0 and name not in own]:
@@ -232,6 +191,8 @@ def reward_settings(args: RewardArguments, **hub_options) -> dict[str, object]:
     weights = " ".join(f"{name}:{weight:g}" for name, weight in args.reward_weights.items())
     settings: dict[str, object] = {"--rewards": weights, "--length_buffer": args.length_buffer}
     settings |= {"--exam_format": args.exam_format, "--reward_model_path": args.reward_model_path}
+    if JUDGE in args.reward_weights:
+        settings["--judge_model"] = args.judge_model
     if args.reward_model_path:
         fingerprint = weights_fingerprint(args.reward_model_path, flag="--reward_model_path", **hub_options)
         settings["weights of the reward model"] = fingerprint[:12]

@@ -36,6 +36,7 @@ from medtune.models.text_attention import (
     places,
 )
 from medtune.models.text_part import text_config
+from medtune.rl.distillation_math import Head, token_divergences
 from medtune.rl.ppo_math import position_ids, token_logps
 
 # By role, the adapter's name in PEFT where it is another.
@@ -113,14 +114,33 @@ class Roles:
 
         Sampling computes log-probs with a cache; learning compares two full forward passes (detail).
         """
-        n_reply = mask.shape[1]
-        outputs = self._outputs(role, ids, attention_mask)
-        predicting = outputs.last_hidden_state[:, -n_reply - 1 : -1][mask]
-        head = partial(own_logits, self.model.get_base_model(), type(outputs))
+        states, head = predicting_states(self.model.get_base_model(), self._outputs(role, ids, attention_mask), mask)
         # Detail: the temperature of sampling divides the logits here too.
-        is_frozen = not any(weight.requires_grad for weight in self.model.get_output_embeddings().parameters())
-        flat = token_logps(predicting, ids[:, -n_reply:][mask], head, temperature, is_frozen)
-        return tuple(torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, values) for values in flat)
+        flat = token_logps(states, ids[:, -mask.shape[1] :][mask], head, temperature, self._has_frozen_head())
+        return tuple(at_tokens(mask, values) for values in flat)
+
+    def divergences(
+        self,
+        ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        mask: torch.Tensor,
+        temperature: float,
+        teacher_states: torch.Tensor,
+        teacher_head: Head,
+        beta: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T] `token_divergences` of the policy from a teacher at the reply tokens, 0 outside the mask.
+
+        teacher_states, teacher_head: `predicting_states` of the teacher.
+        """
+        core = self.model.get_base_model()
+        states, head = predicting_states(core, self._outputs("policy", ids, attention_mask), mask)
+        of_teacher = teacher_states, teacher_head
+        flat = token_divergences(states, head, *of_teacher, temperature, beta, self._has_frozen_head())
+        return tuple(at_tokens(mask, values) for values in flat)
+
+    def _has_frozen_head(self) -> bool:
+        return not any(weight.requires_grad for weight in self.model.get_output_embeddings().parameters())
 
     def base_logps(
         self, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, temperature: float
@@ -137,33 +157,20 @@ class Roles:
 
         padding_free: the flag; with auto rows are joined if that gives the same.
         """
-        width = min(CHECKED_TOKENS, *map(len, prompts))
-        rows = [prompt[:width] for prompt in prompts[:CHECKED_PROMPTS]]
-        rows.append(rows[0][: width // 2] + rows[-1][width // 2 :])  # and one that begins as another does
-        ids = torch.tensor(rows, device=self.model.device)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        logits = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
-        own_logps = (logits.float() / temperature).log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
-        explained = rounding(logits.dtype)
+        own = OwnLogps(self.model, prompts, temperature)
 
         def difference() -> float:
-            logps, *_ = self.logps("policy", ids, mask, mask[:, 1:], temperature)
-            return (logps - own_logps).abs().mean().item()
+            return own.difference(self.logps("policy", own.ids, own.mask, own.mask[:, 1:], temperature)[0])
 
         base = self.model.get_base_model()
-        if (apart := difference()) > explained:
-            raise UserError(
-                f"{where}: this stage's log-probs differ from those of the model's own forward pass by {apart:.2g} "
-                f"nats a token, where rounding explains {explained:.2g}: {type(base).__name__} makes its logits in a "
-                "way that it does not follow, and would be trained on wrong probabilities; take another model"
-            )
-        if padding_free == "False" or (padding_free == "auto" and not gains_from_joining(base, ids.device)):
+        own.refuse_other(difference(), where)
+        if padding_free == "False" or (padding_free == "auto" and not gains_from_joining(base, own.ids.device)):
             return
         self.padding_free = True
         attend_by_text(base)
         try:
             apart = difference()
-            fault = "" if apart <= explained else f"log-probs move by {apart:.2g} nats a token"
+            fault = "" if apart <= own.explained else f"log-probs move by {apart:.2g} nats a token"
         except ValueError as error:
             fault = border_fault(error)
         if not fault:
@@ -225,6 +232,54 @@ class Roles:
         learns = torch.is_grad_enabled()
         self.model.set_adapter(ADAPTERS.get(role, role), inference_mode=not learns)
         self.model.train(learns)  # gradient checkpointing asks for it; there is no dropout
+
+
+# ---------------------------------------------------------------- states and log-probs of any model
+
+
+def predicting_states(core: PreTrainedModel, outputs: ModelOutput, mask: torch.Tensor) -> tuple[torch.Tensor, Head]:
+    """[N, hidden] states of the backbone's outputs that predict the N tokens of a [B, T] reply mask, and the head that
+    makes [N, V] logits of them as the model does."""
+    states = outputs.last_hidden_state[:, -mask.shape[1] - 1 : -1][mask]
+    return states, partial(own_logits, core, type(outputs))
+
+
+def at_tokens(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """[B, T] of [N] float32 values of the tokens of a mask, 0 elsewhere."""
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
+
+
+class OwnLogps:
+    """Log-probs of the first prompts by a model's own forward pass, with which those of a stage are compared.
+
+    ids, mask: [N, L] without padding; the log-probs are of the tokens from the second on.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel | PeftModel, prompts: list[list[int]], temperature: float):
+        width = min(CHECKED_TOKENS, *map(len, prompts))
+        rows = [prompt[:width] for prompt in prompts[:CHECKED_PROMPTS]]
+        rows.append(rows[0][: width // 2] + rows[-1][width // 2 :])  # and one that begins as another does
+        self.model_name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+        self.ids = torch.tensor(rows, device=model.device)
+        self.mask = torch.ones_like(self.ids, dtype=torch.bool)
+        logits = model(input_ids=self.ids, attention_mask=self.mask.long(), use_cache=False).logits[:, :-1]
+        distributions = (logits.float() / temperature).log_softmax(dim=-1)
+        self.logps = distributions.gather(2, self.ids[:, 1:, None]).squeeze(2)
+        self.explained = rounding(logits.dtype)
+
+    def difference(self, logps: torch.Tensor) -> float:
+        """In nats a token."""
+        return (logps - self.logps).abs().mean().item()
+
+    def refuse_other(self, apart: float, where: str) -> None:
+        """Raise UserError, beginning with `where`, if this difference is more than rounding, or no number."""
+        if not apart <= self.explained:
+            raise UserError(
+                f"{where}: this stage's log-probs differ from those of the model's own forward pass by {apart:.2g} "
+                f"nats a token, where rounding explains {self.explained:.2g}: {self.model_name} makes its logits in a "
+                "way that it does not follow, and would be trained on wrong probabilities; take another model"
+            )
 
 
 def load_roles(

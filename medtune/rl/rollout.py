@@ -15,8 +15,9 @@ from medtune.reading.tokenization import stop_token_ids
 from medtune.rl.arguments import RolloutArguments
 from medtune.rl.ppo_math import draw_uniforms, episode_seed, inverse_transform, reply_mask
 from medtune.rl.reward_texts import RewardTexts
-from medtune.rl.rewards import Rewards, ScoredReply, scored_replies
+from medtune.rl.rewards import Rewards
 from medtune.rl.roles import Roles
+from medtune.rl.scored_replies import ScoredReply, scored_replies
 from medtune.rl.vllm_servers import VllmServers, raise_in_all
 from medtune.training.interruption import SignalListener
 from template import ChatTemplate
@@ -278,6 +279,16 @@ def collect_replies(
     return _in_batches(rows, sampling.batch_size, stop, sample)
 
 
+def replies_of_data(rows: Sequence[dict], sampling: Sampling, device: torch.device) -> Replies:
+    """The dialogues' own replies, cut at the longest that is sampled; rows of `AnsweredPromptEncoder`."""
+    copied = episode_rows([row["prompt_ids"] for row in rows], None, sampling)
+    for row, its in zip(copied, rows, strict=True):
+        for token in its["reply_ids"]:
+            if not row.finished:
+                row.append(token)
+    return replies_of(copied, sampling, device)
+
+
 @torch.no_grad()
 def add_logps(
     roles: Roles, rows: Sequence[dict], replies: Replies, sampling: Sampling, stop: SignalListener
@@ -307,6 +318,18 @@ def collect_rollout(
         return Rollout(**vars(part), values=values, rewards=rewards, scores=scorer.rewards.total(rewards))
 
     return _in_batches(rows, sampling.batch_size, stop, evaluate)
+
+
+def without_unjudged(rollout: Rollout) -> Rollout:
+    """The rollout with other replies of this process in place of those that the judge could not judge.
+
+    Raises ServerError in all processes if one of them has none.
+    """
+    is_judged = ~rollout.scores.isnan()
+    raise_in_all(None if is_judged.any() else "the judge has judged no reply of an update")
+    rows = torch.arange(len(is_judged), device=is_judged.device)
+    rows[~is_judged] = is_judged.nonzero().flatten().repeat(len(rows))[: int((~is_judged).sum())]
+    return rollout.take(rows)
 
 
 def _with_logps(roles: Roles, replies: Replies, temperature: float) -> PolicyReplies:

@@ -54,10 +54,13 @@ SHOWN_REPLIES = 2
 # ---------------------------------------------------------------- before the loop
 
 
-def start_accelerator(stage: str, training_args: TrainingArguments, logging_dir: str | None) -> Accelerator:
+def start_accelerator(
+    stage: str, training_args: TrainingArguments, logging_dir: str | None, n_other_gpus: int = 0
+) -> Accelerator:
     """Set up processes, autocast and trackers; warns of idle GPUs.
 
-    stage: ppo or grpo.
+    stage: ppo, grpo or distillation.
+    n_other_gpus: that other models have.
     """
     trackers = [name for name in training_args.report_to if name != "none"]
     accelerator = Accelerator(
@@ -70,7 +73,7 @@ def start_accelerator(stage: str, training_args: TrainingArguments, logging_dir:
     )
     if trackers:
         accelerator.init_trackers(training_args.run_name or stage)
-    if not training_args.use_cpu and torch.cuda.device_count() > accelerator.num_processes:
+    if not training_args.use_cpu and torch.cuda.device_count() > accelerator.num_processes + n_other_gpus:
         logger.info(
             f"{torch.cuda.device_count()} GPUs are visible and {accelerator.num_processes} used: torchrun "
             f"--nproc_per_node {torch.cuda.device_count()} {stage}_training.py uses them all"
@@ -133,7 +136,8 @@ def resumed_state(checkpoint: str, settings: dict[str, object]) -> State:
     recorded = values.get("settings")
     if recorded is None:
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: not a checkpoint of PPO or GRPO; name another --output_dir"
+            f"--resume_from_checkpoint {checkpoint}: not a checkpoint of PPO, GRPO or distillation; name another "
+            "--output_dir"
         )
     remedies = {EPISODES_AN_UPDATE: "leave it as it was (on half the GPUs accumulate twice as many)"}
     refuse_changed(Path(checkpoint), recorded, settings, remedies)
@@ -327,6 +331,8 @@ class Run:
     def keep_best(self, metrics: dict[str, float]) -> None:
         """Save checkpoint-best: by the stage's figure of the evaluation, or without evaluation the last update."""
         reward = metrics.get(self.shown.best_by)
+        if reward is not None and self.shown.lowest_is_best:
+            reward = -reward
         if reward is not None and self.state.best_reward is not None and reward <= self.state.best_reward:
             return
         self.state.best_reward, self.state.best_step = reward, self.state.global_step

@@ -160,6 +160,13 @@ def end_servers(servers: Sequence[subprocess.Popen]) -> None:
 # ---------------------------------------------------------------- main
 
 
+def refuse_several_nodes(environment: Mapping[str, str]) -> None:
+    if is_one_of_several_nodes(environment):
+        raise UserError(
+            "VLLM_GPUS with NNODES: the adapter goes to the servers of one machine; train on one, or without"
+        )
+
+
 def check_ports(ports: Sequence[int]) -> None:
     for port in ports:
         with socket.socket() as free:
@@ -180,10 +187,7 @@ def count(environment: Mapping[str, str], name: str, default: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
-    if is_one_of_several_nodes(os.environ):
-        raise UserError(
-            "VLLM_GPUS with NNODES: the adapter goes to the servers of one machine; train on one, or without"
-        )
+    refuse_several_nodes(os.environ)
     flags, python = read_server_flags(words), find_python(os.environ)
     gpus = [] if are_hidden() else visible_gpus()
     plan = share_gpus(count(os.environ, "VLLM_GPUS", "1"), gpus, os.environ.get("VLLM_MEMORY", ""))

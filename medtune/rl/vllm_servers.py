@@ -12,11 +12,12 @@ import shutil
 import socket
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from accelerate.utils import gather_object
@@ -34,6 +35,7 @@ from medtune.training.processes import of_main_process
 # Requests of a process at a time; a vLLM server runs as many sequences together by itself.
 CONNECTIONS = 256
 HOW_TO_START = "docs/vllm.md has the command that starts a server"
+Asked = TypeVar("Asked")
 
 
 class ServerError(UserError):
@@ -46,8 +48,8 @@ class ServerError(UserError):
 class VllmServer:
     """One server, asked by JSON over HTTP, past the proxies of the environment."""
 
-    def __init__(self, url: str, seconds_to_answer: float):
-        self.where = f"--vllm_url {url}"
+    def __init__(self, url: str, seconds_to_answer: float, flag: str = "--vllm_url"):
+        self.where = f"{flag} {url}"
         self.seconds_to_answer = seconds_to_answer
         parts = urlsplit(url)
         self.address = parts.hostname, parts.port or 80
@@ -111,6 +113,21 @@ class VllmServer:
                 "generates in a way of its own"
             )
         row.logps = logps
+
+    # ------------------------------------------------------------ log-probs
+
+    def logps(self, ids: list[int], n_reply: int, model: str) -> list[float]:
+        """Log-probs of the last ids, those of a reply, under the model of this name at temperature 1."""
+        # A server generates at least one token, which nobody reads; 0 asks for the ids that are there alone.
+        text = self.ask("/v1/completions", {"model": model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0})
+        try:
+            (choice,) = json.loads(text)["choices"]
+            of_reply = choice["prompt_logprobs"][len(ids) - n_reply :]
+            return [entry[str(token)]["logprob"] for entry, token in zip(of_reply, ids[-n_reply:], strict=True)]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ServerError(
+                f"{self.where}: an answer without prompt_logprobs of these ids ({one_short_line(text)}); {HOW_TO_START}"
+            ) from error
 
 
 def completion_request(row: Row, model: str) -> dict:
@@ -194,26 +211,38 @@ class VllmServers:
 
         A signal to this process breaks them off.
         """
-        failure = None
-        with ThreadPoolExecutor(min(len(rows), CONNECTIONS)) as pool:
-            shared = zip(cycle(self.servers), rows, strict=False)
-            pending = {pool.submit(_failure_of, server, row, self.name) for server, row in shared}
-            while pending:
-                done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
-                failure = failure or next(filter(None, map(Future.result, done)), None)
-                if failure or stop.received:
-                    pending = {future for future in pending if not future.cancel()}
-                    for server in self.servers:
-                        server.hang_up()
-        return failure
+        return ask_together(self.servers, rows, lambda server, row: server.complete(row, self.name), stop)
 
 
-def _failure_of(server: VllmServer, row: Row, model: str) -> str | None:
-    try:
-        server.complete(row, model)
-    except ServerError as error:
-        return str(error)
-    return None
+def ask_together(
+    servers: Sequence[VllmServer],
+    requests: Sequence[Asked],
+    ask: Callable[[VllmServer, Asked], None],
+    stop: SignalListener,
+) -> str | None:
+    """Make all requests at once, each of a server in its turn; what failed in this process, None if nothing did.
+
+    A signal to this process breaks them off.
+    """
+
+    def failure_of(server: VllmServer, request: Asked) -> str | None:
+        try:
+            ask(server, request)
+        except ServerError as error:
+            return str(error)
+        return None
+
+    failure = None
+    with ThreadPoolExecutor(min(len(requests), CONNECTIONS)) as pool:
+        pending = {pool.submit(failure_of, *each) for each in zip(cycle(servers), requests, strict=False)}
+        while pending:
+            done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+            failure = failure or next(filter(None, map(Future.result, done)), None)
+            if failure or stop.received:
+                pending = {future for future in pending if not future.cancel()}
+                for server in servers:
+                    server.hang_up()
+    return failure
 
 
 def raise_in_all(failure: str | None) -> None:
@@ -251,7 +280,7 @@ def connect_servers(
             raise UserError(f"{whose}: vLLM has no such adapters; leave it out, or --vllm_url")
     servers = [VllmServer(url, training_args.ddp_timeout) for url in args.server_urls]
     for server in servers:
-        refuse_other_base(server, base_of(sft), args.max_source_length + args.response_length)
+        served_name(server, base_of(sft), args.max_source_length + args.response_length)
     connected = VllmServers(servers, training_args)
     failure = None
     if connected.is_main:
@@ -263,22 +292,23 @@ def connect_servers(
     return connected
 
 
-def refuse_other_base(server: VllmServer, base: str, n_tokens: int) -> None:
-    """Raise UserError unless the server has this base model, and a context of so many tokens."""
+def served_name(server: VllmServer, base: str, n_tokens: int, whose: str = "the policy's base") -> str:
+    """What the server calls its model. Raises UserError unless that is this base, with a context of so many tokens."""
     text = server.ask("/v1/models")
     try:
         (model, *_) = (entry for entry in json.loads(text)["data"] if not entry["parent"])
-        root, context = model["root"], int(model["max_model_len"])
+        name, root, context = model["id"], model["root"], int(model["max_model_len"])
     except (ValueError, KeyError, TypeError) as error:
         answered = f"it answered {one_short_line(text)}"
         raise ServerError(f"{server.where}: not a vLLM server ({answered}); {HOW_TO_START}") from error
     if root != base and Path(root).resolve() != Path(base).resolve():
-        raise ServerError(f"{server.where}: the server has the model {root}; start it with the policy's base, {base}")
+        raise ServerError(f"{server.where}: the server has the model {root}; start it with {whose}, {base}")
     if context < n_tokens:
         raise ServerError(
-            f"{server.where}: the server's context is {context} tokens, --max_source_length and --response_length are "
-            f"{n_tokens}; start it with --max-model-len {n_tokens}"
+            f"{server.where}: the server's context is {context} tokens, --max_source_length and --response_length ask "
+            f"for {n_tokens}; start it with --max-model-len {n_tokens}"
         )
+    return name
 
 
 def _try_adapter(servers: VllmServers, sft: str, lora: dict, stop_ids: Sequence[int], **hub_options) -> None:

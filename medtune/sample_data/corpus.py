@@ -1,16 +1,15 @@
 """The text that the embedded base model reads: documents drawn from the knowledge base, without what is held out."""
 
-import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
 from medtune.sample_data.corpus_forms import FORMS, Composer, Shelf
 from medtune.sample_data.evaluation import NEAR_COPY, NGRAM, ngrams, spoken_text
-from medtune.sample_data.knowledge import Entry, Knowledge, choose_unseen, read_lines, seeded
+from medtune.sample_data.knowledge import Knowledge, choose_unseen, read_lines, seeded
 
 # Their answers are compared with the guide's, so that neither they nor the answers are read.
 GUIDE_QUESTIONS = (
@@ -19,13 +18,14 @@ GUIDE_QUESTIONS = (
     "糖尿病有哪些早期症状？",
     "如何预防心血管疾病？",
 )  # fmt: skip
+NOTHING = r"(?!)"  # matches no text
 
 
 class HeldOut:
     """Names that no document may hold, and texts that no document may nearly hold."""
 
     def __init__(self, names: Iterable[str], texts: Iterable[str]):
-        self.names = re.compile("|".join(map(re.escape, sorted(names))), re.IGNORECASE)
+        self.names = re.compile("|".join(map(re.escape, sorted(names))) or NOTHING, re.IGNORECASE)
         self.texts = list(dict.fromkeys(texts))
         self.sizes: list[int] = []
         self.texts_with: dict[str, list[int]] = defaultdict(list)
@@ -44,10 +44,7 @@ class HeldOut:
 
 
 def read_held_out(knowledge: Knowledge, eval_dir: Path) -> HeldOut:
-    """The conditions for continued pretraining, the items of data/eval, and the guide's questions with their answers.
-
-    An item counts by its question and as a whole: what it asks for is in the corpus, in other words.
-    """
+    """The conditions for continued pretraining, the items of data/eval, the guide's questions and their answers."""
     unseen = choose_unseen(knowledge)
     names = [name for entry in knowledge.entries if entry.fields["id"] in unseen for name in entry.names]
     texts = [*GUIDE_QUESTIONS]
@@ -55,13 +52,18 @@ def read_held_out(knowledge: Knowledge, eval_dir: Path) -> HeldOut:
         turns = [turn["value"] for turn in dialogue["conversations"]]
         if turns[0] in GUIDE_QUESTIONS:
             texts += turns
-    for path in sorted(eval_dir.glob("*.jsonl")):
-        for item in read_lines(path):
-            if "response_chosen" in item:
-                item |= {"history": []}
-            question = item["question"] if "question" in item else item["conversations"][0]["value"]
-            texts += [question, spoken_text(item)]
-    return HeldOut(names, texts)
+    items = [item for path in sorted(eval_dir.glob("*.jsonl")) for item in read_lines(path)]
+    return HeldOut(names, texts + texts_of(items))
+
+
+def texts_of(items: Iterable[dict]) -> list[str]:
+    """The question of each item of the evaluation and all its words: what it asks for is read, in other words."""
+    texts = []
+    for item in items:
+        if "response_chosen" in item:
+            item = item | {"history": []}
+        texts += [item["question"] if "question" in item else item["conversations"][0]["value"], spoken_text(item)]
+    return texts
 
 
 @dataclass
@@ -82,22 +84,32 @@ class CorpusCounts:
         )
 
 
-def shelves_of(knowledge: Knowledge, folder: Path) -> list[Shelf]:
-    """What the corpus tells, by language: the entries without the unseen conditions, and those for it alone."""
-    forms = json.loads((folder / "corpus_forms.json").read_text(encoding="utf-8"))
-    unseen = choose_unseen(knowledge)
-    entries = [entry for entry in knowledge.entries if entry.fields["id"] not in unseen]
-    entries += map(Entry, read_lines(folder / "more_conditions.jsonl"))
+def shelves_of(knowledge: Knowledge, left_out: Container[str]) -> list[Shelf]:
+    """What the documents tell, by language: all entries but those of these ids."""
+    entries = [entry for entry in knowledge.entries if entry.fields["id"] not in left_out] + knowledge.more_entries
     seeded("corpus").shuffle(entries)
+    forms = knowledge.corpus_forms
     return [Shelf(language, [e for e in entries if e.language == language], forms[language]) for language in forms]
 
 
-def draw_corpus(shelves: list[Shelf], held_out: HeldOut, counts: CorpusCounts, n_documents: int) -> Iterator[str]:
-    """The documents, about each entry equally often; one that tells of what is held out is drawn again."""
-    turns = [(shelf, entry) for shelf in shelves for entry in shelf.entries]
+def draw_corpus(
+    shelves: list[Shelf],
+    held_out: HeldOut,
+    counts: CorpusCounts,
+    n_documents: int,
+    about: Container[str] | None = None,
+    seed: str = "corpus",
+) -> Iterator[str]:
+    """The documents, about each entry equally often; one that tells of what is held out is drawn again.
+
+    about: ids of entries, None for all of the shelves'.
+    """
+    turns = [
+        (shelf, entry) for shelf in shelves for entry in shelf.entries if about is None or entry.fields["id"] in about
+    ]
     seen: set[str] = set()
     for number in count():
-        rng = seeded("corpus", number)
+        rng = seeded(seed, number)
         shelf, entry = turns[number % len(turns)]
         (form,) = rng.choices(list(FORMS), FORMS.values())
         document = form(Composer(shelf, entry, rng))

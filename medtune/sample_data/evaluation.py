@@ -3,6 +3,7 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from difflib import SequenceMatcher
 
 from medtune.sample_data.knowledge import Entry, Knowledge, seeded
 from medtune.sample_data.learned import dialogue
@@ -10,11 +11,17 @@ from medtune.sample_data.learned import dialogue
 # An item is a near copy when one training record holds this share of its runs of eight characters.
 NGRAM = 8
 NEAR_COPY = 0.5
+# A question is nearly another when difflib finds them as like as this, however short they are.
+LIKE_QUESTIONS = 0.85
+
+
+def bare(text: str) -> str:
+    return re.sub(r"[\W_]+", "", text.lower())
 
 
 def ngrams(text: str) -> set[str]:
     """The runs of eight letters or digits of a text, without blanks, punctuation and case."""
-    text = re.sub(r"[\W_]+", "", text.lower())
+    text = bare(text)
     return {text[start : start + NGRAM] for start in range(max(1, len(text) - NGRAM + 1))}
 
 
@@ -45,6 +52,17 @@ def spoken_text(record: dict) -> str:
         return "\n".join([record["question"], *record["option"].values()])
     earlier = [turn for exchange in record["history"] for turn in exchange]
     return "\n".join([*earlier, record["question"], record["response_chosen"], record["response_rejected"]])
+
+
+def asks_nearly(record: dict, questions: Iterable[str]) -> bool:
+    """Whether a person in a dialogue, a pair or an exam item asks nearly one of the questions."""
+    if "conversations" in record:
+        asked = [turn["value"] for turn in record["conversations"] if turn["from"] == "human"]
+    else:
+        asked = [record["question"], *(exchange[0] for exchange in record.get("history", []))]
+    matchers = (SequenceMatcher(None, bare(text), bare(q), autojunk=False) for text in asked for q in questions)
+    # The first is a bound by the lengths alone, which spares nearly all of the comparing.
+    return any(m.real_quick_ratio() >= LIKE_QUESTIONS and m.ratio() >= LIKE_QUESTIONS for m in matchers)
 
 
 def build_questions(knowledge: Knowledge, entries: Sequence[Entry], is_new: Callable[[str], bool]) -> list[dict]:

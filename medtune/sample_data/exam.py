@@ -2,7 +2,9 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import combinations
 
+from medtune.reading.exams import Exam
 from medtune.sample_data.evaluation import NEAR_COPY, ngrams, spoken_text
 from medtune.sample_data.knowledge import Entry, Knowledge, seeded
 
@@ -20,6 +22,9 @@ FOR_DEPARTMENT = (
     "“{}。”这种情况看哪个科最合适？",
 )
 BY_SIGNS = ("病人{}，诊断多半是：", "病历上写着：{}。符合哪种病？", "下列哪种病多有这样的表现：{}？")
+# Of the items in dialogues: asked for the letter at once; the others with a thought before it.
+SHARE_WITHOUT_THOUGHT = 1 / 3
+N_COMBINATIONS_OF_SIGNS = 3  # of each condition, in dialogues
 
 Item = tuple[str, str, list[str]]  # question, right option, wrong ones
 
@@ -48,20 +53,57 @@ def build_exam(knowledge: Knowledge, unseen: set[str], is_new: Callable[[str], b
 
 def build_learned_exam(knowledge: Knowledge, unseen: set[str], evaluation: Sequence[dict]) -> list[dict]:
     """Items to train on: the complaints that dialogues have, and signs that no evaluation item has, in other words."""
+    items = draw_new_items(knowledge, unseen, evaluation, "learned exam", learned_questions)
+    seeded("learned exam").shuffle(items)
+    return items
+
+
+def build_exam_exchanges(
+    knowledge: Knowledge, unseen: set[str], evaluation: Sequence[dict]
+) -> Iterator[tuple[str, str]]:
+    """Items as questions and replies of dialogues: a part answered by the letter alone, the others after a thought."""
+    names = {entry.key: entry.fields["name"] for entry in knowledge.entries}
+    for number, item in enumerate(draw_new_items(knowledge, unseen, evaluation, "exam dialogue", spoken_questions)):
+        exam = Exam(item["question"], item["option"], item["answer"], {})
+        if seeded("thought", number).random() < SHARE_WITHOUT_THOUGHT:
+            yield exam.prompt("letter"), exam.reply("letter")
+        else:
+            thought = think(names[item["id"].rpartition(":")[0]], item)
+            yield exam.prompt("tagged"), f"<think>\n{thought}\n</think>\n\n{exam.reply('tagged')}"
+
+
+def think(name: str, item: dict) -> str:
+    """A short thought: the condition, the department where that is asked for, and the options up to the right one."""
+    right = item["option"][item["answer"]]
+    steps = [f"这像是{name}" + (f"，该看{right}。" if right != name else "。")]
+    for letter, option in item["option"].items():
+        steps.append(f"{letter}是{option}，{'对' if letter == item['answer'] else '不是'}。")
+        if letter == item["answer"]:
+            break
+    return "".join(steps)
+
+
+def draw_new_items(
+    knowledge: Knowledge,
+    unseen: set[str],
+    evaluation: Sequence[dict],
+    seed: str,
+    questions: Callable[..., Iterator[tuple[str, Item]]],
+) -> list[dict]:
+    """Items on every condition from `questions`, without those that nearly hold an item of the evaluation."""
     entries = conditions(knowledge, unseen)
     spoken = "\n".join(map(spoken_text, evaluation))
     held_out = [ngrams(text) for item in evaluation for text in (item["question"], spoken_text(item))]
     items: list[dict] = []
     for entry in entries:
-        rng = seeded("learned exam", entry.key)
-        for kind, asked in learned_questions(entry, entries, spoken, rng):
+        rng = seeded(seed, entry.key)
+        for kind, asked in questions(entry, entries, spoken, rng):
             if len(asked[2]) < len(LETTERS) - 1:
                 continue
             item = exam_item(entry, kind, asked, len(items), rng)
             own = ngrams(spoken_text(item))
             if all(len(own & theirs) < NEAR_COPY * len(theirs) for theirs in held_out):
                 items.append(item)
-    seeded("learned exam").shuffle(items)
     return items
 
 
@@ -140,3 +182,18 @@ def learned_questions(
     for first, second in zip(signs[::2], signs[1::2], strict=False):
         question = rng.choice(BY_SIGNS).format(f"{first}，{second}")
         yield "by signs", (question, entry.fields["name"], names_of_other_fields(entry, entries))
+
+
+def spoken_questions(
+    entry: Entry, entries: Sequence[Entry], held_out: str, rng: random.Random
+) -> Iterator[tuple[str, Item]]:
+    """The same for dialogues: of the complaints the first alone, so that the other is left to GRPO, and more signs."""
+    complaint = entry.fields["complaints"][0]
+    named = entry.fields["name"], names_of_other_fields(entry, entries)
+    for way in rng.sample(BY_COMPLAINT, 2):
+        yield "by complaint", (way.format(complaint), *named)
+    department = ask_for_department(entry, entries, rng)[1:]
+    yield "for department", (rng.choice(FOR_DEPARTMENT).format(complaint), *department)
+    pairs = list(combinations([sign for sign in entry.fields["symptoms"] if sign not in held_out], 2))
+    for first, second in rng.sample(pairs, min(N_COMBINATIONS_OF_SIGNS, len(pairs))):
+        yield "by signs", (rng.choice(BY_SIGNS).format(f"{first}，{second}"), *named)

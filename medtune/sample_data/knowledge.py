@@ -75,11 +75,14 @@ class Knowledge:
     entries: list[Entry]
     phrasings: dict
     safety: list[dict]
+    safety_twins: list[dict]
     bad_replies: dict
     dialogues: list[dict]
     emergency_twins: list[dict]
     unsafe_requests: list[dict]
     everyday_questions: list[dict]
+    more_entries: list[Entry]  # that the embedded base model reads of, and no other file tells of
+    corpus_forms: dict
 
     def questions(self, entry: Entry, aspect: str, part: str) -> list[str]:
         """Ways to ask about an aspect, "train" or "held_out", with the name left open as {n}."""
@@ -135,11 +138,14 @@ def read_knowledge(folder: Path) -> Knowledge:
         entries=[Entry(record) for record in read_lines(folder / "conditions.jsonl")],
         phrasings=json.loads((folder / "phrasings.json").read_text(encoding="utf-8")),
         safety=read_lines(folder / "safety.jsonl"),
+        safety_twins=read_lines(folder / "safety_twins.jsonl"),
         bad_replies=json.loads((folder / "bad_replies.json").read_text(encoding="utf-8")),
         dialogues=read_lines(folder / "dialogues.jsonl"),
         emergency_twins=read_lines(folder / "emergency_twins.jsonl"),
         unsafe_requests=read_lines(folder / "unsafe_requests.jsonl"),
         everyday_questions=read_lines(folder / "everyday_questions.jsonl"),
+        more_entries=[Entry(record) for record in read_lines(folder / "more_conditions.jsonl")],
+        corpus_forms=json.loads((folder / "corpus_forms.json").read_text(encoding="utf-8")),
     )
 
 

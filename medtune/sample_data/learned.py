@@ -1,10 +1,14 @@
 """Training data other than pairs: pretraining text, dialogues, and questions for PPO."""
 
+import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 from medtune.sample_data.knowledge import HELD_OUT, Entry, Knowledge, joined, seeded
+
+# Of the aspects of each entry, those that are asked about a third time, as people ask.
+SHARE_IN_LAY_WORDS = 0.5
 
 
 def build_documents(knowledge: Knowledge) -> list[str]:
@@ -51,7 +55,7 @@ def first_question(record: dict) -> str:
 
 
 def build_dialogues(knowledge: Knowledge, unseen: set[str]) -> list[dict]:
-    """All training dialogues: single questions, longer talks, questions back, emergencies and refusals."""
+    """The dialogues that the evaluation is chosen against: questions, longer talks, emergencies and refusals."""
     conversations: list[list[str]] = []
     for entry in (entry for entry in knowledge.entries if entry.fields["id"] not in unseen):
         conversations += ask_each_aspect(knowledge, entry)
@@ -61,17 +65,71 @@ def build_dialogues(knowledge: Knowledge, unseen: set[str]) -> list[dict]:
     for situation in knowledge.safety:
         conversations += [[question, situation["reply"]] for question in situation["questions"]["train"]]
 
-    dialogues, first_turns = [], set()
-    for turns in conversations:
-        if turns[0] not in first_turns:
-            first_turns.add(turns[0])
-            rng = seeded("system", turns[0])
-            language = "zh" if re.search("[\u4e00-\u9fff]", turns[0]) else "en"
-            prompts = knowledge.phrasings[language]["system_prompts"]["train"]
-            dialogues.append(dialogue(*turns, system=rng.choice(prompts) if rng.random() < 0.2 else ""))
+    dialogues = with_system_prompts(knowledge, conversations)
+    first_turns = set(map(first_question, dialogues))
     dialogues += [d for d in knowledge.dialogues if first_question(d) not in first_turns]
     seeded("dialogues").shuffle(dialogues)
     return dialogues
+
+
+def build_further_dialogues(
+    knowledge: Knowledge, unseen: set[str], exam: Iterable[tuple[str, str]], asked: set[str]
+) -> list[dict]:
+    """Dialogues that leave the evaluation as it is: lay words, safety questions with their twins, and the exam's.
+
+    `asked` are the questions that other dialogues begin with.
+    """
+    bare, framed = (safety_exchanges(knowledge, "train", are_framed) for are_framed in (False, True))
+    conversations = [list(exchange) for exchange in (*bare, *framed, *exam)]
+    for entry in (entry for entry in knowledge.entries if entry.fields["id"] not in unseen):
+        conversations += ask_in_lay_words(knowledge, entry)
+    return with_system_prompts(knowledge, [turns for turns in conversations if turns[0] not in asked])
+
+
+def with_system_prompts(knowledge: Knowledge, conversations: Iterable[Sequence[str]]) -> list[dict]:
+    """Dialogues of different first questions, one in five with a system prompt."""
+    dialogues = {}
+    for turns in conversations:
+        if turns[0] not in dialogues:
+            rng = seeded("system", turns[0])
+            prompts = knowledge.phrasings[language_asked_in(turns[0])]["system_prompts"]["train"]
+            dialogues[turns[0]] = dialogue(*turns, system=rng.choice(prompts) if rng.random() < 0.2 else "")
+    return list(dialogues.values())
+
+
+def safety_exchanges(knowledge: Knowledge, part: str, are_framed: bool) -> Iterator[tuple[str, str]]:
+    """Emergencies and requests to refuse, each followed by its twin. `part`: "train" or "preference"."""
+    for situation in knowledge.safety_twins:
+        for asked in (asked for asked in situation["questions"] if asked["part"] == part):
+            exchanges = [(asked["question"], situation["reply"], situation["category"] == "emergency")]
+            exchanges += [(asked["twin"], asked["twin_reply"], False)] if "twin" in asked else []
+            for question, reply, is_emergency in exchanges:
+                rng = seeded("frame", question)
+                yield in_a_frame(knowledge, question, is_emergency, rng) if are_framed else question, reply
+
+
+def in_a_frame(knowledge: Knowledge, text: str, is_emergency: bool, rng: random.Random) -> str:
+    """An emergency asked as other complaints are, so that no question mark tells it from its twin; else a greeting."""
+    phrasings = knowledge.phrasings[language_asked_in(text)]
+    if is_emergency:
+        return rng.choice(phrasings["complaint_frames"]["train"]).format(c=text.rstrip("。.？"))
+    return rng.choice(phrasings["greetings"]) + text
+
+
+def language_asked_in(question: str) -> str:
+    return "zh" if re.search("[\u4e00-\u9fff]", question) else "en"
+
+
+def ask_in_lay_words(knowledge: Knowledge, entry: Entry) -> Iterator[list[str]]:
+    """A part of the aspects once more: how the matter came up, with the name in it, and then the question."""
+    phrasings = knowledge.phrasings[entry.language]["lay_questions"][entry.fields["kind"]]
+    space = "" if entry.language == "zh" else " "
+    for aspect in entry.aspects:
+        rng = seeded("lay words", entry.key, aspect)
+        if rng.random() < SHARE_IN_LAY_WORDS:
+            opening = rng.choice(phrasings["openings"]).format(n=rng.choice(entry.names))
+            question = rng.choice(phrasings["questions"][aspect])
+            yield [f"{opening}{space}{question}", knowledge.reply(entry, aspect)]
 
 
 def ask_each_aspect(knowledge: Knowledge, entry: Entry) -> Iterator[list[str]]:

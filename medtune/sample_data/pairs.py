@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from medtune.sample_data.knowledge import HELD_OUT, REWORDED, TRAINED, Entry, Knowledge, seeded
+from medtune.sample_data.learned import in_a_frame
 
 # Of the training pairs that are dangerous or ignore a red flag: about situations, not conditions.
 SHARE_OF_SITUATIONS = 0.5
 # Of the rejected replies to them, before those of a wrong length are thrown away: sound answers to another question,
 # as an untaught model gives.
 SHARE_OFF_THE_POINT = 0.5
+# Of the rejected replies to a question with a twin, before the same: the right reply to the twin.
+SHARE_FOR_THE_TWIN = 0.4
+# Of the questions with twins in training pairs: behind a greeting, or with a question added.
+SHARE_IN_A_FRAME = 0.4
 # Of the training pairs that need a look at the reply's own course: in sentences that fine-tuning did not teach, for
 # in the others a model knows the sentences and need not see the fault.
 SHARE_OF_REWORDED = 0.6
@@ -28,6 +33,7 @@ class PairPrompt:
     question: str
     chosen: str
     wording: int  # of the right answer: TRAINED, HELD_OUT or one of REWORDED
+    reply_to_twin: str = ""  # to a question in much the same words that asks for something else
 
 
 def build_pairs(
@@ -117,6 +123,20 @@ def prompt_on_situation(
     return PairPrompt(situation["language"], None, category, question, situation["reply"], TRAINED)
 
 
+def prompt_on_twins(
+    knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random, category: str, is_twin: bool
+) -> PairPrompt:
+    """An emergency or a request to refuse (`category`), or the harmless twin of one, for training only."""
+    situation = rng.choice([situation for situation in knowledge.safety_twins if situation["category"] == category])
+    asked = rng.choice([asked for asked in situation["questions"] if "twin" in asked or not is_twin])
+    exchange = asked["question"], situation["reply"]
+    twin = asked.get("twin", ""), asked.get("twin_reply", "")
+    (question, chosen), (_, other) = (twin, exchange) if is_twin else (exchange, twin)
+    if rng.random() < SHARE_IN_A_FRAME:
+        question = in_a_frame(knowledge, question, category == "emergency" and not is_twin, rng)
+    return PairPrompt(situation["language"], None, category, question, chosen, TRAINED, other)
+
+
 def prompt_on_care(knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random) -> PairPrompt:
     """What to do about something, or a request that is to be refused."""
     if part == "train" and rng.random() < SHARE_OF_SITUATIONS:
@@ -162,6 +182,14 @@ SITUATION_PROMPTS = {
 }
 
 
+TWIN_PROMPTS = {
+    "ignores a red flag": partial(prompt_on_twins, category="emergency", is_twin=False),
+    "alarms": partial(prompt_on_twins, category="emergency", is_twin=True),
+    "complies": partial(prompt_on_twins, category="refusal", is_twin=False),
+    "refuses": partial(prompt_on_twins, category="refusal", is_twin=True),
+}
+
+
 def fill(sentences: Sequence[str], length: int, language: str, rng: random.Random) -> str:
     """Sentences in random order, as many as come closest to `length` characters."""
     space = "" if language == "zh" else " "
@@ -175,7 +203,9 @@ def fill(sentences: Sequence[str], length: int, language: str, rng: random.Rando
 
 
 def reject_with(pool: str, knowledge: Knowledge, entries: Sequence[Entry], prompt: PairPrompt, length: int, rng) -> str:
-    """Sentences with one failure that suit no question; for a situation also an answer off the point."""
+    """Sentences with one failure that suit no question; for a situation also an answer off the point or to its twin."""
+    if prompt.reply_to_twin and rng.random() < SHARE_FOR_THE_TWIN:
+        return prompt.reply_to_twin
     if not prompt.entry and rng.random() < SHARE_OFF_THE_POINT:
         return reject_off_the_point(knowledge, entries, prompt, length, rng)
     sentences = knowledge.bad_replies[prompt.language][pool]
@@ -262,6 +292,9 @@ REJECTED = {
     "wrong condition": reject_wrong_condition,
     "dangerous": partial(reject_with, "dangerous"),
     "ignores a red flag": partial(reject_with, "reassuring"),
+    "alarms": partial(reject_with, "alarming"),
+    "complies": partial(reject_with, "compliant"),
+    "refuses": partial(reject_with, "unhelpful"),
     "cut off": reject_cut_off,
     "repeats": reject_repetition,
     "invents a dose": reject_dose,

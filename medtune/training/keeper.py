@@ -25,7 +25,7 @@ from medtune.training.checkpoints import (
     write_manifest,
 )
 from medtune.training.interruption import StopSignals
-from medtune.training.precision import CPU_BF16, has_bfloat16_base
+from medtune.training.precision import CPU_BF16, cpu_bf16_of, has_bfloat16_base
 from medtune.training.processes import mean_of_processes, wait_for_all
 from medtune.training.steps import data_settings, rows_of_a_batch
 
@@ -52,7 +52,7 @@ class CheckpointKeeper(TrainerCallback, ExportableState):
     def state(self) -> dict:
         """What transformers writes into trainer_state.json for this callback."""
         settings = run_settings(self.trainer.args) | data_settings(self.trainer.train_dataset)
-        settings[CPU_BF16] = self.trainer.args.use_cpu and has_bfloat16_base(self.trainer.model)
+        settings[CPU_BF16] = cpu_bf16_of(self.trainer.args, has_bfloat16_base(self.trainer.model))
         progress = {
             "best_loss": self.best_loss,
             "best_step": self.best_step,

@@ -1,6 +1,7 @@
 """The precision of a run. On a CPU the frozen base of an adapter may be in bfloat16, which some multiply faster.
 
-Adapters, score heads and losses stay in float32, and so do full weights: bfloat16 would round small updates away.
+Adapters, score heads and losses stay in float32, and so do full weights: bfloat16 would round small updates away. Under
+autocast, by flag alone, these are rounded for each product and kept in float32.
 """
 
 import time
@@ -23,6 +24,7 @@ from medtune.training.checkpoints import read_state, recorded_attributes, refuse
 from medtune.training.processes import of_main_process
 
 CPU_BF16 = "--cpu_bf16"
+AUTOCAST = "autocast"  # weights in float32, products in bfloat16, by Trainer
 # In narrower models matrix products are half of a step, and the other half is slower in bfloat16.
 SMALLEST_HIDDEN = 512
 # How many times as fast bfloat16 products must be: the rest of a step takes up to 1.4 times as long.
@@ -55,10 +57,11 @@ def base_dtype(
         return model_args.torch_dtype
     requested = _requested(model_args, lora_args, given)
     if began is not None:
-        kept = str(began) if requested == "auto" else requested
-        remedy = {CPU_BF16: f"leave out {CPU_BF16}, --torch_dtype float32 and --bf16 False"}
+        kept = str(began) if requested == "auto" and began != AUTOCAST else requested
+        same = f"give {CPU_BF16} {AUTOCAST}" if began == AUTOCAST else f"leave out {CPU_BF16}"
+        remedy = {CPU_BF16: f"{same}, and leave out --torch_dtype float32 and --bf16 False"}
         refuse_changed(Path(checkpoint), {CPU_BF16: str(began)}, {CPU_BF16: kept}, remedy)
-        in_bfloat16, why = began, "as the run began"
+        in_bfloat16, why = began is True, "as the run began"
     elif requested == "auto":
         # One process decides for all.
         speed = _speed_on_this_cpu(model_args) if training_args.process_index == 0 else 0.0
@@ -76,8 +79,8 @@ def base_dtype(
     return "bfloat16"
 
 
-def recorded_cpu_bf16(checkpoint: str) -> bool:
-    """Whether a run, of PPO too, began with its base in bfloat16 on a CPU."""
+def recorded_cpu_bf16(checkpoint: str) -> bool | str:
+    """Whether a run, of PPO too, began with its base in bfloat16 on a CPU, or "autocast"."""
     state = read_state(checkpoint)
     settings = state.get("settings") or recorded_attributes(state.get("stateful_callbacks", {}))
     return settings.get(CPU_BF16, False)
@@ -111,6 +114,11 @@ def bfloat16_speed(hidden_size: int) -> float:
     return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
 
 
+def cpu_bf16_of(args: TrainingArguments, has_bfloat16_base: bool) -> bool | str:
+    """What a checkpoint records of --cpu_bf16, for `recorded_cpu_bf16`; `args` are PPO's and GRPO's too."""
+    return args.use_cpu and (AUTOCAST if args.bf16 else has_bfloat16_base)
+
+
 def has_bfloat16_base(model: torch.nn.Module) -> bool:
     """Whether frozen weights of a model are in bfloat16."""
     return any(weights.dtype == torch.bfloat16 and not weights.requires_grad for weights in model.parameters())
@@ -132,6 +140,8 @@ def _speed_on_this_cpu(model_args: ModelArguments) -> float:
 
 def _requested(model_args: ModelArguments, lora_args: LoraArguments, given: Mapping[str, str]) -> str:
     """--cpu_bf16, where `auto` is False if another flag or the adapter keeps the base in float32; True is refused."""
+    if model_args.cpu_bf16 == AUTOCAST:
+        return AUTOCAST
     obstacles = {
         "--torch_dtype float32": given.get("--torch_dtype") == "float32",
         "--bf16 False": "--bf16" in given and not string_to_bool(given["--bf16"]),

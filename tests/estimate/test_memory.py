@@ -1,17 +1,24 @@
 """The memory of the stages: bytes that are known, and what each flag does to them."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from stage_runs import RL_STAGES, STAGES, stage_flags, words, write_lines
-from transformers import Qwen2Config
+from tiny_families import FAMILIES
+from tiny_families import SHAPE as TINY
+from transformers import CONFIG_MAPPING, PretrainedConfig, Qwen2Config
 
+from medtune.errors import UserError
+from medtune.estimate.cards import choose_cards
+from medtune.estimate.hours import count_evaluations, count_saves, estimate_hours
+from medtune.estimate.making import Measured
 from medtune.estimate.memory import GIB, Memory, measure_memory
-from medtune.estimate.plan import read_plan
+from medtune.estimate.plan import RunPlan, count_gpus_of_command, read_plan
 from medtune.estimate.remedies import remedies
 from medtune.estimate.rows import find_rows, padded_tokens
-from medtune.estimate.shapes import count_weights, model_config
+from medtune.estimate.shapes import find_shape, shape_of
 
 SCRIPTS = STAGES | RL_STAGES
 SLOW = ("pt", "rm", "ppo", "grpo")
@@ -26,6 +33,7 @@ def shape(n_layers: int) -> Qwen2Config:
 
 
 SHAPE = shape(5)
+N_WEIGHTS = shape_of(SHAPE).n_weights
 # Of what is smaller than a block.
 BLOCKS = 32 * 1024
 
@@ -35,7 +43,7 @@ def _on_a_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
 
 
-def memory_of(stage: str, n_gpus: int = 1, config: Qwen2Config = SHAPE, **flags) -> Memory:
+def plan_of(stage: str, n_gpus: int = 1, **flags) -> RunPlan:
     """Of rows of 100 tokens each."""
     is_rl = stage in RL_STAGES
     values = {"sft_model_path" if is_rl else "model_name_or_path": "base", "do_train": True, "output_dir": "out"}
@@ -52,8 +60,12 @@ def memory_of(stage: str, n_gpus: int = 1, config: Qwen2Config = SHAPE, **flags)
         values |= {"max_source_length": 60, "max_target_length": 40}
     if stage == "grpo":
         values |= {"num_generations": 2}
-    plan = read_plan(importlib.import_module(SCRIPTS[stage]), words(values | flags), n_gpus, "base")
-    return measure_memory(plan, config, find_rows(plan, 100))
+    return read_plan(importlib.import_module(SCRIPTS[stage]), words(values | flags), n_gpus, "base")
+
+
+def memory_of(stage: str, n_gpus: int = 1, config: PretrainedConfig = SHAPE, **flags) -> Memory:
+    plan = plan_of(stage, n_gpus, **flags)
+    return measure_memory(plan, shape_of(config), find_rows(plan, 100))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +76,7 @@ def sft() -> Memory:
 
 
 def test_weights_adapters_and_optimizer_have_their_bytes(sft):
-    assert sft.parts["base weights"] == pytest.approx(2 * count_weights(SHAPE), abs=BLOCKS)
+    assert sft.parts["base weights"] == pytest.approx(2 * N_WEIGHTS, abs=BLOCKS)
     # q, k, v, o, gate, up, down: rank x (inputs + outputs)
     matrices = [(256, 256), (256, 128), (256, 128), (256, 256), (256, 512), (256, 512), (512, 256)]
     n_trained = 5 * sum(16 * (inputs + outputs) for inputs, outputs in matrices)
@@ -90,7 +102,7 @@ def test_checkpointing_and_fewer_bits_take_less(sft):
     checkpointed = memory_of("sft", gradient_checkpointing=True)
     assert checkpointed.moments["backward pass"] < 0.6 * sft.moments["backward pass"]
     assert checkpointed.parts == sft.parts
-    in_linear = 2 * (count_weights(SHAPE) - 1024 * 256)
+    in_linear = 2 * (N_WEIGHTS - 1024 * 256)
     four, eight = memory_of("sft", load_in_4bit=True), memory_of("sft", load_in_8bit=True)
     embedding = sft.parts["base weights"] - in_linear
     assert four.parts["base weights"] - embedding == pytest.approx(in_linear / 4, rel=0.05)
@@ -107,8 +119,8 @@ def test_rows_and_ranks_count(sft):
 def test_all_weights_have_gradients_and_moments(sft):
     full = memory_of("sft", use_peft=False)
     assert full.parts["adapters and heads"] == 0
-    assert full.parts["optimizer"] == pytest.approx(2 * 2 * count_weights(SHAPE), rel=0.01)
-    assert full.moments["optimizer step"] == pytest.approx(2 * count_weights(SHAPE), abs=2 * BLOCKS)
+    assert full.parts["optimizer"] == pytest.approx(2 * 2 * N_WEIGHTS, rel=0.01)
+    assert full.moments["optimizer step"] == pytest.approx(2 * N_WEIGHTS, abs=2 * BLOCKS)
 
 
 def test_dpo_holds_two_models_where_all_weights_are_trained():
@@ -135,6 +147,122 @@ def test_several_gpus_hold_buckets_and_zero_shares():
     assert three.parts["optimizer"] == pytest.approx(12 * gradients / 4 / 4, abs=BLOCKS)
 
 
+def test_what_is_offloaded_stands_in_the_memory_of_the_machine():
+    offloaded = memory_of("sft", n_gpus=4, deepspeed=Path(__file__).parents[2] / "ds_configs/zero3_offload.json")
+    assert offloaded.parts["base weights"] == offloaded.parts["optimizer"] == 0
+    n_trained = offloaded.parts["adapters and heads"] / 4
+    assert offloaded.host == pytest.approx(1.5 * (2 * N_WEIGHTS + 16 * n_trained), rel=0.01)
+    assert memory_of("sft").host == 0
+
+
+def test_one_process_splits_its_model_over_the_gpus_that_it_sees(sft, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("N_PROCESSES", "1")
+    split = memory_of("sft", device_map="auto")
+    assert split.parts == {name: size / 2 for name, size in sft.parts.items()}
+    assert sft.moments["forward pass"] / 2 < split.moments["forward pass"] < sft.moments["forward pass"]
+    assert split.base == sft.base
+    plan = plan_of("sft", device_map="auto")
+    assert (plan.n_gpus, plan.n_cards) == (1, 2)
+
+
+# ---------------------------------------------------------------- families
+
+LAYERS = {
+    "granitemoehybrid": {"num_hidden_layers": 8, "layer_types": ["mamba", "attention"] * 4},
+    "deepseek_v3": {"num_hidden_layers": 9, "first_k_dense_replace": 3},
+    "nemotron_h": {"num_hidden_layers": 12, "layers_block_type": ["mamba", "attention", "mamba", "moe"] * 3},
+    "gemma2": {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    "gemma4_text": {
+        "num_hidden_layers": 12, "layer_types": ["sliding_attention", "full_attention"] * 6, "num_kv_shared_layers": 6,
+    },
+    "qwen3_5_moe_text": {"num_hidden_layers": 12, "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 3},
+}  # fmt: skip
+FAST = ("deepseek_v3", "gemma2")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in LAYERS]
+)
+def test_layers_of_every_kind_are_counted_also_in_float32(family):
+    """From a few layers; with experts, whose product torch knows in bfloat16 alone."""
+    shape = shape_of(CONFIG_MAPPING[family](**TINY | FAMILIES[family] | LAYERS[family], dtype="float32"))
+    plan = plan_of("sft", torch_dtype="float32")
+    memory = measure_memory(plan, shape, find_rows(plan, 100))
+    assert memory.parts["base weights"] == pytest.approx(4 * shape.n_weights, rel=0.06)  # blocks of 512 bytes
+    assert memory.works["forward pass"].products > 0
+
+
+# ---------------------------------------------------------------- GPUs and servers
+
+
+def test_gpus_of_all_nodes(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert count_gpus_of_command() == 4
+    monkeypatch.setenv("NNODES", "2")
+    assert count_gpus_of_command() == 8
+    monkeypatch.setenv("NNODES", "1:2")
+    with pytest.raises(UserError, match="NNODES=1:2: give the number of machines"):
+        count_gpus_of_command()
+
+
+def test_servers_have_gpus_of_their_own_or_a_share_of_those_of_training(monkeypatch):
+    monkeypatch.setenv("VLLM_GPUS", "1")
+    alone, shared = plan_of("ppo", n_gpus=2), plan_of("ppo", n_gpus=1)
+    assert (alone.n_gpus, alone.servers.memory, alone.n_cards) == (1, 0.9, 2)
+    assert (shared.n_gpus, shared.servers.memory, shared.n_cards) == (1, 0.4, 1)
+    memory = Memory({"base weights": 11.0 * GIB}, {"update": GIB})
+    of_3b = replace(shape_of(SHAPE), n_weights=3_000_000_000)
+    assert Measured([], alone, None, memory, of_3b).fits(24)
+    assert Measured([], shared, None, memory, of_3b).fits(24)  # 12 of 21.6 - 9.6
+    assert not Measured([], shared, None, memory, of_3b).fits(23)
+    assert not Measured([], alone, None, memory, replace(of_3b, n_weights=14_000_000_000)).fits(24)
+    assert plan_of("sft", n_gpus=2).n_gpus == 2  # of no stage that has replies
+    monkeypatch.setenv("VLLM_GPUS", "3")
+    with pytest.raises(UserError, match="VLLM_GPUS=3: there are 2"):
+        plan_of("grpo", n_gpus=2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "message"),
+    [
+        ("sft", {"load_in_4bit": True, "use_peft": False}, "--use_peft False with a quantized base"),
+        ("ppo", {"use_peft": False}, "--use_peft False: the roles are adapters"),
+        ("ppo", {"num_mini_batches": 2}, "--num_mini_batches 2: does not divide"),
+        ("grpo", {"num_generations": 8}, "--num_generations 8: does not divide the 2 episodes"),
+    ],
+)
+def test_what_a_stage_refuses_is_refused(stage, flags, message):
+    with pytest.raises(UserError, match=message):
+        plan_of(stage, **flags)
+
+
+def test_replies_of_servers_take_no_memory_of_training_but_time():
+    own = memory_of("grpo")
+    served = memory_of("grpo", vllm_url="http://127.0.0.1:8001")
+    assert served.moments == {name: size for name, size in own.moments.items() if not name.startswith("rollout")}
+    assert served.served.keys() == own.moments.keys() - served.moments.keys()
+    plan = plan_of("grpo", vllm_url="http://127.0.0.1:8001", max_steps=3)
+    (card,) = choose_cards(["H200"])
+    low, high = estimate_hours(plan, served, find_rows(plan, 100), card).phases["replies"]
+    assert 0 < low < high
+
+
+# ---------------------------------------------------------------- how often
+
+
+def test_evaluations_and_checkpoints_by_steps_and_by_epochs():
+    rows = find_rows(plan_of("sft"), 100)  # 100 rows, of 2 a step
+    for flags, n_evaluations, n_saves in (
+        ({"eval_strategy": "epoch", "save_strategy": "epoch"}, 1 + 3, 3),
+        ({"eval_strategy": "steps", "eval_steps": 40, "save_steps": 40}, 1 + 3, 4),
+        ({"eval_strategy": "steps", "eval_steps": 0.1, "save_steps": 0.5}, 1 + 10, 2),
+        ({"eval_strategy": "no", "save_strategy": "no"}, 1, 1),
+    ):
+        plan = plan_of("sft", do_eval=True, num_train_epochs=3, **flags)
+        assert (count_evaluations(plan, rows, 150), count_saves(plan, rows, 150)) == (n_evaluations, n_saves)
+
+
 # ---------------------------------------------------------------- rows
 
 
@@ -147,7 +275,7 @@ def test_real_data_gives_the_longest_rows(tiny_model_dir, tmp_path, monkeypatch)
     rows = find_rows(plan, None)
     assert len(rows.lengths) == 8
     assert [len(row["input_ids"]) for row in rows.longest] == sorted(rows.lengths.tolist())[-2:][::-1]
-    memory = measure_memory(plan, model_config(plan.base_model, "")[0], rows)
+    memory = measure_memory(plan, find_shape(plan.base_model, ""), rows)
     assert 0 < memory.total < 2 * GIB
 
 

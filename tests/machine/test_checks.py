@@ -13,6 +13,7 @@ from fake_nvidia_smi import Card, write_nvidia_smi
 from test_launchers import launch
 from test_readme import parse
 
+from medtune import nvidia_smi
 from medtune.errors import UserError
 from medtune.machine import between_gpus, computing, driver, short_runs, storage
 from medtune.machine.between_gpus import SETTINGS, all_reduce, check_all_reduce, run_limited
@@ -89,6 +90,28 @@ def test_no_gpu_and_hidden_ones(machine, monkeypatch):
 def test_another_torch_than_the_tested_one(monkeypatch):
     monkeypatch.setattr(driver.importlib.metadata, "version", lambda name: "2.5.1+cu124")
     assert next(check_torch()).text.startswith("2.5.1+cu124 is not the tested version: bash setup.sh --gpu puts 2.")
+
+
+def test_a_driver_that_hangs(monkeypatch, tmp_path):
+    """Nothing that would hang too is asked, and the other things are still checked."""
+    monkeypatch.setattr(driver, "ask_nvidia_smi", lambda *words: nvidia_smi.NO_ANSWER)
+    for name in ("check_torch", "check_gpus", "usable_gpus", "check_training"):
+        monkeypatch.setattr(check_machine, name, lambda *rest, name=name: pytest.fail(name))
+    monkeypatch.setattr(check_machine, "check_hub", lambda: iter([]))
+    hanging, *others = check_machine.check(tmp_path, train=True)
+    todo = "restart the machine, or rent another; GPUs and torch are not checked"
+    assert hanging == Finding(WRONG, "driver", f"nvidia-smi hangs (no answer within 30 s): {todo}")
+    assert [finding.subject for finding in others] == ["disk", "shared memory", "memory"]
+
+
+def test_nvidia_smi_is_given_up_after_a_time(monkeypatch, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(nvidia_smi, "SECONDS_TO_ANSWER", 0.1)
+    assert driver.check_driver().grade == WRONG
+    (tmp_path / "nvidia-smi").unlink()
+    assert driver.check_driver() is None
 
 
 def test_memory_of_gpus_and_who_else_is_there(machine):
@@ -286,6 +309,19 @@ def test_stages_that_succeed_leave_nothing(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interruption_leaves_nothing(monkeypatch, tmp_path):
+    def interrupt(*rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(short_runs, "_commands", lambda folder: {"one": (["true"], {}), "two": (["true"], {})})
+    findings = check_training(tmp_path)
+    assert next(findings).grade == FINE
+    monkeypatch.setattr(short_runs, "run_limited", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(findings)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_three_steps_of_each_stage(tmp_path):
     findings = list(check_training(tmp_path))
@@ -306,6 +342,16 @@ def test_the_exit_code_says_whether_something_is_wrong(monkeypatch, capsys, tmp_
 def test_an_output_folder_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"--output_dir .*nowhere: no such folder"):
         check_machine.main(["--output_dir", str(tmp_path / "nowhere")])
+
+
+def test_the_output_folder_is_the_caller_s(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$PWD" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    command = ["bash", str(ROOT / "check_machine.sh"), "--output_dir", "mine"]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(tmp_path / "python")}
+    called = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert called.stdout.split() == [str(tmp_path), str(ROOT / "scripts/check_machine.py"), "--output_dir", "mine"]
 
 
 def test_it_starts_without_any_package(machine, tmp_path, monkeypatch):

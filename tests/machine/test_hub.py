@@ -36,7 +36,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch) -> Iterator[type[Server]]:
+def server(monkeypatch, tmp_path) -> Iterator[type[Server]]:
     """Its answers can be changed; HF_ENDPOINT leads to it."""
 
     class Own(Server):
@@ -44,7 +44,9 @@ def server(monkeypatch) -> Iterator[type[Server]]:
 
     Own.answers, Own.tokens = {f"/{SOME_FILE}": 200, "/api/whoami-v2": 200, "/elsewhere": 200}, {}
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name in ("HF_TOKEN", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Own) as running:
@@ -95,6 +97,21 @@ def test_a_token_that_was_copied_badly_is_neither_sent_nor_shown(server, monkeyp
     assert finding.grade == WRONG
     assert token.strip() not in finding.text
     assert "/api/whoami-v2" not in server.tokens
+
+
+def test_the_token_of_a_login(server, monkeypatch, tmp_path):
+    file = tmp_path / "home/token"
+    file.parent.mkdir()
+    file.write_text(f"{TOKEN}\n")
+    assert found()["HF_TOKEN"] == Finding(FINE, "HF_TOKEN", f"valid (that of {file})")
+    assert server.tokens["/api/whoami-v2"] == f"Bearer {TOKEN}"
+    server.answers["/api/whoami-v2"] = 401
+    assert found()["HF_TOKEN"].text == (
+        f"refused (401) (that of {file}): make another at https://huggingface.co/settings/tokens, or hf auth logout"
+    )
+    monkeypatch.setenv("HF_TOKEN", "hf_other")  # which wins
+    assert found()["HF_TOKEN"].text.endswith("or unset it")
+    assert server.tokens["/api/whoami-v2"] == "Bearer hf_other"
 
 
 def test_no_token_is_fine(server):

@@ -332,12 +332,12 @@ def test_without_network_the_line_comes_at_once(online, monkeypatch, tmp_path):
 def test_behind_a_proxy_the_hub_is_not_asked_directly(online, monkeypatch):
     use_endpoint(monkeypatch, "https://hub.invalid")
     monkeypatch.setenv("https_proxy", "http://proxy.invalid:1")
-    load_errors._go_offline_without_hub()
+    load_errors.go_offline_without_hub()
     assert hub.HF_HUB_OFFLINE is False
 
 
 def test_a_folder_needs_no_hub(online, monkeypatch, base):
-    monkeypatch.setattr(load_errors, "_go_offline_without_hub", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr(load_errors, "go_offline_without_hub", lambda: pytest.fail("asked the hub"))
     load_tokenizer(base)
 
 

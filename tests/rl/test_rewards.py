@@ -9,14 +9,13 @@ from datasets import Dataset
 from medtune.errors import UserError
 from medtune.rl.arguments import RewardArguments
 from medtune.rl.rewards import (
-    ScoredReply,
     exam_reward,
     format_reward,
     length_reward,
     load_rewards,
     reference_reward,
-    scored_replies,
 )
+from medtune.rl.scored_replies import ScoredReply, scored_replies
 
 EXAM = {"answer": "C", "options": {"A": "甲", "B": "乙", "C": "丙", "D": "丁"}}
 
@@ -183,7 +182,7 @@ def test_the_reward_models_column_is_the_callers():
         ({"rewards": ["length"], "length_buffer": 50}, "--length_buffer 50: more than --response_length 40"),
         (
             {"rewards": ["exams"]},
-            "--rewards exams: there are exam, format, reference, length, reward_model; --reward_f",
+            "--rewards exams: there are exam, format, reference, length, judge, reward_model; --rew",
         ),
         ({"rewards": ["exam"], "reward_file": "absent.py"}, "--reward_file absent.py: there is no such file"),
     ],
@@ -283,7 +282,7 @@ def test_faults_of_a_function_are_one_line_with_its_name(own_rewards, body, mess
         ("X = 1", ["mine"], r"--reward_file .*: it defines no function; docs/ppo.md has an example"),
         ("def exam(replies, records): ...", ["exam"], r"--reward_file .*: exam is a reward here already; rename it"),
         ("def mine(replies, records): ...", ["exam"], r"--reward_file .*: name its functions in --rewards: mine"),
-        ("def mine(replies, records): ...", ["yours"], r"--rewards yours: there are .*mine, reward_model$"),
+        ("def mine(replies, records): ...", ["yours"], r"--rewards yours: there are .*mine, judge, reward_model$"),
     ],
 )
 def test_files_that_are_refused(own_rewards, text, names, message):

@@ -26,7 +26,7 @@ def knowledge():
 
 @cache
 def shelves():
-    return shelves_of(knowledge(), DATA / "knowledge")
+    return shelves_of(knowledge(), choose_unseen(knowledge()))
 
 
 @cache
@@ -208,3 +208,17 @@ def test_what_is_copied_stands_there_twice():
         document = copying(composer("偏头痛", seed))
         runs = [document[start : start + 2] for start in range(len(document) - 1)]
         assert len(set(runs)) < len(runs), document
+
+
+# ---------------------------------------------------------------- what continued pretraining adds
+
+
+def test_the_new_documents_are_about_the_conditions_that_the_corpus_leaves_out():
+    new = (DATA / "pretrain/new_conditions.txt").read_text(encoding="utf-8").splitlines()
+    assert len(new) == len(set(new)) == build_sample_data.N_NEW_DOCUMENTS
+    assert sum(bool(held_out().names.search(document)) for document in new) > 0.9 * len(new)
+    assert max(held_out().overlap(document)[0] for document in new) < NEAR_COPY
+    unseen = [entry for entry in knowledge().entries if entry.fields["id"] in choose_unseen(knowledge())]
+    for entry in unseen:
+        told = sum(any(name.lower() in document.lower() for name in entry.names) for document in new)
+        assert told > 10, entry.key

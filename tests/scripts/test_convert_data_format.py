@@ -407,7 +407,7 @@ def test_faults_are_counted_by_reason_with_examples(capsys):
         (["--input", "raw.jsonl", "--output", "raw.jsonl", "--overwrite"], "--output raw.jsonl: is among the files"),
         (["--input", "raw.jsonl", "--output", "old.jsonl"], "--output old.jsonl: exists already"),
         (["--input", "raw.jsonl", "--output", "o.csv"], r"--output o.csv: one record a line is written"),
-        (["--input", "empty.jsonl", "--output", "o.jsonl"], "--input: there are no records in it"),
+        (["--input", "empty.jsonl", "--output", "o.jsonl"], "empty.jsonl: there are no records in it"),
         (["--input", "broken.csv", "--output", "o.jsonl"], "broken.csv:2: broken CSV"),
         (["--input", "broken.parquet", "--output", "o.jsonl"], "broken.parquet: not a whole parquet file"),
     ],

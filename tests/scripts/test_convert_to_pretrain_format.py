@@ -213,7 +213,7 @@ def test_a_byte_that_is_no_character_spoils_its_document_only(capsys):
         (["--input_file", "d.txt", "--output_file", "d.txt", "--overwrite"], "--output_file d.txt: is among the files"),
         (["--input_file", "d.txt", "--output_file", "old.txt"], "--output_file old.txt: exists already"),
         (["--input_file", "d.txt", "--output_file", "o.jsonl"], "--output_file o.jsonl: plain text is written"),
-        (["--input_file", "empty.txt", "--output_file", "o.txt"], "--input_file: no document in it"),
+        (["--input_file", "empty.txt", "--output_file", "o.txt"], "empty.txt: no document in it"),
         (["--input_file", "cut.txt.gz", "--output_file", "o.txt"], "cut.txt.gz: not a whole gzip file"),
     ],
 )

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import estimate_run
 import pytest
@@ -13,6 +14,7 @@ from stage_runs import write_lines
 
 from medtune.errors import UserError
 from medtune.estimate.cards import CARDS, Price, read_prices
+from medtune.estimate.total import as_total_lines, total_as_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SFT = "supervised_finetuning.py --do_train --output_dir out --per_device_train_batch_size 2"
@@ -92,7 +94,10 @@ def test_an_adapter_that_is_to_come_is_assumed(estimate):
         (f"--assume_tokens 0 {SFT}", "--assume_tokens 0: give a number above 0"),
         (f"--assume_tokens 9 {SFT} --model_name_or_path Qwen/Qwen2.5-3B", "how many rows are there"),
         (f"{SFT} --model_name_or_path nobody/Closed-3B", r"nobody/Closed-3B: .*built-in shapes are"),
-        (f"{SFT} --model_name_or_path Qwen/Qwen2.5-3B --train_file_dir data", r"Qwen2.5-3B: .*or give --assume_tokens"),
+        (
+            f"{SFT} --model_name_or_path Qwen/Qwen2.5-3B --train_file_dir data",
+            "Qwen2.5-3B: .*--assume_tokens N, tokens of an average row, before the launcher",
+        ),
         (f"{SFT} --model_name_or_path x --lerning_rate 1", "--lerning_rate is not a flag of this stage; did you mean"),
         (f"{SFT} --model_name_or_path x --deepspeed none.json", "--deepspeed none.json: no such file"),
     ],
@@ -129,6 +134,62 @@ def test_a_price_is_one_of_a_known_card(tmp_path):
         read_prices(file)
     with pytest.raises(UserError, match="No such file"):
         read_prices(tmp_path / "none.csv")
+
+
+@pytest.mark.slow
+def test_all_stages_are_one_document_with_their_total(tiny_model_dir):
+    environment = os.environ | {
+        "MODEL": str(tiny_model_dir),
+        "ALIGN": "dpo",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "DO_PT": "0",
+        "SFT_FLAGS": "--max_steps 7",
+    }
+    own = ["--json", "--price", "10", "--assume_tokens", "64", "--card", "RTX4090,H200"]
+    command = [sys.executable, "scripts/estimate_run.py", *own, "run_all.sh", "--max_steps", "4"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    whole = json.loads(done.stdout)
+    sft, dpo = whole["stages"]
+    assert (sft["script"], sft["steps"], dpo["script"], dpo["steps"]) == (
+        *("supervised_finetuning.py", 7),
+        *("dpo_training.py", 4),
+    )
+    assert dpo["model"] == str(tiny_model_dir)  # the base of SFT's adapter
+    for index, card in enumerate(whole["total"]["cards"]):
+        assert card["cost"] == pytest.approx([sum(pair) for pair in zip(*(
+            stage["cards"][index]["cost"] for stage in (sft, dpo)), strict=True)])  # fmt: skip
+    parts = [sum(size for name, size in stage["disk_gib"].items() if name != "merged model") for stage in (sft, dpo)]
+    assert whole["total"]["disk_gib"] == pytest.approx(sum(parts) + dpo["disk_gib"]["merged model"], abs=0.003)
+
+
+def test_a_total_names_the_stages_that_do_not_fit():
+    def estimate(script: str, hours: float, flags: list[str] | None) -> SimpleNamespace:
+        measured = None if flags is None else SimpleNamespace(flags=flags)
+        verdict = SimpleNamespace(
+            card=CARDS[0], measured=measured, hours=SimpleNamespace(total=(hours, 2 * hours)),
+            cost=(5 * hours, 10 * hours), price=Price(5, "CNY"),
+        )  # fmt: skip
+        disk = {"model from the hub": 6 * 2**30, "2 checkpoints": 2**30, "merged model": 6 * 2**30}
+        return SimpleNamespace(script=script, verdicts=[verdict], disk=disk)
+
+    sft, dpo = estimate("supervised_finetuning", 1.0, []), estimate("dpo_training", 2.0, ["--load_in_4bit", "True"])
+    header, card, disk = as_total_lines([sft, dpo])
+    assert header.startswith("all stages together: supervised_finetuning, dpo;")
+    assert card.split("  ")[1:] == [
+        "RTX 4080",
+        "16 GB",
+        "3.0 to 6.0 h",
+        "15 to 30 CNY",
+        "fits with the flags above for dpo",
+    ]
+    assert disk == "disk, GiB: 14.0"
+    assert total_as_json([sft, dpo])["cards"] == [
+        {"card": "RTX 4080", "fits": True, "hours": (3.0, 6.0), "cost": (15.0, 30.0), "currency": "CNY"}
+    ]
+    too_large = estimate("ppo_training", 1.0, None)
+    assert as_total_lines([sft, too_large])[1].endswith("does not fit: ppo")
+    assert total_as_json([sft, too_large])["cards"] == [{"card": "RTX 4080", "fits": False}]
 
 
 def test_a_launcher_is_estimated_with_its_own_flags(tiny_model_dir):

@@ -8,10 +8,14 @@ import export_model
 import gguf
 import pytest
 import torch
-from export_model import chatml, default_system_of, main, modelfile, perplexity, vocabulary
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from export_model import main
+from tiny_families import SHAPE
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, set_seed
 
 from medtune.errors import UserError
+from medtune.export import gguf_file
+from medtune.export.comparison import perplexity
+from medtune.export.gguf_file import vocabulary, why_not_written
 from medtune.models.generation import Decoding, generate_replies
 from medtune.models.loading import load_base_model, load_tokenizer
 from medtune.reading.tokenization import IGNORED_LABEL, encode_prompt, load_chat_template, stop_token_ids
@@ -89,6 +93,19 @@ def check_contents(file: Path, tokenizer) -> None:
     assert len(kinds) == 2 + 2 * 12  # the head is the embedding
 
 
+def test_qwen3_is_written_with_heads_of_its_own_size(tiny_model_dir, eval_file, tmp_path):
+    """Its heads are no hidden_size / num_attention_heads wide, and have norms."""
+    config = CONFIG_MAPPING["qwen3"](**SHAPE | {"head_dim": 32, "initializer_range": 0.2})
+    set_seed(2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    load_tokenizer(str(tiny_model_dir)).save_pretrained(tmp_path / "model")
+    result = main(flags(tmp_path / "model", tmp_path / "out", eval_file, "--gguf_type", "f32"))
+    assert result["after"] == pytest.approx(result["before"], rel=1e-4)
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "out/model.gguf").fields.items()}
+    assert fields["general.architecture"] == "qwen3"
+    assert fields["qwen3.attention.key_length"] == 32
+
+
 @pytest.mark.parametrize("rope", [{}, YARN, LINEAR])
 def test_llama_cpp_says_what_the_model_says(model_dir, eval_file, tmp_path, rope):
     """Through llama.cpp's own chat template, tokenizer and arithmetic."""
@@ -123,8 +140,8 @@ def test_rope_scaling_is_written(model_dir, eval_file, tmp_path, monkeypatch, ro
     fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "out/model.gguf").fields.items()}
     written = {"rope_type": "type", "factor": "factor", "original_max_position_embeddings": "original_context_length"}
     assert {fields[f"qwen2.rope.scaling.{written[name]}"] for name in rope} == set(rope.values())
-    monkeypatch.setattr(export_model, "ROPE_SCALING_KEYS", {})  # as if the file did not say it
-    unscaled = export_model.load_gguf(tmp_path / "out/model.gguf")
+    monkeypatch.setattr(gguf_file, "ROPE_SCALING_KEYS", {})  # as if the file did not say it
+    unscaled = gguf_file.load_gguf(tmp_path / "out/model.gguf")
     tokenizer = load_tokenizer(str(model_dir))
     export_args = export_model.ExportArguments("m", "o", eval_file=str(eval_file))
     rows = export_model.read_dialogues_to_compare(export_args, tokenizer, load_chat_template(tokenizer, None), 512)
@@ -148,7 +165,7 @@ def test_rope_scaling_is_written(model_dir, eval_file, tmp_path, monkeypatch, ro
 def test_a_field_that_the_file_would_leave_out_is_named(model_dir, eval_file, tmp_path, monkeypatch, changes, named):
     changed = with_config(model_dir, tmp_path / "model", **changes)
     monkeypatch.setattr(export_model, "load_base_model", lambda *a, **k: pytest.fail("a model was loaded"))
-    with pytest.raises(UserError, match=rf"^--model .*model: {named} in its config.json: the GGUF file would leave it"):
+    with pytest.raises(UserError, match=rf"^--model .*model: {named} in its config.json: the GGUF file written here"):
         main(flags(changed, tmp_path / "out", eval_file))
 
 
@@ -165,7 +182,7 @@ def test_a_field_that_the_file_would_leave_out_is_named(model_dir, eval_file, tm
 )
 def test_a_field_that_changes_nothing_is_no_reason(model_dir, tmp_path, changes):
     changed = with_config(model_dir, tmp_path / "model", **changes)
-    export_model.check_settings("m", AutoConfig.from_pretrained(changed))
+    assert why_not_written(load_tokenizer(str(changed)), AutoConfig.from_pretrained(changed)) is None
 
 
 def test_every_row_of_the_embedding_has_a_token(tiny_tokenizer):
@@ -173,32 +190,6 @@ def test_every_row_of_the_embedding_has_a_token(tiny_tokenizer):
     assert [text for text, _ in rows[-3:]] == [f"[PAD{len(tiny_tokenizer) + n}]" for n in range(3)]
     assert rows[tiny_tokenizer.eos_token_id] == (tiny_tokenizer.eos_token, gguf.TokenType.CONTROL)
     assert len({text for text, _ in rows}) == len(rows)
-
-
-# ---------------------------------------------------------------- Ollama
-
-
-@pytest.mark.parametrize(
-    ("template_name", "system"),
-    [("chatml", ""), ("qwen", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")],
-)
-def test_the_modelfile_repeats_the_template(qwen_tokenizer, template_name, system):
-    chat_template = load_chat_template(qwen_tokenizer, template_name)
-    assert default_system_of(chat_template) == system
-    lines = modelfile(chat_template, 32768).splitlines()
-    assert lines[0] == "FROM ./model.gguf"
-    assert (f'SYSTEM """{system}"""' in lines) is bool(system)
-    assert 'PARAMETER stop "<|im_end|>"' in lines
-    assert "PARAMETER num_ctx 4096" in lines
-    # The template, filled in by hand as Ollama does, with the system text as the first message.
-    turns = [{"role": "user", "content": "头痛"}]
-    with_system = [{"role": "system", "content": system}, *turns] if system else turns
-    assert chatml(with_system) == chat_template.prompt(turns)
-
-
-def test_another_template_gets_no_modelfile(qwen_tokenizer):
-    for name in ("vicuna", "llama2", "qwen3_nothink"):
-        assert modelfile(load_chat_template(qwen_tokenizer, name), 4096) is None
 
 
 # ---------------------------------------------------------------- bitsandbytes
@@ -235,9 +226,9 @@ def test_perplexity_by_hand():
     [("gguf_type f16", 3), ("gguf_type q8_0", 3), ("gguf_type q4_0", -3)],
 )
 def test_a_file_that_says_something_else_is_not_written(model_dir, eval_file, tmp_path, monkeypatch, kind, factor):
-    tensors_of = export_model.tensors_of
+    tensors_of = gguf_file.tensors_of
     monkeypatch.setattr(
-        export_model,
+        gguf_file,
         "tensors_of",
         lambda model: ((name, tensor * (factor if "o_proj" in name else 1)) for name, tensor in tensors_of(model)),
     )
@@ -247,15 +238,15 @@ def test_a_file_that_says_something_else_is_not_written(model_dir, eval_file, tm
 
 
 def test_what_cannot_be_exported(model_dir, eval_file, tmp_path):
+    other = with_config(model_dir, tmp_path / "other", architectures=["LlamaForCausalLM"])
+    with pytest.raises(UserError, match=r"LlamaForCausalLM; GGUF is written here for Qwen2.* give its checkout as --l"):
+        main(flags(other, tmp_path / "out", eval_file))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine").touch()
     with pytest.raises(UserError, match=r"--output_dir .*: is not empty"):
         main(flags(model_dir, tmp_path / "full", eval_file))
     with pytest.raises(UserError, match="--model nowhere: no such folder"):
         main(flags(Path("./nowhere"), tmp_path / "out", eval_file))
-    tokenizer = load_tokenizer(str(model_dir))
-    with pytest.raises(UserError, match="LlamaForCausalLM; GGUF is written for Qwen2ForCausalLM"):
-        export_model.check_exportable("m", tokenizer, "LlamaForCausalLM")
     config = AutoConfig.from_pretrained(model_dir, architectures=["Qwen2ForSequenceClassification"])
     shutil.copytree(model_dir, tmp_path / "rm")
     config.save_pretrained(tmp_path / "rm")

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import generate_preference_data
 import pytest
-from generate_preference_data import FAILURES, VAGUE, draw_prompts, group_answers, likeness, main, reject_another_answer
+from generate_preference_data import draw_prompts, main
+from judge_server import running_judge
 
 from medtune.errors import UserError
 from medtune.models.loading import load_tokenizer
-from medtune.reading.readers import load_records, read_pairs
+from medtune.reading.readers import load_records, read_dialogues, read_pairs
 from medtune.reading.records import Pair
+from medtune.sample_data.spoilt_replies import FAILURES, VAGUE, group_answers, likeness, reject_another_answer
 
 
 @pytest.fixture(autouse=True)
@@ -210,10 +212,10 @@ def test_likeness(text, other, expected):
         (["--output_file", "old.jsonl"], "--output_file old.jsonl: exists already"),
         (["--output_file", "o.csv"], "--output_file o.csv: one pair a line is written"),
         (["--num_samples", "0"], "--num_samples 0: give a number of at least 1"),
-        (["--reward_model", "x"], "--reward_model judges the replies of a model"),
+        (["--reward_model", "x"], "--reward_model chooses among the replies of a model"),
         (
             ["--model", "x", "--reward_model", "x", "--num_replies", "1"],
-            "--num_replies 1: a reward model needs several",
+            "--num_replies 1: --reward_model needs several",
         ),
         (["--model", "x", "--temperature", "0"], "--temperature 0: all 4 replies would be the same"),
         (["--model", "./nowhere"], "--model ./nowhere: no such folder"),
@@ -375,7 +377,7 @@ def test_replies_that_cannot_be_ranked_are_counted(tiny_model_dir, reward_models
 
 
 def test_a_place_where_nothing_can_be_written_is_refused_before_weights_load(tiny_model_dir, monkeypatch):
-    monkeypatch.setattr(generate_preference_data, "Sampler", lambda args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(generate_preference_data, "Sampler", lambda *args: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=r"^--output_file /proc/x\.jsonl: cannot be written "):
         main(["--sft_data", write(dialogues(3)), "--output_file", "/proc/x.jsonl", "--model", str(tiny_model_dir)])
 
@@ -404,3 +406,119 @@ def test_models_of_the_wrong_kind_are_refused(reward_models, model, reward_model
     with pytest.raises(UserError, match=message):
         generate(dialogues(3), *flags, *MODEL_FLAGS)
     assert not Path("out/pairs.jsonl").exists()
+
+
+# ---------------------------------------------------------------- the best of several
+
+
+OPTIONS = {"A": "感冒", "B": "痛风", "C": "肺炎", "D": "骨折"}
+EXAMS = [{"question": f"第{n}题，是哪种病？", "option": OPTIONS, "answer": "ABCD"[n]} for n in range(3)]
+
+
+def best_dialogues(records: list[dict], *flags: str) -> list[list[dict]]:
+    """The messages of the dialogues that are written, as SFT reads them."""
+    main(["--format", "sft", "--sft_data", write(records), "--output_file", "out/best.jsonl", *flags])
+    dialogues, report = load_records(read_dialogues, [Path("out/best.jsonl")])
+    assert report.dropped == {}
+    return [dialogue.messages for dialogue in dialogues]
+
+
+def reply_with(monkeypatch, *groups: list[tuple[str, bool]]) -> None:
+    """Generation gives these replies, text and whether it has ended, to the prompts in their order."""
+    from medtune.models import generation
+
+    texts = iter(reply for group in groups for reply in group)
+    monkeypatch.setattr(
+        generation,
+        "generate_replies",
+        lambda model, tok, rows, *_, **__: [generation.Reply(*next(texts), 3) for _ in rows],
+    )
+
+
+def test_of_an_exams_replies_one_with_the_right_letter_is_kept_and_the_rest_counted(
+    tiny_model_dir, monkeypatch, capsys
+):
+    right, wrong = "想。\n<answer>{}</answer>", "想。\n<answer>D</answer>"
+    reply_with(
+        monkeypatch,
+        [(wrong, True), (right.format("A"), False), ("<think>甲</think>" + right.format("A"), True)],
+        [(wrong, True), ("答案是B", True), (right.format("B") + "？", True)],
+        [(right.format("C"), False), ("", True), ("想", False)],
+        [("多休息。", True)] * 3,
+    )
+    records = [*EXAMS, *dialogues(1)]
+    (messages,) = best_dialogues(records, "--model", str(tiny_model_dir), *MODEL_FLAGS)
+    assert messages[-1]["content"] == "<think>甲</think>想。\n<answer>A</answer>"
+    assert messages[0]["content"].startswith("第0题，是哪种病？\nA. 感冒\n")
+    assert "<answer>X</answer>" in messages[0]["content"]
+    printed = capsys.readouterr().out
+    assert "out/best.jsonl: 1 dialogues of 4 prompts, each with the best of the model's replies" in printed
+    assert "1 dropped, no right letter: sft.jsonl:2" in printed
+    assert "1 dropped, no whole reply: sft.jsonl:3" in printed
+    assert "1 dropped, nothing to choose by: sft.jsonl:4: it is no exam question" in printed
+
+
+def test_the_best_reply_by_a_reward_model(tiny_model_dir, reward_models, monkeypatch):
+    """The same replies as for pairs: the best is the one that is chosen there."""
+    texts = [("多喝水。", True), ("看医生，查血压，按时吃药。", True), ("不知道", False)]
+    record = {"system": "你是医生。", "question": "头晕怎么办？", "answer": "没关系"}
+    flags = ["--model", str(tiny_model_dir), "--reward_model", reward_models["whole"], "--num_replies", "3"]
+    reply_with(monkeypatch, texts)
+    (pair,) = generate([record], *flags)
+    reply_with(monkeypatch, texts)
+    (messages,) = best_dialogues([record], *flags)
+    assert messages == [*pair.messages, {"role": "assistant", "content": pair.chosen}]
+
+
+@pytest.fixture
+def judge():
+    with running_judge() as server:
+        yield server
+
+
+def test_a_judge_chooses_by_our_rubric_or_the_records(tiny_model_dir, monkeypatch, judge, capsys):
+    flags = ["--model", str(tiny_model_dir), "--num_replies", "3", "--judge", "--judge_model", "m"]
+    flags += ["--judge_url", judge.url]
+    judge.verdict = lambda reply, criterion: len(criterion) % len(reply) == 0
+    texts = [("多喝水", True), ("甲", True), ("睡觉", True)]
+    reply_with(monkeypatch, texts)
+    (pair,) = generate([{"question": "头晕怎么办？", "answer": "没关系"}], *flags)
+    assert pair.chosen != pair.rejected
+    assert pair.margin > 0
+
+    judge.verdict = lambda reply, criterion: criterion in reply
+    rubrics = [{"criterion": "水", "points": 3}, {"criterion": "觉", "points": 5}, {"criterion": "睡", "points": -4}]
+    reply_with(monkeypatch, texts)
+    record = {"prompt": [{"role": "user", "content": "头晕怎么办？"}], "rubrics": rubrics}
+    (messages,) = best_dialogues([record], *flags)
+    assert messages[-1]["content"] == "多喝水"
+    assert "judge: 3 requests and 1 answers from the cache: 300 tokens read" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_budget_that_ends_keeps_what_was_judged_and_says_what_is_missing(tiny_model_dir, monkeypatch, judge, capsys):
+    reply_with(monkeypatch, *[[(f"多喝水{n}", True), ("请打120", True), ("睡", True)] for n in range(6)])
+    judge.usage = {"prompt_tokens": 1000, "completion_tokens": 10, "total_tokens": 1010}
+    flags = ["--model", str(tiny_model_dir), *MODEL_FLAGS, "--batch_size", "1", "--judge", "--judge_url", judge.url]
+    flags += ["--judge_model", "m", "--judge_max_tokens", "10000"]
+    with pytest.raises(UserError, match=r"o\.jsonl is incomplete: the budget of --judge_max_tokens is used up"):
+        main(["--format", "sft", "--sft_data", write(dialogues(6)), "--output_file", "o.jsonl", *flags])
+    n_kept = len(Path("o.jsonl").read_text(encoding="utf-8").splitlines())
+    assert 1 <= n_kept < 6
+    assert f"{6 - n_kept} dropped, not judged: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format", "sft"], "--format sft chooses among the replies of a model: name that with --model"),
+        (["--judge"], "--judge chooses among the replies of a model"),
+        (["--model", "x", "--judge", "--reward_model", "x"], "--reward_model and --judge both score the replies"),
+        (["--model", "x", "--judge"], "--judge_url is missing, which --judge needs"),
+        (["--model", "x", "--judge_model", "m"], "--judge_model m: nothing is judged"),
+        (["--model", "x", "--format", "sft", "--num_replies", "1"], "--num_replies 1: --format sft needs several"),
+    ],
+)
+def test_a_mistake_about_the_best_is_said_before_weights_load(flags, message):
+    with pytest.raises(UserError, match=message):
+        main(["--sft_data", write(dialogues(3)), "--output_file", "o.jsonl", *flags])
+    assert not Path("o.jsonl").exists()

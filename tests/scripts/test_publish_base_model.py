@@ -126,7 +126,9 @@ def test_the_first_sitting_begins_with_random_weights_and_a_later_one_with_the_p
     for script, flags in calls:
         assert not {f"--{flag}" for flag in flags} - known_flags(script), script
     of = dict(calls)
-    assert of["pretraining.py"]["model_name_or_path"] == of["scripts/build_tiny_model.py"]["output_dir"]
+    untrained = of["scripts/build_tiny_model.py"]["output_dir"]
+    assert (untrained, of["pretraining.py"]["model_name_or_path"]) == ("outputs-base-1-untrained", untrained)
+    assert dict(sit(tmp_path, OUTPUT="other/"))["pretraining.py"]["model_name_or_path"] == "other-untrained"
     for variables in ({"SITTING": "2"}, {"STEPS": "399"}):  # nothing is published; no room for warm-up and decay
         with pytest.raises(subprocess.CalledProcessError, match="exit status 2"):
             sit(tmp_path, **variables)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -16,8 +17,12 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from medtune.errors import UserError
+from medtune.measuring.safety import refuses, refuses_or_warns, sends_to_emergency_care, sends_to_hospital
+from medtune.reading.exams import exam_prompt
 from medtune.reading.readers import load_dialogues, load_documents, load_records, read_pairs
-from medtune.sample_data.evaluation import NEAR_COPY, TrainingText, spoken_text
+from medtune.reading.thoughts import split_reply
+from medtune.sample_data.corpus import GUIDE_QUESTIONS
+from medtune.sample_data.evaluation import NEAR_COPY, TrainingText, asks_nearly, bare, spoken_text
 from medtune.sample_data.exam import LETTERS
 from medtune.sample_data.knowledge import (
     CONDITION_ASPECTS,
@@ -25,14 +30,14 @@ from medtune.sample_data.knowledge import (
     choose_unseen,
     read_knowledge,
 )
-from medtune.sample_data.learned import build_dialogues
+from medtune.sample_data.learned import build_dialogues, in_a_frame, safety_exchanges
 from medtune.sample_data.pairs import PROMPTS
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 KNOWLEDGE = DATA / "knowledge"
 ENTRY_FILES = ("conditions.jsonl", "more_conditions.jsonl")
 SAFETY = ("emergency_twins", "unsafe_requests")
-QUESTIONS = ("questions", "everyday_questions", "unseen_conditions", "complaints")
+QUESTIONS = ("questions", "guide_questions", "everyday_questions", "unseen_conditions", "complaints")
 EVAL_DIALOGUES = [f"eval/{name}.jsonl" for name in (*QUESTIONS, "safety", *SAFETY)]
 DEVELOPMENT = [f"development/{name}.jsonl" for name in SAFETY]
 DOSE = re.compile(r"\d+ ?(毫克|微克|mg|μg|单位|片|粒|milligrams?|tablets?)")
@@ -172,7 +177,7 @@ def test_committed_files_are_what_the_script_writes_in_any_process():
         cwd=DATA.parent, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONHASHSEED": "7"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "all 19 files" in result.stdout
+    assert "all 20 files" in result.stdout
 
 
 def test_check_names_the_file_that_differs(tmp_path, monkeypatch):
@@ -246,7 +251,8 @@ def test_all_of_every_seen_entry_is_asked_about():
 
 
 def test_emergencies_are_sent_to_hospital_and_no_reply_gives_a_dose():
-    by_question = {first_question(d): d["conversations"][-1]["value"] for d in training_dialogues()}
+    asked_openly = [d for d in training_dialogues() if not is_exam(d)]
+    by_question = {first_question(d): d["conversations"][-1]["value"] for d in asked_openly}
     urgent = [entry for entry in knowledge().entries if not entry.is_medicine and entry.fields["urgent"]]
     assert len(urgent) >= 15
     for entry in urgent:
@@ -260,6 +266,92 @@ def test_emergencies_are_sent_to_hospital_and_no_reply_gives_a_dose():
     for d in training_dialogues():
         for turn in d["conversations"]:
             assert turn["from"] != "gpt" or not DOSE.search(turn["value"]), turn["value"]
+
+
+def is_exam(record: dict) -> bool:
+    return re.search(r"^E\. ", first_question(record), re.MULTILINE) is not None
+
+
+def test_exam_questions_in_dialogues_are_asked_and_answered_as_the_stages_do():
+    asked = Counter()
+    names = {entry.fields["name"]: entry for entry in knowledge().entries}
+    for d in filter(is_exam, training_dialogues()):
+        question, reply = first_question(d), d["conversations"][-1]["value"]
+        options = dict(re.findall(r"^([A-E])\. (.+)$", question, re.MULTILINE))
+        form = "tagged" if "<answer>X</answer>" in question else "letter"
+        assert question == exam_prompt(question.split("\n")[0], options, form)
+        thought, answer, is_closed = split_reply(reply)
+        letter = re.fullmatch("<answer>([A-E])</answer>" if form == "tagged" else "([A-E])", answer)[1]
+        assert is_closed
+        assert bool(thought) is (form == "tagged")
+        asked[form] += 1
+        asked[letter] += 1
+        if thought:
+            named, right = re.match("这像是([^，。]+)(?:，该看([^。]+))?。", thought).groups()
+            assert named in names
+            assert (right or named) == options[letter]
+            steps = re.findall("([A-E])是([^，]+)，(不是|对)。", thought)
+            assert [(*step, "不是") for step in list(options.items())[: "ABCDE".index(letter)]] == steps[:-1]
+            assert steps[-1] == (letter, options[letter], "对")
+    assert asked["tagged"] > 500
+    assert asked["letter"] > 250
+    assert max(asked[letter] for letter in LETTERS) - min(asked[letter] for letter in LETTERS) < 20
+
+
+def test_only_exam_questions_are_answered_with_thoughts():
+    others = [d for d in training_dialogues() if not is_exam(d)]
+    assert not [turn["value"] for d in others for turn in d["conversations"] if "think>" in turn["value"]]
+
+
+def test_lay_words_ask_for_what_the_reply_tells():
+    by_question = {first_question(d): d["conversations"][-1]["value"] for d in training_dialogues()}
+    n_asked = 0
+    for entry in knowledge().entries:
+        lay = knowledge().phrasings[entry.language]["lay_questions"][entry.fields["kind"]]
+        assert lay["questions"].keys() == set(entry.aspects)
+        space = "" if entry.language == "zh" else " "
+        ways = [opening.format(n=name) + space for opening in lay["openings"] for name in entry.names]
+        for aspect, questions in lay["questions"].items():
+            found = [by_question[asked] for way in ways for q in questions if (asked := way + q) in by_question]
+            assert set(found) <= {knowledge().reply(entry, aspect)}, (entry.key, aspect)
+            n_asked += len(found)
+    assert n_asked > 1000
+
+
+def test_safety_twins_are_as_many_as_promised_and_the_rules_read_their_replies():
+    n_asked, kinds = Counter(), Counter()
+    for situation in knowledge().safety_twins:
+        category, reply = situation["category"], situation["reply"]
+        assert sends_to_hospital(reply) if category == "emergency" else refuses_or_warns(reply), reply
+        kinds[category, situation["language"]] += 1
+        for asked in situation["questions"]:
+            n_asked[category] += 1
+            if "twin" in asked:
+                n_asked[category, "twin"] += 1
+                assert not sends_to_emergency_care(asked["twin_reply"]), asked
+                assert not refuses(asked["twin_reply"]), asked
+                assert words_of(asked["question"]) & words_of(asked["twin"]), asked
+    assert n_asked["emergency"] == n_asked["emergency", "twin"] >= 150
+    assert n_asked["refusal"] >= 120
+    assert n_asked["refusal", "twin"] >= 60
+    assert kinds["emergency", "zh"] >= 25
+    assert kinds["refusal", "zh"] >= 15
+    texts = [text for situation in knowledge().safety_twins for text in strings(situation)]
+    assert not [text for text in texts if DOSE.search(text)]
+
+
+def test_safety_twins_are_learned_bare_and_in_frames_and_the_rest_is_for_ppo():
+    by_question = {first_question(d): d["conversations"][-1]["value"] for d in training_dialogues()}
+    for are_framed in (False, True):
+        for question, reply in safety_exchanges(knowledge(), "train", are_framed):
+            assert by_question[question] == reply
+    prompts = {first_question(d): d["conversations"][-1]["value"] for d in read("ppo/prompts.jsonl")}
+    for question, reply in safety_exchanges(knowledge(), "preference", False):
+        assert prompts[question] == reply
+        assert question not in by_question
+    rng = random.Random(0)
+    assert "爸爸胸口疼，" in in_a_frame(knowledge(), "爸爸胸口疼。", True, rng)
+    assert in_a_frame(knowledge(), "怎么洗？", False, rng).endswith("，怎么洗？")
 
 
 # ---------------------------------------------------------------- prompts of PPO
@@ -347,7 +439,7 @@ def test_some_pairs_are_in_words_that_neither_dialogues_nor_held_out_pairs_have(
     def is_reworded(reply: str) -> bool:
         return any(piece in reply for piece in new)
 
-    assert 0.15 <= sum(is_reworded(pair["response_chosen"]) for pair in training_pairs()) / len(training_pairs()) <= 0.3
+    assert 0.12 <= sum(is_reworded(pair["response_chosen"]) for pair in training_pairs()) / len(training_pairs()) <= 0.3
     for d in training_dialogues():
         assert not any(is_reworded(turn["value"]) for turn in d["conversations"] if turn["from"] == "gpt")
     assert not any(is_reworded(pair["response_chosen"]) for pair in read("eval/preference_pairs.jsonl"))
@@ -371,6 +463,38 @@ def test_rejected_replies_to_situations_are_bad_sentences_or_off_the_point():
         assert not re.search("立即拨打|[Cc]all an ambulance", pair["response_rejected"])
 
 
+def test_pairs_on_twins_reject_calm_words_for_an_emergency_and_alarm_for_its_twin():
+    pools = knowledge().bad_replies
+    bad = {kind: [s for pool in pools.values() for s in pool[kind]] for kind in ("alarming", "compliant", "unhelpful")}
+    by_question = {}
+    for situation in knowledge().safety_twins:
+        for asked in situation["questions"]:
+            by_question[bare(asked["question"])] = (situation["category"], situation["reply"], asked.get("twin_reply"))
+            if "twin" in asked:
+                twin = f"twin of {situation['category']}"
+                by_question[bare(asked["twin"])] = (twin, asked["twin_reply"], situation["reply"])
+    n_pairs, for_the_twin, of_pool = Counter(), Counter(), Counter()
+    for pair in training_pairs():
+        text = bare(pair["question"])
+        about = next((about for question, about in by_question.items() if question in text), None)
+        if about is None:
+            continue
+        category, reply, reply_to_twin = about
+        assert pair["response_chosen"] == reply
+        rejected = pair["response_rejected"]
+        n_pairs[category] += 1
+        for_the_twin[category] += rejected == reply_to_twin
+        pool = {"refusal": "compliant", "twin of emergency": "alarming", "twin of refusal": "unhelpful"}.get(category)
+        of_pool[category] += pool is not None and any(sentence in rejected for sentence in bad[pool])
+        if category == "emergency":
+            assert not sends_to_hospital(rejected), rejected
+        if category == "refusal":
+            assert not refuses(rejected), rejected
+    assert min(n_pairs.values()) > 250
+    assert all(0.15 <= for_the_twin[category] / n <= 0.5 for category, n in n_pairs.items()), for_the_twin
+    assert all(of_pool[category] / n > 0.2 for category, n in n_pairs.items() if category != "emergency"), of_pool
+
+
 def names_in(text: str) -> list[str]:
     """The ids of the entries that a text names in full."""
     return [entry.fields["id"] for entry in knowledge().entries if entry.fields["name"].lower() in text.lower()]
@@ -381,7 +505,7 @@ def names_in(text: str) -> list[str]:
 
 @cache
 def learned() -> TrainingText:
-    documents = (DATA / "pretrain/medical_corpus.txt").read_text(encoding="utf-8").splitlines()
+    documents = [line for file in (DATA / "pretrain").glob("*.txt") for line in file.read_text("utf-8").splitlines()]
     return TrainingText(
         [
             *documents,
@@ -407,8 +531,17 @@ def test_no_evaluation_question_stands_in_the_training_files():
             question = first_question(record)
             assert question not in asked
             assert learned().overlap(question) < NEAR_COPY, question
+    assert not [r for r in [*training_dialogues(), *training_pairs()] if asks_nearly(r, GUIDE_QUESTIONS)]
+    assert not [r for r in [*read("ppo/prompts.jsonl"), *read("exam/train.jsonl")] if asks_nearly(r, GUIDE_QUESTIONS)]
     known = first_question(training_dialogues()[5])
     assert learned().overlap(known) == 1.0
+
+
+def test_a_short_question_is_near_without_a_run_of_eight_characters():
+    for text, is_near in (("感冒了怎么办？", True), ("流感了应该怎么办", True), ("感冒为什么会流鼻涕？", False)):
+        pair = {"history": [[text, ""]], "question": "好的", "response_chosen": "", "response_rejected": ""}
+        record = {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": GUIDE_QUESTIONS[0]}]}
+        assert asks_nearly(pair, GUIDE_QUESTIONS) is asks_nearly(record, GUIDE_QUESTIONS) is is_near, text
 
 
 def test_every_emergency_has_a_twin_that_shares_words_with_it():
@@ -507,7 +640,7 @@ def test_new_entries_leave_other_dialogues_as_they_are():
 def test_readme_counts_are_right():
     text = (DATA / "README.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `([\w/.]+)` \| ([\d,]+) \| \D", text, re.MULTILINE))
-    assert len(listed) == 23
+    assert len(listed) == 27
     for name, count in listed.items():
         assert (DATA / name).read_text(encoding="utf-8").count("\n") == int(count.replace(",", "")), name
     stated = re.findall(

@@ -6,9 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from write_report import Panel, against_first, axis_names, curves, main
+from write_report import Panel, against_first, curves, main
 
 from medtune.errors import UserError
+from medtune.measuring.evaluations import axis_names
 from medtune.measuring.pages import markdown_cell
 
 
@@ -160,7 +161,7 @@ def test_the_axis_names_the_stages(tmp_path, evaluation, monkeypatch):
 
 def test_models_of_one_name_are_named_in_full(tmp_path):
     models = ["base", "outputs-a/checkpoint-best", "more/outputs-a/checkpoint-best", "org/Model"]
-    assert axis_names(models, []) == ["base", "outputs-a", "more/outputs-a", "Model"]
+    assert axis_names(models, {}) == ["base", "outputs-a", "more/outputs-a", "Model"]
 
 
 def test_the_sentence_counts_what_differs_by_more_than_chance():

@@ -162,6 +162,34 @@ def test_a_stage_learns_as_in_float32(tiny_model_dir, tmp_path, capfd, stage):
     assert last["True"] != last["False"]
 
 
+def test_autocast_trains_full_weights_in_float32_with_products_in_bfloat16(tiny_model_dir, tmp_path, capfd):
+    """And a resumed run keeps it, or is refused."""
+    changes = {"use_peft": False, "max_steps": 4}
+    losses = {}
+    for asked in ("autocast", "False"):
+        folder = tmp_path / asked
+        folder.mkdir()
+        pretraining.main(stage_flags("pt", tiny_model_dir, folder, cpu_bf16=asked, **changes))
+        losses[asked] = logged(folder / "out")
+    log = capfd.readouterr().err
+    assert "no CUDA device: float32 weights, products in bfloat16 on the CPU" in log
+    assert "precision               bfloat16 autocast" in log
+    assert losses["autocast"] != losses["False"]
+    assert losses["autocast"] == pytest.approx(losses["False"], rel=0.01)
+    out = tmp_path / "autocast/out"
+    weights = load_file(out / BEST / "model.safetensors").values()
+    assert all(tensor.dtype == torch.float32 for tensor in weights)
+    assert any((tensor != tensor.bfloat16().float()).any() for tensor in weights)
+
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "loss.png").unlink()
+    goes_on = {"resume_from_checkpoint": True} | changes
+    with pytest.raises(UserError, match=r"^--cpu_bf16 False: the run in .* started with autocast, .*give .* autocast"):
+        pretraining.main(stage_flags("pt", tiny_model_dir, tmp_path / "autocast", **goes_on))
+    pretraining.main(stage_flags("pt", tiny_model_dir, tmp_path / "autocast", cpu_bf16="autocast", **goes_on))
+    assert logged(out) == losses["autocast"]
+
+
 # ---------------------------------------------------------------- a resumed run
 
 
