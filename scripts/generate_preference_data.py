@@ -103,7 +103,8 @@ def question_of(question: Question, form: ExamFormat) -> Prompt:
     if question.exam is not None:
         question.exam.refuse_unanswered()
         exam = question.exam.with_one_answer()
-        messages = [*question.messages[:-1], {"role": "user", "content": exam.prompt(form)}]
+        asked = question.messages[: -1 if question.messages[-1]["role"] == "assistant" else None]
+        messages = [*asked[:-1], {"role": "user", "content": exam.prompt(form)}]
         return Prompt(messages, None, exam.reply(form), question.source, exam, question.rest)
     if question.messages[-1]["role"] == "user" and not question.tools:
         return Prompt(question.messages, None, "", question.source, rest=question.rest)
