@@ -9,13 +9,14 @@ import json
 import math
 import os
 import re
+import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
@@ -164,7 +165,7 @@ class Judge:
             http_client=DefaultHttpxClient(trust_env=not is_here, follow_redirects=False),
         )
         self.usage, self.stopped = JudgeUsage(), ""
-        self._condition = threading.Condition()
+        self._condition, self._ended = threading.Condition(), threading.Event()
         self._reserved = self._failed_in_a_row = 0
         self._next_turn = 0.0
 
@@ -191,15 +192,24 @@ class Judge:
     # ------------------------------------------------------------ asking
 
     def ask(self, questions: Sequence[JudgeQuestion], tries: int = TRIES) -> list[Any | Unjudged]:
-        """What the judge says to each question, or why it says nothing; the same question is asked once."""
+        """What the judge says to each question, or why it says nothing; the same question is asked once.
+
+        Ctrl-C stops it as a used-up budget does, so that the caller keeps what is there; another one ends the process.
+        """
         keys = [self._request(question) for question in questions]
         requests = {request.key: request for request in keys}
-        pool = ThreadPoolExecutor(AT_A_TIME)
-        try:
-            answers = dict(zip(requests, pool.map(partial(self._answer, tries=tries), requests.values()), strict=True))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        return [answers[request.key] for request in keys]
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
+            answers = {key: pool.submit(self._answer, request, tries) for key, request in requests.items()}
+            try:
+                wait(answers.values())
+            except KeyboardInterrupt:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                self._stop("interrupted")
+                sys.stderr.write(
+                    f"judge: interrupted; answers under way are paid and waited for, {SECONDS_FOR_A_JUDGEMENT} seconds "
+                    "at most; Ctrl-C again ends it at once\n"
+                )
+        return [answers[request.key].result() for request in keys]
 
     def _request(self, question: JudgeQuestion) -> _Request:
         asked = json.dumps([self.url, self.model, question.messages, MAX_ANSWER_TOKENS], ensure_ascii=False).encode()
@@ -225,7 +235,7 @@ class Judge:
             if pause is None:
                 break
             if n_tried + 1 < tries:
-                time.sleep(pause or min(2**n_tried, LONGEST_PAUSE))
+                self._wait(pause or min(2**n_tried, LONGEST_PAUSE))
         with self._condition:
             self._failed_in_a_row += 1
             if self._failed_in_a_row >= FAILURES_IN_A_ROW:
@@ -242,6 +252,9 @@ class Judge:
                 model=self.model, messages=request.question.messages, temperature=0, max_tokens=MAX_ANSWER_TOKENS
             )
             n_read, n_written = _tokens_of(completion, request.most_tokens)
+            if not getattr(completion, "choices", None):
+                other = one_line(str(getattr(completion, "error", None) or completion))
+                return None, f"an answer that is not of OpenAI's form ({other!r}); most addresses end in /v1", None
             text = completion.choices[0].message.content or ""
             if completion.choices[0].finish_reason == "length":
                 raise ValueError(f"cut at {MAX_ANSWER_TOKENS} tokens")
@@ -271,7 +284,7 @@ class Judge:
         return answer, "", None
 
     def _keep(self, key: str, text: str) -> None:
-        """The answer on the disk, whole or not at all."""
+        """The answer on the disk, whole or not at all; where it cannot be kept, no other is paid for."""
         file = self._file(key)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -279,7 +292,7 @@ class Judge:
                 json.dump({"model": self.model, "answer": text}, unfinished)
             Path(unfinished.name).replace(file)
         except OSError as error:
-            raise UserError(f"--judge_cache {self.cache}: cannot be written ({error.strerror})") from error
+            self._stop(f"--judge_cache {self.cache}: cannot be written ({error.strerror})")
 
     # ------------------------------------------------------------ budget and rate
 
@@ -300,8 +313,16 @@ class Judge:
             now = time.monotonic()
             turn = max(self._next_turn, now)
             self._next_turn = turn + self.pause
-        time.sleep(turn - now)
-        return True
+        if self._wait(turn - now):
+            return True
+        with self._condition:
+            self._reserved -= most_tokens
+            self._condition.notify_all()
+        return False
+
+    def _wait(self, seconds: float) -> bool:
+        """Whether requests may still be sent after so long; at once False where they may not."""
+        return not self._ended.wait(seconds)
 
     @property
     def _spent(self) -> int:
@@ -316,8 +337,10 @@ class Judge:
             self._condition.notify_all()
 
     def _stop(self, reason: str) -> None:
-        self.stopped = self.stopped or reason
-        self._condition.notify_all()
+        with self._condition:
+            self.stopped = self.stopped or reason
+            self._ended.set()
+            self._condition.notify_all()
 
 
 def _tokens_of(completion: Any, most_tokens: int) -> tuple[int, int]:

@@ -142,7 +142,10 @@ def read_answer(text: str) -> dict:
     answer = split_reply(text).answer.strip()
     if answer.startswith("```") and answer.endswith("```"):
         answer = answer[3:-3].strip().removeprefix("json")
-    value = json.loads(answer)
+    try:
+        value = json.loads(answer)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value

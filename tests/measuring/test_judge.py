@@ -1,7 +1,10 @@
 """The judge: no reply can direct its own grading; retries, budget, cache, and its faults in one line."""
 
+import errno
 import json
+import os
 import re
+import signal
 
 import pytest
 from judge_server import completion, read_blocks, running_judge, send
@@ -159,12 +162,13 @@ def test_a_fault_that_passes_is_tried_again(server, judge_of):
     ("fault", "reason", "n_tries"),
     [
         (
-            lambda n, handler: send(handler, 200, {"choices": []}) or True,
-            "an answer without the JSON that was asked",
+            lambda n, handler: send(handler, 200, {"error": {"message": "no such model"}}) or True,
+            "an answer that is not of OpenAI's form .*no such model.*most addresses end in /v1",
             1,
         ),
         (lambda n, handler: send(handler, 200, "<html>") or True, "an answer without the JSON that was asked for", 1),
-        (lambda n, handler: send(handler, 200, "hello", Content_Type="text/html") or True, "an answer without", 1),
+        (lambda n, handler: send(handler, 200, "hello", Content_Type="text/html") or True, "OpenAI's form .'hello'", 1),
+        (lambda n, handler: send(handler, 200, completion("[" * 3000, None)) or True, "nested too deeply", 1),
         (
             lambda n, handler: send(handler, 400, {"error": {"message": "filtered\nout"}}) or True,
             "400: .*filtered out",
@@ -228,10 +232,43 @@ def test_the_budget_is_never_exceeded_and_what_was_judged_before_its_end_is_kept
 
 def test_no_more_requests_a_minute_than_allowed(judge_of, monkeypatch):
     pauses = []
-    monkeypatch.setattr(judge_client.time, "sleep", pauses.append)
+    monkeypatch.setattr(Judge, "_wait", lambda judge, seconds: pauses.append(seconds) or True)
     monkeypatch.setattr(judge_client.time, "monotonic", lambda: 1000.0)
     grade(judge_of(judge_requests_per_minute=30), *"甲乙丙丁")
     assert sorted(pauses) == [0, 2, 4, 6]
+
+
+def test_ctrl_c_keeps_what_is_answered_and_sends_nothing_more(server, judge_of, monkeypatch):
+    monkeypatch.setattr(judge_client, "AT_A_TIME", 2)
+    monkeypatch.setattr(judge_client, "SECONDS_FOR_A_JUDGEMENT", 1)
+    handler = signal.getsignal(signal.SIGINT)
+    judge = judge_of(judge_requests_per_minute=600)
+
+    def hang_from_third(number, handler) -> bool:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return number >= 3 and server.hang(number, handler)
+
+    server.fault = hang_from_third
+    try:
+        answers = grade(judge, *(f"{n} 120" for n in range(20)))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert answers[:2] == [[True], [True]]
+    assert {answer.reason for answer in answers[2:]} <= {"interrupted", "no answer within 1 seconds"}
+    assert judge.stopped == "interrupted"
+    assert len(server.bodies) <= 4, "neither another request nor another try"
+
+
+def test_a_disk_that_fills_up_loses_no_answer(judge_of, monkeypatch, tmp_path):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(judge_client, "AT_A_TIME", 1)
+    judge = judge_of()
+    monkeypatch.setattr(judge_client, "NamedTemporaryFile", full)
+    reason = f"--judge_cache {tmp_path / 'cache'}: cannot be written (No space left on device)"
+    assert grade(judge, "请打120", "睡一觉") == [[True], Unjudged(reason)]
 
 
 # ---------------------------------------------------------------- flags
