@@ -160,15 +160,18 @@ class Sampler:
     def pairs(self, prompts: Sequence[Pair]) -> Iterator[tuple[Pair, str] | BadRecord]:
         """Each prompt with the model's reply that is to be rejected."""
         is_scored = self.reward_model is not None or self.judge is not None
-        choose = best_over_worst if is_scored else lambda prompt, replies, _: least_like(prompt, replies)
-        return ((made, "the model's") if isinstance(made, Pair) else made for made in self.choose(prompts, choose))
+        scored = (lambda _, replies: whole_replies(replies) and replies), best_over_worst  # a cut one may be the worst
+        how = scored if is_scored else ((lambda _, replies: replies), least_like)
+        return ((made, "the model's") if isinstance(made, Pair) else made for made in self.choose(prompts, *how))
 
     def dialogues(self, prompts: Sequence[Prompt]) -> Iterator[Dialogue | BadRecord]:
         """Each prompt with the best of the model's replies."""
-        return self.choose(prompts, best_of)
+        return self.choose(prompts, candidates, best_of)
 
-    def choose(self, prompts: Sequence[Asked], of_replies: Callable[..., T]) -> Iterator[T | BadRecord]:
-        """What a function makes of each prompt, the model's replies to it and their scores."""
+    def choose(
+        self, prompts: Sequence[Asked], pick: Callable[..., list["Reply"]], of_replies: Callable[..., T]
+    ) -> Iterator[T | BadRecord]:
+        """What a function makes of each prompt and the scores of the picked replies: a judge is paid for each."""
         # Some batches at a time: sorted by length, and no more replies are held.
         step = max(1, 16 * self.batch_size // self.num_replies)
         for start in range(0, len(prompts), step):
@@ -181,7 +184,12 @@ class Sampler:
                     asked.append((prompt, self.encode(prompt)))
                 except Unusable as error:
                     yield BadRecord(prompt.source, error.reason, error.detail)
-            groups = self.reply([prompt for prompt, _ in asked], [ids for _, ids in asked])
+            groups = []
+            for prompt, replies in self.reply([prompt for prompt, _ in asked], [ids for _, ids in asked]):
+                try:
+                    groups.append((prompt, pick(prompt, replies)))
+                except Unusable as error:
+                    yield BadRecord(prompt.source, error.reason, error.detail)
             for (prompt, replies), scores in zip(groups, self.score(groups), strict=True):
                 try:
                     if isinstance(scores, Unusable):
@@ -297,7 +305,7 @@ def best_over_worst(prompt: Pair, replies: Sequence["Reply"], scores: dict["Repl
     return replace(prompt, chosen=best.text, rejected=worst.text, margin=margin)
 
 
-def least_like(prompt: Pair, replies: Sequence["Reply"]) -> Pair:
+def least_like(prompt: Pair, replies: Sequence["Reply"], _: Scores) -> Pair:
     """The reply in the data over the one whose answer differs most from its answer, the longest of several such."""
     lead, chosen = split_thought(prompt.chosen)
     texts = {split_reply(reply.text).answer: reply.text for reply in replies}
@@ -308,16 +316,22 @@ def least_like(prompt: Pair, replies: Sequence["Reply"]) -> Pair:
     return replace(prompt, rejected=texts[answer] if lead else answer)
 
 
+def candidates(prompt: Prompt, replies: Sequence["Reply"]) -> list["Reply"]:
+    """The replies that can be the best: that have ended, to an exam question with the right letter; or Unusable."""
+    whole = whole_replies(replies)
+    if prompt.exam is None:
+        return whole
+    right = [reply for reply in whole if has_right_letter(prompt.exam, reply)]
+    if not right:
+        raise Unusable("no right letter", "in the strict form that --rewards exam reads")
+    return right
+
+
 def best_of(prompt: Prompt, replies: Sequence["Reply"], scores: dict["Reply", float]) -> Dialogue:
-    """The prompt with the best-scored reply; of an exam question's only those with the right letter can be it."""
-    candidates = whole_replies(replies)
-    if prompt.exam is not None:
-        candidates = [reply for reply in candidates if has_right_letter(prompt.exam, reply)]
-        if not candidates:
-            raise Unusable("no right letter", "in the strict form that --rewards exam reads")
-    elif not scores:
+    """The prompt with the best-scored of the candidates, or without scores an exam question's first."""
+    if prompt.exam is None and not scores:
         raise Unusable("nothing to choose by", "it is no exam question; --reward_model or --judge scores its replies")
-    best = max(candidates, key=scores.get) if scores else candidates[0]
+    best = max(replies, key=scores.get) if scores else replies[0]
     return Dialogue([*prompt.messages, {"role": "assistant", "content": best.text}], None, prompt.source)
 
 

@@ -166,6 +166,7 @@ class Judge:
         )
         self.usage, self.stopped = JudgeUsage(), ""
         self._condition, self._ended = threading.Condition(), threading.Event()
+        self._order = threading.Lock()
         self._reserved = self._failed_in_a_row = 0
         self._next_turn = 0.0
 
@@ -298,7 +299,8 @@ class Judge:
 
     def _take_turn(self, most_tokens: int) -> bool:
         """Wait until a request may be sent, its tokens set aside; False if none may be any more."""
-        with self._condition:
+        # One waits at a time, so that the last of a budget goes to the first questions and not to some of each prompt.
+        with self._order, self._condition:
             while not self.stopped and self._spent + self._reserved + most_tokens > self.budget:
                 if not self._reserved:
                     self._stop(

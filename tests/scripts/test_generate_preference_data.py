@@ -495,6 +495,24 @@ def test_a_judge_chooses_by_our_rubric_or_the_records(tiny_model_dir, monkeypatc
     assert "judge: 3 requests and 1 answers from the cache: 300 tokens read" in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.parametrize("form", ["pairs", "sft"])
+def test_a_judge_is_not_paid_for_replies_that_cannot_be_chosen(tiny_model_dir, monkeypatch, judge, capsys, form):
+    right, wrong = "想。\n<answer>A</answer>", "想。\n<answer>D</answer>"
+    reply_with(
+        monkeypatch,
+        [(wrong, True), (right, True), ("甲" + right, False)],
+        [("甲", False), ("乙", False), ("丙", False)],
+    )
+    flags = ["--model", str(tiny_model_dir), "--num_replies", "3", "--judge", "--judge_model", "m"]
+    flags += ["--judge_url", judge.url, "--output_file", "o.jsonl", "--format", form]
+    judge.verdict = lambda reply, criterion: "A" in reply
+    first = EXAMS[0] if form == "sft" else dialogues(1)[0]
+    main(["--sft_data", write([first, *dialogues(1, seed=1)]), *flags])
+    # The one that is made to try the judge out is not among them.
+    assert len(judge.bodies) - 1 == (1 if form == "sft" else 3)
+    assert "1 dropped, no whole reply: sft.jsonl:2" in capsys.readouterr().out
+
+
 def test_a_budget_that_ends_keeps_what_was_judged_and_says_what_is_missing(tiny_model_dir, monkeypatch, judge, capsys):
     reply_with(monkeypatch, *[[(f"多喝水{n}", True), ("请打120", True), ("睡", True)] for n in range(6)])
     judge.usage = {"prompt_tokens": 1000, "completion_tokens": 10, "total_tokens": 1010}
