@@ -75,7 +75,7 @@ def pack(dataset: Dataset, max_length: int) -> Dataset:
     """Best-fit-decreasing packing into rows of at most `max_length` tokens; positions restart with each dialogue."""
     from trl import pack_dataset  # seconds that only who packs should wait
 
-    sources = dataset["source"]
+    sources = dataset["source"][:]
     # pack_dataset joins list columns of one length, so each token carries the index of its dialogue.
     indexed = dataset.map(lambda row, index: {"dialogue": [index] * row["length"]}, with_indices=True)
     packed = pack_dataset(indexed.select_columns(["input_ids", "labels", "dialogue"]), max_length, strategy="bfd")

@@ -32,6 +32,10 @@ from medtune.output_files import refuse_unwritable
 class LoadingOptions:
     """The flags of a script that loads models, as the functions that load them take them."""
 
+    def __post_init__(self):
+        if self.load_in_8bit and self.load_in_4bit:
+            raise UserError("--load_in_8bit and --load_in_4bit exclude each other: give one of them")
+
     @property
     def hub_options(self) -> dict:
         """For configurations and tokenizers."""
@@ -81,10 +85,6 @@ class ModelArguments(LoadingOptions):
     cache_dir: str | None = field(
         default=None, metadata={"help": "Folder for downloaded models, for data sets of the hub and tokenized data."}
     )
-
-    def __post_init__(self):
-        if self.load_in_8bit and self.load_in_4bit:
-            raise UserError("--load_in_8bit and --load_in_4bit exclude each other: give one of them")
 
 
 @dataclass

@@ -152,6 +152,7 @@ def test_a_multimodal_model_is_complete_again(tiny_model_dir, tmp_path, save, ca
     tensors = load_file(base / "model.safetensors") | {"mtp.layers.0.fc.weight": torch.randn(4, 4)}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     (base / "preprocessor_config.json").write_text('{"image_processor_type": "Test"}', encoding="utf-8")
+    (base / "tokenizer.model").write_bytes(b"vocabulary")
     torch.manual_seed(0)
     model = load_for_training(str(base), use_peft=True)
     for name, weights in model.named_parameters():
@@ -173,6 +174,7 @@ def test_a_multimodal_model_is_complete_again(tiny_model_dir, tmp_path, save, ca
     config, of_base = (AutoConfig.from_pretrained(folder) for folder in (tmp_path / "merged", base))
     assert (type(config), config.architectures) == (type(of_base), of_base.architectures)
     assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
+    assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == b"vocabulary"
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
     ids = torch.arange(40).reshape(2, 20)
     with torch.no_grad():

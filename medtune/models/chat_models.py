@@ -67,10 +67,6 @@ class ChatModelArguments(LoadingOptions):
         default=False, metadata={"help": "Also load .bin weights, which can run code when they are opened."}
     )
 
-    def __post_init__(self):
-        if self.load_in_8bit and self.load_in_4bit:
-            raise UserError("--load_in_8bit and --load_in_4bit exclude each other: give one of them")
-
     @property
     def loading_options(self) -> dict:
         return super().loading_options | {"torch_dtype": dtype_for_use(self.torch_dtype, self.use_cpu)}

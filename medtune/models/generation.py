@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medtune.models.decoding import Decoding
 from medtune.models.running_batch import Row, complete_rows
+from medtune.models.text_part import inside_peft
 from medtune.reading.reply_text import ReplyDecoder
 from medtune.reading.thoughts import before_part_of
 
@@ -82,7 +83,7 @@ def _seeds(n_replies: int, decoding: Decoding) -> list[int]:
 @contextmanager
 def ready_to_generate(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The model (inside its PEFT wrapper) without dropout."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = inside_peft(model)
     # Module by module: a frozen copy inside a training model is not to be switched to training.
     in_training = [module for module in model.modules() if module.training]
     model.eval()

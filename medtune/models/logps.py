@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from medtune.models.text_attention import Layout, forward_inputs, places
+from medtune.models.text_part import inside_peft
 
 # Positions whose float32 logits exist at a time: 256 x 152k x 4 bytes = 0.15 GB.
 CHUNK_POSITIONS = 256
@@ -117,7 +118,7 @@ class SparseHead:
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, one_pass: bool = False, with_router_loss: bool = False):
-        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model = inside_peft(model)
         self.one_pass = one_pass
         self.with_router_loss = with_router_loss
         self.router_loss: torch.Tensor | None = None  # [] of the last pass

@@ -6,6 +6,8 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from medtune.models.text_part import inside_peft
+
 _CARD = """
 ## Scores
 
@@ -35,7 +37,7 @@ class {name}(GenericForSequenceClassification, {family}):
 def write_reward_card(folder: str | Path, model: PreTrainedModel | PeftModel) -> None:
     """Add to the README.md of a folder, in which the model was just saved, how it is loaded and what it reads."""
     is_adapter = isinstance(model, PeftModel)
-    base = model.get_base_model() if is_adapter else model
+    base = inside_peft(model)
     class_name, scoring_class = type(base).__name__, ""
     imports = ["from peft import PeftModel"] if is_adapter else []
     if getattr(transformers, class_name, None) is type(base):

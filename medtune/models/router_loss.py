@@ -13,12 +13,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from medtune.models.lora_layers import is_within, routers
-from medtune.models.text_part import text_config
+from medtune.models.text_part import inside_peft, text_config
 
 
 def router_loss_weight(model: PreTrainedModel | PeftModel) -> float:
     """The coefficient with which the load-balancing loss is added; 0 where it is not."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = inside_peft(model)
     paths = routers(base)
     trained = any(weights.requires_grad and is_within(name, paths) for name, weights in base.named_parameters())
     if not trained or not _computes_router_loss(base):
@@ -28,7 +28,7 @@ def router_loss_weight(model: PreTrainedModel | PeftModel) -> float:
 
 def describe_router_loss(model: PreTrainedModel | PeftModel) -> str:
     """One line on it, "" for a model without experts."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = inside_peft(model)
     if not routers(base):
         return ""
     if weight := router_loss_weight(model):

@@ -20,7 +20,7 @@ from medtune.models.loading import load_base_model, load_config
 from medtune.models.lora_layers import HEADS
 from medtune.models.model_files import ADAPTER_WEIGHTS
 from medtune.models.text_attention import Layout, forward_inputs, places
-from medtune.models.text_part import language_model_class, loaded_config, text_config
+from medtune.models.text_part import inside_peft, language_model_class, loaded_config, text_config
 
 UNTRAINED_HEAD = "its score head is all zeros, so it was never trained; take a later checkpoint, or train it longer"
 
@@ -79,7 +79,7 @@ class LastScores:
 
     def __init__(self, model: PreTrainedModel | PeftModel):
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None  # rows and columns of joined texts' last tokens
-        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model = inside_peft(model)
         self.model.score.register_forward_hook(self._of_texts)
 
     def _of_texts(self, head: torch.nn.Module, inputs: tuple, scores: torch.Tensor) -> torch.Tensor | None:

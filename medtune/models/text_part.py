@@ -22,10 +22,14 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def inside_peft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model in PEFT's wrapper, with the layers of its adapters; a model without one is given back."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def text_backbone(model: PreTrainedModel | PeftModel) -> torch.nn.Module:
     """The language model without its head, inside PEFT and a wrapper; its last states go into the head."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return base.get_decoder()
+    return inside_peft(model).get_decoder()
 
 
 def language_model_class(config: PretrainedConfig) -> type:

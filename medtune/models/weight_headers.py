@@ -39,7 +39,7 @@ def read_headers(path: str) -> Headers | None:
         try:
             with explain_load_errors(path, "the model"):
                 counts = Counter(get_safetensors_metadata(path).parameter_count)
-        except (UserError, NotASafetensorsRepoError, SafetensorsParsingError):
+        except (UserError, OSError, NotASafetensorsRepoError, SafetensorsParsingError):
             return None
     if not counts:
         return None

@@ -35,7 +35,7 @@ from medtune.models.text_attention import (
     joined_layout,
     places,
 )
-from medtune.models.text_part import text_config
+from medtune.models.text_part import inside_peft, text_config
 from medtune.rl.distillation_math import Head, token_divergences
 from medtune.rl.ppo_math import position_ids, token_logps
 
@@ -260,7 +260,7 @@ class OwnLogps:
         width = min(CHECKED_TOKENS, *map(len, prompts))
         rows = [prompt[:width] for prompt in prompts[:CHECKED_PROMPTS]]
         rows.append(rows[0][: width // 2] + rows[-1][width // 2 :])  # and one that begins as another does
-        self.model_name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+        self.model_name = type(inside_peft(model)).__name__
         self.ids = torch.tensor(rows, device=model.device)
         self.mask = torch.ones_like(self.ids, dtype=torch.bool)
         logits = model(input_ids=self.ids, attention_mask=self.mask.long(), use_cache=False).logits[:, :-1]

@@ -17,6 +17,7 @@ from medtune.errors import UserError
 from medtune.models.adapters import put_adapter_on
 from medtune.models.loading import load_base_model, weights_fingerprint
 from medtune.models.model_folder import ModelFolder, describe_folder, refuse_reward_model
+from medtune.models.text_part import inside_peft
 from medtune.models.vocabulary import check_vocabulary
 from medtune.rl.arguments import RolloutArguments, split_urls
 from medtune.rl.distillation_arguments import DistillationArguments, TeacherArguments
@@ -105,7 +106,7 @@ class LocalTeacher:
     @torch.no_grad()
     def predict(self, replies: Replies) -> tuple[torch.Tensor, Head]:
         """`predicting_states` of the N tokens of the replies, on the teacher's device."""
-        core = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        core = inside_peft(self.model)
         text = replies.ids, replies.attention_mask, replies.mask
         ids, attention_mask, mask = (tensor.to(core.device) for tensor in text)
         positions = position_ids(attention_mask)

@@ -1,6 +1,7 @@
 """Collate rows of ids into right-padded batches of tensors, with the records' `file:line`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -25,11 +26,11 @@ def reply_batch(prompts: Sequence[list[int]], replies: Sequence[list[int]], pad_
     }
 
 
+@dataclass
 class PairCollator:
     """Batches pairs by `reply_batch`: all chosen replies, then all rejected ones; a missing margin is 0."""
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    pad_token_id: int
 
     def __call__(self, rows: Sequence[dict]) -> dict:
         prompts = [row["prompt_ids"] for row in rows]
@@ -43,11 +44,11 @@ class PairCollator:
         return batch | {"sources": [row["source"] for row in rows]}
 
 
+@dataclass
 class FeedbackCollator:
     """Batches by `reply_batch`: prompts with their own replies, then with mismatched ones; `is_desirable` bool."""
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    pad_token_id: int
 
     def __call__(self, rows: Sequence[dict]) -> dict:
         prompts = [row["prompt_ids"] for row in rows]

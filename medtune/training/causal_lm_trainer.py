@@ -57,14 +57,14 @@ def loss_statistics(prediction: EvalPrediction, bytes_per_token: float | None = 
 # ---------------------------------------------------------------- batches
 
 
+@dataclass
 class Collator:
     """Makes padded batches of `input_ids`, `labels`, `attention_mask` and the records' `sources`.
 
     Where rows hold several texts (`seq_lengths`) they have `position_ids`, which restart with each text.
     """
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    pad_token_id: int
 
     def __call__(self, examples: Sequence[dict]) -> dict:
         ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from loguru import logger
-from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
 from medtune.errors import UserError
@@ -25,6 +24,7 @@ from medtune.models.text_attention import (
     places,
     shares_prefixes,
 )
+from medtune.models.text_part import inside_peft
 from medtune.training.batches import pad_right
 
 # Tokens of the three texts in a row that show whether texts see each other.
@@ -67,7 +67,7 @@ def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | 
     Raises:
         UserError, in every process: texts of a row see each other in a layout that was asked for, or that the data has.
     """
-    args, plain = trainer.args, _base(trainer.model)
+    args, plain = trainer.args, inside_peft(trainer.model)
     is_auto = args.padding_free == "auto"
     # NEFTune's noise goes by the length of a row, and would be weaker in a longer one.
     gains = gains_from_joining(plain, args.device) and not args.neftune_noise_alpha
@@ -96,9 +96,9 @@ def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | 
 def _join(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | None) -> tuple[Layout, str]:
     """The layout of joined rows in which the probe finds texts as they are alone; or padded rows, and what it finds.
 
-    Of rows that have prompts in common these pass once if our own attention reads them.
+    Of rows that have prompts in common these pass once where attention takes such rows.
     """
-    plain = _base(trainer.model)
+    plain = inside_peft(trainer.model)
     attend_by_text(plain)
     shares = trainer.rows_share_prompts and shares_prefixes(plain)
     for layout in (Layout.SHARED_PREFIXES, Layout.JOINED) if shares else (Layout.JOINED,):
@@ -114,10 +114,6 @@ def _join(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | None) ->
             return layout, ""
     attend_by_text(plain, False)
     return Layout.PADDED, summary
-
-
-def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _leak(texts: TextsOfRow, model: PreTrainedModel, summary: str) -> UserError:
@@ -177,7 +173,7 @@ def look_at_texts(trainer: Trainer, model: torch.nn.Module, layout: Layout) -> t
         return True, f"when one changes, the states of the others move by {max(moved, rounding):.2g} of their spread"
     args = trainer.args
     is_exact = (
-        args.device.type == "cpu" and _base(trainer.model).dtype == torch.float32 and not (args.bf16 or args.fp16)
+        args.device.type == "cpu" and inside_peft(trainer.model).dtype == torch.float32 and not (args.bf16 or args.fp16)
     )
     fault = not apart <= (LARGEST_MOVE if is_exact else LARGEST_ROUNDING)
     return fault, f"its states are those that it has alone, to {max(apart, moved):.2g} of their spread"
@@ -219,7 +215,7 @@ def _apart_from_alone(
 
 def _states_of(trainer: Trainer, model: torch.nn.Module, batch: dict, layout: Layout) -> torch.Tensor:
     """Inputs of the head, [rows, length, hidden] or [1, tokens, hidden]."""
-    plain, states = _base(trainer.model), []
+    plain, states = inside_peft(trainer.model), []
     vocabulary_head = plain.get_output_embeddings()
 
     def note(head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple | None:

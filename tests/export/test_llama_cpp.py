@@ -8,6 +8,7 @@ import export_model
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_families import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from medtune.errors import UserError
@@ -99,14 +100,15 @@ def test_what_the_converter_writes_is_compared_by_llama_cpp(
     tiny_model_dir, tmp_path, flags, monkeypatch, factor, is_sound
 ):
     pytest.importorskip("xllamacpp", reason="no llama.cpp: pip install -r requirements/gguf.txt")
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    changes = {"head_dim": 32, "initializer_range": 0.2}  # no hidden_size / num_attention_heads
+    folder = save_tiny_model("qwen3", tmp_path / "model", tiny_model_dir, **changes)
+    model, made = AutoModelForCausalLM.from_pretrained(folder), tmp_path / "made.gguf"
     with torch.no_grad():
         model.model.norm.weight.mul_(factor)
-    write_gguf(model, load_tokenizer(str(tiny_model_dir)), tiny_model_dir, tmp_path / "made.gguf", "f32")
-    made = tmp_path / "made.gguf"
+    write_gguf(model, load_tokenizer(str(folder)), folder, made, "f32")
     converter = fake_converter(tmp_path / "llama.cpp", f"shutil.copy({str(made)!r}, sys.argv[3])")
     monkeypatch.setattr(export_model, "why_not_written", lambda tokenizer, config: "another family")
-    flags += ["--gguf_type", "f32", "--llama_cpp", str(converter.parent)]
+    flags += ["--model", str(folder), "--gguf_type", "f32", "--llama_cpp", str(converter.parent)]
     if is_sound:
         result = export_model.main(flags)
         assert result["after"] == pytest.approx(result["before"], rel=1e-3)

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 from stage_runs import history, train_sft, weights_of
+from test_distillation_training import short_run as distillation_flags
 from test_grpo_training import short_run as grpo_flags
 from test_on_one_gpu import HAS_BFLOAT16, needs_bfloat16
 from test_ppo_training import short_run as ppo_flags
 from test_ppo_training import train_rm
 
+import distillation_training
 import grpo_training
 import ppo_training
 from medtune.training.checkpoints import BEST
@@ -63,3 +65,15 @@ def test_its_figures_are_finite(run, stage):
 def test_on_a_quantized_base(run, stage):
     first = run(stage, torch_dtype="bfloat16", load_in_4bit=True, max_steps=1)[0]
     assert first["policy/ratio"] == pytest.approx(1.0, abs=0.02)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("beta", [None, 0.5])
+def test_a_quantized_teacher(tiny_model_dir, adapter, tmp_path, beta):
+    options = {"torch_dtype": "bfloat16", "teacher_bits": 4, "beta": beta, "do_eval": True, "max_eval_samples": 4}
+    distillation_training.main(distillation_flags(tiny_model_dir, adapter, tmp_path, **options))
+    entries = history(tmp_path / "out")
+    assert len([entry for entry in entries if "policy/loss" in entry]) == 2
+    for entry in entries:
+        assert all(math.isfinite(value) for value in entry.values() if isinstance(value, float)), entry
+    assert entries[0]["eval_teacher_kl"] > 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stage_runs import RL_STAGES, ROOT, STAGES, history, logged, stage_flags, train_sft
+from test_distillation_training import short_run as distillation_flags
 from test_grpo_training import short_run as grpo_flags
 from test_ppo_training import short_run as ppo_flags
 from test_ppo_training import train_rm
@@ -92,7 +93,7 @@ def test_a_model_that_is_split_over_gpus_trains_as_on_one(tiny_model_dir, tmp_pa
 
 
 @needs_two
-@pytest.mark.parametrize("stage", sorted(RL_STAGES))
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
 def test_reinforcement_learning_on_two_gpus(tiny_model_dir, tmp_path, stage):
     sft = train_sft(tmp_path / "sft", tiny_model_dir, "--max_steps", "12")
     options = {"max_steps": 1, "torch_dtype": "float32", "gradient_accumulation_steps": 2}
@@ -102,3 +103,14 @@ def test_reinforcement_learning_on_two_gpus(tiny_model_dir, tmp_path, stage):
         argv = grpo_flags(sft, tmp_path, **options)
     launch(f"{RL_STAGES[stage]}.py", argv, GPUS[:2], 2)
     assert history(tmp_path / "out")[0]["policy/ratio"] == pytest.approx(1.0, abs=1e-3)
+
+
+@needs_two
+def test_a_teacher_on_the_second_gpu_teaches_as_beside_the_student(tiny_model_dir, adapter, tmp_path):
+    for name, device in (("beside", None), ("second", "cuda:1")):
+        options = {"teacher_device": device, "torch_dtype": "float32", "beta": 0.5, "max_steps": 1}
+        argv = distillation_flags(tiny_model_dir, adapter, tmp_path, output_dir=tmp_path / name, **options)
+        launch("distillation_training.py", argv, GPUS[:2], 1)
+    (beside,), (second,) = (history(tmp_path / name) for name in ("beside", "second"))
+    for figure in ("teacher/kl", "policy/loss", "policy/grad_norm"):
+        assert second[figure] == pytest.approx(beside[figure], rel=1e-3), figure
