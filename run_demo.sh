@@ -11,7 +11,7 @@ cd "$(dirname "$0")"
 bash setup.sh
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 export PYTHON HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= # also where there are GPUs
-export MODEL=base_model NAME=demo DO_PT=1 ALIGN=all
+export MODEL=base_model NAME=demo DO_PT=1 ALIGN=both
 export TEMPLATE=chatml # without the system prompt that Qwen's template adds to each dialogue
 # Two processes of one thread are faster here than one of two; on one core the second half is accumulated.
 N_PROCESSES=$(($(nproc) > 1 ? 2 : 1))
@@ -33,18 +33,15 @@ export PT_DATA=data/pretrain/new_conditions.txt
 export PT_FLAGS="--block_size 256 --num_train_epochs 3 --learning_rate 1e-3 --max_eval_samples 40 $whole"
 export SFT_FLAGS="--packing True --model_max_length 512 --per_device_train_batch_size 2 --num_train_epochs 2 \
     --learning_rate 1e-3 $whole"
-export RM_FLAGS="$pairs --learning_rate 1e-3 --max_steps 400 $lora"
+export RM_FLAGS="$pairs --learning_rate 1e-3 --num_train_epochs 1 $lora"
 # AdamW takes learning rate x decay of the new adapter away at each step, which draws the policy back to SFT's answers.
 export DPO_FLAGS="$pairs --learning_rate 8e-4 --max_steps 320 --beta 0.4 --loss_type sigmoid sft --loss_weights 1 1 \
     $lora --weight_decay 16"
 # Prompts that SFT did not teach the replies to, among them many emergencies and their harmless twins.
 export PPO_DATA=data/ppo
-rl="--lora_rank 16 --temperature 1 --lr_scheduler_type constant --gradient_checkpointing False --cpu_bf16 $precision"
 export PPO_FLAGS="--eval_steps 2 --total_episodes 1280 --per_device_train_batch_size 16 \
     --gradient_accumulation_steps $((8 / N_PROCESSES)) --rollout_batch_size 64 --num_ppo_epochs 2 --num_mini_batches 2 \
-    --learning_rate 1e-3 --kl_coef 0.1 --response_length 128 $rl"
-export GRPO_FLAGS="--exam_format letter --eval_steps 10 --total_episodes 7680 --num_generations 8 \
-    --per_device_train_batch_size 64 --gradient_accumulation_steps $((4 / N_PROCESSES)) --rollout_batch_size 128 \
-    --learning_rate 1e-3 --response_length 8 --max_source_length 256 $rl"
-export EVAL_FLAGS="--num_samples 200 --max_new_tokens 160 --batch_size 32"
+    --learning_rate 5e-4 --lr_scheduler_type constant --lora_rank 16 --kl_coef 0.3 --temperature 1 \
+    --response_length 128 --gradient_checkpointing False --cpu_bf16 $precision"
+export EVAL_FLAGS="--num_samples 100 --max_new_tokens 160 --batch_size 32"
 bash run_all.sh
