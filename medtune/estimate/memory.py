@@ -119,7 +119,7 @@ def _measure_at(n_layers: int, plan: RunPlan, shape: Shape, rows: RunRows, rewar
 def share(memory: Memory, plan: RunPlan) -> None:
     """Add what several processes need, and divide what DeepSpeed shares among them."""
     n, stage, parts = plan.n_gpus, plan.zero_stage, memory.parts
-    gradients = _gradient_bytes(memory, plan)
+    gradients = _gradient_bytes(memory)
     if not stage:
         if n > 1 and not plan.is_rl:
             parts["DDP's buckets"] = gradients
@@ -150,7 +150,7 @@ def share(memory: Memory, plan: RunPlan) -> None:
         }
 
 
-def _gradient_bytes(memory: Memory, plan: RunPlan) -> float:
+def _gradient_bytes(memory: Memory) -> float:
     """Of all trained weights."""
     if "optimizer step" in memory.moments:
         return memory.moments["optimizer step"]

@@ -66,8 +66,8 @@ def find_rows(plan: RunPlan, assumed_tokens: int | None) -> RunRows:
     return RunRows(
         _longest(train, n_train),
         _longest(evaluation, n_eval) if evaluation else [],
-        np.array(train["length"]),
-        np.array(evaluation["length"] if evaluation else []),
+        np.array(train["length"][:]),
+        np.array(evaluation["length"][:] if evaluation else []),
         data.facts,
     )
 
@@ -80,7 +80,7 @@ def _batch_sizes(plan: RunPlan) -> tuple[int, int]:
 
 
 def _longest(rows: Dataset, n_rows: int) -> list[dict]:
-    order = np.argsort(-np.array(rows["length"]), kind="stable")[:n_rows]
+    order = np.argsort(-np.array(rows["length"][:]), kind="stable")[:n_rows]
     return rows.select(order.tolist()).to_list()
 
 

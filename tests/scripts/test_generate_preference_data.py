@@ -339,20 +339,15 @@ def test_a_reward_model_chooses_the_best_over_the_worst(tiny_model_dir, reward_m
 
 def test_a_cut_reply_is_judged_as_cut(tiny_model_dir, reward_models, monkeypatch):
     """By a judge that likes an end token: a reply without one loses, though its words are as good."""
-    import torch
 
     from medtune.models import chat_models, generation
 
-    class LikesEnds(torch.nn.Module):
-        config = device = None
-
-        def forward(self, input_ids, attention_mask):
-            last = attention_mask.cumsum(dim=1).argmax(dim=1)
-            ends = input_ids[torch.arange(len(input_ids)), last] == end_id
-            return type("Output", (), {"logits": ends.float()[:, None]})
-
     end_id = load_tokenizer(str(tiny_model_dir)).convert_tokens_to_ids("<|im_end|>")
-    monkeypatch.setattr(chat_models, "load_reward_model", lambda *args, **options: LikesEnds())
+
+    def likes_ends(reward_model, rows: list[list[int]], batch_size: int = 8) -> list[float]:
+        return [float(row[-1] == end_id) for row in rows]
+
+    monkeypatch.setattr(chat_models.RewardModel, "score", likes_ends)
     given = [("好", True), ("坏", False), ("好", False)]
     monkeypatch.setattr(generation, "generate_replies", lambda *args, **_: [generation.Reply(*r, 1) for r in given])
     flags = ["--model", str(tiny_model_dir), "--reward_model", reward_models["whole"], "--num_replies", "3"]
