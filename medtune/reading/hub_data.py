@@ -160,6 +160,10 @@ def _reason(error: BaseException, name: str, endpoint: str) -> str:
         return f"a script of its own makes its rows, which is not run; {BY_FILES}"
     if type(error).__name__ in ("DataFilesNotFoundError", "EmptyDatasetError"):
         return "there are no data files in it that `datasets` knows"
+    if "Unrecognized instruction format" in text or "corresponds to no data" in text:
+        return (
+            "no part of a split that `datasets` knows, or an empty one; a slice is such as train[:1000] or train[9%:]"
+        )
     # `datasets` says only that something happened, and has the reason behind it.
     text = " ".join(f"{type(causes[-1]).__name__}: {causes[-1]}".split())
     return f"cannot be prepared ({text}); {BY_FILES}"
