@@ -20,7 +20,7 @@ from medtune.models.lineage import read_lineage
 from medtune.reading.thoughts import split_reply
 
 GUIDE = "guide_questions.jsonl"
-LONGEST = 160  # characters of an answer; the whole is in predictions.jsonl and in the report
+LONGEST = 120  # characters of an answer; the whole is in predictions.jsonl and in the report
 
 
 def chosen(rows: Sequence[dict]) -> list[int]:

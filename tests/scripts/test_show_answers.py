@@ -55,7 +55,7 @@ def test_the_guides_questions_and_the_first_of_each_other_kind(evaluation, capsy
             "",
             "如何预防心血管疾病？",
             "  base  (nothing)",
-            f"  SFT   {'长' * 160}…",
+            f"  SFT   {'长' * 120}…",
             "  DPO   (thought) 戒烟。",
             "",
             "急1",
