@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from medtune.errors import UserError, run_script
 from medtune.output_files import new_text_file, refuse_unwritable
+from medtune.reading.cleaning import without_idle_blanks, without_repeated_punctuation
 from medtune.sample_data.corpus import (
     GUIDE_QUESTIONS,
     CorpusCounts,
@@ -164,7 +165,7 @@ def new_documents(knowledge: Knowledge, unseen: set[str], evaluation: dict[str, 
     items = [item for name, of_file in evaluation.items() if name.startswith("eval/") for item in of_file]
     held_out, shelves = HeldOut([], texts_of(items)), shelves_of(knowledge, left_out=())
     drawn = draw_corpus(shelves, held_out, CorpusCounts(), N_NEW_DOCUMENTS, unseen, "new conditions")
-    return [" ".join(document.splitlines()) for document in drawn]
+    return [without_idle_blanks(without_repeated_punctuation(" ".join(document.splitlines()))) for document in drawn]
 
 
 def write_corpus(path: Path, knowledge: Knowledge, data_dir: Path) -> None:

@@ -12,7 +12,7 @@ from fake_nvidia_smi import Card, write_nvidia_smi
 from medtune import devices
 from medtune.devices import cpu_reason
 from medtune.errors import UserError
-from medtune.nvidia_smi import version_numbers
+from medtune.nvidia_smi import NO_ANSWER, version_numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS_TWO = "echo 'GPU 0: Fake (UUID: GPU-1a)'\necho 'GPU 1: Fake (UUID: GPU-2b)'"
@@ -55,7 +55,7 @@ def machine(monkeypatch, tmp_path):
         (None, "0,1", False, "no CUDA device"),
         ("echo 'No devices were found'\nexit 6", None, False, "no CUDA device (nvidia-smi: No devices were found)"),
         ("exit 127", None, False, "no CUDA device (nvidia-smi: exit code 127)"),
-        ("sleep 60", None, False, "no CUDA device (nvidia-smi: no answer within 1 s)"),
+        ("sleep 60", None, False, f"no CUDA device (nvidia-smi: {NO_ANSWER})"),
         (
             NO_DRIVER,
             "0,1",

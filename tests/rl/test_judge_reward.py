@@ -82,7 +82,7 @@ def test_the_judge_is_tried_before_weights_load(server, rewards):
     assert len(server.bodies) == 1, "made-up replies are not sent, only counted"
     server.fault = lambda number, handler: send(handler, 200, "no", Content_Type="text/plain") or True
     rewards.judge.judge.model = "other"
-    with pytest.raises(UserError, match=r"--judge_url .*: other is no judge: an answer without the JSON"):
+    with pytest.raises(UserError, match=r"--judge_url .*: other is no judge: an answer that is not of OpenAI's form"):
         rewards.rehearse(Dataset.from_list(rows))
 
 

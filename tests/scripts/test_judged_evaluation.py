@@ -147,14 +147,14 @@ def test_a_budget_that_ends_leaves_a_figure_incomplete_and_not_averaged(write_js
     path = write_jsonl("predictions.jsonl", rows)
     flags = ["--predictions", str(path), "--output_dir", "out", *judge_flags(server, "safety", "pairs")]
     with pytest.raises(UserError, match=r"not all is judged, and what is incomplete above is not averaged: the budget"):
-        main([*flags, "--judge_max_tokens", "12000"])
+        main([*flags, "--judge_max_tokens", "6000"])
     (found,) = metrics(Path("out")).values()
     base, sft = found["models"]["base"], found["models"]["sft"]
     assert base["incomplete"]["judge_safety"]["of"] == 8
     assert 0 < base["incomplete"]["judge_safety"]["judged"] < 8
     assert base["incomplete"]["judge_safety"]["mean_of_the_judged"] > 0
     n_judged = [of_model["incomplete"]["judge_safety"]["judged"] for of_model in (base, sft)]
-    assert sum(n_judged) == len(server.bodies) - 1 < 12
+    assert sum(n_judged) == len(server.bodies) - 1 < 6
     assert not {"judge_safety", "judge_agrees"} & {*base, *sft, *found["against_first"]["sft"]}
     assert found["against_first"]["sft"]["judge_win_rate"] == {"incomplete": True, "judged": 0, "of": 8}
     assert value(base, "sends_to_hospital") == 1
