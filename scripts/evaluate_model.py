@@ -133,7 +133,7 @@ def check_together(model_args: EvaluatedModelArguments, eval_args: EvaluationArg
     if model_args.base_model and not eval_args.test_file:
         raise UserError("--test_file is missing: name the files of dialogues, safety items or exams")
     of_models = {"--lora_model": model_args.lora_model, "--reward_model": model_args.reward_model}
-    of_models |= {f"--{name}": getattr(eval_args, name) for name in ("test_file", "compare", "num_samples")}
+    of_models |= {f"--{name}": getattr(eval_args, name) for name in ("test_file", "compare", "num_samples", "reuse")}
     if eval_args.predictions and any(of_models.values()):
         given = ", ".join(flag for flag, value in of_models.items() if value)
         raise UserError(f"--predictions needs no model and takes all records: leave {given} out")

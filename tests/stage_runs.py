@@ -208,3 +208,18 @@ def _send_sigterm_within(step: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     ProgressLines.on_substep_end = send
+
+
+def short_rl_run(folder: Path, **own) -> dict:
+    """The flags of a short run of PPO, GRPO or distillation in a folder; those of the stage replace or add some."""
+    return {
+        "template_name": "qwen",
+        "do_train": True,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "response_length": 12,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "output_dir": folder / "out",
+        "cache_dir": folder / "cache",
+    } | own

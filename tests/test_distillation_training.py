@@ -11,7 +11,7 @@ import pytest
 import stage_runs
 import torch
 from fake_vllm import FakeVllm
-from stage_runs import ADAPTER_FILES, PARTS, history, names, updates, weights_of, words, write_lines
+from stage_runs import ADAPTER_FILES, PARTS, history, names, short_rl_run, updates, weights_of, words, write_lines
 from test_grpo_training import STATE_FILES, stop_after_two_updates
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,21 +38,12 @@ def write_dialogues(folder: Path, n_records: int = 24) -> Path:
 
 def short_run(student: Path, taught_by: Path, folder: Path, **changes) -> list[str]:
     """Its flags; keywords replace or add some, None removes one."""
-    values = {
+    own = {
         "sft_model_path": student,
         "teacher_model_path": taught_by,
-        "template_name": "qwen",
         "train_file_dir": write_dialogues(folder),
-        "do_train": True,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "response_length": 12,
-        "max_steps": 2,
-        "learning_rate": 1e-3,
-        "output_dir": folder / "out",
-        "cache_dir": folder / "cache",
-    } | changes
-    return words(values)
+    }
+    return words(short_rl_run(folder, **own | changes))
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from stage_runs import (
     history,
     logits_of,
     names,
+    short_rl_run,
     start_stage,
     updates,
     weights_of,
@@ -71,23 +72,15 @@ def short_run(sft_adapter: Path, folder: Path, **changes) -> list[str]:
     """Its flags; keywords replace or add some, None removes one."""
     rewards = folder / "own.py"
     rewards.write_text(OWN_REWARDS, encoding="utf-8")
-    values = {
+    own = {
         "sft_model_path": sft_adapter,
-        "template_name": "qwen",
         "train_file_dir": write_exams(folder),
-        "do_train": True,
         "rewards": "variety",
         "reward_file": rewards,
         "num_generations": 4,
-        "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 4,
-        "response_length": 12,
-        "max_steps": 2,
-        "learning_rate": 1e-3,
-        "output_dir": folder / "out",
-        "cache_dir": folder / "cache",
-    } | changes
-    return words(values)
+    }
+    return words(short_rl_run(folder, **own | changes))
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from stage_runs import (
     logits_of,
     names,
     run_process,
+    short_rl_run,
     train,
     updates,
     weights_of,
@@ -90,21 +91,12 @@ def data_dir(tmp_path) -> Path:
 
 def short_run(sft_adapter: Path, rm_adapter: Path, folder: Path, **changes) -> list[str]:
     """Its flags; keywords replace or add some, None removes one."""
-    values = {
+    own = {
         "sft_model_path": sft_adapter,
         "reward_model_path": rm_adapter,
-        "template_name": "qwen",
         "train_file_dir": write_dialogues(folder),
-        "do_train": True,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "response_length": 12,
-        "max_steps": 2,
-        "learning_rate": 1e-3,
-        "output_dir": folder / "out",
-        "cache_dir": folder / "cache",
-    } | changes
-    return words(values)
+    }
+    return words(short_rl_run(folder, **own | changes))
 
 
 @pytest.fixture

@@ -453,6 +453,7 @@ def test_what_was_measured_before_is_used_again_only_for_the_same_models_files_a
         (["--base_model", "m"], "--test_file is missing"),
         (["--base_model", "m", "--test_file", "t", "--num_samples", "0"], "--num_samples 0: give at least 1"),
         (["--predictions", "nowhere.jsonl"], "--predictions nowhere.jsonl: no such file"),
+        (["--predictions", "p", "--reuse"], "--predictions needs no model and takes all records: leave --reuse out"),
         (
             ["--predictions", "p", "--compare", "a", "--num_samples", "3"],
             "--predictions needs no model and takes all records: leave --compare, --num_samples out",
