@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 # ---------------------------------------------------------------- edit block
 SITTING=${SITTING:-1}
 STEPS=${STEPS:-4500} # of 16 blocks of 512 tokens
-CPU_BF16=${CPU_BF16:-autocast} # faster where the processor has the instructions, slower elsewhere; False: float32
+CPU_BF16=${CPU_BF16:-} # autocast or False; empty: autocast where this processor is faster with it
 DECAY_STEPS=$((STEPS / 5)) # the last ones, in which the learning rate falls to zero
 OUTPUT=${OUTPUT:-outputs-base-$SITTING}
 PUBLISHED=${PUBLISHED:-base_model}
@@ -33,6 +33,8 @@ fail() { echo "error: $*" >&2; exit 2; }
 [ "$SITTING" = 1 ] || [ -f "$PUBLISHED/config.json" ] ||
     fail "SITTING=$SITTING goes on from $PUBLISHED, and no model is there: begin with SITTING=1"
 
+CPU_BF16=${CPU_BF16:-$("$PYTHON" -c "from medtune.training.precision import bfloat16_speed, has_bfloat16
+print('autocast' if has_bfloat16() and bfloat16_speed(256) > 1.5 else 'False')")}
 "$PYTHON" scripts/build_sample_data.py --corpus "$CORPUS/pretrain/documents.jsonl"
 model=$PUBLISHED
 if [ "$SITTING" = 1 ]; then

@@ -419,7 +419,7 @@ def notes(c: Composer) -> str:
 def copying(c: Composer) -> str:
     """Names, phrases and numbers that return as they stood: what a small model needs in order to copy a name."""
     forms, rng = c.forms["copying"], c.rng
-    kind = rng.choice(["roll", "read", "spell", "codes"] + ["invented", "invented"] * ("invented" in forms))
+    kind = rng.choice(["roll", "read", "spell", "codes", "invented", "invented", "unknown", "unknown", "unknown"])
     if kind == "roll":
         visits = {c.person(): rng.choice(c.shelf.departments) for _ in range(rng.randint(3, 6))}
         style = rng.choice(forms["roll_item"])
@@ -432,14 +432,26 @@ def copying(c: Composer) -> str:
         return c.join([*stored, *(c.word(forms["code_asked"], p=p, k=k) for p, k in c.some(list(files.items()), 2, 6))])
     if kind == "invented":
         style, parts = rng.choice(forms["invented_item"]), [c.word(forms["invented"])]
-        for _ in range(rng.randint(3, 7)):
-            parts.append(c.word([style], x="".join(map(rng.choice, c.forms["name_parts"]))))
+        parts += [c.word([style], x=invented_name(c)) for _ in range(rng.randint(3, 7))]
         return c.join(parts)
+    if kind == "unknown":
+        style, parts = rng.choice(forms["unknown_item"]), [c.word(forms["unknown"])]
+        for _ in range(rng.randint(2, 5)):
+            name = invented_name(c)
+            asked = rng.choice(list(c.forms["questions"]["condition"].values()))
+            parts.append(c.word([style], q=c.word(asked, n=name), x=name))
+        return "\n".join(filter(None, parts))
     parts = []
     for _ in range(rng.randint(2, 4)):
         phrases = rng.sample(c.shelf.clauses, rng.randint(1, 4)) if c.chance(0.5) else c.some(names_on(c.shelf), 1, 4)
         parts.append(c.word(forms[kind], x=c.enumerate(phrases)))
     return c.join(parts)
+
+
+def invented_name(c: Composer) -> str:
+    """A name that no condition has, from parts of real ones."""
+    parts = map(c.rng.choice, c.forms["name_parts"])
+    return ("" if c.is_chinese else " ").join(filter(None, parts))
 
 
 def names_on(shelf: Shelf) -> list[str]:
@@ -457,7 +469,7 @@ def everyday_prose(c: Composer) -> str:
 
 # How often each form is chosen.
 FORMS: dict[Callable[[Composer], str | None], float] = {
-    article: 0.24, definition: 0.08, questions_page: 0.15, comparison: 0.08, reasoning: 0.09, case: 0.09,
-    glossary: 0.04, department_list: 0.02, sign_list: 0.03, riddle: 0.08, notes: 0.05, copying: 0.03,
+    article: 0.20, definition: 0.07, questions_page: 0.12, comparison: 0.07, reasoning: 0.11, case: 0.08,
+    glossary: 0.04, department_list: 0.02, sign_list: 0.03, riddle: 0.13, notes: 0.05, copying: 0.06,
     everyday_prose: 0.02,
 }  # fmt: skip
