@@ -19,8 +19,7 @@ export N_PROCESSES OMP_NUM_THREADS=1 ACCUMULATION=$((2 / N_PROCESSES))
 # glibc returns large tensors to the system after each use, and getting them back was a third of DPO's time.
 export MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=1073741824
 # Products in bfloat16 where this processor is faster with them.
-precision=$("$PYTHON" -c "from medtune.training.precision import bfloat16_speed, has_bfloat16
-print('autocast' if has_bfloat16() and bfloat16_speed(256) > 1.5 else 'False')")
+precision=$("$PYTHON" -c "from medtune.training.precision import autocast_where_faster as flag; print(flag(256))")
 
 common="--gradient_checkpointing False --lr_scheduler_type cosine --preprocessing_num_workers 2 --save_total_limit 1"
 common+=" --weight_decay 0 --eval_strategy epoch --cpu_bf16 $precision"

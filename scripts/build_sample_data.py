@@ -57,12 +57,13 @@ from medtune.sample_data.learned import (
     first_question,
     safety_exchanges,
 )
-from medtune.sample_data.pairs import PROMPTS, SITUATION_PROMPTS, TWIN_PROMPTS, build_pairs
+from medtune.sample_data.pairs import MISPLACED_PROMPTS, PROMPTS, SITUATION_PROMPTS, TWIN_PROMPTS, build_pairs
 
 SAMPLE_SIZE = 1000  # of medical_sft_1K_format.jsonl
 N_PAIRS = 4000
 N_SITUATION_PAIRS = 600  # more, only about emergencies and requests to refuse
 N_TWIN_PAIRS = 1200  # more, about those of knowledge/safety_twins.jsonl
+N_MISPLACED_PAIRS = 1600  # more, whose rejected reply is an alarm or a refusal that was right elsewhere
 N_SAMPLE_PAIRS = 500  # of dpo_zh_500.jsonl
 N_EVAL_PAIRS = 300
 N_EVAL_QUESTIONS = 500
@@ -102,7 +103,9 @@ def build(knowledge: Knowledge) -> dict[str, str]:
     sample_pairs = [pair for pair in pairs if re.search("[\u4e00-\u9fff]", pair["question"])][:N_SAMPLE_PAIRS]
     pairs = [pair for pair in pairs if pair not in sample_pairs]
     twin_pairs = build_pairs(knowledge, seen_entries, N_TWIN_PAIRS, "train", TWIN_PROMPTS, "twin pair")
-    pairs += to_learn([*situation_pairs, *twin_pairs])
+    misplaced = build_pairs(knowledge, seen_entries, N_MISPLACED_PAIRS, "train", MISPLACED_PROMPTS, "misplaced pair")
+    pairs += to_learn([*situation_pairs, *twin_pairs, *misplaced])
+    pairs = list({(pair["question"], pair["response_rejected"]): pair for pair in pairs}.values())
     seeded("mix").shuffle(pairs)
     records = evaluation | {
         "finetune/train.jsonl": dialogues[SAMPLE_SIZE:],

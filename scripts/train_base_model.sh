@@ -33,8 +33,8 @@ fail() { echo "error: $*" >&2; exit 2; }
 [ "$SITTING" = 1 ] || [ -f "$PUBLISHED/config.json" ] ||
     fail "SITTING=$SITTING goes on from $PUBLISHED, and no model is there: begin with SITTING=1"
 
-CPU_BF16=${CPU_BF16:-$("$PYTHON" -c "from medtune.training.precision import bfloat16_speed, has_bfloat16
-print('autocast' if has_bfloat16() and bfloat16_speed(256) > 1.5 else 'False')")}
+flag="from medtune.training.precision import autocast_where_faster as flag; print(flag(256))"
+CPU_BF16=${CPU_BF16:-$("$PYTHON" -c "$flag")}
 "$PYTHON" scripts/build_sample_data.py --corpus "$CORPUS/pretrain/documents.jsonl"
 model=$PUBLISHED
 if [ "$SITTING" = 1 ]; then

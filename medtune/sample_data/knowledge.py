@@ -81,7 +81,7 @@ class Knowledge:
     emergency_twins: list[dict]
     unsafe_requests: list[dict]
     everyday_questions: list[dict]
-    more_entries: list[Entry]  # that the embedded base model reads of, and no other file tells of
+    more_entries: list[Entry]  # to read of and to ask about, of which no evaluation file tells
     corpus_forms: dict
 
     def questions(self, entry: Entry, aspect: str, part: str) -> list[str]:

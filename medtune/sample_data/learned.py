@@ -75,7 +75,7 @@ def build_dialogues(knowledge: Knowledge, unseen: set[str]) -> list[dict]:
 def build_further_dialogues(
     knowledge: Knowledge, unseen: set[str], exam: Iterable[tuple[str, str]], asked: set[str]
 ) -> list[dict]:
-    """Dialogues that leave the evaluation as it is: lay words, safety questions with their twins, and the exam's.
+    """Dialogues that leave the evaluation as it is: lay words, more names, safety questions with twins, the exam's.
 
     `asked` are the questions that other dialogues begin with.
     """
@@ -83,6 +83,8 @@ def build_further_dialogues(
     conversations = [list(exchange) for exchange in (*bare, *framed, *exam)]
     for entry in (entry for entry in knowledge.entries if entry.fields["id"] not in unseen):
         conversations += ask_in_lay_words(knowledge, entry)
+    for entry in knowledge.more_entries:
+        conversations += ask_some_aspects(knowledge, entry)
     return with_system_prompts(knowledge, [turns for turns in conversations if turns[0] not in asked])
 
 
@@ -139,6 +141,14 @@ def ask_each_aspect(knowledge: Knowledge, entry: Entry) -> Iterator[list[str]]:
         ways = rng.sample(knowledge.questions(entry, aspect, "train"), 2)
         for way, name in zip(ways, (entry.fields["name"], rng.choice(entry.names)), strict=True):
             yield [way.format(n=name), knowledge.reply(entry, aspect)]
+
+
+def ask_some_aspects(knowledge: Knowledge, entry: Entry) -> Iterator[list[str]]:
+    """Half of the aspects once each: more names, so that a model copies the name asked about, also a new one."""
+    rng = seeded("some aspects", entry.key)
+    for aspect in rng.sample(entry.aspects, len(entry.aspects) // 2):
+        way = rng.choice(knowledge.questions(entry, aspect, "train"))
+        yield [way.format(n=rng.choice(entry.names)), knowledge.reply(entry, aspect)]
 
 
 def talk_on(knowledge: Knowledge, entry: Entry) -> Iterator[list[str]]:

@@ -18,6 +18,10 @@ SHARE_OFF_THE_POINT = 0.5
 SHARE_FOR_THE_TWIN = 0.4
 # Of the questions with twins in training pairs: behind a greeting, or with a question added.
 SHARE_IN_A_FRAME = 0.4
+CRISIS_LINES = ("12356", "crisis line")
+# Of the questions that a misplaced alarm or refusal is the answer to: twins, and of the others complaints.
+SHARE_OF_TWINS = 0.5
+SHARE_OF_COMPLAINTS = 0.5
 # Of the training pairs that need a look at the reply's own course: in sentences that fine-tuning did not teach, for
 # in the others a model knows the sentences and need not see the fault.
 SHARE_OF_REWORDED = 0.6
@@ -137,6 +141,22 @@ def prompt_on_twins(
     return PairPrompt(situation["language"], None, category, question, chosen, TRAINED, other)
 
 
+def prompt_without_alarm(
+    knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random, category: str
+) -> PairPrompt:
+    """What calls for an ordinary answer: a harmless twin, a complaint that can wait, or a question on an aspect."""
+    if rng.random() < SHARE_OF_TWINS:
+        return prompt_on_twins(knowledge, entries, part, rng, category, is_twin=True)
+    if category == "emergency" and rng.random() < SHARE_OF_COMPLAINTS:
+        entry = rng.choice([entry for entry in entries if not entry.is_medicine and not entry.fields["urgent"]])
+        frame = rng.choice(knowledge.phrasings[entry.language]["complaint_frames"][part])
+        question = frame.format(c=rng.choice(entry.fields["complaints"][:2]))
+        return PairPrompt(
+            entry.language, entry, "complaint", question, reply_in(knowledge, entry, "complaint", TRAINED, rng), TRAINED
+        )
+    return prompt_on_aspect(knowledge, entries, part, rng)
+
+
 def prompt_on_care(knowledge: Knowledge, entries: Sequence[Entry], part: str, rng: random.Random) -> PairPrompt:
     """What to do about something, or a request that is to be refused."""
     if part == "train" and rng.random() < SHARE_OF_SITUATIONS:
@@ -190,6 +210,16 @@ TWIN_PROMPTS = {
 }
 
 
+# The replies to emergencies and requests, where they do not belong: without them whatever sounds an alarm or refuses
+# would be the better reply of nearly all pairs it is in.
+MISPLACED_PROMPTS = {
+    "alarms anyway": partial(prompt_without_alarm, category="emergency"),
+    "refuses anyway": partial(prompt_without_alarm, category="refusal"),
+    "alarms at a request": partial(prompt_on_twins, category="refusal", is_twin=False),
+    "refuses an emergency": partial(prompt_on_twins, category="emergency", is_twin=False),
+}
+
+
 def fill(sentences: Sequence[str], length: int, language: str, rng: random.Random) -> str:
     """Sentences in random order, as many as come closest to `length` characters."""
     space = "" if language == "zh" else " "
@@ -229,6 +259,28 @@ def reject_off_the_point(
             aspects = ("overview", "uses", "how_to_take")
         answers.append(knowledge.reply(entry, rng.choice(aspects)))
     return min(answers, key=lambda answer: abs(len(answer) - length))
+
+
+def reject_misplaced(
+    category: str,
+    is_harmless: bool,
+    knowledge: Knowledge,
+    entries: Sequence[Entry],
+    prompt: PairPrompt,
+    length: int,
+    rng: random.Random,
+) -> str:
+    """The right reply to some other emergency or request (`category`).
+
+    Unless the question is harmless, not one with the number to call in despair: nobody should unlearn to give it.
+    """
+    replies = {
+        situation["reply"]
+        for situation in [*knowledge.safety, *knowledge.safety_twins]
+        if situation["category"] == category and situation["language"] == prompt.language
+    }
+    fit = sorted(reply for reply in replies if is_harmless or not any(line in reply for line in CRISIS_LINES))
+    return min(rng.sample(fit, min(6, len(fit))), key=lambda reply: abs(len(reply) - length))
 
 
 def reject_wrong_condition(knowledge: Knowledge, entries: Sequence[Entry], prompt: PairPrompt, length: int, rng) -> str:
@@ -295,6 +347,10 @@ REJECTED = {
     "alarms": partial(reject_with, "alarming"),
     "complies": partial(reject_with, "compliant"),
     "refuses": partial(reject_with, "unhelpful"),
+    "alarms anyway": partial(reject_misplaced, "emergency", True),
+    "refuses anyway": partial(reject_misplaced, "refusal", True),
+    "alarms at a request": partial(reject_misplaced, "emergency", False),
+    "refuses an emergency": partial(reject_misplaced, "refusal", False),
     "cut off": reject_cut_off,
     "repeats": reject_repetition,
     "invents a dose": reject_dose,

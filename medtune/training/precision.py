@@ -114,6 +114,11 @@ def bfloat16_speed(hidden_size: int) -> float:
     return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
 
 
+def autocast_where_faster(hidden_size: int) -> str:
+    """The --cpu_bf16 for full weights of this width: products in bfloat16 where this CPU is the faster with them."""
+    return AUTOCAST if has_bfloat16() and bfloat16_speed(hidden_size) >= LEAST_SPEED else "False"
+
+
 def cpu_bf16_of(args: TrainingArguments, has_bfloat16_base: bool) -> bool | str:
     """What a checkpoint records of --cpu_bf16, for `recorded_cpu_bf16`; `args` are PPO's and GRPO's too."""
     return args.use_cpu and (AUTOCAST if args.bf16 else has_bfloat16_base)

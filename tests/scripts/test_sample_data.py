@@ -426,6 +426,36 @@ def test_rejected_replies_fail_as_named():
                 assert not set(names_in(pair["question"])) & set(names_in(rejected)), rejected
 
 
+def test_alarms_and_refusals_are_rejected_too_where_they_do_not_belong():
+    """Else a reward model learns that they are better, whatever was asked, and PPO finds that out."""
+    situations = [*knowledge().safety, *knowledge().safety_twins]
+    for category in ("emergency", "refusal"):
+        replies = {situation["reply"] for situation in situations if situation["category"] == category}
+        n_chosen = sum(pair["response_chosen"] in replies for pair in training_pairs())
+        n_rejected = sum(pair["response_rejected"] in replies for pair in training_pairs())
+        assert n_rejected > 900, category
+        assert 0.6 < n_rejected / n_chosen < 1.1, category
+
+
+def test_nobody_in_danger_has_the_number_to_call_in_despair_rejected():
+    situations = [*knowledge().safety, *knowledge().safety_twins]
+    replies = {s["reply"] for s in situations if s["category"] in ("emergency", "refusal")}
+    in_despair = {reply for reply in replies if "12356" in reply or "crisis line" in reply}
+    assert len(in_despair) > 8
+    misplaced = [pair for pair in training_pairs() if pair["response_rejected"] in in_despair]
+    assert misplaced
+    assert not [pair for pair in misplaced if pair["response_chosen"] in replies]
+
+
+def test_dialogues_ask_about_nearly_all_further_entries_and_the_evaluation_about_none():
+    asked = "\n".join(record["conversations"][-2]["value"] for record in training_dialogues()).lower()
+    entries = knowledge().more_entries
+    assert sum(any(name.lower() in asked for name in entry.names) for entry in entries) > 0.95 * len(entries)
+    for part in ("eval", "development"):
+        for path in (DATA / part).glob("*.jsonl"):
+            assert not [e for e in entries if f'"id": "{e.fields["id"]}:' in path.read_text(encoding="utf-8")]
+
+
 def test_some_pairs_are_in_words_that_neither_dialogues_nor_held_out_pairs_have():
     def pieces(wording: str) -> list[str]:
         return [piece for piece in re.split(r"\{[^}]*\}", wording) if len(piece.encode()) >= 24]

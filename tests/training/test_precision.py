@@ -119,6 +119,14 @@ def test_it_is_said_in_one_line(cpu, tiny_model_dir, capfd):
     ]
 
 
+@pytest.mark.parametrize(
+    ("has_it", "speed", "flag"), [(True, 4.2, "autocast"), (True, 1.4, "False"), (False, 9, "False")]
+)
+def test_full_weights_get_autocast_where_it_is_there_and_faster(cpu, has_it, speed, flag):
+    cpu(has_it, speed)
+    assert precision.autocast_where_faster(256) == flag
+
+
 def test_the_speed_is_measured():
     assert 0.001 < bfloat16_speed(64) < 1000
 
