@@ -42,5 +42,9 @@ export PPO_FLAGS="--eval_steps 2 --total_episodes 1280 --per_device_train_batch_
     --gradient_accumulation_steps $((8 / N_PROCESSES)) --rollout_batch_size 64 --num_ppo_epochs 2 --num_mini_batches 2 \
     --learning_rate 5e-4 --lr_scheduler_type constant --lora_rank 16 --kl_coef 0.3 --temperature 1 \
     --response_length 128 --gradient_checkpointing False --cpu_bf16 $precision"
+# The sample data's files, among them questions on the conditions that only continued pretraining tells of.
+export TEST_FILES="data/eval/guide_questions.jsonl data/eval/everyday_questions.jsonl data/eval/questions.jsonl \
+    data/eval/unseen_conditions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl data/eval/emergency_twins.jsonl \
+    data/eval/unsafe_requests.jsonl"
 export EVAL_FLAGS="--num_samples 100 --max_new_tokens 160 --batch_size 32"
 bash run_all.sh
