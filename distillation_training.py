@@ -70,7 +70,7 @@ from medtune.rl.vllm_servers import connect_servers
 from medtune.training.checkpoints import BEST, PADDING_FREE
 from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
-from medtune.training.precision import CPU_BF16, base_dtype, cpu_bf16_of, describe_precision
+from medtune.training.precision import CPU_BF16, base_dtype, cpu_bf16_of
 from medtune.training.run import inference_command, start_run
 from medtune.training.template_choice import choose_thinking
 
@@ -240,21 +240,14 @@ def describe_run(
     run: Run, teacher: Teacher, args: DistillationArguments, sampling: Sampling, n_prompts: int
 ) -> dict[str, str]:
     """The facts to log of teacher, loss and batch arithmetic."""
-    training_args = run.training_args
-    facts = {"template": run.lineage.asked_by, "teacher": teacher.description}
-    facts["stop tokens"] = ", ".join(run.tokenizer.convert_ids_to_tokens(sampling.stop_ids))
-    facts["batch"] = (
-        f"{training_args.per_device_train_batch_size} a device x {training_args.gradient_accumulation_steps} "
-        f"accumulated x {training_args.world_size} process(es) = {run.per_update} replies an update"
-    )
     divergence = f"generalized JSD with beta {args.beta:g}" if args.beta is not None else "reverse KL of sampled tokens"
-    facts["loss"] = f"{divergence}, {args.on_policy_share:.0%} of the updates on the student's own replies"
-    facts["updates"] = f"{run.n_updates} ({run.n_updates * run.per_update} replies, {n_prompts} prompts)"
-    if sampling.servers is not None:
-        facts["replies"] = sampling.servers.describe(args.vllm_is_cap)
-    if training_args.deepspeed:
-        facts["DeepSpeed"] = f"{training_args.deepspeed}: gradients and optimizers in parts"
-    return facts | {"precision": describe_precision(training_args, run.roles.model), "output": str(run.output_dir)}
+    own = {
+        "batch": f"{run.batch} replies an update",
+        "loss": f"{divergence}, {args.on_policy_share:.0%} of the updates on the student's own replies",
+        "updates": f"{run.n_updates} ({run.n_updates * run.per_update} replies, {n_prompts} prompts)",
+    }
+    # The teacher stands behind the template.
+    return {"template": run.lineage.asked_by, "teacher": teacher.description} | run.describe(args, sampling, own)
 
 
 # ---------------------------------------------------------------- main

@@ -81,7 +81,7 @@ from medtune.rl.vllm_servers import connect_servers
 from medtune.training.checkpoints import BEST, PADDING_FREE
 from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
-from medtune.training.precision import CPU_BF16, base_dtype, cpu_bf16_of, describe_precision
+from medtune.training.precision import CPU_BF16, base_dtype, cpu_bf16_of
 from medtune.training.processes import largest_of_processes
 from medtune.training.run import inference_command, start_run
 from medtune.training.template_choice import choose_thinking
@@ -310,25 +310,16 @@ def describe_run(
     run: Run, grpo_args: GRPOArguments, sampling: Sampling, scorer: Scorer, n_prompts: int
 ) -> dict[str, str]:
     """The facts to log of sampling, rewards and batch arithmetic."""
-    args, size = run.training_args, grpo_args.num_generations
-    facts = {"template": run.lineage.asked_by}
-    facts["stop tokens"] = ", ".join(run.tokenizer.convert_ids_to_tokens(sampling.stop_ids))
-    facts["rewards"] = " + ".join(f"{weight:g} x {name}" for name, weight in scorer.rewards.weight_by_name.items())
+    size, weight_by_name = grpo_args.num_generations, scorer.rewards.weight_by_name
+    facts = {"rewards": " + ".join(f"{weight:g} x {name}" for name, weight in weight_by_name.items())}
     if scorer.reward_texts is not None and scorer.reward_texts.reward_tokenizer is not None:
         facts["reward texts"] = "the reward model reads replies again in its own tokens and template"
-    facts["batch"] = (
-        f"{args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x "
-        f"{args.world_size} process(es) = {run.per_update} replies an update, {run.per_update // size} groups of {size}"
-    )
+    facts["batch"] = f"{run.batch} replies an update, {run.per_update // size} groups of {size}"
     facts["loss"] = f"{grpo_args.loss_type}, {grpo_args.num_iterations} step(s) an update" + (
         f", {grpo_args.beta:g} x KL from the start" if grpo_args.beta else ", no KL and no reference"
     )
     facts["updates"] = f"{run.n_updates} ({run.n_updates * run.per_update} replies, {n_prompts} prompts)"
-    if sampling.servers is not None:
-        facts["replies"] = sampling.servers.describe(grpo_args.vllm_is_cap)
-    if args.deepspeed:
-        facts["DeepSpeed"] = f"{args.deepspeed}: gradients and optimizers in parts"
-    return facts | {"precision": describe_precision(args, run.roles.model), "output": str(run.output_dir)}
+    return run.describe(grpo_args, sampling, facts)
 
 
 # ---------------------------------------------------------------- main

@@ -100,7 +100,7 @@ from medtune.rl.vllm_servers import connect_servers
 from medtune.training.checkpoints import BEST, PADDING_FREE
 from medtune.training.interruption import SignalListener
 from medtune.training.log import log_block, peak_memory_gib
-from medtune.training.precision import CPU_BF16, base_dtype, cpu_bf16_of, describe_precision
+from medtune.training.precision import CPU_BF16, base_dtype, cpu_bf16_of
 from medtune.training.run import inference_command, start_run
 from medtune.training.template_choice import choose_thinking
 
@@ -302,10 +302,8 @@ def describe_run(
     run: Run, ppo_args: PPOArguments, sampling: Sampling, scorer: Scorer, n_prompts: int
 ) -> dict[str, str]:
     """The facts to log of sampling, scores and batch arithmetic."""
-    args, shift = run.training_args, run.state.score_shift
-    facts = {"template": run.lineage.asked_by}
-    facts["stop tokens"] = ", ".join(run.tokenizer.convert_ids_to_tokens(sampling.stop_ids))
-    rewards, reward_texts = scorer.rewards, scorer.reward_texts
+    rewards, reward_texts, shift = scorer.rewards, scorer.reward_texts, run.state.score_shift
+    facts = {}
     if reward_texts is not None and reward_texts.reward_tokenizer is not None:
         facts["reward texts"] = "the reward model reads replies again in its own tokens and template"
     facts["rewards"] = " + ".join(f"{weight:g} x {name}" for name, weight in rewards.weight_by_name.items())
@@ -313,17 +311,10 @@ def describe_run(
         facts["scores"] = "as the reward model gives them, since the prompts have no replies to centre them by"
     if shift:
         facts["scores"] = f"less {shift:.3f}, the mean of up to {CENTERING_REPLIES} replies of the dialogues"
-    facts["batch"] = (
-        f"{args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x "
-        f"{args.world_size} process(es) = {run.per_update} episodes an update, {ppo_args.num_ppo_epochs} epochs of "
-        f"{ppo_args.num_mini_batches} step(s)"
-    )
+    steps = f"{ppo_args.num_ppo_epochs} epochs of {ppo_args.num_mini_batches} step(s)"
+    facts["batch"] = f"{run.batch} episodes an update, {steps}"
     facts["updates"] = f"{run.n_updates} ({run.n_updates * run.per_update} episodes, {n_prompts} prompts)"
-    if sampling.servers is not None:
-        facts["replies"] = sampling.servers.describe(ppo_args.vllm_is_cap)
-    if args.deepspeed:
-        facts["DeepSpeed"] = f"{args.deepspeed}: gradients and optimizers in parts"
-    return facts | {"precision": describe_precision(args, run.roles.model), "output": str(run.output_dir)}
+    return run.describe(ppo_args, sampling, facts)
 
 
 # ---------------------------------------------------------------- main

@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from medtune.errors import UserError
 from medtune.models.lineage import Lineage
 from medtune.reading.reply_text import ReplyDecoder
-from medtune.rl.arguments import EPISODES_AN_UPDATE
+from medtune.rl.arguments import EPISODES_AN_UPDATE, RolloutArguments
 from medtune.rl.learner import Learner, load_optimizers, save_optimizers
 from medtune.rl.log import ShownFigures, log_evaluation, log_update
 from medtune.rl.roles import Roles
-from medtune.rl.rollout import StoppedInRolloutError
+from medtune.rl.rollout import Sampling, StoppedInRolloutError
 from medtune.rl.vllm_servers import ServerError
 from medtune.rl.zero import ZeroLearner, load_engines, save_engines
 from medtune.training.checkpoints import (
@@ -43,10 +43,11 @@ from medtune.training.checkpoints import (
     write_manifest,
 )
 from medtune.training.interruption import SignalListener, exit_interrupted
-from medtune.training.log import memory_figures, plot_curves
+from medtune.training.log import memory_figures, peak_memory_gib, plot_curves
 from medtune.training.out_of_memory import batch_remedies, explain_full_memory_or_disk
+from medtune.training.precision import describe_precision
 from medtune.training.processes import leave_process_group
-from medtune.training.run import leave_finished_run
+from medtune.training.run import inference_command, leave_finished_run
 
 # Replies of the first evaluation and of the last that the log shows.
 SHOWN_REPLIES = 2
@@ -185,6 +186,27 @@ class Run:
         }
         self.first = self.state.global_step
         self.started = time.monotonic()
+
+    @property
+    def batch(self) -> str:
+        """The arithmetic of an update's batch, in words."""
+        args = self.training_args
+        return (
+            f"{args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x "
+            f"{args.world_size} process(es) = {self.per_update}"
+        )
+
+    def describe(self, args: RolloutArguments, sampling: Sampling, own: dict[str, str]) -> dict[str, str]:
+        """The facts to log: those that all stages have, around a stage's own."""
+        facts = {"template": self.lineage.asked_by}
+        facts["stop tokens"] = ", ".join(self.tokenizer.convert_ids_to_tokens(sampling.stop_ids))
+        facts |= own
+        if sampling.servers is not None:
+            facts["replies"] = sampling.servers.describe(args.vllm_is_cap)
+        if self.training_args.deepspeed:
+            facts["DeepSpeed"] = f"{self.training_args.deepspeed}: gradients and optimizers in parts"
+        precision = describe_precision(self.training_args, self.roles.model)
+        return facts | {"precision": precision, "output": str(self.output_dir)}
 
     @contextmanager
     def guarded(self, rollout_batch_size: int) -> Iterator[SignalListener]:
