@@ -45,8 +45,6 @@ from medtune.models.loading import load_tokenizer
 from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoders import AnsweredPromptEncoder, PromptEncoder
-from medtune.reading.readers import read_questions
-from medtune.reading.stage_data import prepare_data
 from medtune.reading.tokenization import load_chat_template
 from medtune.rl.alarms import count_in_a_row, find_teacher_alarm, find_update_alarm, find_warnings
 from medtune.rl.arguments import (
@@ -62,20 +60,26 @@ from medtune.rl.log import distillation_figures
 from medtune.rl.measures import ReplyMeasures, TokenMeans, summarize_replies
 from medtune.rl.off_policy import check_sampler, sampler_weights
 from medtune.rl.ppo_math import episode_order, k3
+from medtune.rl.prompts import prepare_prompts
 from medtune.rl.roles import CHECKED_PROMPTS, load_roles
 from medtune.rl.rollout import PolicyReplies, Sampling, add_logps, choose_sampling, collect_replies, replies_of_data
-from medtune.rl.run import Run, State, count_episodes, count_updates, is_done, resumed_state, start_accelerator
+from medtune.rl.run import (
+    Run,
+    State,
+    count_episodes,
+    count_updates,
+    is_done,
+    resumed_state,
+    settle_layout,
+    start_accelerator,
+)
 from medtune.rl.teacher import LocalTeacher, Teacher, choose_device, describe_teacher, load_teacher, teacher_settings
 from medtune.rl.vllm_servers import connect_servers
-from medtune.training.checkpoints import BEST, PADDING_FREE
 from medtune.training.interruption import SignalListener
-from medtune.training.log import log_block, peak_memory_gib
-from medtune.training.precision import CPU_BF16, base_dtype, cpu_bf16_of, describe_precision
-from medtune.training.run import inference_command, start_run
+from medtune.training.log import log_block
+from medtune.training.precision import CPU_BF16, base_dtype, cpu_bf16_of
+from medtune.training.run import start_run
 from medtune.training.template_choice import choose_thinking
-
-# Held-out prompts without --max_eval_samples: a reply to each is sampled at every evaluation.
-EVAL_PROMPTS = 100
 
 # ---------------------------------------------------------------- replies
 
@@ -100,9 +104,7 @@ def collect(
     Where sampled tokens are rewarded, the teacher's log-probs of them are `ref_logps`.
     """
     accelerator, update = run.accelerator, run.state.global_step
-    # Detail: process r takes every n-th episode, so that more processes or more accumulation are the same.
-    episodes = list(range(update * run.per_update, (update + 1) * run.per_update))
-    episodes = episodes[accelerator.process_index :: accelerator.num_processes]
+    episodes = list(run.own_part(range(update * run.per_update, (update + 1) * run.per_update)))
     rows = [prompts[order[episode]] for episode in episodes]
     with accelerator.autocast():
         if is_on_policy(update, args.on_policy_share):
@@ -165,7 +167,7 @@ def evaluate(
 
     The replies are sampled as those that it learns from, by the same draws at each evaluation.
     """
-    own, padded = run.own_part(rows)
+    own, padded = run.own_rows(rows)
     first, step = run.accelerator.process_index, run.accelerator.num_processes
     episodes = [first + step * index for index in range(len(padded))]
     with run.accelerator.autocast():
@@ -223,7 +225,7 @@ def train_distillation(
             # Record, evaluate, save.
             seconds = time.monotonic() - started
             metrics |= {"tokens_per_second": measures.n_tokens.sum().item() / seconds}
-            run.record_update(metrics | {"peak_memory_gib": peak_memory_gib()}, seconds)
+            run.record_update(metrics, seconds)
             if eval_rows and run.evaluation_is_due():
                 run.record_evaluation(measure())
             if run.save_is_due():
@@ -240,21 +242,14 @@ def describe_run(
     run: Run, teacher: Teacher, args: DistillationArguments, sampling: Sampling, n_prompts: int
 ) -> dict[str, str]:
     """The facts to log of teacher, loss and batch arithmetic."""
-    training_args = run.training_args
-    facts = {"template": run.lineage.asked_by, "teacher": teacher.description}
-    facts["stop tokens"] = ", ".join(run.tokenizer.convert_ids_to_tokens(sampling.stop_ids))
-    facts["batch"] = (
-        f"{training_args.per_device_train_batch_size} a device x {training_args.gradient_accumulation_steps} "
-        f"accumulated x {training_args.world_size} process(es) = {run.per_update} replies an update"
-    )
     divergence = f"generalized JSD with beta {args.beta:g}" if args.beta is not None else "reverse KL of sampled tokens"
-    facts["loss"] = f"{divergence}, {args.on_policy_share:.0%} of the updates on the student's own replies"
-    facts["updates"] = f"{run.n_updates} ({run.n_updates * run.per_update} replies, {n_prompts} prompts)"
-    if sampling.servers is not None:
-        facts["replies"] = sampling.servers.describe(args.vllm_is_cap)
-    if training_args.deepspeed:
-        facts["DeepSpeed"] = f"{training_args.deepspeed}: gradients and optimizers in parts"
-    return facts | {"precision": describe_precision(training_args, run.roles.model), "output": str(run.output_dir)}
+    own = {
+        "batch": f"{run.batch} replies an update",
+        "loss": f"{divergence}, {args.on_policy_share:.0%} of the updates on the student's own replies",
+        "updates": f"{run.n_updates} ({run.n_updates * run.per_update} replies, {n_prompts} prompts)",
+    }
+    # The teacher stands behind the template.
+    return {"template": run.lineage.asked_by, "teacher": teacher.description} | run.describe(args, sampling, own)
 
 
 # ---------------------------------------------------------------- main
@@ -286,23 +281,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     teacher_device = choose_device(teacher_args, accelerator.device)
 
     # ------------------------------------------------------------ data
-    n_eval = data_args.max_eval_samples or EVAL_PROMPTS
-    data_args = replace(data_args, max_eval_samples=n_eval)
     encoder_class = PromptEncoder if args.on_policy_share == 1 else AnsweredPromptEncoder
     encoder = encoder_class(tokenizer, chat_template, args.max_source_length, args.truncation)
-    data = prepare_data(read_questions, encoder, data_args, training_args, model_args.cache_dir)
-    eval_rows: list[dict] = []
-    if data.eval:
-        eval_rows = data.eval.select(range(min(n_eval, len(data.eval)))).to_list()  # a dialogue has several
-        data.facts["eval replies"] = str(len(eval_rows))
+    data = prepare_prompts(encoder, data_args, training_args, model_args.cache_dir)
     n_prompts, per_update = len(data.train), count_episodes(training_args)
     n_updates = count_updates(n_prompts, per_update, args.total_episodes, training_args)
 
     # ------------------------------------------------------------ what a resumed run goes on with
     record = {"stage": "distillation", "template": args.template_name, "thinking": chat_template.thinking}
     lineage = lineage_of(model_args, data_args, **record, flags=parser.given, flag="--sft_model_path")
-    own, layout = teacher_settings(teacher_args, args, **hub_options), args.padding_free
-    settings = fixed_settings("distillation", model_args, training_args, layout, per_update, n_prompts, own)
+    own = teacher_settings(teacher_args, args, **hub_options)
+    settings = fixed_settings("distillation", model_args, training_args, args, per_update, n_prompts, own)
     begins = {CPU_BF16: cpu_bf16_of(training_args, model_args.torch_dtype == "bfloat16")}
     state = resumed_state(checkpoint, settings) if checkpoint else State(settings | begins)
     if checkpoint and is_done(state, lineage, checkpoint, n_updates):
@@ -310,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     # ------------------------------------------------------------ models
     servers = connect_servers(args, sft, vars(lora_args), sampling.stop_ids, training_args, **hub_options)
-    sampling, first_prompts = replace(sampling, servers=servers), data.train[:CHECKED_PROMPTS]["prompt_ids"]
+    sampling = replace(sampling, servers=servers)
     how = teacher_folder, teacher_args, args, sampling, tokenizer, teacher_device, training_args
     teacher = load_teacher(*how, **model_args.loading_options)
     roles, facts = load_roles(
@@ -320,10 +309,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     check_vocabulary(tokenizer, roles.model)
     with accelerator.autocast():
         if isinstance(teacher, LocalTeacher):
-            teacher.check_logps(first_prompts)
-        layout = state.settings.get(PADDING_FREE, "False") if checkpoint else args.padding_free
-        roles.check_logps(first_prompts, args.temperature, f"--sft_model_path {sft}", layout)
-        state.settings[PADDING_FREE] = str(roles.padding_free)
+            teacher.check_logps(data.train[:CHECKED_PROMPTS]["prompt_ids"])
+        settle_layout(roles, state, data.train, args, sft, resumed=bool(checkpoint))
     if training_args.gradient_checkpointing:
         roles.enable_checkpointing(training_args.gradient_checkpointing_kwargs)
 
@@ -333,10 +320,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if checkpoint:
         run.load(checkpoint)
     log_block(facts | data.facts | describe_run(run, teacher, args, sampling, n_prompts))
-    train_distillation(run, teacher, data.train, eval_rows, args, sampling)
+    train_distillation(run, teacher, data.train, data.eval, args, sampling)
 
     # ------------------------------------------------------------ save and evaluate
-    return run.finish(next_command=inference_command(lineage, run.output_dir / BEST, use_peft=True))
+    return run.finish()
 
 
 if __name__ == "__main__":

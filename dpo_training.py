@@ -37,6 +37,7 @@ from medtune.models.loading import load_base_model, load_tokenizer
 from medtune.models.lora_layers import describe_trainable
 from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary, warn_of_dead_tokens
+from medtune.reading.chat_template import ChatTemplate
 from medtune.reading.encoders import FeedbackEncoder, PairEncoder
 from medtune.reading.readers import read_feedback, read_pairs
 from medtune.reading.stage_data import prepare_data
@@ -50,7 +51,6 @@ from medtune.training.preference_arguments import PairArguments, PreferenceConfi
 from medtune.training.preference_trainer import PreferenceTrainer
 from medtune.training.run import finish_run, inference_command, is_finished, start_run, train
 from medtune.training.template_choice import choose_thinking
-from template import ChatTemplate
 
 N_SAMPLES = 8
 # Longer samples are cut; repetition shows by then.

@@ -52,8 +52,6 @@ from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoders import PromptEncoder
 from medtune.reading.exams import ExamFormat
-from medtune.reading.readers import read_questions
-from medtune.reading.stage_data import prepare_data
 from medtune.reading.tokenization import load_chat_template
 from medtune.rl.alarms import count_in_a_row, find_group_alarm, find_update_alarm, find_warnings
 from medtune.rl.arguments import (
@@ -72,22 +70,28 @@ from medtune.rl.log import grpo_figures
 from medtune.rl.measures import GroupMeasures, TokenMeans, summarize_groups
 from medtune.rl.off_policy import check_sampler, sampler_weights
 from medtune.rl.ppo_math import episode_order, k3
+from medtune.rl.prompts import prepare_prompts
 from medtune.rl.reward_texts import load_reward_texts
 from medtune.rl.rewards import load_rewards, reward_settings
-from medtune.rl.roles import CHECKED_PROMPTS, load_roles
+from medtune.rl.roles import load_roles
 from medtune.rl.rollout import PolicyReplies, Replies, Sampling, Scorer, add_logps, choose_sampling, collect_replies
-from medtune.rl.run import Run, State, count_episodes, count_updates, is_done, resumed_state, start_accelerator
+from medtune.rl.run import (
+    Run,
+    State,
+    count_episodes,
+    count_updates,
+    is_done,
+    resumed_state,
+    settle_layout,
+    start_accelerator,
+)
 from medtune.rl.vllm_servers import connect_servers
-from medtune.training.checkpoints import BEST, PADDING_FREE
 from medtune.training.interruption import SignalListener
-from medtune.training.log import log_block, peak_memory_gib
-from medtune.training.precision import CPU_BF16, base_dtype, cpu_bf16_of, describe_precision
+from medtune.training.log import log_block
+from medtune.training.precision import CPU_BF16, base_dtype, cpu_bf16_of
 from medtune.training.processes import largest_of_processes
-from medtune.training.run import inference_command, start_run
+from medtune.training.run import start_run
 from medtune.training.template_choice import choose_thinking
-
-# Held-out prompts without --max_eval_samples: a greedy reply to each is written at every evaluation.
-EVAL_PROMPTS = 100
 
 # ---------------------------------------------------------------- groups
 
@@ -124,9 +128,7 @@ def collect_groups(
     drawn, missing = run.state.groups_drawn, run.per_update // size
     parts, measured = [], []
     for _ in range(1 + grpo_args.redraw_groups):
-        # Detail: process r takes every n-th episode, so that more processes or more accumulation are the same.
-        episodes = list(range(drawn * size, (drawn + missing) * size))
-        episodes = episodes[accelerator.process_index :: accelerator.num_processes]
+        episodes = list(run.own_part(range(drawn * size, (drawn + missing) * size)))
         rows = [prompts[order[episode // size]] for episode in episodes]
         with accelerator.autocast():
             replies = collect_replies(roles, rows, episodes, sampling, stop)
@@ -149,8 +151,8 @@ def collect_groups(
     metrics = summarize_groups(measures, totals, learns, scorer.rewards.names, roles.has_reference)
     if scorer.rewards.judge is not None:
         metrics["reply/unjudged_frac"] = 1 - is_judged.double().mean().item()
-    own, device = slice(accelerator.process_index, None, accelerator.num_processes), replies.ids.device
-    return Groups(replies, advantages[own].to(device), learns[own].to(device), measures, metrics)
+    advantages, learns = (run.own_part(of_all).to(replies.ids.device) for of_all in (advantages, learns))
+    return Groups(replies, advantages, learns, measures, metrics)
 
 
 # ---------------------------------------------------------------- update
@@ -229,7 +231,7 @@ def evaluate(
     run: Run, rows: Sequence[dict], sampling: Sampling, scorer: Scorer, exam_format: ExamFormat, stop: SignalListener
 ) -> dict[str, float]:
     """Measures of greedy replies to held-out prompts; before and after training the first replies go into the log."""
-    own, padded = run.own_part(rows)
+    own, padded = run.own_rows(rows)
     with run.accelerator.autocast():
         replies = collect_replies(run.roles, padded, None, sampling, stop)
         rewards = scorer.score(run.roles, padded, replies)
@@ -291,7 +293,7 @@ def train_grpo(
             # Record, evaluate, save.
             seconds = time.monotonic() - started
             metrics |= {"tokens_per_second": groups.measures.n_tokens.sum().item() / seconds}
-            run.record_update(metrics | {"peak_memory_gib": peak_memory_gib()}, seconds)
+            run.record_update(metrics, seconds)
             if eval_rows and run.evaluation_is_due():
                 run.record_evaluation(measure())
             if run.save_is_due():
@@ -310,25 +312,16 @@ def describe_run(
     run: Run, grpo_args: GRPOArguments, sampling: Sampling, scorer: Scorer, n_prompts: int
 ) -> dict[str, str]:
     """The facts to log of sampling, rewards and batch arithmetic."""
-    args, size = run.training_args, grpo_args.num_generations
-    facts = {"template": run.lineage.asked_by}
-    facts["stop tokens"] = ", ".join(run.tokenizer.convert_ids_to_tokens(sampling.stop_ids))
-    facts["rewards"] = " + ".join(f"{weight:g} x {name}" for name, weight in scorer.rewards.weight_by_name.items())
+    size, weight_by_name = grpo_args.num_generations, scorer.rewards.weight_by_name
+    facts = {"rewards": " + ".join(f"{weight:g} x {name}" for name, weight in weight_by_name.items())}
     if scorer.reward_texts is not None and scorer.reward_texts.reward_tokenizer is not None:
         facts["reward texts"] = "the reward model reads replies again in its own tokens and template"
-    facts["batch"] = (
-        f"{args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x "
-        f"{args.world_size} process(es) = {run.per_update} replies an update, {run.per_update // size} groups of {size}"
-    )
+    facts["batch"] = f"{run.batch} replies an update, {run.per_update // size} groups of {size}"
     facts["loss"] = f"{grpo_args.loss_type}, {grpo_args.num_iterations} step(s) an update" + (
         f", {grpo_args.beta:g} x KL from the start" if grpo_args.beta else ", no KL and no reference"
     )
     facts["updates"] = f"{run.n_updates} ({run.n_updates * run.per_update} replies, {n_prompts} prompts)"
-    if sampling.servers is not None:
-        facts["replies"] = sampling.servers.describe(grpo_args.vllm_is_cap)
-    if args.deepspeed:
-        facts["DeepSpeed"] = f"{args.deepspeed}: gradients and optimizers in parts"
-    return facts | {"precision": describe_precision(args, run.roles.model), "output": str(run.output_dir)}
+    return run.describe(grpo_args, sampling, facts)
 
 
 # ---------------------------------------------------------------- main
@@ -363,15 +356,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     scorer = Scorer(tokenizer, rewards, reward_texts, sampling.batch_size)
 
     # ------------------------------------------------------------ data
-    n_eval = data_args.max_eval_samples or EVAL_PROMPTS
-    data_args = replace(data_args, max_eval_samples=n_eval)
     form = {"exam_format": reward_args.exam_format, "needed_keys": rewards.needed_keys}
     encoder = PromptEncoder(tokenizer, chat_template, grpo_args.max_source_length, grpo_args.truncation, **form)
-    data = prepare_data(read_questions, encoder, data_args, training_args, model_args.cache_dir)
-    eval_rows: list[dict] = []
-    if data.eval:
-        eval_rows = data.eval.select(range(min(n_eval, len(data.eval)))).to_list()  # a dialogue has several
-        data.facts["eval replies"] = str(len(eval_rows))
+    data = prepare_prompts(encoder, data_args, training_args, model_args.cache_dir)
     rewards.rehearse(data.train)
     n_prompts = len(data.train)
     n_replies = n_prompts * grpo_args.num_generations
@@ -382,8 +369,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     lineage = lineage_of(model_args, data_args, **record, flags=parser.given, flag="--sft_model_path")
     kept = ("num_generations", "loss_type", "beta")
     own = reward_settings(reward_args, **hub_options) | {f"--{name}": getattr(grpo_args, name) for name in kept}
-    layout = grpo_args.padding_free
-    settings = fixed_settings("grpo", model_args, training_args, layout, per_update, n_prompts, own)
+    settings = fixed_settings("grpo", model_args, training_args, grpo_args, per_update, n_prompts, own)
     begins = {CPU_BF16: cpu_bf16_of(training_args, model_args.torch_dtype == "bfloat16")}
     state = resumed_state(checkpoint, settings) if checkpoint else State(settings | begins)
     if checkpoint and is_done(state, lineage, checkpoint, n_updates):
@@ -398,24 +384,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )  # fmt: skip
     check_vocabulary(tokenizer, roles.model)
     with accelerator.autocast():
-        first_prompts = data.train[:CHECKED_PROMPTS]["prompt_ids"]
-        where = f"--sft_model_path {sft}"
-        layout = state.settings.get(PADDING_FREE, "False") if checkpoint else grpo_args.padding_free
-        roles.check_logps(first_prompts, grpo_args.temperature, where, layout)
-        state.settings[PADDING_FREE] = str(roles.padding_free)
+        settle_layout(roles, state, data.train, grpo_args, sft, resumed=bool(checkpoint))
     if training_args.gradient_checkpointing:
         roles.enable_checkpointing(training_args.gradient_checkpointing_kwargs)
 
     # ------------------------------------------------------------ train
-    shown = grpo_figures(rewards.names, chosen_by_exam(eval_rows, rewards, reward_args.exam_format))
+    shown = grpo_figures(rewards.names, chosen_by_exam(data.eval, rewards, reward_args.exam_format))
     run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update, shown)
     if checkpoint:
         run.load(checkpoint)
     log_block(facts | data.facts | describe_run(run, grpo_args, sampling, scorer, n_prompts))
-    train_grpo(run, data.train, eval_rows, grpo_args, sampling, scorer, reward_args.exam_format)
+    train_grpo(run, data.train, data.eval, grpo_args, sampling, scorer, reward_args.exam_format)
 
     # ------------------------------------------------------------ save and evaluate
-    return run.finish(next_command=inference_command(lineage, run.output_dir / BEST, use_peft=True))
+    return run.finish()
 
 
 if __name__ == "__main__":

@@ -49,11 +49,11 @@ from medtune.reading.conversations import turns_to_answer
 from medtune.reading.files import read_raw
 from medtune.reading.finding import find_files
 from medtune.reading.keys import Reading, split_keys
+from medtune.reading.messages import Message
 from medtune.reading.readers import load_prompts
 from medtune.reading.thoughts import ReplySplitter, split_reply, with_opening
 from medtune.reading.tokenization import encode_recent
 from medtune.training.log import start_log
-from template import Message
 
 # The guide's questions.
 QUESTIONS = (

@@ -49,9 +49,9 @@ from medtune.models.text_part import language_model_class, loaded_config
 from medtune.models.vocabulary import check_vocabulary
 from medtune.models.whole_checkpoint import add_other_parts, summarize_parts
 from medtune.output_files import new_folder, refuse_unwritable
+from medtune.reading.chat_template import ChatTemplate
 from medtune.reading.tokenization import encode_prompt, stop_token_ids
 from medtune.training.log import start_log
-from template import ChatTemplate
 
 LEAST_AGREEMENT = 0.99
 NEAR_TIE = 2  # units of rounding at the size of the largest logit

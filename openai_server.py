@@ -50,13 +50,13 @@ from medtune.models.decoding import LEAST_PENALTY, Decoding
 from medtune.models.generation import Reply
 from medtune.models.replier import MOST_AT_A_TIME, Replier
 from medtune.reading.conversations import turns_to_answer
+from medtune.reading.messages import ToolCall
 from medtune.reading.thinking import THOUGHT_FORMS
 from medtune.reading.thoughts import ReplySplitter, split_reply
 from medtune.reading.tokenization import encode_prompt, refuse_control_tokens
 from medtune.reading.tool_calls import CallReader
 from medtune.reading.values import is_parts, text_of
 from medtune.training.log import start_log
-from template import ToolCall
 
 # Tokens of a reply whose request names no limit.
 DEFAULT_MAX_TOKENS = 1024

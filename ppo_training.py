@@ -46,8 +46,6 @@ from medtune.models.model_folder import lineage_of
 from medtune.models.vocabulary import check_vocabulary
 from medtune.reading.encoders import PromptEncoder
 from medtune.reading.exams import ExamFormat
-from medtune.reading.readers import read_questions
-from medtune.reading.stage_data import prepare_data
 from medtune.reading.tokenization import load_chat_template
 from medtune.rl.alarms import find_alarm, find_update_alarm
 from medtune.rl.arguments import (
@@ -75,9 +73,10 @@ from medtune.rl.ppo_math import (
     token_rewards,
     value_losses,
 )
+from medtune.rl.prompts import prepare_prompts
 from medtune.rl.reward_texts import load_reward_texts
 from medtune.rl.rewards import REWARD_MODEL, load_rewards, reward_settings
-from medtune.rl.roles import CHECKED_PROMPTS, load_roles
+from medtune.rl.roles import load_roles
 from medtune.rl.rollout import (
     Rollout,
     Sampling,
@@ -94,18 +93,16 @@ from medtune.rl.run import (
     count_updates,
     is_done,
     resumed_state,
+    settle_layout,
     start_accelerator,
 )
 from medtune.rl.vllm_servers import connect_servers
-from medtune.training.checkpoints import BEST, PADDING_FREE
 from medtune.training.interruption import SignalListener
-from medtune.training.log import log_block, peak_memory_gib
-from medtune.training.precision import CPU_BF16, base_dtype, cpu_bf16_of, describe_precision
-from medtune.training.run import inference_command, start_run
+from medtune.training.log import log_block
+from medtune.training.precision import CPU_BF16, base_dtype, cpu_bf16_of
+from medtune.training.run import start_run
 from medtune.training.template_choice import choose_thinking
 
-# Held-out prompts without --max_eval_samples: a greedy reply to each is written at every evaluation.
-EVAL_PROMPTS = 100
 # The dialogues' own replies whose mean score becomes the score 0.
 CENTERING_REPLIES = 64
 
@@ -213,7 +210,7 @@ def evaluate(
     stop: SignalListener,
 ) -> dict[str, float]:
     """Measures of greedy replies to held-out prompts; before and after training the first replies go into the log."""
-    own, padded = run.own_part(rows)
+    own, padded = run.own_rows(rows)
     with run.accelerator.autocast():
         rollout = collect_rollout(run.roles, padded, None, sampling, scorer, stop)
     measures = EpisodeMeasures.join(gather_object([EpisodeMeasures.of(rollout).first(len(own)).judged()]))
@@ -250,10 +247,8 @@ def train_ppo(
             run.record_evaluation(measure())
         for update in range(state.global_step, run.n_updates):
             started = time.monotonic()
-            # Collect. Detail: process r takes every n-th episode, so that more processes or more accumulation are the
-            # same.
-            episodes = list(range(update * per_update, (update + 1) * per_update))
-            episodes = episodes[accelerator.process_index :: accelerator.num_processes]
+            # Collect.
+            episodes = list(run.own_part(range(update * per_update, (update + 1) * per_update)))
             rows = [prompts[order[episode]] for episode in episodes]
             with accelerator.autocast():
                 rollout = collect_rollout(run.roles, rows, episodes, sampling, scorer, stop)
@@ -283,7 +278,7 @@ def train_ppo(
                 )
 
             # Record, evaluate, save.
-            run.record_update(metrics | {"peak_memory_gib": peak_memory_gib()}, time.monotonic() - started)
+            run.record_update(metrics, time.monotonic() - started)
             if eval_rows and run.evaluation_is_due():
                 run.record_evaluation(measure())
             if run.save_is_due():
@@ -302,10 +297,8 @@ def describe_run(
     run: Run, ppo_args: PPOArguments, sampling: Sampling, scorer: Scorer, n_prompts: int
 ) -> dict[str, str]:
     """The facts to log of sampling, scores and batch arithmetic."""
-    args, shift = run.training_args, run.state.score_shift
-    facts = {"template": run.lineage.asked_by}
-    facts["stop tokens"] = ", ".join(run.tokenizer.convert_ids_to_tokens(sampling.stop_ids))
-    rewards, reward_texts = scorer.rewards, scorer.reward_texts
+    rewards, reward_texts, shift = scorer.rewards, scorer.reward_texts, run.state.score_shift
+    facts = {}
     if reward_texts is not None and reward_texts.reward_tokenizer is not None:
         facts["reward texts"] = "the reward model reads replies again in its own tokens and template"
     facts["rewards"] = " + ".join(f"{weight:g} x {name}" for name, weight in rewards.weight_by_name.items())
@@ -313,17 +306,10 @@ def describe_run(
         facts["scores"] = "as the reward model gives them, since the prompts have no replies to centre them by"
     if shift:
         facts["scores"] = f"less {shift:.3f}, the mean of up to {CENTERING_REPLIES} replies of the dialogues"
-    facts["batch"] = (
-        f"{args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x "
-        f"{args.world_size} process(es) = {run.per_update} episodes an update, {ppo_args.num_ppo_epochs} epochs of "
-        f"{ppo_args.num_mini_batches} step(s)"
-    )
+    steps = f"{ppo_args.num_ppo_epochs} epochs of {ppo_args.num_mini_batches} step(s)"
+    facts["batch"] = f"{run.batch} episodes an update, {steps}"
     facts["updates"] = f"{run.n_updates} ({run.n_updates * run.per_update} episodes, {n_prompts} prompts)"
-    if sampling.servers is not None:
-        facts["replies"] = sampling.servers.describe(ppo_args.vllm_is_cap)
-    if args.deepspeed:
-        facts["DeepSpeed"] = f"{args.deepspeed}: gradients and optimizers in parts"
-    return facts | {"precision": describe_precision(args, run.roles.model), "output": str(run.output_dir)}
+    return run.describe(ppo_args, sampling, facts)
 
 
 # ---------------------------------------------------------------- main
@@ -357,15 +343,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     scorer = Scorer(tokenizer, rewards, reward_texts, sampling.batch_size)
 
     # ------------------------------------------------------------ data
-    n_eval = data_args.max_eval_samples or EVAL_PROMPTS
-    data_args = replace(data_args, max_eval_samples=n_eval)
     asked = {"exam_format": reward_args.exam_format, "needed_keys": rewards.needed_keys}
     encoder = PromptEncoder(tokenizer, chat_template, ppo_args.max_source_length, ppo_args.truncation, **asked)
-    data = prepare_data(read_questions, encoder, data_args, training_args, model_args.cache_dir)
-    eval_rows: list[dict] = []
-    if data.eval:
-        eval_rows = data.eval.select(range(min(n_eval, len(data.eval)))).to_list()  # a dialogue has several
-        data.facts["eval replies"] = str(len(eval_rows))
+    data = prepare_prompts(encoder, data_args, training_args, model_args.cache_dir)
     rewards.rehearse(data.train)
     n_prompts, per_update = len(data.train), count_episodes(training_args)
     n_updates = count_updates(n_prompts, per_update, ppo_args.total_episodes, training_args)
@@ -374,8 +354,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     record = {"stage": "ppo", "template": ppo_args.template_name, "thinking": chat_template.thinking}
     lineage = lineage_of(model_args, data_args, **record, flags=parser.given, flag="--sft_model_path")
     own = reward_settings(reward_args, **hub_options) | {"--kl_coef": ppo_args.kl_coef}
-    layout = ppo_args.padding_free
-    settings = fixed_settings("ppo", model_args, training_args, layout, per_update, n_prompts, own)
+    settings = fixed_settings("ppo", model_args, training_args, ppo_args, per_update, n_prompts, own)
     begins = {CPU_BF16: cpu_bf16_of(training_args, model_args.torch_dtype == "bfloat16")}
     state = resumed_state(checkpoint, settings) if checkpoint else State(settings | begins, kl_coef=ppo_args.kl_coef)
     if checkpoint and is_done(state, lineage, checkpoint, n_updates):
@@ -389,11 +368,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     check_vocabulary(tokenizer, roles.model)
     with accelerator.autocast():
-        first_prompts = data.train[:CHECKED_PROMPTS]["prompt_ids"]
-        where = f"--sft_model_path {sft}"
-        layout = state.settings.get(PADDING_FREE, "False") if checkpoint else ppo_args.padding_free
-        roles.check_logps(first_prompts, ppo_args.temperature, where, layout)
-        state.settings[PADDING_FREE] = str(roles.padding_free)
+        settle_layout(roles, state, data.train, ppo_args, sft, resumed=bool(checkpoint))
     if training_args.gradient_checkpointing:
         roles.enable_checkpointing(training_args.gradient_checkpointing_kwargs)
     if rewards.has_model and not checkpoint:
@@ -403,15 +378,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     roles.add_value_head(state.score_shift, rewards.weight_by_name.get(REWARD_MODEL, 1.0))
 
     # ------------------------------------------------------------ train
-    shown = ppo_figures(rewards.names, chosen_by_exam(eval_rows, rewards, reward_args.exam_format))
+    shown = ppo_figures(rewards.names, chosen_by_exam(data.eval, rewards, reward_args.exam_format))
     run = Run(training_args, accelerator, roles, state, tokenizer, lineage, n_updates, per_update, shown)
     if checkpoint:
         run.load(checkpoint)
     log_block(facts | data.facts | describe_run(run, ppo_args, sampling, scorer, n_prompts))
-    train_ppo(run, data.train, eval_rows, ppo_args, sampling, scorer, reward_args.exam_format)
+    train_ppo(run, data.train, data.eval, ppo_args, sampling, scorer, reward_args.exam_format)
 
     # ------------------------------------------------------------ save and evaluate
-    return run.finish(next_command=inference_command(lineage, run.output_dir / BEST, use_peft=True))
+    return run.finish()
 
 
 if __name__ == "__main__":

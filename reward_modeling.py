@@ -37,6 +37,7 @@ from medtune.models.lora_layers import describe_trainable
 from medtune.models.model_folder import lineage_of
 from medtune.models.score_heads import has_untrained_head
 from medtune.models.vocabulary import check_vocabulary
+from medtune.reading.chat_template import ChatTemplate
 from medtune.reading.encoders import ScoredPairEncoder
 from medtune.reading.readers import read_pairs
 from medtune.reading.stage_data import prepare_data
@@ -49,7 +50,6 @@ from medtune.training.preference_arguments import PairArguments
 from medtune.training.reward_trainer import RewardTrainer, RMTrainingArguments
 from medtune.training.run import finish_run, is_finished, start_run, train
 from medtune.training.template_choice import choose_thinking
-from template import ChatTemplate
 
 # ---------------------------------------------------------------- data
 

@@ -38,10 +38,10 @@ from medtune.models.chat_models import (
 )
 from medtune.models.generation import Decoding, Reply, stream_reply
 from medtune.reading.conversations import turns_to_answer
+from medtune.reading.messages import Message
 from medtune.reading.thoughts import split_reply, with_opening
 from medtune.reading.tokenization import encode_recent
 from medtune.training.log import start_log
-from template import Message
 
 EMERGENCY = (
     "紧急情况（胸痛、呼吸困难、意识不清、大出血、想自杀等）请立即拨打 120 或去急诊。 "

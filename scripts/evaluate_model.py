@@ -62,12 +62,12 @@ from medtune.models.logps import log_probs
 from medtune.output_files import new_folder
 from medtune.reading.eval_items import read_tests
 from medtune.reading.finding import find_records
+from medtune.reading.messages import Message
 from medtune.reading.near_duplicates import Known
 from medtune.reading.readers import read_dialogues, read_pairs
 from medtune.reading.thoughts import OPENING, split_reply, with_opening
 from medtune.reading.tokenization import encode_recent
 from medtune.training.log import start_log
-from template import Message
 
 SECONDS_BETWEEN_LINES = 10
 NEAR = 0.8  # share of character trigrams in common from which a training question counts as a copy of a test question

@@ -45,11 +45,11 @@ from medtune.models.loading import dtype_for_use, load_base_model, place_for_use
 from medtune.models.model_folder import ModelFolder, choose_template, describe_folder, refuse_reward_model
 from medtune.models.vocabulary import check_vocabulary
 from medtune.output_files import new_folder
+from medtune.reading.chat_template import ChatTemplate
 from medtune.reading.finding import find_files
 from medtune.reading.readers import load_dialogues
 from medtune.reading.tokenization import encode_dialogue, stop_token_ids
 from medtune.training.log import start_log
-from template import ChatTemplate
 
 GGUF_FILE = "model.gguf"
 MAX_EVAL_TOKENS = 1024

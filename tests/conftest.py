@@ -120,10 +120,19 @@ def qwen_tokenizer():
 def families_tokenizer():
     """The Qwen vocabulary with the tokens of all families. Its template and end tokens change from test to test."""
     from qwen_vocab import real_qwen_tokenizer
-    from test_template import EXPECTED
+    from template_cases import EXPECTED
 
     tokens = dict.fromkeys(token for tokens, _ in EXPECTED.values() for token in tokens if token.strip())
     return real_qwen_tokenizer(*tokens)
+
+
+@pytest.fixture(scope="session")
+def tokenizers(families_tokenizer):
+    """That one, and one with Llama's tokens alone, for templates that spell their headers (`WORDY`)."""
+    from qwen_vocab import real_qwen_tokenizer
+    from template_cases import LLAMA
+
+    return families_tokenizer, real_qwen_tokenizer(*LLAMA)
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from template_cases import TOOLS_TOO
 from test_launchers import GUIDE, edit_block, known_flags, launch, pairs, parser_of
-from test_template import COMPARED, TOOLS_TOO
+from test_template import COMPARED
 
 from medtune.arguments import (
     DataArguments,

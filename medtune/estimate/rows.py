@@ -17,9 +17,8 @@ from medtune.reading.readers import read_dialogues, read_documents, read_feedbac
 from medtune.reading.stage_data import Data, prepare_data
 from medtune.reading.thinking import thinking_of_name
 from medtune.reading.tokenization import IGNORED_LABEL, load_chat_template
+from medtune.rl.prompts import EVAL_PROMPTS
 
-# Prompts that PPO and GRPO are evaluated on without --max_eval_samples.
-EVAL_PROMPTS = 100
 # The share of an assumed dialogue that is not learned.
 PROMPT_SHARE = 0.5
 

@@ -21,8 +21,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from medtune.errors import UserError
 from medtune.export.comparison import EncodedReply, check_same_tokens
 from medtune.models.loading import weight_files
+from medtune.reading.chat_template import ChatTemplate
+from medtune.reading.messages import Message
 from medtune.reading.tokenization import IGNORED_LABEL
-from template import ChatTemplate, Message
 
 CONVERTER = "convert_hf_to_gguf.py"
 QUANTIZER = "llama-quantize"

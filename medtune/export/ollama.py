@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from medtune.errors import UserError
-from template import ChatTemplate, Message
+from medtune.reading.chat_template import ChatTemplate
+from medtune.reading.messages import Message
 
 # Words that no template has.
 _SYSTEM, _QUESTION, _REPLY, _NEXT = "probe system", "probe question", "probe answer", "probe next"

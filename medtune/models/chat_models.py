@@ -26,9 +26,10 @@ from medtune.models.reward_models import load_reward_model, reward_ids
 from medtune.models.score_heads import LastScores
 from medtune.models.text_attention import Layout, exact_layout
 from medtune.models.vocabulary import check_vocabulary
+from medtune.reading.chat_template import ChatTemplate
+from medtune.reading.messages import Message
 from medtune.reading.tokenization import encode_prompt, load_chat_template, stop_token_ids
 from medtune.reading.tool_calls import CallForm, call_form
-from template import ChatTemplate, Message
 
 # In lists of models, the name of the base model without an adapter.
 BASE = "base"

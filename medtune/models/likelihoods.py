@@ -11,8 +11,8 @@ from medtune.errors import Unusable
 from medtune.models.chat_models import ChatModel
 from medtune.models.logps import Compute, SparseHead, rounding
 from medtune.models.text_attention import Layout, exact_layout
+from medtune.reading.messages import Message
 from medtune.reading.tokenization import encode_exchange
-from template import Message
 
 
 def reply_ids(chat_model: ChatModel, messages: list[dict], reply: str) -> list[int]:

@@ -23,9 +23,10 @@ from medtune.models.lineage import (
 )
 from medtune.models.loading import load_config, load_tokenizer, weights_fingerprint
 from medtune.models.score_heads import is_reward_model
+from medtune.reading.chat_template import ChatTemplate
 from medtune.reading.thinking import NOTHINK, Thinking, has_switch
 from medtune.reading.tokenization import load_chat_template
-from template import ChatTemplate, named_template
+from template import named_template
 
 # ---------------------------------------------------------------- a model to be used
 

@@ -14,9 +14,10 @@ from medtune.models.lineage import read_adapter_config
 from medtune.models.loading import load_tokenizer
 from medtune.models.model_files import ADAPTER_WEIGHTS
 from medtune.models.score_heads import UNTRAINED_HEAD, check_score_head, is_head, load_scoring_base
+from medtune.reading.chat_template import ChatTemplate
+from medtune.reading.messages import Message
 from medtune.reading.thoughts import split_reply
 from medtune.reading.tokenization import encode_exchange, encode_prompt
-from template import ChatTemplate, Message
 
 
 def load_reward_model(

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medtune.errors import Unusable, UserError
 from medtune.reading.blocks import ENDS_OF_TEXT, cut_blocks, document_end_id, document_start_ids
+from medtune.reading.chat_template import ChatTemplate
 from medtune.reading.criteria import to_criteria
 from medtune.reading.exams import Exam, ExamFormat
 from medtune.reading.finding import RECORD_ENDINGS, TEXT_ENDINGS
@@ -36,7 +37,6 @@ from medtune.reading.tokenization import (
     refuse_control_tokens,
     shorten_prompt,
 )
-from template import ChatTemplate
 
 USUAL_END = ENDS_OF_TEXT[0]
 _IDS, _LENGTH, _TEXT = ListFeature(Value("int32")), Value("int32"), Value("string")

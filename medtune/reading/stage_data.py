@@ -12,7 +12,6 @@ from datasets import Dataset, Features, IterableDataset, Value
 from loguru import logger
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-import template
 from medtune.arguments import DataArguments
 from medtune.errors import Unusable, UserError
 from medtune.reading.cache import open_cache
@@ -214,6 +213,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over all that decides ids: vocabulary, merges, special tokens, chat template and the code itself."""
     whole = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     whole.update(f"{tokenizer.chat_template}\0{tokenizer.eos_token}\0{tokenizer.bos_token}".encode())
-    for file in (Path(template.__file__), *sorted(Path(__file__).parent.glob("*.py"))):
+    for file in sorted(Path(__file__).parent.glob("*.py")):
         whole.update(file.read_bytes())
     return whole.hexdigest()

@@ -15,11 +15,12 @@ from typing import Literal
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-import template
 from medtune.errors import Unusable, UserError
+from medtune.reading.chat_template import ChatTemplate
+from medtune.reading.messages import Message, unlearned
 from medtune.reading.thinking import Thinking, template_for, thinking_of_name
 from medtune.reading.thoughts import opens_thought, split_reply
-from template import ChatTemplate, Message, unlearned
+from template import TEMPLATES, named_template
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
@@ -41,11 +42,11 @@ def load_chat_template(
     """
     thinking = thinking_of_name(template_name, thinking)
     if template_name is not None:
-        tokenizer.chat_template = template.named_template(template_name)
+        tokenizer.chat_template = named_template(template_name)
     elif tokenizer.chat_template is None:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: name one with --template_name "
-            f"(one of {', '.join(template.TEMPLATES)})"
+            f"(one of {', '.join(TEMPLATES)})"
         )
     if not tokenizer.is_fast:
         raise UserError(

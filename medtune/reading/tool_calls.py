@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from medtune.reading.chat_template import ChatTemplate
+from medtune.reading.messages import ToolCall
 from medtune.reading.thoughts import before_part_of
-from template import ChatTemplate, ToolCall
 
 # The JSON schemas of a tool's arguments, by the tool's name and the argument's.
 Schemas = dict[str, dict[str, dict]]

@@ -416,7 +416,7 @@ def fixed_settings(
     stage: str,
     model_args: RLModelArguments,
     training_args: TrainingArguments,
-    padding_free: str,
+    args: RolloutArguments,
     per_update: int,
     n_prompts: int,
     own: dict[str, object],
@@ -433,5 +433,5 @@ def fixed_settings(
         EPISODES_AN_UPDATE: per_update,
         "training prompts": n_prompts,
         "processes under DeepSpeed": training_args.world_size if training_args.deepspeed else 0,
-        **({} if padding_free == "auto" else {PADDING_FREE: padding_free}),
+        **({} if args.padding_free == "auto" else {PADDING_FREE: args.padding_free}),
     }

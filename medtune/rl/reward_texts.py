@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from medtune.errors import Unusable, UserError
 from medtune.models.model_folder import choose_template, describe_folder
 from medtune.models.reward_models import reward_ids
+from medtune.reading.chat_template import ChatTemplate
 from medtune.reading.reply_text import ReplyDecoder
 from medtune.reading.thoughts import split_reply, with_opening
 from medtune.reading.tokenization import stop_token_ids
-from template import ChatTemplate
 
 
 @dataclass

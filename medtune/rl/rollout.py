@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from medtune.errors import UserError
 from medtune.models.decoding import Decoding
 from medtune.models.running_batch import Row, order_of_prompts
+from medtune.reading.chat_template import ChatTemplate
 from medtune.reading.tokenization import stop_token_ids
 from medtune.rl.arguments import RolloutArguments
 from medtune.rl.ppo_math import draw_uniforms, episode_seed, inverse_transform, reply_mask
@@ -20,7 +21,6 @@ from medtune.rl.roles import Roles
 from medtune.rl.scored_replies import ScoredReply, scored_replies
 from medtune.rl.vllm_servers import VllmServers, raise_in_all
 from medtune.training.interruption import SignalListener
-from template import ChatTemplate
 
 
 class StoppedInRolloutError(Exception):

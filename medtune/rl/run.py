@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from datasets import Dataset
 from loguru import logger
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -20,15 +21,16 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from medtune.errors import UserError
 from medtune.models.lineage import Lineage
 from medtune.reading.reply_text import ReplyDecoder
-from medtune.rl.arguments import EPISODES_AN_UPDATE
+from medtune.rl.arguments import EPISODES_AN_UPDATE, RolloutArguments
 from medtune.rl.learner import Learner, load_optimizers, save_optimizers
 from medtune.rl.log import ShownFigures, log_evaluation, log_update
-from medtune.rl.roles import Roles
-from medtune.rl.rollout import StoppedInRolloutError
+from medtune.rl.roles import CHECKED_PROMPTS, Roles
+from medtune.rl.rollout import Sampling, StoppedInRolloutError
 from medtune.rl.vllm_servers import ServerError
 from medtune.rl.zero import ZeroLearner, load_engines, save_engines
 from medtune.training.checkpoints import (
     BEST,
+    PADDING_FREE,
     UNFINISHED,
     delete_oldest,
     follow_schedule,
@@ -43,10 +45,11 @@ from medtune.training.checkpoints import (
     write_manifest,
 )
 from medtune.training.interruption import SignalListener, exit_interrupted
-from medtune.training.log import memory_figures, plot_curves
+from medtune.training.log import memory_figures, peak_memory_gib, plot_curves
 from medtune.training.out_of_memory import batch_remedies, explain_full_memory_or_disk
+from medtune.training.precision import describe_precision
 from medtune.training.processes import leave_process_group
-from medtune.training.run import leave_finished_run
+from medtune.training.run import inference_command, leave_finished_run
 
 # Replies of the first evaluation and of the last that the log shows.
 SHOWN_REPLIES = 2
@@ -158,6 +161,16 @@ def is_done(state: State, lineage: Lineage, checkpoint: str, n_updates: int) -> 
     return True
 
 
+def settle_layout(
+    roles: Roles, state: State, prompts: Dataset, args: RolloutArguments, sft: str, resumed: bool
+) -> None:
+    """Decide whether rows are joined, a resumed run as it began; raises UserError unless log-probs are the model's."""
+    padding_free = state.settings.get(PADDING_FREE, "False") if resumed else args.padding_free
+    first_prompts = prompts[:CHECKED_PROMPTS]["prompt_ids"]
+    roles.check_logps(first_prompts, args.temperature, f"--sft_model_path {sft}", padding_free)
+    state.settings[PADDING_FREE] = str(roles.padding_free)
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -185,6 +198,27 @@ class Run:
         }
         self.first = self.state.global_step
         self.started = time.monotonic()
+
+    @property
+    def batch(self) -> str:
+        """The arithmetic of an update's batch, in words."""
+        args = self.training_args
+        return (
+            f"{args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x "
+            f"{args.world_size} process(es) = {self.per_update}"
+        )
+
+    def describe(self, args: RolloutArguments, sampling: Sampling, own: dict[str, str]) -> dict[str, str]:
+        """The facts to log: those that all stages have, around a stage's own."""
+        facts = {"template": self.lineage.asked_by}
+        facts["stop tokens"] = ", ".join(self.tokenizer.convert_ids_to_tokens(sampling.stop_ids))
+        facts |= own
+        if sampling.servers is not None:
+            facts["replies"] = sampling.servers.describe(args.vllm_is_cap)
+        if self.training_args.deepspeed:
+            facts["DeepSpeed"] = f"{self.training_args.deepspeed}: gradients and optimizers in parts"
+        precision = describe_precision(self.training_args, self.roles.model)
+        return facts | {"precision": precision, "output": str(self.output_dir)}
 
     @contextmanager
     def guarded(self, rollout_batch_size: int) -> Iterator[SignalListener]:
@@ -343,10 +377,14 @@ class Run:
 
     # ------------------------------------------------------------ what is due, and what was measured
 
-    def own_part(self, rows: Sequence[dict]) -> tuple[Sequence[dict], list[dict]]:
+    def own_part(self, of_all: Sequence | torch.Tensor) -> Sequence | torch.Tensor:
+        """This process's part: every n-th, so that more processes and more accumulation are the same (detail)."""
+        return of_all[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def own_rows(self, rows: Sequence[dict]) -> tuple[Sequence[dict], list[dict]]:
         """This process's part of the held-out rows, and the same filled up to the longest part with the first row:
         every process takes part in each gathering, so all must have as many batches."""
-        own = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        own = self.own_part(rows)
         longest = math.ceil(len(rows) / self.accelerator.num_processes)
         return own, [*own, *rows[: longest - len(own)]]
 
@@ -391,7 +429,7 @@ class Run:
         seconds_left = (time.monotonic() - self.started) / n_done * (self.n_updates - state.global_step)
         left = f"{seconds_left / 3600:.1f} h" if seconds_left >= 3600 else f"{seconds_left / 60:.1f} min"
         episodes = {"episodes": state.global_step * self.per_update, "episodes_per_second": self.per_update / seconds}
-        metrics = metrics | episodes
+        metrics = metrics | {"peak_memory_gib": peak_memory_gib()} | episodes
         is_first = state.global_step == 1 and args.logging_first_step
         if is_first or state.global_step % int(args.logging_steps) == 0 or state.global_step == self.n_updates:
             state.log_history.append({"step": state.global_step} | metrics)
@@ -400,7 +438,7 @@ class Run:
         if n_done == 3:
             logger.info(f"about {left} left, at the speed of the first three updates")
 
-    def finish(self, next_command: str) -> dict[str, float]:
+    def finish(self) -> dict[str, float]:
         """Write the results of a run that is done, and name the next command; returns what was measured of
         checkpoint-best."""
         state = self.state
@@ -414,7 +452,7 @@ class Run:
             plot_curves(state.log_history, self.output_dir / "curves.png", self.shown.curves, xlabel="update")
         logger.info(f"done: {self.output_dir / BEST} (update {state.best_step} of {state.global_step})")
         logger.info(f"results: {self.output_dir}; curves: tensorboard --logdir {self.output_dir}")
-        logger.info(f"next: {next_command}")
+        logger.info(f"next: {inference_command(self.lineage, self.output_dir / BEST, use_peft=True)}")
         self.accelerator.end_training()
         leave_process_group()
         return metrics

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 from qwen_vocab import real_qwen_tokenizer
-from test_template import GEMMA4, HARMONY, MISTRAL
+from template_cases import GEMMA4, HARMONY, MISTRAL
 
 from medtune.reading.reply_text import ReplyDecoder
 from medtune.reading.thoughts import split_reply

@@ -3,10 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-from qwen_vocab import real_qwen_tokenizer
 from reading_cases import assistant, fault_of, gpt, human, reason, tool, user
-from test_template import EXPECTED, LLAMA, TRL_TEMPLATES, WORDY
-from test_template import PLAIN as PLAIN_NAMES
+from template_cases import EXPECTED, TRL_TEMPLATES, WORDY
+from template_cases import PLAIN as PLAIN_NAMES
 
 from medtune.arguments import DataArguments
 from medtune.errors import Unusable, UserError
@@ -47,13 +46,6 @@ HEADED = dialogue([f"## Thinking\n\n{t}\n\n## Final Response\n\n{a}" for t, a in
 
 # Which named template has the tokens of a model's own.
 OWN_TOKENS = {"gptoss": "gptoss", "gemma4_v5": "gemma4", "lfm2_2_5_v2": "lfm2_5"}
-
-
-@pytest.fixture(scope="module")
-def tokenizers():
-    """The Qwen vocabulary with the tokens of all families, and with Llama's alone."""
-    tokens = dict.fromkeys(token for tokens, _ in EXPECTED.values() for token in tokens if token.strip())
-    return real_qwen_tokenizer(*tokens), real_qwen_tokenizer(*LLAMA)
 
 
 @pytest.fixture
@@ -261,7 +253,7 @@ def test_a_choice_is_changed_by_another(load, name):
 
 @pytest.mark.parametrize("name", PLAIN_NAMES)
 def test_data_without_thoughts_gives_the_ids_that_it_gave_without_the_flag(load, name):
-    """Which other tests compare with the table in test_template.py."""
+    """Which other tests compare with the table in template_cases.py."""
     ids_and_labels = encode_dialogue(*load(name, None), PLAIN, max_length=NO_LIMIT)
     changing = {"qwen3": ["drop", "empty"], "glm4_moe": ["drop", "empty"], "minicpm": ["keep", "empty"]}
     changing |= {"gemma4": ["keep", "empty"]}

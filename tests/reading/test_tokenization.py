@@ -10,11 +10,10 @@ from types import SimpleNamespace
 import pytest
 from qwen_vocab import real_qwen_tokenizer
 from reading_cases import assistant, system, tool, user
-from test_template import EXPECTED, LLAMA, PLAIN, REWRITING, TOOL_TURNS, TOOLS, TRL_TEMPLATES, WORDY
+from template_cases import EXPECTED, PLAIN, REWRITING, TOOL_TURNS, TOOLS, TRL_TEMPLATES, WORDY
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-import template
 from medtune.arguments import DataArguments
 from medtune.errors import Unusable, UserError
 from medtune.reading import stage_data, tokenization
@@ -46,18 +45,12 @@ TWO_TURNS = [SYSTEM, *FIRST, *SECOND]
 # ---------------------------------------------------------------- tokenizers
 
 
-@pytest.fixture(scope="module")
-def llama_tokenizer():
-    """With Llama's tokens alone, for templates that spell their headers."""
-    return real_qwen_tokenizer(*LLAMA)
-
-
 @pytest.fixture
-def family(families_tokenizer, llama_tokenizer):
+def family(tokenizers):
     """A function from a template's name to the tokenizer of its family and the template, named or its own."""
 
     def load(name: str, own: bool = False):
-        tokenizer, tokens = llama_tokenizer if name in WORDY else families_tokenizer, EXPECTED[name][0]
+        tokenizer, tokens = tokenizers[name in WORDY], EXPECTED[name][0]
         tokenizer.bos_token, tokenizer.eos_token = tokens[0], tokens[-1]
         tokenizer.chat_template = named_template(name) if own else None
         return tokenizer, load_chat_template(tokenizer, None if own else name)
@@ -84,7 +77,7 @@ def learned_ids(ids: list[int], labels: list[int]) -> list[int]:
 
 
 def expected_ids(tokenizer, name: str, messages: list[dict]) -> list[int]:
-    """Each reply as its template writes it, with its end token, from the table in test_template.py."""
+    """Each reply as its template writes it, with its end token, from the table in template_cases.py."""
     middle, last = (piece for piece in EXPECTED[name][1] if "A1" in piece or "A2" in piece)
     replies = [message["content"] for message in messages if message["role"] == "assistant"]
     written = [middle.replace("A1", reply) for reply in replies[:-1]] + [last.replace("A2", replies[-1])]
@@ -580,12 +573,10 @@ def test_fingerprint_changes_with_all_that_decides_ids(tiny_tokenizer, monkeypat
     ]
     assert len(set(prints)) == 5
     assert fingerprint() == prints[0]
-    for module in (stage_data, template):
-        edited = tmp_path / "edited.py"
-        edited.write_text("# another version\n", encoding="utf-8")
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "__file__", str(edited))
-            assert fingerprint() not in prints
+    edited = tmp_path / "edited.py"
+    edited.write_text("# another version\n", encoding="utf-8")
+    monkeypatch.setattr(stage_data, "__file__", str(edited))
+    assert fingerprint() not in prints
 
 
 def test_unchanged_data_is_tokenized_once(tiny_tokenizer, write_jsonl, tmp_path, monkeypatch):

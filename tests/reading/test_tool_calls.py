@@ -3,12 +3,9 @@
 import json
 
 import pytest
-from qwen_vocab import real_qwen_tokenizer
-from test_template import (
+from template_cases import (
     A1,
     CALLS,
-    EXPECTED,
-    LLAMA,
     ONE_BY_ONE,
     ONE_CALL,
     Q1,
@@ -44,13 +41,6 @@ WRITTEN = {
     "minicpm": '<function name="dose"><param name="drug">布洛芬</param><param name="age">30</param></function>'
     "<|im_end|>",
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizers():
-    """The Qwen vocabulary with the tokens of all families, and with Llama's alone."""
-    tokens = dict.fromkeys(token for tokens, _ in EXPECTED.values() for token in tokens if token.strip())
-    return real_qwen_tokenizer(*tokens), real_qwen_tokenizer(*LLAMA)
 
 
 def read(form, answer: str, size: int = 1000, tools=TOOLS) -> tuple[str, list[dict]]:

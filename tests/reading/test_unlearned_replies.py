@@ -5,7 +5,7 @@ import json
 import pytest
 from check_data import main as check_main
 from reading_cases import assistant, user
-from test_template import EXPECTED, WORDY
+from template_cases import EXPECTED, WORDY
 
 from medtune.errors import Unusable
 from medtune.reading.conversations import to_dialogue

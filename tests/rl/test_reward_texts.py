@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_template import EXPECTED, TOOL_TURNS, TOOLS
+from template_cases import EXPECTED, TOOL_TURNS, TOOLS
 from transformers import AutoTokenizer
 
 from medtune.reading.tokenization import (
