@@ -47,4 +47,4 @@ export TEST_FILES="data/eval/guide_questions.jsonl data/eval/everyday_questions.
     data/eval/unseen_conditions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl data/eval/emergency_twins.jsonl \
     data/eval/unsafe_requests.jsonl"
 export EVAL_FLAGS="--num_samples 100 --max_new_tokens 160 --batch_size 32"
-bash run_all.sh
+bash "${1:-run_all.sh}" # or another script, with these flags
