@@ -24,7 +24,6 @@ from medtune.rl.arguments import EPISODES_AN_UPDATE
 from medtune.rl.learner import Learner, load_optimizers, save_optimizers
 from medtune.rl.log import ShownFigures, log_evaluation, log_update
 from medtune.rl.roles import Roles
-from medtune.rl.rollout import StoppedInRolloutError
 from medtune.rl.vllm_servers import ServerError
 from medtune.rl.zero import ZeroLearner, load_engines, save_engines
 from medtune.training.checkpoints import (
@@ -42,7 +41,7 @@ from medtune.training.checkpoints import (
     unfinished_folder,
     write_manifest,
 )
-from medtune.training.interruption import SignalListener, exit_interrupted
+from medtune.training.interruption import SignalListener, StoppedInRolloutError, exit_interrupted
 from medtune.training.log import memory_figures, plot_curves
 from medtune.training.out_of_memory import batch_remedies, explain_full_memory_or_disk
 from medtune.training.processes import leave_process_group
