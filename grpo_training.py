@@ -132,7 +132,7 @@ def collect_groups(
         rows = [prompts[order[episode // size]] for episode in episodes]
         with accelerator.autocast():
             replies = collect_replies(roles, rows, episodes, sampling, stop)
-            rewards = scorer.score(roles, rows, replies)
+            rewards = scorer.score(roles, rows, replies, stop)
             parts.append(add_logps(roles, rows, replies, sampling, stop))
         measured.append(GroupMeasures.interleave(gather_object([GroupMeasures.of(parts[-1], rewards)])))
         drawn += missing
@@ -234,7 +234,7 @@ def evaluate(
     own, padded = run.own_rows(rows)
     with run.accelerator.autocast():
         replies = collect_replies(run.roles, padded, None, sampling, stop)
-        rewards = scorer.score(run.roles, padded, replies)
+        rewards = scorer.score(run.roles, padded, replies, stop)
     run.show_replies(own, replies.reply_ids())
     read = scorer.read(padded, replies)[: len(own)]
     rewards = rewards[: len(own)].tolist()

@@ -9,6 +9,7 @@ compared and spoilt, while a thought before them stays, and a model's thought is
 has none.
 `--format sft` writes dialogues, each with the best of the model's replies, thoughts included: by `--reward_model`,
 `--judge`, or for exam questions the first whose letter is right, which with the others the best must have too.
+What a model has written is kept as it goes: after an interruption the same command goes on where it stopped.
 
     python scripts/generate_preference_data.py --sft_data data/finetune/train.jsonl \\
         --output_file data/reward/preference_data.jsonl --num_samples 5000
@@ -20,12 +21,12 @@ has none.
 """
 
 import argparse
-import random
+import hashlib
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -37,19 +38,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from medtune.devices import add_use_cpu, cpu_reason
 from medtune.errors import Unusable, UserError, run_script
-from medtune.measuring.judge_client import Judge, JudgeArguments, Unjudged
+from medtune.made_so_far import MadeSoFar
+from medtune.measuring.judge_client import Judge, Unjudged, add_judge_flags, judge_arguments
 from medtune.measuring.judge_prompts import JudgeQuestion, grading_question
 from medtune.measuring.rubrics import quality_rubric, rubric_score
 from medtune.output_files import new_text_file, refuse_same
 from medtune.reading.criteria import Criterion, to_criteria
-from medtune.reading.exams import Exam, ExamFormat
-from medtune.reading.finding import RecordFile, find_records
+from medtune.reading.drawn_prompts import draw_prompts
+from medtune.reading.exams import Exam
+from medtune.reading.finding import find_records
 from medtune.reading.foreign_forms import add_ignore_keys
 from medtune.reading.guide_form import guide_line
 from medtune.reading.hub_data import add_records_flags, named_records
 from medtune.reading.keys import Reading
-from medtune.reading.readers import read_dialogues, read_questions
-from medtune.reading.records import BadRecord, Dialogue, Pair, Prompt, Question, Report, T
+from medtune.reading.records import BadRecord, Dialogue, Pair, Prompt, Report, T
 from medtune.reading.thoughts import split_reply, with_opening
 from medtune.reading.words import dropped_lines, unread_lines
 from medtune.sample_data.spoilt_replies import likeness, split_thought, spoil_replies
@@ -60,70 +62,11 @@ if TYPE_CHECKING:
 ENDINGS = (".jsonl", ".jsonl.gz")
 # What a model replies to: a pair that lacks a reply, or a prompt.
 Asked = Pair | Prompt
-
-# ---------------------------------------------------------------- which replies
-
-
-def draw_prompts(
-    files: Sequence[RecordFile],
-    num_samples: int,
-    seed: int,
-    reading: Reading | None = None,
-    as_questions: ExamFormat | None = None,
-) -> tuple[list[Asked], Report]:
-    """Sample `num_samples` dialogues uniformly, in their order, as pairs without a rejected reply yet.
-
-    Only the sample is in memory (reservoir sampling, Vitter 1985).
-
-    as_questions: as prompts alone, exam questions in this form.
-    """
-    report, rng = Report(), random.Random(seed)
-    drawn: list[tuple[int, Asked]] = []
-    n_usable = 0
-    read, make = (
-        (read_questions, partial(question_of, form=as_questions)) if as_questions else (read_dialogues, prompt_of)
-    )
-    for dialogue in report.usable(tqdm(read(files, reading), unit=" records", disable=None)):
-        try:
-            prompt = make(dialogue)
-        except Unusable as error:
-            report.drop(BadRecord(dialogue.source, error.reason, error.detail))
-            continue
-        n_usable += 1
-        place = len(drawn) if len(drawn) < num_samples else rng.randrange(n_usable)
-        if place < num_samples:
-            drawn[place : place + 1] = [(n_usable, prompt)]
-    return [prompt for _, prompt in sorted(drawn, key=lambda numbered: numbered[0])], report
-
-
-def question_of(question: Question, form: ExamFormat) -> Prompt:
-    """The last question of a record that ends with one, otherwise that of the longest reply; raises Unusable."""
-    if "rubrics" in question.rest:
-        to_criteria(question.rest["rubrics"])
-    if question.exam is not None:
-        question.exam.refuse_unanswered()
-        exam = question.exam.with_one_answer()
-        asked = question.messages[: -1 if question.messages[-1]["role"] == "assistant" else None]
-        messages = [*asked[:-1], {"role": "user", "content": exam.prompt(form)}]
-        return Prompt(messages, None, exam.reply(form), question.source, exam, question.rest)
-    if question.messages[-1]["role"] == "user" and not question.tools:
-        return Prompt(question.messages, None, "", question.source, rest=question.rest)
-    pair = prompt_of(question)
-    return Prompt(pair.messages, None, pair.chosen, pair.source, rest=question.rest)
-
-
-def prompt_of(dialogue: Dialogue) -> Pair:
-    """A pair of the turns up to the longest reply and, as chosen, that reply; raises Unusable."""
-    messages = dialogue.messages
-    if dialogue.tools or any(message.get("tool_calls") for message in messages):
-        raise Unusable("uses tools", "pairs are made of dialogues without tools")
-    replies = [n for n, message in enumerate(messages) if message["role"] == "assistant" and "weight" not in message]
-    # The last turn is often a mere "you are welcome".
-    longest = max(replies, key=lambda index: len(split_reply(messages[index]["content"]).answer))
-    if not split_reply(messages[longest]["content"]).answer:
-        raise Unusable("no answer", "its replies are thoughts alone")
-    return Pair(messages[:longest], messages[longest]["content"], "", None, dialogue.source)
-
+# What is made of it, by name.
+MADE = {kind.__name__: kind for kind in (Pair, Dialogue, BadRecord)}
+# Flags that change nothing in what is made.
+OF_THE_RUN = ("output_file", "overwrite", "cache_dir", "judge_url", "judge_sends_data", "judge_max_tokens")
+OF_THE_RUN += ("judge_requests_per_minute", "judge_cache")
 
 # ---------------------------------------------------------------- replies of a model
 
@@ -132,9 +75,12 @@ Scores = dict["Reply", float] | Unusable
 
 
 class Sampler:
-    """A model that answers prompts several times, and what scores its answers: a reward model, a judge, or nothing."""
+    """A model that answers prompts several times, and what scores its answers: a reward model, a judge, or nothing.
 
-    def __init__(self, args: argparse.Namespace, judge: Judge | None):
+    made: what an earlier run has made of the first prompts, and this one goes on with.
+    """
+
+    def __init__(self, args: argparse.Namespace, judge: Judge | None, made: MadeSoFar):
         from medtune.models.chat_models import ChatModelArguments, RewardModel, describe_model, load_weights
         from medtune.models.generation import Decoding
 
@@ -153,6 +99,7 @@ class Sampler:
             top_p=args.top_p if args.temperature else 1.0,
         )
         self.num_replies, self.batch_size, self.judge = args.num_replies, args.batch_size, judge
+        self.seed, self.made = args.seed, made
         self.chat_model = describe_model(model_args, "--model")
         self.reward_model = RewardModel(args.reward_model, model_args) if args.reward_model else None
         load_weights([self.chat_model], model_args)
@@ -172,31 +119,41 @@ class Sampler:
         self, prompts: Sequence[Asked], pick: Callable[..., list["Reply"]], of_replies: Callable[..., T]
     ) -> Iterator[T | BadRecord]:
         """What a function makes of each prompt and the scores of the picked replies: a judge is paid for each."""
+        import torch
+
+        for part in self.made.parts:
+            yield from (MADE[kind](**values) for kind, values in part)
         # Some batches at a time: sorted by length, and no more replies are held.
         step = max(1, 16 * self.batch_size // self.num_replies)
-        for start in range(0, len(prompts), step):
-            if self.judge is not None and self.judge.stopped:
-                yield from (BadRecord(prompt.source, "not judged", self.judge.stopped) for prompt in prompts[start:])
-                return
+        for start in range(step * len(self.made.parts), len(prompts), step):
+            # Each time anew, so that a run that goes on draws the same.
+            torch.manual_seed(self.seed + start)
+            made: list[T | BadRecord] = []
             asked: list[tuple[Asked, list[int]]] = []
             for prompt in prompts[start : start + step]:
                 try:
                     asked.append((prompt, self.encode(prompt)))
                 except Unusable as error:
-                    yield BadRecord(prompt.source, error.reason, error.detail)
+                    made.append(BadRecord(prompt.source, error.reason, error.detail))
             groups = []
             for prompt, replies in self.reply([prompt for prompt, _ in asked], [ids for _, ids in asked]):
                 try:
                     groups.append((prompt, pick(prompt, replies)))
                 except Unusable as error:
-                    yield BadRecord(prompt.source, error.reason, error.detail)
+                    made.append(BadRecord(prompt.source, error.reason, error.detail))
             for (prompt, replies), scores in zip(groups, self.score(groups), strict=True):
                 try:
                     if isinstance(scores, Unusable):
                         raise scores
-                    yield of_replies(prompt, replies, scores)
+                    made.append(of_replies(prompt, replies, scores))
                 except Unusable as error:
-                    yield BadRecord(prompt.source, error.reason, error.detail)
+                    made.append(BadRecord(prompt.source, error.reason, error.detail))
+            yield from made
+            if self.judge is not None and self.judge.stopped:
+                rest = prompts[start + step :]
+                yield from (BadRecord(prompt.source, "not judged", self.judge.stopped) for prompt in rest)
+                return
+            self.made.add([(type(one).__name__, asdict(one)) for one in made])
 
     def reply(self, prompts: Sequence[Asked], prompt_ids: Sequence[list[int]]) -> list[tuple[Asked, list["Reply"]]]:
         """Each prompt with the replies that can be chosen: those with an answer, each once."""
@@ -346,6 +303,22 @@ def has_right_letter(exam: Exam, reply: "Reply") -> bool:
 # ---------------------------------------------------------------- main
 
 
+def made_so_far(args: argparse.Namespace, prompts: Sequence[Asked]) -> MadeSoFar:
+    """What an interrupted run of this command has made; raises UserError if another command's is there."""
+    from medtune.models.lineage import check_model_path
+    from medtune.models.loading import weights_fingerprint
+
+    settings = {f"--{name}": value for name, value in vars(args).items() if name not in OF_THE_RUN}
+    for flag in (flag for flag in ("--model", "--reward_model") if settings[flag]):
+        check_model_path(settings[flag], flag)
+        settings[f"weights of {flag}"] = weights_fingerprint(settings[flag], flag=flag, cache_dir=args.cache_dir)[:12]
+    settings["the drawn records"] = hashlib.sha256(repr(prompts).encode()).hexdigest()[:12]
+    made = MadeSoFar(args.output_file, "--output_file", settings)
+    if made.parts:
+        print(f"{made.file}: {sum(map(len, made.parts)):,} of {len(prompts):,} are made already")
+    return made
+
+
 def write_pairs(pairs: Iterable[tuple[Pair, str] | BadRecord], n_prompts: int, file: TextIO) -> list[str]:
     """Write the pairs and return summary lines; raises UserError if there are none."""
     report, failures = Report(), Counter()
@@ -396,29 +369,9 @@ def check_flags(args: argparse.Namespace) -> None:
             raise UserError(f"--num_replies 1: {flag} needs several to choose from")
     if args.reward_model and args.judge:
         raise UserError("--reward_model and --judge both score the replies: give one of them")
-    judge_args(args).check_judge("--judge" if args.judge else None)
+    judge_arguments(args).check_judge("--judge" if args.judge else None)
     if args.num_replies > 1 and args.temperature == 0:
         raise UserError(f"--temperature 0: all {args.num_replies} replies would be the same; give more than 0")
-
-
-def add_judge_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `JudgeArguments`, which this script has without the libraries' parser."""
-    group = parser.add_argument_group("a judge in place of a reward model")
-    group.add_argument("--judge", action="store_true", help="the model of --judge_url scores the replies by a rubric")
-    kinds = {bool: truth, int: int, int | None: int}  # transformers' parser leaves int alone of the last
-    for spec in fields(JudgeArguments):
-        options = {"type": kinds.get(spec.type, str), "default": spec.default, "help": spec.metadata["help"]}
-        group.add_argument(f"--{spec.name}", **options)
-
-
-def truth(word: str) -> bool:
-    if word.lower() not in ("true", "false"):
-        raise ValueError
-    return word.lower() == "true"
-
-
-def judge_args(args: argparse.Namespace) -> JudgeArguments:
-    return JudgeArguments(**{spec.name: getattr(args, spec.name) for spec in fields(JudgeArguments)})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -458,7 +411,8 @@ def main(argv: list[str] | None = None) -> None:
     refuse_same(files, args.output_file, "--output_file")
     reading = Reading(args.ignore_keys)
     form = args.exam_format if args.format == "sft" else None
-    prompts, report = draw_prompts(files, args.num_samples, args.seed, reading, form)
+    bar = partial(tqdm, unit=" records", disable=None)
+    prompts, report = draw_prompts(files, args.num_samples, args.seed, reading, form, bar)
     if not prompts:
         named = named_records("--sft_data", args.sft_data, args.dataset_name)
         raise UserError("\n".join([f"{named}: no usable dialogue in it", *dropped_lines(report)]))
@@ -472,15 +426,13 @@ def main(argv: list[str] | None = None) -> None:
     if len(prompts) < args.num_samples:
         print(f"--num_samples {args.num_samples:,}: there are only {len(prompts):,} to draw from")
 
-    judge = Judge(judge_args(args)) if args.judge else None
+    judge = Judge(judge_arguments(args)) if args.judge else None
     if judge is not None:
         judge.try_out()
     with new_text_file(args.output_file, "--output_file", args.overwrite) as file:
         if args.model:
-            from transformers import set_seed
-
-            set_seed(args.seed)
-            sampler = Sampler(args, judge)
+            made = made_so_far(args, prompts)
+            sampler = Sampler(args, judge, made)
             if args.format == "sft":
                 lines = write_dialogues(sampler.dialogues(prompts), len(prompts), file)
             else:
@@ -491,7 +443,12 @@ def main(argv: list[str] | None = None) -> None:
     if judge is not None:
         print(f"judge: {judge.usage}")
         if judge.stopped:
-            raise UserError(f"{judge.where}: {args.output_file} is incomplete: {judge.stopped}")
+            raise UserError(
+                f"{judge.where}: {args.output_file} is incomplete: {judge.stopped}; the same command with --overwrite "
+                "goes on"
+            )
+    if args.model:
+        made.delete()
 
 
 if __name__ == "__main__":

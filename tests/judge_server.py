@@ -90,7 +90,7 @@ def running_judge():
             pass
 
     def hang(number: int, handler: BaseHTTPRequestHandler) -> bool:
-        stop.wait(20)
+        stop.wait(60)
         return True
 
     judge.hang = hang

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -164,7 +165,7 @@ def test_groups_of_equal_rewards_teach_nothing_and_are_counted(flags, tmp_path, 
 def reward_some(monkeypatch, n_without: int) -> None:
     """Of each scoring the first groups of four get equal rewards, the others different ones."""
 
-    def score(self, replies, model_scores=None):
+    def score(self, replies, model_scores, stop):
         rewards = torch.arange(len(replies), dtype=torch.float32) % 4
         rewards[: 4 * n_without] = 0
         return rewards[:, None]
@@ -229,6 +230,38 @@ def test_a_judges_reward_and_replies_that_it_could_not_judge(flags, tmp_path, mo
     assert 0 < max(unjudged) < 0.5
     assert all(math.isfinite(value) for entry in history(tmp_path / "out") for value in entry.values())
     assert min(updates(tmp_path / "out", "reward/judge_std")) > 0
+
+
+def test_a_signal_does_not_wait_for_a_judge_that_hangs(flags, tmp_path, monkeypatch, capfd):
+    """In the second update: the first is saved, and goes on as if nothing had been."""
+    monkeypatch.setattr(judge_client, "SECONDS_AT_A_SIGNAL", 0)
+    hangs, ended, log_update = threading.Event(), [], run.log_update
+    monkeypatch.setattr(run, "log_update", lambda *given: (hangs.set(), log_update(*given)))
+
+    def hang(number, handler) -> bool:
+        if hangs.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+            return judge.hang(number, handler) and not ended.append(number)
+        return False
+
+    with running_judge() as judge:
+        judge.verdict = lambda reply, criterion: len(reply) % 2 == 1
+        served = {"judge_url": judge.url, "judge_model": "m", "judge_cache": tmp_path / "judged"}
+        judging = partial(flags, rewards="judge", reward_file=None, **served)
+        grpo_training.main(judging(output_dir=tmp_path / "whole"))
+        (tmp_path / "judged").rename(tmp_path / "judged before")
+        hangs.clear()
+        judge.fault = hang
+        with pytest.raises(SystemExit) as stopped:
+            grpo_training.main(judging())
+        assert not ended
+    assert stopped.value.code == 128 + signal.SIGTERM
+    last_line = capfd.readouterr().err.splitlines()[-1]
+    assert re.search(r"SIGTERM: stopped at update 1/2, saved in .*/out/checkpoint-1; the same command with", last_line)
+    with running_judge() as judge:
+        judge.verdict = lambda reply, criterion: len(reply) % 2 == 1
+        grpo_training.main(judging(judge_url=judge.url, resume_from_checkpoint=True))
+    assert updates(tmp_path / "out", "objective/reward") == updates(tmp_path / "whole", "objective/reward")
 
 
 # ---------------------------------------------------------------- several processes, resume

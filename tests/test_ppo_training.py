@@ -40,6 +40,7 @@ import ppo_training
 import reward_modeling
 from medtune.arguments import StageArgumentParser
 from medtune.errors import UserError
+from medtune.measuring import judge_client
 from medtune.measuring.intervals import wilson_interval
 from medtune.models.adapters import load_with_adapter
 from medtune.models.lineage import read_lineage
@@ -463,6 +464,25 @@ def test_a_judges_reward_in_place_of_a_reward_models(flags, tmp_path):
     entries = history(tmp_path / "out")
     assert all(math.isfinite(value) for entry in entries for value in entry.values())
     assert len([entry for entry in entries if "eval_reward_judge" in entry or "eval_score" in entry]) == 2
+
+
+def test_ctrl_c_does_not_wait_for_a_judge_that_hangs(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge_client, "SECONDS_AT_A_SIGNAL", 0)
+    ended = []
+
+    def hang(number, handler) -> bool:
+        if number == 2:  # the first one tries the judge out
+            os.kill(os.getpid(), signal.SIGINT)
+        return number > 1 and judge.hang(number, handler) and not ended.append(number)
+
+    with running_judge() as judge:
+        judge.fault = hang
+        served = {"judge_url": judge.url, "judge_model": "m", "judge_cache": tmp_path / "judged"}
+        with pytest.raises(SystemExit) as stopped:
+            ppo_training.main(flags(reward_model_path=None, rewards="judge", **served))
+        assert not ended
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert names(tmp_path / "out") == {"checkpoint-0"}
 
 
 def test_a_reward_model_among_other_rewards(flags, tmp_path, kept_roles):

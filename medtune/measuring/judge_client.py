@@ -3,6 +3,7 @@
 An answer is kept on the disk under the request it answers, so that what was judged once costs nothing again.
 """
 
+import argparse
 import hashlib
 import ipaddress
 import json
@@ -13,10 +14,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ KEY = "JUDGE_API_KEY"
 AT_A_TIME = 32
 TRIES = 5
 SECONDS_FOR_A_JUDGEMENT = 180
+# That answers under way still have once a signal stops a training: they are paid for.
+SECONDS_AT_A_SIGNAL = 5
 LONGEST_PAUSE = 60
 # Of an answer, with the thought of a judge that thinks.
 MAX_ANSWER_TOKENS = 2048
@@ -87,6 +90,27 @@ class JudgeArguments:
             )
         if not is_here and self.judge_max_tokens is None:
             raise UserError(f"{where}: on another machine --judge_max_tokens is needed, the tokens that you pay for")
+
+
+def add_judge_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `JudgeArguments`, for a tool without the libraries' parser."""
+    group = parser.add_argument_group("a judge in place of a reward model")
+    group.add_argument("--judge", action="store_true", help="the model of --judge_url scores the replies by a rubric")
+    kinds = {bool: _truth, int: int, int | None: int}  # transformers' parser leaves int alone of the last
+    for spec in fields(JudgeArguments):
+        options = {"type": kinds.get(spec.type, str), "default": spec.default, "help": spec.metadata["help"]}
+        group.add_argument(f"--{spec.name}", **options)
+
+
+def _truth(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise ValueError
+    return word.lower() == "true"
+
+
+def judge_arguments(args: argparse.Namespace) -> JudgeArguments:
+    """The values of the flags of `add_judge_flags`."""
+    return JudgeArguments(**{spec.name: getattr(args, spec.name) for spec in fields(JudgeArguments)})
 
 
 def is_on_this_machine(url: str) -> bool:
@@ -192,17 +216,22 @@ class Judge:
 
     # ------------------------------------------------------------ asking
 
-    def ask(self, questions: Sequence[JudgeQuestion], tries: int = TRIES) -> list[Any | Unjudged]:
+    def ask(
+        self, questions: Sequence[JudgeQuestion], tries: int = TRIES, is_stopped: Callable[[], bool] = bool
+    ) -> list[Any | Unjudged]:
         """What the judge says to each question, or why it says nothing; the same question is asked once.
 
         Ctrl-C stops it as a used-up budget does, so that the caller keeps what is there; another one ends the process.
+
+        is_stopped: of a caller that handles signals itself; once it is True, no answer is waited for any longer.
         """
         keys = [self._request(question) for question in questions]
         requests = {request.key: request for request in keys}
-        with ThreadPoolExecutor(AT_A_TIME) as pool:
-            answers = {key: pool.submit(self._answer, request, tries) for key, request in requests.items()}
+        # Its threads are daemons: one that waits for a server does not keep the process from ending.
+        with ThreadPool(AT_A_TIME) as pool:
+            answers = {key: pool.apply_async(self._answer, (request, tries)) for key, request in requests.items()}
             try:
-                wait(answers.values())
+                self._wait_for(answers.values(), is_stopped)
             except KeyboardInterrupt:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 self._stop("interrupted")
@@ -210,7 +239,18 @@ class Judge:
                     f"judge: interrupted; answers under way are paid and waited for, {SECONDS_FOR_A_JUDGEMENT} seconds "
                     "at most; Ctrl-C again ends it at once\n"
                 )
-        return [answers[request.key].result() for request in keys]
+                self._wait_for(answers.values(), is_stopped)
+            answered = {key: answer.get() for key, answer in answers.items() if answer.ready()}
+        return [answered.get(request.key, Unjudged(self.stopped)) for request in keys]
+
+    def _wait_for(self, answers: Iterable[AsyncResult], is_stopped: Callable[[], bool]) -> None:
+        end = math.inf
+        for answer in answers:
+            while not answer.ready() and time.monotonic() < end:
+                answer.wait(1)
+                if end == math.inf and is_stopped():
+                    end = time.monotonic() + SECONDS_AT_A_SIGNAL
+                    self._stop("interrupted")
 
     def _request(self, question: JudgeQuestion) -> _Request:
         asked = json.dumps([self.url, self.model, question.messages, MAX_ANSWER_TOKENS], ensure_ascii=False).encode()

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from medtune.errors import UserError
+from medtune.errors import Unusable, UserError
 from medtune.offline import go_offline_without_hub
 
 if TYPE_CHECKING:
@@ -164,9 +164,26 @@ def _reason(error: BaseException, name: str, endpoint: str) -> str:
         return (
             "no part of a split that `datasets` knows, or an empty one; a slice is such as train[:1000] or train[9%:]"
         )
+    if Path(name).is_dir() and (fault := _first_fault(Path(name))):
+        return fault
     # `datasets` says only that something happened, and has the reason behind it.
     text = " ".join(f"{type(causes[-1]).__name__}: {causes[-1]}".split())
     return f"cannot be prepared ({text}); {BY_FILES}"
+
+
+def _first_fault(folder: Path) -> str | None:
+    """What our own readers find broken in its files, with file:line, which `datasets` does not name."""
+    from medtune.reading.files import read_raw  # which reads splits too
+    from medtune.reading.finding import RECORD_ENDINGS, ending_of
+
+    try:
+        for file in sorted(path for path in folder.rglob("*") if path.is_file() and ending_of(path) in RECORD_ENDINGS):
+            for source, record in read_raw(file):
+                if isinstance(record, Unusable):
+                    return f"{source}: {record.reason}: {record.detail}"
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _decoder(feature: object) -> Callable | None:

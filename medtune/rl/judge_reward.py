@@ -13,6 +13,7 @@ from medtune.measuring.rubrics import quality_rubric, rubric_score
 from medtune.reading.criteria import Criterion, to_criteria
 from medtune.rl.scored_replies import ScoredReply
 from medtune.rl.vllm_servers import raise_in_all
+from medtune.training.interruption import SignalListener, StoppedInRolloutError
 
 SECONDS_BETWEEN_LINES = 60
 
@@ -27,14 +28,18 @@ class JudgeReward:
         self.judge = Judge(args, int(os.environ.get("WORLD_SIZE", "1")))
         self.last_line = -math.inf
 
-    def __call__(self, replies: Sequence[ScoredReply]) -> list[float]:
+    def __call__(self, replies: Sequence[ScoredReply], stop: SignalListener) -> list[float]:
         """At most 1, 0 for a reply without an answer, below 0 for bad ones, NaN for one that could not be judged.
 
-        Raises ServerError in all processes once the judge of one answers no more, or its budget is used up.
+        Raises StoppedInRolloutError in all processes once a signal has reached one of them, ServerError once the judge
+        of one answers no more, or its budget is used up.
         """
         rubrics = [_rubric(reply) for reply in replies]
         asked = {n: _question(reply, rubrics[n]) for n, reply in enumerate(replies) if reply.answer}
-        answers = dict(zip(asked, self.judge.ask([*asked.values()]), strict=True))
+        answers = self.judge.ask([*asked.values()], is_stopped=lambda: stop.received is not None)
+        answers = dict(zip(asked, answers, strict=True))
+        if stop.any_received():
+            raise StoppedInRolloutError
         raise_in_all(f"{self.judge.where}: {self.judge.stopped}" if self.judge.stopped else None)
         if unjudged := [answer for answer in answers.values() if isinstance(answer, Unjudged)]:
             logger.warning(f"judge: {len(unjudged)} of {len(replies)} replies have no judgement: {unjudged[0].reason}")

@@ -32,6 +32,7 @@ from medtune.reading.finding import sha256_of
 from medtune.rl.arguments import LARGEST_REWARD, RewardArguments
 from medtune.rl.judge_reward import JudgeReward
 from medtune.rl.scored_replies import ScoredReply
+from medtune.training.interruption import SignalListener
 
 JUDGE = "judge"
 REWARD_MODEL = "reward_model"
@@ -117,17 +118,29 @@ class Rewards:
         """The keys that every prompt's record must have, for `PromptEncoder.needed_keys`."""
         return tuple(_NEEDED_KEYS[name] for name in self.names if name in _NEEDED_KEYS)
 
-    def __call__(self, replies: Sequence[ScoredReply], model_scores: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self,
+        replies: Sequence[ScoredReply],
+        model_scores: torch.Tensor | None = None,
+        stop: SignalListener | None = None,
+    ) -> torch.Tensor:
         """[N, K] float32 rewards, not weighted; NaN for a reply that the judge could not judge.
 
-        model_scores: [N], where the reward model is among them. Raises UserError for a fault of the user's function.
+        Args:
+            model_scores: [N], where the reward model is among them.
+            stop: what breaks off a judge, where one is among them.
+
+        Raises UserError for a fault of the user's function, and what `JudgeReward` raises.
         """
         assert (model_scores is not None) == self.has_model, self.names
         device = None if model_scores is None else model_scores.device
-        columns = [
-            model_scores.float() if name == REWARD_MODEL else torch.tensor(self.functions[name](replies), device=device)
-            for name in self.names
-        ]
+        columns = []
+        for name in self.names:
+            if name == REWARD_MODEL:
+                columns.append(model_scores.float())
+            else:
+                own = self.judge(replies, stop) if name == JUDGE else self.functions[name](replies)
+                columns.append(torch.tensor(own, device=device))
         return torch.stack(columns, dim=1)
 
     def total(self, rewards: torch.Tensor) -> torch.Tensor:

@@ -20,12 +20,7 @@ from medtune.rl.rewards import Rewards
 from medtune.rl.roles import Roles
 from medtune.rl.scored_replies import ScoredReply, scored_replies
 from medtune.rl.vllm_servers import VllmServers, raise_in_all
-from medtune.training.interruption import SignalListener
-
-
-class StoppedInRolloutError(Exception):
-    """A signal came while replies were written, which are given up."""
-
+from medtune.training.interruption import SignalListener, StoppedInRolloutError
 
 # ---------------------------------------------------------------- the tensors
 
@@ -142,14 +137,17 @@ class Scorer:
         """The replies to rows of `PromptEncoder` as text."""
         return scored_replies(self.tokenizer, rows, replies.reply_ids(), replies.ended.tolist())
 
-    def score(self, roles: Roles, rows: Sequence[dict], replies: Replies) -> torch.Tensor:
-        """[N, K] rewards of the replies to rows of `PromptEncoder`."""
+    def score(self, roles: Roles, rows: Sequence[dict], replies: Replies, stop: SignalListener) -> torch.Tensor:
+        """[N, K] rewards of the replies to rows of `PromptEncoder`.
+
+        Raises StoppedInRolloutError and ServerError as `collect_replies` does, of the server of a judge.
+        """
         model_scores = None
         if self.reward_texts is not None:
             rows_and_ids = zip(rows, replies.reply_ids(), strict=True)
             texts = [self.reward_texts.of_ids(row, ids) for row, ids in rows_and_ids]
             model_scores = score_texts(roles, texts, self.batch_size) - roles.score_shift
-        return self.rewards(self.read(rows, replies), model_scores).to(roles.model.device)
+        return self.rewards(self.read(rows, replies), model_scores, stop).to(roles.model.device)
 
 
 # ---------------------------------------------------------------- sampling
@@ -314,7 +312,7 @@ def collect_rollout(
     def evaluate(chosen: list[int]) -> Rollout:
         part = _with_logps(roles, replies.take(chosen), sampling.temperature)
         values = roles.values(part.ids, part.attention_mask, part.mask)
-        rewards = scorer.score(roles, [rows[index] for index in chosen], part)
+        rewards = scorer.score(roles, [rows[index] for index in chosen], part, stop)
         return Rollout(**vars(part), values=values, rewards=rewards, scores=scorer.rewards.total(rewards))
 
     return _in_batches(rows, sampling.batch_size, stop, evaluate)

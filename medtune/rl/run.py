@@ -25,7 +25,7 @@ from medtune.rl.arguments import EPISODES_AN_UPDATE, RolloutArguments
 from medtune.rl.learner import Learner, load_optimizers, save_optimizers
 from medtune.rl.log import ShownFigures, log_evaluation, log_update
 from medtune.rl.roles import CHECKED_PROMPTS, Roles
-from medtune.rl.rollout import Sampling, StoppedInRolloutError
+from medtune.rl.rollout import Sampling
 from medtune.rl.vllm_servers import ServerError
 from medtune.rl.zero import ZeroLearner, load_engines, save_engines
 from medtune.training.checkpoints import (
@@ -44,7 +44,7 @@ from medtune.training.checkpoints import (
     unfinished_folder,
     write_manifest,
 )
-from medtune.training.interruption import SignalListener, exit_interrupted
+from medtune.training.interruption import SignalListener, StoppedInRolloutError, exit_interrupted
 from medtune.training.log import memory_figures, peak_memory_gib, plot_curves
 from medtune.training.out_of_memory import batch_remedies, explain_full_memory_or_disk
 from medtune.training.precision import describe_precision

@@ -24,9 +24,9 @@ from medtune.rl.distillation_arguments import DistillationArguments, TeacherArgu
 from medtune.rl.distillation_math import Head
 from medtune.rl.ppo_math import position_ids, token_logps
 from medtune.rl.roles import OwnLogps, Roles, at_tokens, predicting_states
-from medtune.rl.rollout import Replies, Sampling, StoppedInRolloutError
+from medtune.rl.rollout import Replies, Sampling
 from medtune.rl.vllm_servers import VllmServer, ask_together, raise_in_all, served_name
-from medtune.training.interruption import SignalListener
+from medtune.training.interruption import SignalListener, StoppedInRolloutError
 
 TEACHER = "--teacher_model_path"
 

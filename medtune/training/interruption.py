@@ -17,6 +17,10 @@ class StoppedInEvaluationError(Exception):
     """A signal came during an evaluation, which is given up."""
 
 
+class StoppedInRolloutError(Exception):
+    """A signal came while replies were written or judged, which are given up."""
+
+
 class NothingLeftError(Exception):
     """The checkpoint that a run resumes from is its last step."""
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 from judge_server import completion, read_blocks, running_judge, send
@@ -233,7 +234,7 @@ def test_the_budget_is_never_exceeded_and_what_was_judged_before_its_end_is_kept
 def test_no_more_requests_a_minute_than_allowed(judge_of, monkeypatch):
     pauses = []
     monkeypatch.setattr(Judge, "_wait", lambda judge, seconds: pauses.append(seconds) or True)
-    monkeypatch.setattr(judge_client.time, "monotonic", lambda: 1000.0)
+    monkeypatch.setattr(judge_client, "time", SimpleNamespace(monotonic=lambda: 1000.0))
     grade(judge_of(judge_requests_per_minute=30), *"甲乙丙丁")
     assert sorted(pauses) == [0, 2, 4, 6]
 

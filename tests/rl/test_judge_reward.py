@@ -2,11 +2,14 @@
 
 import json
 import math
+import signal
+import threading
 
 import pytest
 import torch
 from datasets import Dataset
 from judge_server import running_judge, send
+from transformers import TrainingArguments
 
 from medtune.errors import UserError
 from medtune.measuring import judge_client
@@ -16,6 +19,7 @@ from medtune.rl.rewards import load_rewards
 from medtune.rl.rollout import Rollout, without_unjudged
 from medtune.rl.scored_replies import ScoredReply
 from medtune.rl.vllm_servers import ServerError
+from medtune.training.interruption import SignalListener, StoppedInRolloutError
 
 ASKED = [{"role": "user", "content": "头疼怎么办？"}]
 RUBRICS = [{"criterion": "水", "points": 5}, {"criterion": "睡", "points": 3}, {"criterion": "酒", "points": -4}]
@@ -39,41 +43,69 @@ def reply_of(text: str, **record) -> ScoredReply:
     return ScoredReply(text, 5, True, ASKED, {"rubrics": RUBRICS} | record)
 
 
-def judged(rewards, *texts: str) -> list[float]:
-    return rewards([reply_of(text) for text in texts])[:, 0].tolist()
+@pytest.fixture
+def stop(tmp_path) -> SignalListener:
+    return SignalListener(TrainingArguments(str(tmp_path), use_cpu=True))
 
 
-def test_the_share_of_a_rubrics_points_of_the_answer_alone(server, rewards):
+@pytest.fixture
+def judged(rewards, stop):
+    return lambda *texts: rewards([reply_of(text) for text in texts], stop=stop)[:, 0].tolist()
+
+
+def test_the_share_of_a_rubrics_points_of_the_answer_alone(server, rewards, judged):
     texts = ["多喝水", "喝水，睡觉", "喝酒", "<think>\n喝水\n</think>\n\n睡觉", "", "<think>\n喝水"]
-    assert judged(rewards, *texts) == [5 / 8, 1, -0.5, 3 / 8, 0, 0]
+    assert judged(*texts) == [5 / 8, 1, -0.5, 3 / 8, 0, 0]
     assert len(server.bodies) == 4, "all criteria at once, and nothing is asked of a reply without an answer"
-    assert rewards.total(rewards([reply_of("多喝水")])).tolist() == [5 / 8]
+    assert rewards.total(torch.tensor([[5 / 8]])).tolist() == [5 / 8]
 
 
-def test_without_rubrics_ours_of_quality_beside_the_datas_reply(server, rewards):
+def test_without_rubrics_ours_of_quality_beside_the_datas_reply(server, rewards, stop):
     reply = ScoredReply("多喝水", 5, True, ASKED, {"reference": "多休息"})
     server.verdict = lambda text, criterion: "参考答案" in criterion
-    assert rewards([reply])[:, 0].tolist() == pytest.approx([5 / 16])
+    assert rewards([reply], stop=stop)[:, 0].tolist() == pytest.approx([5 / 16])
     message = server.bodies[0]["messages"][1]["content"]
     assert '<reference>\n"多休息"\n</reference>' in message
     assert message.count("\n6: ") == 1
 
 
-def test_a_failure_is_no_reward(server, rewards):
+def test_a_failure_is_no_reward(server, judged):
     def filter_out(number, handler) -> bool:
         is_bad = "喝酒" in server.bodies[number - 1]["messages"][1]["content"]
         return is_bad and (send(handler, 400, {"error": {"message": "filtered"}}) or True)
 
     server.fault = filter_out
-    scores = judged(rewards, "多喝水", "喝酒", "睡觉")
+    scores = judged("多喝水", "喝酒", "睡觉")
     assert math.isnan(scores[1])
     assert [scores[0], scores[2]] == [5 / 8, 3 / 8]
 
 
-def test_a_judge_that_answers_no_more_ends_the_run_as_a_server_does(server, rewards):
+def test_a_judge_that_answers_no_more_ends_the_run_as_a_server_does(server, judged):
     server.fault = lambda number, handler: send(handler, 503, {}) or True
     with pytest.raises(ServerError, match=r"--judge_url .*: 8 questions in a row without an answer, the last: it answ"):
-        judged(rewards, *(f"回答{n}" for n in range(20)))
+        judged(*(f"回答{n}" for n in range(20)))
+
+
+def test_a_signal_breaks_off_a_judge_that_hangs_and_keeps_what_it_answers_in_time(
+    server, judged, stop, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(judge_client, "AT_A_TIME", 2)
+    monkeypatch.setattr(judge_client, "SECONDS_AT_A_SIGNAL", 2)
+    slow, ended = threading.Event(), []
+
+    def hang(number, handler) -> bool:
+        if "多喝水" in server.bodies[number - 1]["messages"][1]["content"]:
+            return not slow.wait(60)  # it answers behind the signal
+        stop.received = signal.SIGTERM
+        slow.set()
+        return server.hang(number, handler) and not ended.append(number)
+
+    server.fault = hang
+    with pytest.raises(StoppedInRolloutError):
+        judged("多喝水", "喝水，睡觉", "睡觉", "喝酒")
+    assert not ended, "the answer that does not come is not waited for"
+    assert len(server.bodies) <= 3, "nor is anything asked after the signal"
+    assert len([*tmp_path.glob("cache/*/*.json")]) == 1
 
 
 def test_the_judge_is_tried_before_weights_load(server, rewards):

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import generate_preference_data
 import pytest
-from generate_preference_data import draw_prompts, main
+from generate_preference_data import main
 from judge_server import running_judge
 
 from medtune.errors import UserError
 from medtune.models.loading import load_tokenizer
+from medtune.reading.drawn_prompts import draw_prompts
 from medtune.reading.readers import load_records, read_dialogues, read_pairs
 from medtune.reading.records import Pair
 from medtune.sample_data.spoilt_replies import FAILURES, VAGUE, group_answers, likeness, reject_another_answer
@@ -267,6 +268,50 @@ def test_a_models_replies_are_rejected_for_the_data(tiny_model_dir, capsys):
     assert all(pair.rejected and pair.margin is None for pair in pairs)
     assert "rejected: 6 the model's" in capsys.readouterr().out
     assert generate(records, *flags, "--overwrite") == pairs
+
+
+def test_a_run_that_was_killed_goes_on_as_the_uninterrupted_one(tiny_model_dir, monkeypatch, capsys):
+    from medtune.models import generation
+
+    flags = ["--model", str(tiny_model_dir), *MODEL_FLAGS, "--batch_size", "1", "--num_samples", "14"]
+    flags = ["--sft_data", write([*dialogues(13), {"question": "长" * 2000, "answer": "短"}]), *flags]
+    main([*flags, "--output_file", "whole.jsonl"])
+    printed = capsys.readouterr().out
+    generate_replies, n_calls = generation.generate_replies, 0
+
+    def die_at_the_third(*args, **options):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 3:
+            raise KeyboardInterrupt
+        return generate_replies(*args, **options)
+
+    monkeypatch.setattr(generation, "generate_replies", die_at_the_third)
+    command = [*flags, "--output_file", "out/parts.jsonl"]
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    (made,) = Path("out").iterdir()
+    with made.open("a") as file:
+        file.write('[["Pair", {"messa')
+    before = made.read_bytes()
+    with pytest.raises(
+        UserError, match=r"interrupted had --temperature 0\.8 and not 1\.0: give the same to go on, or de"
+    ):
+        main([*command, "--temperature", "1.0"])
+    data = Path("sft.jsonl").read_bytes()
+    Path("sft.jsonl").write_bytes(data.replace("长".encode(), "常".encode()))
+    with pytest.raises(UserError, match="interrupted had the drawn records "):
+        main(command)
+    Path("sft.jsonl").write_bytes(data)
+    assert before.startswith(made.read_bytes()), "nothing but the half line is lost"
+    capsys.readouterr()
+    main(command)
+    assert n_calls == 4, "two parts are there already, and the third was the last"
+    assert Path("out/parts.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    resumed = capsys.readouterr().out
+    assert "10 of 14 are made already" in resumed
+    assert resumed.splitlines()[-3:] == [line.replace("whole", "out/parts") for line in printed.splitlines()[-3:]]
+    assert not made.exists()
 
 
 def test_of_several_replies_the_one_least_like_the_data_is_rejected(tiny_model_dir, monkeypatch):
