@@ -93,7 +93,7 @@ def _longest(rows: Dataset, n_rows: int) -> list[dict]:
 # ---------------------------------------------------------------- tokens
 
 # Of a row, each with the prompt in front of it.
-REPLIES = ("chosen_ids", "rejected_ids", "reply_ids")
+REPLY_COLUMNS = ("chosen_ids", "rejected_ids", "reply_ids")
 
 
 def count_tokens(lengths: Mapping[str, np.ndarray]) -> dict[Layout, float]:
@@ -101,7 +101,7 @@ def count_tokens(lengths: Mapping[str, np.ndarray]) -> dict[Layout, float]:
 
     lengths: [rows] tokens of each column of ids.
     """
-    replies = [lengths[name] for name in REPLIES if name in lengths]
+    replies = [lengths[name] for name in REPLY_COLUMNS if name in lengths]
     if not replies:
         return dict.fromkeys(Layout, float(sum(map(np.sum, lengths.values()))))
     prompts = lengths["prompt_ids"]
@@ -112,12 +112,12 @@ def count_tokens(lengths: Mapping[str, np.ndarray]) -> dict[Layout, float]:
 
 def lengths_of_rows(rows: Sequence[dict]) -> dict[str, np.ndarray]:
     """[rows] tokens of each column of ids that a pass reads."""
-    names = [name for name in ("prompt_ids", "input_ids", *REPLIES) if name in rows[0]]
+    names = [name for name in ("prompt_ids", "input_ids", *REPLY_COLUMNS) if name in rows[0]]
     return {name: np.array([len(row[name]) for row in rows]) for name in names}
 
 
 def _lengths_of(rows: Dataset) -> dict[str, np.ndarray]:
-    names = [name for name in REPLIES if name in rows.column_names]
+    names = [name for name in REPLY_COLUMNS if name in rows.column_names]
     if not names:
         return {"input_ids": np.array(rows["length"][:])}
     names.append("prompt_ids")
