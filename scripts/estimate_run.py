@@ -32,12 +32,13 @@ from medtune.launch import RUN_VARIABLES
 # The base of an adapter that an earlier stage has yet to leave.
 ASSUMED_BASE = "Qwen/Qwen2.5-3B-Instruct"
 RUN_ALL = "run_all.sh"
+OWN_FLAGS = {"--gpus", "--card", "--price", "--assume_tokens", "--base_model", "--json"}
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, help="GPUs of the run; without it those of CUDA_VISIBLE_DEVICES")
-    parser.add_argument("--card", default="", help="only these cards, with commas, such as 'RTX 4090,H200'")
+    parser.add_argument("--card", default="", help="only these cards, with commas, such as 4090,A100")
     parser.add_argument("--price", type=float, help="of one GPU for an hour, in place of docs/prices.csv")
     parser.add_argument("--assume_tokens", type=int, help="tokens of an average row, without reading the data")
     parser.add_argument(
@@ -135,6 +136,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.command:
         raise UserError("no command to estimate: give a launcher and its flags, such as run_sft.sh")
     script, *flags = args.command
+    if own := OWN_FLAGS & {flag.partition("=")[0] for flag in flags}:
+        name = min(own)
+        raise UserError(
+            f"{name}: a flag of the estimate, which stands before the command: estimate_run.py {name} ... {script}"
+        )
     is_launcher = script.endswith(".sh")
     commands = commands_of(script, flags) if is_launcher else [{"command": args.command, "variables": None}]
     if commands:  # not of --help

@@ -46,12 +46,18 @@ CARDS = (
 
 
 def choose_cards(names: Sequence[str]) -> list[Card]:
-    """The cards of some names, all without. Raises UserError for a card that is not known."""
-    by_name = {_short(card.name): card for card in CARDS}
+    """The cards of some names, or parts of names such as 4090 and A100; all without.
+
+    Raises UserError for a card that is not known.
+    """
+    chosen: list[Card] = []
     for name in names:
-        if _short(name) not in by_name:
+        cards = [card for card in CARDS if _short(name) in _short(card.name)]
+        cards = [card for card in cards if _short(name) == _short(card.name)] or cards
+        if not cards:
             raise UserError(f"--card {name.strip()}: not known; known are {', '.join(card.name for card in CARDS)}")
-    return [by_name[_short(name)] for name in names] or list(CARDS)
+        chosen += [card for card in cards if card not in chosen]
+    return chosen or list(CARDS)
 
 
 def _short(name: str) -> str:
@@ -78,12 +84,14 @@ def read_prices(file: Path = PRICES) -> dict[str, Price]:
         if not set(columns) <= set(row) or None in [row[key] for key in columns]:
             raise UserError(f"{where}: a line is {','.join(columns)}, and so is the first one")
         try:
-            card, price = choose_cards([row["card"].strip()])[0], float(row["per_hour"])
+            cards, price = choose_cards([row["card"]]), float(row["per_hour"])
         except UserError as error:
             raise UserError(f"{where}: {str(error).removeprefix('--card ')}") from error
         except ValueError:
             price = math.nan
         if not 0 < price < math.inf:
             raise UserError(f"{where}: per_hour {row['per_hour']!r} is no price; give a number above 0")
-        prices[card.name] = Price(price, row["currency"].strip())
+        if len(cards) > 1:
+            raise UserError(f"{where}: {row['card']}: name one of {', '.join(card.name for card in cards)}")
+        prices[cards[0].name] = Price(price, row["currency"].strip())
     return prices

@@ -5,8 +5,10 @@ two such depths (`medtune.estimate.memory`).
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AttentionInterface,
-    AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -24,8 +25,8 @@ from transformers import (
 
 from medtune.estimate.shapes import shallow
 from medtune.models.score_heads import ScoreHead, register_scoring_class
+from medtune.models.text_attention import FLASH_ATTENTION, flash_attention_by_text
 
-FLASH = "flash_for_the_estimate"
 # Weights that share a scale in 4-bit NF4, and scales that share one of their own (QLoRA, Dettmers et al. 2023).
 SCALED, SCALES_SCALED = 64, 256
 
@@ -77,16 +78,65 @@ class _QuantizedProduct(torch.autograd.Function):
 # ---------------------------------------------------------------- FlashAttention
 
 
+class _FlashAttention(torch.autograd.Function):
+    """What FlashAttention 2 keeps and makes, and the operations of each text alone: [B, tokens, heads, size]."""
+
+    @staticmethod
+    def forward(
+        ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, borders: list[int] | None
+    ) -> torch.Tensor:
+        ctx.texts = [slice(None)] if borders is None else [slice(*text) for text in pairwise(borders)]
+        for text in ctx.texts:  # to be counted
+            parts = (states[:, :, text] for states in (query, key, value))
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts, 0.0, True)
+        n_rows, n_heads, n_tokens, _ = query.shape
+        output = query.new_empty(n_rows, n_tokens, n_heads, value.shape[-1])
+        sums = query.new_empty(n_rows, n_heads, n_tokens, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output
+
+    @staticmethod
+    def backward(ctx, of_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, output, sums = ctx.saved_tensors
+        gradients = tuple(torch.empty_like(states) for states in (query, key, value))
+        # Its workspace: sums of the queries' gradients, and those of keys and values for each head of the queries.
+        workspace = [torch.empty_like(query, dtype=torch.float32)]
+        if key.shape[1] < query.shape[1]:
+            workspace += [torch.empty_like(query), query.new_empty(*query.shape[:3], value.shape[-1])]
+        for text in ctx.texts:
+            states = (of_output.transpose(1, 2), query, key, value, output.transpose(1, 2))
+            parts = (each[:, :, text] for each in (*states, sums))
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*parts, 0.0, True)
+        return *gradients, None
+
+
 def _flash_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, **kwargs
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """What FlashAttention keeps for the backward pass, whatever the borders of the texts: [B, heads, tokens, size]."""
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return attend(query, key, value, 0.0, True)[0].transpose(1, 2).contiguous(), None
+    """In place of transformers' `flash_attention_forward`."""
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (states.to(dtype) for states in (query, key, value))
+    borders = None if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    return _FlashAttention.apply(query, key, value, borders), None
 
 
-AttentionInterface.register(FLASH, _flash_attention)
-AttentionMaskInterface.register(FLASH, lambda **kwargs: None)
+@contextmanager
+def without_flash_kernels() -> Iterator[None]:
+    """FlashAttention under its own name, by which a stage decides, and without its kernels."""
+    name = FLASH_ATTENTION[0]
+    own = AttentionInterface()[name]
+    AttentionInterface.register(name, partial(flash_attention_by_text, attend=_flash_attention))
+    try:
+        yield
+    finally:
+        AttentionInterface.register(name, own)
 
 
 # ---------------------------------------------------------------- what CUDA does otherwise than a CPU
@@ -121,7 +171,8 @@ def fake_base(
 
     Args:
         bits: 4 or 8 quantizes all linear layers but the head.
-        flash: FlashAttention, otherwise the model's own choice, which is SDPA where it can have it.
+        flash: FlashAttention if the model can have it, to be run `without_flash_kernels`; otherwise the model's own
+            choice, which is SDPA where it can have it.
         scores: with a score head in the place of the language model's.
     """
     config = shallow(config, n_layers)
@@ -138,8 +189,8 @@ def fake_base(
     if scores:
         base.score = ScoreHead(base.score.in_features, 1, bias=False, dtype=torch.float32)
         base.config.get_text_config().pad_token_id = 0
-    if flash:
-        base.config._attn_implementation = FLASH
+    if flash and base._supports_flash_attn:
+        base.config._attn_implementation = FLASH_ATTENTION[0]
     # A trainer moves its model to a device, on which fake weights are wherever it is.
     base._apply = lambda *args, **kwargs: base
     return base

@@ -9,8 +9,9 @@ from medtune.estimate.cards import Card
 from medtune.estimate.memory import Memory
 from medtune.estimate.meter import Work
 from medtune.estimate.plan import RunPlan
-from medtune.estimate.rows import RunRows, padded_tokens
+from medtune.estimate.rows import RunRows, count_tokens, lengths_of_rows, padded_tokens
 from medtune.estimate.shapes import Shape
+from medtune.models.text_attention import Layout
 from medtune.rl.run import count_updates
 
 # Shares of a card's own figures that training reaches: the best case and the worst.
@@ -44,7 +45,7 @@ class Hours:
 def estimate_hours(plan: RunPlan, memory: Memory, rows: RunRows, card: Card) -> Hours:
     cases = [_Case(card, plan, case) for case in (0, 1)]
     phases_of = _rl_phases if plan.is_rl else _trainer_phases
-    n_steps, n_tokens = count_steps_and_tokens(plan, rows)
+    n_steps, n_tokens = count_steps_and_tokens(plan, rows, memory.layout)
     best, worst = (phases_of(plan, memory, rows, case, n_steps) for case in cases)
     phases = {name: (best[name], worst[name]) for name in best}
     saving = count_saves(plan, rows, n_steps) * sum(checkpoint_bytes(plan, memory))
@@ -72,7 +73,7 @@ class _Case:
         return n_bytes / (self.card.gb_s * 1e9 * BANDWIDTH[self.index])
 
 
-def count_steps_and_tokens(plan: RunPlan, rows: RunRows) -> tuple[int, float]:
+def count_steps_and_tokens(plan: RunPlan, rows: RunRows, layout: Layout) -> tuple[int, float]:
     """Optimizer steps, or updates of PPO and GRPO, and the tokens of their rows without padding."""
     args, n_rows, per_step = plan.training_args, len(rows.lengths), _rows_per_step(plan)
     if plan.is_rl:
@@ -80,7 +81,7 @@ def count_steps_and_tokens(plan: RunPlan, rows: RunRows) -> tuple[int, float]:
         n_steps = count_updates(n_rows * size, per_step, plan.own_args.total_episodes, args)
         return n_steps, n_steps * per_step * (float(np.mean(rows.lengths)) + plan.own_args.response_length / 2)
     n_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * _steps_per_epoch(plan, rows))
-    return n_steps, n_steps * per_step * float(np.mean(rows.lengths))
+    return n_steps, n_steps * per_step * rows.tokens[layout] / n_rows
 
 
 def _rows_per_step(plan: RunPlan) -> int:
@@ -124,12 +125,14 @@ def _trainer_phases(plan: RunPlan, memory: Memory, rows: RunRows, case: _Case, n
     args = plan.training_args
     work = _sum(memory, "forward pass", "backward pass")
     n_batches = n_steps * args.gradient_accumulation_steps
-    share = _share_of_largest(plan, rows.longest, rows.lengths, args.per_device_train_batch_size)
+    of_rows = rows.longest, rows.lengths, rows.tokens
+    share = _share_of_largest(plan, memory.layout, *of_rows, args.per_device_train_batch_size)
     tokens, pairs = (value * n_batches for value in share)
     phases = {"training": case.seconds(work, tokens, pairs, n_batches)}
     if rows.longest_eval:
         n_batches = math.ceil(len(rows.eval_lengths) / args.per_device_eval_batch_size / plan.n_gpus)
-        share = _share_of_largest(plan, rows.longest_eval, rows.eval_lengths, args.per_device_eval_batch_size)
+        of_rows = rows.longest_eval, rows.eval_lengths, rows.eval_tokens
+        share = _share_of_largest(plan, memory.layout, *of_rows, args.per_device_eval_batch_size)
         seconds = case.seconds(memory.works["evaluation"], *(value * n_batches for value in share), n_batches)
         if plan.stage == "dpo":
             seconds += _generation(memory, plan, case, "samples", 256)
@@ -137,19 +140,25 @@ def _trainer_phases(plan: RunPlan, memory: Memory, rows: RunRows, case: _Case, n
     return phases
 
 
-def _share_of_largest(plan: RunPlan, longest: list[dict], lengths: np.ndarray, batch_size: int) -> tuple[float, float]:
-    """Of an average batch, the tokens and the squares of the rows' lengths, as shares of the largest batch's."""
-    largest = np.array([_length(row) for row in longest])
-    width = float(largest.max())
-    tokens, squares = width * len(largest), width**2 * len(largest)
-    grouped = plan.training_args.train_sampling_strategy == "group_by_length"
-    if plan.model_args.flash_attn or plan.training_args.padding_free == "True":
-        tokens, squares = float(largest.sum()), float((largest**2.0).sum())
-        of_all = float(lengths.sum()), float((lengths.astype(float) ** 2).sum())
-    else:
+def _share_of_largest(
+    plan: RunPlan,
+    layout: Layout,
+    longest: list[dict],
+    lengths: np.ndarray,
+    tokens: dict[Layout, float],
+    batch_size: int,
+) -> tuple[float, float]:
+    """Of an average batch, the tokens and the squares of the texts' lengths, as shares of the largest batch's."""
+    largest = np.array([_length(row) for row in longest], dtype=float)
+    if layout is Layout.PADDED:
+        grouped = plan.training_args.train_sampling_strategy == "group_by_length"
         of_all = padded_tokens(lengths, batch_size, grouped)
+        of_largest = largest.max() * len(largest), largest.max() ** 2 * len(largest)
+    else:
+        of_all = tokens[layout], float((lengths.astype(float) ** 2).sum())
+        of_largest = count_tokens(lengths_of_rows(longest))[layout], float((largest**2).sum())
     n_batches = math.ceil(len(lengths) / batch_size)
-    return of_all[0] / n_batches / tokens, of_all[1] / n_batches / squares
+    return of_all[0] / n_batches / of_largest[0], of_all[1] / n_batches / of_largest[1]
 
 
 def _length(row: dict) -> int:

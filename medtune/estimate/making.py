@@ -109,7 +109,7 @@ def make_estimate(command: Command, cards: Sequence[Card], prices: dict[str, Pri
         else:
             hours = estimate_hours(fitting.plan, fitting.memory, fitting.rows, card)
             verdicts.append(Verdict(card, fitting, hours, prices.get(card.name)))
-    n_steps, n_tokens = count_steps_and_tokens(plan, own.rows)
+    n_steps, n_tokens = count_steps_and_tokens(plan, own.rows, own.memory.layout)
     disk = estimate_disk(plan, own.memory, own.rows, own.shape, n_steps)
     return Estimate(command.module.__name__, own, n_steps, n_tokens, disk, verdicts)
 

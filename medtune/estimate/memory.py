@@ -3,12 +3,14 @@
 import math
 from dataclasses import dataclass, field
 
+from medtune.estimate.fake_models import without_flash_kernels
 from medtune.estimate.meter import CUDA_BLOCK, Meter, Work
 from medtune.estimate.plan import RunPlan
 from medtune.estimate.role_moments import run_roles
 from medtune.estimate.rows import RunRows
 from medtune.estimate.shapes import Shape
 from medtune.estimate.trainer_moments import dtype_of, run_trainer
+from medtune.models.text_attention import Layout
 
 GIB = 2**30
 # What no tensor shows. On a GPU: the context and the libraries' workspaces, and what the allocator holds in pieces that
@@ -33,6 +35,7 @@ class Memory:
     base: of all weights of the base, whatever is shared or offloaded of them.
     host: of the machine, for what DeepSpeed offloads of all GPUs.
     fixed, fragments: bytes, and a share of what is allocated.
+    layout: how rows pass through the model, of PT, SFT, RM and DPO.
     """
 
     parts: dict[str, float]
@@ -43,6 +46,7 @@ class Memory:
     host: float = 0.0
     fixed: float = 0.0
     fragments: float = 0.0
+    layout: Layout = Layout.PADDED
 
     @property
     def decides(self) -> str:
@@ -92,7 +96,8 @@ def measure_memory(plan: RunPlan, shape: Shape, rows: RunRows, reward_shape: Sha
         moments = {name: size - per_layer[name] * n_layers * (1 - 1 / plan.n_split) for name, size in moments.items()}
         parts = {name: size / plan.n_split for name, size in parts.items()}
     served = {name: moments.pop(name) for name in list(moments) if plan.servers.n and name.startswith("rollout")}
-    memory = Memory(parts, moments, works, served, base=parts["base weights"] * plan.n_split)
+    base = parts["base weights"] * plan.n_split
+    memory = Memory(parts, moments, works, served, base, layout=first.layout)
     if plan.on_cpu:
         memory.fixed = CPU_CONTEXT
     else:
@@ -102,15 +107,17 @@ def measure_memory(plan: RunPlan, shape: Shape, rows: RunRows, reward_shape: Sha
 
 
 def _measure_at(n_layers: int, plan: RunPlan, shape: Shape, rows: RunRows, reward_shape: Shape | None) -> Memory:
-    meter = Meter(1 if plan.on_cpu else CUDA_BLOCK)
-    if plan.is_rl:
-        reward_config = reward_shape and reward_shape.config
-        parts = run_roles(plan, shape.config, reward_config, rows, n_layers, meter)
-    else:
-        parts = run_trainer(plan, shape.config, rows, n_layers, meter)
+    meter, layout = Meter(1 if plan.on_cpu else CUDA_BLOCK), Layout.PADDED
+    with without_flash_kernels():
+        if plan.is_rl:
+            reward_config = reward_shape and reward_shape.config
+            parts = run_roles(plan, shape.config, reward_config, rows, n_layers, meter)
+        else:
+            parts, layout = run_trainer(plan, shape.config, rows, n_layers, meter)
     stays = sum(parts.values())
     moments = {name: moment.peak - stays for name, moment in meter.moments.items()}
-    return Memory(parts, moments, {name: moment.work for name, moment in meter.moments.items()})
+    works = {name: moment.work for name, moment in meter.moments.items()}
+    return Memory(parts, moments, works, layout=layout)
 
 
 # ---------------------------------------------------------------- several GPUs

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from transformers import TrainingArguments
 
 from medtune.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, StageArgumentParser
@@ -150,6 +151,11 @@ class RunPlan:
     @property
     def is_rl(self) -> bool:
         return self.reward_args is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Of the run, whatever this machine has."""
+        return torch.device("cpu" if self.on_cpu else "cuda")
 
     @property
     def n_cards(self) -> int:

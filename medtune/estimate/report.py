@@ -1,9 +1,11 @@
 """The estimate of a command, printed as a table, or as JSON."""
 
 from medtune.estimate.cards import FREE
+from medtune.estimate.hours import UTILISATION
 from medtune.estimate.making import Estimate, Verdict
-from medtune.estimate.memory import GIB
+from medtune.estimate.memory import GIB, Memory
 from medtune.estimate.plan import RunPlan
+from medtune.models.text_attention import Layout
 
 # ---------------------------------------------------------------- as text
 
@@ -25,7 +27,7 @@ def as_lines(estimate: Estimate) -> list[str]:
         f"  batch {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated{n_gpus}, "
         f"gradient checkpointing {checkpointing}; {estimate.n_steps:,} {unit}, {estimate.n_tokens:,.0f} tokens",
         *(f"  {name}: {value}" for name, value in estimate.measured.rows.facts.items()),
-        *(f"  note: {note}" for note in [*plan.notes, *_notes_of_servers(plan)]),
+        *(f"  note: {note}" for note in _notes(plan, memory)),
         "",
         f"memory of {where}, GiB (computed, not measured)",
     ]
@@ -46,6 +48,9 @@ def as_lines(estimate: Estimate) -> list[str]:
         cards = "1 card" if plan.n_cards == 1 else f"{plan.n_cards} cards of a kind"
         lines += ["", f"on {cards} ({FREE:.0%} of the memory kept free; computed, not measured)"]
         lines += as_columns([_verdict_row(verdict) for verdict in estimate.verdicts])
+        best, worst = UTILISATION
+        money = "" if all(verdict.cost is None for verdict in estimate.verdicts) else f", money for {cards}"
+        lines += [f"  hours at {worst:.0%} to {best:.0%} of a card's rate in bfloat16{money}"]
     disk = ", ".join(f"{name} {size / GIB:.1f}" for name, size in estimate.disk.items())
     lines += ["", f"disk, GiB: {disk}"]
     return lines
@@ -56,12 +61,19 @@ def as_columns(rows: list[tuple[str, ...]]) -> list[str]:
     return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def _notes_of_servers(plan: RunPlan) -> list[str]:
-    servers = plan.servers
-    if not servers.n:
-        return []
-    where = "on the GPUs of training" if servers.share_gpus else "on GPUs of their own"
-    return [f"{servers.n} server(s) of vLLM {where} write the replies and take {servers.memory:.0%} of a GPU each"]
+def _notes(plan: RunPlan, memory: Memory) -> list[str]:
+    notes, servers = list(plan.notes), plan.servers
+    if servers.n:
+        where = "on the GPUs of training" if servers.share_gpus else "on GPUs of their own"
+        notes.append(
+            f"{servers.n} server(s) of vLLM {where} write the replies and take {servers.memory:.0%} of a GPU each"
+        )
+    if plan.model_args.flash_attn and not plan.on_cpu:
+        notes.append("--flash_attn: FlashAttention must be installed and the model able to have it")
+    if memory.layout is not Layout.PADDED:
+        once = ", and the prompt of both replies passes once" if memory.layout is Layout.SHARED_PREFIXES else ""
+        notes.append(f"the rows of a batch are joined into one without padding{once}")
+    return notes
 
 
 def _verdict_row(verdict: Verdict) -> tuple[str, ...]:
@@ -110,7 +122,7 @@ def as_json(estimate: Estimate) -> dict:
         "host_gib": _gib(memory.host),
         "cards": cards,
         "disk_gib": {name: _gib(size) for name, size in estimate.disk.items()},
-        "notes": own.plan.notes,
+        "notes": _notes(own.plan, memory),
     }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from medtune.estimate.fake_models import FLASH, fake_base, with_adapters
+from medtune.estimate.fake_models import fake_base, with_adapters
 from medtune.estimate.generation import run_generation
 from medtune.estimate.meter import Meter
 from medtune.estimate.plan import RunPlan
@@ -15,7 +15,7 @@ from medtune.models.adapters import new_lora_config, without_head
 from medtune.models.dropout import switch_off_dropout
 from medtune.models.lineage import base_of, is_adapter, read_adapter_config
 from medtune.models.score_heads import ScoreHead
-from medtune.models.text_attention import attend_by_text, gains_from_joining
+from medtune.models.text_attention import asks_to_join, attend_by_text
 from medtune.rl.roles import Roles
 from medtune.training.checkpoints import optimizer_bytes
 
@@ -131,9 +131,7 @@ def _make_roles(
     roles = Roles(model, reward_model, reward_head)
     if plan.stage == "ppo":
         roles.add_value_head(0.0)
-    setting = plan.own_args.padding_free
-    gains = base.config._attn_implementation == FLASH or (plan.on_cpu and gains_from_joining(base, torch.device("cpu")))
-    if gains if setting == "auto" else setting == "True":
+    if asks_to_join(plan.own_args.padding_free, base, plan.device):
         roles.padding_free = True
         attend_by_text(base)
     return roles

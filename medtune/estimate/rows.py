@@ -1,7 +1,7 @@
 """The rows that a stage will train on, read as the stage reads them, or assumed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from medtune.errors import UserError
 from medtune.estimate.plan import RunPlan
 from medtune.models.lineage import is_adapter
 from medtune.models.loading import load_tokenizer
+from medtune.models.text_attention import LEAST_SHARED, Layout
 from medtune.reading.encoders import DialogueEncoder, DocumentEncoder, FeedbackEncoder, PairEncoder, PromptEncoder
 from medtune.reading.readers import read_dialogues, read_documents, read_feedback, read_pairs, read_questions
 from medtune.reading.stage_data import Data, prepare_data
@@ -29,6 +30,7 @@ class RunRows:
 
     longest, longest_eval: the rows of the largest batches of training and of evaluation.
     lengths, eval_lengths: [rows] tokens each; of a pair, the prompt and the longer reply.
+    tokens, eval_tokens: `count_tokens` of all rows.
     facts: to print.
     """
 
@@ -36,6 +38,8 @@ class RunRows:
     longest_eval: list[dict]
     lengths: np.ndarray
     eval_lengths: np.ndarray
+    tokens: dict[Layout, float]
+    eval_tokens: dict[Layout, float]
     facts: dict[str, str] = field(default_factory=dict)
 
 
@@ -67,6 +71,8 @@ def find_rows(plan: RunPlan, assumed_tokens: int | None) -> RunRows:
         _longest(evaluation, n_eval) if evaluation else [],
         np.array(train["length"][:]),
         np.array(evaluation["length"][:] if evaluation else []),
+        count_tokens(_lengths_of(train)),
+        count_tokens(_lengths_of(evaluation) if evaluation else {}),
         data.facts,
     )
 
@@ -81,6 +87,41 @@ def _batch_sizes(plan: RunPlan) -> tuple[int, int]:
 def _longest(rows: Dataset, n_rows: int) -> list[dict]:
     order = np.argsort(-np.array(rows["length"][:]), kind="stable")[:n_rows]
     return rows.select(order.tolist()).to_list()
+
+
+# ---------------------------------------------------------------- tokens
+
+# Of a row, each with the prompt in front of it.
+REPLY_COLUMNS = ("chosen_ids", "rejected_ids", "reply_ids")
+
+
+def count_tokens(lengths: Mapping[str, np.ndarray]) -> dict[Layout, float]:
+    """Tokens of rows that pass through a model, without padding, by the layout.
+
+    lengths: [rows] tokens of each column of ids.
+    """
+    replies = [lengths[name] for name in REPLY_COLUMNS if name in lengths]
+    if not replies:
+        return dict.fromkeys(Layout, float(sum(map(np.sum, lengths.values()))))
+    prompts = lengths["prompt_ids"]
+    n_tokens = float(np.sum(replies) + len(replies) * prompts.sum())
+    n_saved = float((len(replies) - 1) * prompts[prompts >= LEAST_SHARED].sum())
+    return {Layout.PADDED: n_tokens, Layout.JOINED: n_tokens, Layout.SHARED_PREFIXES: n_tokens - n_saved}
+
+
+def lengths_of_rows(rows: Sequence[dict]) -> dict[str, np.ndarray]:
+    """[rows] tokens of each column of ids that a pass reads."""
+    names = [name for name in ("prompt_ids", "input_ids", *REPLY_COLUMNS) if name in rows[0]]
+    return {name: np.array([len(row[name]) for row in rows]) for name in names}
+
+
+def _lengths_of(rows: Dataset) -> dict[str, np.ndarray]:
+    names = [name for name in REPLY_COLUMNS if name in rows.column_names]
+    if not names:
+        return {"input_ids": np.array(rows["length"][:])}
+    names.append("prompt_ids")
+    table = rows.select_columns(names).with_format("arrow")[:]
+    return {name: np.concatenate([chunk.value_lengths().to_numpy() for chunk in table[name].chunks]) for name in names}
 
 
 # ---------------------------------------------------------------- read
@@ -131,12 +172,16 @@ def _assumed_rows(plan: RunPlan, n_tokens: int) -> RunRows:
         n_rows, n_tokens = math.ceil(n_rows * n_tokens / limit), limit
     n_eval = plan.data_args.max_eval_samples or EVAL_PROMPTS if plan.training_args.do_eval else 0
     n_train_batch, n_eval_batch = _batch_sizes(plan)
-    of_all = f"{n_rows:,} assumed, of {min(n_tokens, limit)} tokens each and of {limit} in the largest batch"
+    n_tokens = min(n_tokens, limit)
+    of_all = f"{n_rows:,} assumed, of {n_tokens} tokens each and of {limit} in the largest batch"
+    longest = [_assumed_row(plan, limit, index) for index in range(n_train_batch)]
+    of_row = count_tokens(lengths_of_rows(longest[:1]))
     return RunRows(
-        [_assumed_row(plan, limit, index) for index in range(n_train_batch)],
+        longest,
         [_assumed_row(plan, limit, index) for index in range(n_eval_batch if n_eval else 0)],
-        np.full(n_rows, min(n_tokens, limit)),
-        np.full(n_eval, min(n_tokens, limit)),
+        np.full(n_rows, n_tokens),
+        np.full(n_eval, n_tokens),
+        *({layout: n * n_tokens / limit * of_one for layout, of_one in of_row.items()} for n in (n_rows, n_eval)),
         {"rows": of_all},
     )
 
@@ -152,8 +197,10 @@ def _assumed_row(plan: RunPlan, n_tokens: int, index: int) -> dict:
         return {"prompt_ids": ids}
     n_prompt = min(plan.own_args.max_source_length, n_tokens)
     reply, other = ([3 * index + token] * (n_tokens - n_prompt) for token in (2, 3))
-    replies = {"chosen_ids": reply, "rejected_ids": other, "reply_ids": reply, "mismatched_ids": other}
-    return {"prompt_ids": ids[:n_prompt], "is_desirable": True, "source": ""} | replies
+    row = {"prompt_ids": ids[:n_prompt], "source": ""}
+    if getattr(plan.training_args, "is_unpaired", False):
+        return row | {"reply_ids": reply, "mismatched_ids": other, "is_desirable": True}
+    return row | {"chosen_ids": reply, "rejected_ids": other}
 
 
 def padded_tokens(lengths: Sequence[int] | np.ndarray, batch_size: int, grouped: bool = False) -> tuple[float, float]:

@@ -1,21 +1,22 @@
 """The moments of PT, SFT, RM and DPO: their trainers' own steps on the largest batch, on fake weights."""
 
 import torch
-from peft import PeftModel, TaskType
+from peft import TaskType
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PretrainedConfig
 
-from medtune.estimate.fake_models import FLASH, drop_out_as_on_cuda, fake_base, with_adapters
+from medtune.estimate.fake_models import drop_out_as_on_cuda, fake_base, with_adapters
 from medtune.estimate.generation import run_generation
 from medtune.estimate.meter import Meter
 from medtune.estimate.plan import RunPlan
 from medtune.estimate.rows import RunRows
 from medtune.models.adapters import new_lora_config
-from medtune.models.text_attention import Layout, attend_by_text, gains_from_joining, shares_prefixes
+from medtune.models.text_attention import Layout
 from medtune.training.batches import FeedbackCollator, PairCollator
 from medtune.training.causal_lm_trainer import CausalLMTrainer, Collator
 from medtune.training.checkpoints import optimizer_bytes
 from medtune.training.kto_trainer import KTOTrainer
+from medtune.training.layout import asks_for_joined_rows, joined_layouts
 from medtune.training.preference_trainer import PreferenceTrainer
 from medtune.training.reward_trainer import RewardTrainer
 from medtune.training.stage_trainer import StageTrainer
@@ -39,8 +40,11 @@ def lora_settings(plan: RunPlan) -> dict:
 
 def run_trainer(
     plan: RunPlan, config: PretrainedConfig, rows: RunRows, n_layers: int, meter: Meter
-) -> dict[str, float]:
-    """Run the stage's moments under the meter, with so many layers; returns the bytes of what stays, by part."""
+) -> tuple[dict[str, float], Layout]:
+    """Run the stage's moments under the meter, with so many layers.
+
+    Returns the bytes of what stays, by part, and how rows pass through a model that keeps them apart.
+    """
     args = plan.training_args
     trainer, parts = _make_trainer(plan, config, rows, n_layers, meter)
     if not plan.on_cpu:
@@ -80,7 +84,7 @@ def run_trainer(
             n_tokens = min(plan.own_args.max_target_length, SAMPLE_TOKENS)
             core = trainer.model.get_base_model() if plan.lora_args.use_peft else trainer.model
             run_generation(core, [[1] * n_prompt] * N_SAMPLES, n_tokens, meter, "samples")
-    return parts
+    return parts, trainer.layout
 
 
 def _with_ref_logps(rows: list[dict], trainer: StageTrainer) -> list[dict]:
@@ -124,7 +128,8 @@ def _make_trainer(
         args.precompute_ref_log_probs = is_computed_before
         trainer.start_is_checked = True
         trainer.kl = torch.zeros(())
-    trainer.layout, trainer.layout_is_chosen = _layout(plan, trainer), True
+    joins = asks_for_joined_rows(trainer, plan.device)
+    trainer.layout, trainer.layout_is_chosen = joined_layouts(trainer)[0] if joins else Layout.PADDED, True
     if stage == "dpo":
         trainer.reference.use_layout(trainer.layout)
     return trainer, count_models(meter, model, ref_model)
@@ -141,15 +146,3 @@ def count_models(meter: Meter, model: torch.nn.Module, *others: torch.nn.Module 
         if other is not None:
             parts["second model"] = meter.count(*other.parameters(), *other.buffers())
     return parts
-
-
-def _layout(plan: RunPlan, trainer: StageTrainer) -> Layout:
-    """How rows pass through the model: as `choose_layout` has it, if the model keeps texts apart."""
-    model, setting = trainer.model, plan.training_args.padding_free
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    is_flash = base.config._attn_implementation == FLASH
-    gains = is_flash or (plan.on_cpu and gains_from_joining(base, torch.device("cpu")))
-    if not (gains if setting == "auto" else setting == "True"):
-        return Layout.PADDED
-    attend_by_text(base)
-    return Layout.SHARED_PREFIXES if trainer.rows_share_prompts and shares_prefixes(base) else Layout.JOINED

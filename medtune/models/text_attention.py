@@ -81,15 +81,18 @@ def flash_attention_by_text(
     attention_mask: torch.Tensor | None,
     text_columns: torch.Tensor | None = None,
     own_tokens: torch.Tensor | None = None,
+    attend: Callable = flash_attention_forward,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """transformers' FlashAttention, which takes the borders of texts itself, for texts that share a prefix too: as
     `attention_by_text`.
+
+    attend: what stands for FlashAttention where nothing is computed.
     """
     if text_columns is None:
-        return flash_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return attend(module, query, key, value, attention_mask, **kwargs)
     texts = (states.index_select(2, text_columns) for states in (query, key, value))
-    output, _ = flash_attention_forward(module, *texts, attention_mask, **kwargs)
+    output, _ = attend(module, *texts, attention_mask, **kwargs)
     return output.index_select(1, own_tokens), None
 
 
@@ -138,6 +141,11 @@ def gains_from_joining(model: PreTrainedModel, device: torch.device) -> bool:
     attention = model.config._attn_implementation
     takes_borders = "flash" in attention or (attention in (SDPA, SDPA_BY_TEXT) and device.type == "cpu")
     return takes_borders and not has_recurrent_layers(type(model), model.config)
+
+
+def asks_to_join(padding_free: str, model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether to join rows if the model keeps them apart: by --padding_free, with auto where that gains."""
+    return gains_from_joining(model, device) if padding_free == "auto" else padding_free == "True"
 
 
 def border_fault(error: ValueError) -> str:

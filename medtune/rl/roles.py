@@ -28,10 +28,10 @@ from medtune.models.reward_models import add_reward_adapter, load_reward_model
 from medtune.models.running_batch import Row, complete_rows
 from medtune.models.score_heads import ScoreHead
 from medtune.models.text_attention import (
+    asks_to_join,
     attend_by_text,
     border_fault,
     forward_inputs,
-    gains_from_joining,
     joined_layout,
     places,
 )
@@ -164,7 +164,7 @@ class Roles:
 
         base = self.model.get_base_model()
         own.refuse_other(difference(), where)
-        if padding_free == "False" or (padding_free == "auto" and not gains_from_joining(base, own.ids.device)):
+        if not asks_to_join(padding_free, base, own.ids.device):
             return
         self.padding_free = True
         attend_by_text(base)

@@ -17,10 +17,10 @@ from medtune.models.recurrence import why_texts_mix
 from medtune.models.text_attention import (
     LEAST_SHARED,
     Layout,
+    asks_to_join,
     attend_by_text,
     border_fault,
     forward_inputs,
-    gains_from_joining,
     places,
     shares_prefixes,
 )
@@ -68,11 +68,8 @@ def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | 
         UserError, in every process: texts of a row see each other in a layout that was asked for, or that the data has.
     """
     args, plain = trainer.args, inside_peft(trainer.model)
-    is_auto = args.padding_free == "auto"
-    # NEFTune's noise goes by the length of a row, and would be weaker in a longer one.
-    gains = gains_from_joining(plain, args.device) and not args.neftune_noise_alpha
-    layout = Layout.PADDED
-    if gains if is_auto else args.padding_free == "True":
+    is_auto, layout, joins = args.padding_free == "auto", Layout.PADDED, asks_for_joined_rows(trainer, args.device)
+    if joins:
         layout, fault = _join(trainer, model, texts)
         if fault and is_auto:
             logger.info(f"rows are padded, since they would not stay apart if they were joined ({fault})")
@@ -82,7 +79,7 @@ def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | 
         is_fault, summary = look_at_texts(trainer, model, layout)
         if not is_fault:
             logger.info(f"checked with three texts in a row: a {texts.name} sees itself alone ({summary})")
-        elif is_auto and not gains:
+        elif is_auto and not joins:
             layout, summary = _join(trainer, model, texts)
         if is_fault and layout is Layout.PADDED:
             raise _leak(texts, plain, summary)
@@ -93,15 +90,29 @@ def choose_layout(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | 
     return layout
 
 
-def _join(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | None) -> tuple[Layout, str]:
-    """The layout of joined rows in which the probe finds texts as they are alone; or padded rows, and what it finds.
+def asks_for_joined_rows(trainer: Trainer, device: torch.device) -> bool:
+    """Whether rows are to be joined on this device, if the probe then finds no leak."""
+    args = trainer.args
+    if args.padding_free == "auto" and args.neftune_noise_alpha:
+        return False  # NEFTune's noise goes by the length of a row, and would be weaker in a longer one
+    return asks_to_join(args.padding_free, inside_peft(trainer.model), device)
+
+
+def joined_layouts(trainer: Trainer) -> tuple[Layout, ...]:
+    """The layouts of joined rows, the best first, for each of which the model attends from now on.
 
     Of rows that have prompts in common these pass once where attention takes such rows.
     """
     plain = inside_peft(trainer.model)
     attend_by_text(plain)
     shares = trainer.rows_share_prompts and shares_prefixes(plain)
-    for layout in (Layout.SHARED_PREFIXES, Layout.JOINED) if shares else (Layout.JOINED,):
+    return (Layout.SHARED_PREFIXES, Layout.JOINED) if shares else (Layout.JOINED,)
+
+
+def _join(trainer: Trainer, model: torch.nn.Module, texts: TextsOfRow | None) -> tuple[Layout, str]:
+    """The layout of joined rows in which the probe finds texts as they are alone; or padded rows, and what it finds."""
+    plain = inside_peft(trainer.model)
+    for layout in joined_layouts(trainer):
         is_fault, summary = look_at_texts(trainer, model, layout)
         if not is_fault:
             drops = trainer.args.do_train and has_dropout(plain)

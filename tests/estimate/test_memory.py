@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from stage_runs import RL_STAGES, STAGES, stage_flags, words, write_lines
 from tiny_families import FAMILIES
 from tiny_families import SHAPE as TINY
@@ -12,13 +13,14 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, Qwen2Config
 
 from medtune.errors import UserError
 from medtune.estimate.cards import choose_cards
-from medtune.estimate.hours import count_evaluations, count_saves, estimate_hours
+from medtune.estimate.hours import count_evaluations, count_saves, count_steps_and_tokens, estimate_hours
 from medtune.estimate.making import Measured
 from medtune.estimate.memory import GIB, Memory, measure_memory
 from medtune.estimate.plan import RunPlan, count_gpus_of_command, read_plan
 from medtune.estimate.remedies import remedies
-from medtune.estimate.rows import find_rows, padded_tokens
+from medtune.estimate.rows import _lengths_of, count_tokens, find_rows, padded_tokens
 from medtune.estimate.shapes import find_shape, shape_of
+from medtune.models.text_attention import Layout
 
 SCRIPTS = STAGES | RL_STAGES
 SLOW = ("pt", "rm", "ppo", "grpo")
@@ -164,6 +166,61 @@ def test_one_process_splits_its_model_over_the_gpus_that_it_sees(sft, monkeypatc
     assert split.base == sft.base
     plan = plan_of("sft", device_map="auto")
     assert (plan.n_gpus, plan.n_cards) == (1, 2)
+
+
+# ---------------------------------------------------------------- joined rows
+
+
+def test_with_flash_attention_the_prompt_of_a_pair_passes_once(monkeypatch):
+    """Of two pairs with a prompt of 60 tokens and replies of 40: all layers but attention see 2 x 140 and not 400."""
+    padded, flash = memory_of("rm"), memory_of("rm", flash_attn=True)
+    assert (padded.layout, flash.layout) == (Layout.PADDED, Layout.SHARED_PREFIXES)
+    for moment in ("forward pass", "backward pass"):
+        assert flash.works[moment].products == pytest.approx(0.7 * padded.works[moment].products)
+    assert flash.works["forward pass"].attention == padded.works["forward pass"].attention  # of four texts of 100
+    assert flash.moments["forward pass"] < 0.8 * padded.moments["forward pass"]
+    plan = plan_of("rm", flash_attn=True)
+    rows = find_rows(plan, 100)
+    n_tokens = [count_steps_and_tokens(plan, rows, each.layout)[1] for each in (padded, flash)]
+    assert n_tokens == [3 * 100 * 200, 3 * 100 * 140]
+    (card,) = choose_cards(["A100 80GB"])
+    monkeypatch.setattr("medtune.estimate.hours.LAUNCH", (0.0, 0.0))  # which is all the time of so small a model
+    of_flash, of_padded = (estimate_hours(plan, each, rows, card).phases["training"][1] for each in (flash, padded))
+    assert 0.7 * of_padded < of_flash < 0.8 * of_padded
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "layout"),
+    [
+        ("dpo", {"flash_attn": True}, Layout.SHARED_PREFIXES),
+        ("dpo", {"flash_attn": True, "padding_free": False}, Layout.PADDED),
+        ("sft", {"flash_attn": True}, Layout.JOINED),
+        ("sft", {"padding_free": True}, Layout.JOINED),
+        ("sft", {"flash_attn": True, "neftune_noise_alpha": 5}, Layout.PADDED),
+    ],
+)
+def test_rows_are_joined_where_the_stage_joins_them(stage, flags, layout):
+    assert memory_of(stage, **flags).layout is layout
+
+
+def test_with_flash_attention_the_prompt_of_a_group_passes_once():
+    padded, flash = memory_of("grpo"), memory_of("grpo", flash_attn=True)
+    name = "update of the policy: backward pass"
+    assert flash.works[name].products == pytest.approx(0.7 * padded.works[name].products, rel=0.02)
+
+
+def test_tokens_of_pairs_in_the_data():
+    rows = Dataset.from_dict(
+        {
+            "prompt_ids": [[1] * 20, [1] * 4, [1]],
+            "chosen_ids": [[1] * 5, [1] * 6, [1]],
+            "rejected_ids": [[1] * 7, [1] * 8, [1]],
+        }
+    ).select([1, 0])
+    joined = 2 * (20 + 4) + 5 + 6 + 7 + 8
+    # Prompts of less than 16 tokens pass twice.
+    counted = {Layout.PADDED: joined, Layout.JOINED: joined, Layout.SHARED_PREFIXES: joined - 20}
+    assert count_tokens(_lengths_of(rows)) == counted
 
 
 # ---------------------------------------------------------------- families

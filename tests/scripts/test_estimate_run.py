@@ -13,7 +13,7 @@ import pytest
 from stage_runs import write_lines
 
 from medtune.errors import UserError
-from medtune.estimate.cards import CARDS, Price, read_prices
+from medtune.estimate.cards import CARDS, Price, choose_cards, read_prices
 from medtune.estimate.total import as_total_lines, total_as_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +89,10 @@ def test_an_adapter_that_is_to_come_is_assumed(estimate):
         ("run_nothing.sh", "run_nothing.sh: no such file"),
         (f"{ROOT}/run_demo.sh", "run_demo.sh: starts no training stage"),
         (f"{ROOT}/setup.sh", "setup.sh: starts no training stage"),
+        (
+            f"{SFT} --card=H200",
+            "--card: a flag of the estimate, which stands before the command: estimate_run.py --card",
+        ),
         (f"--price nan {SFT}", "--price nan: give a number above 0"),
         (f"--price -1 {SFT}", "--price -1.0: give a number above 0"),
         (f"--assume_tokens 0 {SFT}", "--assume_tokens 0: give a number above 0"),
@@ -114,6 +118,11 @@ def test_bad_data_is_named_by_file_and_line(estimate, tiny_model_dir, tmp_path):
         estimate(f"{SFT} --model_name_or_path {tiny_model_dir} --train_file_dir {data.parent}")
 
 
+def test_a_part_of_a_name_is_enough_for_a_card():
+    names = [card.name for card in choose_cards(["4090", "a100", "H20", "rtx4090"])]
+    assert names == ["RTX 4090", "A100 40GB", "A100 80GB", "H20"]
+
+
 def test_a_price_is_one_of_a_known_card(tmp_path):
     assert {"RTX 4090", "A100 40GB", "A100 80GB"} <= read_prices().keys()
     file = tmp_path / "prices.csv"
@@ -124,6 +133,7 @@ def test_a_price_is_one_of_a_known_card(tmp_path):
         "A100 40GB,-5,CNY": "prices.csv:3: per_hour '-5' is no price",
         "A100 40GB,nan,CNY": "prices.csv:3: per_hour 'nan' is no price",
         "RTX 4090D,4,CNY": "prices.csv:3: RTX 4090D: not known",
+        "A100,4,CNY": "prices.csv:3: A100: name one of A100 40GB, A100 80GB",
         "# mine": "prices.csv:3: a line is card,per_hour,currency",
     }.items():
         file.write_text(f"card,per_hour,currency\nRTX 4090,5,CNY\n{line}\n")
