@@ -123,7 +123,7 @@ def count_saves(plan: RunPlan, rows: RunRows, n_steps: int) -> int:
 
 def _trainer_phases(plan: RunPlan, memory: Memory, rows: RunRows, case: _Case, n_steps: int) -> dict[str, float]:
     args = plan.training_args
-    work = _sum(memory, "forward pass", "backward pass")
+    work = _sum(memory, *memory.works.keys() & {"mismatched replies", "forward pass", "backward pass"})
     n_batches = n_steps * args.gradient_accumulation_steps
     of_rows = rows.longest, rows.lengths, rows.tokens
     share = _share_of_largest(plan, memory.layout, *of_rows, args.per_device_train_batch_size)

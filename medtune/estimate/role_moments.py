@@ -10,7 +10,7 @@ from medtune.estimate.generation import run_generation
 from medtune.estimate.meter import Meter
 from medtune.estimate.plan import RunPlan
 from medtune.estimate.rows import RunRows
-from medtune.estimate.trainer_moments import count_models, dtype_of, lora_settings
+from medtune.estimate.trainer_moments import count_models, dtype_of, lora_settings, mapped_weights
 from medtune.models.adapters import new_lora_config, without_head
 from medtune.models.dropout import switch_off_dropout
 from medtune.models.lineage import base_of, is_adapter, read_adapter_config
@@ -41,6 +41,8 @@ def run_roles(
     n_bytes = sum(optimizer_bytes(weights, args) for weights in trained.values())
     states = torch.empty(n_bytes, dtype=torch.uint8, device="meta")
     parts["optimizer"] = meter.count(states)
+    if len(mapped := mapped_weights(plan, config, roles.model)):
+        parts["file of the weights"] = meter.count(mapped)
     if args.gradient_checkpointing:
         roles.enable_checkpointing(args.gradient_checkpointing_kwargs)
 

@@ -167,13 +167,13 @@ def _assumed_rows(plan: RunPlan, n_tokens: int) -> RunRows:
         limit = own.max_source_length
     else:
         limit = own.max_source_length + own.max_target_length
-    n_rows = n_rows or 1
+    is_known, n_rows = n_rows is not None, n_rows or 1
     if plan.stage == "pt":
         n_rows, n_tokens = math.ceil(n_rows * n_tokens / limit), limit
     n_eval = plan.data_args.max_eval_samples or EVAL_PROMPTS if plan.training_args.do_eval else 0
     n_train_batch, n_eval_batch = _batch_sizes(plan)
-    n_tokens = min(n_tokens, limit)
-    of_all = f"{n_rows:,} assumed, of {n_tokens} tokens each and of {limit} in the largest batch"
+    n_tokens, n_assumed = min(n_tokens, limit), f"{n_rows:,}" if is_known else "as many as the run takes,"
+    of_all = f"{n_assumed} assumed, of {n_tokens} tokens each and of {limit} in the largest batch"
     longest = [_assumed_row(plan, limit, index) for index in range(n_train_batch)]
     of_row = count_tokens(lengths_of_rows(longest[:1]))
     return RunRows(

@@ -5,7 +5,7 @@ from peft import TaskType
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PretrainedConfig
 
-from medtune.estimate.fake_models import drop_out_as_on_cuda, fake_base, with_adapters
+from medtune.estimate.fake_models import QuantizedLinear, drop_out_as_on_cuda, fake_base, with_adapters
 from medtune.estimate.generation import run_generation
 from medtune.estimate.meter import Meter
 from medtune.estimate.plan import RunPlan
@@ -29,9 +29,11 @@ N_SAMPLES, SAMPLE_TOKENS = 8, 256
 def dtype_of(plan: RunPlan, config: PretrainedConfig) -> torch.dtype:
     """Of the base's weights."""
     name = plan.model_args.torch_dtype
-    if name == "auto":
-        name = str(config.dtype or "float32").removeprefix("torch.")
-    return getattr(torch, name)
+    return _dtype_of_file(config) if name == "auto" else getattr(torch, name)
+
+
+def _dtype_of_file(config: PretrainedConfig) -> torch.dtype:
+    return getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
 
 
 def lora_settings(plan: RunPlan) -> dict:
@@ -56,11 +58,17 @@ def run_trainer(
     trained = [weights for weights in trainer.model.parameters() if weights.requires_grad]
     states = torch.empty(optimizer_bytes(trained, args), dtype=torch.uint8, device="meta")
     parts["optimizer"] = meter.count(states)
+    if len(mapped := mapped_weights(plan, config, trainer.model)):
+        parts["file of the weights"] = meter.count(mapped)
 
     largest, largest_eval = (_with_ref_logps(batch, trainer) for batch in (rows.longest, rows.longest_eval))
 
     # With accumulated gradients the second micro-batch is the larger one.
     trainer.model.train()
+    if isinstance(trainer, KTOTrainer):
+        inputs = trainer._prepare_inputs(trainer.data_collator(largest))
+        with meter.moment("mismatched replies"):
+            trainer.mismatched_ratios(model, inputs)
     for _ in range(min(args.gradient_accumulation_steps, 2)):
         inputs = trainer._prepare_inputs(trainer.data_collator(largest))
         n_items = torch.tensor(args.gradient_accumulation_steps * sum(map(_n_items, rows.longest)))
@@ -146,3 +154,14 @@ def count_models(meter: Meter, model: torch.nn.Module, *others: torch.nn.Module 
         if other is not None:
             parts["second model"] = meter.count(*other.parameters(), *other.buffers())
     return parts
+
+
+def mapped_weights(plan: RunPlan, config: PretrainedConfig, model: torch.nn.Module) -> torch.Tensor:
+    """[weights] that a CPU keeps of the model's file beside quantized ones: what was read to make them.
+
+    The embedding is a part of the mapped file, and holds all of it.
+    """
+    is_quantized = plan.on_cpu and plan.bits < 16
+    layers = (module for module in model.modules() if is_quantized and isinstance(module, QuantizedLinear))
+    n_read = sum(layer.in_features * layer.out_features for layer in layers)
+    return torch.empty(n_read, dtype=_dtype_of_file(config), device="meta")

@@ -131,6 +131,21 @@ def test_dpo_holds_two_models_where_all_weights_are_trained():
     assert full.parts["second model"] == pytest.approx(full.parts["base weights"], rel=0.01)
 
 
+def test_kto_passes_mismatched_replies_through_policy_and_reference():
+    works = memory_of("dpo", loss_type="kto").works
+    # As their own replies do, but for the gradient of the head.
+    assert works["mismatched replies"].products == pytest.approx(works["forward pass"].products, rel=0.05)
+
+
+def test_on_a_cpu_what_was_read_to_be_quantized_stays_mapped(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    whole, four = (memory_of("sft", load_in_4bit=four, cpu_bf16=False) for four in (False, True))
+    in_linear = 2 * (N_WEIGHTS - 1024 * 256)
+    assert four.parts.pop("file of the weights") == pytest.approx(in_linear, rel=0.01)
+    assert four.parts.keys() == whole.parts.keys()
+    assert four.moments["optimizer step"] == whole.moments["optimizer step"]
+
+
 def test_ppo_has_three_adapters_on_one_base_and_grpo_one():
     ppo, grpo, with_kl = memory_of("ppo"), memory_of("grpo"), memory_of("grpo", beta=0.1)
     assert ppo.parts["base weights"] == grpo.parts["base weights"]

@@ -38,6 +38,7 @@ def test_a_table_of_cards(estimate, tiny_model_dir):
     assert "computed, not measured" in text
     for card in CARDS:
         assert card.name in text
+    assert "hours at 25% to 50% of a card's rate in bfloat16, money for 1 card" in text
     assert "does not fit" not in text
 
 
@@ -76,8 +77,11 @@ def test_a_small_card_gets_the_mildest_change(estimate):
 
 def test_an_adapter_that_is_to_come_is_assumed(estimate):
     command = "dpo_training.py --do_train --output_dir out --model_name_or_path outputs-sft/checkpoint-best"
-    text = estimate(f"--base_model Qwen/Qwen2.5-0.5B --card H200 --assume_tokens 300 {command} --max_steps 10")
+    flags = "--max_steps 10 --flash_attn True"
+    text = estimate(f"--base_model Qwen/Qwen2.5-0.5B --card H200 --assume_tokens 300 {command} {flags}")
     assert "outputs-sft/checkpoint-best is not there yet: an adapter of these flags on Qwen/Qwen2.5-0.5B" in text
+    assert "rows: as many as the run takes, assumed, of 300 tokens each" in text
+    assert "the rows of a batch are joined into one without padding, and the prompt of both replies passes once" in text
 
 
 @pytest.mark.parametrize(
