@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from medtune.errors import UserError
+from medtune.errors import Unusable, UserError
 from medtune.offline import go_offline_without_hub
+from medtune.reading.json_files import read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -164,9 +165,24 @@ def _reason(error: BaseException, name: str, endpoint: str) -> str:
         return (
             "no part of a split that `datasets` knows, or an empty one; a slice is such as train[:1000] or train[9%:]"
         )
+    if Path(name).is_dir() and (fault := _first_fault(Path(name))):
+        return fault
     # `datasets` says only that something happened, and has the reason behind it.
     text = " ".join(f"{type(causes[-1]).__name__}: {causes[-1]}".split())
     return f"cannot be prepared ({text}); {BY_FILES}"
+
+
+def _first_fault(folder: Path) -> str | None:
+    """What our own reader finds broken in its JSON files, with file:line, which `datasets` does not name."""
+    for path in sorted([*folder.rglob("*.json"), *folder.rglob("*.jsonl")]):
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            try:
+                for source, record in read_json(file, path.as_posix()):
+                    if isinstance(record, Unusable):
+                        return f"{source}: {record.reason}: {record.detail}"
+            except UserError as error:
+                return str(error)
+    return None
 
 
 def _decoder(feature: object) -> Callable | None:

@@ -111,7 +111,12 @@ def test_a_configuration_is_named(in_tmp_path):
         ("", "neither a folder here nor the name of a data set, OWNER/NAME"),
         ("script", "a script of its own makes its rows, which is not run; download its files"),
         ("nothing", "there are no data files in it that `datasets` knows"),
-        ("broken", "cannot be prepared (ArrowInvalid: JSON parse error: "),
+        ("broken", "broken/train.jsonl:2: broken JSON: Expecting ',' delimiter (column 17); write one whole record a"),
+        (
+            "list",
+            "list/train.json:3: broken JSON: Expecting ',' or ']' (column 1); fix it, the rest of the file cannot",
+        ),
+        ("arrow", "cannot be prepared (ArrowInvalid: "),
         ("owner/name", "no folder of that name here, and https://huggingface.co cannot be reached: check the network"),
     ],
 )
@@ -124,6 +129,10 @@ def test_what_is_wrong_is_one_line(data_set, dataset_name, message):
     write_lines(Path("broken/train.jsonl"), records(1))
     with Path("broken/train.jsonl").open("a") as file:
         file.write('{"question": "q"\n')
+    write_lines(Path("list/train.json"), [])
+    Path("list/train.json").write_text('[\n{"question": "q"}\n{"question": "p"}]')
+    write_lines(Path("arrow/train.arrow"), [])
+    Path("arrow/train.arrow").write_bytes(b"a format that only `datasets` reads")
     with pytest.raises(UserError) as refused:
         load_splits(dataset_name, "cache")
     assert str(refused.value).startswith(f"--dataset_name {dataset_name}: {message}")
