@@ -1,65 +1,81 @@
 #!/usr/bin/env bash
 # On-policy distillation beside more SFT on the teacher's replies, in the same minutes, with the demo's models on a CPU.
-# The teacher is the demo's PPO model, the student SFT on half of its dialogues; both ways begin with the student, train
-# adapters of the same size and see the same prompts. The minutes that the teacher's replies take are SFT's gift.
+# The teacher is the demo's DPO model, the student SFT on half of its dialogues; both ways begin with the student, train
+# adapters of the same size and see the same prompts. The minute that the teacher's replies take is SFT's gift.
 #
 #   mkdir -p logs && nohup bash scripts/compare_distillation.sh > logs/compare_distillation.log 2>&1 &
 #
-# After run_demo.sh. Started again it goes on where it stopped; `rm -r outputs-*-half` starts anew.
+# After run_demo.sh; by the times of its stages a quarter of an hour on two cores. Started again it goes on where it stopped;
+# `rm -r outputs-*-half cache/replies-half*` starts anew. Flags behind the script's name are of all three trainings.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-EPISODES=${EPISODES:-4000}
+START=${START:-outputs-pt-demo/checkpoint-best}    # of the student, before SFT
+TEACHER=${TEACHER:-outputs-dpo-demo/checkpoint-best}
+EPISODES=${EPISODES:-1280}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
-export PYTHON HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES="" TEMPLATE=chatml N_PROCESSES=1 TEACHER_DEVICE=""
-teacher=outputs-ppo-demo/checkpoint-best student=outputs-sft-half/checkpoint-best
+# As in run_demo.sh, which says why.
+N_PROCESSES=$(($(nproc) > 1 ? 2 : 1))
+export START TEACHER PYTHON N_PROCESSES OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES="" TEMPLATE=chatml
+export MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=1073741824
+precision=$("$PYTHON" -c "from medtune.training.precision import bfloat16_speed, has_bfloat16
+print('autocast' if has_bfloat16() and bfloat16_speed(256) > 1.5 else 'False')")
+student=outputs-sft-half/checkpoint-best
 distilled=outputs-distill-half more_sft=outputs-moresft-half replies=cache/replies-half
 fail() { echo "error: $*" >&2; exit 2; }
-[ -d "$teacher" ] || fail "$teacher is not there: bash run_demo.sh makes it"
+for model in "$START" "$TEACHER"; do
+    [ -d "$model" ] || fail "$model is not there: bash run_demo.sh makes it"
+done
 
-common="--gradient_checkpointing False --weight_decay 0 --save_total_limit 1 --cpu_bf16 False --report_to none"
+common="--gradient_checkpointing False --lr_scheduler_type cosine --save_total_limit 1 --weight_decay 0"
+common+=" --cpu_bf16 $precision --report_to none"
 lora="--lora_rank 32 --lora_alpha 64 --lora_dropout 0"
 
 echo "== the student"
 # shellcheck disable=SC2086  # words: flags without blanks in their values
-MODEL=outputs-pt-demo/checkpoint-best OUTPUT=outputs-sft-half ACCUMULATION=2 bash run_sft.sh --use_peft False --learning_rate 2e-3 \
-    --adam_beta2 0.99 --packing True --model_max_length 320 --per_device_train_batch_size 1 --num_train_epochs 6 \
-    --max_train_samples 3400 --eval_strategy epoch $common
+MODEL=$START OUTPUT=outputs-sft-half BATCH=2 ACCUMULATION=$((2 / N_PROCESSES)) MAX_LENGTH=512 RATE=1e-3 bash run_sft.sh \
+    --use_peft False --adam_beta2 0.99 --packing True --num_train_epochs 2 --max_train_samples 4900 \
+    --eval_strategy epoch $common "$@"
 
 echo "== distillation"
 # shellcheck disable=SC2086
-MODEL=$student TEACHER=$teacher OUTPUT=$distilled TRAIN_DATA=data/ppo EVAL_DATA=data/ppo BATCH=16 ACCUMULATION=4 \
-    RATE=1e-3 MAX_REPLY=128 bash run_distill.sh --beta 1 --eval_steps 10 --rollout_batch_size 64 \
-    --total_episodes "$EPISODES" $lora $common
+MODEL=$student OUTPUT=$distilled TRAIN_DATA=data/ppo EVAL_DATA=data/ppo TEACHER_DEVICE="" BATCH=16 \
+    ACCUMULATION=$((4 / N_PROCESSES)) RATE=1e-3 MAX_PROMPT=512 MAX_REPLY=128 bash run_distill.sh --beta 1 \
+    --eval_steps 5 --max_eval_samples 52 --rollout_batch_size 64 --total_episodes "$EPISODES" $lora $common "$@"
 
 echo "== the teacher's replies to the same prompts"
 if [ ! -f "$replies/train.jsonl" ]; then
     mkdir -p "$replies"
-    "$PYTHON" inference.py --base_model outputs-sft-demo/checkpoint-best --lora_model "$teacher" --batch_size 64 \
-        --data_file data/ppo/prompts.jsonl --output_file "$replies.jsonl" --max_new_tokens 128
+    [ -f "$replies.jsonl" ] || OMP_NUM_THREADS=$N_PROCESSES "$PYTHON" inference.py --base_model "$TEACHER" \
+        --batch_size 64 --data_file data/ppo/prompts.jsonl --output_file "$replies.jsonl" --max_new_tokens 128
     "$PYTHON" -c "
 import json, sys
 for row in map(json.loads, sys.stdin):
     reply = {'role': 'assistant', 'content': row['output']}
     print(json.dumps({'messages': [*row['messages'], reply]}, ensure_ascii=False))
-" < "$replies.jsonl" > "$replies/train.jsonl"
+" < "$replies.jsonl" > "$replies/unfinished"
+    mv "$replies/unfinished" "$replies/train.jsonl"
 fi
 
-echo "== more SFT, as long as distillation took"
-seconds=$("$PYTHON" -c "import json; print(round(json.load(open('$distilled/train_results.json'))['seconds']))")
-if [ ! -d "$more_sft" ]; then
+echo "== more SFT, as long as distillation took, and half a minute to start"
+seconds=$("$PYTHON" -c "import json; print(round(json.load(open('$distilled/train_results.json'))['seconds']) + 30)")
+if [ ! -f "$more_sft/is_done" ]; then
+    rm -rf "$more_sft" # its minutes are counted from the start
     # shellcheck disable=SC2086
-    MODEL=$student OUTPUT=$more_sft TRAIN_DATA=$replies EVAL_DATA=$replies BATCH=16 ACCUMULATION=1 \
-        timeout "$seconds" bash run_sft.sh --learning_rate 1e-3 --max_steps 100000 --lr_scheduler_type constant \
-        --eval_strategy no $lora $common || [ $? = 124 ] # it saves a checkpoint at the signal
+    MODEL=$student OUTPUT=$more_sft TRAIN_DATA=$replies EVAL_DATA=$replies BATCH=16 \
+        ACCUMULATION=$((2 / N_PROCESSES)) RATE=1e-3 MAX_LENGTH=512 timeout "$seconds" bash run_sft.sh \
+        --max_eval_samples 52 --max_steps 100000 --eval_strategy no $lora $common \
+        --lr_scheduler_type constant "$@" || [ $? = 124 ] # it saves a checkpoint at the signal
+    touch "$more_sft/is_done"
 fi
-trained=$(ls -d $more_sft/checkpoint-[0-9]*)
+trained=$(find "$more_sft" -maxdepth 1 -name 'checkpoint-[0-9]*' | sort -V | tail -n 1)
 
 echo "== held-out figures with their intervals"
-test_files="data/eval/questions.jsonl data/eval/safety.jsonl data/eval/emergency_twins.jsonl"
+safety="data/eval/safety.jsonl data/eval/emergency_twins.jsonl data/eval/unsafe_requests.jsonl"
+measured="--test_file data/eval/questions.jsonl $safety --num_samples 100 --max_new_tokens 160 --batch_size 32 --overwrite"
+export OMP_NUM_THREADS=$N_PROCESSES
 # shellcheck disable=SC2086
 "$PYTHON" scripts/evaluate_model.py --base_model $student --compare base $distilled/checkpoint-best "$trained" \
-    --test_file $test_files --max_new_tokens 160 --batch_size 32 --output_dir outputs-eval-half --overwrite
+    $measured --output_dir outputs-eval-half --reuse
 # shellcheck disable=SC2086
-"$PYTHON" scripts/evaluate_model.py --base_model outputs-sft-demo/checkpoint-best --lora_model $teacher \
-    --test_file $test_files --max_new_tokens 160 --batch_size 32 --output_dir outputs-eval-teacher --overwrite
+"$PYTHON" scripts/evaluate_model.py --base_model "$TEACHER" $measured --output_dir outputs-eval-teacher-half --reuse
