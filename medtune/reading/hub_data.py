@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from medtune.errors import Unusable, UserError
 from medtune.offline import go_offline_without_hub
+from medtune.reading.json_files import read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -172,17 +173,15 @@ def _reason(error: BaseException, name: str, endpoint: str) -> str:
 
 
 def _first_fault(folder: Path) -> str | None:
-    """What our own readers find broken in its files, with file:line, which `datasets` does not name."""
-    from medtune.reading.files import read_raw  # which reads splits too
-    from medtune.reading.finding import RECORD_ENDINGS, ending_of
-
-    try:
-        for file in sorted(path for path in folder.rglob("*") if path.is_file() and ending_of(path) in RECORD_ENDINGS):
-            for source, record in read_raw(file):
-                if isinstance(record, Unusable):
-                    return f"{source}: {record.reason}: {record.detail}"
-    except UserError as error:
-        return str(error)
+    """What our own reader finds broken in its JSON files, with file:line, which `datasets` does not name."""
+    for path in sorted([*folder.rglob("*.json"), *folder.rglob("*.jsonl")]):
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            try:
+                for source, record in read_json(file, path.as_posix()):
+                    if isinstance(record, Unusable):
+                        return f"{source}: {record.reason}: {record.detail}"
+            except UserError as error:
+                return str(error)
     return None
 
 
