@@ -22,6 +22,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -45,7 +46,11 @@ SCRIPTS = {
     "dpo": "dpo_training",
     "ppo": "ppo_training",
     "grpo": "grpo_training",
+    "distillation": "distillation_training",
 }
+# What loads models, in its order.
+LOADERS = {"ppo": ["load_roles"], "grpo": ["load_roles"], "distillation": ["load_teacher", "load_roles"]}
+TEACHER = "52M"
 # hidden, intermediate, layers, heads, key-value heads, vocabulary
 SHAPES = {
     "16M": (384, 1024, 8, 6, 2, 4000),
@@ -101,6 +106,8 @@ COMBINATIONS = [
     ("grpo", "52M", 256, "--per_device_train_batch_size 4 --response_length 32"),
     ("grpo", "16M", 256, "--per_device_train_batch_size 8 --response_length 32 --lora_rank 32"),
     ("grpo", "16M", 256, "--per_device_train_batch_size 4 --response_length 32 --padding_free False"),
+    ("distillation", "16M", 256, "--per_device_train_batch_size 4 --response_length 32"),
+    ("distillation", "16M", 256, "--per_device_train_batch_size 4 --response_length 64 --beta 0.5"),
 ]
 
 # ---------------------------------------------------------------- models and data
@@ -153,7 +160,7 @@ def write_data(stage: str, n_tokens: int, file: Path) -> None:
 
 
 def flags_of(stage: str, shape: str, n_tokens: int, flags: str, models: Path, folder: Path) -> list[str]:
-    model = "--sft_model_path" if stage in ("ppo", "grpo") else "--model_name_or_path"
+    model = "--sft_model_path" if stage in LOADERS else "--model_name_or_path"
     words = f"{model} {models / shape} --train_file_dir {folder / 'data.jsonl'} --do_train --use_cpu True"
     words += f" --max_steps 2 --gradient_accumulation_steps 2 --logging_steps 1 --output_dir {folder / 'out'}"
     words += f" --cache_dir {folder / 'cache'} --save_strategy no"
@@ -171,6 +178,7 @@ def flags_of(stage: str, shape: str, n_tokens: int, flags: str, models: Path, fo
         "ppo": f" --max_source_length {n_tokens} --reward_model_path {models / f'{shape}-rm'}",
         "grpo": f" --max_source_length {n_tokens} --rewards variety --num_generations 4 "
         f"--reward_file {folder / 'variety.py'} --stop_token <|im_start|>",
+        "distillation": f" --max_source_length {n_tokens} --teacher_model_path {models / TEACHER}",
     }[stage]
     return f"{words} {flags}".split()
 
@@ -187,33 +195,29 @@ def resident(name: str = "VmRSS") -> int:
 def run_stage(stage: str, argv: list[str]) -> float:
     """The peak of a run from its model on, in bytes."""
     module = importlib.import_module(SCRIPTS[stage])
-    loader = "load_roles" if stage in ("ppo", "grpo") else "load_for_training"
-    load, before = getattr(module, loader), []
+    before = []
 
-    def load_and_note(*args, **options):
+    def load_and_note(name: str, load: Callable, *args, **options) -> object:
         gc.collect()
         before.append(resident())
         loaded = load(*args, **options)
-        model = loaded[0].model if isinstance(loaded, tuple) else loaded
+        model = loaded[0].model if name == "load_roles" else loaded.model if name == "load_teacher" else loaded
         for weights in model.parameters():
             weights.detach().view(-1)[::PAGE].sum()  # rows of a mapped file come into memory as they are read
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         return loaded
 
-    setattr(module, loader, load_and_note)
+    for name in LOADERS.get(stage, ["load_for_training"]):
+        setattr(module, name, partial(load_and_note, name, getattr(module, name)))
     module.main(argv)
     return resident("VmHWM") - before[0]
 
 
 def estimate(stage: str, argv: list[str]) -> dict:
-    from medtune.estimate.memory import measure_memory
-    from medtune.estimate.plan import read_plan
-    from medtune.estimate.rows import find_rows
-    from medtune.estimate.shapes import find_shape
+    from medtune.estimate.making import Command, measure_command
 
-    plan = read_plan(importlib.import_module(SCRIPTS[stage]), argv, 1, "")
-    memory = measure_memory(plan, find_shape(plan.base_model, ""), find_rows(plan, None))
+    memory = measure_command(Command(importlib.import_module(SCRIPTS[stage]), argv)).memory
     stays = sum(memory.parts.values())
     return {"stays": stays, "moment": max(memory.moments.values()), "decides": memory.decides}
 
@@ -250,7 +254,7 @@ def in_turn(combinations: list[tuple]) -> list[tuple]:
 
 
 def measure_all(output: Path, models: Path, chosen: list[str]) -> None:
-    for name in ("medtune.libraries", *SCRIPTS.values(), "medtune.estimate.memory"):
+    for name in ("medtune.libraries", *SCRIPTS.values(), "medtune.estimate.making"):
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as scratch:
         in_child(make_models, models, log=Path(scratch, "models"))

@@ -9,6 +9,7 @@ from medtune.estimate.cards import Card
 from medtune.estimate.memory import Memory
 from medtune.estimate.meter import Work
 from medtune.estimate.plan import RunPlan
+from medtune.estimate.role_moments import TEACHERS_PASS
 from medtune.estimate.rows import RunRows, count_tokens, lengths_of_rows, padded_tokens
 from medtune.estimate.shapes import Shape
 from medtune.models.text_attention import Layout
@@ -74,7 +75,7 @@ class _Case:
 
 
 def count_steps_and_tokens(plan: RunPlan, rows: RunRows, layout: Layout) -> tuple[int, float]:
-    """Optimizer steps, or updates of PPO and GRPO, and the tokens of their rows without padding."""
+    """Optimizer steps, or updates with rollouts, and the tokens of their rows without padding."""
     args, n_rows, per_step = plan.training_args, len(rows.lengths), _rows_per_step(plan)
     if plan.is_rl:
         size = plan.own_args.num_generations if plan.stage == "grpo" else 1
@@ -168,7 +169,7 @@ def _length(row: dict) -> int:
     return len(row["prompt_ids"]) + max(replies)
 
 
-# ---------------------------------------------------------------- PPO, GRPO
+# ---------------------------------------------------------------- PPO, GRPO, distillation
 
 
 def _rl_phases(plan: RunPlan, memory: Memory, rows: RunRows, case: _Case, n_updates: int) -> dict[str, float]:
@@ -181,14 +182,20 @@ def _rl_phases(plan: RunPlan, memory: Memory, rows: RunRows, case: _Case, n_upda
     phases = {"replies": n_updates * _replies(memory, plan, case, n_episodes * plan.n_gpus)}
     scoring = case.seconds(memory.works["scoring"], share, share**2)
     phases["scoring"] = n_updates * n_rollouts * scoring
-    passes = own.num_ppo_epochs if plan.stage == "ppo" else own.num_iterations
+    of_teacher = 0.0
+    if TEACHERS_PASS in memory.works:
+        of_teacher = case.seconds(memory.works[TEACHERS_PASS], share, share**2)
+        phases["teacher"] = n_updates * n_rollouts * of_teacher
+    passes = getattr(own, {"ppo": "num_ppo_epochs", "grpo": "num_iterations"}.get(plan.stage, ""), 1)
     work = _sum(memory, *(name for name in memory.works if name.startswith("update")))
     n_batches = passes * args.gradient_accumulation_steps
     phases["update"] = n_updates * case.seconds(work, share * n_batches, share**2 * n_batches, n_batches)
     if rows.longest_eval:
         n_replies = len(rows.eval_lengths)
         n_batches = math.ceil(n_replies / own.rollout_batch_size / plan.n_gpus)
-        one = _replies(memory, plan, case, n_replies) + n_batches * scoring
+        if "evaluation" in memory.works:
+            scoring = case.seconds(memory.works["evaluation"], share, share**2)
+        one = _replies(memory, plan, case, n_replies) + n_batches * (scoring + of_teacher)
         phases["evaluation"] = one * (1 + count_evaluations(plan, rows, n_updates))
     return phases
 

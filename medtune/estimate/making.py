@@ -12,6 +12,7 @@ from medtune.estimate.remedies import remedies
 from medtune.estimate.role_moments import has_own_base
 from medtune.estimate.rows import RunRows, find_rows
 from medtune.estimate.shapes import Shape, find_shape
+from medtune.models.lineage import base_of
 
 WITHOUT_CHECKPOINTING = ["--gradient_checkpointing", "False"]
 
@@ -43,6 +44,8 @@ class Measured:
 
     def fits(self, gib: float) -> bool:
         servers, room = self.plan.servers, (1 - FREE) * gib * GIB
+        if self.memory.teacher and self.memory.teacher.total > room:
+            return False
         if 2 * self.shape.n_weights > servers.memory * room and servers.n:
             return False  # vLLM's own weights
         return self.memory.total <= room - (servers.memory * gib * GIB if servers.share_gpus else 0.0)
@@ -89,8 +92,14 @@ def measure_command(command: Command, flags: Sequence[str] = ()) -> Measured:
     reward_shape = None
     if plan.is_rl and (base := has_own_base(plan)):
         reward_shape = find_shape(base, "--reward_model_path", **hub_options)
+    teacher_shape = None
+    if plan.teacher_place:
+        path = plan.teacher_args.teacher_model_path
+        teacher_shape = find_shape(base_of(path), "--teacher_model_path", **hub_options)
+        if teacher_shape.bits < plan.teacher_args.teacher_bits:
+            plan.teacher_args.teacher_bits = teacher_shape.bits
     rows = find_rows(plan, command.tokens)
-    memory = measure_memory(plan, shape, rows, reward_shape)
+    memory = measure_memory(plan, shape, rows, reward_shape, teacher_shape)
     return Measured(list(flags), plan, rows, memory, shape)
 
 

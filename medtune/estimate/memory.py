@@ -1,12 +1,13 @@
 """The memory of a stage's run on one GPU, moment by moment, from its own steps on weights without memory."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from medtune.estimate.fake_models import without_flash_kernels
 from medtune.estimate.meter import CUDA_BLOCK, Meter, Work
 from medtune.estimate.plan import RunPlan
-from medtune.estimate.role_moments import run_roles
+from medtune.estimate.role_moments import TEACHER_WEIGHTS, run_roles, run_teacher
 from medtune.estimate.rows import RunRows
 from medtune.estimate.shapes import Shape
 from medtune.estimate.trainer_moments import dtype_of, run_trainer
@@ -34,6 +35,7 @@ class Memory:
     works: of each moment; served: the moments of vLLM's servers, of which the time counts alone.
     base: of all weights of the base, whatever is shared or offloaded of them.
     host: of the machine, for what DeepSpeed offloads of all GPUs.
+    teacher: of a GPU that a teacher has for itself.
     fixed, fragments: bytes, and a share of what is allocated.
     layout: how rows pass through the model, of PT, SFT, RM and DPO.
     """
@@ -47,6 +49,7 @@ class Memory:
     fixed: float = 0.0
     fragments: float = 0.0
     layout: Layout = Layout.PADDED
+    teacher: "Memory | None" = None
 
     @property
     def decides(self) -> str:
@@ -62,31 +65,22 @@ class Memory:
         return self.allocated * (1 + self.fragments) + self.fixed
 
 
-def measure_memory(plan: RunPlan, shape: Shape, rows: RunRows, reward_shape: Shape | None = None) -> Memory:
+def measure_memory(
+    plan: RunPlan,
+    shape: Shape,
+    rows: RunRows,
+    reward_shape: Shape | None = None,
+    teacher_shape: Shape | None = None,
+) -> Memory:
     """Run the stage's moments at two depths, and go along the line through them to the model's own.
 
     reward_shape: of a reward model on a base of its own.
+    teacher_shape: of a teacher that is loaded here.
     """
-    n_layers, period = shape.config.num_hidden_layers, shape.period
-    least, more = (period * math.ceil(depth / period) for depth in (DEPTHS[0], DEPTHS[1] - DEPTHS[0]))
-    depths = (shape.n_first + least, shape.n_first + least + more)
-    if depths[-1] >= n_layers:
-        depths = (n_layers,)
-    measured = [_measure_at(depth, plan, shape, rows, reward_shape) for depth in depths]
-    first, last = measured[0], measured[-1]
-    step = (n_layers - depths[0]) / max(depths[-1] - depths[0], 1)
-
-    def at_depth(value: float, other: float) -> float:
-        return value + (other - value) * step
-
-    parts = {name: at_depth(size, last.parts[name]) for name, size in first.parts.items()}
-    moments = {name: at_depth(size, last.moments[name]) for name, size in first.moments.items()}
-    works = {
-        name: Work(
-            *(at_depth(*pair) for pair in zip(vars(work).values(), vars(last.works[name]).values(), strict=True))
-        )
-        for name, work in first.works.items()
-    }
+    depths = _depths(shape)
+    measured = [_measure_at(depth, plan, shape, rows, reward_shape, teacher_shape) for depth in depths]
+    parts, moments, works = _along_the_line(measured, depths, shape)
+    first, last, n_layers = measured[0], measured[-1], shape.config.num_hidden_layers
     parts["base weights"] += shape.n_others * dtype_of(plan, shape.config).itemsize * plan.bits / 16
     if plan.n_split > 1:
         # Each GPU has its share of the layers; what no layer takes, such as the logits, stands on one of them.
@@ -103,21 +97,89 @@ def measure_memory(plan: RunPlan, shape: Shape, rows: RunRows, reward_shape: Sha
     else:
         memory.fixed, memory.fragments = CUDA_CONTEXT, CUDA_FRAGMENTS
         share(memory, plan)
+    if teacher_shape is not None:
+        _add_teacher(memory, plan, teacher_shape, rows)
     return memory
 
 
-def _measure_at(n_layers: int, plan: RunPlan, shape: Shape, rows: RunRows, reward_shape: Shape | None) -> Memory:
-    meter, layout = Meter(1 if plan.on_cpu else CUDA_BLOCK), Layout.PADDED
+def _add_teacher(memory: Memory, plan: RunPlan, shape: Shape, rows: RunRows) -> None:
+    """Beside the student, or on a GPU of its own."""
+    depths, measured = _depths(shape), []
+    for depth in depths:
+        meter = _new_meter(plan)
+        with without_flash_kernels():
+            measured.append(_measured(run_teacher(plan, shape.config, rows, depth, meter), meter))
+    parts, moments, works = _along_the_line(measured, depths, shape)
+    parts[TEACHER_WEIGHTS] += (
+        shape.n_others * dtype_of(plan, shape.config).itemsize * plan.teacher_args.teacher_bits / 16
+    )
+    if plan.teacher_place == "apart":
+        memory.teacher = Memory(parts, moments, fixed=memory.fixed, fragments=memory.fragments)
+    else:
+        memory.parts |= parts
+        memory.moments |= moments
+    memory.works |= works
+
+
+# ---------------------------------------------------------------- depths
+
+
+def _depths(shape: Shape) -> tuple[int, ...]:
+    """The numbers of layers that are run."""
+    n_layers, period = shape.config.num_hidden_layers, shape.period
+    least, more = (period * math.ceil(depth / period) for depth in (DEPTHS[0], DEPTHS[1] - DEPTHS[0]))
+    depths = (shape.n_first + least, shape.n_first + least + more)
+    return depths if depths[-1] < n_layers else (n_layers,)
+
+
+def _measure_at(
+    n_layers: int,
+    plan: RunPlan,
+    shape: Shape,
+    rows: RunRows,
+    reward_shape: Shape | None,
+    teacher_shape: Shape | None,
+) -> Memory:
+    meter, layout = _new_meter(plan), Layout.PADDED
     with without_flash_kernels():
         if plan.is_rl:
-            reward_config = reward_shape and reward_shape.config
-            parts = run_roles(plan, shape.config, reward_config, rows, n_layers, meter)
+            of_others = [other and other.config for other in (reward_shape, teacher_shape)]
+            parts = run_roles(plan, shape.config, of_others[0], rows, n_layers, meter, of_others[1])
         else:
             parts, layout = run_trainer(plan, shape.config, rows, n_layers, meter)
+    return _measured(parts, meter, layout)
+
+
+def _new_meter(plan: RunPlan) -> Meter:
+    return Meter(1 if plan.on_cpu else CUDA_BLOCK)
+
+
+def _measured(parts: dict[str, float], meter: Meter, layout: Layout = Layout.PADDED) -> Memory:
     stays = sum(parts.values())
     moments = {name: moment.peak - stays for name, moment in meter.moments.items()}
     works = {name: moment.work for name, moment in meter.moments.items()}
     return Memory(parts, moments, works, layout=layout)
+
+
+def _along_the_line(
+    measured: Sequence[Memory], depths: Sequence[int], shape: Shape
+) -> tuple[dict[str, float], dict[str, float], dict[str, Work]]:
+    """Parts, moments and works at the model's own depth."""
+    first, last = measured[0], measured[-1]
+    step = (shape.config.num_hidden_layers - depths[0]) / max(depths[-1] - depths[0], 1)
+
+    def at_depth(value: float, other: float) -> float:
+        return value + (other - value) * step
+
+    parts = {name: at_depth(size, last.parts[name]) for name, size in first.parts.items()}
+    moments = {name: at_depth(size, last.moments[name]) for name, size in first.moments.items()}
+    works = {
+        name: Work(
+            *(at_depth(*pair) for pair in zip(vars(work).values(), vars(last.works[name]).values(), strict=True))
+        )
+        for name, work in first.works.items()
+    }
+    return parts, moments, works
 
 
 # ---------------------------------------------------------------- several GPUs

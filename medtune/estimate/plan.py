@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from medtune.rl.arguments import (
     check_groups,
     check_mini_batches,
 )
+from medtune.rl.distillation_arguments import DistillationArguments, TeacherArguments, check_teacher_flags
 from medtune.rl.vllm_launch import MEMORY_ALONE, count, read_server_flags, refuse_several_nodes, share_gpus
 from medtune.training.causal_lm_trainer import CausalLMConfig
 from medtune.training.precision import base_dtype
@@ -44,6 +46,7 @@ STAGES = {
     "dpo_training": "dpo",
     "ppo_training": "ppo",
     "grpo_training": "grpo",
+    "distillation_training": "distillation",
 }
 _OWN_FLAGS = {
     "pt": ("PTArguments", CausalLMConfig),
@@ -52,8 +55,10 @@ _OWN_FLAGS = {
     "dpo": (PairArguments, PreferenceConfig),
     "ppo": (PPOArguments, RLTrainingArguments),
     "grpo": (GRPOArguments, RLTrainingArguments),
+    "distillation": (DistillationArguments, RLTrainingArguments),
 }
-_REWARD_FLAGS = {"ppo": RewardArguments, "grpo": GRPORewardArguments}
+# Of what says how good replies are, in the stages with rollouts.
+_OTHER_FLAGS = {"ppo": RewardArguments, "grpo": GRPORewardArguments, "distillation": TeacherArguments}
 
 
 # ---------------------------------------------------------------- flags
@@ -123,7 +128,9 @@ class RunPlan:
 
     module: of the stage's script.
     n_gpus: processes of training, one a GPU, on all nodes; n_split: GPUs over which --device_map splits a process.
-    servers: of vLLM, which write the replies of PPO and GRPO.
+    servers: of vLLM, which write the replies of PPO, GRPO and distillation.
+    teacher_place: of distillation's teacher: "beside" the student, "apart" on a GPU of its own for each of training, or
+        "" where it is not counted.
     base_model: hub name or folder of the base of the model to start from.
     continues_adapter: whether training continues one.
     notes: assumptions, one line each.
@@ -144,13 +151,19 @@ class RunPlan:
     on_cpu: bool
     n_split: int = 1
     servers: Servers = Servers()
+    teacher_args: TeacherArguments | None = None
+    teacher_place: str = ""
     base_model: str = ""
     continues_adapter: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
     def is_rl(self) -> bool:
-        return self.reward_args is not None
+        return self.stage in _OTHER_FLAGS
+
+    @property
+    def reward_model_path(self) -> str | None:
+        return self.reward_args and self.reward_args.reward_model_path
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +173,8 @@ class RunPlan:
     @property
     def n_cards(self) -> int:
         """GPUs that are paid for."""
-        return self.n_gpus * self.n_split + (0 if self.servers.share_gpus else self.servers.n)
+        of_training = self.n_gpus * (2 if self.teacher_place == "apart" else self.n_split)
+        return of_training + (0 if self.servers.share_gpus else self.servers.n)
 
     @property
     def zero_stage(self) -> int:
@@ -179,10 +193,6 @@ class RunPlan:
 def load_stage(script: str) -> ModuleType:
     """The module of a stage's script. Raises UserError for another one."""
     name = Path(script).stem
-    if name == "distillation_training":
-        raise UserError(
-            f"{script}: not estimated, the teacher is not counted yet; docs/recipes/distillation.md counts it"
-        )
     if name not in STAGES:
         raise UserError(f"{script}: not a stage; there are {', '.join(f'{stage}.py' for stage in STAGES)}")
     return importlib.import_module(name)
@@ -199,27 +209,33 @@ def read_plan(module: ModuleType, argv: Sequence[str], n_gpus: int, assumed_base
     own, training = _OWN_FLAGS[stage]
     own = getattr(module, own) if isinstance(own, str) else own
     argv, n_gpus, servers = _start_servers(stage, argv, n_gpus)
-    rewards = [_REWARD_FLAGS[stage]] if stage in _REWARD_FLAGS else []
-    model_class, run_class = (RLModelArguments, RLRunArguments) if rewards else (ModelArguments, RunArguments)
+    others = [_OTHER_FLAGS[stage]] if stage in _OTHER_FLAGS else []
+    model_class, run_class = (RLModelArguments, RLRunArguments) if others else (ModelArguments, RunArguments)
     on_cpu = read_flags(argv).use_cpu or are_hidden()
     parser = EstimateParser(
-        [model_class, DataArguments, LoraArguments, run_class, own, *rewards, training], on_cpu=on_cpu
+        [model_class, DataArguments, LoraArguments, run_class, own, *others, training], on_cpu=on_cpu
     )
-    model_args, data_args, lora_args, _, own_args, *reward_args, training_args = parser.parse(argv)
-    if rewards:
+    model_args, data_args, lora_args, _, own_args, *other_args, training_args = parser.parse(argv)
+    if others:
         training_args = training_args.training_arguments()
         if parser.zero.get("stage") == 3:
-            raise UserError("--deepspeed: PPO and GRPO take ZeRO-1 and 2; take ds_configs/zero2.json")
+            raise UserError("--deepspeed: PPO, GRPO and distillation take ZeRO-1 and 2; take ds_configs/zero2.json")
         check_combination(lora_args, own_args, training_args)
         if stage == "grpo":
             check_groups(own_args, training_args, 1 if on_cpu else n_gpus)
-        else:
+        elif stage == "ppo":
             check_mini_batches(own_args, training_args)
+        else:
+            check_teacher_flags(*other_args, own_args)
         if servers.n == 0 and (n_servers := len(own_args.server_urls)):
             servers = Servers(n_servers, float(MEMORY_ALONE))
     refuse_quantized_training(lora_args.use_peft, model_args.load_in_4bit or model_args.load_in_8bit)
+    others = dict.fromkeys(("reward_args", "teacher_args"))
+    others["teacher_args" if stage == "distillation" else "reward_args"] = next(iter(other_args), None)
     plan = RunPlan(
-        *(stage, module, model_args, data_args, lora_args, own_args, next(iter(reward_args), None), training_args),
+        *(stage, module, model_args, data_args, lora_args, own_args),
+        **others,
+        training_args=training_args,
         given=parser.given,
         zero=parser.zero,
         output_dir=parser.output_dir,
@@ -229,6 +245,8 @@ def read_plan(module: ModuleType, argv: Sequence[str], n_gpus: int, assumed_base
         servers=servers,
     )
     _find_start(plan, assumed_base)
+    if plan.teacher_args is not None:
+        _find_teacher(plan)
     if on_cpu:
         model_args.torch_dtype = base_dtype(model_args, lora_args, training_args, parser.given, None)
     return plan
@@ -246,6 +264,25 @@ def _find_start(plan: RunPlan, assumed_base: str) -> None:
         plan.notes.append(f"{path} is not there yet: an adapter of these flags on {assumed_base} is assumed")
     else:
         plan.base_model = path
+
+
+def _find_teacher(plan: RunPlan) -> None:
+    """Settle where the teacher is. Raises UserError for one that is not there yet."""
+    args = plan.teacher_args
+    if args.teacher_url or (args.teacher_device == "cpu" and not plan.on_cpu):
+        where = f"the servers of {args.teacher_url}" if args.teacher_url else "the CPU"
+        plan.notes.append(f"the teacher is on {where}, and not counted")
+        return
+    if _is_to_come(args.teacher_model_path):
+        raise UserError(
+            f"--teacher_model_path {args.teacher_model_path}: not there yet; name the model that it will be made of"
+        )
+    # The first one's GPU comes behind those of training.
+    named = re.fullmatch(r"cuda:([1-9]\d*)", args.teacher_device or "")
+    is_apart = named is not None and not plan.on_cpu
+    plan.teacher_place = "apart" if is_apart else "beside"
+    if is_apart:
+        plan.n_gpus = min(plan.n_gpus, int(named[1]))
 
 
 def _is_to_come(path: str) -> bool:
@@ -276,7 +313,7 @@ def _count_split(model_args: ModelArguments, n_gpus: int) -> int:
 
 def _start_servers(stage: str, argv: Sequence[str], n_gpus: int) -> tuple[Sequence[str], int, Servers]:
     """The flags, GPUs of training and servers that VLLM_GPUS makes of a command, as `medtune.rl.vllm_launch` does."""
-    if os.environ.get("VLLM_GPUS", "") in ("", "0") or stage not in _REWARD_FLAGS:
+    if os.environ.get("VLLM_GPUS", "") in ("", "0") or stage not in _OTHER_FLAGS:
         return argv, n_gpus, Servers()
     refuse_several_nodes(os.environ)
     read_server_flags(argv)  # refuses --vllm_url beside it

@@ -23,6 +23,8 @@ def remedies(plan: RunPlan, longest: int) -> list[list[str]]:
         steps.append(["--gradient_checkpointing", "True"])
     if not plan.lora_args.use_peft:
         steps.append(["--use_peft", "True"])
+    if plan.teacher_place and plan.teacher_args.teacher_bits > 4:
+        steps.append(["--teacher_bits", "4"])
     if plan.bits > 4 and plan.zero_stage < 3:
         steps.append([*(["--load_in_8bit", "False"] if plan.bits == 8 else []), "--load_in_4bit", "True"])
     limit = {"pt": "block_size", "sft": "model_max_length"}.get(plan.stage)

@@ -42,6 +42,8 @@ def as_lines(estimate: Estimate) -> list[str]:
         table += [("and of the machine's memory, for what is offloaded", memory.host / GIB)]
     width = max(len(name) for name, _ in table)
     lines += [f"  {name:<{width}}  {size:7.2f}" for name, size in table]
+    if memory.teacher:
+        lines.append(f"  and of the teacher's GPU: {memory.teacher.total / GIB:.2f}")
     others = {name: size / GIB for name, size in memory.moments.items() if name != memory.decides and size}
     lines.append("  the other moments: " + ", ".join(f"{name} {size:.2f}" for name, size in others.items()))
     if estimate.verdicts:
@@ -120,6 +122,7 @@ def as_json(estimate: Estimate) -> dict:
         "moments_gib": {name: _gib(size) for name, size in memory.moments.items()},
         "decides": memory.decides,
         "host_gib": _gib(memory.host),
+        **({"teacher_gib": _gib(memory.teacher.total)} if memory.teacher else {}),
         "cards": cards,
         "disk_gib": {name: _gib(size) for name, size in estimate.disk.items()},
         "notes": _notes(own.plan, memory),

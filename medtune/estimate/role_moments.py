@@ -1,4 +1,4 @@
-"""The moments of PPO and GRPO: rollout, scoring and update of the roles on one base, on fake weights."""
+"""The moments of PPO, GRPO and distillation: rollout, scoring and update of the roles on one base, on fake weights."""
 
 from pathlib import Path
 
@@ -17,7 +17,11 @@ from medtune.models.lineage import base_of, is_adapter, read_adapter_config
 from medtune.models.score_heads import ScoreHead
 from medtune.models.text_attention import asks_to_join, attend_by_text
 from medtune.rl.roles import Roles
+from medtune.rl.rollout import Replies, Sampling
+from medtune.rl.teacher import LocalTeacher
 from medtune.training.checkpoints import optimizer_bytes
+
+TEACHER_WEIGHTS, TEACHERS_PASS = "the teacher", "the teacher's pass"
 
 
 def run_roles(
@@ -27,10 +31,12 @@ def run_roles(
     rows: RunRows,
     n_layers: int,
     meter: Meter,
+    teacher_config: PretrainedConfig | None = None,
 ) -> dict[str, float]:
     """Run the stage's moments under the meter, with so many layers; returns the bytes of what stays, by part.
 
     reward_config: of a reward model on a base of its own.
+    teacher_config: of a teacher that is loaded here, whose own moments are those of `run_teacher`.
     """
     own, args = plan.own_args, plan.training_args
     roles = _make_roles(plan, config, reward_config, n_layers)
@@ -58,6 +64,9 @@ def run_roles(
         text = _text(sampled, own.response_length)
         with torch.no_grad(), meter.moment("scoring"):
             _score(roles, text, own.temperature, plan)
+        if teacher_config is not None and rows.longest_eval:
+            with torch.no_grad(), meter.moment("evaluation"):
+                _diverge(roles, text, plan, teacher_config, beta=1.0)
 
     text = _text(prompts[: args.per_device_train_batch_size], own.response_length)
     for _ in range(min(args.gradient_accumulation_steps, 2)):
@@ -65,7 +74,12 @@ def run_roles(
             for weights in trained[role]:
                 weights.requires_grad_(True)
             with in_autocast, meter.moment(f"update of the {role}: forward pass"):
-                outputs = roles.values(*text) if role == "value" else roles.logps(role, *text, own.temperature)[0]
+                if role == "value":
+                    outputs = roles.values(*text)
+                elif teacher_config is not None and own.beta is not None:
+                    outputs = _diverge(roles, text, plan, teacher_config, own.beta)
+                else:
+                    outputs = roles.logps(role, *text, own.temperature)[0]
                 loss = outputs.sum()
             with meter.moment(f"update of the {role}: backward pass"):
                 loss.backward()
@@ -92,13 +106,48 @@ def _score(roles: Roles, text: tuple[torch.Tensor, ...], temperature: float, pla
         kept.append(roles.logps("reference", *text, temperature))
     if roles.value_head is not None:
         kept.append(roles.values(*text))
-    if plan.reward_args.reward_model_path:
+    if plan.reward_model_path:
         roles.scores([row[mask].tolist() for row, mask in zip(ids, is_token, strict=True)])
+
+
+def _diverge(
+    roles: Roles, text: tuple[torch.Tensor, ...], plan: RunPlan, teacher_config: PretrainedConfig, beta: float
+) -> torch.Tensor:
+    """The student's divergences from a teacher whose states are there, and of whose logits a chunk is."""
+    weights = roles.model.get_input_embeddings().weight  # without memory, as what is made like them
+    dtype = torch.bfloat16 if plan.training_args.bf16 else dtype_of(plan, teacher_config)
+    states = weights.new_empty(int(text[2].sum()), teacher_config.hidden_size, dtype=dtype)
+
+    def head(states: torch.Tensor) -> torch.Tensor:
+        return states.new_empty(len(states), teacher_config.vocab_size)
+
+    return roles.divergences(*text, plan.own_args.temperature, states, head, beta)[0]
+
+
+def run_teacher(
+    plan: RunPlan, config: PretrainedConfig, rows: RunRows, n_layers: int, meter: Meter
+) -> dict[str, float]:
+    """Run the teacher's pass under the meter, with so many layers; returns the bytes of its weights, by part."""
+    own, path = plan.own_args, plan.teacher_args.teacher_model_path
+    flash = plan.model_args.flash_attn and not plan.on_cpu
+    model = fake_base(config, n_layers, dtype_of(plan, config), bits=plan.teacher_args.teacher_bits, flash=flash)
+    if is_adapter(path):
+        model = with_adapters(model, without_head(read_adapter_config(path)))
+    model = model.eval().requires_grad_(False)
+    prompts = [rows.longest[index % len(rows.longest)]["prompt_ids"] for index in range(own.rollout_batch_size)]
+    ids, is_token, mask = _text(prompts, own.response_length)
+    sampling = Sampling(own.temperature, own.response_length, own.rollout_batch_size, [], 0, 0)
+    teacher = LocalTeacher(model, sampling, path)
+    parts = {TEACHER_WEIGHTS: sum(count_models(meter, model).values())}
+    replies = Replies(ids=ids, attention_mask=is_token, mask=mask, ended=mask.any(dim=1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=plan.training_args.bf16), meter.moment(TEACHERS_PASS):
+        teacher._logps(replies)
+    return parts
 
 
 def has_own_base(plan: RunPlan) -> str | None:
     """The base of a reward model that is not on the policy's."""
-    path = plan.reward_args.reward_model_path
+    path = plan.reward_model_path
     if not path or (not Path(path).exists() and "checkpoint-" in path):
         return None
     base = base_of(path)
@@ -111,12 +160,13 @@ def _make_roles(
     options = {"bits": plan.bits, "flash": plan.model_args.flash_attn and not plan.on_cpu}
     dtype = dtype_of(plan, config)
     base = fake_base(config, n_layers, dtype, **options)
-    has_reward = bool(plan.reward_args.reward_model_path)
+    has_reward = bool(plan.reward_model_path)
     of_policy = new_lora_config(base, **lora_settings(plan) | {"lora_dropout": 0.0})
-    of_reward, path = of_policy, plan.reward_args.reward_model_path
+    of_reward, path = of_policy, plan.reward_model_path
     if has_reward and is_adapter(path):
         of_reward = without_head(read_adapter_config(path))
-    others = {"reference": of_policy} if plan.stage == "ppo" or plan.own_args.beta > 0 else {}
+    has_reference = plan.stage == "ppo" or (plan.stage == "grpo" and plan.own_args.beta > 0)
+    others = {"reference": of_policy} if has_reference else {}
     shares_base = has_reward and reward_config is None
     others |= {"reward": of_reward} if shares_base else {}
     others |= {"value": of_reward if shares_base else of_policy} if plan.stage == "ppo" else {}

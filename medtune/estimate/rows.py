@@ -13,7 +13,14 @@ from medtune.estimate.plan import RunPlan
 from medtune.models.lineage import is_adapter
 from medtune.models.loading import load_tokenizer
 from medtune.models.text_attention import LEAST_SHARED, Layout
-from medtune.reading.encoders import DialogueEncoder, DocumentEncoder, FeedbackEncoder, PairEncoder, PromptEncoder
+from medtune.reading.encoders import (
+    AnsweredPromptEncoder,
+    DialogueEncoder,
+    DocumentEncoder,
+    FeedbackEncoder,
+    PairEncoder,
+    PromptEncoder,
+)
 from medtune.reading.readers import read_dialogues, read_documents, read_feedback, read_pairs, read_questions
 from medtune.reading.stage_data import Data, prepare_data
 from medtune.reading.thinking import thinking_of_name
@@ -141,9 +148,10 @@ def _read(plan: RunPlan, tokenizer: PreTrainedTokenizerBase) -> Data:
             reader, encoder = read_dialogues, DialogueEncoder(tokenizer, template, *limits)
         elif plan.is_rl:
             data_args = replace(data_args, max_eval_samples=data_args.max_eval_samples or EVAL_PROMPTS)
-            form = {"exam_format": plan.reward_args.exam_format}
+            form = {"exam_format": plan.reward_args.exam_format} if plan.reward_args else {}
             limits = (own.max_source_length, own.truncation)
-            reader, encoder = read_questions, PromptEncoder(tokenizer, template, *limits, **form)
+            kind = PromptEncoder if getattr(own, "on_policy_share", 1) == 1 else AnsweredPromptEncoder
+            reader, encoder = read_questions, kind(tokenizer, template, *limits, **form)
         else:
             is_unpaired = getattr(plan.training_args, "is_unpaired", False)
             reader, kind = (read_feedback, FeedbackEncoder) if is_unpaired else (read_pairs, PairEncoder)

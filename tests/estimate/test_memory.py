@@ -23,18 +23,19 @@ from medtune.estimate.shapes import find_shape, shape_of
 from medtune.models.text_attention import Layout
 
 SCRIPTS = STAGES | RL_STAGES
-SLOW = ("pt", "rm", "ppo", "grpo")
+SLOW = ("pt", "rm", "ppo", "grpo", "distillation")
 
 
-def shape(n_layers: int) -> Qwen2Config:
+def shape(n_layers: int, vocab_size: int = 1024, hidden_size: int = 256) -> Qwen2Config:
     """Of a base that needs no file, seen as on a GPU with bfloat16."""
     return Qwen2Config(
-        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=n_layers, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, dtype="bfloat16",
+        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=512, num_hidden_layers=n_layers,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, dtype="bfloat16",
     )  # fmt: skip
 
 
 SHAPE = shape(5)
+TEACHER = shape(7, vocab_size=1088, hidden_size=384)
 N_WEIGHTS = shape_of(SHAPE).n_weights
 # Of what is smaller than a block.
 BLOCKS = 32 * 1024
@@ -57,7 +58,7 @@ def plan_of(stage: str, n_gpus: int = 1, **flags) -> RunPlan:
         values |= {"block_size": 100}
     elif is_rl:
         values |= {"max_source_length": 60, "response_length": 40, "rollout_batch_size": 4, "num_train_epochs": 1}
-        values |= {"rewards": "length:1"}
+        values |= {"teacher_model_path": "teacher"} if stage == "distillation" else {"rewards": "length:1"}
     else:
         values |= {"max_source_length": 60, "max_target_length": 40}
     if stage == "grpo":
@@ -65,9 +66,12 @@ def plan_of(stage: str, n_gpus: int = 1, **flags) -> RunPlan:
     return read_plan(importlib.import_module(SCRIPTS[stage]), words(values | flags), n_gpus, "base")
 
 
-def memory_of(stage: str, n_gpus: int = 1, config: PretrainedConfig = SHAPE, **flags) -> Memory:
+def memory_of(
+    stage: str, n_gpus: int = 1, config: PretrainedConfig = SHAPE, teacher: PretrainedConfig = TEACHER, **flags
+) -> Memory:
     plan = plan_of(stage, n_gpus, **flags)
-    return measure_memory(plan, shape_of(config), find_rows(plan, 100))
+    of_teacher = shape_of(teacher) if stage == "distillation" else None
+    return measure_memory(plan, shape_of(config), find_rows(plan, 100), teacher_shape=of_teacher)
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +93,14 @@ def test_weights_adapters_and_optimizer_have_their_bytes(sft):
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_the_line_through_two_depths_meets_the_whole_model(stage, monkeypatch):
-    flags = {"do_eval": True} if stage not in RL_STAGES else {}
+    flags = {"do_eval": True} if stage not in RL_STAGES else {"teacher": shape(5, 1088, 384)}
     by_line = memory_of(stage, **flags)
     monkeypatch.setattr("medtune.estimate.memory.DEPTHS", (5, 5))
     whole = memory_of(stage, **flags)
     assert by_line.parts == pytest.approx(whole.parts, abs=BLOCKS)
     assert by_line.moments == pytest.approx(whole.moments, rel=0.01, abs=BLOCKS)
-    assert by_line.works["evaluation" if flags else "scoring"].products == pytest.approx(
-        whole.works["evaluation" if flags else "scoring"].products
-    )
+    forward = "scoring" if stage in RL_STAGES else "evaluation"
+    assert by_line.works[forward].products == pytest.approx(whole.works[forward].products)
 
 
 def test_checkpointing_and_fewer_bits_take_less(sft):
@@ -153,6 +156,44 @@ def test_ppo_has_three_adapters_on_one_base_and_grpo_one():
     assert with_kl.parts["adapters and heads"] == 2 * one
     assert ppo.parts["adapters and heads"] == pytest.approx(3 * one, abs=BLOCKS)  # and the value head
     assert {"rollout: prompts", "rollout: last token", "scoring"} <= ppo.moments.keys()
+
+
+def test_a_teacher_has_its_bytes_and_its_pass_beside_the_student_or_on_a_gpu_of_its_own():
+    beside, grpo = memory_of("distillation"), memory_of("grpo")
+    n_weights, n_embedded = shape_of(TEACHER).n_weights, 1088 * 384
+    assert beside.parts["the teacher"] == pytest.approx(2 * n_weights, abs=BLOCKS)
+    assert {name: size for name, size in beside.parts.items() if name != "the teacher"} == grpo.parts
+    # Rows of 60 and 40 tokens, 4 of them: matrices of the layers on all, the head on the replies'; and their entropies.
+    n_in_matrices = 7 * (2 * 384 * 384 + 2 * 384 * 192 + 3 * 384 * 512)
+    products = 2 * 4 * (100 * n_in_matrices + 40 * n_embedded)
+    assert beside.works["the teacher's pass"].products == pytest.approx(products, rel=1e-3)
+    four = memory_of("distillation", teacher_bits=4).parts["the teacher"]
+    assert four - 2 * n_embedded == pytest.approx(2 * n_in_matrices / 4, rel=0.05)
+
+    apart = memory_of("distillation", teacher_device="cuda:1")
+    assert apart.parts == grpo.parts
+    assert apart.teacher.total == pytest.approx(
+        (beside.parts["the teacher"] + beside.moments["the teacher's pass"]) * 1.05 + 0.7 * GIB, rel=1e-6
+    )
+    plan = plan_of("distillation", n_gpus=2, teacher_device="cuda:1", do_eval=True)
+    assert (plan.n_gpus, plan.n_cards) == (1, 2), "the teacher's GPU is paid for too"
+    assert not Measured([], plan, None, replace(apart, teacher=Memory({"the teacher": 30 * GIB}, {"": 0})), SHAPE).fits(
+        24
+    )
+    (card,) = choose_cards(["H200"])
+    low, high = estimate_hours(plan, apart, find_rows(plan, 100), card).phases["teacher"]
+    assert 0 < low < high
+
+
+@pytest.mark.slow
+def test_of_whole_distributions_the_logits_of_both_models_are_there_in_chunks():
+    flags = {"per_device_train_batch_size": 8, "rollout_batch_size": 8}
+    sampled, whole = (memory_of("distillation", beta=beta, **flags) for beta in (None, 0.5))
+    update = "update of the policy: forward pass"
+    more = whole.moments[update] - sampled.moments[update]
+    # Some float32 rows of the vocabulary for 128 tokens, of the 320 that there are; and the teacher's states.
+    one = 4 * 128 * 1024
+    assert one < more - 2 * 320 * 384 < 12 * one
 
 
 def test_several_gpus_hold_buckets_and_zero_shares():
@@ -302,6 +343,12 @@ def test_servers_have_gpus_of_their_own_or_a_share_of_those_of_training(monkeypa
         ("ppo", {"use_peft": False}, "--use_peft False: the roles are adapters"),
         ("ppo", {"num_mini_batches": 2}, "--num_mini_batches 2: does not divide"),
         ("grpo", {"num_generations": 8}, "--num_generations 8: does not divide the 2 episodes"),
+        ("distillation", {"teacher_url": "http://x:1", "beta": 1}, "--beta 1: it compares whole distributions"),
+        (
+            "distillation",
+            {"teacher_model_path": "outputs-x/checkpoint-best"},
+            "--teacher_model_path outputs-x/checkpoint-best: not there yet; name the model that it will be made of",
+        ),
     ],
 )
 def test_what_a_stage_refuses_is_refused(stage, flags, message):
