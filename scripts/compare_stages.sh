@@ -22,7 +22,10 @@ OUTPUT=outputs-nopt-compared bash run_sft.sh $SFT_FLAGS
 more_sft() { # NAME DATA: an adapter on the demo's SFT model, for as many seconds as the stage NAME took
     local output=outputs-more-$1-compared seconds
     ! ls "$output"/checkpoint-[0-9]* > /dev/null 2>&1 || return 0
-    seconds=$("$PYTHON" -c "import json; print(round(json.load(open('outputs-$1-demo/train_results.json'))['seconds']))")
+    seconds=$("$PYTHON" -c "
+import json
+results = json.load(open('outputs-$1-demo/train_results.json'))
+print(round(results.get('train_runtime') or results['seconds']))")
     MODEL=$sft OUTPUT=$output TRAIN_DATA=$2 EVAL_DATA=$2 BATCH=8 ACCUMULATION=1 timeout "$seconds" bash run_sft.sh \
         --learning_rate 8e-4 --lr_scheduler_type constant --max_steps 100000 --lora_rank 32 --lora_alpha 64 \
         --lora_dropout 0 --weight_decay 0 --gradient_checkpointing False --eval_strategy no --report_to none ||
