@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import distillation_training
 from distillation_training import is_on_policy
 from medtune.errors import UserError
-from medtune.estimate.plan import load_stage
 from medtune.models.adapters import load_with_adapter
 from medtune.models.lineage import read_lineage
 from medtune.rl import alarms, teacher
@@ -400,13 +399,6 @@ def test_prompts_without_replies_are_refused_where_those_are_learned(flags, tmp_
     )
     with pytest.raises(UserError, match=r"asked\.jsonl:1: no reply: a dialogue that ends"):
         distillation_training.main(flags(train_file_dir=data, beta=0.5, on_policy_share=0.5))
-
-
-def test_it_is_not_estimated_without_the_teacher():
-    with pytest.raises(
-        UserError, match=r"^distillation_training\.py: not estimated, the teacher is not counted yet; doc"
-    ):
-        load_stage("distillation_training.py")
 
 
 def test_a_reward_model_is_no_teacher(flags, reward_adapter):

@@ -165,7 +165,7 @@ def test_groups_of_equal_rewards_teach_nothing_and_are_counted(flags, tmp_path, 
 def reward_some(monkeypatch, n_without: int) -> None:
     """Of each scoring the first groups of four get equal rewards, the others different ones."""
 
-    def score(self, replies, model_scores, stop):
+    def score(self, replies, model_scores, stop=None):
         rewards = torch.arange(len(replies), dtype=torch.float32) % 4
         rewards[: 4 * n_without] = 0
         return rewards[:, None]
