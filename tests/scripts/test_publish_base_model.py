@@ -92,6 +92,8 @@ def test_an_unfinished_sitting_is_refused(run):
 
 STAND_IN = """
 import json, sys
+if sys.argv[1] == "-c":
+    sys.exit(print("autocast"))  # the question which precision is faster
 with open("calls.jsonl", "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
 """
@@ -141,4 +143,5 @@ def test_the_first_sitting_begins_with_random_weights_and_a_later_one_with_the_p
     assert second["model_name_or_path"] == of["scripts/publish_base_model.py"]["output_dir"]
     assert (first["seed"], first["data_seed"]) == (second["seed"], "1")
     assert second["data_seed"] == "2"
+    assert first["cpu_bf16"] == "autocast"
     assert (first["gradient_accumulation_steps"], second["gradient_accumulation_steps"]) == ("1", "2")
