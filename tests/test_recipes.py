@@ -37,7 +37,7 @@ def block(page: str, language: str) -> str:
 def project(tmp_path_factory) -> Path:
     """A copy of what the commands use."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("medtune", "scripts", "data", "templates"):
+    for name in ("medtune", "scripts", "data", "templates", "base_model"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "hub", "try-*"))
     for path in [*ROOT.glob("*.py"), *ROOT.glob("run_*.sh"), ROOT / "requirements.txt"]:
         shutil.copy(path, folder)
@@ -111,10 +111,10 @@ def test_tried_best_of_n(project):
 @pytest.mark.slow
 def test_tried_distillation(project):
     before, after = run_tried(project, "distillation", "data/eval/questions.jsonl")
-    assert after["rouge_l"]["value"] > before["rouge_l"]["value"]
+    assert after["named"]["value"] > before["named"]["value"] + 0.2
     kl = [entry["eval_teacher_kl"] for entry in history(project / "outputs-try-distill") if "eval_teacher_kl" in entry]
     assert kl[-1] < kl[0]
-    assert read_lineage(project / "outputs-try-distill/checkpoint-best").base_model == "models/tiny-qwen2"
+    assert read_lineage(project / "outputs-try-distill/checkpoint-best").base_model == "base_model"
 
 
 # ---------------------------------------------------------------- memory and time
