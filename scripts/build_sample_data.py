@@ -34,6 +34,7 @@ from medtune.sample_data.corpus import (
     shelves_of,
     texts_of,
 )
+from medtune.sample_data.corpus_forms import FORMS, copying
 from medtune.sample_data.evaluation import (
     NEAR_COPY,
     TrainingText,
@@ -63,7 +64,7 @@ SAMPLE_SIZE = 1000  # of medical_sft_1K_format.jsonl
 N_PAIRS = 4000
 N_SITUATION_PAIRS = 600  # more, only about emergencies and requests to refuse
 N_TWIN_PAIRS = 1200  # more, about those of knowledge/safety_twins.jsonl
-N_MISPLACED_PAIRS = 1600  # more, whose rejected reply is an alarm or a refusal that was right elsewhere
+N_MISPLACED_PAIRS = 1300  # more, whose rejected reply is an alarm or a refusal that was right elsewhere
 N_SAMPLE_PAIRS = 500  # of dpo_zh_500.jsonl
 N_EVAL_PAIRS = 300
 N_EVAL_QUESTIONS = 500
@@ -94,9 +95,11 @@ def build(knowledge: Knowledge) -> dict[str, str]:
 
     exam = evaluation["eval/exam.jsonl"]
     exchanges = build_exam_exchanges(knowledge, unseen, exam)
-    dialogues += build_further_dialogues(knowledge, unseen, exchanges, set(map(first_question, dialogues)))
-    dialogues = to_learn(dialogues)
+    further = build_further_dialogues(knowledge, unseen, exchanges, set(map(first_question, dialogues)))
+    further_questions = set(map(first_question, further))
+    dialogues = to_learn([*dialogues, *further])
     seeded("all dialogues").shuffle(dialogues)
+    sample, others = dialogues[:SAMPLE_SIZE], dialogues[SAMPLE_SIZE:]
     prompts = to_learn([*prompts, *(dialogue(*turns) for turns in safety_exchanges(knowledge, "preference", False))])
     seeded("all prompts").shuffle(prompts)
     pairs = to_learn(pairs)
@@ -108,8 +111,9 @@ def build(knowledge: Knowledge) -> dict[str, str]:
     pairs = list({(pair["question"], pair["response_rejected"]): pair for pair in pairs}.values())
     seeded("mix").shuffle(pairs)
     records = evaluation | {
-        "finetune/train.jsonl": dialogues[SAMPLE_SIZE:],
-        "finetune/medical_sft_1K_format.jsonl": dialogues[:SAMPLE_SIZE],
+        "finetune/train.jsonl": [d for d in others if first_question(d) not in further_questions],
+        "finetune/further.jsonl": [d for d in others if first_question(d) in further_questions],
+        "finetune/medical_sft_1K_format.jsonl": sample,
         "reward/train.jsonl": pairs,
         "reward/dpo_zh_500.jsonl": sample_pairs,
         "ppo/prompts.jsonl": prompts,
@@ -167,7 +171,8 @@ def new_documents(knowledge: Knowledge, unseen: set[str], evaluation: dict[str, 
     """What continued pretraining adds to the embedded base model: documents about the conditions it never read of."""
     items = [item for name, of_file in evaluation.items() if name.startswith("eval/") for item in of_file]
     held_out, shelves = HeldOut([], texts_of(items)), shelves_of(knowledge, left_out=())
-    drawn = draw_corpus(shelves, held_out, CorpusCounts(), N_NEW_DOCUMENTS, unseen, "new conditions")
+    telling = {form: weight for form, weight in FORMS.items() if form is not copying}  # of a condition
+    drawn = draw_corpus(shelves, held_out, CorpusCounts(), N_NEW_DOCUMENTS, unseen, telling, "new conditions")
     return [without_idle_blanks(without_repeated_punctuation(" ".join(document.splitlines()))) for document in drawn]
 
 

@@ -2,12 +2,12 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from medtune.sample_data.corpus_forms import FORMS, Composer, Shelf
+from medtune.sample_data.corpus_forms import FORMS, Composer, Form, Shelf
 from medtune.sample_data.evaluation import NEAR_COPY, NGRAM, ngrams, spoken_text
 from medtune.sample_data.knowledge import Knowledge, choose_unseen, read_lines, seeded
 
@@ -98,11 +98,12 @@ def draw_corpus(
     counts: CorpusCounts,
     n_documents: int,
     about: Container[str] | None = None,
+    forms: Mapping[Form, float] = FORMS,
     seed: str = "corpus",
 ) -> Iterator[str]:
     """The documents, about each entry equally often; one that tells of what is held out is drawn again.
 
-    about: ids of entries, None for all of the shelves'.
+    about: ids of entries, None for all of the shelves'. forms: those to choose from, each with its weight.
     """
     turns = [
         (shelf, entry) for shelf in shelves for entry in shelf.entries if about is None or entry.fields["id"] in about
@@ -111,7 +112,7 @@ def draw_corpus(
     for number in count():
         rng = seeded(seed, number)
         shelf, entry = turns[number % len(turns)]
-        (form,) = rng.choices(list(FORMS), FORMS.values())
+        (form,) = rng.choices(list(forms), forms.values())
         document = form(Composer(shelf, entry, rng))
         if document is None:
             fault = "in a form that does not suit the entry"

@@ -25,6 +25,7 @@ BY_SIGNS = ("病人{}，诊断多半是：", "病历上写着：{}。符合哪�
 # Of the items in dialogues: asked for the letter at once; the others with a thought before it.
 SHARE_WITHOUT_THOUGHT = 1 / 3
 N_COMBINATIONS_OF_SIGNS = 3  # of each condition, in dialogues
+N_SPOKEN = 5  # of each condition's further complaints, in dialogues
 
 Item = tuple[str, str, list[str]]  # question, right option, wrong ones
 
@@ -173,7 +174,7 @@ def learned_questions(
     entry: Entry, entries: Sequence[Entry], held_out: str, rng: random.Random
 ) -> Iterator[tuple[str, Item]]:
     """Kind and question of the items to train on; no signs that stand in the evaluation's text `held_out`."""
-    for complaint in entry.fields["complaints"][:2]:
+    for complaint in [*entry.fields["complaints"][:2], *entry.more_complaints[N_SPOKEN:]]:
         named = entry.fields["name"], names_of_other_fields(entry, entries)
         yield "by complaint", (rng.choice(BY_COMPLAINT).format(complaint), *named)
         department = ask_for_department(entry, entries, rng)[1:]
@@ -187,11 +188,13 @@ def learned_questions(
 def spoken_questions(
     entry: Entry, entries: Sequence[Entry], held_out: str, rng: random.Random
 ) -> Iterator[tuple[str, Item]]:
-    """The same for dialogues: of the complaints the first alone, so that the other is left to GRPO, and more signs."""
+    """The same for dialogues: of the complaints a part, so that the others are left to GRPO, and more signs."""
     complaint = entry.fields["complaints"][0]
     named = entry.fields["name"], names_of_other_fields(entry, entries)
     for way in rng.sample(BY_COMPLAINT, 2):
         yield "by complaint", (way.format(complaint), *named)
+    for further in entry.more_complaints[:N_SPOKEN]:
+        yield "by complaint", (rng.choice(BY_COMPLAINT).format(further), *named)
     department = ask_for_department(entry, entries, rng)[1:]
     yield "for department", (rng.choice(FOR_DEPARTMENT).format(complaint), *department)
     pairs = list(combinations([sign for sign in entry.fields["symptoms"] if sign not in held_out], 2))

@@ -46,6 +46,7 @@ class Entry:
     """A condition or a medicine in one language, with its fields as in conditions.jsonl."""
 
     fields: dict
+    more_complaints: Sequence[str] = ()  # in further words, to learn from; in no text for the base model
 
     @property
     def key(self) -> str:
@@ -134,8 +135,12 @@ def read_knowledge(folder: Path) -> Knowledge:
     missing = [name for name in ("conditions.jsonl", "phrasings.json") if not (folder / name).is_file()]
     if missing:
         raise UserError(f"--data_dir {folder.parent}: {folder} has no {' and no '.join(missing)}")
+    complaints = {(of["language"], of["id"]): of["complaints"] for of in read_lines(folder / "more_complaints.jsonl")}
     return Knowledge(
-        entries=[Entry(record) for record in read_lines(folder / "conditions.jsonl")],
+        entries=[
+            Entry(record, complaints.get((record["language"], record["id"]), ()))
+            for record in read_lines(folder / "conditions.jsonl")
+        ],
         phrasings=json.loads((folder / "phrasings.json").read_text(encoding="utf-8")),
         safety=read_lines(folder / "safety.jsonl"),
         safety_twins=read_lines(folder / "safety_twins.jsonl"),

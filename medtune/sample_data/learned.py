@@ -9,6 +9,8 @@ from medtune.sample_data.knowledge import HELD_OUT, Entry, Knowledge, joined, se
 
 # Of the aspects of each entry, those that are asked about a third time, as people ask.
 SHARE_IN_LAY_WORDS = 0.5
+# Of the emergencies, requests to refuse and their twins, those that are learned in a frame too.
+SHARE_FRAMED = 0.5
 
 
 def build_documents(knowledge: Knowledge) -> list[str]:
@@ -75,7 +77,7 @@ def build_dialogues(knowledge: Knowledge, unseen: set[str]) -> list[dict]:
 def build_further_dialogues(
     knowledge: Knowledge, unseen: set[str], exam: Iterable[tuple[str, str]], asked: set[str]
 ) -> list[dict]:
-    """Dialogues that leave the evaluation as it is: lay words, more names, safety questions with twins, the exam's.
+    """Dialogues that leave the evaluation as it is: lay words, more names and complaints, safety, the exam's.
 
     `asked` are the questions that other dialogues begin with.
     """
@@ -83,6 +85,7 @@ def build_further_dialogues(
     conversations = [list(exchange) for exchange in (*bare, *framed, *exam)]
     for entry in (entry for entry in knowledge.entries if entry.fields["id"] not in unseen):
         conversations += ask_in_lay_words(knowledge, entry)
+        conversations += complain_in_more_words(knowledge, entry)
     for entry in knowledge.more_entries:
         conversations += ask_some_aspects(knowledge, entry)
     return with_system_prompts(knowledge, [turns for turns in conversations if turns[0] not in asked])
@@ -107,7 +110,10 @@ def safety_exchanges(knowledge: Knowledge, part: str, are_framed: bool) -> Itera
             exchanges += [(asked["twin"], asked["twin_reply"], False)] if "twin" in asked else []
             for question, reply, is_emergency in exchanges:
                 rng = seeded("frame", question)
-                yield in_a_frame(knowledge, question, is_emergency, rng) if are_framed else question, reply
+                if not are_framed:
+                    yield question, reply
+                elif rng.random() < SHARE_FRAMED:
+                    yield in_a_frame(knowledge, question, is_emergency, rng), reply
 
 
 def in_a_frame(knowledge: Knowledge, text: str, is_emergency: bool, rng: random.Random) -> str:
@@ -180,6 +186,16 @@ def complain(knowledge: Knowledge, entry: Entry) -> Iterator[list[str]]:
     for way, flag in zip(ways, rng.sample(entry.fields["red_flags"], 2), strict=True):
         question = way.format(n=rng.choice(entry.names), r=flag)
         yield [question, knowledge.reply(entry, "red_flag", red_flag=flag)]
+
+
+def complain_in_more_words(knowledge: Knowledge, entry: Entry) -> Iterator[list[str]]:
+    """Complaints in further words, each once. Half of the urgent ones end as statements, as emergencies often come."""
+    phrasings, stop = knowledge.phrasings[entry.language], "。" if entry.language == "zh" else "."
+    for number, complaint in enumerate(entry.more_complaints):
+        frame = seeded("more complaints", entry.key, number).choice(phrasings["complaint_frames"]["train"])
+        is_bare = entry.fields["urgent"] and number % 2 == 0
+        question = complaint + stop if is_bare else frame.format(c=complaint)
+        yield [question, knowledge.reply(entry, "urgent" if entry.fields["urgent"] else "complaint")]
 
 
 def build_prompts(knowledge: Knowledge, unseen: set[str], dialogues: Sequence[dict]) -> list[dict]:

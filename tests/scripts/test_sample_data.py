@@ -67,7 +67,8 @@ def strings(value: object) -> list[str]:
 
 
 def training_dialogues() -> list[dict]:
-    return read("finetune/train.jsonl") + read("finetune/medical_sft_1K_format.jsonl")
+    names = ("train", "further", "medical_sft_1K_format")
+    return [dialogue for name in names for dialogue in read(f"finetune/{name}.jsonl")]
 
 
 def training_pairs() -> list[dict]:
@@ -136,6 +137,36 @@ def test_entries_hold_what_they_must_and_no_dose():
             assert not any(name.lower() in complaint.lower() for name in [entry["name"], *entry["aliases"]]), complaint
 
 
+def test_further_complaints_are_new_words_for_every_condition_that_is_asked_about():
+    """No name and no dose, of no other condition, and in a form that fits the frames."""
+    conditions = {(e.language, e.fields["id"]): e for e in knowledge().entries if not e.is_medicine}
+    unseen = choose_unseen(knowledge())
+    further = {(of["language"], of["id"]): of["complaints"] for of in read("knowledge/more_complaints.jsonl")}
+    assert further.keys() == {key for key in conditions if key[1] not in unseen}
+    known = {complaint for entry in conditions.values() for complaint in entry.fields["complaints"]}
+    everything = [complaint for complaints in further.values() for complaint in complaints]
+    assert len(set(everything) | known) == len(everything) + len(known)
+    for key, complaints in further.items():
+        assert len(complaints) >= 7, key
+        for complaint in complaints:
+            assert not [name for name in conditions[key].names if name.lower() in complaint.lower()], complaint
+            assert not re.search('[“”"；;：:？?]|[。.]$', complaint), complaint
+            assert not DOSE.search(complaint), complaint
+
+
+def test_further_complaints_are_answered_with_the_condition_and_never_in_the_third_way_that_is_held_out():
+    by_question = {first_question(d): d["conversations"][-1]["value"] for d in training_dialogues() if not is_exam(d)}
+    n_asked = 0
+    for entry in (entry for entry in knowledge().entries if entry.more_complaints):
+        reply = knowledge().reply(entry, "urgent" if entry.fields["urgent"] else "complaint")
+        for complaint in entry.more_complaints:
+            asked = [question for question in by_question if complaint in question]
+            assert {by_question[question] for question in asked} <= {reply}, complaint
+            n_asked += len(asked)
+        assert not [question for question in by_question if entry.fields["complaints"][2] in question]
+    assert n_asked > 1400
+
+
 def test_entries_to_read_do_not_name_what_continued_pretraining_teaches():
     unseen = choose_unseen(knowledge())
     names = {name.lower() for e in knowledge().entries if e.fields["id"] in unseen for name in e.names}
@@ -177,7 +208,7 @@ def test_committed_files_are_what_the_script_writes_in_any_process():
         cwd=DATA.parent, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONHASHSEED": "7"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "all 20 files" in result.stdout
+    assert "all 21 files" in result.stdout
 
 
 def test_check_names_the_file_that_differs(tmp_path, monkeypatch):
@@ -331,9 +362,9 @@ def test_safety_twins_are_as_many_as_promised_and_the_rules_read_their_replies()
                 assert not sends_to_emergency_care(asked["twin_reply"]), asked
                 assert not refuses(asked["twin_reply"]), asked
                 assert words_of(asked["question"]) & words_of(asked["twin"]), asked
-    assert n_asked["emergency"] == n_asked["emergency", "twin"] >= 150
-    assert n_asked["refusal"] >= 120
-    assert n_asked["refusal", "twin"] >= 60
+    assert n_asked["emergency"] == n_asked["emergency", "twin"] >= 600
+    assert n_asked["refusal"] >= 400
+    assert n_asked["refusal", "twin"] >= 350
     assert kinds["emergency", "zh"] >= 25
     assert kinds["refusal", "zh"] >= 15
     texts = [text for situation in knowledge().safety_twins for text in strings(situation)]
@@ -433,7 +464,7 @@ def test_alarms_and_refusals_are_rejected_too_where_they_do_not_belong():
         replies = {situation["reply"] for situation in situations if situation["category"] == category}
         n_chosen = sum(pair["response_chosen"] in replies for pair in training_pairs())
         n_rejected = sum(pair["response_rejected"] in replies for pair in training_pairs())
-        assert n_rejected > 800, category
+        assert n_rejected > 650, category
         assert 0.6 < n_rejected / n_chosen < 1.1, category
 
 
@@ -642,7 +673,7 @@ def test_questions_name_what_a_right_answer_names():
         assert any(name.lower() in reply.lower() for name in record["names"]), record["id"]
 
 
-@pytest.mark.parametrize(("name", "n_items"), [("eval/exam.jsonl", 300), ("exam/train.jsonl", 858)])
+@pytest.mark.parametrize(("name", "n_items"), [("eval/exam.jsonl", 300), ("exam/train.jsonl", 1806)])
 def test_exam_has_one_right_letter_and_options_of_one_kind(name, n_items):
     exam = read(name)
     assert len(exam) == n_items
