@@ -131,9 +131,10 @@ def stream_blocks(files: Sequence[RecordFile], encoder: DocumentEncoder, on_bad_
             yield from rows_of(encoder.blocks(waiting))
             waiting = {"input_ids": [], "source": []}
         elif waiting["input_ids"]:
-            *whole, tail = rows_of(encoder.blocks(waiting))
+            whole = rows_of(encoder.blocks(waiting))[:-1]
             yield from whole
-            waiting = last_tokens(waiting, tail["length"])
+            n_left = sum(map(len, waiting["input_ids"])) - sum(row["length"] for row in whole)
+            waiting = last_tokens(waiting, n_left)
     if waiting["input_ids"]:
         yield from rows_of(encoder.blocks(waiting))
 
