@@ -13,7 +13,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from guide import GUIDE_PT
 from peft import TaskType
-from stage_runs import PARTS, RESULTS, logged, names, run_process, stage_flags
+from stage_runs import PARTS, RESULTS, load_for_training, logged, names, run_process, stage_flags
 from tiny_families import save_tiny_model
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -25,7 +25,7 @@ import merge_peft_adapter
 import pretraining
 from medtune.arguments import DataArguments
 from medtune.errors import UserError
-from medtune.models.adapters import load_for_training, load_with_adapter
+from medtune.models.adapters import load_with_adapter
 from medtune.models.lineage import read_lineage
 from medtune.reading.blocks import cut_blocks, document_end_id, learned_bytes_per_token, token_byte_lengths
 from medtune.reading.encoders import DocumentEncoder

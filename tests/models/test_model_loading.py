@@ -16,6 +16,7 @@ import torch
 from loguru import logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
+from stage_runs import load_for_training
 from tiny_families import save_mistral3, save_multimodal_model, save_multimodal_model_of_text_class, save_tiny_model
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +27,7 @@ from transformers import (
 
 from medtune.errors import UserError
 from medtune.models import adapters, load_errors, loading, lora_layers, score_heads
-from medtune.models.adapters import check_adapter_tensors, load_for_training, load_with_adapter
+from medtune.models.adapters import check_adapter_tensors, load_with_adapter
 from medtune.models.families import check_same_family
 from medtune.models.lineage import Lineage, base_of, check_model_path, is_adapter, read_adapter_config, read_lineage
 from medtune.models.loading import (
