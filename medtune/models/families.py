@@ -14,7 +14,7 @@ def check_same_family(base_model: str, lora_model: str, **hub_options) -> None:
     """Refuse an adapter on another base, by the weights and sizes that its lineage records.
 
     A copy of the base under another name or path is accepted with a warning; without a lineage record only if the
-        last part of the path is the same.
+    last part of the path is the same.
     """
     config = read_adapter_config(lora_model)
     lineage = read_lineage(lora_model)
