@@ -148,10 +148,26 @@ def test_streaming_gives_the_blocks_of_the_whole_text(data_dir, tiny_tokenizer, 
         assert list(stream_blocks(files, encoder, "error")) == whole.to_list()
 
 
-def test_two_processes_share_a_stream(data_dir, tiny_tokenizer):
+@pytest.fixture
+def stream(data_dir, tiny_tokenizer):
+    """The data of a streamed run, and its arguments."""
     training_args = SimpleNamespace(max_steps=4, do_eval=False, seed=42, accelerator_config=SimpleNamespace())
     data_args = DataArguments(train_file_dir=str(data_dir))
-    stream = stream_data(DocumentEncoder(tiny_tokenizer, 50), data_args, training_args, None).train
+    return stream_data(DocumentEncoder(tiny_tokenizer, 50), data_args, training_args, None).train, training_args
+
+
+def test_each_pass_of_a_stream_has_all_blocks_in_an_order_of_its_own(stream):
+    rows, _ = stream
+    n_blocks = len({tuple(row["input_ids"]) for row in islice(rows, 200)})
+    blocks = [tuple(row["input_ids"]) for row in islice(rows, 2 * n_blocks)]
+    first, second = blocks[:n_blocks], blocks[n_blocks:]
+    assert n_blocks > 4
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+def test_two_processes_share_a_stream(stream):
+    stream, training_args = stream
 
     def first_batches(n_processes: int, index: int, n_batches: int) -> list[list[list[int]]]:
         loader = prepare_data_loader(
