@@ -298,12 +298,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return {}
 
     # ------------------------------------------------------------ models
-    servers = connect_servers(args, sft, vars(lora_args), sampling.stop_ids, training_args, **hub_options)
+    servers = connect_servers(args, sft, lora_args, sampling.stop_ids, training_args, **hub_options)
     sampling = replace(sampling, servers=servers)
     how = teacher_folder, teacher_args, args, sampling, tokenizer, teacher_device, training_args
     teacher = load_teacher(*how, **model_args.loading_options)
     roles, facts = load_roles(
-        sft, None, vars(lora_args), accelerator.device, with_reference=False, with_value=False, checkpoint=checkpoint,
+        sft, None, lora_args, accelerator.device, with_reference=False, with_value=False, checkpoint=checkpoint,
         **model_args.loading_options,
     )  # fmt: skip
     check_vocabulary(tokenizer, roles.model)

@@ -191,19 +191,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     chat_template = load_chat_template(tokenizer, pair_args.template_name, thinking)
 
     # ------------------------------------------------------------ data
-    read_records, encoder_class, collator_class, trainer_class = (
-        read_pairs,
-        PairEncoder,
-        PairCollator,
-        PreferenceTrainer,
-    )
-    if training_args.is_unpaired:
-        read_records, encoder_class, collator_class, trainer_class = (
-            read_feedback,
-            FeedbackEncoder,
-            FeedbackCollator,
-            KTOTrainer,
-        )
+    of_pairs = read_pairs, PairEncoder, PairCollator, PreferenceTrainer
+    of_feedback = read_feedback, FeedbackEncoder, FeedbackCollator, KTOTrainer
+    kind = of_feedback if training_args.is_unpaired else of_pairs
+    read_records, encoder_class, collator_class, trainer_class = kind
     encoder = encoder_class(tokenizer, chat_template, pair_args.max_source_length, pair_args.max_target_length)
     data = prepare_data(read_records, encoder, data_args, training_args, model_args.cache_dir)
 
@@ -215,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return {}
 
     # ------------------------------------------------------------ model
-    model = load_for_training(path, checkpoint=checkpoint, **vars(lora_args), **model_args.loading_options)
+    model = load_for_training(path, lora_args, checkpoint=checkpoint, **model_args.loading_options)
     check_vocabulary(tokenizer, model)
     warn_of_dead_tokens(model, tokenizer, *turn_token_ids(tokenizer, chat_template))
     reference = name_reference(path, lora_args.use_peft, training_args)
@@ -224,7 +215,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         ref_model = load_base_model(lineage.base_model, **model_args.loading_options).requires_grad_(False)
 
     # ------------------------------------------------------------ train
-    max_new_tokens = pair_args.max_target_length
     trainer = trainer_class(
         model=model,
         args=training_args,
@@ -233,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         ref_model=ref_model,
         ref_logps_dir=Path(model_args.cache_dir or "cache", "ref_logps"),
         overwrite_ref_logps=data_args.overwrite_cache,
-        sample=GreedySamples(data.eval, tokenizer, chat_template, max_new_tokens) if data.eval else None,
+        sample=data.eval and GreedySamples(data.eval, tokenizer, chat_template, pair_args.max_target_length),
         data_collator=collator_class(tokenizer.pad_token_id),
         train_dataset=data.train,
         eval_dataset=data.eval,

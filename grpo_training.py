@@ -376,10 +376,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return {}
 
     # ------------------------------------------------------------ model
-    servers = connect_servers(grpo_args, sft, vars(lora_args), sampling.stop_ids, training_args, **hub_options)
+    servers = connect_servers(grpo_args, sft, lora_args, sampling.stop_ids, training_args, **hub_options)
     sampling = replace(sampling, servers=servers)
     roles, facts = load_roles(
-        sft, rm, vars(lora_args), accelerator.device, with_reference=grpo_args.beta > 0, with_value=False,
+        sft, rm, lora_args, accelerator.device, with_reference=grpo_args.beta > 0, with_value=False,
         checkpoint=checkpoint, **model_args.loading_options,
     )  # fmt: skip
     check_vocabulary(tokenizer, roles.model)

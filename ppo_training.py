@@ -361,10 +361,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return {}
 
     # ------------------------------------------------------------ model
-    servers = connect_servers(ppo_args, sft, vars(lora_args), sampling.stop_ids, training_args, **hub_options)
+    servers = connect_servers(ppo_args, sft, lora_args, sampling.stop_ids, training_args, **hub_options)
     sampling = replace(sampling, servers=servers)
     roles, facts = load_roles(
-        sft, rm, vars(lora_args), accelerator.device, checkpoint=checkpoint, **model_args.loading_options
+        sft, rm, lora_args, accelerator.device, checkpoint=checkpoint, **model_args.loading_options
     )
     check_vocabulary(tokenizer, roles.model)
     with accelerator.autocast():

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import medtune.libraries  # noqa: F401 - first: it imports the libraries in half of their time
@@ -99,13 +99,20 @@ def stream_data(
             "--streaming True: no part of the training files is held out; give --validation_file_dir others"
         )
     blocks = partial(stream_blocks, listings["train"].files, encoder, data_args.on_bad_data)
-    dataset = IterableDataset.from_generator(blocks, features=encoder.block_features)
-    dataset = dataset.shuffle(seed=training_args.seed, buffer_size=STREAM_SHUFFLE).repeat(None)
+    one_pass = IterableDataset.from_generator(blocks, features=encoder.block_features)
+    passes = partial(shuffled_passes, one_pass, training_args.seed)
+    dataset = IterableDataset.from_generator(passes, features=encoder.block_features)
     # Each process reads all and takes its part: rows with names in them cannot be sent from one to the others.
     training_args.accelerator_config.dispatch_batches = False
     facts = {name: f"{value}, streamed" for name, value in listings["train"].describe("train").items()}
     evaluation = prepare_data(read_documents, encoder, data_args, training_args, cache_dir, parts=("eval",))
     return Data(dataset, evaluation.eval, facts | evaluation.facts)
+
+
+def shuffled_passes(one_pass: IterableDataset, seed: int) -> Iterator[dict]:
+    """The blocks over and over, in another order each time."""
+    for number in count():
+        yield from one_pass.shuffle(seed=seed + number, buffer_size=STREAM_SHUFFLE)
 
 
 def stream_blocks(files: Sequence[RecordFile], encoder: DocumentEncoder, on_bad_data: str) -> Iterator[dict]:
@@ -131,9 +138,10 @@ def stream_blocks(files: Sequence[RecordFile], encoder: DocumentEncoder, on_bad_
             yield from rows_of(encoder.blocks(waiting))
             waiting = {"input_ids": [], "source": []}
         elif waiting["input_ids"]:
-            *whole, tail = rows_of(encoder.blocks(waiting))
+            whole = rows_of(encoder.blocks(waiting))[:-1]
             yield from whole
-            waiting = last_tokens(waiting, tail["length"])
+            n_left = sum(map(len, waiting["input_ids"])) - sum(row["length"] for row in whole)
+            waiting = last_tokens(waiting, n_left)
     if waiting["input_ids"]:
         yield from rows_of(encoder.blocks(waiting))
 
@@ -191,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return {}
 
     # ------------------------------------------------------------ model
-    model = load_for_training(path, checkpoint=checkpoint, **vars(lora_args), **model_args.loading_options)
+    model = load_for_training(path, lora_args, checkpoint=checkpoint, **model_args.loading_options)
     check_vocabulary(tokenizer, model)
 
     # ------------------------------------------------------------ train

@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # ------------------------------------------------------------ model
     model = load_for_training(
         path,
-        **vars(lora_args),
+        lora_args,
         task_type=TaskType.SEQ_CLS,
         checkpoint=checkpoint,
         pad_token_id=tokenizer.pad_token_id,

@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return {}
 
     # ------------------------------------------------------------ model
-    model = load_for_training(path, checkpoint=checkpoint, **vars(lora_args), **model_args.loading_options)
+    model = load_for_training(path, lora_args, checkpoint=checkpoint, **model_args.loading_options)
     check_vocabulary(tokenizer, model)
     warn_of_dead_tokens(model, tokenizer, *turn_token_ids(tokenizer, chat_template))
 

@@ -179,7 +179,6 @@ class RunArguments:
 
 # Flags whose values no record keeps.
 SECRETS = {"--hub_token"}
-# Of these lists names are joined by commas; of all others words by blanks.
 # Of a flag that is suggested for an unknown one: --packing is no --ddp_backend, whose likeness is 0.64.
 LEAST_LIKENESS = 0.7
 # Smaller values train nothing, or fail far from here.
@@ -196,7 +195,7 @@ class StageArgumentParser(HfArgumentParser):
     """HfArgumentParser that translates old flags, refuses unknown ones and explains itself in one line.
 
     `notes` has one line for each flag that was changed. `given` has the flags of the command and their values as
-        written, for the lineage, with old names translated and secrets left out.
+    written, for the lineage, with old names translated and secrets left out.
     """
 
     def __init__(self, dataclass_types: Sequence[type]):

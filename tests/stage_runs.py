@@ -9,13 +9,18 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
+from medtune.arguments import LoraArguments
 from medtune.errors import run_script
+from medtune.models import adapters
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["头", "胃", "背", "膝", "手", "肩", "耳", "牙"]
@@ -49,6 +54,12 @@ def write_data(stage: str, folder: Path, n_records: int = 32) -> Path:
         ]
     write_lines(data / "records.jsonl", records)
     return data
+
+
+def load_for_training(path: str, **options) -> PreTrainedModel | PeftModel:
+    """`adapters.load_for_training`, with flags of LoRA among the options."""
+    of_lora = {spec.name: options.pop(spec.name) for spec in fields(LoraArguments) if spec.name in options}
+    return adapters.load_for_training(path, LoraArguments(**of_lora), **options)
 
 
 def write_lines(path: Path, records: list[dict]) -> Path:

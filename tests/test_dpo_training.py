@@ -16,6 +16,7 @@ from stage_runs import (
     PARTS,
     RESULTS,
     STATE_FILES,
+    load_for_training,
     logged,
     logits_of,
     names,
@@ -32,7 +33,7 @@ import merge_peft_adapter
 import pretraining
 from dpo_training import DegenerationAlarm, GreedySamples, relative_fall
 from medtune.errors import UserError
-from medtune.models.adapters import load_for_training, load_with_adapter
+from medtune.models.adapters import load_with_adapter
 from medtune.models.generation import Reply
 from medtune.models.lineage import read_lineage
 from medtune.reading.tokenization import load_chat_template

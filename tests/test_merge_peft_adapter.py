@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from random_adapters import random_adapter, save_adapter
 from safetensors.torch import load_file, save_file
+from stage_runs import load_for_training
 from tiny_families import save_mistral3, save_multimodal_model, save_multimodal_model_of_text_class
 from transformers import (
     AutoConfig,
@@ -26,7 +27,6 @@ from transformers import (
 
 import merge_peft_adapter
 from medtune.errors import UserError
-from medtune.models.adapters import load_for_training
 from medtune.models.lineage import Lineage, read_lineage
 from medtune.models.loading import weights_fingerprint
 from medtune.reading.tokenization import load_chat_template

@@ -13,7 +13,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from guide import GUIDE_PT
 from peft import TaskType
-from stage_runs import PARTS, RESULTS, logged, names, run_process, stage_flags
+from stage_runs import PARTS, RESULTS, load_for_training, logged, names, run_process, stage_flags
 from tiny_families import save_tiny_model
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -25,7 +25,7 @@ import merge_peft_adapter
 import pretraining
 from medtune.arguments import DataArguments
 from medtune.errors import UserError
-from medtune.models.adapters import load_for_training, load_with_adapter
+from medtune.models.adapters import load_with_adapter
 from medtune.models.lineage import read_lineage
 from medtune.reading.blocks import cut_blocks, document_end_id, learned_bytes_per_token, token_byte_lengths
 from medtune.reading.encoders import DocumentEncoder
@@ -75,15 +75,22 @@ def plain(blocks: dict[str, list]) -> dict[str, list]:
 
 
 def test_blocks_hold_every_token_and_know_their_documents():
-    blocks = plain(cut_blocks(documents_of([1, 2, 3], [4, 5], [6, 7, 8, 9]), block_size=4))
+    blocks = plain(cut_blocks(documents_of([1, 2, 3], [4, 5], [6, 7, 8, 9, 10]), block_size=4))
     x = IGNORED_LABEL
     assert blocks == {
-        "input_ids": [[1, 2, 3, 4], [5, 6, 7, 8], [9]],
-        "labels": [[x, 2, 3, x], [x, x, 7, 8], [x]],
-        "seq_lengths": [[3, 1], [1, 3], [1]],
-        "length": [4, 4, 1],
+        "input_ids": [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]],
+        "labels": [[x, 2, 3, x], [x, x, 7, 8], [x, 10]],
+        "seq_lengths": [[3, 1], [1, 3], [2]],
+        "length": [4, 4, 2],
         "source": [["d:1", "d:2"], ["d:2", "d:3"], ["d:3"]],
     }
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_a_last_token_with_a_block_to_itself_is_left_out(across):
+    """Nothing precedes it, so a batch of this block alone would have nothing to learn, which stops a run."""
+    blocks = plain(cut_blocks(documents_of([1, 2, 3], [4, 5], [6, 7, 8, 9]), 4, packing_across_documents=across))
+    assert blocks["input_ids"] == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
 def test_packing_across_documents_learns_all_but_the_first_token_of_a_block():
@@ -108,7 +115,9 @@ def test_blocks_of_random_documents(seed):
     lists = [rng.integers(1, 99, rng.integers(1, 30)).tolist() for _ in range(rng.integers(1, 12))]
     size = int(rng.integers(2, 20))
     blocks = plain(cut_blocks(documents_of(*lists), size))
-    assert list(chain(*blocks["input_ids"])) == list(chain(*lists))
+    joined = list(chain(*lists))
+    kept = joined[:-1] if len(joined) % size == 1 else joined
+    assert list(chain(*blocks["input_ids"])) == kept
     assert all(length == size for length in blocks["length"][:-1])
     for ids, labels, lengths in zip(blocks["input_ids"], blocks["labels"], blocks["seq_lengths"], strict=True):
         assert sum(lengths) == len(ids)
@@ -116,8 +125,9 @@ def test_blocks_of_random_documents(seed):
         firsts = set(np.cumsum([0, *lengths[:-1]]).tolist())
         assert labels == [IGNORED_LABEL if at in firsts else token for at, token in enumerate(ids)]
     n_pieces = sum(map(len, blocks["seq_lengths"]))
-    cuts_inside = set(range(size, sum(map(len, lists)), size)) - set(np.cumsum(list(map(len, lists))).tolist())
-    assert n_pieces == len(lists) + len(cuts_inside)
+    ends = np.cumsum(list(map(len, lists))).tolist()
+    cuts_inside = set(range(size, len(kept), size)) - set(ends)
+    assert n_pieces == sum(end < len(kept) for end in ends) + 1 + len(cuts_inside)
 
 
 def test_the_end_of_joined_documents():
@@ -132,15 +142,32 @@ def test_the_end_of_joined_documents():
 def test_streaming_gives_the_blocks_of_the_whole_text(data_dir, tiny_tokenizer, monkeypatch, batch, limits):
     monkeypatch.setattr(pretraining, "STREAM_BATCH", batch)
     files = [data_dir / "a.txt", data_dir / "deep/b.jsonl"]
-    encoder = DocumentEncoder(tiny_tokenizer, 50, **limits)
-    whole, _ = encode_records(load_documents(files)[0], encoder)
-    assert list(stream_blocks(files, encoder, "error")) == whole.to_list()
+    for size in range(47, 51):  # also such as leave one token over, in the end or after some documents
+        encoder = DocumentEncoder(tiny_tokenizer, size, **limits)
+        whole, _ = encode_records(load_documents(files)[0], encoder)
+        assert list(stream_blocks(files, encoder, "error")) == whole.to_list()
 
 
-def test_two_processes_share_a_stream(data_dir, tiny_tokenizer):
+@pytest.fixture
+def stream(data_dir, tiny_tokenizer):
+    """The data of a streamed run, and its arguments."""
     training_args = SimpleNamespace(max_steps=4, do_eval=False, seed=42, accelerator_config=SimpleNamespace())
     data_args = DataArguments(train_file_dir=str(data_dir))
-    stream = stream_data(DocumentEncoder(tiny_tokenizer, 50), data_args, training_args, None).train
+    return stream_data(DocumentEncoder(tiny_tokenizer, 50), data_args, training_args, None).train, training_args
+
+
+def test_each_pass_of_a_stream_has_all_blocks_in_an_order_of_its_own(stream):
+    rows, _ = stream
+    n_blocks = len({tuple(row["input_ids"]) for row in islice(rows, 200)})
+    blocks = [tuple(row["input_ids"]) for row in islice(rows, 2 * n_blocks)]
+    first, second = blocks[:n_blocks], blocks[n_blocks:]
+    assert n_blocks > 4
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+def test_two_processes_share_a_stream(stream):
+    stream, training_args = stream
 
     def first_batches(n_processes: int, index: int, n_batches: int) -> list[list[list[int]]]:
         loader = prepare_data_loader(

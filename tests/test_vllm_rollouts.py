@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 import grpo_training
 import ppo_training
+from medtune.arguments import LoraArguments
 from medtune.errors import UserError
 from medtune.models.adapters import load_for_training, save_zero_adapter
 from medtune.models.lineage import read_adapter_config
@@ -35,10 +37,7 @@ from medtune.rl.vllm_launch import CPU_FLAGS, end_servers, read_server_flags, se
 from medtune.rl.vllm_servers import VllmServer, connect_servers, served_name
 from medtune.training.interruption import SignalListener
 
-LORA = {
-    **{"target_modules": None, "lora_rank": 4, "lora_alpha": None, "lora_dropout": 0.0, "use_dora": False},
-    **{"use_rslora": False, "modules_to_save": None, "use_peft": True},
-}
+LORA = LoraArguments(lora_rank=4, lora_dropout=0.0)
 STOP_IDS = [3, 5, 8]
 
 
@@ -61,7 +60,7 @@ def connect(tiny_model_dir, tmp_path):
     def connect(*urls: str, sft: Path = tiny_model_dir, timeout: int = 60, **changes):
         args = RolloutArguments(max_source_length=64, response_length=16, vllm_url=",".join(urls))
         training_args = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, ddp_timeout=timeout)
-        return connect_servers(args, str(sft), LORA | changes, STOP_IDS, training_args)
+        return connect_servers(args, str(sft), replace(LORA, **changes), STOP_IDS, training_args)
 
     return connect
 
@@ -165,8 +164,9 @@ def test_requests_pass_by_the_proxies_of_the_environment(fake, connect, monkeypa
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 24, "target_modules": "q_proj,v_proj", "use_rslora": True}])
 def test_the_adapter_that_is_tried_is_the_new_one_in_zeros(tiny_model_dir, tmp_path, changes):
-    save_zero_adapter(tmp_path, str(tiny_model_dir), LORA | changes)
-    new = load_for_training(str(tiny_model_dir), **LORA | changes)
+    lora = replace(LORA, **changes)
+    save_zero_adapter(tmp_path, str(tiny_model_dir), lora)
+    new = load_for_training(str(tiny_model_dir), lora)
     zeros = load_file(tmp_path / "adapter_model.safetensors")
     shapes = {name: weights.shape for name, weights in get_peft_model_state_dict(new).items()}
     assert {name: weights.shape for name, weights in zeros.items()} == shapes

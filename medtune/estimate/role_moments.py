@@ -1,5 +1,6 @@
 """The moments of PPO, GRPO and distillation: rollout, scoring and update of the roles on one base, on fake weights."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from medtune.estimate.generation import run_generation
 from medtune.estimate.meter import Meter
 from medtune.estimate.plan import RunPlan
 from medtune.estimate.rows import RunRows
-from medtune.estimate.trainer_moments import count_models, dtype_of, lora_settings, mapped_weights
+from medtune.estimate.trainer_moments import count_models, dtype_of, mapped_weights
 from medtune.models.adapters import new_lora_config, without_head
 from medtune.models.dropout import switch_off_dropout
 from medtune.models.lineage import base_of, is_adapter, read_adapter_config
@@ -161,7 +162,7 @@ def _make_roles(
     dtype = dtype_of(plan, config)
     base = fake_base(config, n_layers, dtype, **options)
     has_reward = bool(plan.reward_model_path)
-    of_policy = new_lora_config(base, **lora_settings(plan) | {"lora_dropout": 0.0})
+    of_policy = new_lora_config(base, replace(plan.lora_args, lora_dropout=0.0))
     of_reward, path = of_policy, plan.reward_model_path
     if has_reward and is_adapter(path):
         of_reward = without_head(read_adapter_config(path))

@@ -36,10 +36,6 @@ def _dtype_of_file(config: PretrainedConfig) -> torch.dtype:
     return getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
 
 
-def lora_settings(plan: RunPlan) -> dict:
-    return {name: value for name, value in vars(plan.lora_args).items() if name != "use_peft"}
-
-
 def run_trainer(
     plan: RunPlan, config: PretrainedConfig, rows: RunRows, n_layers: int, meter: Meter
 ) -> tuple[dict[str, float], Layout]:
@@ -116,7 +112,7 @@ def _make_trainer(
     model = fake_base(config, n_layers, dtype, scores=stage == "rm", **options)
     if plan.lora_args.use_peft:
         task = TaskType.SEQ_CLS if stage == "rm" else TaskType.CAUSAL_LM
-        model = with_adapters(model, new_lora_config(model, task_type=task, **lora_settings(plan)))
+        model = with_adapters(model, new_lora_config(model, plan.lora_args, task))
     ref_model = None
     keywords = {"model": model, "args": args, "eval_dataset": rows.longest_eval or None}
     if stage in ("pt", "sft"):

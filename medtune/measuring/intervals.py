@@ -40,7 +40,7 @@ def paired_bootstrap(
     """Compare two models on the same items, each given as (sums, counts) (Koehn 2004, W04-3250).
 
     The p-value is twice the share of resamples on the rarer side of no difference, at most 1; the observed value
-        counts as one resample, so that no p-value is 0 (Davison and Hinkley 1997, chapter 4).
+    counts as one resample, so that no p-value is 0 (Davison and Hinkley 1997, chapter 4).
     """
     value = sum(second[0]) / sum(second[1]) - sum(first[0]) / sum(first[1])
     differences = _resampled(*second) - _resampled(*first)

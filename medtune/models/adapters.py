@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from medtune.arguments import LoraArguments
 from medtune.errors import UserError
 from medtune.models.families import check_same_family
 from medtune.models.lineage import base_of, is_adapter, read_adapter_config
@@ -35,13 +36,8 @@ from medtune.models.text_part import language_model_class, loaded_config
 from medtune.models.vocabulary import has_tied_head
 
 DEFAULT_LORA_RANK = 16
-
-
 DEFAULT_LORA_ALPHA = 32.0
-
-
 ALL_LINEAR = ("all", "all-linear")
-
 
 _LEAVE_OR_MERGE = (
     "leave the flag out, or merge the adapter (merge_peft_adapter.py) and start a new one on the merged model"
@@ -56,15 +52,8 @@ def refuse_quantized_training(use_peft: bool, quantized: bool | None) -> None:
 
 def load_for_training(
     path: str,
+    lora: LoraArguments,
     *,
-    use_peft: bool,
-    target_modules: str | None = None,
-    lora_rank: int | None = None,
-    lora_alpha: float | None = None,
-    lora_dropout: float = 0.05,
-    use_dora: bool = False,
-    use_rslora: bool = False,
-    modules_to_save: str | None = None,
     task_type: TaskType = TaskType.CAUSAL_LM,
     checkpoint: str | None = None,
     **base_options,
@@ -90,45 +79,19 @@ def load_for_training(
         has_other_head = task_type is TaskType.SEQ_CLS and config.task_type != TaskType.SEQ_CLS
         if task_type is TaskType.SEQ_CLS:
             config = without_head(config)
-        _check_continuable(
-            recorded,
-            config,
-            use_peft,
-            task_type,
-            {
-                "--lora_rank": (lora_rank, config.r),
-                "--lora_alpha": (lora_alpha, config.lora_alpha),
-                "--target_modules": (
-                    None if target_modules in ALL_LINEAR else _split_names(target_modules),
-                    _target_names(config),
-                ),
-                "--use_dora": (use_dora or None, config.use_dora),
-                "--use_rslora": (use_rslora or None, config.use_rslora),
-                "--modules_to_save": (_split_names(modules_to_save), _last_names(config.modules_to_save or [])),
-            },
-        )
-    refuse_quantized_training(use_peft, base_options.get("load_in_4bit") or base_options.get("load_in_8bit"))
+        _check_continuable(recorded, config, lora, task_type)
+    refuse_quantized_training(lora.use_peft, base_options.get("load_in_4bit") or base_options.get("load_in_8bit"))
     base = load_base(base_path, **base_options)
     _log_other_parts(base, base_path, **base_options)
-    if not use_peft:
+    if not lora.use_peft:
         return _with_trained_language_model(base)
     linear = all_linear_layers(base).modules
-    with _explain_peft_faults(base, path, target_modules):
+    with _explain_peft_faults(base, path, lora.target_modules):
         if config is None:
-            config = new_lora_config(
-                base,
-                task_type=task_type,
-                target_modules=target_modules,
-                lora_rank=lora_rank,
-                lora_alpha=lora_alpha,
-                lora_dropout=lora_dropout,
-                use_dora=use_dora,
-                use_rslora=use_rslora,
-                modules_to_save=modules_to_save,
-            )
+            config = new_lora_config(base, lora, task_type)
         else:
             config.task_type = task_type.value if has_other_head else config.task_type
-            config.lora_dropout = _possible_dropout(config, lora_dropout)
+            config.lora_dropout = _possible_dropout(config, lora.lora_dropout)
             config.inference_mode = False
         if not is_adapter(path):
             return get_peft_model(base, config)
@@ -136,10 +99,10 @@ def load_for_training(
             base, path, "--model_name_or_path", has_other_head=has_other_head, config=config, is_trainable=True
         )
     # Those that any adapter on all has had; which experts it has is its own affair.
-    bare = set(linear) - lora_layers(model).keys() if target_modules in ALL_LINEAR else set()
+    bare = set(linear) - lora_layers(model).keys() if lora.target_modules in ALL_LINEAR else set()
     if bare:
         raise UserError(
-            f"--target_modules {target_modules}: the adapter in {path} leaves out {', '.join(sorted(bare))}, and "
+            f"--target_modules {lora.target_modules}: the adapter in {path} leaves out {', '.join(sorted(bare))}, and "
             f"training continues it; {_LEAVE_OR_MERGE}"
         )
     return model
@@ -158,40 +121,30 @@ def _with_trained_language_model(base: PreTrainedModel) -> PreTrainedModel:
     return base
 
 
-def new_lora_config(
-    base: PreTrainedModel,
-    *,
-    task_type: TaskType = TaskType.CAUSAL_LM,
-    target_modules: str | None,
-    lora_rank: int | None,
-    lora_alpha: float | None,
-    lora_dropout: float,
-    use_dora: bool,
-    use_rslora: bool,
-    modules_to_save: str | None,
-) -> LoraConfig:
+def new_lora_config(base: PreTrainedModel, lora: LoraArguments, task_type: TaskType = TaskType.CAUSAL_LM) -> LoraConfig:
     """The configuration of a new adapter on this base, from the flags."""
-    trained_whole = _split_names(modules_to_save)
-    if target_modules in (None, *ALL_LINEAR):
+    trained_whole = _split_names(lora.modules_to_save)
+    is_on_all = lora.target_modules in (None, *ALL_LINEAR)
+    if is_on_all:
         modules, parameters = all_linear_layers(base)
     else:
-        modules = _split_names(target_modules)
+        modules = _split_names(lora.target_modules)
         parameters = linear_weights(base, modules)
     config = LoraConfig(
         task_type=task_type,
-        r=lora_rank or DEFAULT_LORA_RANK,
-        lora_alpha=lora_alpha or DEFAULT_LORA_ALPHA,
+        r=lora.lora_rank or DEFAULT_LORA_RANK,
+        lora_alpha=lora.lora_alpha or DEFAULT_LORA_ALPHA,
         target_modules=modules,
         target_parameters=parameters or None,
-        exclude_modules=beside_language_model(base) if target_modules in (None, *ALL_LINEAR) else None,
+        exclude_modules=beside_language_model(base) if is_on_all else None,
         modules_to_save=trained_whole,
         # Otherwise PEFT 0.21 trains a copy of the embeddings, and the head that shared them stays as it was.
         ensure_weight_tying=has_tied_head(base) and bool(set(trained_whole or []) & set(EMBEDDING_LAYER_NAMES)),
-        use_dora=use_dora,
-        use_rslora=use_rslora,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
     )
     convert_peft_config_for_transformers(config, base, None)  # experts by the names of older versions
-    config.lora_dropout = _possible_dropout(config, lora_dropout)
+    config.lora_dropout = _possible_dropout(config, lora.lora_dropout)
     return config
 
 
@@ -205,19 +158,15 @@ def _possible_dropout(config: LoraConfig, lora_dropout: float) -> float:
     return lora_dropout
 
 
-def save_zero_adapter(folder: Path, path: str, lora: dict, **hub_options) -> None:
-    """Save an adapter of zeros as a new one on the base at `path` would be, without loading the base's weights.
-
-    lora: keywords of `load_for_training` for a new adapter.
-    """
-    settings = {name: value for name, value in lora.items() if name != "use_peft"}
+def save_zero_adapter(folder: Path, path: str, lora: LoraArguments, **hub_options) -> None:
+    """Save an adapter of zeros as a new one on the base at `path` would be, without loading the base's weights."""
     with torch.device("meta"):
         shipped = load_config(path, **hub_options)
         base = language_model_class(shipped).from_config(
             loaded_config(shipped), trust_remote_code=hub_options.get("trust_remote_code", False)
         )
-        with _explain_peft_faults(base, path, settings["target_modules"]):
-            config = new_lora_config(base, **settings)
+        with _explain_peft_faults(base, path, lora.target_modules):
+            config = new_lora_config(base, lora)
             model = get_peft_model(base, config)
     shapes = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
     config.base_model_name_or_path = path
@@ -262,11 +211,9 @@ def _log_other_parts(
         logger.info(f"{path}: its language model is trained; {', '.join(parts)} stay as they are")
 
 
-def _check_continuable(
-    path: str, config: LoraConfig, use_peft: bool, task_type: TaskType, requested_and_actual: dict[str, tuple]
-) -> None:
-    """Refuse settings that a continued adapter cannot take; None requests nothing."""
-    if not use_peft:
+def _check_continuable(path: str, config: LoraConfig, lora: LoraArguments, task_type: TaskType) -> None:
+    """Refuse flags that a continued adapter cannot honour."""
+    if not lora.use_peft:
         raise UserError(
             f"{path} is a LoRA adapter and --use_peft False trains full weights: merge it first with "
             "merge_peft_adapter.py, then train the merged model"
@@ -274,7 +221,16 @@ def _check_continuable(
     # A reward model may start from a language model; the other way round its head would be lost.
     if config.task_type not in (task_type, TaskType.CAUSAL_LM, None):
         raise UserError(f"{path} is a {config.task_type} adapter; this stage continues a {task_type.value} adapter")
-    for flag, (requested, actual) in requested_and_actual.items():
+    modules = None if lora.target_modules in ALL_LINEAR else _split_names(lora.target_modules)
+    requested_and_actual = {
+        "--lora_rank": (lora.lora_rank, config.r),
+        "--lora_alpha": (lora.lora_alpha, config.lora_alpha),
+        "--target_modules": (modules, _target_names(config)),
+        "--use_dora": (lora.use_dora or None, config.use_dora),
+        "--use_rslora": (lora.use_rslora or None, config.use_rslora),
+        "--modules_to_save": (_split_names(lora.modules_to_save), _last_names(config.modules_to_save or [])),
+    }
+    for flag, (requested, actual) in requested_and_actual.items():  # None requests nothing
         if requested is not None and _format_value(requested) != _format_value(actual):
             raise UserError(
                 f"{flag} {_format_value(requested)}: the adapter in {path} has {_format_value(actual)}, and "

@@ -63,9 +63,9 @@ def draw_tokens(
     """[B] ids, each drawn from a row of [B, V] logits by the settings and the generator of its own.
 
     As `torch.multinomial` draws: the token with the largest chance / noise, where each has exponential noise of its
-        own (here -log of a uniform number, which costs a third). Rounding, which differs between batches, changes a
-        draw only where two tokens are level; a single number on the cumulative chances falls between rare tokens,
-        whose borders rounding moves.
+    own (here -log of a uniform number, which costs a third). Rounding, which differs between batches, changes a
+    draw only where two tokens are level; a single number on the cumulative chances falls between rare tokens,
+    whose borders rounding moves.
 
     Raises RuntimeError where chances are not numbers.
     """

@@ -10,16 +10,9 @@ from medtune.errors import UserError
 from medtune.reading.magic_bytes import is_text, misnamed, read_start
 
 ADAPTER_CONFIG = "adapter_config.json"
-
-
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
 LINEAGE = "lineage.json"
-
-
 WEIGHTS_INDEX = "model.safetensors.index.json"
-
 
 # What loaders read of a folder besides weights. A folder may hold more, such as pointers to weights in other forms.
 JSON_FILES = (
@@ -27,17 +20,11 @@ JSON_FILES = (
     "added_tokens.json", "vocab.json", "chat_template.json", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json", WEIGHTS_INDEX, ADAPTER_CONFIG, LINEAGE,
 )  # fmt: skip
-
-
 TEXT_FILES = (
     "chat_template.jinja", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-
-
 # Of the JSON files, the keys without which they are none of the kind, and what these hold.
 NEEDED_KEYS = {"tokenizer.json": {"added_tokens": list, "model": dict}, WEIGHTS_INDEX: {"weight_map": dict}}
-
-
 PICKLE_WEIGHTS = (
     "pickle weights (.bin), which can run code when they are opened; convert them to safetensors, or pass "
     "--allow_pickle_weights True if you trust them"

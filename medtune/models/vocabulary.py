@@ -32,8 +32,8 @@ def warn_of_dead_tokens(
     """Warn of turn tokens that the base never learned and this run does not train.
 
     Args:
-        turn_ids, reply_ids: what the template writes, and of it what the model has to write itself
-            (encoding.turn_token_ids).
+        turn_ids, reply_ids: of `turn_token_ids`, what the template writes, and of it what the model has to write
+            itself.
     """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {module: name.rpartition(".")[2] for name, module in model.named_modules() if module in (embeddings, head)}

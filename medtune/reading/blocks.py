@@ -42,13 +42,14 @@ def cut_blocks(
 ) -> dict[str, list]:
     """Join the documents in their order and cut them into blocks; the last block may be shorter.
 
+    A last token that would have a block to itself, with nothing before it to learn it by, is left out.
+
     Args:
         documents: columns `input_ids` and `source`.
         block_size: tokens a block.
         packing_across_documents: attend across the documents of a block. Otherwise each attends only to itself
-                    (`seq_lengths`), and its first token is not learned, since it has no context.
-        one_document_a_row: cut each document by itself, so that its last block may be shorter. A last token that would
-                    be alone, with nothing before it to learn it by, is left out.
+            (`seq_lengths`), and its first token is not learned, since it has no context.
+        one_document_a_row: cut each document by itself, so that its last block may be shorter.
 
     Returns:
         Columns `input_ids`, `labels`, `seq_lengths`, `length` and `source` (of every document in the block).
@@ -57,11 +58,10 @@ def cut_blocks(
     ids = np.concatenate([[], *documents["input_ids"]]).astype(np.int32)
     ends = lengths.cumsum()
     starts = ends - lengths
-    if one_document_a_row:
-        cut_wholes = [(range(start, end - 1, block_size), end) for start, end in zip(starts, ends, strict=True)]
-    else:
-        cut_wholes = [(range(0, len(ids), block_size), len(ids))]
-    cuts = [(start, min(start + block_size, end)) for cut_whole, end in cut_wholes for start in cut_whole]
+    wholes = zip(starts, ends, strict=True) if one_document_a_row else [(0, len(ids))]
+    cuts = [
+        (start, min(start + block_size, end)) for begin, end in wholes for start in range(begin, end - 1, block_size)
+    ]
     columns: dict[str, list] = {"input_ids": [], "labels": [], "seq_lengths": [], "length": [], "source": []}
     for start, end in cuts:
         block = ids[start:end]

@@ -38,7 +38,7 @@ def load_chat_template(
     """The named template, or the tokenizer's own, as --thinking changes it; set on the tokenizer and saved with it.
 
     Raises UserError when there is none or it cannot be so changed, or when the token that ends a reply is none of the
-        tokenizer's tokens.
+    tokenizer's tokens.
     """
     thinking = thinking_of_name(template_name, thinking)
     if template_name is not None:

@@ -16,7 +16,7 @@ from medtune.arguments import LoraArguments, ModelArguments, RunArguments
 from medtune.errors import UserError
 from medtune.measuring.judge_client import JudgeArguments
 from medtune.reading.exams import ExamFormat
-from medtune.training.checkpoints import PADDING_FREE
+from medtune.training.checkpoints import PADDING_FREE, optimizer_settings
 from medtune.training.template_choice import TemplateArguments
 
 EPISODES_AN_UPDATE = "episodes an update"
@@ -426,9 +426,7 @@ def fixed_settings(
         "stage": stage,
         "--sft_model_path": model_args.sft_model_path,
         "--seed": training_args.seed,
-        "--learning_rate": training_args.learning_rate,
-        "--weight_decay": training_args.weight_decay,
-        "--optim": str(training_args.optim.value),
+        **optimizer_settings(training_args),
         **own,
         EPISODES_AN_UPDATE: per_update,
         "training prompts": n_prompts,

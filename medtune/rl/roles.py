@@ -8,7 +8,7 @@ value      base + adapter "value" + head: starts as the reward model,    yes
            or without one on this base as the policy
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from medtune.arguments import LoraArguments
 from medtune.errors import UserError
 from medtune.models.adapters import add_adapter, load_for_training
 from medtune.models.dropout import switch_off_dropout
@@ -285,7 +286,7 @@ class OwnLogps:
 def load_roles(
     sft: str,
     rm: str | None,
-    lora: dict,
+    lora: LoraArguments,
     device: torch.device,
     with_reference: bool = True,
     with_value: bool = True,
@@ -297,13 +298,13 @@ def load_roles(
     Args:
         sft, rm: what --sft_model_path and --reward_model_path name.
         with_reference, with_value: whether these roles are needed; one that is not takes no memory.
-        lora, checkpoint: of `load_for_training`, for a policy that starts a new adapter.
+        lora: of a policy that starts a new adapter; checkpoint: of the run that is resumed.
         base_options: of `load_base_model`.
     """
     # Detail: no dropout in any role, or policy and reference would differ by chance.
-    dropout, lora = lora.get("lora_dropout"), lora | {"lora_dropout": 0.0}
+    dropout, lora = lora.lora_dropout, replace(lora, lora_dropout=0.0)
     flag = {} if is_adapter(sft) else {"flag": "--sft_model_path"}
-    model = load_for_training(sft, checkpoint=checkpoint, **lora, **flag, **base_options)
+    model = load_for_training(sft, lora, checkpoint=checkpoint, **flag, **base_options)
     policy = f"{sft}: {describe_trainable(model)}"
     switch_off_dropout(model)
     start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}

@@ -320,7 +320,7 @@ class Run:
         if is_main:
             write_manifest(unfinished)
             put_in_place(place)
-            delete_oldest(self.output_dir, self.training_args.save_total_limit)
+            delete_oldest(place, self.training_args.save_total_limit)
         self.accelerator.wait_for_everyone()
         self.saved_at = self.state.global_step
 
@@ -363,11 +363,17 @@ class Run:
         self.saved_at = self.state.global_step
 
     def keep_best(self, metrics: dict[str, float]) -> None:
-        """Save checkpoint-best: by the stage's figure of the evaluation, or without evaluation the last update."""
-        reward = metrics.get(self.shown.best_by)
-        if reward is not None and self.shown.lowest_is_best:
+        """Save checkpoint-best: by the stage's figure of the evaluation, or without evaluation the last update.
+
+        An evaluation without the figure, all of whose replies a judge has left out, is not the best.
+        """
+        reward, best = metrics.get(self.shown.best_by), self.state.best_reward
+        if reward is None or math.isnan(reward):
+            reward = None
+        elif self.shown.lowest_is_best:
             reward = -reward
-        if reward is not None and self.state.best_reward is not None and reward <= self.state.best_reward:
+        is_better = reward is not None and (best is None or reward > best)
+        if metrics and self.state.best_step is not None and not is_better:
             return
         self.state.best_reward, self.state.best_step = reward, self.state.global_step
         if self.accelerator.is_main_process:

@@ -24,6 +24,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import TrainingArguments
 
+from medtune.arguments import LoraArguments
 from medtune.errors import UserError
 from medtune.models.adapters import save_zero_adapter
 from medtune.models.lineage import base_of, is_adapter, read_adapter_config
@@ -257,7 +258,7 @@ def raise_in_all(failure: str | None) -> None:
 def connect_servers(
     args: RolloutArguments,
     sft: str,
-    lora: dict,
+    lora: LoraArguments,
     stop_ids: Sequence[int],
     training_args: TrainingArguments,
     **hub_options,
@@ -266,7 +267,7 @@ def connect_servers(
 
     Args:
         sft: what --sft_model_path names.
-        lora: keywords of `load_for_training` for a policy that starts a new adapter.
+        lora: of a policy that starts a new adapter.
 
     Raises UserError for an adapter that vLLM cannot have, a server that is not there or has another base or too short
     a context, and one that does not take the adapter.
@@ -275,8 +276,8 @@ def connect_servers(
         return None
     config = read_adapter_config(sft) if is_adapter(sft) else None
     for name in ("use_dora", "modules_to_save"):
-        if lora[name] or getattr(config, name, None):
-            whose = f"--{name}" if lora[name] else f"--sft_model_path {sft} has {name}"
+        if getattr(lora, name) or getattr(config, name, None):
+            whose = f"--{name}" if getattr(lora, name) else f"--sft_model_path {sft} has {name}"
             raise UserError(f"{whose}: vLLM has no such adapters; leave it out, or --vllm_url")
     servers = [VllmServer(url, training_args.ddp_timeout) for url in args.server_urls]
     for server in servers:
@@ -311,7 +312,7 @@ def served_name(server: VllmServer, base: str, n_tokens: int, whose: str = "the 
     return name
 
 
-def _try_adapter(servers: VllmServers, sft: str, lora: dict, stop_ids: Sequence[int], **hub_options) -> None:
+def _try_adapter(servers: VllmServers, sft: str, lora: LoraArguments, stop_ids: Sequence[int], **hub_options) -> None:
     """Raise ServerError unless each server takes the policy's adapter and gives log-probs at the sampling temperature.
 
     A new adapter is still zeros: as such it shows rank and layers.

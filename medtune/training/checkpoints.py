@@ -146,13 +146,22 @@ def numbered_checkpoints(output_dir: Path) -> list[Path]:
     if not output_dir.is_dir():
         return []
     numbered = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
-    return sorted(numbered, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+    return sorted(numbered, key=_step_of, reverse=True)
 
 
-def delete_oldest(output_dir: Path, save_total_limit: int | None) -> None:
-    """Delete all but the newest checkpoints; transformers 5.24 would count and delete checkpoint-best."""
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def delete_oldest(written: Path, save_total_limit: int | None) -> None:
+    """Delete all but the newest checkpoints; transformers 5.24 would count and delete checkpoint-best.
+
+    written: the newest. Those of later steps, which a run that went back to an earlier one has left behind it, do not
+        count: damaged as they may be, they would take the place of a whole one.
+    """
     if save_total_limit:
-        for checkpoint in numbered_checkpoints(output_dir)[save_total_limit:]:
+        own = [path for path in numbered_checkpoints(written.parent) if _step_of(path) <= _step_of(written)]
+        for checkpoint in own[save_total_limit:]:
             shutil.rmtree(checkpoint)
 
 
@@ -189,13 +198,11 @@ def checkpoint_faults(checkpoint: Path) -> str:
 def run_settings(training_args: TrainingArguments) -> dict[str, float | str]:
     """The settings that a resumed run must keep.
 
-    A resumed optimizer brings its own values with it, so that new ones would have no effect. And the rows that are
-    done are told by the number of steps alone: with other rows in a step some would be trained twice, some never.
+    The rows that are done are told by the number of steps alone: with other rows in a step some would be trained twice,
+    some never.
     """
-    names = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    return {f"--{name}": getattr(training_args, name) for name in names} | {
-        "--optim": str(training_args.optim.value),
+    return optimizer_settings(training_args) | {
         ROWS_A_STEP: math.prod(_batch(training_args)),
         "--seed or --data_seed": seed,
         "--train_sampling_strategy": str(training_args.train_sampling_strategy),
@@ -203,6 +210,13 @@ def run_settings(training_args: TrainingArguments) -> dict[str, float | str]:
         PADDING_FREE: getattr(training_args, "padding_free", None),
         "processes under DeepSpeed": training_args.world_size if training_args.deepspeed else 0,
     }
+
+
+def optimizer_settings(training_args: TrainingArguments) -> dict[str, float | str]:
+    """Those of the optimizer, which brings its own values with it from a checkpoint: new ones would have no effect."""
+    names = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    settings = {f"--{name}": getattr(training_args, name) for name in names}
+    return settings | {"--optim": str(training_args.optim.value)}
 
 
 def _batch(training_args: TrainingArguments) -> tuple[int, int, int]:

@@ -58,7 +58,7 @@ class StopSignals(SignalListener, TrainerCallback):
     """At a signal, saves the last whole step and stops.
 
     A step in progress or an evaluation is aborted, and repeated by the resumed run with the same random numbers.
-        The processes agree on the step, since the signal reaches them at different moments.
+    The processes agree on the step, since the signal reaches them at different moments.
     """
 
     def __init__(self, trainer: Trainer):

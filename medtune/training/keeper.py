@@ -93,7 +93,7 @@ class CheckpointKeeper(TrainerCallback, ExportableState):
             state.save_to_json(str(partial / "trainer_state.json"))
             write_manifest(partial)
             put_in_place(place)
-            delete_oldest(Path(args.output_dir), args.save_total_limit)
+            delete_oldest(place, args.save_total_limit)
         wait_for_all()
 
     def save_best(self) -> None:

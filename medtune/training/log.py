@@ -23,8 +23,6 @@ EVALUATED = (
     *("accuracy", "margin", "accuracy_rejected_longer", "accuracy_rejected_shorter", "longer_wins"),
     *("reward_accuracy", "reward_margin", "chosen_logps", "rejected_logps", "samples_ended", "sample_repetition"),
 )
-
-
 LOG_FORMAT = "<green>{time:YYYY-MM-DD HH:mm:ss}</green> | <level>{level: <7}</level> | {message}"
 
 

@@ -50,7 +50,7 @@ def pair_statistics(prediction: EvalPrediction) -> dict[str, float]:
     """Evaluation metrics from [pairs, 5] of loss, both scores (chosen, rejected) and both replies' lengths.
 
     `accuracy` is the share of pairs whose chosen reply scores higher; `longer_wins` is the accuracy of always
-        preferring the longer reply, where equal lengths count half. A metric without pairs is left out.
+    preferring the longer reply, where equal lengths count half. A metric without pairs is left out.
     """
     losses, chosen, rejected, chosen_length, rejected_length = prediction.predictions.astype("float64").T
     right = chosen > rejected

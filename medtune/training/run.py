@@ -215,4 +215,5 @@ def _last_evaluation(trainer: Trainer, keeper: CheckpointKeeper | None) -> dict[
         latest = trainer.evaluate()
         if keeper is None or keeper.best_step in (None, trainer.state.global_step):
             return latest
-    return evaluated[keeper.best_step]
+    # No step is the best where no evaluation gave a number.
+    return evaluated[trainer.state.global_step if keeper.best_step is None else keeper.best_step]

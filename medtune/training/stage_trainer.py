@@ -74,8 +74,8 @@ class StageTrainingArguments(TrainingArguments):
 class LongestFirstSampler(Sampler[int]):
     """A seeded order for each epoch; the first epoch starts with the longest examples.
 
-    So a run that does not fit in memory fails in its first step. The epoch comes from the trainer's state, which
-        is right after a resume too, whatever wraps the sampler.
+    So a run that does not fit in memory fails in its first step. The epoch comes from the trainer's state, which is
+    right after a resume too, whatever wraps the sampler.
     """
 
     def __init__(self, trainer: Trainer, lengths: Sequence[int], seed: int, group_by_length: bool):
@@ -224,6 +224,14 @@ class StageTrainer(Trainer):
         if self.head.router_loss is None:
             return loss
         return loss + self.router_loss_weight * self.head.router_loss / self.current_gradient_accumulation_steps
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """Trainer's; evaluations and checkpoints take no time from the tokens a second of training."""
+        start = time.monotonic()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._window_start += time.monotonic() - max(
+            start, self._window_start
+        )  # it may have begun in a line of the log
 
     def note_figures(self, n_tokens: torch.Tensor | int, **figures: torch.Tensor) -> None:
         """Keep [N] figures of items for their mean in the next log line; nan for an item without one."""

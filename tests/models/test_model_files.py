@@ -7,10 +7,10 @@ from pathlib import Path
 import check_data
 import pytest
 from reading_cases import POINTER, POINTER_FAULT, fault_of, write
+from stage_runs import load_for_training
 
 import inference
 import merge_peft_adapter
-from medtune.models.adapters import load_for_training
 from medtune.models.lineage import check_model_path, read_adapter_config
 from medtune.models.loading import load_base_model, load_config, load_tokenizer
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes.nn.modules
@@ -16,6 +17,7 @@ import torch
 from loguru import logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
+from stage_runs import load_for_training
 from tiny_families import save_mistral3, save_multimodal_model, save_multimodal_model_of_text_class, save_tiny_model
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +28,7 @@ from transformers import (
 
 from medtune.errors import UserError
 from medtune.models import adapters, load_errors, loading, lora_layers, score_heads
-from medtune.models.adapters import check_adapter_tensors, load_for_training, load_with_adapter
+from medtune.models.adapters import check_adapter_tensors, load_with_adapter
 from medtune.models.families import check_same_family
 from medtune.models.lineage import Lineage, base_of, check_model_path, is_adapter, read_adapter_config, read_lineage
 from medtune.models.loading import (
@@ -1127,6 +1129,19 @@ def test_a_base_of_the_same_sizes_is_told_by_its_weights(base, adapter, copied, 
         load_base_model(base, torch_dtype=dtype).save_pretrained(copy, max_shard_size="200KB")
         assert len(list(copy.glob("*.safetensors"))) > 1
         check_same_family(str(copy), str(folder))
+
+
+def test_a_base_that_was_trained_again_is_not_the_one_of_its_adapter(base, adapter, copied):
+    folder, own = copied(adapter), copied(base)
+    record = Lineage(str(own), None, "dpo", "", "data", 128, load_config(base).vocab_size)
+    replace(record, base_weights=weights_fingerprint(str(own))).save(folder)
+    check_same_family(str(own), str(folder))
+    weights = load_file(own / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, own / "model.safetensors", {"format": "pt"})
+    assert refused(check_same_family, str(own), str(folder)) == (
+        f"--base_model {own}: its weights are not those that {folder} was trained on any more; give a copy of those, "
+        "or train the adapter again"
+    )
 
 
 def test_pickle_and_quantized_weights_have_no_fingerprint(base, copied):

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_families import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from medtune.arguments import LoraArguments
 from medtune.errors import UserError
 from medtune.models.adapters import load_with_adapter
 from medtune.models.reward_models import load_reward_model
@@ -39,7 +40,7 @@ def rm_adapter(tiny_model_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def roles(sft_adapter, rm_adapter) -> Roles:
-    roles, _ = load_roles(str(sft_adapter), str(rm_adapter), {"use_peft": True}, torch.device("cpu"))
+    roles, _ = load_roles(str(sft_adapter), str(rm_adapter), LoraArguments(), torch.device("cpu"))
     roles.add_value_head(score_shift=0.0)
     return roles
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from medtune.arguments import LoraArguments
 from medtune.rl.ppo_math import draw_uniforms, episode_order, inverse_transform
 from medtune.rl.roles import load_roles
 from medtune.rl.rollout import Rollout, Sampling, collect_replies
@@ -71,7 +72,7 @@ def test_rollouts_join_and_part_without_loss():
 @pytest.fixture
 def replies_and_tokens(tiny_model_dir, tmp_path) -> Callable:
     """A function from prompts and episodes to replies, and the tokens of each forward pass that made them."""
-    roles, _ = load_roles(str(tiny_model_dir), None, {"use_peft": True}, torch.device("cpu"), with_value=False)
+    roles, _ = load_roles(str(tiny_model_dir), None, LoraArguments(), torch.device("cpu"), with_value=False)
     stop = SignalListener(TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
 
     def collect(prompts: list[list[int]], episodes: list[int] | None, batch_size: int) -> tuple[list, list[int]]:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, EvalPrediction, TrainerState, mas
 from medtune.errors import UserError
 from medtune.models import logps
 from medtune.models.router_loss import describe_router_loss
+from medtune.training import stage_trainer
 from medtune.training.causal_lm_trainer import (
     CausalLMConfig,
     CausalLMTrainer,
@@ -229,6 +231,25 @@ def test_first_step_takes_the_longest_rows(tiny_model_dir, tiny_tokenizer, tmp_p
     assert second != first
     trainer.state = TrainerState(epoch=1.4)  # where a run resumes within the second epoch
     assert list(sampler) == second
+
+
+def test_tokens_a_second_are_those_of_training(tiny_model_dir, tiny_tokenizer, tmp_path, monkeypatch):
+    """A step takes a second here, an evaluation a thousand."""
+    rows = make_rows(4)
+    options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(tiny_model_dir, tiny_tokenizer, tmp_path, rows, per_device_train_batch_size=1, **options)
+    seconds, training_step = [0], trainer.training_step
+
+    def take(n_seconds: int) -> None:
+        seconds[0] += n_seconds
+
+    monkeypatch.setattr(stage_trainer, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    trainer._window_start = 0
+    trainer.training_step = lambda *args, **kwargs: take(1) or training_step(*args, **kwargs)
+    trainer.evaluate = lambda **kwargs: take(1000) or {"eval_loss": 1.0}
+    trainer.train()
+    rates = [entry["tokens_per_second"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sorted(rates) == sorted(rows["length"])
 
 
 def test_batch_with_nothing_to_learn_stops_with_the_records(tiny_model_dir, tiny_tokenizer, tmp_path):

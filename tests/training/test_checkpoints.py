@@ -13,6 +13,7 @@ from medtune.training.checkpoints import (
     BEST,
     MANIFEST,
     UNFINISHED,
+    delete_oldest,
     find_checkpoint,
     put_in_place,
     unfinished_folder,
@@ -54,6 +55,17 @@ def test_newest_checkpoint_is_by_number_not_by_name(arguments, tmp_path):
     (tmp_path / "out" / "checkpoint-best").mkdir()
     found = find_checkpoint(arguments(resume_from_checkpoint=True), overwrite_output_dir=False)
     assert found == str(tmp_path / "out" / "checkpoint-100")
+
+
+def test_checkpoints_left_behind_do_not_take_the_place_of_the_one_just_written(arguments, tmp_path):
+    """The newest is damaged and skipped, so the run goes on from the one before it, with room for one."""
+    for step in (200, 300):
+        make_checkpoint(tmp_path / "out" / f"checkpoint-{step}", without="optimizer.pt" if step == 300 else "")
+    written = tmp_path / "out" / "checkpoint-250"
+    make_checkpoint(written)
+    delete_oldest(written, save_total_limit=1)
+    assert find_checkpoint(arguments(resume_from_checkpoint=True), overwrite_output_dir=False) == str(written)
+    assert not (tmp_path / "out" / "checkpoint-200").exists()
 
 
 @pytest.mark.parametrize("missing", [*COMPLETE, "trainer_state.json"])

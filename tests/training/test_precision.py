@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from stage_runs import logged, stage_flags
+from stage_runs import load_for_training, logged, stage_flags
 
 import dpo_training
 import pretraining
@@ -16,7 +16,6 @@ import reward_modeling
 import supervised_finetuning
 from medtune.arguments import LoraArguments, ModelArguments
 from medtune.errors import UserError
-from medtune.models.adapters import load_for_training
 from medtune.models.logps import SparseHead
 from medtune.training import precision
 from medtune.training.checkpoints import BEST, MANIFEST

@@ -2,6 +2,7 @@
 
 import builtins
 import importlib
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from medtune.training import log
 from medtune.training.causal_lm_trainer import CausalLMConfig
 from medtune.training.guards import RECENT_STEPS, AdapterMovementCheck, BadSteps
 from medtune.training.log import ProgressLines, plot_curves
-from medtune.training.run import start_run
+from medtune.training.run import finish_run, start_run
 
 
 @pytest.fixture
@@ -160,6 +161,24 @@ def test_a_loss_explodes_by_factor_and_by_nats(arguments, capfd, largest, loss, 
 
 
 # ---------------------------------------------------------------- a run that is finished
+
+
+@pytest.mark.parametrize(("losses", "best"), [([0.2, 0.3], 0), ([0.3, 0.2], 1), ([math.nan, math.nan], 1)])
+def test_results_are_those_of_the_best_evaluation_or_else_of_the_last(arguments, losses, best):
+    """A run whose evaluations all overflow ends with checkpoint-best too, its last step."""
+    history = [{"step": step, "eval_loss": loss} for step, loss in enumerate(losses)]
+    trainer = SimpleNamespace(
+        args=arguments(do_eval=True),
+        eval_dataset=[1],
+        state=SimpleNamespace(global_step=1, log_history=history),
+        save_metrics=lambda *args, **kwargs: None,
+        is_world_process_zero=lambda: False,
+    )
+    saved = []
+    keeper = SimpleNamespace(best_step=None if math.isnan(losses[0]) else best, save_best=lambda: saved.append(1))
+    assert finish_run(trainer, keeper, next_command="") == history[best]
+    assert keeper.best_step == best
+    assert saved == [1] * math.isnan(losses[0])
 
 
 @pytest.mark.parametrize("stage", STAGES)
