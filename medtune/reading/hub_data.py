@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,7 +42,7 @@ class HubSplit:
     """A split of a data set, which stands where a file does.
 
     name: `NAME:split` or `NAME:config:split`, in place of a file's name in messages.
-    others: the names of the set's other splits, which are not read.
+    others: what is not read: the set's other splits, and the files of a folder that are in none.
     """
 
     name: str
@@ -109,9 +109,10 @@ def load_splits(dataset_name: str, cache_dir: str | None) -> tuple[HubSplit, Hub
     asked = [split, VALIDATION] if VALIDATION in set(splits) - named else [split]
     with _explain_errors(dataset_name, name):
         rows = [builder.as_dataset(split=split) for split in asked]
-    others = tuple(other for other in splits if other not in named.union(asked))
+    others = [other for other in splits if other not in named.union(asked)]
+    others += _files_in_no_split(Path(name), builder.config.data_files) if Path(name).is_dir() and not config else []
     shown = f"{name}:{config}" if config else name
-    parts = [HubSplit(f"{shown}:{split}", part, others) for split, part in zip(asked, rows, strict=True)]
+    parts = [HubSplit(f"{shown}:{split}", part, tuple(others)) for split, part in zip(asked, rows, strict=True)]
     return parts[0], parts[1] if len(parts) > 1 else None
 
 
@@ -190,6 +191,15 @@ def _reason(error: BaseException, name: str, endpoint: str) -> str:
     # `datasets` says only that something happened, and has the reason behind it.
     text = " ".join(f"{type(causes[-1]).__name__}: {causes[-1]}".split())
     return f"cannot be prepared ({text}); {BY_FILES}"
+
+
+def _files_in_no_split(folder: Path, data_files: Mapping[str, Sequence[str]] | None) -> list[str]:
+    """A folder's files of the kinds that are read which are in no split: `datasets` leaves out what is called neither
+    train nor anything else that it knows, where others are."""
+    read = {Path(file).resolve() for files in (data_files or {}).values() for file in files}
+    kinds = {file.suffix for file in read}
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix in kinds and path.resolve() not in read]
+    return [path.relative_to(folder).as_posix() for path in paths if not path.name.startswith(".")]
 
 
 def _first_fault(folder: Path) -> str | None:

@@ -159,6 +159,11 @@ def test_what_is_wrong_is_one_line(data_set, capfd, dataset_name, message):
     assert "\n" not in str(refused.value) + capfd.readouterr().err.rstrip("\n")
 
 
+def test_files_that_are_in_no_split_are_named(data_set):
+    write_lines(Path("set/more/hospital.jsonl"), records(2, start=50))
+    assert load_splits(data_set, "cache")[0].others == ("test", "more/hospital.jsonl")
+
+
 def test_an_empty_split_evaluates_nothing(in_tmp_path):
     write_lines(Path("set/train.jsonl"), records(3))
     Path("set/validation.jsonl").write_text("\n")
@@ -364,6 +369,7 @@ def test_the_check_reads_the_splits_that_a_stage_would(data_set, capsys):
         check_data.main(["--dataset_name", data_set])
     printed = capsys.readouterr().out
     assert "set:train: dialogues\n" in printed
+    assert "\nnot read: test\n" in printed
     assert "the same question in both: 1 (4.2%): set:train:row 1 asks the same as set:validation:row 1" in printed
 
 
@@ -378,6 +384,7 @@ def test_the_tools_take_a_data_set(data_set, capsys):
         ["--dataset_name", data_set, "--output_file", "pairs.jsonl", "--num_samples", "5", "--cache_dir", "cache"]
     )
     assert len(Path("pairs.jsonl").read_text(encoding="utf-8").splitlines()) == 5
+    assert capsys.readouterr().out.count("\nnot read: t") == 4
 
 
 @pytest.mark.parametrize("argv", [[], ["--dir", "d", "--dataset_name", "o/n"]])
