@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 from zipfile import BadZipFile
 
-import yaml
-
 from medtune.errors import Unusable, UserError
 from medtune.offline import go_offline_without_hub
 from medtune.reading.byte_faults import readable_rows
@@ -142,6 +140,7 @@ def _explain_errors(dataset_name: str, name: str) -> Iterator[None]:
     from datasets import config
     from datasets.exceptions import DatasetsError
     from datasets.utils import logging
+    from datasets.utils.metadata import yaml  # with which it reads the head of README.md
 
     # Also what it lets through of an empty file, a head of README.md, and files that are not packed as they are called.
     unread = StopIteration, yaml.YAMLError, EOFError, BadZipFile, zlib.error
