@@ -426,6 +426,11 @@ def main(argv: list[str] | None = None) -> None:
     if len(prompts) < args.num_samples:
         print(f"--num_samples {args.num_samples:,}: there are only {len(prompts):,} to draw from")
 
+    if args.format == "sft" and not (args.reward_model or args.judge or any(prompt.exam for prompt in prompts)):
+        raise UserError(
+            "--format sft: there is no exam question, whose letter would say which reply is best; give --reward_model "
+            "or --judge, which score replies to any question"
+        )
     judge = Judge(judge_arguments(args)) if args.judge else None
     if judge is not None:
         judge.try_out()
@@ -433,10 +438,15 @@ def main(argv: list[str] | None = None) -> None:
         if args.model:
             made = made_so_far(args, prompts)
             sampler = Sampler(args, judge, made)
-            if args.format == "sft":
-                lines = write_dialogues(sampler.dialogues(prompts), len(prompts), file)
-            else:
-                lines = write_pairs(sampler.pairs(prompts), len(prompts), file)
+            try:
+                if args.format == "sft":
+                    lines = write_dialogues(sampler.dialogues(prompts), len(prompts), file)
+                else:
+                    lines = write_pairs(sampler.pairs(prompts), len(prompts), file)
+            except UserError:
+                if sum(map(len, made.parts)) == len(prompts):  # all was made and none is of use: nothing to go on with
+                    made.delete()
+                raise
         else:
             lines = write_pairs(spoil_replies(prompts, args.seed), len(prompts), file)
     print("\n".join([f"{args.output_file}: {lines[0]}", *lines[1:]]))

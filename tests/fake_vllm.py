@@ -20,7 +20,8 @@ class FakeVllm:
     """A server on loopback; a context.
 
     faults: any of `no_lora` (no such address), `ignores_adapter`, `raw_logprobs`, `dies` (at the next reply), `hangs`,
-        `not_vllm`, `html` and `html_replies` (a page of another server), `cuts` (replies end early), `another_root`.
+        `hangs_at_once` (it does not even say what it has), `not_vllm`, `html` and `html_replies` (a page of another
+        server), `cuts` (replies end early), `another_root`.
     """
 
     def __init__(self, base: Path, max_model_len: int = 1024, max_lora_rank: int = 16):
@@ -81,6 +82,8 @@ class FakeVllm:
         request.wfile.write(data)
 
     def models(self, _) -> tuple[int, dict | str]:
+        if "hangs_at_once" in self.faults:
+            self.released.wait()
         if "html" in self.faults:
             return 200, PAGE
         if "not_vllm" in self.faults:

@@ -20,7 +20,7 @@ from distillation_training import is_on_policy
 from medtune.errors import UserError
 from medtune.models.adapters import load_with_adapter
 from medtune.models.lineage import read_lineage
-from medtune.rl import alarms, teacher
+from medtune.rl import alarms, teacher, vllm_servers
 from medtune.rl.distillation_arguments import TeacherArguments
 from medtune.rl.rollout import PolicyReplies
 
@@ -206,6 +206,25 @@ def test_a_server_that_dies_costs_nothing(flags, tmp_path, tiny_model_dir, adapt
             distillation_training.main(flags(output_dir=tmp_path / "other", **models))
 
 
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("html_replies", "an answer without prompt_logprobs of these ids \\(<html>"),
+        ("hangs_at_once", "no answer from a server there \\(timed out\\)"),
+    ],
+)
+def test_a_server_is_tried_before_the_students_weights_load(
+    flags, tmp_path, tiny_model_dir, adapter, monkeypatch, fault, message
+):
+    monkeypatch.setattr(distillation_training, "load_roles", lambda *_, **__: pytest.fail("the student was loaded"))
+    monkeypatch.setattr(vllm_servers, "SECONDS_FOR_ITS_NAME", 0.5)
+    with FakeVllm(tiny_model_dir) as server:
+        server.faults = {fault}
+        models = {"sft_model_path": adapter, "teacher_model_path": tiny_model_dir, "teacher_url": server.url}
+        with pytest.raises(UserError, match=rf"^--teacher_url {server.url}: {message}"):
+            distillation_training.main(flags(**models, max_source_length=100))
+
+
 def other_tokenizer(source: Path, folder: Path) -> Path:
     """A copy of a model in whose vocabulary two words have changed places."""
     shutil.copytree(source, folder)
@@ -263,6 +282,7 @@ def test_a_quantized_teacher(flags, tmp_path, tiny_model_dir, monkeypatch):
     ("named", "n_processes", "expected"),
     [
         (None, 1, "cpu"),
+        ("meta", 1, "^--teacher_device meta: no device of a teacher; give one such as cuda:1, or cpu"),
         ("cuda:1", 1, "cuda:1"),
         ("cuda:2", 2, "cuda:3"),
         ("cpu", 2, "cpu"),

@@ -104,7 +104,7 @@ def add_judge_flags(parser: argparse.ArgumentParser) -> None:
 
 def _truth(word: str) -> bool:
     if word.lower() not in ("true", "false"):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{word!r} is neither True nor False")
     return word.lower() == "true"
 
 
@@ -202,7 +202,7 @@ class Judge:
         question = grading_question(messages, "多休息，多喝水。", ["says to rest"])
         (answer,) = self.ask([question], tries=1)
         if isinstance(answer, Unjudged):
-            raise UserError(f"{self.where}: {self.model} is no judge: {answer.reason}")
+            raise UserError(f"{self.where}: {'' if self.stopped else f'{self.model} is no judge: '}{answer.reason}")
 
     def describe_cost(self, questions: Sequence[JudgeQuestion]) -> str:
         """What they will take: how many are not in the cache, and about how many tokens."""

@@ -1,8 +1,12 @@
 """Find byte faults in a text (not UTF-8, truncated, NUL bytes) and their place."""
 
 import re
+from typing import TYPE_CHECKING
 
 from medtune.errors import Unusable
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 def line_fault(text: str, first_line: int) -> Unusable | None:
@@ -46,3 +50,14 @@ def utf8_fault(
         f"byte {byte} of line {line} is {value:#04x}; convert the file, probably by "
         f"`iconv -f {encoding} -t UTF-8 OLD > NEW`",
     )
+
+
+def readable_rows(table: "pyarrow.Table | pyarrow.RecordBatch") -> list[dict | Unusable]:
+    """A table's rows, Unusable for those whose bytes are not UTF-8, which parquet and `datasets` do not check."""
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError as error:
+        if table.num_rows > 1:
+            return [record for row in range(table.num_rows) for record in readable_rows(table.slice(row, 1))]
+        value = error.object[error.start]
+        return [Unusable("not UTF-8", f"byte {value:#04x} in a text; make the file again from texts in UTF-8")]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from medtune.errors import Unusable, UserError
-from medtune.reading.byte_faults import line_fault, utf8_fault
+from medtune.reading.byte_faults import line_fault, readable_rows, utf8_fault
 from medtune.reading.finding import TEXT_ENDINGS, RecordFile, display_path, ending_of
 from medtune.reading.hub_data import HubSplit
 from medtune.reading.json_files import read_json
@@ -217,7 +217,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[tuple[str, object]]:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             _refuse_fields_twice(file.schema_arrow, name)
             for batch in file.iter_batches(batch_size=1000):
-                for record in batch.to_pylist():
+                for record in readable_rows(batch):
                     number += 1
                     yield f"{name}:row {number}", record
     except (pyarrow.ArrowException, OSError) as error:

@@ -21,12 +21,12 @@ def find_records(
     flag: str,
     endings: Sequence[str] = RECORD_ENDINGS,
     cache_dir: str | None = None,
-) -> tuple[list[RecordFile], list[Path]]:
-    """What a tool reads, and the files left unread: `find_files`, or the split that --dataset_name names."""
+) -> tuple[list[RecordFile], list[Path] | list[str]]:
+    """What a tool reads and what it leaves: `find_files`, or the split that --dataset_name names and its `others`."""
     if dataset_name is None:
         return find_files(path, flag, endings)
     split, _ = load_splits(dataset_name, cache_dir)
-    return [split], []
+    return [split], [*split.others]
 
 
 def find_files(path: str | Path, flag: str, endings: Sequence[str] = RECORD_ENDINGS) -> tuple[list[Path], list[Path]]:

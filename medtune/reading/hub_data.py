@@ -8,15 +8,18 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+from zipfile import BadZipFile
 
 from medtune.errors import Unusable, UserError
 from medtune.offline import go_offline_without_hub
+from medtune.reading.byte_faults import readable_rows
 from medtune.reading.json_files import read_json
 
 if TYPE_CHECKING:
@@ -29,28 +32,31 @@ TRAIN, VALIDATION = "train", "validation"
 BATCH = 1000
 BY_FILES = "download its files (`hf download --repo-type dataset --local-dir FOLDER`) and name FOLDER as files"
 
+NO_ROWS = "there is no row in its files; download or copy them again"
+
 
 @dataclass(frozen=True)
 class HubSplit:
     """A split of a data set, which stands where a file does.
 
     name: `NAME:split` or `NAME:config:split`, in place of a file's name in messages.
-    others: the names of the set's other splits, which are not read.
+    others: what is not read: the set's other splits, and the files of a folder that are in none.
     """
 
     name: str
     rows: "Dataset" = field(repr=False, compare=False)
     others: tuple[str, ...] = field(default=(), compare=False)
 
-    def records(self) -> Iterator[tuple[str, dict]]:
-        """Each row as it is, and its place: `NAME:split:row N`, from 1."""
+    def records(self) -> Iterator[tuple[str, dict | Unusable]]:
+        """Each row as it is, or Unusable for one whose bytes are no text, and its place: `NAME:split:row N`, from 1."""
         decoder = _decoder(dict(self.rows.features))
         number = 0
         # As arrow: `datasets` would decode pictures, which nobody reads and which takes another package.
         for table in self.rows.with_format("arrow").iter(BATCH):
-            for record in table.to_pylist():
+            for record in readable_rows(table):
                 number += 1
-                yield f"{self.name}:row {number}", decoder(record) if decoder else record
+                is_read = decoder and not isinstance(record, Unusable)
+                yield f"{self.name}:row {number}", decoder(record) if is_read else record
 
     def sha256(self) -> str:
         """Of the files of the rows, for the cache's key; `name` says which of the rows."""
@@ -90,17 +96,21 @@ def load_splits(dataset_name: str, cache_dir: str | None) -> tuple[HubSplit, Hub
         folder = str(Path(cache_dir, "datasets")) if cache_dir else None
         builder = datasets.load_dataset_builder(name, config or None, cache_dir=folder)
         builder.download_and_prepare()
-    splits = tuple(builder.info.splits)
+    splits = tuple(part for part, info in builder.info.splits.items() if info.num_examples)
+    if not splits:
+        raise UserError(f"{DATASET_FLAG} {dataset_name}: {NO_ROWS}")
     named = {part.partition("[")[0] for part in split.split("+")}
     if lacking := named.difference(splits):
+        fault = "no row in the split" if min(lacking) in builder.info.splits else "no split"
         ways = " or ".join(f"{name}:{config}:{other}" for other in splits)
-        raise UserError(f"{DATASET_FLAG} {dataset_name}: it has no split {min(lacking)!r}; give {ways}")
+        raise UserError(f"{DATASET_FLAG} {dataset_name}: it has {fault} {min(lacking)!r}; give {ways}")
     asked = [split, VALIDATION] if VALIDATION in set(splits) - named else [split]
     with _explain_errors(dataset_name, name):
         rows = [builder.as_dataset(split=split) for split in asked]
-    others = tuple(other for other in splits if other not in named.union(asked))
+    others = [other for other in splits if other not in named.union(asked)]
+    others += _files_in_no_split(Path(name), builder.config.data_files) if Path(name).is_dir() and not config else []
     shown = f"{name}:{config}" if config else name
-    parts = [HubSplit(f"{shown}:{split}", part, others) for split, part in zip(asked, rows, strict=True)]
+    parts = [HubSplit(f"{shown}:{split}", part, tuple(others)) for split, part in zip(asked, rows, strict=True)]
     return parts[0], parts[1] if len(parts) > 1 else None
 
 
@@ -126,14 +136,22 @@ def parse_name(dataset_name: str) -> tuple[str, str, str]:
 
 @contextmanager
 def _explain_errors(dataset_name: str, name: str) -> Iterator[None]:
-    """Turn what `datasets` raises into one line that says what to do."""
+    """Turn what `datasets` raises into one line that says what to do, and keep back what it logs of that."""
     from datasets import config
     from datasets.exceptions import DatasetsError
+    from datasets.utils import logging
+    from datasets.utils.metadata import yaml  # with which it reads the head of README.md
 
+    # Also what it lets through of an empty file, a head of README.md, and files that are not packed as they are called.
+    unread = StopIteration, yaml.YAMLError, EOFError, BadZipFile, zlib.error
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError, *unread) as error:
         raise UserError(f"{DATASET_FLAG} {dataset_name}: {_reason(error, name, config.HF_ENDPOINT)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _reason(error: BaseException, name: str, endpoint: str) -> str:
@@ -142,7 +160,7 @@ def _reason(error: BaseException, name: str, endpoint: str) -> str:
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     text = " ".join(str(error).split())
-    if listed := re.search(r"available[\w ]*: (\[.*?\])", text, re.IGNORECASE):
+    if listed := re.search(r"available(?: configs)?: (\[.*?\])", text, re.IGNORECASE):
         configs = re.findall(r"'([^']*)'", listed[1])
         ways = " or ".join(f"{name}:{config}" for config in configs)
         return f"name one of its configurations: {ways}; a split stands behind a second colon"
@@ -157,11 +175,13 @@ def _reason(error: BaseException, name: str, endpoint: str) -> str:
         return f"no public data set on {endpoint}: check the name; a private one needs HF_TOKEN"
     if "401" in text:
         return f"{endpoint} does not accept the token in HF_TOKEN: make a new one, or unset it for a public data set"
+    if isinstance(error, StopIteration):
+        return NO_ROWS
     if "scripts are no longer supported" in text:
         return f"a script of its own makes its rows, which is not run; {BY_FILES}"
     if type(error).__name__ in ("DataFilesNotFoundError", "EmptyDatasetError"):
         return "there are no data files in it that `datasets` knows"
-    if "Unrecognized instruction format" in text or "corresponds to no data" in text:
+    if re.search("Unrecognized instruction format|corresponds to no data|slice boundaries", text):
         return (
             "no part of a split that `datasets` knows, or an empty one; a slice is such as train[:1000] or train[9%:]"
         )
@@ -170,6 +190,15 @@ def _reason(error: BaseException, name: str, endpoint: str) -> str:
     # `datasets` says only that something happened, and has the reason behind it.
     text = " ".join(f"{type(causes[-1]).__name__}: {causes[-1]}".split())
     return f"cannot be prepared ({text}); {BY_FILES}"
+
+
+def _files_in_no_split(folder: Path, data_files: Mapping[str, Sequence[str]] | None) -> list[str]:
+    """A folder's files of the kinds that are read which are in no split: `datasets` leaves out what is called neither
+    train nor anything else that it knows, where others are."""
+    read = {Path(file).resolve() for files in (data_files or {}).values() for file in files}
+    kinds = {file.suffix for file in read}
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix in kinds and path.resolve() not in read]
+    return [path.relative_to(folder).as_posix() for path in paths if not path.name.startswith(".")]
 
 
 def _first_fault(folder: Path) -> str | None:

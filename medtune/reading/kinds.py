@@ -47,9 +47,9 @@ def find_kind(
     return kind, of_records, sorted([*unread, *(file for file in files if is_plain_text(file))])
 
 
-def kind_of_split(split: HubSplit, ignore_keys: tuple[str, ...] = ()) -> tuple[Kind, list[RecordFile], list[Path]]:
+def kind_of_split(split: HubSplit, ignore_keys: tuple[str, ...] = ()) -> tuple[Kind, list[RecordFile], list[str]]:
     """As `find_kind`, of a split of a data set."""
-    return _kind_of(split, ignore_keys) or "dialogues", [split], []
+    return _kind_of(split, ignore_keys) or "dialogues", [split], [*split.others]
 
 
 def is_plain_text(path: RecordFile) -> bool:

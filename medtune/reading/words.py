@@ -15,10 +15,13 @@ def dropped_lines(report: Report) -> list[str]:
     ]
 
 
-def unread_lines(unread: Sequence[Path]) -> list[str]:
-    """A line for the files that no reader reads; none if there are none."""
+def unread_lines(unread: Sequence[Path] | Sequence[str]) -> list[str]:
+    """A line for the files that no reader reads, or for the `others` of a split; none if there are none."""
+    if not unread:
+        return []
     more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
-    return [f"not read, by their endings: {', '.join(map(str, unread[:5]))}{more}"] if unread else []
+    why = ", by their endings" if isinstance(unread[0], Path) else ""
+    return [f"not read{why}: {', '.join(map(str, unread[:5]))}{more}"]
 
 
 # A first turn of fewer letters is a greeting; what follows it is the question.

@@ -72,8 +72,10 @@ def choose_device(teacher_args: TeacherArguments, student_device: torch.device) 
         device = torch.device(named)
     except RuntimeError:
         raise UserError(f"--teacher_device {named}: no device; give one such as cuda:1") from None
-    if device.type != "cuda":
+    if device.type == "cpu":
         return device
+    if device.type != "cuda":
+        raise UserError(f"--teacher_device {named}: no device of a teacher; give one such as cuda:1, or cpu")
     n_gpus, first = torch.cuda.device_count(), device.index or 0
     if first + n_processes > n_gpus:
         raise UserError(
@@ -209,7 +211,7 @@ def load_teacher(
 ) -> Teacher:
     """The teacher, ready to be asked: its servers if there are any, otherwise its weights on the device.
 
-    Raises ServerError for a server that is not there or has another model or too short a context.
+    Raises ServerError for a server that is not there, has another model or too short a context, or gives no log-probs.
     """
     path = teacher_args.teacher_model_path
     if teacher_args.teacher_url:
@@ -222,6 +224,8 @@ def load_teacher(
                 f"--teacher_url {teacher_args.teacher_url}: the servers name the model {' and '.join(sorted(names))}; "
                 "start them with one --served-model-name"
             )
+        for server in servers:  # before the student's weights load, and its first replies are written
+            server.logps([*sampling.stop_ids][:1] * 2, 1, *names)
         return ServerTeacher(servers, *names, sampling, f"{path} by vLLM at {', '.join(urls)}")
     bits = teacher_args.teacher_bits
     options = loading_options | {"load_in_8bit": bits == 8, "load_in_4bit": bits == 4, "device_map": device}

@@ -6,6 +6,7 @@ says what of a run changes with it.
 
 import http.client
 import json
+import math
 import os
 import secrets
 import shutil
@@ -35,6 +36,8 @@ from medtune.training.processes import of_main_process
 
 # Requests of a process at a time; a vLLM server runs as many sequences together by itself.
 CONNECTIONS = 256
+# That a server may take to say what it has: nobody waits for it in the middle of anything.
+SECONDS_FOR_ITS_NAME = 30
 HOW_TO_START = "docs/vllm.md has the command that starts a server"
 Asked = TypeVar("Asked")
 
@@ -56,12 +59,15 @@ class VllmServer:
         self.address = parts.hostname, parts.port or 80
         self.connections: set[http.client.HTTPConnection] = set()
 
-    def ask(self, path: str, body: dict | None = None) -> str:
-        """What it answers to a GET, or to a POST with a body; raises ServerError where that is no success."""
+    def ask(self, path: str, body: dict | None = None, seconds: float = math.inf) -> str:
+        """What it answers to a GET, or to a POST with a body; raises ServerError where that is no success.
+
+        seconds: to answer in, where that is less than for other requests.
+        """
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("VLLM_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
-        connection = http.client.HTTPConnection(*self.address, timeout=self.seconds_to_answer)
+        connection = http.client.HTTPConnection(*self.address, timeout=min(seconds, self.seconds_to_answer))
         self.connections.add(connection)
         try:
             connection.request("POST" if body else "GET", path, json.dumps(body) if body else None, headers)
@@ -295,7 +301,7 @@ def connect_servers(
 
 def served_name(server: VllmServer, base: str, n_tokens: int, whose: str = "the policy's base") -> str:
     """What the server calls its model. Raises UserError unless that is this base, with a context of so many tokens."""
-    text = server.ask("/v1/models")
+    text = server.ask("/v1/models", seconds=SECONDS_FOR_ITS_NAME)
     try:
         (model, *_) = (entry for entry in json.loads(text)["data"] if not entry["parent"])
         name, root, context = model["id"], model["root"], int(model["max_model_len"])

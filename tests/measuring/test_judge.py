@@ -231,6 +231,12 @@ def test_the_budget_is_never_exceeded_and_what_was_judged_before_its_end_is_kept
     assert again.usage.from_cache == len(judged)
 
 
+def test_a_budget_for_no_request_at_all_says_nothing_of_the_judge(server, judge_of):
+    with pytest.raises(UserError, match=r"^--judge_url \S+: the budget of --judge_max_tokens is used up \(0 tokens"):
+        judge_of(judge_max_tokens=10).try_out()
+    assert not server.bodies
+
+
 def test_no_more_requests_a_minute_than_allowed(judge_of, monkeypatch):
     pauses = []
     monkeypatch.setattr(Judge, "_wait", lambda judge, seconds: pauses.append(seconds) or True)

@@ -117,11 +117,31 @@ def test_a_configuration_is_named(in_tmp_path):
             "list/train.json:3: broken JSON: Expecting ',' or ']' (column 1); fix it, the rest of the file cannot",
         ),
         ("arrow", "cannot be prepared (ArrowInvalid: "),
+        ("no_bytes", "there is no row in its files; download or copy them again"),
+        ("no_rows", "there is no row in its files; download or copy them again"),
+        ("set_without_dev::validation", "it has no row in the split 'validation'; give set_without_dev::train"),
+        ("set::train[:200%]", "no part of a split that `datasets` knows, or an empty one; a slice is such as"),
+        ("head", "cannot be prepared (ParserError: while parsing a flow sequence"),
+        ("types", "cannot be prepared (ValueError: Feature type 'Nosuch' not found"),
+        ("unpacked", "cannot be prepared (error: Error -3 while decompressing data"),
+        ("zipped", "cannot be prepared (BadZipFile: File is not a zip file"),
         ("owner/name", "no folder of that name here, and https://huggingface.co cannot be reached: check the network"),
     ],
 )
-def test_what_is_wrong_is_one_line(data_set, dataset_name, message):
+def test_what_is_wrong_is_one_line(data_set, capfd, dataset_name, message):
     write_configs()
+    for path, content in {
+        "no_bytes/train.jsonl": b"",
+        "no_rows/train.csv": b"question,answer\n",
+        "set_without_dev/train.jsonl": b'{"question": "q", "answer": "a"}\n',
+        "set_without_dev/dev.jsonl": b"\n",
+        "head/README.md": b"---\nconfigs: [one\n---\n",
+        "types/README.md": b"---\ndataset_info:\n  features:\n  - name: question\n    dtype: nosuch\n---\n",
+        "unpacked/train.jsonl.gz": b"\x1f\x8b\x08 and no more",
+        "zipped/train.zip": b"PK\x03\x04 and no more",
+    }.items():
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_bytes(content)
     write_lines(Path("script/train.jsonl"), records(1))
     Path("script/script.py").touch()
     write_lines(Path("nothing/.hidden"), [])
@@ -136,7 +156,19 @@ def test_what_is_wrong_is_one_line(data_set, dataset_name, message):
     with pytest.raises(UserError) as refused:
         load_splits(dataset_name, "cache")
     assert str(refused.value).startswith(f"--dataset_name {dataset_name}: {message}")
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(refused.value) + capfd.readouterr().err.rstrip("\n")
+
+
+def test_files_that_are_in_no_split_are_named(data_set):
+    write_lines(Path("set/more/hospital.jsonl"), records(2, start=50))
+    assert load_splits(data_set, "cache")[0].others == ("test", "more/hospital.jsonl")
+
+
+def test_an_empty_split_evaluates_nothing(in_tmp_path):
+    write_lines(Path("set/train.jsonl"), records(3))
+    Path("set/validation.jsonl").write_text("\n")
+    split, validation = load_splits("set", "cache")
+    assert (split.name, len(split.rows), validation) == ("set:train", 3, None)
 
 
 # ---------------------------------------------------------------- every form that is read of files
@@ -215,6 +247,25 @@ def test_a_fault_is_named_by_its_row(in_tmp_path):
     write_lines(Path("set/train.jsonl"), [*records(2), {"question": "没有回答的问题？", "answer": ""}])
     (fault,) = [result for result in read_dialogues([load_splits("set", "cache")[0]]) if hasattr(result, "reason")]
     assert str(fault).startswith("set:train:row 3: ")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_row_that_is_not_utf_8_is_a_fault_of_its_own(in_tmp_path, ending):
+    path = write_lines(Path("set/train.jsonl"), records(3))
+    spoilt = path.read_bytes().replace("第1个".encode(), "第1个".encode("gb18030"))
+    path.write_bytes(spoilt)
+    if ending == "parquet":
+        rows = [json.loads(line) for line in spoilt.decode(errors="surrogateescape").splitlines()]
+        texts = [pyarrow.array([row[key].encode(errors="surrogateescape") for row in rows]) for key in rows[0]]
+        table = pyarrow.table({key: text.view(pyarrow.string()) for key, text in zip(rows[0], texts, strict=True)})
+        path.unlink()
+        path = Path("set/train.parquet")
+        pyarrow.parquet.write_table(table, path)
+    for file, where in ((load_splits("set", "cache")[0], "set:train:row 2: not UTF-8"), (path, "not UTF-8")):
+        report = load_dialogues([file], on_bad_data="drop")[1]
+        assert report.summary().startswith("kept 2 of 3")
+        (fault,) = [result for result in read_dialogues([file]) if hasattr(result, "reason")]
+        assert where in str(fault)
 
 
 # ---------------------------------------------------------------- training and evaluation data, the cache's key
@@ -318,6 +369,7 @@ def test_the_check_reads_the_splits_that_a_stage_would(data_set, capsys):
         check_data.main(["--dataset_name", data_set])
     printed = capsys.readouterr().out
     assert "set:train: dialogues\n" in printed
+    assert "\nnot read: test\n" in printed
     assert "the same question in both: 1 (4.2%): set:train:row 1 asks the same as set:validation:row 1" in printed
 
 
@@ -332,6 +384,7 @@ def test_the_tools_take_a_data_set(data_set, capsys):
         ["--dataset_name", data_set, "--output_file", "pairs.jsonl", "--num_samples", "5", "--cache_dir", "cache"]
     )
     assert len(Path("pairs.jsonl").read_text(encoding="utf-8").splitlines()) == 5
+    assert capsys.readouterr().out.count("\nnot read: t") == 4
 
 
 @pytest.mark.parametrize("argv", [[], ["--dir", "d", "--dataset_name", "o/n"]])

@@ -553,6 +553,22 @@ def test_a_judge_is_not_paid_for_replies_that_cannot_be_chosen(tiny_model_dir, m
     assert "1 dropped, no whole reply: sft.jsonl:2" in capsys.readouterr().out
 
 
+def test_what_gave_nothing_is_done_anew_with_other_flags(tiny_model_dir, monkeypatch):
+    """As the message asks for: raise --max_new_tokens."""
+    flags = ["--model", str(tiny_model_dir), *MODEL_FLAGS, "--max_new_tokens"]
+    reply_with(monkeypatch, *[[("<answer>A</answer>", False)] * 3] * 2)
+    with pytest.raises(UserError, match="no reply could be chosen:\n2 dropped, no whole reply"):
+        best_dialogues(EXAMS[:2], *flags, "4")
+    reply_with(monkeypatch, *[[("<answer>A</answer>", True)] * 3] * 2)
+    assert len(best_dialogues(EXAMS[:2], *flags, "5")) == 1
+
+
+def test_a_judges_permission_is_true_or_false(capsys):
+    with pytest.raises(SystemExit):
+        main(["--sft_data", "x", "--output_file", "o.jsonl", "--judge_sends_data", "yes"])
+    assert capsys.readouterr().err.endswith("argument --judge_sends_data: 'yes' is neither True nor False\n")
+
+
 def test_a_budget_that_ends_keeps_what_was_judged_and_says_what_is_missing(tiny_model_dir, monkeypatch, judge, capsys):
     reply_with(monkeypatch, *[[(f"多喝水{n}", True), ("请打120", True), ("睡", True)] for n in range(6)])
     judge.usage = {"prompt_tokens": 1000, "completion_tokens": 10, "total_tokens": 1010}
@@ -574,6 +590,7 @@ def test_a_budget_that_ends_keeps_what_was_judged_and_says_what_is_missing(tiny_
         (["--model", "x", "--judge"], "--judge_url is missing, which --judge needs"),
         (["--model", "x", "--judge_model", "m"], "--judge_model m: nothing is judged"),
         (["--model", "x", "--format", "sft", "--num_replies", "1"], "--num_replies 1: --format sft needs several"),
+        (["--model", "x", "--format", "sft"], "--format sft: there is no exam question, .* --reward_model or --judge"),
     ],
 )
 def test_a_mistake_about_the_best_is_said_before_weights_load(flags, message):
