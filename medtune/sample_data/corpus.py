@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from medtune.sample_data.corpus_forms import FORMS, Composer, Form, Shelf
+from medtune.sample_data.corpus_forms import FORMS, Composer, DocumentForm, Shelf
 from medtune.sample_data.evaluation import NEAR_COPY, NGRAM, ngrams, spoken_text
 from medtune.sample_data.knowledge import Knowledge, choose_unseen, read_lines, seeded
 
@@ -98,7 +98,7 @@ def draw_corpus(
     counts: CorpusCounts,
     n_documents: int,
     about: Container[str] | None = None,
-    forms: Mapping[Form, float] = FORMS,
+    forms: Mapping[DocumentForm, float] = FORMS,
     seed: str = "corpus",
 ) -> Iterator[str]:
     """The documents, about each entry equally often; one that tells of what is held out is drawn again.

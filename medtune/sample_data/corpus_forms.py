@@ -468,8 +468,8 @@ def everyday_prose(c: Composer) -> str:
 
 
 # How often each form is chosen.
-Form = Callable[[Composer], str | None]
-FORMS: dict[Form, float] = {
+DocumentForm = Callable[[Composer], str | None]
+FORMS: dict[DocumentForm, float] = {
     article: 0.20, definition: 0.07, questions_page: 0.12, comparison: 0.07, reasoning: 0.11, case: 0.08,
     glossary: 0.04, department_list: 0.02, sign_list: 0.03, riddle: 0.13, notes: 0.05, copying: 0.06,
     everyday_prose: 0.02,
