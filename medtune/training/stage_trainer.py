@@ -229,9 +229,8 @@ class StageTrainer(Trainer):
         """Trainer's; evaluations and checkpoints take no time from the tokens a second of training."""
         start = time.monotonic()
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self._window_start += time.monotonic() - max(
-            start, self._window_start
-        )  # it may have begun in a line of the log
+        # Where a line of the log was written, the window began anew after `start`.
+        self._window_start += time.monotonic() - max(start, self._window_start)
 
     def note_figures(self, n_tokens: torch.Tensor | int, **figures: torch.Tensor) -> None:
         """Keep [N] figures of items for their mean in the next log line; nan for an item without one."""
