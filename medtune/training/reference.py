@@ -5,6 +5,7 @@ without it, of full weights a second model; checkpoints hold the policy alone.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -185,7 +186,7 @@ class LogpsStore:
             logps = self._compute(batches)
             if accelerator.is_main_process:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                partial_file = file[0].with_suffix(".partial.npy")
+                partial_file = file[0].with_suffix(f".{os.getpid()}.partial.npy")  # another run may write the same
                 np.save(partial_file, logps)
                 partial_file.replace(file[0])
         assert logps.shape == (len(ids), 2), (logps.shape, len(ids))
