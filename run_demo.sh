@@ -43,7 +43,6 @@ export PPO_FLAGS="--eval_steps 2 --total_episodes 1280 --per_device_train_batch_
     --learning_rate 5e-4 --lr_scheduler_type constant --lora_rank 16 --kl_coef 0.3 --temperature 1 \
     --response_length 128 --gradient_checkpointing False --cpu_bf16 $precision"
 # Exam questions, a part of them on complaints that SFT's exam questions did not have.
-export GRPO_DATA=data/exam
 export GRPO_FLAGS="--eval_steps 10 --total_episodes 3840 --max_eval_samples 150 --max_source_length 256 \
     --per_device_train_batch_size 32 --gradient_accumulation_steps $((4 / N_PROCESSES)) --rollout_batch_size 64 \
     --learning_rate 1e-3 --lr_scheduler_type constant --lora_rank 16 --temperature 1 --response_length 96 \
