@@ -11,7 +11,7 @@ cd "$(dirname "$0")"
 bash setup.sh
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 export PYTHON HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= # also where there are GPUs
-export MODEL=base_model NAME=demo DO_PT=1 ALIGN=all
+export MODEL=base_model NAME=demo DO_PT=1 ALIGN=both
 export TEMPLATE=chatml # without the system prompt that Qwen's template adds to each dialogue
 # Two processes of one thread are faster here than one of two; on one core the second half is accumulated.
 N_PROCESSES=$(($(nproc) > 1 ? 2 : 1))
@@ -42,11 +42,6 @@ export PPO_FLAGS="--eval_steps 2 --total_episodes 1280 --per_device_train_batch_
     --gradient_accumulation_steps $((8 / N_PROCESSES)) --rollout_batch_size 64 --num_ppo_epochs 2 --num_mini_batches 2 \
     --learning_rate 5e-4 --lr_scheduler_type constant --lora_rank 16 --kl_coef 0.3 --temperature 1 \
     --response_length 128 --gradient_checkpointing False --cpu_bf16 $precision"
-# Exam questions, a part of them on complaints that SFT's exam questions did not have.
-export GRPO_FLAGS="--eval_steps 10 --total_episodes 3840 --max_eval_samples 150 --max_source_length 256 \
-    --per_device_train_batch_size 32 --gradient_accumulation_steps $((4 / N_PROCESSES)) --rollout_batch_size 64 \
-    --learning_rate 1e-3 --lr_scheduler_type constant --lora_rank 16 --temperature 1 --response_length 96 \
-    --gradient_checkpointing False --cpu_bf16 $precision"
 # The sample data's files, among them questions on the conditions that only continued pretraining tells of.
 export TEST_FILES="data/eval/guide_questions.jsonl data/eval/everyday_questions.jsonl data/eval/questions.jsonl \
     data/eval/unseen_conditions.jsonl data/eval/exam.jsonl data/eval/safety.jsonl data/eval/emergency_twins.jsonl \

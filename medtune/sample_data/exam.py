@@ -74,15 +74,14 @@ def build_exam_exchanges(
 
 
 def think(name: str, item: dict) -> str:
-    """A short thought: the options, the condition, the department where that is asked for, and the letter.
-
-    Each option stands before its letter, so that the letter follows from writing the right option once more: a small
-    model copies what stood behind the same words, and does not compare options with a name.
-    """
+    """A short thought: the condition, the department where that is asked for, and the options up to the right one."""
     right = item["option"][item["answer"]]
-    options = "，".join(f"{option}是{letter}" for letter, option in item["option"].items())
-    department = f"，该看{right}" if right != name else ""
-    return f"选项：{options}。这像是{name}{department}，{right}是{item['answer']}。"
+    steps = [f"这像是{name}" + (f"，该看{right}。" if right != name else "。")]
+    for letter, option in item["option"].items():
+        steps.append(f"{letter}是{option}，{'对' if letter == item['answer'] else '不是'}。")
+        if letter == item["answer"]:
+            break
+    return "".join(steps)
 
 
 def draw_new_items(

@@ -318,13 +318,12 @@ def test_exam_questions_in_dialogues_are_asked_and_answered_as_the_stages_do():
         asked[form] += 1
         asked[letter] += 1
         if thought:
-            listed, named, right, last = re.fullmatch(
-                "选项：(.+)。这像是([^，]+)(?:，该看([^，]+))?，([^，]+是[A-E])。", thought
-            ).groups()
-            assert listed == "，".join(f"{option}是{letter}" for letter, option in options.items())
+            named, right = re.match("这像是([^，。]+)(?:，该看([^。]+))?。", thought).groups()
             assert named in names
-            assert last == f"{right or named}是{letter}"
             assert (right or named) == options[letter]
+            steps = re.findall("([A-E])是([^，]+)，(不是|对)。", thought)
+            assert [(*step, "不是") for step in list(options.items())[: "ABCDE".index(letter)]] == steps[:-1]
+            assert steps[-1] == (letter, options[letter], "对")
     assert asked["tagged"] > 500
     assert asked["letter"] > 250
     assert max(asked[letter] for letter in LETTERS) - min(asked[letter] for letter in LETTERS) < 20
