@@ -33,7 +33,7 @@ lora="--lora_rank 32 --lora_alpha 64 --lora_dropout 0"
 echo "== the student"
 # shellcheck disable=SC2086  # words: flags without blanks in their values
 MODEL=$START OUTPUT=outputs-sft-half BATCH=2 ACCUMULATION=$((2 / N_PROCESSES)) MAX_LENGTH=512 RATE=1e-3 bash run_sft.sh \
-    --use_peft False --adam_beta2 0.99 --packing True --num_train_epochs 2 --max_train_samples 4900 \
+    --use_peft False --adam_beta2 0.99 --packing True --num_train_epochs 2 --max_train_samples 7600 \
     --eval_strategy epoch $common "$@"
 
 echo "== distillation"
