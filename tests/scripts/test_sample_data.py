@@ -465,7 +465,7 @@ def test_alarms_and_refusals_are_rejected_too_where_they_do_not_belong():
         n_chosen = sum(pair["response_chosen"] in replies for pair in training_pairs())
         n_rejected = sum(pair["response_rejected"] in replies for pair in training_pairs())
         assert n_rejected > 650, category
-        assert 0.6 < n_rejected / n_chosen < 1.1, category
+        assert 0.55 < n_rejected / n_chosen < 1.1, category
 
 
 def test_nobody_in_danger_has_the_number_to_call_in_despair_rejected():
