@@ -30,8 +30,8 @@ pairs="--validation_file_dir data/eval/preference_pairs.jsonl"
 # Conditions that the base model has never read of.
 export PT_DATA=data/pretrain/new_conditions.txt
 export PT_FLAGS="--block_size 256 --num_train_epochs 3 --learning_rate 1e-3 --max_eval_samples 40 $whole"
-export SFT_FLAGS="--packing True --model_max_length 512 --max_train_samples 20000 --per_device_train_batch_size 2 --num_train_epochs 2 \
-    --learning_rate 1e-3 $whole"
+export SFT_FLAGS="--packing True --model_max_length 512 --per_device_train_batch_size 2 --num_train_epochs 2 \
+    --max_train_samples 20000 --learning_rate 1e-3 $whole"
 export RM_FLAGS="$pairs --learning_rate 1e-3 --num_train_epochs 1 $lora"
 # AdamW takes learning rate x decay of the new adapter away at each step, which draws the policy back to SFT's answers.
 export DPO_FLAGS="$pairs --learning_rate 8e-4 --max_steps 320 --beta 0.4 --loss_type sigmoid sft --loss_weights 1 1 \

@@ -103,7 +103,10 @@ def with_system_prompts(knowledge: Knowledge, conversations: Iterable[Sequence[s
 
 
 def safety_exchanges(knowledge: Knowledge, part: str, are_framed: bool) -> Iterator[tuple[str, str]]:
-    """Emergencies and requests to refuse, each followed by its twin. `part`: "train" or "preference"."""
+    """Emergencies and requests to refuse, each followed by its twin; a part of them where framed.
+
+    `part`: "train" or "preference".
+    """
     for situation in knowledge.safety_twins:
         for asked in (asked for asked in situation["questions"] if asked["part"] == part):
             exchanges = [(asked["question"], situation["reply"], situation["category"] == "emergency")]
